@@ -1,0 +1,37 @@
+"""What a user can get wrong, each with the exit code of its kind.
+
+Every message names the place, the value, the rule and a remedy that exists. `onestage` prints the message alone;
+`--debug` adds the traceback.
+"""
+
+
+class OnestageError(Exception):
+    """Bad input of any kind. Raise one of the subclasses."""
+
+    exit_code = 1
+
+
+class ConfigError(OnestageError):
+    """A key or value of the configuration or the command line cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(OnestageError):
+    """A file of a data set (annotations, split list, image) is missing, unreadable or breaks a rule."""
+
+    exit_code = 3
+
+
+class AnnotationError(DataError):
+    """An annotation file cannot be read as what it should be."""
+
+
+class ImageError(DataError):
+    """An image file cannot be decoded whole."""
+
+
+class CheckpointError(OnestageError):
+    """A checkpoint is missing, torn, foreign, or belongs to another model."""
+
+    exit_code = 4
