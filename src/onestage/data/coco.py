@@ -1,0 +1,214 @@
+"""Reads COCO instance annotations (arXiv:1405.0312; the "object detection" format) into an `AnnotationSet`."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from onestage.data.coco_file import FRESH_COPY, integer_column, load_tables, malformed
+from onestage.data.files import find_files, printable
+from onestage.data.records import ImageColumns, ObjectColumns, build_annotation_set, require_same_names
+from onestage.types import AnnotationSet, JSONDict
+
+XYXY_FRACTION = 0.2  # more boxes than this that leave their image as [x, y, width, height] are no accident
+XYXY_MINIMUM = 4  # and so many must do so, or one careless box would condemn a small file
+
+logger = logging.getLogger(__name__)
+
+
+class Categories(NamedTuple):
+    """The classes of a file, in label order."""
+
+    ids: list[int]  # [K]
+    names: list[str]  # [K]
+
+
+def parse_coco(
+    annotation_file: Path,
+    image_root: Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    max_bad_fraction: float = 0.01,
+) -> AnnotationSet:
+    """Read a COCO instances file. Images without objects stay.
+
+    Labels are 0..K-1 in order of category id, or in the order of `class_names`. A box that cannot be used, and an
+    image that is not on disk, is left out and named in `AnnotationSet.skipped`. A category 0 that only names the
+    export (Roboflow's root category: the supercategory of the others, without boxes) is not a class.
+
+    Args:
+        annotation_file: JSON with `images`, `annotations` and `categories`; `annotations` may be an empty list.
+        image_root: the folder that `file_name` is relative to. No file outside it is ever opened.
+        class_names: [K] names that the file must have, in any order: those of a checkpoint or of the training split.
+        max_bad_fraction: 0..1, the fraction of boxes, and of images, that may be left out; two always may, unless 0.
+
+    Raises:
+        AnnotationError: the file is not what it should be, or too much of it cannot be used.
+    """
+    source = printable(annotation_file)
+    images, annotations, categories = load_tables(annotation_file)
+    category_of_object = integer_column(source, annotations, "category_id", "annotation")
+    classes = _read_categories(source, categories, set(category_of_object.tolist()))
+    if class_names is not None:
+        require_same_names(source, classes.names, class_names)
+        order = [classes.names.index(name) for name in class_names]
+        classes = Categories([classes.ids[i] for i in order], [classes.names[i] for i in order])
+    labels = _labels(source, annotations, category_of_object, classes)
+    columns, row_of_id, skipped_images = _read_images(source, images, image_root)
+    objects, numbers = _read_objects(source, annotations, labels, columns, row_of_id)
+
+    def describe(row: int) -> str:
+        annotation = annotations[numbers[row]]
+        place = f"annotation {annotation.get('id', f'number {numbers[row]}')} (image {annotation['image_id']})"
+        return f"{source}: {place}, bbox {str(annotation.get('bbox'))[:80]}"
+
+    return build_annotation_set(
+        source,
+        columns,
+        objects,
+        classes.names,
+        classes.ids,
+        describe=describe,
+        skipped_images=skipped_images,
+        max_bad_fraction=max_bad_fraction,
+    )
+
+
+def _read_categories(source: str, categories: list[JSONDict], used_ids: set[int]) -> Categories:
+    """Return the classes in order of id."""
+    ids = integer_column(source, categories, "id", "category").tolist()
+    names = [entry.get("name") for entry in categories]
+    for number, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise malformed(
+                source, f"category {ids[number]} has name {name!r:.80}; it must be text", "Name every category."
+            )
+    parents = {entry.get("supercategory") for entry in categories if entry.get("supercategory") != "none"}
+    rows = sorted(range(len(ids)), key=ids.__getitem__)
+    if len(rows) > 1 and ids[rows[0]] == 0 and 0 not in used_ids and parents == {names[rows[0]]}:
+        logger.warning("%s: category 0 (%r) only groups the others and has no boxes: left out", source, names[rows[0]])
+        rows = rows[1:]
+    classes = Categories([ids[row] for row in rows], [str(names[row]).strip() for row in rows])
+    for key, values in (("id", list(map(str, classes.ids))), ("name", classes.names)):
+        repeated = ", ".join(sorted({value for value in values if values.count(value) > 1})[:5])
+        if repeated:
+            raise malformed(
+                source, f"several categories have {key} {repeated}; each must be unique", f"Correct the {key}s."
+            )
+    return classes
+
+
+def _labels(
+    source: str, annotations: list[JSONDict], category_of_object: npt.NDArray[np.int64], classes: Categories
+) -> npt.NDArray[np.int64]:
+    """Turn category ids into labels 0..K-1."""
+    known = np.array(classes.ids, dtype=np.int64)
+    order = np.argsort(known)
+    place = np.searchsorted(known[order], category_of_object).clip(max=len(known) - 1)
+    labels = order[place]
+    unknown = np.flatnonzero(known[labels] != category_of_object)
+    if len(unknown):
+        annotation = annotations[unknown[0]]
+        problem = f"annotation {annotation.get('id')} has category_id {annotation['category_id']}"
+        ids = ", ".join(map(str, classes.ids[:100]))
+        remedy = "Add the category to 'categories', or remove its annotations."
+        raise malformed(source, f"{problem} ({len(unknown)} such annotations); the file's categories are {ids}", remedy)
+    return np.asarray(labels, dtype=np.int64)
+
+
+def _read_images(
+    source: str, images: list[JSONDict], image_root: Path
+) -> tuple[ImageColumns, dict[int, int], list[str]]:
+    """Return the images that are on disk, the row of every image id (-1: not on disk), and a line for each missing."""
+    ids = integer_column(source, images, "id", "image")
+    values, counts = np.unique(ids, return_counts=True)
+    if len(values) < len(ids):
+        repeated = int(values[counts > 1][0])
+        files = [str(images[n].get("file_name")) for n in np.flatnonzero(ids == repeated)[:2]]
+        raise malformed(
+            source, f"image id {repeated} belongs to {files[0]!r} and {files[1]!r}; ids must be unique", FRESH_COPY
+        )
+    sizes = np.array([[_side(source, image, key) for key in ("height", "width")] for image in images], dtype=np.int32)
+    names = [image.get("file_name") for image in images]
+    paths = find_files(source, names, image_root)
+    found = np.array([path is not None for path in paths])
+    skipped = [
+        f"{source}: image {ids[n]}: {names[n]!r} is not in {printable(image_root)}" for n in np.flatnonzero(~found)
+    ]
+    rows = np.where(found, np.cumsum(found) - 1, -1)
+    columns = ImageColumns([path for path in paths if path is not None], ids[found], sizes[found])
+    return columns, dict(zip(ids.tolist(), rows.tolist(), strict=True)), skipped
+
+
+def _side(source: str, image: JSONDict, key: str) -> int:
+    """Return the image's height or width; 0 where the file gives none."""
+    value = image.get(key) or 0
+    if isinstance(value, int | float) and value == value and 0 <= value < 1 << 31 and int(value) == value:
+        return int(value)
+    remedy = f"Give the {key} of the image file in pixels, or leave it out."
+    raise malformed(source, f"image {image.get('id')} has {key} {value!r:.80}; it must be a whole number >= 0", remedy)
+
+
+def _read_objects(
+    source: str,
+    annotations: list[JSONDict],
+    labels: npt.NDArray[np.int64],
+    images: ImageColumns,
+    row_of_id: Mapping[int, int],
+) -> tuple[ObjectColumns, npt.NDArray[np.int64]]:
+    """Return the objects of the images that are on disk, and the place of each in `annotations`.
+
+    An annotation whose image the file does not list is a bad box; one whose image is not on disk went with its image.
+    """
+    image_ids = integer_column(source, annotations, "image_id", "annotation")
+    unlisted, missing = -2, -1
+    rows = np.array([row_of_id.get(image_id, unlisted) for image_id in image_ids.tolist()], dtype=np.int64)
+    numbers = np.flatnonzero(rows != missing)
+    kept = [annotations[number] for number in numbers]
+    rows, labels = rows[numbers], labels[numbers]
+    boxes, problems = _read_boxes(kept)
+    problems |= {int(row): "the file lists no image of that id" for row in np.flatnonzero(rows == unlisted)}
+    rows = np.maximum(rows, 0)
+    _refuse_xyxy(source, boxes, images.sizes[rows])
+    boxes[:, 2:] += boxes[:, :2]
+    areas = [entry.get("area") for entry in kept]
+    objects = ObjectColumns(
+        image_rows=rows,
+        boxes=boxes,
+        labels=labels,
+        areas=np.array([a if type(a) in (int, float) else np.nan for a in areas], dtype=np.float64),
+        is_crowd=np.array([entry.get("iscrowd") == 1 for entry in kept], dtype=np.bool_),
+        is_difficult=np.zeros(len(kept), dtype=np.bool_),
+        problems=problems,
+    )
+    return objects, numbers
+
+
+def _read_boxes(annotations: list[JSONDict]) -> tuple[npt.NDArray[np.float64], dict[int, str]]:
+    """Return [T, 4] (x, y, width, height), and the rows where the file has something else."""
+    problems: dict[int, str] = {}
+    boxes: list[Sequence[float]] = []
+    for row, annotation in enumerate(annotations):
+        box = annotation.get("bbox")
+        if isinstance(box, list) and len(box) == 4 and {int, float}.issuperset(map(type, box)):
+            boxes.append(box)
+        else:
+            boxes.append((np.nan,) * 4)
+            problems[row] = "bbox must be a list of 4 numbers [x, y, width, height]"
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4), problems
+
+
+def _refuse_xyxy(source: str, boxes: npt.NDArray[np.float64], sizes: npt.NDArray[np.int32]) -> None:
+    """Stop where boxes make sense as two corners and not as corner and size. boxes: [T, 4] as written."""
+    is_known = (sizes > 0).all(axis=1) & np.isfinite(boxes).all(axis=1)
+    boxes, limits = boxes[is_known], sizes[is_known][:, ::-1] + 1  # 1 px: rounding
+    leaves = (boxes[:, :2] + boxes[:, 2:] > limits).any(axis=1)
+    fits = ((boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] <= limits)).all(axis=1)
+    if np.count_nonzero(leaves) < max(XYXY_MINIMUM, XYXY_FRACTION * len(boxes)) or fits.mean() < 1 - XYXY_FRACTION / 10:
+        return
+    problem = f"{np.count_nonzero(leaves)} of {len(boxes)} boxes leave their image as [x, y, width, height]"
+    remedy = "Write bbox as [x1, y1, x2 - x1, y2 - y1], in pixels."
+    raise malformed(source, f"{problem}, and nearly all fit as [x1, y1, x2, y2]: this looks like xyxy", remedy)

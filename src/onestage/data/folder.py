@@ -1,0 +1,65 @@
+"""Lists the images of a folder that has no annotations, for `onestage predict`."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from onestage.data.files import printable
+from onestage.data.images import IMAGE_SUFFIXES
+from onestage.errors import DataError
+from onestage.types import AnnotationSet
+
+
+def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence[int]) -> AnnotationSet:
+    """Return the images below a folder, sorted by path, as a set without objects. Image ids are 1..N.
+
+    Folders in it are searched too; what starts with a dot is left out, and links to folders are not followed. An
+    entry that is named like an image and is no regular file (a pipe, a dangling link) is named in `skipped`.
+
+    Args:
+        folder: a folder, or a single image file.
+        class_names: [K] of the model.
+        category_ids: [K] of the model.
+
+    Raises:
+        DataError: the folder is missing or cannot be listed, or there is no image in it.
+    """
+    candidates = _walk(folder) if folder.is_dir() else [folder]
+    paths = [path for path in candidates if path.is_file()]
+    skipped = tuple(f"{printable(path)}: is not a regular file" for path in candidates if not path.is_file())
+    if not paths:
+        problem = f"holds no images ({' '.join(IMAGE_SUFFIXES)})" if folder.is_dir() else "is neither folder nor image"
+        raise DataError(f"{printable(folder)}: {problem}.\nGive a folder that holds images, or one image file.")
+    num_images = len(paths)
+    return AnnotationSet(
+        source=printable(folder),
+        image_paths=np.array([str(path) for path in paths], dtype=np.str_),
+        image_ids=np.arange(1, num_images + 1, dtype=np.int64),
+        sizes=np.zeros((num_images, 2), dtype=np.int32),
+        box_offsets=np.zeros(num_images + 1, dtype=np.int64),
+        boxes=np.zeros((0, 4), dtype=np.float32),
+        labels=np.zeros(0, dtype=np.int64),
+        areas=np.zeros(0, dtype=np.float32),
+        is_crowd=np.zeros(0, dtype=np.bool_),
+        is_difficult=np.zeros(0, dtype=np.bool_),
+        class_names=tuple(class_names),
+        category_ids=tuple(category_ids),
+        skipped=skipped,
+    )
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Return every visible entry below a folder that is named like an image."""
+    found: list[Path] = []
+
+    def stop(reason: OSError) -> None:
+        place = printable(reason.filename or folder)
+        raise DataError(f"{place}: cannot be listed: {reason.strerror}.\nMake it readable, or move it away.")
+
+    for parent, folders, files in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = [name for name in files if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    return sorted(found)

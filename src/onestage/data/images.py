@@ -1,0 +1,167 @@
+"""The one decoder: an image file -> [H, W, 3] uint8 RGB, upright as annotated, whole or not at all."""
+
+import io
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from onestage.data.files import printable, read_file
+from onestage.errors import ImageError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+MAX_PIXELS = 64_000_000  # 192 MB as RGB; a file of a hundred bytes can claim a thousand times as much
+MAX_IMAGE_BYTES = 512 << 20  # twice what MAX_PIXELS of uncompressed 16-bit RGB takes, rounded up
+# Only these readers of Pillow may run: others of its forty start external programs or are little tested.
+PILLOW_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+DECODED_BY_OPENCV = ("JPEG", "MPO", "PNG")  # a quarter faster than Pillow, and as strict when given bytes
+JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
+ORIENTATION_TAG = 0x0112
+REMEDY = "Replace the file, or remove it from the data set."
+
+RGBImage = npt.NDArray[np.uint8]
+
+
+class ImageHeader(NamedTuple):
+    """What the first bytes of an image file say."""
+
+    format: str  # one of PILLOW_FORMATS
+    height: int  # as stored, before any rotation
+    width: int
+    orientation: int  # EXIF 1..8; 1 is upright
+
+
+def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) -> RGBImage:
+    """Decode an image file as 8-bit RGB.
+
+    Gray, palette, CMYK and 16-bit images are converted (16 bits by dropping the lower 8), transparency is dropped,
+    and of an animation the first frame is taken. An EXIF orientation is applied, as browsers and annotation tools do,
+    unless only the stored image has the annotated size. Any number of threads may call this.
+
+    Args:
+        path: the file. It is opened once, and never waited for.
+        annotated_size: (height, width) of the image in its annotation; None or (0, 0) where that is not known.
+
+    Returns:
+        [H, W, 3] uint8, writable and contiguous.
+
+    Raises:
+        ImageError: the file is missing or no image, is cut off or damaged, has more than `MAX_PIXELS` pixels, or has
+            another size than annotated.
+    """
+    file = Path(path)
+    content = read_file(file, ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
+    with _open_header(file, content) as pillow_image:
+        header = _read_header(file, pillow_image)
+        orientation = _orientation_to_apply(file, header, annotated_size)
+        if header.format in DECODED_BY_OPENCV:
+            image = _decode_with_opencv(file, content, header)
+        else:
+            image = _decode_with_pillow(file, pillow_image)
+    return _turn_upright(image, orientation)
+
+
+def _open_header(file: Path, content: bytes) -> Image.Image:
+    """Let Pillow read the header; no pixel is decoded or allocated."""
+    try:
+        return Image.open(io.BytesIO(content), formats=PILLOW_FORMATS)
+    except Image.DecompressionBombError:
+        raise _too_many_pixels(file, "far more") from None
+    except Exception as reason:  # Pillow's readers raise whatever a damaged header leads them to
+        known = ", ".join(name for name in PILLOW_FORMATS if name != "MPO")
+        problem = f"is not an image that can be read ({_first_line(reason)}); known formats are {known}"
+        raise ImageError(f"{printable(file)}: {problem}.\n{REMEDY}") from None
+
+
+def _read_header(file: Path, image: Image.Image) -> ImageHeader:
+    """Read size and orientation, and refuse a size that is out of bounds before anything is allocated."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _too_many_pixels(file, f"{width} x {height}")
+    orientation = 1
+    if image.format != "TIFF" and image.info.get("exif"):  # Pillow turns TIFF itself
+        try:
+            exif = Image.Exif()
+            exif.load(image.info["exif"])
+            orientation = int(exif.get(ORIENTATION_TAG, 1))
+        except Exception:  # damaged metadata, of which only the orientation matters
+            orientation = 1
+    return ImageHeader(image.format or "", height, width, orientation if 1 <= orientation <= 8 else 1)
+
+
+def _orientation_to_apply(file: Path, header: ImageHeader, annotated_size: tuple[int, int] | None) -> int:
+    """Return the orientation with which the image has the annotated size."""
+    stored = (header.height, header.width)
+    upright = stored[::-1] if header.orientation >= 5 else stored
+    if annotated_size is None or 0 in annotated_size or tuple(annotated_size) == upright:
+        return header.orientation
+    if tuple(annotated_size) == stored:
+        return 1
+    found = f"{stored[1]} x {stored[0]}"
+    if upright != stored:
+        found += f" ({upright[1]} x {upright[0]} once turned by its EXIF orientation {header.orientation})"
+    raise ImageError(
+        f"{printable(file)}: is {found} pixels (width x height), but annotated as "
+        f"{annotated_size[1]} x {annotated_size[0]}; both must agree, or the boxes would be in the wrong place.\n"
+        "Put the original image back, or annotate this one anew."
+    )
+
+
+def _decode_with_opencv(file: Path, content: bytes, header: ImageHeader) -> RGBImage:
+    """Decode JPEG and PNG from bytes: `cv2.imread` accepts truncated files in silence, `cv2.imdecode` does not."""
+    # A JPEG ends with its end marker, perhaps with other data behind it; a thumbnail's lies before the last scan.
+    is_whole = (
+        header.format == "PNG" or content.endswith(JPEG_END) or content.rfind(JPEG_END) > content.rfind(JPEG_SCAN)
+    )
+    image: Any = None
+    if is_whole:
+        buffer = np.frombuffer(content, dtype=np.uint8)
+        try:
+            image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        except cv2.error:
+            image = None
+    if image is None or image.shape != (header.height, header.width, 3):
+        raise ImageError(
+            f"{printable(file)}: is cut off or damaged ({len(content)} bytes of {header.format}).\n{REMEDY}"
+        )
+    return np.asarray(image, dtype=np.uint8)
+
+
+def _decode_with_pillow(file: Path, image: Image.Image) -> RGBImage:
+    """Decode the first frame of the formats that are rare in data sets."""
+    try:
+        if image.mode.startswith("I;16"):
+            gray = (np.asarray(image) >> 8).astype(np.uint8)
+            return np.repeat(gray[..., None], 3, axis=2)
+        if image.mode in ("I", "F"):
+            raise ValueError(f"mode {image.mode!r} has no fixed range of values")
+        return np.array(image.convert("RGB"))
+    except Exception as reason:  # as for the header
+        problem = f"is cut off, damaged or of an unknown kind ({_first_line(reason)})"
+        raise ImageError(f"{printable(file)}: {problem}.\n{REMEDY}") from None
+
+
+def _turn_upright(image: RGBImage, orientation: int) -> RGBImage:
+    """Apply an EXIF orientation (Exif 2.32 section 4.6.4.A: what row 0 and column 0 show)."""
+    if orientation >= 5:
+        image = image.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def _too_many_pixels(file: Path, size: str) -> ImageError:
+    limit = f"{MAX_PIXELS / 1e6:.0f} million"
+    return ImageError(
+        f"{printable(file)}: claims {size} pixels; at most {limit} are decoded.\nShrink it, or remove it."
+    )
+
+
+def _first_line(reason: Exception) -> str:
+    """Return what a library said, without the memory address of the stream it was given."""
+    return "unknown format" if isinstance(reason, UnidentifiedImageError) else str(reason).partition("\n")[0][:200]
