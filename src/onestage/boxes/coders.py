@@ -25,7 +25,7 @@ class DeltaBoxCoder:
     def __init__(self, variances: tuple[float, float] = (0.1, 0.2)) -> None:
         if len(variances) != 2 or min(variances) <= 0:
             raise ConfigError(
-                f"DeltaBoxCoder: variances is {variances}; it takes one for the centre and one for the size, both > 0.\n"
+                f"DeltaBoxCoder: variances is {variances}; the centre's and the size's are needed, both > 0.\n"
                 "SSD's are: variances: [0.1, 0.2]"
             )
         self.centre_variance, self.size_variance = variances

@@ -18,9 +18,11 @@ class IoUMatcher:
       one that loses twice is given none.
     - An object that overlaps no anchor is given none: any choice would teach the head a box it cannot see.
     - Padding and boxes without area are never matched.
-    - Regions (label IGNORE) are never matched; an anchor with half of its area or more in one is IGNORE, not BACKGROUND.
+    - Regions (label IGNORE) are never matched; an anchor with at least half of its area in one is IGNORE instead of
+      BACKGROUND.
 
-    The number of operations is the same for any B and M, none waits for the device, none depends on the order of threads.
+    The number of operations is the same for any B and M, and none waits for the device. The result does not depend on
+    the order of the device's threads.
 
     Args:
         positive_iou: at least this much overlap makes an anchor positive, 0..1.
@@ -82,7 +84,7 @@ _RAISE = 2.0  # more than any IoU: a raised pair wins its anchor, and among rais
 def _raise_best_anchors(iou: Tensor) -> Tensor:
     """Add 2 to the IoU of each object with its best anchor, in place; [B, M, A].
 
-    Each row writes one cell of its own, so that the result does not depend on the order of the device's threads.
+    Each row writes one cell of its own: no two writes meet, so that the device's threads may run in any order.
     """
     best_iou, best_anchor = iou.max(dim=2, keepdim=True)  # [B, M, 1]
     is_new = (best_iou > 0) & (best_iou < _RAISE)

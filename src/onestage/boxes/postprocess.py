@@ -31,9 +31,9 @@ def select_detections(
 ) -> Detections:
     """Keep the best boxes of each image: SSD section 2.2, "inference". Same result as torchvision's SSD.
 
-    For each class the boxes scoring above the threshold, of these the best `candidates_per_class`, of these the ones that
-    no better box of the class overlaps by more than `iou_threshold`; of all classes together the best `max_detections`.
-    Equal scores are ordered by label, then by anchor.
+    For each class the boxes scoring above the threshold, of these the best `candidates_per_class`, of these the ones
+    that no better one overlaps by more than `iou_threshold`; of all classes together the best `max_detections`. Equal
+    scores are ordered by label, then by anchor.
 
     A lower score never suppresses a higher one, so the result for a list of candidates begins with the result for any
     beginning of the list. A shortlist of the highest scores of all classes is therefore suppressed first, and the rest

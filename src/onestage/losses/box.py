@@ -1,0 +1,76 @@
+"""Box losses: how far the predicted boxes are from their objects."""
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onestage.errors import ConfigError
+
+
+class BoxCoder(Protocol):
+    """What a box loss asks of a box coder: one, `encode`, to compare deltas, or the other to compare boxes."""
+
+    def encode(self, gt_boxes: Tensor, anchors: Tensor) -> Tensor:
+        """Turn [..., 4] xyxy boxes into deltas relative to [..., 4] cxcywh anchors."""
+
+    def decode(self, box_deltas: Tensor, anchors: Tensor) -> Tensor:
+        """Turn deltas into xyxy boxes, the inverse of `encode`."""
+
+
+class BoxLoss(nn.Module, ABC):
+    """A loss over the boxes of positive anchors, on deltas or on decoded boxes."""
+
+    @abstractmethod
+    def total(
+        self, box_deltas: Tensor, gt_boxes: Tensor, anchors: Tensor, box_coder: BoxCoder, is_positive: Tensor
+    ) -> Tensor:
+        """Compute what `forward` returns, outside autocast, from deltas that are float32 or better."""
+
+    def forward(
+        self, box_deltas: Tensor, gt_boxes: Tensor, anchors: Tensor, box_coder: BoxCoder, is_positive: Tensor
+    ) -> Tensor:
+        """Return the sum of the loss over positive anchors, a scalar; the caller divides by their number.
+
+        Args:
+            box_deltas: [B, A, 4], in the units of `box_coder`.
+            gt_boxes: [B, A, 4] xyxy, px, the object that each anchor answers for; of others anything, also empty boxes.
+            anchors: [A, 4] cxcywh, px.
+            box_coder: turns boxes into deltas and back.
+            is_positive: [B, A] bool.
+        """
+        with torch.autocast(box_deltas.device.type, enabled=False):
+            box_deltas = box_deltas.to(torch.promote_types(box_deltas.dtype, torch.float32))
+            return self.total(box_deltas, gt_boxes, anchors, box_coder, is_positive)
+
+
+class SmoothL1Loss(BoxLoss):
+    """Smooth L1 of the deltas, summed over the four. Fast R-CNN eq. 3 (arXiv:1504.08083), SSD eq. 2.
+
+    Args:
+        beta: where the parabola |d|^2 / (2 beta) meets the line |d| - beta / 2, at least 0; 0 is plain L1.
+
+    Raises:
+        ConfigError: if beta is negative.
+    """
+
+    def __init__(self, beta: float = 1.0) -> None:
+        super().__init__()
+        if not beta >= 0:
+            raise ConfigError(f"SmoothL1Loss: beta is {beta}; it must be at least 0.\nSSD's is beta: 1.0")
+        self.beta = beta
+
+    def total(
+        self, box_deltas: Tensor, gt_boxes: Tensor, anchors: Tensor, box_coder: BoxCoder, is_positive: Tensor
+    ) -> Tensor:
+        """Sum the loss of the deltas of positive anchors."""
+        # Elsewhere the target is the prediction itself, so that the log of an empty box meets no arithmetic.
+        encoded = box_coder.encode(gt_boxes, anchors)
+        target_deltas = torch.where(is_positive[..., None], encoded, box_deltas.detach())
+        return F.smooth_l1_loss(box_deltas, target_deltas, reduction="sum", beta=self.beta)
+
+    def extra_repr(self) -> str:
+        """Return the constructor's arguments."""
+        return f"beta={self.beta}"
