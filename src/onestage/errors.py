@@ -34,4 +34,4 @@ class ImageError(DataError):
 class CheckpointError(OnestageError):
     """A checkpoint is missing, torn, foreign, or belongs to another model."""
 
-    exit_code = 4
+    exit_code = 2  # a file named on the command line that cannot be used

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The training loop around any detector and any data module: Lightning module, schedule, checkpoints, monitors."""

@@ -1,0 +1,90 @@
+"""The command `onestage`: a dispatcher so light that its help answers at once."""
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from onestage import __version__
+from onestage.errors import ConfigError, OnestageError
+
+TRAINER_COMMANDS = {
+    "fit": "train, evaluate the best checkpoint, write runs/<experiment>/<version>/",
+    "validate": "evaluate a checkpoint on the validation split",
+    "test": "evaluate a checkpoint on the test split",
+    "predict": "detect on a folder of images: drawn images and a COCO results file",
+}
+
+HELP = f"""onestage {__version__}: train one-stage object detectors
+
+usage: onestage COMMAND [options]
+
+commands:
+{chr(10).join(f"  {name:<10}{what}" for name, what in TRAINER_COMMANDS.items())}
+
+options:
+  --help      this text; after a command, all of its keys
+  --version   the version
+  --debug     show the traceback of an error
+
+examples:
+  onestage fit --config configs/shapes_ssd.yaml
+  onestage fit --config configs/voc_ssd300.yaml --data.root data/voc --trainer.max_epochs 1
+  onestage validate --ckpt_path runs/shapes_ssd/version_0/checkpoints/best.ckpt
+  onestage predict --ckpt_path runs/shapes_ssd/version_0/checkpoints/best.ckpt --data.predict_dir photos/
+  onestage fit --config configs/shapes_ssd.yaml --print_config
+
+configs/trainer.yaml is read first for every command; later files and options override earlier ones.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, or that of the kind of error (see onestage/errors.py)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return run(words)
+    except OnestageError as error:
+        if debug:
+            raise
+        print(f"error: {clean(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # `onestage fit --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(words: list[str]) -> int:
+    """Dispatch on the first word.
+
+    Raises:
+        ConfigError: it is no command.
+    """
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(HELP, end="")
+        return 0
+    if words[0] in ("--version", "-V"):
+        print(f"onestage {__version__}")
+        return 0
+    if words[0] not in TRAINER_COMMANDS:
+        close = get_close_matches(words[0], TRAINER_COMMANDS, n=1)
+        hint = f"Did you mean: onestage {close[0]}" if close else "See: onestage --help"
+        raise ConfigError(f"{words[0]!r} is not a command; there are {', '.join(TRAINER_COMMANDS)}. {hint}")
+
+    from onestage.training.commands import run_trainer_command  # seconds of imports
+
+    run_trainer_command(words)
+    return 0
+
+
+def clean(message: str) -> str:
+    """Keep the message of an error that a loader worker wrapped into its own traceback."""
+    if "Original Traceback" not in message:
+        return message
+    last_error = message.rstrip().split("\nonestage.errors.")[-1]
+    return last_error.partition(": ")[2] or message
+
+
+if __name__ == "__main__":
+    sys.exit(main())

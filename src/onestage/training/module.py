@@ -1,0 +1,245 @@
+"""The Lightning module: any detector, trained and evaluated. It names no model and no data set."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+
+from onestage.errors import ConfigError
+from onestage.evaluation.coco import CocoEvaluator, in_original_pixels
+from onestage.training.schedule import WarmupSchedule
+from onestage.types import Batch, DetectionData, Detections, Detector, Metrics, Stage
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+
+# The one schema of what this module adds to a checkpoint, under the key `onestage`.
+CHECKPOINT_KEY = "onestage"
+CHECKPOINT_SCHEMA = 1
+
+
+class DetectionModule(pl.LightningModule):
+    """Trains a detector on `classification + box_loss_weight * box` and evaluates it as COCO does.
+
+    Args:
+        detector: the model; `num_classes` comes from the data module.
+        optimizer: makes the optimizer from parameter groups. Biases and normalisation parameters (one dimension) form
+            a group of their own without weight decay, as in SSD's Caffe solver.
+        schedule: warm-up and decay of the learning rate.
+        box_loss_weight: alpha of SSD eq. 1, >= 0.
+        channels_last: memory format of network and images; 1.1x faster in fp32, 1.2x in bf16 on CPUs, and what tensor
+            cores want.
+        compile: compile the network in place with torch.compile on the first step of `fit`. Needs a C compiler; on a
+            CPU it gains nothing and costs 40 s.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        optimizer: OptimizerFactory = torch.optim.SGD,
+        schedule: WarmupSchedule | None = None,
+        box_loss_weight: float = 1.0,
+        channels_last: bool = True,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if box_loss_weight < 0:
+            raise ConfigError(f"model.box_loss_weight is {box_loss_weight}; it must be 0 or more.")
+        self.detector = detector
+        self.optimizer = optimizer
+        self.schedule = schedule or WarmupSchedule()
+        self.box_loss_weight = box_loss_weight
+        self.channels_last = channels_last
+        self.compile_detector = compile
+        self.loss_means = nn.ModuleDict(
+            {name: MeanMetric(nan_strategy="disable") for name in ("loss", "classification_loss", "box_loss")}
+        )
+        self.evaluator: CocoEvaluator | None = None
+        self.metrics: Metrics = {}
+        self.evaluation_seconds = 0.0
+        self.num_evaluated = 0
+        self._start = 0.0
+
+    @property
+    def data(self) -> DetectionData:
+        """The data module of the run."""
+        return cast(DetectionData, self.trainer.datamodule)  # type: ignore[attr-defined] # Lightning sets it
+
+    def setup(self, stage: str) -> None:
+        """Check that data and detector fit together, then lay out and compile the network."""
+        if self.data.image_size != self.detector.image_size:
+            name = type(self.detector).__name__
+            raise ConfigError(
+                f"data.image_size is {self.data.image_size}, but {name} takes {self.detector.image_size} x "
+                f"{self.detector.image_size} images.\nSet data.init_args.image_size: {self.detector.image_size}, "
+                "or choose another model.detector.class_path."
+            )
+        if self.channels_last:
+            self.detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs lack it
+        if self.compile_detector and stage == "fit":
+            self.detector.compile()  # in place, so that the names in the state dict stay as they are
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Lay the images out while they are still bytes, a quarter of what floats would move."""
+        if not self.channels_last:
+            return batch
+        return batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one batch: SSD eq. 1 with the classification loss of the detector."""
+        losses = self._losses(batch)
+        self.log("train/loss", losses["loss"], prog_bar=True, batch_size=len(batch.images))
+        terms = {f"train/{name}": value for name, value in losses.items() if name != "loss"}
+        self.log_dict(terms, batch_size=len(batch.images))
+        return losses["loss"]
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        predictions = self.detector(batch.images)
+        losses = self.detector.loss(predictions, batch.targets)
+        return self._total(losses)
+
+    def _total(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        loss = losses["classification"] + self.box_loss_weight * losses["box"]  # SSD eq. 1
+        return {"loss": loss, **{f"{name}_loss": value for name, value in losses.items()}}
+
+    # Evaluation: each step only collects; every number is computed once, at the end.
+
+    def on_validation_epoch_start(self) -> None:
+        """Start a fresh evaluation of the validation split."""
+        self._start_evaluation("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start a fresh evaluation of the test split."""
+        self._start_evaluation("test")
+
+    def on_predict_epoch_start(self) -> None:
+        """Start collecting the detections of the images to predict."""
+        self._start_evaluation("predict")
+
+    def _start_evaluation(self, stage: Stage) -> None:
+        self.evaluator = CocoEvaluator(self.data.annotations(stage))
+        self.num_evaluated = 0
+        for mean in self.loss_means.values():
+            cast(MeanMetric, mean).reset()
+        self._start = time.perf_counter()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Detections:
+        """Collect detections and losses; return the detections in original pixels."""
+        return self._evaluation_step(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Detections:
+        """As `validation_step`, on the test split."""
+        return self._evaluation_step(batch)
+
+    def _evaluation_step(self, batch: Batch) -> Detections:
+        predictions = self.detector(batch.images)
+        losses = self._total(self.detector.loss(predictions, batch.targets))
+        for name, mean in self.loss_means.items():
+            cast(MeanMetric, mean).update(losses[name], weight=len(batch.images))
+        return self._collect(batch, self.detector.detect(predictions))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Detections:
+        """Return the detections of one batch in original pixels."""
+        return self._collect(batch, self.detector.detect(self.detector(batch.images)))
+
+    def _collect(self, batch: Batch, detections: Detections) -> Detections:
+        detections = in_original_pixels(detections, self.detector.image_size, batch.original_sizes)
+        assert self.evaluator is not None
+        self.evaluator.update(batch.image_indices, detections)
+        self.num_evaluated += len(batch.images) * self.trainer.world_size
+        return detections
+
+    def on_validation_epoch_end(self) -> None:
+        """Compute and log the validation metrics."""
+        self._end_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Compute and log the test metrics."""
+        self._end_evaluation("test")
+
+    def _end_evaluation(self, prefix: str) -> None:
+        assert self.evaluator is not None
+        self.metrics = self.evaluator.compute()
+        self.evaluation_seconds = time.perf_counter() - self._start
+        for name, mean in self.loss_means.items():
+            # As metric objects, because Lightning's own averaging is wrong where processes hold different counts.
+            self.log(f"{prefix}/{name}", cast(MeanMetric, mean))
+        for name, value in self.metrics.items():
+            # NaN says "undefined on this data"; loggers and ModelCheckpoint have no word for that, 0 comes nearest.
+            in_bar = name in ("mAP", "AP50")
+            self.log(f"{prefix}/{name}", 0.0 if value != value else value, prog_bar=in_bar)
+
+    # Optimisation
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimizer over two parameter groups and the schedule that steps with it."""
+        parameters = [parameter for parameter in self.detector.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
+            {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = self.optimizer(groups)
+        self._check_clipping(optimizer)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _learning_rate_factor(self, step: int) -> float:
+        # The length of the run is asked for only when a step needs it: asking while the optimizers are being built
+        # makes Lightning set up the loaders before it has restored their position.
+        if step < max(1, self.schedule.warmup_steps) or not self.schedule.needs_total_steps:
+            return self.schedule.factor(step, total_steps=float("inf"))
+        total_steps = float(self.trainer.estimated_stepping_batches)
+        if total_steps == float("inf"):
+            raise ConfigError(
+                f"model.schedule.kind is {self.schedule.kind!r}, which depends on the length of the run, but the run "
+                "has no end.\nSet trainer.max_epochs or trainer.max_steps, or model.schedule.kind: constant."
+            )
+        return self.schedule.factor(step, total_steps)
+
+    def _check_clipping(self, optimizer: Optimizer) -> None:
+        if self.trainer.gradient_clip_val and _is_fused(optimizer) and self._scaler() is not None:
+            raise ConfigError(
+                "trainer.precision 16-mixed scales the loss, a fused optimizer unscales gradients only inside its own "
+                "step, and trainer.gradient_clip_val has to see them before.\nSet model.optimizer.init_args.fused: "
+                "false, or trainer.precision: bf16-mixed, or trainer.gradient_clip_val: null."
+            )
+
+    def _scaler(self) -> object | None:
+        plugin = self.trainer.precision_plugin
+        return plugin.scaler if isinstance(plugin, MixedPrecision) else None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, also with a fused optimizer under bf16, which Lightning refuses although nothing is scaled there."""
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if gradient_clip_val and by_norm and _is_fused(optimizer) and self._scaler() is None:
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            nn.utils.clip_grad_norm_(parameters, float(gradient_clip_val))
+            return
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a reader needs to use the weights without the data set. Primitives only, so that it loads safely."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "schema": CHECKPOINT_SCHEMA,
+            "detector": type(self.detector).__name__,
+            "image_size": int(self.detector.image_size),
+            "class_names": list(self.data.class_names),
+            "category_ids": [int(category) for category in self.data.category_ids],
+        }
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    return any(group.get("fused") for group in optimizer.param_groups)
