@@ -1,54 +1,25 @@
 """COCO's twelve numbers, exact: each image once, in original pixels, whatever the number of processes.
 
-The arithmetic is that of `torchmetrics.detection.MeanAveragePrecision`. What is ours is how detections reach it: one
-transfer per batch, one exchange between processes at the end, and one evaluation for the summary and the classes.
+Here detections are collected (one transfer per batch) and brought together (one exchange between processes at the
+end); `average_precision.py` does the arithmetic.
 """
 
-import gc
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics.detection.helpers import CocoBackend
-from torchmetrics.detection.mean_ap import MeanAveragePrecision
 
 from onestage.boxes.postprocess import rescale_boxes
 from onestage.errors import ConfigError
+from onestage.evaluation.average_precision import Backend, average_precision, choose_backend
 from onestage.types import PADDING, AnnotationSet, Detections, JSONDict, Metrics
-
-Package = Literal["faster_coco_eval", "pycocotools"]
-Backend = Literal["auto"] | Package
-
-# torchmetrics' name of each of our numbers, in COCO's order.
-TORCHMETRICS_NAMES = {
-    "mAP": "map",
-    "AP50": "map_50",
-    "AP75": "map_75",
-    "mAP_small": "map_small",
-    "mAP_medium": "map_medium",
-    "mAP_large": "map_large",
-    "AR1": "mar_1",
-    "AR10": "mar_10",
-    "AR100": "mar_100",
-    "AR_small": "mar_small",
-    "AR_medium": "mar_medium",
-    "AR_large": "mar_large",
-}
-METRIC_NAMES = tuple(TORCHMETRICS_NAMES)
 
 # COCO defines AP and AR100 on the 100 best detections of an image; pycocotools has that number built in.
 COCO_MAX_DETECTIONS = 100
-
-# torchmetrics' own default comes from a float32 linspace, where 0.01 is 0.009999999776: recall bins shift at ties and
-# the AP numbers are off by up to 1.3e-4.
-RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101).tolist()
 
 Rows = npt.NDArray[np.float32]  # [n, 6]: x1, y1, x2, y2, score, label
 
@@ -62,24 +33,6 @@ def in_original_pixels(detections: Detections, image_size: int, original_sizes: 
         original_sizes: [B, 2] (height, width) of the decoded files, px.
     """
     return detections._replace(boxes=rescale_boxes(detections.boxes, image_size, original_sizes))
-
-
-def choose_backend(backend: Backend = "auto") -> Package:
-    """Return the package that evaluates: faster_coco_eval where it is installed, else pycocotools.
-
-    Both give the same numbers to the last bit; faster_coco_eval takes a fifth of the time.
-
-    Raises:
-        ConfigError: if the package is not installed.
-    """
-    choices: list[Package] = list(get_args(Package)) if backend == "auto" else [backend]
-    for choice in choices:
-        if choice in get_args(Package) and find_spec(choice) is not None:
-            return choice
-    raise ConfigError(
-        f"COCO evaluation with backend {backend!r} needs one of these installed: {', '.join(choices)}.\n"
-        "To install:   pip install faster-coco-eval pycocotools"
-    )
 
 
 class CocoEvaluator:
@@ -221,26 +174,11 @@ class CocoEvaluator:
 
     def _evaluate(self) -> tuple[Metrics, dict[str, float]]:
         """Return the twelve numbers and the AP of each class, from one evaluation."""
-        metrics = dict.fromkeys(METRIC_NAMES, float("nan"))
-        per_class = dict.fromkeys(self.annotations.class_names, float("nan"))
+        predictions = [_prediction(rows) for rows in self._rows_by_image.values()]
         targets = [self._target(index) for index in self._rows_by_image]
-        if not any(len(target["labels"]) for target in targets):
-            return metrics, per_class  # nothing to find: every number is undefined
-        metric = MeanAveragePrecision(
-            backend=self.backend,
-            rec_thresholds=RECALL_THRESHOLDS,
-            sync_on_compute=False,  # all detections are here already, and only this process evaluates
-        )
-        backend = _RecordingBackend(self.backend)
-        metric._coco_backend = backend
-        metric.update([_prediction(rows) for rows in self._rows_by_image.values()], targets)
-        with _paused_garbage_collection():
-            numbers = metric.compute()
-        for name, torchmetrics_name in TORCHMETRICS_NAMES.items():
-            metrics[name] = _nan_if_negative(float(numbers[torchmetrics_name]))
-        for label, average_precision in backend.average_precision_by_label().items():
-            per_class[self.annotations.class_names[label]] = average_precision
-        return metrics, per_class
+        metrics, by_label = average_precision(predictions, targets, self.backend)
+        names = self.annotations.class_names
+        return metrics, {name: by_label.get(label, float("nan")) for label, name in enumerate(names)}
 
     def _target(self, index: int) -> dict[str, Tensor]:
         objects = self.annotations.objects(index)
@@ -250,51 +188,6 @@ class CocoEvaluator:
             "area": torch.from_numpy(self.annotations.areas[objects].astype(np.float32)),
             "iscrowd": torch.from_numpy(self.annotations.is_crowd[objects].astype(np.int64)),
         }
-
-
-class _RecordingBackend(CocoBackend):
-    """Keeps the precision table of an evaluation.
-
-    torchmetrics offers it through `extended_summary`, which converts every IoU matrix too (4 s on 5,000 images), and
-    AP per class through `class_metrics`, which evaluates a second time.
-    """
-
-    precision: npt.NDArray[np.float64]  # [IoU threshold, recall, class, area range, detection limit], -1 undefined
-    labels: list[int]  # of the class axis
-
-    @property
-    def cocoeval(self) -> Any:
-        """The backend's evaluation class, with its result noted down."""
-        backend = self
-
-        class RecordedEvaluation(super().cocoeval):  # type: ignore[misc] # which class it is depends on the backend
-            def summarize(self) -> None:
-                super().summarize()
-                backend.precision = np.asarray(self.eval["precision"])
-                backend.labels = [int(label) for label in self.params.catIds]
-
-        return RecordedEvaluation
-
-    def average_precision_by_label(self) -> dict[int, float]:
-        """Return the mean over IoU thresholds and recalls, all areas, 100 detections: COCOeval's `stats[0]`."""
-        averages = {}
-        for position, label in enumerate(self.labels):
-            values = self.precision[:, :, position, 0, -1]
-            defined = values[values > -1]
-            averages[label] = float(defined.mean()) if defined.size else float("nan")
-        return averages
-
-
-@contextmanager
-def _paused_garbage_collection() -> Iterator[None]:
-    """COCO's format is a dict per box: collecting again and again what is still in use is a quarter of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _prediction(rows: Rows) -> dict[str, Tensor]:
@@ -307,10 +200,6 @@ def _prediction(rows: Rows) -> dict[str, Tensor]:
 
 def _concatenate(parts: list[Rows]) -> Rows:
     return np.concatenate(parts) if parts else np.zeros((0, 6), np.float32)
-
-
-def _nan_if_negative(value: float) -> float:
-    return value if value >= 0 else float("nan")  # pycocotools says -1 where nothing is defined
 
 
 def _num_processes() -> int:
