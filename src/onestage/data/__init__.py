@@ -1,1 +1,72 @@
-"""TODO."""
+"""From files to batches: annotations, images, augmentation, samplers and the data modules."""
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Importing albumentations would otherwise ask the package index for a newer version, two seconds when offline. This
+# file runs before every module of the package, so it stands here once.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+if TYPE_CHECKING:
+    from onestage.data.coco_datamodule import COCODataModule
+    from onestage.data.crops import SSDMinIoUCrop, SSDZoomOut
+    from onestage.data.datamodule import DetectionDataModule
+    from onestage.data.dataset import DetectionDataset, Sample, collate
+    from onestage.data.loader import DetectionLoader
+    from onestage.data.photometric import SSDPhotometricDistort
+    from onestage.data.samplers import EvaluationSampler, TrainingSampler
+    from onestage.data.shapes_datamodule import ShapesDataModule
+    from onestage.data.transforms import SeededTransform, resize_transforms, ssd_transforms
+    from onestage.data.voc_datamodule import VOCDataModule
+
+__all__ = [
+    "COCODataModule",
+    "DetectionDataModule",
+    "DetectionDataset",
+    "DetectionLoader",
+    "EvaluationSampler",
+    "SSDMinIoUCrop",
+    "SSDPhotometricDistort",
+    "SSDZoomOut",
+    "Sample",
+    "SeededTransform",
+    "ShapesDataModule",
+    "TrainingSampler",
+    "VOCDataModule",
+    "collate",
+    "resize_transforms",
+    "ssd_transforms",
+]
+
+# Lightning and albumentations take seconds to import, so that happens when one of these is first asked for.
+_MODULE_OF_NAME = {
+    "COCODataModule": "coco_datamodule",
+    "DetectionDataModule": "datamodule",
+    "DetectionDataset": "dataset",
+    "DetectionLoader": "loader",
+    "EvaluationSampler": "samplers",
+    "SSDMinIoUCrop": "crops",
+    "SSDPhotometricDistort": "photometric",
+    "SSDZoomOut": "crops",
+    "Sample": "dataset",
+    "SeededTransform": "transforms",
+    "ShapesDataModule": "shapes_datamodule",
+    "TrainingSampler": "samplers",
+    "VOCDataModule": "voc_datamodule",
+    "collate": "dataset",
+    "resize_transforms": "transforms",
+    "ssd_transforms": "transforms",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF_NAME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names too."""
+    return sorted({*globals(), *__all__})

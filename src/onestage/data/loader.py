@@ -1,0 +1,104 @@
+"""The DataLoader of training and evaluation: it can stop and go on inside an epoch, and it hands on errors whole."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+from torch.utils.data import DataLoader
+
+from onestage.data.samplers import TrainingSampler
+from onestage.errors import ConfigError, OnestageError
+from onestage.types import Batch
+
+KEY_BY_FIELD = {
+    "seed": "seed_everything",
+    "batch_size": "data.batch_size",
+    "world_size": "trainer.devices",
+    "num_images": "the number of training images",
+}
+
+
+class DetectionLoader(DataLoader[Batch]):
+    """Counts the batches it hands out, and can begin an epoch after those that a checkpoint has counted.
+
+    Nothing is loaded before the first batch is asked for. Lightning creates the iterator before it tells the sampler
+    the epoch, so workers started at once would load the order of epoch 0 when training resumes.
+
+    It takes DataLoader's own arguments, as Lightning rebuilds loaders from those. Only a loader with a
+    `TrainingSampler` has a position.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._epoch = 0  # of the batches handed out last
+        self._num_handed_out = 0  # batches of that epoch
+        self._resume_from: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator: this is what makes it lazy
+        """Iterate over the batches of the sampler's epoch."""
+        sampler = self.sampler
+        self._num_handed_out = self._take_offset()
+        if isinstance(sampler, TrainingSampler):
+            self._epoch = sampler.epoch
+            sampler.batches_to_skip = self._num_handed_out
+        try:
+            for batch in super().__iter__():
+                if isinstance(sampler, TrainingSampler):
+                    sampler.batches_to_skip = 0  # for this epoch only; the sampler has read it by now
+                self._num_handed_out += 1
+                yield batch
+        except OnestageError as error:
+            raise type(error)(_original_message(error)) from error
+
+    def _take_offset(self) -> int:
+        """Return how many batches of this epoch were already used before training resumed."""
+        state, self._resume_from = self._resume_from, None
+        if state is None or not isinstance(self.sampler, TrainingSampler) or state["epoch"] != self.sampler.epoch:
+            return 0
+        return state["batches"] % self.sampler.num_batches
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position inside the epoch, and what the order of images depends on."""
+        if self._resume_from is not None:
+            return dict(self._resume_from)
+        if not isinstance(self.sampler, TrainingSampler):
+            return {}
+        return {
+            "epoch": self._epoch,
+            "batches": self._num_handed_out,
+            **{name: getattr(self.sampler, name) for name in KEY_BY_FIELD},
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next iteration at the position of `state`, if that iteration is of the same epoch.
+
+        Raises:
+            ConfigError: the position lies inside an epoch whose order of images depended on other settings.
+        """
+        sampler = self.sampler
+        if not state or not isinstance(sampler, TrainingSampler):
+            return
+        num_batches = state["num_images"] // (state["batch_size"] * state["world_size"])
+        if state["batches"] % num_batches == 0:
+            return  # between two epochs nothing is left over, so other settings do no harm
+        for field, key in KEY_BY_FIELD.items():
+            value = getattr(sampler, field)
+            if value != state[field]:
+                raise ConfigError(
+                    f"The checkpoint stopped after {state['batches']} of {num_batches} batches of epoch "
+                    f"{state['epoch']}, when {key} was {state[field]}; now it is {value}, which gives other batches.\n"
+                    f"Set it back to {state[field]}, or resume from a checkpoint written at the end of an epoch."
+                )
+        self._resume_from = dict(state)
+
+
+def start_worker(_worker_id: int) -> None:
+    """Keep OpenCV to one thread in each worker process: the workers are the parallelism."""
+    cv2.setNumThreads(0)
+
+
+def _original_message(error: OnestageError) -> str:
+    """Return the message alone where torch has wrapped a worker's traceback around it."""
+    text = str(error)
+    _, found, message = text.rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")
+    return message.strip() if found and text.startswith("Caught ") else text

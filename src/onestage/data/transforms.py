@@ -1,0 +1,97 @@
+"""The default pipelines, and the one adapter through which every albumentations transform runs."""
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import albumentations as A
+import numpy as np
+import numpy.typing as npt
+
+from onestage.data.crops import SSDMinIoUCrop, SSDZoomOut
+from onestage.data.photometric import SSDPhotometricDistort
+from onestage.errors import ConfigError
+
+MIN_SIDE = 1.0  # px of the network input; less of an object is nothing that a network could find
+
+
+def ssd_transforms(image_size: int) -> list[A.BasicTransform]:
+    """Return SSD's training augmentation, in the order of its Caffe code (arXiv:1512.02325, sections 2.2 and 3.6).
+
+    Args:
+        image_size: side of the square result, px.
+    """
+    return [
+        SSDPhotometricDistort(),
+        SSDZoomOut(),
+        SSDMinIoUCrop(),
+        A.HorizontalFlip(p=0.5),
+        A.Resize(image_size, image_size),
+    ]
+
+
+def resize_transforms(image_size: int) -> list[A.BasicTransform]:
+    """Return what evaluation does: stretch the whole image to a square of side `image_size`, px."""
+    return [A.Resize(image_size, image_size)]
+
+
+class Transformed(NamedTuple):
+    """What a pipeline makes of an image and its boxes."""
+
+    image: npt.NDArray[np.uint8]  # [image_size, image_size, 3] RGB
+    boxes: npt.NDArray[np.float32]  # [n, 4] xyxy, px of the new image; inside it and at least one pixel wide and high
+    rows: npt.NDArray[np.int64]  # [n] which of the given boxes each one was
+
+
+class SeededTransform:
+    """A pipeline of albumentations transforms whose randomness is a function of a key.
+
+    The same key gives the same result in every process, whatever ran before. (albumentations alone repeats its draws
+    in every worker and every epoch, and gives all transforms of a seeded pipeline the same draws.)
+
+    Args:
+        transforms: albumentations transforms for images and boxes, in order.
+        image_size: side of the square result, px. Whatever has another size at the end is stretched to it.
+    """
+
+    def __init__(self, transforms: Sequence[A.BasicTransform], image_size: int) -> None:
+        self.image_size = image_size
+        self._pipeline = A.Compose(
+            [*transforms, A.Resize(image_size, image_size)],  # no work where the last transform has resized already
+            # Labels would come back as floats, so only row numbers travel (float64 holds them exactly).
+            bbox_params=A.BboxParams(format="pascal_voc", label_fields=["rows"], filter_invalid_bboxes=True),
+        )
+
+    def __call__(
+        self, image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.float32], key: tuple[int, int, int]
+    ) -> Transformed:
+        """Transform an image with its boxes.
+
+        Args:
+            image: [H, W, 3] uint8 RGB.
+            boxes: [n, 4] xyxy edges in pixels of the image.
+            key: (seed, epoch, index of the image), each >= 0.
+
+        Raises:
+            ConfigError: the transforms do not leave a uint8 RGB image.
+        """
+        sequence = np.random.SeedSequence(key)
+        # One generator for all: seeding each transform by itself would correlate their draws.
+        self._pipeline.set_random_state(
+            np.random.default_rng(sequence), random.Random(int(sequence.generate_state(1)[0]))
+        )
+        result = self._pipeline(image=image, bboxes=boxes, rows=np.arange(len(boxes)))
+        new_boxes = np.asarray(result["bboxes"], dtype=np.float32).reshape(-1, 4).clip(0, self.image_size)
+        rows = np.asarray(result["rows"], dtype=np.int64).reshape(-1)
+        is_kept = (new_boxes[:, 2:] - new_boxes[:, :2] >= MIN_SIDE).all(axis=1)
+        return Transformed(self._checked(result["image"]), new_boxes[is_kept], rows[is_kept])
+
+    def _checked(self, image: object) -> npt.NDArray[np.uint8]:
+        expected = (self.image_size, self.image_size, 3)
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == expected:
+            return image
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ConfigError(
+            f"data.train_transforms gave an image of type {found}; it must be a uint8 array of shape {expected}.\n"
+            "Leave out what converts images (Normalize, ToFloat, ToTensorV2, ToGray): the detector normalises them."
+        )

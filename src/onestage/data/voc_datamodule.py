@@ -1,0 +1,90 @@
+"""Data sets in PASCAL VOC format: one XML file for each image, and lists of images for each split."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import albumentations as A
+
+from onestage.data.datamodule import DetectionDataModule, Split
+from onestage.data.voc import parse_voc
+from onestage.errors import ConfigError
+from onestage.types import AnnotationSet
+
+TRAINVAL_07_12 = ("2007_trainval", "2012_trainval")  # "07+12", the papers' usual training set
+
+
+class VOCDataModule(DetectionDataModule):
+    """Reads the XML files in `Annotations` for the images that lists in `ImageSets/Main` name.
+
+    `root` is one such folder, with splits named like the lists (`[train]`), or holds VOC2007, VOC2012 and so on, with
+    splits named by year and list (`[2007_trainval, 2012_trainval]`). All other arguments are those of
+    `DetectionDataModule`.
+
+    Args:
+        root: the folder of the data set.
+        train_splits: the lists that make up the training set.
+        val_splits: the lists that make up the validation set.
+        test_splits: the lists that make up the test set; null: testing uses the validation set.
+        train_difficult: whether objects flagged as difficult are trained on, as in the SSD paper's own code. If not,
+            the loss leaves their regions out. Evaluation always does.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        train_splits: Sequence[str] = TRAINVAL_07_12,
+        val_splits: Sequence[str] = ("2007_test",),
+        test_splits: Sequence[str] | None = None,
+        train_difficult: bool = True,
+        image_size: int = 300,
+        batch_size: int = 32,
+        num_workers: int | Literal["auto"] = "auto",
+        prefetch_factor: int = 4,
+        train_transforms: list[A.BasicTransform] | None = None,
+        seed: int = 42,
+        class_names: list[str] | None = None,
+        category_ids: list[int] | None = None,
+        max_bad_fraction: float = 0.01,
+        predict_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__(
+            image_size=image_size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+            train_transforms=train_transforms,
+            seed=seed,
+            class_names=class_names,
+            category_ids=category_ids,
+            max_bad_fraction=max_bad_fraction,
+            predict_dir=predict_dir,
+        )
+        self.root = Path(root)
+        self.train_difficult = train_difficult
+        self._splits: dict[Split, Sequence[str] | None] = {
+            "train": train_splits,
+            "val": val_splits,
+            "test": test_splits,
+        }
+        for split, lists in self._splits.items():
+            if lists is not None and not lists:
+                raise ConfigError(
+                    f"data.{split}_splits is empty; it must name at least one list in ImageSets/Main.\n"
+                    f"Set data.{split}_splits: [{split}], or leave it out."
+                )
+
+    @property
+    def has_test_split(self) -> bool:
+        """Whether a test set was given."""
+        return self._splits["test"] is not None
+
+    def parse(self, split: Split, class_names: Sequence[str] | None) -> AnnotationSet:
+        """Read the XML files of a split."""
+        return parse_voc(
+            self.root,
+            self._splits[split] or (),
+            class_names=class_names,
+            max_bad_fraction=self.max_bad_fraction,
+        )
