@@ -53,7 +53,7 @@ def find_files(source: str, names: Sequence[object], root: Path) -> list[str | N
     Raises:
         AnnotationError: `root` is not a folder, a name leaves it, or none of the files exists.
     """
-    remedy = "Give the folder that the names are relative to as image folder (image_root)."
+    remedy = "Correct data.root, so that the image folder is the one that the names are relative to."
     if not root.is_dir():
         raise AnnotationError(f"{printable(root)}: is not a folder; it must hold the images of {source}.\n{remedy}")
     listings: dict[str, dict[str, bool]] = {}
@@ -100,7 +100,7 @@ def _checked(source: str, name: object) -> str:
             return str(path)
     raise AnnotationError(
         f"{source}: file_name {name!r:.200} is not a path below the image folder; it must be relative, with '/' "
-        "between folders and without '..'.\nCorrect file_name, and give the image folder as image_root."
+        "between folders and without '..'.\nCorrect the file_name, and data.root if the images lie elsewhere."
     )
 
 
@@ -118,7 +118,7 @@ def _require_inside(source: str, root: Path, path: Path) -> None:
     target = path.resolve()
     if not target.is_relative_to(root.resolve()):
         problem = f"{printable(path)} is a link to {printable(target)}, outside the image folder"
-        raise AnnotationError(f"{source}: {problem}.\nGive the folder that holds the files themselves as image_root.")
+        raise AnnotationError(f"{source}: {problem}.\nCorrect data.root, so that it leads to the files themselves.")
 
 
 def _open_at_once(path: str, flags: int) -> int:
