@@ -12,9 +12,9 @@ ONESTAGE_ENV ?=
 BIN   := $(or $(ONESTAGE_ENV),.venv)/bin
 READY := $(if $(ONESTAGE_ENV),,.venv/.ready)
 
-# eval and predict take the newest best checkpoint, and the config that its run wrote, unless they are told otherwise.
+# eval and predict take the newest best checkpoint, which holds its own configuration; a CONFIG that is given comes on top.
 CKPT ?= $(shell ls -t runs/*/*/checkpoints/best.ckpt 2>/dev/null | head -n 1)
-RUN_CONFIG = $(if $(filter file,$(origin CONFIG)),$(patsubst %/checkpoints/,%/config.yaml,$(dir $(CKPT))),$(CONFIG))
+GIVEN_CONFIG = $(if $(filter-out file,$(origin CONFIG)),--config $(CONFIG))
 HAS_CKPT = test -n "$(CKPT)" || { echo 'no runs/*/*/checkpoints/best.ckpt yet: run make train, or name one with CKPT=path' >&2; exit 4; }
 
 .PHONY: help setup train eval predict test test-all lint format types benchmark lock docker docker-train clean
@@ -29,11 +29,11 @@ train: $(READY) ## Train: make train CONFIG=configs/voc_ssd300.yaml ARGS="--trai
 
 eval: $(READY) ## Validate the newest best checkpoint, or CKPT=path
 	@$(HAS_CKPT)
-	$(BIN)/onestage validate --config $(RUN_CONFIG) --ckpt_path $(CKPT) $(ARGS)
+	$(BIN)/onestage validate $(GIVEN_CONFIG) --ckpt_path $(CKPT) $(ARGS)
 
 predict: $(READY) ## Draw detections: make predict ARGS="--data.predict_dir=my/images"
 	@$(HAS_CKPT)
-	$(BIN)/onestage predict --config $(RUN_CONFIG) --ckpt_path $(CKPT) $(ARGS)
+	$(BIN)/onestage predict $(GIVEN_CONFIG) --ckpt_path $(CKPT) $(ARGS)
 
 test: $(READY) ## Run the tests that take seconds
 	$(BIN)/python -m pytest $(ARGS)
