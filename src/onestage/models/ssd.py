@@ -1,0 +1,275 @@
+"""SSD: Single Shot MultiBox Detector (arXiv:1512.02325) on VGG16, with exchangeable losses."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onestage.boxes.anchors import SSD160 as SSD160_ANCHORS
+from onestage.boxes.anchors import SSD300_COCO, SSD300_VOC, SSD512_COCO, SSD512_VOC, AnchorLevel, make_anchors
+from onestage.boxes.coders import DeltaBoxCoder
+from onestage.boxes.matchers import IoUMatcher
+from onestage.boxes.postprocess import select_detections
+from onestage.errors import ConfigError
+from onestage.losses import BoxLoss, ClassificationLoss, SigmoidFocalLoss, SmoothL1Loss, SoftmaxClassificationLoss
+from onestage.models.heads import AnchorHead
+from onestage.models.pretrained import PIXEL_MEAN, PIXEL_SCALE, load_imagenet_weights, load_torchvision_ssd300
+from onestage.models.vgg import VGG16
+from onestage.types import PADDING, Anchors, Detections, Detector, Predictions, Targets
+
+AnchorTable = Literal["voc", "coco"]
+
+
+class ExtraLayer(NamedTuple):
+    """A 1 x 1 convolution that reduces the channels, then one that makes the next, smaller feature map."""
+
+    reduced_channels: int
+    out_channels: int
+    kernel_size: int = 3
+    stride: int = 2
+    padding: int = 1
+
+
+class SSD(Detector):
+    """One shot over six or seven feature maps; the subclasses are the published sizes.
+
+    Args:
+        num_classes: K, without the background.
+        classification_loss: owns the link between logits and scores. None: SigmoidFocalLoss().
+        box_loss: None: SmoothL1Loss().
+        anchors: which of the paper's tables of default boxes; COCO's objects are smaller.
+        backbone_weights: IMAGENET1K_FEATURES, the path of a VGG16's state dict, or None for random weights.
+        pretrained: torchvision_coco or the path of a state dict of torchvision's ssd300_vgg16, for SSD300 with
+            MinedCrossEntropy and anchors "coco"; it replaces all weights.
+        prior: score of every anchor before training, 0..1. RetinaNet's pi.
+        positive_iou: overlap that makes an anchor positive, 0..1.
+        negative_iou: overlap below which it is background, 0..positive_iou.
+        score_threshold: detections score more than this, 0..1.
+        nms_threshold: overlap by more than this suppresses the lower score of a class, 0..1.
+        candidates_per_class: boxes of a class that enter suppression, at least 1.
+        max_detections: D, at least 1.
+
+    Raises:
+        ConfigError: if an argument is out of its range or does not go with another.
+        CheckpointError: if weights cannot be fetched or read, or do not fit.
+    """
+
+    anchor_tables: ClassVar[Mapping[AnchorTable, Sequence[AnchorLevel]]]
+    extra_layers: ClassVar[Sequence[ExtraLayer]]
+
+    pixel_mean: Tensor
+    anchor_boxes: Tensor
+    anchor_strides: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        classification_loss: ClassificationLoss | None = None,
+        box_loss: BoxLoss | None = None,
+        anchors: AnchorTable = "voc",
+        backbone_weights: str | None = None,
+        pretrained: str | None = None,
+        prior: float = 0.01,
+        positive_iou: float = 0.5,
+        negative_iou: float = 0.5,
+        score_threshold: float = 0.01,
+        nms_threshold: float = 0.45,
+        candidates_per_class: int = 400,
+        max_detections: int = 200,
+    ) -> None:
+        super().__init__()
+        self._require(num_classes >= 1, "num_classes", num_classes, "at least 1")
+        self._require(anchors in self.anchor_tables, "anchors", anchors, f"one of {', '.join(self.anchor_tables)}")
+        self._require(0 < prior < 1, "prior", prior, "between 0 and 1; RetinaNet's is 0.01")
+        self._require(0 <= score_threshold < 1, "score_threshold", score_threshold, "0 or more and less than 1")
+        self._require(0 <= nms_threshold <= 1, "nms_threshold", nms_threshold, "in 0..1; SSD's is 0.45")
+        self._require(candidates_per_class >= 1, "candidates_per_class", candidates_per_class, "at least 1")
+        self._require(max_detections >= 1, "max_detections", max_detections, "at least 1")
+        self.num_classes = num_classes
+        self.score_threshold = score_threshold
+        self.nms_threshold = nms_threshold
+        self.candidates_per_class = candidates_per_class
+        self.max_detections = max_detections
+        self.matcher = IoUMatcher(positive_iou, negative_iou)
+        self.box_coder = DeltaBoxCoder(variances=(0.1, 0.2))
+        self.classification_loss = classification_loss or SigmoidFocalLoss()
+        self.box_loss = box_loss or SmoothL1Loss()
+
+        self._build_network(self.anchor_tables[anchors], prior)
+        self._load_weights(anchors, backbone_weights, pretrained)
+
+    def forward(self, images: Tensor) -> Predictions:
+        """Predict for every anchor. images: [B, 3, H, W] uint8 RGB, H = W = image_size."""
+        feature_maps: list[Tensor] = self.backbone(self.normalise(images))
+        for extra in self.extras:
+            feature_maps.append(extra(feature_maps[-1]))
+        return Predictions(
+            class_logits=self.class_head(feature_maps),
+            box_deltas=self.box_head(feature_maps),
+            anchors=Anchors(self.anchor_boxes, self.anchor_strides),
+        )
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Subtract the mean and divide by the scale: [B, 3, H, W] uint8, 0..255, to float32 around 0."""
+        return (images.float() - self.pixel_mean) / PIXEL_SCALE
+
+    def loss(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
+        """Return the two terms of SSD eq. 1, each a sum divided by the number of positive anchors, at least 1.
+
+        In training the number is averaged over the processes of a distributed run, as the gradients are. Images without
+        objects count in `classification`. Nothing here waits for the device, and B and M do not change the number of
+        operations.
+        """
+        class_logits, box_deltas, anchors, _ = predictions
+        with torch.no_grad(), torch.autocast(box_deltas.device.type, enabled=False):
+            targets = _with_a_row(targets)
+            match = self.matcher(targets, anchors)  # [B, A]
+            is_positive = match >= 0
+            row = match.clamp(min=0)
+            gt_boxes = targets.boxes.float().gather(1, row[..., None].expand(-1, -1, 4))  # [B, A, 4]
+            labels = torch.where(is_positive, targets.labels.gather(1, row), match)
+            num_positives = is_positive.sum().float()
+            if class_logits.requires_grad:  # validation makes no collective call: processes may have unequal batches
+                num_positives = _mean_over_processes(num_positives)
+            num_positives = num_positives.clamp(min=1)
+        classification = self.classification_loss(class_logits, labels)
+        box = self.box_loss(box_deltas, gt_boxes, anchors.boxes, self.box_coder, is_positive)
+        return {"classification": classification / num_positives, "box": box / num_positives}
+
+    @torch.no_grad()
+    def detect(self, predictions: Predictions) -> Detections:
+        """Decode, threshold and suppress. Boxes are in network-input pixels, clipped to the image."""
+        class_logits, box_deltas, anchors, _ = predictions
+        with torch.autocast(box_deltas.device.type, enabled=False):
+            boxes = self.box_coder.decode(box_deltas.float(), anchors.boxes).clamp(min=0, max=self.image_size)
+            return select_detections(
+                boxes,
+                self.classification_loss.scores(class_logits),
+                score_threshold=self.score_threshold,
+                iou_threshold=self.nms_threshold,
+                candidates_per_class=self.candidates_per_class,
+                max_detections=self.max_detections,
+            )
+
+    def make_backbone(self) -> VGG16:
+        """Return the network of the first two feature maps, with random weights."""
+        return VGG16()
+
+    def _build_network(self, levels: Sequence[AnchorLevel], prior: float) -> None:
+        self.backbone = self.make_backbone()
+        channels = list(self.backbone.out_channels)
+        self.extras = nn.ModuleList()
+        for layer in self.extra_layers:
+            self.extras.append(_extra_block(channels[-1], layer))
+            channels.append(layer.out_channels)
+        anchors_per_cell = [level.anchors_per_cell for level in levels]
+        num_logits = self.classification_loss.num_logits(self.num_classes)
+        self.class_head = AnchorHead(channels, anchors_per_cell, num_logits)
+        self.class_head.start_at_prior(self.classification_loss.prior_bias(self.num_classes, prior))
+        self.box_head = AnchorHead(channels, anchors_per_cell, num_outputs=4)
+
+        # Derived from the class, hence not in the state dict.
+        anchors = make_anchors(levels, self.image_size)
+        self.register_buffer("anchor_boxes", anchors.boxes, persistent=False)
+        self.register_buffer("anchor_strides", anchors.strides, persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+
+    def _load_weights(self, anchors: AnchorTable, backbone_weights: str | None, pretrained: str | None) -> None:
+        if pretrained is not None:
+            loss = self.classification_loss
+            if not (isinstance(self, SSD300) and anchors == "coco" and isinstance(loss, SoftmaxClassificationLoss)):
+                raise ConfigError(
+                    f"{type(self).__name__}: pretrained is {pretrained}; torchvision's SSD is an SSD300 with COCO's "
+                    f"anchors (now {anchors}) and a softmax (now {type(loss).__name__}).\n"
+                    "Set anchors: coco and classification_loss: onestage.losses.MinedCrossEntropy, or pretrained: null"
+                )
+            load_torchvision_ssd300(self, pretrained, self.num_classes)
+        elif backbone_weights is not None:
+            if self.backbone.batch_norm:
+                raise ConfigError(
+                    f"{type(self).__name__}: backbone_weights is {backbone_weights}; published weights fit the plain "
+                    "VGG16 of SSD300 and SSD512 only.\nSet backbone_weights: null"
+                )
+            load_imagenet_weights(self.backbone, backbone_weights)
+
+    def _require(self, is_met: bool, key: str, value: object, rule: str) -> None:
+        if not is_met:
+            raise ConfigError(f"{type(self).__name__}: {key} is {value!r}; it must be {rule}")
+
+
+class SSD300(SSD):
+    """SSD300: 8732 anchors on maps of 38, 19, 10, 5, 3 and 1 cells. VOC07 77.2 mAP, COCO 25.1 (SSD table 1 and 5)."""
+
+    image_size = 300
+    anchor_tables: ClassVar = {"voc": SSD300_VOC, "coco": SSD300_COCO}
+    extra_layers: ClassVar = (
+        ExtraLayer(256, 512),  # conv8_2
+        ExtraLayer(128, 256),  # conv9_2
+        ExtraLayer(128, 256, stride=1, padding=0),  # conv10_2
+        ExtraLayer(128, 256, stride=1, padding=0),  # conv11_2
+    )
+
+
+class SSD512(SSD):
+    """SSD512: 24564 anchors on maps of 64, 32, 16, 8, 4, 2 and 1 cells. VOC07 79.8 mAP, COCO 28.8."""
+
+    image_size = 512
+    anchor_tables: ClassVar = {"voc": SSD512_VOC, "coco": SSD512_COCO}
+    extra_layers: ClassVar = (
+        ExtraLayer(256, 512),
+        ExtraLayer(128, 256),
+        ExtraLayer(128, 256),
+        ExtraLayer(128, 256),
+        ExtraLayer(128, 256, kernel_size=4),  # 2 cells, padded to 4, give 1
+    )
+
+
+class SSD160(SSD):
+    """A small SSD for CPUs: 2390 anchors on maps of 20, 10, 5, 3 and 1 cells, a narrow VGG16 with batch norm.
+
+    Ours, not published; it trains from random weights. One table of anchors serves both names.
+    """
+
+    image_size = 160
+    anchor_tables: ClassVar = {"voc": SSD160_ANCHORS, "coco": SSD160_ANCHORS}
+    extra_layers: ClassVar = (
+        ExtraLayer(64, 128),
+        ExtraLayer(64, 128),
+        ExtraLayer(64, 128, stride=1, padding=0),
+    )
+
+    def make_backbone(self) -> VGG16:
+        """Return a VGG16 of an eighth to a quarter of the published widths."""
+        return VGG16(widths=(16, 32, 64, 128, 128), fc_width=256, batch_norm=True)
+
+
+def _extra_block(in_channels: int, layer: ExtraLayer) -> nn.Sequential:
+    """Return the two convolutions of an extra layer; Xavier weights (SSD section 3)."""
+    reduce = nn.Conv2d(in_channels, layer.reduced_channels, kernel_size=1)
+    conv = nn.Conv2d(layer.reduced_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+    for new in (reduce, conv):
+        nn.init.xavier_uniform_(new.weight)
+        nn.init.constant_(new.get_parameter("bias"), 0)
+    # No batch norm: the last maps have 1 to 9 cells, too few values for its statistics.
+    layers = {"reduce": reduce, "reduce_relu": nn.ReLU(inplace=True), "conv": conv, "conv_relu": nn.ReLU(inplace=True)}
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _with_a_row(targets: Targets) -> Targets:
+    """Append a row of padding where there is no row at all, so that every anchor has an object to look at."""
+    if targets.labels.shape[1] > 0:
+        return targets
+    return Targets(F.pad(targets.boxes, (0, 0, 0, 1)), F.pad(targets.labels, (0, 1), value=PADDING))
+
+
+def _mean_over_processes(count: Tensor) -> Tensor:
+    """Average a number over the processes of a distributed run, on the device."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return count
+    count = count.clone()
+    dist.all_reduce(count)
+    return count / dist.get_world_size()

@@ -1,0 +1,91 @@
+"""VGG16 (configuration D, arXiv:1409.1556) as SSD uses it: two feature maps, conv4_3 and fc7."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_CONVS_OF_STAGE = (2, 2, 3, 3, 3)
+CONV_NAMES = tuple(f"conv{s}_{c}" for s, count in enumerate(_CONVS_OF_STAGE, 1) for c in range(1, count + 1))
+
+
+class L2Norm(nn.Module):
+    """Scale the features of each cell to a learnt length, 20 at first. ParseNet section 3.2 (arXiv:1506.04579)."""
+
+    def __init__(self, channels: int, initial_length: float = 20.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((channels,), initial_length))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features: [B, C, H, W]; in float32 within, for the sum of squares overflows float16."""
+        normalised = F.normalize(features.float(), dim=1)
+        return (normalised * self.weight.float().view(1, -1, 1, 1)).to(features.dtype)
+
+
+class VGG16(nn.Module):
+    """VGG16 up to conv5_3, then SSD's pool5 and fully connected layers as dilated convolutions (SSD section 3).
+
+    Args:
+        widths: channels of the five stages.
+        fc_width: channels of fc6 and fc7.
+        batch_norm: after each convolution, as in torchvision's vgg16_bn; the published SSD has none.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (64, 128, 256, 512, 512),
+        fc_width: int = 1024,
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.out_channels = (widths[3], fc_width)  # of conv4_3 and fc7
+        self.batch_norm = batch_norm
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        in_channels = 3
+        for name in CONV_NAMES:
+            stage, position = int(name[4]), int(name[6])
+            if stage > 1 and position == 1:
+                # 300 -> 150 -> 75 -> 38: the third pool rounds up, or conv4_3 would have 37 x 37 cells.
+                layers[f"pool{stage - 1}"] = nn.MaxPool2d(2, 2, ceil_mode=stage == 4)
+            layers |= _conv_layers(name, in_channels, widths[stage - 1], batch_norm)
+            in_channels = widths[stage - 1]
+        layers["pool5"] = nn.MaxPool2d(3, 1, padding=1)
+        layers |= _conv_layers("fc6", in_channels, fc_width, batch_norm, dilation=6)
+        layers |= _conv_layers("fc7", fc_width, fc_width, batch_norm, kernel_size=1)
+        for name in ("fc6", "fc7"):
+            nn.init.xavier_uniform_(layers[name].get_parameter("weight"))  # as all new layers of SSD (section 3)
+
+        names = list(layers)
+        split = names.index("pool4")
+        self.to_conv4_3 = nn.Sequential(OrderedDict((name, layers[name]) for name in names[:split]))
+        self.to_fc7 = nn.Sequential(OrderedDict((name, layers[name]) for name in names[split:]))
+        self.conv4_3_norm = L2Norm(widths[3])
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return conv4_3 (stride 8, L2-normalised) and fc7 (stride 16). images: [B, 3, H, W], normalised."""
+        conv4_3 = self.to_conv4_3(images)
+        return [self.conv4_3_norm(conv4_3), self.to_fc7(conv4_3)]
+
+
+def _conv_layers(
+    name: str, in_channels: int, out_channels: int, batch_norm: bool, kernel_size: int = 3, dilation: int = 1
+) -> OrderedDict[str, nn.Module]:
+    """Return a convolution that keeps the map's size, its batch norm if any, and its ReLU, by name."""
+    conv = nn.Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size,
+        padding=dilation * (kernel_size // 2),
+        dilation=dilation,
+        bias=not batch_norm,
+    )
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    layers: OrderedDict[str, nn.Module] = OrderedDict([(name, conv)])
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    if batch_norm:
+        layers[f"{name}_bn"] = nn.BatchNorm2d(out_channels)
+    layers[f"{name}_relu"] = nn.ReLU(inplace=True)
+    return layers
