@@ -1,0 +1,140 @@
+"""Small annotation sets, random detections, and COCO's own evaluation of them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from onestage.types import PADDING, AnnotationSet, Detections
+
+NAMES_IN_COCO_ORDER = (
+    *("mAP", "AP50", "AP75", "mAP_small", "mAP_medium", "mAP_large"),
+    *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
+)
+
+
+def annotation_set(
+    boxes: Sequence[Sequence[Sequence[float]]],
+    labels: Sequence[Sequence[int]],
+    class_names: Sequence[str] = ("cat", "dog", "owl"),
+    crowds: Sequence[Sequence[int]] | None = None,
+    areas: Sequence[Sequence[float]] | None = None,
+) -> AnnotationSet:
+    """boxes[i], labels[i], ... are those of image i; image ids are 10, 20, ... and category ids 7, 14, ..."""
+    flat = np.array([box for image in boxes for box in image], np.float32).reshape(-1, 4)
+    own_areas = (flat[:, 2] - flat[:, 0]) * (flat[:, 3] - flat[:, 1])
+    num_images = len(boxes)
+    return AnnotationSet(
+        source="hand-written",
+        image_paths=np.array([f"{index}.jpg" for index in range(num_images)], dtype=np.str_),
+        image_ids=10 * np.arange(1, num_images + 1),
+        sizes=np.full((num_images, 2), 640, np.int32),
+        box_offsets=np.cumsum([0, *(len(image) for image in boxes)]),
+        boxes=flat,
+        labels=np.array([label for image in labels for label in image], np.int64),
+        areas=own_areas if areas is None else np.concatenate([np.asarray(area, np.float32) for area in areas]),
+        is_crowd=np.zeros(len(flat), bool) if crowds is None else np.concatenate([np.bool_(c) for c in crowds]),
+        is_difficult=np.zeros(len(flat), bool),
+        class_names=tuple(class_names),
+        category_ids=tuple(7 * (label + 1) for label in range(len(class_names))),
+    )
+
+
+def detections(
+    boxes: Sequence[Sequence[Sequence[float]]], scores: Sequence[Sequence[float]], labels: Sequence[Sequence[int]]
+) -> Detections:
+    """Pad lists per image into a batch."""
+    longest = max(len(image) for image in scores)
+    padded = Detections(
+        torch.zeros(len(boxes), longest, 4),
+        torch.zeros(len(boxes), longest),
+        torch.full((len(boxes), longest), PADDING),
+    )
+    for row, (image_boxes, image_scores, image_labels) in enumerate(zip(boxes, scores, labels, strict=True)):
+        count = len(image_scores)
+        padded.boxes[row, :count] = torch.tensor(image_boxes, dtype=torch.float32).reshape(-1, 4)
+        padded.scores[row, :count] = torch.tensor(image_scores, dtype=torch.float32)
+        padded.labels[row, :count] = torch.tensor(image_labels, dtype=torch.int64)
+    return padded
+
+
+def random_evaluation(
+    seed: int, num_images: int = 40, num_classes: int = 5, num_detections: int = 30, crowd_rate: float = 0.1
+) -> tuple[AnnotationSet, Detections]:
+    """Objects of all sizes, every seventh image without any; half of the detections are jittered objects."""
+    random = np.random.default_rng(seed)
+    boxes, labels, crowds, areas = [], [], [], []
+    found = Detections(
+        torch.zeros(num_images, num_detections, 4),
+        torch.zeros(num_images, num_detections),
+        torch.zeros(num_images, num_detections, dtype=torch.int64),
+    )
+    for index in range(num_images):
+        objects = _random_boxes(random, 0 if index % 7 == 3 else int(random.integers(1, 9)))
+        boxes.append(objects)
+        labels.append(random.integers(0, num_classes, len(objects)))
+        crowds.append(random.random(len(objects)) < crowd_rate)
+        areas.append(np.prod(objects[:, 2:] - objects[:, :2], axis=1) * random.uniform(0.3, 1.0, len(objects)))
+        guesses = _random_boxes(random, num_detections)
+        guess_labels = random.integers(0, num_classes, num_detections)
+        if len(objects):
+            copies = random.integers(0, len(objects), num_detections // 2)
+            sides = np.tile(objects[copies, 2:] - objects[copies, :2], 2)
+            guesses[: len(copies)] = objects[copies] + sides * random.normal(0, 0.06, sides.shape)
+            guess_labels[: len(copies)] = labels[-1][copies]
+        found.boxes[index] = torch.from_numpy(guesses)
+        # Two decimals, so that many scores are equal and the order of ties matters.
+        found.scores[index] = torch.from_numpy(random.uniform(0.05, 1.0, num_detections).round(2))
+        found.labels[index] = torch.from_numpy(guess_labels)
+    class_names = [f"class {label}" for label in range(num_classes)]
+    return annotation_set(boxes, labels, class_names, crowds, areas), found
+
+
+def _random_boxes(random: np.random.Generator, count: int) -> np.ndarray:
+    sides = np.exp(random.uniform(np.log(8), np.log(300), (count, 2)))
+    corners = random.uniform(0, 1, (count, 2)) * (640 - sides)
+    return np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
+
+
+def coco_numbers(annotations: AnnotationSet, found: Detections, category_id: int | None = None) -> dict[str, float]:
+    """What pycocotools itself says, from the records of a COCO file; NaN where it says -1."""
+    objects, records = [], []
+    for index, image_id in enumerate(annotations.image_ids.tolist()):
+        for row in range(*annotations.objects(index).indices(len(annotations.labels))):
+            objects.append(
+                {
+                    "id": len(objects) + 1,
+                    "image_id": image_id,
+                    "category_id": annotations.category_ids[annotations.labels[row]],
+                    "bbox": _xywh(annotations.boxes[row]),
+                    "area": float(annotations.areas[row]),
+                    "iscrowd": int(annotations.is_crowd[row]),
+                }
+            )
+        for box, score, label in zip(found.boxes[index], found.scores[index], found.labels[index], strict=True):
+            if label != PADDING:
+                category = annotations.category_ids[int(label)]
+                values = {"bbox": _xywh(box.numpy()), "score": float(score)}
+                records.append({"image_id": image_id, "category_id": category, **values})
+    truth = COCO()
+    truth.dataset = {
+        "info": {},
+        "images": [{"id": image_id} for image_id in annotations.image_ids.tolist()],
+        "annotations": objects,
+        "categories": [{"id": category} for category in annotations.category_ids],
+    }
+    truth.createIndex()
+    evaluation = COCOeval(truth, truth.loadRes(records), "bbox")
+    if category_id is not None:
+        evaluation.params.catIds = [category_id]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    values = [float(value) if value >= 0 else float("nan") for value in evaluation.stats]
+    return dict(zip(NAMES_IN_COCO_ORDER, values, strict=True))
+
+
+def _xywh(box: np.ndarray) -> list[float]:
+    return [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])]
