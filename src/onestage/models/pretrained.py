@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onestage.errors import CheckpointError, ConfigError
-from onestage.models.vgg import CONV_NAMES, VGG16
+from onestage.models.vgg import VGG, VGG16_DEPTHS
 
 PIXEL_MEAN = (0.48235 * 255, 0.45882 * 255, 0.40784 * 255)  # RGB, of the Caffe VGG16: 123, 117, 104
 PIXEL_SCALE = 64.0
@@ -29,10 +29,11 @@ _CHOICES = {  # by configuration key
     "pretrained": f"{TORCHVISION_COCO} (fetched once into torch's hub cache), the path of a file with the state dict "
     "of torchvision's ssd300_vgg16, or null",
 }
-_VGG_INDICES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # of CONV_NAMES in torchvision's vgg16().features
+_VGG_CONVS = tuple(f"conv{stage}_{i}" for stage, depth in enumerate(VGG16_DEPTHS, 1) for i in range(1, depth + 1))
+_VGG_INDICES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # of _VGG_CONVS in torchvision's vgg16().features
 
 
-def load_imagenet_weights(backbone: VGG16, backbone_weights: str) -> None:
+def load_imagenet_weights(backbone: VGG, backbone_weights: str) -> None:
     """Load the convolutions conv1_1 to conv5_3, and fc6 and fc7 where the file has them.
 
     Args:
@@ -45,13 +46,13 @@ def load_imagenet_weights(backbone: VGG16, backbone_weights: str) -> None:
     """
     weights = _read("backbone_weights", backbone_weights)
     weights = {name.removeprefix("features."): value for name, value in weights.items()}
-    indices = dict(zip(CONV_NAMES, _VGG_INDICES, strict=True))
+    indices = dict(zip(_VGG_CONVS, _VGG_INDICES, strict=True))
     if "31.weight" in weights:  # only vgg16_reducedfc.pth goes beyond conv5_3
         indices |= {"fc6": 31, "fc7": 33}
     name_map = {_vgg_module(name): str(index) for name, index in indices.items()}
     source = f"backbone_weights: {backbone_weights}"
     state = _renamed(weights, name_map, source)
-    state["to_conv4_3.conv1_1.weight"] = state["to_conv4_3.conv1_1.weight"] * PIXEL_SCALE
+    state["to_conv4.conv1_1.weight"] = state["to_conv4.conv1_1.weight"] * PIXEL_SCALE
     _load(backbone, backbone.state_dict() | state, source)
 
 
@@ -71,7 +72,7 @@ def load_torchvision_ssd300(detector: nn.Module, pretrained: str, num_classes: i
     """
     source = f"pretrained: {pretrained}"
     state = _renamed(_read("pretrained", pretrained), _ssd300_name_map(), source)
-    state["backbone.to_conv4_3.conv1_1.weight"] = state["backbone.to_conv4_3.conv1_1.weight"] * PIXEL_SCALE
+    state["backbone.to_conv4.conv1_1.weight"] = state["backbone.to_conv4.conv1_1.weight"] * PIXEL_SCALE
 
     num_anchors = len(state["box_head.levels.0.bias"]) // 4
     num_columns = len(state["class_head.levels.0.bias"]) // num_anchors
@@ -101,14 +102,14 @@ def _columns(num_columns: int, num_classes: int, source: str) -> list[int]:
 
 def _vgg_module(name: str) -> str:
     """Return the name within VGG16 of a convolution of the paper."""
-    return f"to_fc7.{name}" if name.startswith(("conv5", "fc")) else f"to_conv4_3.{name}"
+    return f"to_fc7.{name}" if name.startswith(("conv5", "fc")) else f"to_conv4.{name}"
 
 
 def _ssd300_name_map() -> dict[str, str]:
     """Return torchvision's name of each parametrised module of ours."""
     names = {"conv5_1": "extra.0.1", "conv5_2": "extra.0.3", "conv5_3": "extra.0.5"}
     names |= {"fc6": "extra.0.7.1", "fc7": "extra.0.7.3"}
-    for name, index in zip(CONV_NAMES, _VGG_INDICES, strict=True):
+    for name, index in zip(_VGG_CONVS, _VGG_INDICES, strict=True):
         names.setdefault(name, f"features.{index}")
     name_map = {f"backbone.{_vgg_module(ours)}": f"backbone.{theirs}" for ours, theirs in names.items()}
     for block in range(4):
@@ -124,7 +125,7 @@ def _renamed(weights: Mapping[str, Tensor], name_map: Mapping[str, str], source:
     """Return the weights and biases under our names; torchvision calls the weight of L2Norm `scale_weight`."""
     key_map = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in name_map.items() for part in ("weight", "bias")}
     if "class_head.levels.0" in name_map:
-        key_map["backbone.conv4_3_norm.weight"] = "backbone.scale_weight"
+        key_map["backbone.conv4_norm.weight"] = "backbone.scale_weight"
     missing = [theirs for theirs in key_map.values() if theirs not in weights]
     if missing:
         raise CheckpointError(

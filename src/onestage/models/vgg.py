@@ -1,4 +1,4 @@
-"""VGG16 (configuration D, arXiv:1409.1556) as SSD uses it: two feature maps, conv4_3 and fc7."""
+"""VGG (arXiv:1409.1556) as SSD uses it: two feature maps, the last of stage 4 and fc7."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_CONVS_OF_STAGE = (2, 2, 3, 3, 3)
-CONV_NAMES = tuple(f"conv{s}_{c}" for s, count in enumerate(_CONVS_OF_STAGE, 1) for c in range(1, count + 1))
+VGG16_DEPTHS = (2, 2, 3, 3, 3)  # convolutions of the five stages, configuration D
 
 
 class L2Norm(nn.Module):
@@ -24,10 +23,13 @@ class L2Norm(nn.Module):
         return (normalised * self.weight.float().view(1, -1, 1, 1)).to(features.dtype)
 
 
-class VGG16(nn.Module):
-    """VGG16 up to conv5_3, then SSD's pool5 and fully connected layers as dilated convolutions (SSD section 3).
+class VGG(nn.Module):
+    """The five stages of a VGG, then SSD's pool5 and the fully connected layers as dilated convolutions.
+
+    With the default arguments VGG16 as in SSD section 3: conv1_1 to conv5_3, fc6 and fc7.
 
     Args:
+        depths: convolutions of the five stages.
         widths: channels of the five stages.
         fc_width: channels of fc6 and fc7.
         batch_norm: after each convolution, as in torchvision's vgg16_bn; the published SSD has none.
@@ -35,22 +37,23 @@ class VGG16(nn.Module):
 
     def __init__(
         self,
+        depths: Sequence[int] = VGG16_DEPTHS,
         widths: Sequence[int] = (64, 128, 256, 512, 512),
         fc_width: int = 1024,
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.out_channels = (widths[3], fc_width)  # of conv4_3 and fc7
+        self.out_channels = (widths[3], fc_width)  # of stage 4 and fc7
         self.batch_norm = batch_norm
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         in_channels = 3
-        for name in CONV_NAMES:
-            stage, position = int(name[4]), int(name[6])
-            if stage > 1 and position == 1:
+        for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
+            if stage > 1:
                 # 300 -> 150 -> 75 -> 38: the third pool rounds up, or conv4_3 would have 37 x 37 cells.
                 layers[f"pool{stage - 1}"] = nn.MaxPool2d(2, 2, ceil_mode=stage == 4)
-            layers |= _conv_layers(name, in_channels, widths[stage - 1], batch_norm)
-            in_channels = widths[stage - 1]
+            for position in range(1, depth + 1):
+                layers |= _conv_layers(f"conv{stage}_{position}", in_channels, width, batch_norm)
+                in_channels = width
         layers["pool5"] = nn.MaxPool2d(3, 1, padding=1)
         layers |= _conv_layers("fc6", in_channels, fc_width, batch_norm, dilation=6)
         layers |= _conv_layers("fc7", fc_width, fc_width, batch_norm, kernel_size=1)
@@ -59,14 +62,14 @@ class VGG16(nn.Module):
 
         names = list(layers)
         split = names.index("pool4")
-        self.to_conv4_3 = nn.Sequential(OrderedDict((name, layers[name]) for name in names[:split]))
+        self.to_conv4 = nn.Sequential(OrderedDict((name, layers[name]) for name in names[:split]))
         self.to_fc7 = nn.Sequential(OrderedDict((name, layers[name]) for name in names[split:]))
-        self.conv4_3_norm = L2Norm(widths[3])
+        self.conv4_norm = L2Norm(widths[3])
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return conv4_3 (stride 8, L2-normalised) and fc7 (stride 16). images: [B, 3, H, W], normalised."""
-        conv4_3 = self.to_conv4_3(images)
-        return [self.conv4_3_norm(conv4_3), self.to_fc7(conv4_3)]
+        """Return stage 4 (stride 8, L2-normalised) and fc7 (stride 16). images: [B, 3, H, W], normalised."""
+        conv4 = self.to_conv4(images)
+        return [self.conv4_norm(conv4), self.to_fc7(conv4)]
 
 
 def _conv_layers(
