@@ -15,7 +15,7 @@ READY := $(if $(ONESTAGE_ENV),,.venv/.ready)
 # eval and predict take the newest best checkpoint, which holds its own configuration; a CONFIG that is given comes on top.
 CKPT ?= $(shell ls -t runs/*/*/checkpoints/best.ckpt 2>/dev/null | head -n 1)
 GIVEN_CONFIG = $(if $(filter-out file,$(origin CONFIG)),--config $(CONFIG))
-HAS_CKPT = test -n "$(CKPT)" || { echo 'no runs/*/*/checkpoints/best.ckpt yet: run make train, or name one with CKPT=path' >&2; exit 4; }
+HAS_CKPT = test -n "$(CKPT)" || { echo 'no runs/*/*/checkpoints/best.ckpt yet: run make train, or name one with CKPT=path' >&2; exit 2; }
 
 .PHONY: help setup train eval predict test test-all lint format types benchmark lock docker docker-train clean
 

@@ -1,0 +1,99 @@
+"""The code in docs/ runs, and the tables there agree with the code."""
+
+import math
+import re
+import types
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import onestage.errors
+from onestage.errors import AnnotationError, OnestageError
+from onestage.types import BACKGROUND, IGNORE, Targets
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def run_example(page: str) -> types.ModuleType:
+    (source,) = blocks(page, "python")
+    module = types.ModuleType("example")
+    exec(compile(source, page, "exec"), module.__dict__)
+    return module
+
+
+def test_the_loss_of_the_docs_costs_ln_2_for_each_sigmoid_at_even_odds() -> None:
+    loss = run_example("add_a_loss.md").SigmoidCrossEntropy()
+    labels = torch.tensor([[0, BACKGROUND, IGNORE]])  # the ignored anchor costs nothing
+    logits = torch.zeros(1, 3, loss.num_logits(4))
+    assert loss(logits, labels).item() == pytest.approx(2 * 4 * math.log(2))
+
+
+def test_the_loss_of_the_docs_tells_a_positive_from_background() -> None:
+    loss = run_example("add_a_loss.md").SigmoidCrossEntropy()
+    logits = torch.tensor([[[20.0, -20.0]]])  # sure of class 0
+    assert loss(logits, torch.tensor([[0]])).item() == pytest.approx(0, abs=1e-6)
+    assert loss(logits, torch.tensor([[BACKGROUND]])).item() == pytest.approx(20)
+
+
+def test_the_model_of_the_docs_has_an_anchor_for_every_output() -> None:
+    detector = run_example("add_a_model.md").SSD96(num_classes=3)
+    predictions = detector(torch.zeros(2, 3, 96, 96, dtype=torch.uint8))
+    num_anchors = 12 * 12 * 4 + 6 * 6 * 6 + 3 * 3 * 4 + 4
+    assert predictions.anchors.boxes.shape == (num_anchors, 4)
+    assert predictions.class_logits.shape == (2, num_anchors, 3)
+    targets = Targets(torch.tensor([[[20.0, 20, 60, 60]], [[0.0, 0, 0, 0]]]), torch.tensor([[1], [-1]]))
+    assert all(term.isfinite() for term in detector.loss(predictions, targets).values())
+    assert detector.detect(predictions).boxes.shape[0] == 2
+
+
+@pytest.fixture
+def csv_folder(tmp_path: Path) -> Path:
+    for name in ("a.png", "b.png"):
+        cv2.imwrite(str(tmp_path / name), np.zeros((40, 60, 3), dtype=np.uint8))
+    lines = "a.png,1,2,11,22,dog\nb.png,,,,,\na.png,5,5,9,9,cat\n"
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.csv").write_text(lines, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_data_module_of_the_docs_reads_boxes_and_empty_images(csv_folder: Path) -> None:
+    data = run_example("add_a_dataset.md").CSVDataModule(str(csv_folder), image_size=64, batch_size=2)
+    annotations = data.annotations("train")
+    assert data.class_names == ["cat", "dog"]
+    assert annotations.box_offsets.tolist() == [0, 2, 2]
+    assert annotations.boxes.tolist() == [[1, 2, 11, 22], [5, 5, 9, 9]]
+    assert annotations.labels.tolist() == [1, 0]
+    assert data.read_image("train", 1).shape == (40, 60, 3)
+
+
+def test_the_data_module_of_the_docs_names_a_wrong_line(csv_folder: Path) -> None:
+    (csv_folder / "val.csv").write_text("a.png,1,2,x,22,dog\n", encoding="utf-8")
+    data = run_example("add_a_dataset.md").CSVDataModule(str(csv_folder))
+    with pytest.raises(AnnotationError, match=r"val\.csv"):
+        data.annotations("val")
+
+
+@pytest.mark.parametrize("page", [path.name for path in DOCS])
+def test_every_config_of_the_docs_is_yaml_and_every_file_it_points_to_exists(page: str) -> None:
+    for block in blocks(page, "yaml"):
+        assert isinstance(yaml.safe_load(block), dict)
+    named = re.findall(r"`((?:src|tests|docs|configs|scripts)/[\w./]*\w/?)`", (ROOT / "docs" / page).read_text("utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
+    text = (ROOT / "docs" / "conventions.md").read_text(encoding="utf-8")
+    documented = {name: int(code) for name, code in re.findall(r"^\| `(\w+Error)` \| (\d+) \|", text, re.MULTILINE)}
+    kinds = {name: kind for name, kind in vars(onestage.errors).items() if isinstance(kind, type)}
+    kinds.pop(OnestageError.__name__)
+    assert documented == {name: kind.exit_code for name, kind in kinds.items()}
