@@ -1,5 +1,6 @@
 """The Lightning data module that all data sets share: checked settings, splits read once, loaders for every stage."""
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.data.dataset import DetectionDataset, collate
 from onestage.data.folder import list_images
@@ -26,6 +27,8 @@ MAX_AUTO_WORKERS = 16  # at 200 images/s and core more than one GPU takes
 NUM_QUOTED = 3  # lines of what was skipped that the warning quotes
 
 Split = Literal["train", "val", "test"]
+
+logger = logging.getLogger(__name__)
 
 
 class DetectionDataModule(LightningDataModule, ABC):
@@ -281,10 +284,13 @@ def _require_same_categories(train: AnnotationSet, other: AnnotationSet) -> None
         )
 
 
+@rank_zero_only
 def _report_skipped(annotations: AnnotationSet) -> None:
-    """Warn once, on one process, about what was left out of a split."""
+    """Warn, on one process, about what was left out of a split."""
     skipped = annotations.skipped
     if skipped:
         more = len(skipped) - NUM_QUOTED
         lines = [*skipped[:NUM_QUOTED], *([f"and {more} more"] if more > 0 else [])]
-        rank_zero_warn(f"{annotations.source}: {len(skipped)} boxes or images were left out:\n  " + "\n  ".join(lines))
+        logger.warning(
+            "%s: %d boxes or images were left out:\n  %s", annotations.source, len(skipped), "\n  ".join(lines)
+        )

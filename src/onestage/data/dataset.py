@@ -1,7 +1,6 @@
 """From an `AnnotationSet` to samples, and from samples to a `Batch`. Which sample comes when is the samplers' part."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +60,7 @@ class DetectionDataset(Dataset[Sample]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         annotations = self.annotations
         height, width = annotations.sizes[index].tolist()
-        image = read_image(Path(str(annotations.image_paths[index])), (height, width) if height and width else None)
+        image = read_image(str(annotations.image_paths[index]), (height, width))
         objects = annotations.objects(index)
         transformed = self.transform(image, annotations.boxes[objects], (self.seed, epoch, index))
         return Sample(

@@ -13,6 +13,7 @@ from onestage.data.photometric import SSDPhotometricDistort
 from onestage.errors import ConfigError
 
 MIN_SIDE = 1.0  # px of the network input; less of an object is nothing that a network could find
+MIN_TRACE = 0.01  # px; albumentations stops at a box that rounding has left without width or height
 
 
 def ssd_transforms(image_size: int) -> list[A.BasicTransform]:
@@ -58,8 +59,10 @@ class SeededTransform:
         self.image_size = image_size
         self._pipeline = A.Compose(
             [*transforms, A.Resize(image_size, image_size)],  # no work where the last transform has resized already
-            # Labels would come back as floats, so only row numbers travel (float64 holds them exactly).
-            bbox_params=A.BboxParams(format="pascal_voc", label_fields=["rows"], filter_invalid_bboxes=True),
+            # Labels would come back as floats, so only row numbers travel, which are small enough to stay exact.
+            bbox_params=A.BboxParams(
+                format="pascal_voc", label_fields=["rows"], min_width=MIN_TRACE, min_height=MIN_TRACE
+            ),
         )
 
     def __call__(
@@ -69,7 +72,7 @@ class SeededTransform:
 
         Args:
             image: [H, W, 3] uint8 RGB.
-            boxes: [n, 4] xyxy edges in pixels of the image.
+            boxes: [n, 4] xyxy edges in pixels of the image. What lies outside the image is cut off.
             key: (seed, epoch, index of the image), each >= 0.
 
         Raises:
@@ -80,7 +83,10 @@ class SeededTransform:
         self._pipeline.set_random_state(
             np.random.default_rng(sequence), random.Random(int(sequence.generate_state(1)[0]))
         )
-        result = self._pipeline(image=image, bboxes=boxes, rows=np.arange(len(boxes)))
+        height, width = image.shape[:2]
+        inside = boxes.clip(0, (width, height, width, height))
+        given = np.flatnonzero((inside[:, 2:] - inside[:, :2] >= MIN_TRACE).all(axis=1))
+        result = self._pipeline(image=image, bboxes=inside[given], rows=given)
         new_boxes = np.asarray(result["bboxes"], dtype=np.float32).reshape(-1, 4).clip(0, self.image_size)
         rows = np.asarray(result["rows"], dtype=np.int64).reshape(-1)
         is_kept = (new_boxes[:, 2:] - new_boxes[:, :2] >= MIN_SIDE).all(axis=1)

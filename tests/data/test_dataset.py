@@ -1,0 +1,169 @@
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import albumentations as A
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from onestage.data.dataset import DetectionDataset, Sample, collate
+from onestage.data.loader import DetectionLoader, start_worker
+from onestage.data.samplers import EvaluationSampler
+from onestage.data.transforms import SeededTransform, resize_transforms, ssd_transforms
+from onestage.errors import ImageError
+from onestage.types import IGNORE, PADDING, AnnotationSet
+
+SIZES = [(40, 60), (50, 50), (30, 90)]  # (height, width)
+
+
+@pytest.fixture
+def annotations(tmp_path: Path) -> AnnotationSet:
+    """Three images: two objects and a crowd, none, and a difficult one beside a plain one."""
+    paths = []
+    for number, (height, width) in enumerate(SIZES):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        paths.append(str(tmp_path / f"{number}.png"))
+        cv2.imwrite(paths[-1], pixels)
+    boxes = [[0, 0, 30, 20], [30, 20, 60, 40], [10, 10, 50, 30], [9, 3, 18, 6], [45, 0, 90, 30]]
+    return AnnotationSet(
+        source="hand-written",
+        image_paths=np.array(paths),
+        image_ids=np.array([7, 8, 9]),
+        sizes=np.array(SIZES, dtype=np.int32),
+        box_offsets=np.array([0, 3, 3, 5]),
+        boxes=np.array(boxes, dtype=np.float32),
+        labels=np.array([1, 0, 1, 2, 0]),
+        areas=np.ones(5, dtype=np.float32),
+        is_crowd=np.array([False, False, True, False, False]),
+        is_difficult=np.array([False, False, False, True, False]),
+        class_names=("a", "b", "c"),
+        category_ids=(1, 2, 3),
+    )
+
+
+def evaluation(annotations: AnnotationSet, **settings: bool) -> DetectionDataset:
+    return DetectionDataset(annotations, SeededTransform(resize_transforms(32), 32), **settings)
+
+
+def test_sample_has_boxes_in_network_pixels_and_crowds_ignored(annotations: AnnotationSet) -> None:
+    sample = evaluation(annotations)[0]
+    assert (sample.image.shape, sample.image.dtype) == ((3, 32, 32), torch.uint8)
+    # 60 x 40 -> 32 x 32: x by 8/15, y by 4/5
+    expected = torch.tensor([[0, 0, 16, 16], [16, 16, 32, 32], [16 / 3, 8, 80 / 3, 24]])
+    torch.testing.assert_close(sample.boxes, expected, atol=1e-4, rtol=0)
+    assert sample.labels.tolist() == [1, 0, IGNORE]
+    assert (sample.image_index, sample.original_size) == (0, (40, 60))
+
+
+def test_image_is_the_files_rgb_resized(annotations: AnnotationSet) -> None:
+    pixels = cv2.imread(annotations.image_paths[2])[..., ::-1]
+    expected = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_LINEAR)
+    image = evaluation(annotations)[2].image.permute(1, 2, 0).numpy()
+    assert np.abs(image.astype(int) - expected).max() <= 1
+
+
+def test_difficult_objects_are_targets_unless_told_otherwise(annotations: AnnotationSet) -> None:
+    assert evaluation(annotations)[2].labels.tolist() == [2, 0]
+    assert evaluation(annotations, train_difficult=False)[2].labels.tolist() == [IGNORE, 0]
+
+
+def test_image_without_objects_has_empty_targets(annotations: AnnotationSet) -> None:
+    sample = evaluation(annotations)[1]
+    assert (sample.boxes.shape, sample.boxes.dtype) == ((0, 4), torch.float32)
+    assert (sample.labels.shape, sample.labels.dtype) == ((0,), torch.int64)
+
+
+def test_plain_index_stands_for_epoch_zero_and_epochs_differ(annotations: AnnotationSet) -> None:
+    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(32), 32), seed=3)
+    assert torch.equal(dataset[0].image, dataset[0, 0].image)
+    assert len({dataset[epoch, 0].image.numpy().tobytes() for epoch in range(4)}) == 4
+
+
+def test_seed_changes_the_augmentation(annotations: AnnotationSet) -> None:
+    images = {
+        DetectionDataset(annotations, SeededTransform(ssd_transforms(32), 32), seed=seed)[0].image.numpy().tobytes()
+        for seed in range(4)
+    }
+    assert len(images) == 4
+
+
+def test_unknown_annotated_size_takes_the_files(annotations: AnnotationSet) -> None:
+    annotations.sizes[0] = 0
+    assert evaluation(annotations)[0].original_size == (40, 60)
+
+
+def test_labels_follow_their_boxes_through_a_crop(annotations: AnnotationSet) -> None:
+    transform = SeededTransform([A.Crop(x_min=30, y_min=0, x_max=90, y_max=30)], 30)
+    sample = DetectionDataset(annotations, transform)[2]
+    assert sample.labels.tolist() == [0]
+    torch.testing.assert_close(sample.boxes, torch.tensor([[7.5, 0, 30, 30]]), atol=1e-4, rtol=0)
+
+
+def sample_with(num_objects: int, index: int = 0) -> Sample:
+    return Sample(
+        image=torch.full((3, 4, 4), index, dtype=torch.uint8),
+        boxes=torch.ones(num_objects, 4) * (index + 1),
+        labels=torch.arange(num_objects),
+        image_index=index,
+        original_size=(10 + index, 20 + index),
+    )
+
+
+@pytest.mark.parametrize(("num_objects", "padded"), [(0, 16), (1, 16), (16, 16), (17, 32), (33, 48)])
+def test_collate_pads_to_a_multiple_of_sixteen(num_objects: int, padded: int) -> None:
+    batch = collate([sample_with(0), sample_with(num_objects)])
+    assert batch.targets.boxes.shape == (2, padded, 4)
+    assert batch.targets.labels.shape == (2, padded)
+    assert batch.targets.labels[0].tolist() == [PADDING] * padded
+    assert batch.targets.labels[1].tolist() == [*range(num_objects), *[PADDING] * (padded - num_objects)]
+    assert batch.targets.boxes[1, num_objects:].abs().sum() == 0
+
+
+def test_collate_keeps_order_types_and_layout() -> None:
+    batch = collate([sample_with(1, 5), sample_with(2, 3)])
+    assert batch.images.shape == (2, 3, 4, 4)
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.images[:, 0, 0, 0].tolist() == [5, 3]
+    assert batch.targets.boxes[:, 0, 0].tolist() == [6, 4]
+    assert (batch.targets.boxes.dtype, batch.targets.labels.dtype) == (torch.float32, torch.int64)
+    assert (batch.image_indices.tolist(), batch.image_indices.dtype) == ([5, 3], torch.int64)
+    assert (batch.original_sizes.tolist(), batch.original_sizes.dtype) == ([[15, 25], [13, 23]], torch.int64)
+
+
+def test_dataset_can_be_pickled(annotations: AnnotationSet) -> None:
+    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(32), 32), seed=1)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copy[2, 1].image, dataset[2, 1].image)
+
+
+def test_spawned_worker_gives_the_same_samples(annotations: AnnotationSet) -> None:
+    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(32), 32), seed=1)
+    loader = DataLoader(
+        dataset,
+        batch_size=3,
+        collate_fn=collate,
+        num_workers=1,
+        multiprocessing_context=multiprocessing.get_context("spawn"),
+        worker_init_fn=start_worker,
+    )
+    (batch,) = loader
+    expected = collate([dataset[index] for index in range(3)])
+    assert torch.equal(batch.images, expected.images)
+    assert torch.equal(batch.targets.boxes, expected.targets.boxes)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_undecodable_image_stops_with_the_decoders_own_message(annotations: AnnotationSet, num_workers: int) -> None:
+    Path(annotations.image_paths[1]).write_bytes(b"no image at all")
+    dataset = evaluation(annotations)
+    with pytest.raises(ImageError) as alone:
+        dataset[1]
+    loader = DetectionLoader(dataset, sampler=EvaluationSampler(dataset), collate_fn=collate, num_workers=num_workers)
+    with pytest.raises(ImageError) as in_loader:
+        list(loader)
+    assert annotations.image_paths[1] in str(alone.value)
+    assert str(in_loader.value) == str(alone.value)
