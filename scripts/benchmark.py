@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Time a part of the package beside the obvious alternative, and check that both give the same result.
+
+    python scripts/benchmark.py step      a training step of SSD300, and torchvision's ssd300_vgg16
+    python scripts/benchmark.py data      SSD's augmentation, and torchvision's v2 transforms
+    python scripts/benchmark.py detect    from outputs to detections, and torchvision's postprocess_detections
+    python scripts/benchmark.py map       COCO evaluation, and pycocotools and torchmetrics
+    python scripts/benchmark.py ops       what a step asks of a device outside its convolutions, counted, not timed
+
+All contestants run in one process and in turn (A B, B A, ...), so compare ratios, not times.
+"""
+
+import argparse
+
+ROUNDS = {"step": 5, "data": 5, "detect": 9, "map": 3, "ops": 1}
+
+
+def main() -> None:
+    """Parse the command line and run one benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=list(ROUNDS))
+    parser.add_argument("--rounds", type=int, help="how often each contestant is timed; by part: " + _defaults())
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and one round: does it run at all?")
+    parser.add_argument("--threads", type=int, help="of torch; by default all cores, and one for data")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds or (1 if arguments.quick else ROUNDS[arguments.part])
+    if rounds < 1:
+        parser.error(f"--rounds is {rounds}; it must be at least 1")
+
+    import torch
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.part == "step":
+        from benchmarks import step as benchmark
+    elif arguments.part == "data":
+        from benchmarks import augmentation as benchmark
+    elif arguments.part == "detect":
+        from benchmarks import detection as benchmark
+    elif arguments.part == "map":
+        from benchmarks import mean_average_precision as benchmark
+    else:
+        from benchmarks import operations as benchmark
+    device = "GPU" if torch.cuda.is_available() else "no GPU"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}")
+    benchmark.run(rounds=rounds, quick=arguments.quick)
+
+
+def _defaults() -> str:
+    return ", ".join(f"{part} {rounds}" for part, rounds in ROUNDS.items())
+
+
+if __name__ == "__main__":
+    main()
