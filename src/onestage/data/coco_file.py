@@ -15,6 +15,7 @@ from onestage.types import JSONDict
 
 TABLES = ("images", "annotations", "categories")
 FRESH_COPY = "Take a fresh copy of the file, or export it again as COCO JSON."
+OTHER_PATH = "Correct data.root, data.train_annotations or data.val_annotations; or take a fresh copy of the file."
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def malformed(place: str, problem: str, remedy: str) -> AnnotationError:
 def _load(annotation_file: Path) -> JSONDict:
     """Parse the file and check that its top level is an object."""
     source = printable(annotation_file)
-    content = read_file(annotation_file, AnnotationError, "a COCO annotation file (JSON)", FRESH_COPY)
+    content = read_file(annotation_file, AnnotationError, "a COCO annotation file (JSON)", OTHER_PATH)
     if content[:2] in (b"PK", b"\x1f\x8b"):
         raise AnnotationError(f"{source}: is compressed; it must be JSON text. Unpack it first (unzip, gunzip).")
     try:

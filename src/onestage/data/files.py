@@ -53,7 +53,7 @@ def find_files(source: str, names: Sequence[object], root: Path) -> list[str | N
     Raises:
         AnnotationError: `root` is not a folder, a name leaves it, or none of the files exists.
     """
-    remedy = "Correct data.root, so that the image folder is the one that the names are relative to."
+    remedy = "Give the folder that the names are relative to: data.root, or data.train_images, data.val_images."
     if not root.is_dir():
         raise AnnotationError(f"{printable(root)}: is not a folder; it must hold the images of {source}.\n{remedy}")
     listings: dict[str, dict[str, bool]] = {}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from onestage.data.files import printable, read_file
 from onestage.errors import ImageError
@@ -16,8 +16,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".g
 MAX_PIXELS = 64_000_000  # 192 MB as RGB; a file of a hundred bytes can claim a thousand times as much
 MAX_IMAGE_BYTES = 512 << 20  # twice what MAX_PIXELS of uncompressed 16-bit RGB takes, rounded up
 # Only these readers of Pillow may run: others of its forty start external programs or are little tested.
-PILLOW_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "GIF")
-DECODED_BY_OPENCV = ("JPEG", "MPO", "PNG")  # a quarter faster than Pillow, and as strict when given bytes
+PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+# Registered here rather than by Pillow's search for readers, which several threads would start together.
+LATE_READERS = (TiffImagePlugin, WebPImagePlugin)
+DECODED_BY_OPENCV = ("JPEG", "MPO", "PNG")  # a quarter faster than Pillow, as strict given bytes; MPO: several JPEGs
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 ORIENTATION_TAG = 0x0112
 REMEDY = "Replace the file, or remove it from the data set."
@@ -28,7 +30,7 @@ RGBImage = npt.NDArray[np.uint8]
 class ImageHeader(NamedTuple):
     """What the first bytes of an image file say."""
 
-    format: str  # one of PILLOW_FORMATS
+    format: str  # one of PILLOW_FORMATS, or MPO
     height: int  # as stored, before any rotation
     width: int
     orientation: int  # EXIF 1..8; 1 is upright
@@ -71,9 +73,8 @@ def _open_header(file: Path, content: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise _too_many_pixels(file, "far more") from None
     except Exception as reason:  # Pillow's readers raise whatever a damaged header leads them to
-        known = ", ".join(name for name in PILLOW_FORMATS if name != "MPO")
-        problem = f"is not an image that can be read ({_first_line(reason)}); known formats are {known}"
-        raise ImageError(f"{printable(file)}: {problem}.\n{REMEDY}") from None
+        problem = f"is not an image that can be read ({_first_line(reason)}); known formats are"
+        raise ImageError(f"{printable(file)}: {problem} {', '.join(PILLOW_FORMATS)}.\n{REMEDY}") from None
 
 
 def _read_header(file: Path, image: Image.Image) -> ImageHeader:

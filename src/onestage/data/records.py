@@ -70,9 +70,7 @@ def build_annotation_set(
         AnnotationError: too many bad boxes or images, or objects of which none can be used.
     """
     num_images = len(images.paths)
-    if not num_images:
-        _refuse(source, "none of its images can be used", skipped_images, "Give a split that holds images.")
-    require_few_bad(source, "images", skipped_images, num_images + len(skipped_images), max_bad_fraction)
+    require_images(source, num_images, skipped_images, max_bad_fraction)
     boxes = _clip(source, objects, images.sizes)
     broken_rules = {**_broken_rules(boxes, objects.boxes), **objects.problems}
     skipped_objects = [f"{describe(row)}: {broken_rules[row]}" for row in sorted(broken_rules)]
@@ -102,6 +100,17 @@ def build_annotation_set(
     )
 
 
+def require_images(source: str, num_images: int, skipped_images: Sequence[str], max_bad_fraction: float) -> None:
+    """Stop when no image is left, or when too many were left out; see `require_few_bad`.
+
+    Raises:
+        AnnotationError: so it is.
+    """
+    require_few_bad(source, "images", skipped_images, num_images + len(skipped_images), max_bad_fraction)
+    if not num_images:
+        _refuse(source, "none of its images can be used", skipped_images, "Correct them, or data.root.")
+
+
 def require_few_bad(source: str, noun: str, bad: Sequence[str], total: int, max_bad_fraction: float) -> None:
     """Stop when more than `max_bad_fraction` of all images or boxes would be left out.
 
@@ -119,7 +128,7 @@ def require_few_bad(source: str, noun: str, bad: Sequence[str], total: int, max_
         AnnotationError: too many are bad; it quotes the first few.
     """
     allowed = max(max_bad_fraction * total, ALWAYS_ALLOWED) if max_bad_fraction > 0 else 0
-    if len(bad) > allowed:
+    if len(bad) > allowed + 1e-6:  # 0.29 * 100 is 28.999999999999996
         problem = f"{len(bad)} of {total} {noun} cannot be used; at most {max_bad_fraction:.4g} of them may be left out"
         remedy = f"Correct them, or allow more: data.max_bad_fraction: {_next_fraction(len(bad), total)}"
         _refuse(source, problem, bad, remedy)

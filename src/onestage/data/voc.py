@@ -14,7 +14,7 @@ from defusedxml.ElementTree import fromstring
 
 from onestage.data.files import list_files, printable, read_file
 from onestage.data.images import IMAGE_SUFFIXES
-from onestage.data.records import NUM_EXAMPLES, ImageColumns, ObjectColumns, build_annotation_set
+from onestage.data.records import NUM_EXAMPLES, ImageColumns, ObjectColumns, build_annotation_set, require_images
 from onestage.errors import AnnotationError
 from onestage.types import AnnotationSet
 
@@ -79,6 +79,7 @@ def parse_voc(
     source = f"{printable(root)} ({' + '.join(splits)})"
     listed = _read_splits(root, splits)
     columns, records, skipped_images = _read_images(source, listed)
+    require_images(source, len(records), skipped_images, max_bad_fraction)
     objects = [item for record in records for item in record.objects]
     names = tuple(class_names) if class_names is not None else _sorted_names(source, objects)
     label_of_name = {name: label for label, name in enumerate(names)}

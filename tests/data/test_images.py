@@ -1,0 +1,282 @@
+import io
+import os
+import struct
+import threading
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from onestage.data import images
+from onestage.data.images import read_image
+from onestage.errors import ImageError
+
+RNG = np.random.default_rng(0)
+
+
+def picture(height: int = 48, width: int = 64) -> Image.Image:
+    """Smooth and asymmetric, so that a turn or a mixed-up channel shows after JPEG too."""
+    y, x = np.mgrid[0:height, 0:width]
+    return Image.fromarray(np.stack([4 * y, 3 * x, 255 - 2 * x - y], axis=2).astype(np.uint8))
+
+
+def save(path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def jpeg_bytes(height: int = 48, width: int = 64, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture(height, width).save(buffer, "JPEG", quality=95, **options)
+    return buffer.getvalue()
+
+
+def with_orientation(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".webp", ".gif"])
+def test_lossless_formats_give_the_pixels_as_rgb(tmp_path: Path, suffix: str) -> None:
+    few_colours = picture().quantize(64).convert("RGB")  # a GIF holds no more than 256
+    path = save(tmp_path / f"a{suffix}", few_colours, **({"lossless": True} if suffix == ".webp" else {}))
+    image = read_image(path)
+    np.testing.assert_array_equal(image, np.asarray(few_colours))
+    assert image.dtype == np.uint8
+    assert image.flags.writeable
+    assert image.flags.c_contiguous
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 2}, {"restart_marker_blocks": 2}])
+def test_jpeg_is_decoded_as_pillow_does(tmp_path: Path, options: dict[str, object]) -> None:
+    path = save(tmp_path / "a.jpg", picture(), **options)
+    np.testing.assert_allclose(read_image(path), np.asarray(Image.open(path)), atol=3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
+def test_other_png_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = save(tmp_path / "a.png", picture().convert(mode))
+    np.testing.assert_array_equal(read_image(path), np.asarray(picture().convert(mode).convert("RGB")))
+
+
+def test_transparency_is_dropped_and_not_painted_over(tmp_path: Path) -> None:
+    transparent = picture().copy()
+    transparent.putalpha(0)
+    np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", transparent)), np.asarray(picture()))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L"])
+def test_other_jpeg_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = save(tmp_path / "a.jpg", picture().convert(mode), quality=95)
+    np.testing.assert_allclose(read_image(path), np.asarray(Image.open(path).convert("RGB")), atol=3)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bits_are_scaled_and_not_clipped(tmp_path: Path, suffix: str) -> None:
+    deep = np.array([[0, 255, 256, 0x1234, 0xFFFF]], dtype=np.uint16)
+    path = save(tmp_path / f"a{suffix}", Image.fromarray(deep))
+    assert read_image(path)[0, :, 0].tolist() == [0, 0, 1, 0x12, 0xFF]
+    assert read_image(path).shape == (1, 5, 3)
+
+
+def test_16_bit_colour_png(tmp_path: Path) -> None:
+    deep = np.array([[[0xABCD, 0x1234, 0x00FF]]], dtype=np.uint16)  # blue, green, red in OpenCV's order
+    cv2.imwrite(str(tmp_path / "a.png"), deep)
+    assert read_image(tmp_path / "a.png")[0, 0].tolist() == [0x00, 0x12, 0xAB]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".tif", ".png"])
+def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    path = tmp_path / f"a{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], **({"lossless": True} if suffix == ".webp" else {}))
+    np.testing.assert_array_equal(read_image(path), np.asarray(frames[0]))
+
+
+def test_the_content_and_not_the_suffix_decides(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.jpg", "PNG")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), np.asarray(picture()))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_without_annotated_size_the_orientation_is_applied(tmp_path: Path, orientation: int, suffix: str) -> None:
+    path = save(tmp_path / f"a{suffix}", picture(), exif=with_orientation(orientation))
+    expected = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    np.testing.assert_allclose(read_image(path), np.asarray(expected), atol=3)
+    np.testing.assert_allclose(read_image(path, (0, 0)), np.asarray(expected), atol=3)
+    assert read_image(path).shape[:2] == ((64, 48) if orientation >= 5 else (48, 64))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_annotated_size_decides_about_the_orientation(tmp_path: Path, orientation: int) -> None:
+    path = save(tmp_path / "a.jpg", picture(), exif=with_orientation(orientation))
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    np.testing.assert_allclose(read_image(path, upright.shape[:2]), upright, atol=3)
+    if orientation >= 5:  # annotated without the turn
+        np.testing.assert_allclose(read_image(path, (48, 64)), np.asarray(Image.open(path)), atol=3)
+
+
+def test_another_size_than_annotated_is_refused_with_both(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", picture(), exif=with_orientation(6))
+    with pytest.raises(ImageError) as caught:
+        read_image(path, (49, 64))
+    for part in (str(path), "64 x 48", "48 x 64", "annotated as 64 x 49", "Put the original image back"):
+        assert part in str(caught.value)
+
+
+def test_damaged_exif_counts_as_none(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", picture(), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert read_image(path).shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.2, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tif", ".webp", ".gif"])
+def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str, fraction: float) -> None:
+    noise = Image.fromarray(RNG.integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    whole = save(tmp_path / f"whole{suffix}", noise).read_bytes()
+    path = tmp_path / f"cut{suffix}"
+    path.write_bytes(whole[: int(len(whole) * fraction)])
+    with pytest.raises(ImageError) as caught:
+        read_image(path)
+    assert str(path) in str(caught.value)
+    assert "Replace the file" in str(caught.value)
+
+
+def test_a_jpeg_cut_in_the_middle_is_refused_even_if_its_thumbnail_is_whole(tmp_path: Path) -> None:
+    content = jpeg_bytes(400, 400, exif=b"Exif\0\0" + jpeg_bytes(16, 16))
+    (tmp_path / "whole.jpg").write_bytes(content)
+    assert read_image(tmp_path / "whole.jpg").shape == (400, 400, 3)
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) * 3 // 4])
+    with pytest.raises(ImageError, match=r"cut\.jpg: is cut off or damaged"):
+        read_image(tmp_path / "cut.jpg")
+
+
+def test_data_behind_the_end_of_a_jpeg_is_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg_bytes() + b"\0" * 100 + b"maker's notes")
+    assert read_image(tmp_path / "a.jpg").shape == (48, 64, 3)
+
+
+def test_a_flipped_byte_in_a_png_is_refused(tmp_path: Path) -> None:
+    content = bytearray(save(tmp_path / "a.png", picture()).read_bytes())
+    content[content.index(b"IDAT") + 40] ^= 0x10
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ImageError, match=r"a\.png: is cut off or damaged"):
+        read_image(tmp_path / "a.png")
+
+
+def png_header(width: int, height: int) -> bytes:
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+@pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (8_001, 8_000), (65_535, 65_535)])
+def test_a_header_that_claims_too_many_pixels_is_refused_before_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, height: int
+) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(width, height) + b"\0\0\0\0IDAT")
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match=r"bomb\.png: claims .* at most 64 million(.|\n)*Shrink"):
+        read_image(path)
+
+
+def test_8000_x_8000_pixels_are_allowed_and_the_limit_is_on_the_product(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert images.MAX_PIXELS == 8000 * 8000
+    monkeypatch.setattr(images, "MAX_PIXELS", 48 * 64)
+    assert read_image(save(tmp_path / "a.png", picture())).shape == (48, 64, 3)
+    with pytest.raises(ImageError, match="49 x 64"):
+        read_image(save(tmp_path / "b.png", picture(64, 49)))
+
+
+def test_a_file_that_is_too_long_is_refused_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "long.jpg").open("wb") as file:
+        file.truncate((512 << 20) + 1)  # sparse: takes no space
+    with pytest.raises(ImageError, match=r"long\.jpg: has 536870913 bytes"):
+        read_image(tmp_path / "long.jpg")
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (b"", "is empty"),
+        (b"\0" * 200, "is empty"),
+        (b"\0" * 5000, "is not an image"),
+        (b"<!DOCTYPE html><html>404</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"just text", "known formats are JPEG, PNG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image"),
+        (b"\xff\xd8\xff", "is not an image"),
+        (jpeg_bytes()[:200], "bad.jpg"),
+        (png_header(9, 9), "bad.jpg"),
+        (b"GIF89a\x01\x00\x01\x00\x00\x00\x00", "bad.jpg"),
+    ],
+)
+def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes, rule: str) -> None:
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(content)
+    with pytest.raises(ImageError) as caught:
+        read_image(path)
+    assert str(caught.value).startswith(str(path))
+    assert rule in str(caught.value)
+    assert "0x" not in str(caught.value)  # no addresses of objects
+
+
+def test_missing_folder_pipe_and_dangling_link_are_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "nothing")
+    for name in ("missing.jpg", "folder.jpg", "pipe.jpg", "link.jpg", "nul\0.jpg"):
+        with pytest.raises(ImageError, match="an image file") as caught:
+            read_image(tmp_path / name)
+        assert name.partition("\0")[0] in str(caught.value)
+        assert "Replace the file" in str(caught.value)
+
+
+def test_names_with_line_breaks_and_odd_bytes_are_printed_in_one_line(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9\n\x1b[31m.png")
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / name)
+    assert read_image(str(tmp_path / name)).shape == (48, 64, 3)
+    with pytest.raises(ImageError) as caught:
+        read_image(tmp_path / name, (1, 1))
+    assert "\x1b" not in str(caught.value)
+    assert str(caught.value).splitlines()[0].endswith("wrong place.")
+
+
+def test_threads_read_the_same_pixels(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", picture(200, 300), exif=with_orientation(6))
+    expected = read_image(path)
+    results: list[bool] = []
+
+    def read() -> None:
+        results.extend(np.array_equal(read_image(path), expected) for _ in range(20))
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 80
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".bmp", ".tif", ".webp"])
+def test_random_damage_ends_in_an_image_or_an_image_error(tmp_path: Path, suffix: str) -> None:
+    whole = save(tmp_path / f"whole{suffix}", picture(24, 32)).read_bytes()
+    path = tmp_path / f"damaged{suffix}"
+    rng = np.random.default_rng(7)
+    for _ in range(60):
+        content = np.frombuffer(whole, dtype=np.uint8).copy()
+        places = rng.integers(0, len(content), rng.integers(1, 6))
+        content[places] = rng.integers(0, 256, len(places))
+        path.write_bytes(content.tobytes())
+        try:
+            assert read_image(path).dtype == np.uint8
+        except ImageError as error:
+            assert str(path) in str(error)
