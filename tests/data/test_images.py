@@ -97,6 +97,13 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path, suffix: str) -
     np.testing.assert_array_equal(read_image(path), np.asarray(frames[0]))
 
 
+def test_of_several_jpegs_in_one_file_the_first_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    picture().save(path, "MPO", save_all=True, append_images=[Image.new("RGB", (64, 48))], quality=95)
+    assert Image.open(path).format == "MPO"
+    np.testing.assert_allclose(read_image(path), np.asarray(picture()), atol=8)
+
+
 def test_the_content_and_not_the_suffix_decides(tmp_path: Path) -> None:
     picture().save(tmp_path / "a.jpg", "PNG")
     np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), np.asarray(picture()))

@@ -31,7 +31,7 @@ def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence
     skipped = tuple(f"{printable(path)}: is not a regular file" for path in candidates if not path.is_file())
     if not paths:
         problem = f"holds no images ({' '.join(IMAGE_SUFFIXES)})" if folder.is_dir() else "is neither folder nor image"
-        raise DataError(f"{printable(folder)}: {problem}.\nGive a folder that holds images, or one image file.")
+        raise DataError(f"{printable(folder)}: {problem}.\nGive a folder of images, or one image: data.predict_dir")
     num_images = len(paths)
     return AnnotationSet(
         source=printable(folder),

@@ -119,7 +119,7 @@ def _polygon(num_corners: int) -> npt.NDArray[np.float64]:
 
 
 def _rasterise(contours: list[Array], centre: npt.NDArray[np.float64], size: tuple[int, int]) -> Array:
-    """Fill outlines with soft edges: [H, W] in 0..1, the part of each pixel that is covered."""
+    """Fill outlines with soft edges: [H, W] in 0..1, the part of each pixel that is covered, a 1 px rim included."""
     points = [np.round((contour + centre) * (1 << SUBPIXEL_BITS)).astype(np.int32) for contour in contours]
     canvas = np.zeros(size, dtype=np.uint8)
     cv2.fillPoly(canvas, points, 255, lineType=cv2.LINE_AA, shift=SUBPIXEL_BITS)

@@ -1,0 +1,63 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from onestage.data.folder import list_images
+from onestage.errors import DataError
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"never opened")
+
+
+def test_images_of_a_folder_and_those_below_it_are_sorted_and_numbered(tmp_path: Path) -> None:
+    names = ["b.jpg", "a.PNG", "sub/deep/c.webp", "sub/d.jpeg"]
+    touch(*(tmp_path / name for name in [*names, "notes.txt", ".hidden.jpg", ".cache/e.jpg"]))
+    annotations = list_images(tmp_path, ("cat", "dog"), (3, 7))
+    assert annotations.image_paths.tolist() == [str(tmp_path / name) for name in sorted(names)]
+    assert annotations.image_ids.tolist() == [1, 2, 3, 4]
+    assert annotations.sizes.tolist() == [[0, 0]] * 4
+    assert annotations.box_offsets.tolist() == [0] * 5
+    assert annotations.boxes.shape == (0, 4)
+    assert (annotations.class_names, annotations.category_ids) == (("cat", "dog"), (3, 7))
+
+
+def test_a_single_image_is_a_set_of_one(tmp_path: Path) -> None:
+    touch(tmp_path / "photo")  # whatever its name: the decoder will tell
+    assert list_images(tmp_path / "photo", ("cat",), (1,)).image_paths.tolist() == [str(tmp_path / "photo")]
+
+
+def test_a_pipe_and_a_dangling_link_are_named(tmp_path: Path) -> None:
+    touch(tmp_path / "a.jpg")
+    os.mkfifo(tmp_path / "b.jpg")
+    (tmp_path / "c.jpg").symlink_to(tmp_path / "nothing")
+    annotations = list_images(tmp_path, ("cat",), (1,))
+    assert len(annotations) == 1
+    assert [line.partition(":")[0] for line in annotations.skipped] == [
+        str(tmp_path / "b.jpg"),
+        str(tmp_path / "c.jpg"),
+    ]
+
+
+def test_a_link_back_does_not_go_round_in_circles(tmp_path: Path) -> None:
+    touch(tmp_path / "a.jpg")
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert len(list_images(tmp_path, ("cat",), (1,))) == 1
+
+
+@pytest.mark.parametrize("what", ["empty", "missing", "texts", "pipe"])
+def test_no_image_is_an_error_with_place_rule_and_remedy(tmp_path: Path, what: str) -> None:
+    place = tmp_path / what
+    if what == "pipe":
+        os.mkfifo(place)
+    elif what != "missing":
+        place.mkdir()
+    if what == "texts":
+        touch(place / "notes.txt")
+    with pytest.raises(DataError, match=r"holds no images \(\.jpg|neither folder nor image") as caught:
+        list_images(place, ("cat",), (1,))
+    assert str(caught.value).startswith(str(place))
+    assert "data.predict_dir" in str(caught.value)

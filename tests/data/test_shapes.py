@@ -1,0 +1,201 @@
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onestage.data import scenes
+from onestage.data.coco import parse_coco
+from onestage.data.images import read_image
+from onestage.data.scenes import SHAPE_NAMES, draw_scene
+from onestage.data.shapes import SHAPE_CATEGORY_IDS, draw_shapes
+from onestage.data.voc import parse_voc
+from onestage.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn") / "shapes"
+    draw_shapes(folder, num_train=20, num_val=5, seed=3)
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("split", "num_images", "first_id"), [("train", 20, 1), ("val", 5, 21)])
+def test_both_formats_of_a_split_are_the_same_set(drawn: Path, split: str, num_images: int, first_id: int) -> None:
+    coco = parse_coco(drawn / "annotations" / f"instances_{split}.json", drawn / "JPEGImages")
+    voc = parse_voc(drawn, [split], class_names=SHAPE_NAMES)
+    assert len(coco) == num_images
+    assert coco.class_names == voc.class_names == SHAPE_NAMES
+    assert coco.category_ids == SHAPE_CATEGORY_IDS
+    assert coco.image_ids.tolist() == list(range(first_id, first_id + num_images))
+    for name in ("image_paths", "sizes", "box_offsets", "boxes", "labels", "is_crowd", "is_difficult"):
+        np.testing.assert_array_equal(getattr(coco, name), getattr(voc, name), err_msg=name)
+    assert coco.skipped == voc.skipped == ()
+    assert len(coco.boxes) > num_images
+
+
+def test_category_ids_have_gaps_and_every_shape_has_one() -> None:
+    assert len(SHAPE_CATEGORY_IDS) == len(SHAPE_NAMES) == 6
+    assert max(SHAPE_CATEGORY_IDS) > 6
+
+
+def test_the_images_are_those_of_the_scenes(drawn: Path) -> None:
+    annotations = parse_coco(drawn / "annotations/instances_train.json", drawn / "JPEGImages")
+    for index in range(4):
+        scene = draw_scene(3, index)
+        image = read_image(str(annotations.image_paths[index]), tuple(annotations.sizes[index].tolist()))
+        assert np.abs(image.astype(int) - scene.image).mean() < 12  # JPEG, and its coarser colours
+        np.testing.assert_array_equal(annotations.boxes[annotations.objects(index)], scene.boxes)
+        np.testing.assert_array_equal(annotations.areas[annotations.objects(index)], scene.areas)
+
+
+def test_the_same_seed_gives_the_same_files_and_another_seed_others(drawn: Path, tmp_path: Path) -> None:
+    draw_shapes(tmp_path / "again", num_train=20, num_val=5, seed=3)
+    assert snapshot(tmp_path / "again") == snapshot(drawn)
+    draw_shapes(tmp_path / "other", num_train=1, num_val=1, seed=4)
+    assert snapshot(tmp_path / "other")["JPEGImages/000001.jpg"] != snapshot(drawn)["JPEGImages/000001.jpg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "other"]  # nothing unfinished is left
+
+
+def test_a_finished_folder_is_not_touched(tmp_path: Path) -> None:
+    folder = tmp_path / "shapes"
+    draw_shapes(folder, num_train=2, num_val=1, seed=0)
+    (folder / "ImageSets" / "note.txt").write_text("kept")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    draw_shapes(folder, num_train=2, num_val=1, seed=0)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_other_settings_and_lost_images_are_drawn_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "shapes"
+    draw_shapes(folder, num_train=2, num_val=1, seed=0)
+    draw_shapes(folder, num_train=3, num_val=2, seed=0)
+    assert len(list((folder / "JPEGImages").iterdir())) == 5
+    whole = snapshot(folder)
+    (folder / "JPEGImages/000002.jpg").unlink()
+    draw_shapes(folder, num_train=3, num_val=2, seed=0)
+    assert snapshot(folder) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
+
+
+def test_a_foreign_folder_or_file_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("mine too")
+    for name in ("mine", "file"):
+        with pytest.raises(DataError, match=rf"{name}: is not empty and was not drawn here(.|\n)*data\.root"):
+            draw_shapes(tmp_path / name, num_train=1, num_val=1, seed=0)
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "file").read_text() == "mine too"
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "shapes").mkdir()
+    draw_shapes(tmp_path / "shapes", num_train=1, num_val=1, seed=0)
+    assert (tmp_path / "shapes/JPEGImages/000002.jpg").exists()
+
+
+def test_an_interrupted_drawing_leaves_nothing_and_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(seed: int, index: int) -> scenes.Scene:
+        if index == 2:
+            raise KeyboardInterrupt
+        return draw_scene(seed, index)
+
+    monkeypatch.setattr("onestage.data.shapes.draw_scene", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        draw_shapes(tmp_path / "shapes", num_train=2, num_val=1, seed=0)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    draw_shapes(tmp_path / "shapes", num_train=2, num_val=1, seed=0)
+    assert (tmp_path / "shapes/JPEGImages/000003.jpg").exists()
+
+
+def test_what_a_killed_run_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    old, young = tmp_path / ".shapes.unfinished-old", tmp_path / ".shapes.unfinished-young"
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "000001.jpg").write_bytes(b"")
+    os.utime(old, (time.time() - 7200,) * 2)
+    draw_shapes(tmp_path / "shapes", num_train=1, num_val=1, seed=0)
+    assert not old.exists()
+    assert young.exists()
+
+
+def test_another_process_that_finishes_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overtaken(seed: int, index: int) -> scenes.Scene:
+        monkeypatch.undo()
+        draw_shapes(tmp_path / "shapes", num_train=1, num_val=1, seed=0)
+        return draw_scene(seed, index)
+
+    monkeypatch.setattr("onestage.data.shapes.draw_scene", overtaken)
+    draw_shapes(tmp_path / "shapes", num_train=1, num_val=1, seed=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"num_train": 0, "num_val": 1, "seed": 0}, "data.num_train is 0"),
+        ({"num_train": 1, "num_val": -1, "seed": 0}, "data.num_val is -1"),
+        ({"num_train": 1, "num_val": 1, "seed": -1}, "data.seed is -1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path: Path, settings: dict[str, int], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        draw_shapes(tmp_path / "shapes", **settings)
+
+
+def test_a_parent_that_is_a_file_is_an_error_with_the_key(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot be written(.|\n)*data\.root"):
+        draw_shapes(tmp_path / "file" / "shapes", num_train=1, num_val=1, seed=0)
+
+
+def test_the_settings_file_says_what_was_drawn(drawn: Path) -> None:
+    assert json.loads((drawn / "shapes.json").read_text()) == {"num_train": 20, "num_val": 5, "seed": 3, "version": 1}
+
+
+def test_boxes_lie_inside_and_hold_the_area_of_a_plausible_shape() -> None:
+    drawn_scenes = [draw_scene(0, index) for index in range(120)]
+    for scene in drawn_scenes:
+        height, width = scene.image.shape[:2]
+        assert np.all(scene.boxes[:, :2] >= 0)
+        assert np.all(scene.boxes[:, 2:] <= [width, height])
+        sides = scene.boxes[:, 2:] - scene.boxes[:, :2]
+        assert np.all(sides >= 8)
+        fill = scene.areas / sides.prod(axis=1)
+        assert np.all((fill > 0.15) & (fill <= 1))
+    numbers = np.array([len(scene.labels) for scene in drawn_scenes])
+    assert 1 <= np.count_nonzero(numbers == 0) <= 20  # about 6 %
+    assert numbers.max() >= 5
+    labels = np.bincount(np.concatenate([scene.labels for scene in drawn_scenes]), minlength=len(SHAPE_NAMES))
+    assert labels.min() > 0.1 * labels.sum()
+    assert len({scene.image.shape for scene in drawn_scenes}) == len(scenes.CANVAS_SIZES)
+
+
+def test_the_box_of_a_circle_is_as_tight_as_the_pencil_says() -> None:
+    # To OpenCV whole numbers are the middles of pixels: a circle of radius 20 around pixel (50, 40) reaches the
+    # middles of pixels 30 and 70, 20 and 60, which its outline covers whole. Edges: 30 and 71, 20 and 61.
+    circle = [(20 * scenes._polygon(360)).astype(np.float32)]
+    mask = scenes._rasterise(circle, np.array([50.0, 40.0]), (100, 100)) >= 0.5
+    assert scenes._tight_box(mask) == (30, 20, 71, 61)
+    assert np.pi * 20**2 < np.count_nonzero(mask) < np.pi * 21**2
+
+
+def test_a_shape_stands_out_from_its_background_inside_its_mask_only() -> None:
+    rng = np.random.default_rng(0)
+    canvas = np.full((60, 60, 3), 100, dtype=np.float32)
+    coverage = np.zeros((60, 60), dtype=np.float32)
+    coverage[10:30, 20:50] = 1
+    scenes._paint(rng, canvas, coverage)
+    changed = np.abs(canvas - 100).max(axis=2) > 0
+    assert scenes._tight_box(changed) == (20, 10, 50, 30)
+    assert np.abs(canvas[10:30, 20:50] - 100).max() > scenes.MIN_CONTRAST / 2
