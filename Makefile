@@ -24,16 +24,17 @@ help: ## List the targets
 
 setup: $(READY) ## Make .venv and install what requirements.lock pins
 
+# exec, so that a SIGTERM that make passes on ends in the training, which then saves, and not in a shell in between.
 train: $(READY) ## Train: make train CONFIG=configs/voc_ssd300.yaml ARGS="--trainer.max_epochs=1"
-	$(BIN)/onestage fit --config $(CONFIG) $(ARGS)
+	exec $(BIN)/onestage fit --config $(CONFIG) $(ARGS)
 
 eval: $(READY) ## Validate the newest best checkpoint, or CKPT=path
 	@$(HAS_CKPT)
-	$(BIN)/onestage validate $(GIVEN_CONFIG) --ckpt_path $(CKPT) $(ARGS)
+	exec $(BIN)/onestage validate $(GIVEN_CONFIG) --ckpt_path $(CKPT) $(ARGS)
 
 predict: $(READY) ## Draw detections: make predict ARGS="--data.predict_dir=my/images"
 	@$(HAS_CKPT)
-	$(BIN)/onestage predict $(GIVEN_CONFIG) --ckpt_path $(CKPT) $(ARGS)
+	exec $(BIN)/onestage predict $(GIVEN_CONFIG) --ckpt_path $(CKPT) $(ARGS)
 
 test: $(READY) ## Run the tests that take seconds
 	$(BIN)/python -m pytest $(ARGS)

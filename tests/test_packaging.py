@@ -186,13 +186,13 @@ def test_train_in_a_fresh_folder_installs_from_the_lock_with_hashes_and_then_tra
     )
     commands = lines.stdout.splitlines()
     assert sum("--require-hashes" in line and "-r requirements.lock" in line for line in commands) == 1
-    assert commands[-1] == ".venv/bin/onestage fit --config configs/voc_ssd300.yaml --trainer.max_epochs=1"
+    assert commands[-1] == "exec .venv/bin/onestage fit --config configs/voc_ssd300.yaml --trainer.max_epochs=1"
 
 
 @needs_make
 def test_an_environment_that_is_given_is_used_as_it_is(fresh_folder: Path) -> None:
     done = make("--dry-run", "train", folder=fresh_folder, ONESTAGE_ENV="/opt/venv")
-    assert done.stdout.split() == ["/opt/venv/bin/onestage", "fit", "--config", "configs/shapes_ssd.yaml"]
+    assert done.stdout.split() == ["exec", "/opt/venv/bin/onestage", "fit", "--config", "configs/shapes_ssd.yaml"]
 
 
 @needs_make
@@ -249,10 +249,32 @@ def test_eval_takes_the_newest_best_checkpoint_and_a_config_only_if_one_is_given
         os.utime(checkpoint, (1_000_000_000 - age, 1_000_000_000 - age))
     newest = "runs/shapes/version_1/checkpoints/best.ckpt"
     plain = make("--dry-run", "eval", folder=fresh_folder, ONESTAGE_ENV="e")
-    assert plain.stdout.splitlines()[-1].split() == ["e/bin/onestage", "validate", "--ckpt_path", newest]
+    assert plain.stdout.splitlines()[-1].split() == ["exec", "e/bin/onestage", "validate", "--ckpt_path", newest]
     given = make("--dry-run", "predict", "CKPT=a.ckpt", "CONFIG=b.yaml", folder=fresh_folder, ONESTAGE_ENV="e")
-    words = ["e/bin/onestage", "predict", "--config", "b.yaml", "--ckpt_path", "a.ckpt"]
+    words = ["exec", "e/bin/onestage", "predict", "--config", "b.yaml", "--ckpt_path", "a.ckpt"]
     assert given.stdout.splitlines()[-1].split() == words
+
+
+@needs_make
+def test_a_signal_to_make_reaches_the_training(fresh_folder: Path) -> None:
+    command = fresh_folder / "e" / "bin" / "onestage"
+    command.parent.mkdir(parents=True)
+    command.write_text(
+        f"#!{sys.executable}\nimport pathlib, signal, sys\n"
+        "def save(*_):\n    pathlib.Path('saved').touch()\n    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save)\nprint('up', flush=True)\nsignal.pause()\n",
+        encoding="utf-8",
+    )
+    command.chmod(0o755)
+    assert MAKE is not None
+    words = [MAKE, "train", "ONESTAGE_ENV=e", 'ARGS=--trainer.devices="[0]"']  # quotes: make calls a shell
+    with subprocess.Popen(words, cwd=fresh_folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        while run.stdout.readline().strip() != "up":
+            assert run.poll() is None
+        run.terminate()
+        run.wait(timeout=20)
+    assert (fresh_folder / "saved").exists()
 
 
 @needs_make
