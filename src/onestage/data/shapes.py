@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 import cv2
 
@@ -179,7 +178,7 @@ def _voc_xml(image: JSONDict, scene: Scene) -> str:
     lines = [
         "<annotation>",
         "  <folder>JPEGImages</folder>",
-        f"  <filename>{escape(image['file_name'])}</filename>",
+        f"  <filename>{image['file_name']}</filename>",
         f"  <size><width>{width}</width><height>{height}</height><depth>3</depth></size>",
     ]
     for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
