@@ -42,7 +42,7 @@ def main() -> None:
     else:
         from benchmarks import operations as benchmark
     device = "GPU" if torch.cuda.is_available() else "no GPU"
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}")
+    print(f"torch {torch.__version__}, {device}")
     benchmark.run(rounds=rounds, quick=arguments.quick)
 
 

@@ -6,11 +6,11 @@ deviation 1.5 and a background bias that is found by bisection.
 """
 
 import torch
-from benchmarks.timing import compare
 from torch import Tensor
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.models.detection.image_list import ImageList
 
+from benchmarks.timing import compare
 from onestage.losses import MinedCrossEntropy
 from onestage.models import SSD300
 from onestage.types import Anchors, Detections, Predictions

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import torch
-from benchmarks.timing import compare
 
+from benchmarks.timing import compare
 from onestage.evaluation.average_precision import TORCHMETRICS_NAMES
 from onestage.evaluation.coco import CocoEvaluator
 from onestage.types import AnnotationSet, Detections

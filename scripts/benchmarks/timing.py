@@ -43,7 +43,7 @@ def _wait_for_device() -> None:
 def _print_table(title: str, seconds: Mapping[str, Sequence[float]]) -> None:
     reference = next(iter(seconds.values()))
     width = max(len(name) for name in seconds)
-    print(f"\n{title}; {len(reference)} rounds")
+    print(f"\n{title}; {torch.get_num_threads()} threads, {len(reference)} rounds")
     print(f"{'':<{width}}   ms min / median / max          times faster, round by round: min / median / max")
     for name, values in seconds.items():
         ratios = [theirs / ours for theirs, ours in zip(reference, values, strict=True)]

@@ -1,0 +1,71 @@
+"""Every benchmark runs to its end, its assertions on equal results included. No time is checked."""
+
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import benchmark as script
+
+    torch_threads, cv2_threads = torch.get_num_threads(), cv2.getNumThreads()
+    yield script
+    torch.set_num_threads(torch_threads)
+    cv2.setNumThreads(cv2_threads)
+
+
+def run(benchmark, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    benchmark.main()
+
+
+@pytest.mark.parametrize(
+    ("part", "asserted"),
+    [
+        ("map", "all twelve numbers within 1e-6"),
+        ("detect", "same labels in the same order"),
+        ("data", "the same boxes within 0.001 px"),
+        ("ops", "never waits"),
+        pytest.param("step", "the same losses from the same weights", marks=pytest.mark.slow),
+    ],
+)
+def test_quick_run_ends_with_equal_results(benchmark, monkeypatch, capsys, part, asserted):
+    run(benchmark, monkeypatch, part, "--quick")
+    printed = capsys.readouterr().out
+    assert asserted in printed
+    assert "x1.00 / x1.00 / x1.00" in printed or part == "ops"  # the reference row of a table of ratios
+
+
+def test_contestants_take_turns_and_every_second_round_is_reversed(benchmark, capsys):
+    from benchmarks.timing import compare
+
+    calls = []
+    compare("letters", {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"  # the first pair warms up
+    assert "letters" in capsys.readouterr().out
+
+
+def test_operations_are_counted_without_views_and_with_waits(benchmark):
+    from benchmarks.operations import count_operations
+
+    numbers = torch.arange(6.0)
+    assert count_operations(lambda: numbers.view(2, 3)[0] + 1) == (1, 0)
+    assert count_operations(lambda: numbers.sum().item()) == (2, 1)
+    assert count_operations(lambda: numbers[numbers > 2])[1] == 1
+    weight = torch.ones(6, requires_grad=True)
+    assert count_operations(lambda: (weight * numbers).sum().backward())[0] >= 3  # backward counts too
+
+
+@pytest.mark.parametrize("arguments", [["speed"], ["map", "--rounds", "-1"], []])
+def test_wrong_arguments_end_with_one_message(benchmark, monkeypatch, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        run(benchmark, monkeypatch, *arguments)
+    assert stop.value.code == 2
+    assert "error:" in capsys.readouterr().err
