@@ -29,7 +29,7 @@ class FixedDraws:
 
 def compose(*transforms: A.BasicTransform, seed: int = 0) -> A.Compose:
     params = A.BboxParams(format="pascal_voc", label_fields=["rows"])
-    pipeline = A.Compose(list(transforms), bbox_params=params)
+    pipeline = A.Compose([*transforms, A.NoOp()], bbox_params=params)  # boxes need a transform that takes boxes
     pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
     return pipeline
 

@@ -63,11 +63,7 @@ class VOCDataModule(DetectionDataModule):
         )
         self.root = Path(root)
         self.train_difficult = train_difficult
-        self._splits: dict[Split, Sequence[str] | None] = {
-            "train": train_splits,
-            "val": val_splits,
-            "test": test_splits,
-        }
+        self._splits = {"train": train_splits, "val": val_splits, "test": test_splits}
         for split, lists in self._splits.items():
             if lists is not None and not lists:
                 raise ConfigError(
