@@ -471,6 +471,14 @@ def test_pipeline_that_converts_the_image_says_what_to_leave_out() -> None:
         SeededTransform([A.Normalize()], 32)(random_image(32, 32), NO_BOXES, (0, 0, 0))
 
 
+def test_transform_that_fails_on_an_image_is_named_with_the_image() -> None:
+    transform = SeededTransform([A.RandomCrop(height=500, width=500, pad_if_needed=False)], 32)
+    with pytest.raises(
+        ConfigError, match=r"data.train_transforms failed on an image of 200 x 150 pixels with 3 objects"
+    ):
+        transform(random_image(150, 200), BOXES, (0, 0, 0))
+
+
 def test_adapter_can_be_pickled() -> None:
     transform = SeededTransform(ssd_transforms(32), 32)
     copy = pickle.loads(pickle.dumps(transform))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from onestage.data.crops import SSDMinIoUCrop, SSDZoomOut
 from onestage.data.photometric import SSDPhotometricDistort
-from onestage.errors import ConfigError
+from onestage.errors import ConfigError, OnestageError
 
 MIN_SIDE = 1.0  # px of the network input; less of an object is nothing that a network could find
 MIN_TRACE = 0.01  # px; albumentations stops at a box that rounding has left without width or height
@@ -76,7 +76,7 @@ class SeededTransform:
             key: (seed, epoch, index of the image), each >= 0.
 
         Raises:
-            ConfigError: the transforms do not leave a uint8 RGB image.
+            ConfigError: a transform fails on this image, or they do not leave a uint8 RGB image.
         """
         sequence = np.random.SeedSequence(key)
         # One generator for all: seeding each transform by itself would correlate their draws.
@@ -86,7 +86,15 @@ class SeededTransform:
         height, width = image.shape[:2]
         inside = boxes.clip(0, (width, height, width, height))
         given = np.flatnonzero((inside[:, 2:] - inside[:, :2] >= MIN_TRACE).all(axis=1))
-        result = self._pipeline(image=image, bboxes=inside[given], rows=given)
+        try:
+            result = self._pipeline(image=image, bboxes=inside[given], rows=given)
+        except OnestageError:
+            raise
+        except Exception as reason:  # each transform of albumentations and OpenCV fails in a way of its own
+            raise ConfigError(
+                f"data.train_transforms failed on an image of {width} x {height} pixels with {len(given)} objects: "
+                f"{type(reason).__name__}: {reason}\nTake out or change the transform that cannot handle it."
+            ) from reason
         new_boxes = np.asarray(result["bboxes"], dtype=np.float32).reshape(-1, 4).clip(0, self.image_size)
         rows = np.asarray(result["rows"], dtype=np.int64).reshape(-1)
         is_kept = (new_boxes[:, 2:] - new_boxes[:, :2] >= MIN_SIDE).all(axis=1)
