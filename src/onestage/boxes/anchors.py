@@ -113,6 +113,5 @@ def make_anchors(levels: Sequence[AnchorLevel], image_size: int) -> Anchors:
         Boxes [A, 4] cxcywh, px, and the stride of each, [A]: level, row, column, anchor of the cell, last fastest.
     """
     boxes = torch.cat([_tile(level, image_size) for level in levels])
-    counts = torch.tensor([level.side**2 * level.anchors_per_cell for level in levels])
-    strides = torch.tensor([float(level.stride) for level in levels]).repeat_interleave(counts)
-    return Anchors(boxes, strides)
+    strides = [torch.full((level.side**2 * level.anchors_per_cell,), float(level.stride)) for level in levels]
+    return Anchors(boxes, torch.cat(strides))

@@ -152,7 +152,7 @@ def _remedy(key: str) -> str:
 
 def _read(key: str, value: str) -> Mapping[str, Tensor]:
     """Return the state dict that a configuration key names."""
-    if value in (IMAGENET, TORCHVISION_COCO):
+    if (key, value) in (("backbone_weights", IMAGENET), ("pretrained", TORCHVISION_COCO)):
         return _fetch(key, value)
     return _read_file(key, Path(value))
 
