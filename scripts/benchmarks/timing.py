@@ -1,5 +1,6 @@
 """Interleaved timing: every round calls all contestants, so that a busy machine slows all of them."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ def compare(title: str, contestants: Mapping[str, Callable[[], object]], rounds:
 
 
 def _seconds(call: Callable[[], object]) -> float:
+    gc.collect()  # nobody pays for what another left behind
     _wait_for_device()
     start = time.perf_counter()
     call()

@@ -82,15 +82,16 @@ class CocoEvaluator:
         """
         if self._is_gathered:
             raise RuntimeError("this evaluation is complete; call reset() before the next update()")
-        packed = torch.cat(  # labels are exact in float32 up to 2^24
-            [detections.boxes.float(), detections.scores.float()[..., None], detections.labels.float()[..., None]], -1
-        )
-        batch = packed.detach().cpu().numpy()  # the one transfer of the batch
-        for index, rows in zip(image_indices.tolist(), batch, strict=True):
+        boxes, scores, labels = (tensor.detach().float() for tensor in detections)
+        packed = torch.cat([boxes, scores[..., None], labels[..., None]], dim=-1).flatten(1)
+        # One transfer for the whole batch: a number that crosses by itself costs the device a stop.
+        # Indices and labels are exact in float32 up to 2^24.
+        packed = torch.cat([packed, image_indices.to(packed)[:, None]], dim=1).cpu()
+        for index, rows in zip(packed[:, -1].int().tolist(), packed[:, :-1].numpy(), strict=True):
             if not 0 <= index < len(self.annotations):
                 raise ValueError(f"image index {index} is not in 0..{len(self.annotations) - 1}")
             if index not in self._rows_by_image:
-                self._rows_by_image[index] = self._best(rows, index)
+                self._rows_by_image[index] = self._best(rows.reshape(-1, 6), index)
 
     def compute(self) -> Metrics:
         """Return the twelve numbers, 0..1, NaN where the evaluated images hold no object to find.
