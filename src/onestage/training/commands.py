@@ -22,7 +22,7 @@ from onestage.training.checkpoints import (
     load_weights,
     read_checkpoint,
 )
-from onestage.training.messages import check_config_file, config_files, explain, option_values
+from onestage.training.messages import check_config_file, config_files, explain, files_first, option_values
 from onestage.training.module import DetectionModule
 from onestage.training.monitors import DetectionImages, PredictionWriter, ResultsWriter, print_report
 from onestage.training.runs import new_run_folder
@@ -34,6 +34,7 @@ SHARED_CONFIG = Path("configs") / "trainer.yaml"
 def run_trainer_command(words: list[str]) -> None:
     """Run `fit`, `validate`, `test` or `predict` with the options that follow it."""
     command, *options = words
+    options = files_first(options)
     for file in config_files(options):
         check_config_file(file)
     checkpoints = option_values(options, "--ckpt_path")
@@ -123,12 +124,6 @@ class DetectionCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Decide what `auto` means, so that config.yaml says what was run."""
         settings = self.settings
-        if settings.data is None or settings.model.detector is None:
-            missing = "data" if settings.data is None else "model.detector"
-            raise ConfigError(
-                f"nothing says which {missing} to use.\nGive an experiment (--config configs/shapes_ssd.yaml), or for "
-                "validate, test and predict a checkpoint (--ckpt_path runs/.../checkpoints/best.ckpt)."
-            )
         if self.command == "fit" and settings.ckpt_path is not None:
             read_checkpoint(settings.ckpt_path)
         settings.trainer.precision = resolve_precision(settings.trainer.precision, settings.trainer.accelerator)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def explain(message: str, command: str, options: Sequence[str], known_keys: Iter
         known_keys: all keys of the command's parser.
     """
     reason = _reason(message)
+    missing = re.search(r"arguments are required: (.*)", reason)
+    if missing:
+        keys = " and ".join(key.strip().removeprefix(f"{command}.") for key in missing[1].split(","))
+        return (
+            f"nothing says which {keys} to use. Give an experiment (--config configs/shapes_ssd.yaml), or for validate, "
+            "test and predict a checkpoint (--ckpt_path runs/.../checkpoints/best.ckpt)"
+        )
     unknown = next((match["key"] for match in map(lambda rule: rule.search(reason), UNKNOWN_KEY) if match), None)
     if unknown is not None:
         meant = _meant(unknown, [*known_keys, *_constructor_arguments(options)])
@@ -104,11 +112,27 @@ def config_files(options: Sequence[str]) -> list[str]:
 def option_values(options: Sequence[str], *names: str) -> list[str]:
     """The values of an option given as `--name value` or `--name=value`, in order."""
     values = []
-    for word, following in zip(options, [*options[1:], None], strict=True):
+    for word, following in zip_longest(options, options[1:]):
         name, equals, value = word.partition("=")
         if name in names and (equals or following is not None):
             values.append(value if equals else str(following))
     return values
+
+
+def files_first(options: Sequence[str]) -> list[str]:
+    """Move every --config before the other options, which then override files wherever they stand.
+
+    The parser lets a file override the options before it: a saved config.yaml, which has a value for every key, would
+    silently take back a --ckpt_path typed in front of it.
+    """
+    files, others = [], []
+    words = iter(options)
+    for word in words:
+        if word in ("--config", "-c"):
+            files += [word, *[value for value in [next(words, None)] if value is not None]]
+        else:
+            (files if word.startswith(("--config=", "-c=")) else others).append(word)
+    return files + others
 
 
 class StrictLoader(yaml.SafeLoader):

@@ -232,13 +232,14 @@ class DetectionModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a reader needs to use the weights without the data set. Primitives only, so that it loads safely."""
-        checkpoint[CHECKPOINT_KEY] = {
+        ours = {
             "schema": CHECKPOINT_SCHEMA,
             "detector": type(self.detector).__name__,
             "image_size": int(self.detector.image_size),
             "class_names": list(self.data.class_names),
             "category_ids": [int(category) for category in self.data.category_ids],
         }
+        checkpoint.setdefault(CHECKPOINT_KEY, {}).update(ours)
 
 
 def _is_fused(optimizer: Optimizer) -> bool:

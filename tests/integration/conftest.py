@@ -1,0 +1,54 @@
+"""One short run on a small drawn set, shared by the tests of the commands."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from onestage.cli import main
+from onestage.training.runs import RUN_FOLDER_VARIABLE
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a drawn set of 32 training and 7 validation images."""
+    from onestage.data.shapes import draw_shapes
+
+    folder = tmp_path_factory.mktemp("drawn") / "shapes"
+    draw_shapes(folder, num_train=32, num_val=7, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fast_options(drawn: Path) -> list[str]:
+    """Options that make the embedded experiment a matter of seconds."""
+    return [
+        "--config", str(REPOSITORY / "configs" / "shapes_ssd.yaml"),
+        "--data.root", str(drawn), "--data.num_train", "32", "--data.num_val", "7", "--data.draw_seed", "0",
+        "--data.num_workers", "0", "--data.batch_size", "8",
+        "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1", "--trainer.accelerator", "cpu",
+        "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+        "--drawn_images", "3", "--drawn_score", "0.01",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, fast_options: list[str]) -> Path:
+    """Run folder of `onestage fit`."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert run("fit", *fast_options, "--runs_dir", str(runs)) == 0
+    return runs / "shapes_ssd" / "version_0"
+
+
+def run(*words: str) -> int:
+    """Run a command as its own process would, without a second import of torch."""
+    os.environ.pop(RUN_FOLDER_VARIABLE, None)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.stream = sys.stderr  # pytest gives each test a stream of its own and closes it; no flush
+    return main(list(words))

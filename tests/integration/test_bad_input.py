@@ -1,0 +1,187 @@
+"""Every file a command reads, missing, empty, torn or of the wrong kind: one message, exit code 2 or 3, no traceback."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, run
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Run a command that must refuse; return what it says."""
+    capsys.readouterr()
+    code = run(*words)
+    text = capsys.readouterr().err
+    assert code in (2, 3), text
+    assert "Traceback" not in text
+    return text[text.index("error: ") :]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fti"], "Did you mean: onestage fit"),
+        (["fit"], "nothing says which model.detector and data to use"),
+        (["fit", "--config"], "config"),
+        (["fit", "--trainer.max_epoch", "1"], "did you mean trainer.max_epochs"),
+        (["fit", "--trainer.precision", "bf17"], "trainer.precision"),
+        (["fit", "--config", "nowhere.yaml"], "does not exist"),
+        (["validate", "--ckpt_path", "nowhere.ckpt"], "does not exist"),
+        (["predict", "--ckpt_path", "configs"], "is a folder"),
+    ],
+)
+def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str], words: list[str], expected: str) -> None:
+    text = complaint(capsys, *words)
+    assert expected in text
+    assert len(text.strip().splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--data.batch_size", "0"], "batch_size"),
+        (["--data.num_workers", "-1"], "num_workers"),
+        (["--model.detector.score_threshold", "2"], "score_threshold"),
+        (["--model.schedule.warmup_start", "0"], "warmup_start"),
+        (["--data.image_size", "300"], "data.image_size is 300"),
+        (["--model.detector.prio", "0.1"], "did you mean prior"),
+        (["--data.train_transforms", '[{"class_path": "onestage.data.SSDZoomOut", "init_args": {"rato": 3}}]'], "rato"),
+    ],
+)
+def test_a_value_that_cannot_be(
+    capsys: pytest.CaptureFixture[str], fast_options: list[str], tmp_path: Path, options: list[str], expected: str
+) -> None:
+    assert expected in complaint(capsys, "fit", *fast_options, *options, "--runs_dir", str(tmp_path))
+
+
+def damage_checkpoint(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "empty":
+        path.write_bytes(b"")
+    elif how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "last byte missing":
+        path.write_bytes(content[:-1])
+    elif how == "html":
+        path.write_bytes(b"<!DOCTYPE html><html>404</html>")
+    elif how == "flipped byte":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif how == "lfs pointer":
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    elif how == "state dict alone":
+        torch.save({"weight": torch.zeros(2)}, path)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("empty", "is empty (0 bytes)"),
+        ("truncated", "is truncated or damaged"),
+        ("last byte missing", "is truncated or damaged"),
+        ("html", "is not a torch checkpoint"),
+        ("flipped byte", "damaged"),
+        ("lfs pointer", "git lfs pull"),
+        ("state dict alone", "was not written by `onestage fit`"),
+    ],
+)
+@pytest.mark.parametrize("command", ["validate", "fit"])
+def test_a_damaged_checkpoint(
+    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path, how: str, expected: str, command: str
+) -> None:
+    checkpoint = tmp_path / "torn.ckpt"
+    shutil.copy(trained / "checkpoints" / "best.ckpt", checkpoint)
+    damage_checkpoint(checkpoint, how)
+    options = ["--config", str(trained / "config.yaml"), "--runs_dir", str(tmp_path)]
+    text = complaint(capsys, command, "--ckpt_path", str(checkpoint), *options)
+    assert expected in text
+    assert str(checkpoint) in text
+
+
+def test_a_checkpoint_of_other_classes_names_both_numbers(
+    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
+) -> None:
+    options = ["--config", str(trained / "config.yaml"), "--data.class_names=[a,b]", "--data.category_ids=[1,2]"]
+    options += ["--data.predict_dir", str(trained / "predictions"), "--runs_dir", str(tmp_path)]
+    checkpoint = str(trained / "checkpoints" / "best.ckpt")
+    text = complaint(capsys, "predict", "--ckpt_path", checkpoint, *options)
+    assert "classes, the data has 2" in text
+
+
+def test_a_checkpoint_that_names_foreign_code_is_refused_and_nothing_is_run(
+    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
+) -> None:
+    canary = tmp_path / "canary"
+    checkpoint = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    checkpoint["onestage"]["config"]["model"]["detector"] = {
+        "class_path": "pathlib.Path.write_text",
+        "init_args": {"self": str(canary), "data": "run"},
+    }
+    torch.save(checkpoint, tmp_path / "foreign.ckpt")
+    text = complaint(capsys, "validate", "--ckpt_path", str(tmp_path / "foreign.ckpt"))
+    assert "pathlib.Path.write_text" in text
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "truncated", "html", "list"])
+def test_a_damaged_annotation_file(
+    capsys: pytest.CaptureFixture[str], drawn: Path, fast_options: list[str], tmp_path: Path, what: str
+) -> None:
+    file = tmp_path / "instances.json"
+    content = (drawn / "annotations" / "instances_train.json").read_bytes()
+    damaged = {"empty": b"", "truncated": content[: len(content) // 2], "html": b"<html>", "list": b"[]"}
+    if what in damaged:
+        file.write_bytes(damaged[what])
+    options = [
+        "--data.class_path", "onestage.data.COCODataModule", "--data.root", str(drawn),
+        "--data.train_annotations", str(file), "--data.train_images", str(drawn / "JPEGImages"),
+        "--data.image_size", "160",
+        "--model.detector.class_path", "onestage.models.SSD160", "--runs_dir", str(tmp_path), "--trainer.accelerator=cpu",
+    ]  # fmt: skip
+    text = complaint(capsys, "fit", *options)
+    assert str(file) in text
+
+
+@pytest.mark.parametrize("what", ["missing list", "empty list", "torn xml", "no such root"])
+def test_a_damaged_voc_folder(capsys: pytest.CaptureFixture[str], drawn: Path, tmp_path: Path, what: str) -> None:
+    root = tmp_path / "voc"
+    shutil.copytree(drawn, root)
+    if what == "missing list":
+        (root / "ImageSets" / "Main" / "train.txt").unlink()
+    elif what == "empty list":
+        (root / "ImageSets" / "Main" / "train.txt").write_text("\n")
+    elif what == "torn xml":
+        for xml in (root / "Annotations").iterdir():
+            xml.write_bytes(xml.read_bytes()[:100])
+    elif what == "no such root":
+        root = tmp_path / "nowhere"
+    options = [
+        "--data.class_path", "onestage.data.VOCDataModule", "--data.root", str(root), "--data.image_size", "160",
+        "--data.train_splits=[train]", "--data.val_splits=[val]", "--model.detector.class_path", "onestage.models.SSD160",
+        "--runs_dir", str(tmp_path), "--trainer.accelerator=cpu",
+    ]  # fmt: skip
+    text = complaint(capsys, "fit", *options)
+    assert str(root) in text
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_torn_image_is_named_whoever_reads_it(drawn: Path, tmp_path: Path, num_workers: int) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(drawn, root)
+    listed = json.loads((root / "annotations" / "instances_train.json").read_text())["images"]
+    torn = root / "JPEGImages" / listed[0]["file_name"]
+    torn.write_bytes(torn.read_bytes()[:200])
+    words = [
+        "fit", "--config", str(REPOSITORY / "configs" / "shapes_ssd.yaml"), "--data.class_path",
+        "onestage.data.VOCDataModule", "--data.root", str(root), "--data.train_splits=[train]", "--data.val_splits=[val]",
+        "--data.num_workers", str(num_workers), "--data.batch_size", "8", "--runs_dir", str(tmp_path / "runs"),
+        "--trainer.max_epochs", "1", "--trainer.accelerator=cpu",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "onestage.cli", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert str(torn.name) in done.stderr.strip().splitlines()[-1] or str(torn.name) in done.stderr

@@ -1,0 +1,143 @@
+"""The commands as a user types them, on a small drawn set."""
+
+import json
+import math
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, run
+
+
+def test_a_run_folder_holds_all_it_promises(trained: Path) -> None:
+    assert {"config.yaml", "checkpoints", "metrics.csv", "results.json", "predictions"} <= {
+        path.name for path in trained.iterdir()
+    }
+    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert list(trained.glob("events.out.tfevents.*"))
+    assert len(list((trained / "predictions").glob("*.jpg"))) == 3
+
+
+def test_results_hold_finite_numbers_by_name(trained: Path) -> None:
+    results = json.loads((trained / "results.json").read_text())
+    assert results["stage"] == "validate"
+    assert {"mAP", "AP50", "AP75", "mAP_small", "mAP_medium", "mAP_large"} <= results["metrics"].keys()
+    assert 0 <= results["metrics"]["mAP"] <= results["metrics"]["AP50"] <= 1
+    assert set(results["per_class"]) == set(results["class_names"])
+    assert results["seconds"] > 0
+    assert results["images_per_second"] == pytest.approx(7 / results["seconds"], rel=0.2)
+    assert torch.__version__.startswith(results["versions"]["torch"])
+
+
+def test_metrics_csv_has_losses_and_map(trained: Path) -> None:
+    header = (trained / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/loss", "train/classification_loss", "train/box_loss", "val/mAP", "val/loss"} <= set(header)
+
+
+def test_the_saved_config_repeats_the_run(trained: Path, tmp_path: Path) -> None:
+    assert run("fit", "--config", str(trained / "config.yaml"), "--runs_dir", str(tmp_path)) == 0
+    (again,) = tmp_path.glob("shapes_ssd/version_0")
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (trained, again))
+    assert first["metrics"] == second["metrics"]
+    weights = [
+        torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"] for folder in (trained, again)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_validate_with_a_checkpoint_alone_gives_the_numbers_of_the_run(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = str(trained / "checkpoints" / "best.ckpt")
+    assert run("validate", "--ckpt_path", checkpoint, "--runs_dir", str(tmp_path), "--trainer.accelerator=cpu") == 0
+    last_line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last_line == f"results: {tmp_path / 'shapes_ssd' / 'version_0' / 'results.json'}"
+    first = json.loads((trained / "results.json").read_text())
+    second = json.loads(Path(last_line.removeprefix("results: ")).read_text())
+    assert first["metrics"] == second["metrics"]
+
+
+def test_test_evaluates_and_says_so(trained: Path, tmp_path: Path) -> None:
+    checkpoint = str(trained / "checkpoints" / "best.ckpt")
+    assert run("test", "--ckpt_path", checkpoint, "--runs_dir", str(tmp_path), "--trainer.accelerator=cpu") == 0
+    (results,) = tmp_path.glob("*/*/results.json")
+    assert json.loads(results.read_text())["stage"] == "test"
+
+
+def test_predict_on_a_folder_writes_images_and_coco_results_in_original_pixels(trained: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    source = sorted((trained / "predictions").glob("*.jpg"))[0]
+    image = cv2.resize(cv2.imread(str(source)), (640, 400))
+    for name in ("a.jpg", "b.png"):
+        cv2.imwrite(str(photos / name), image)
+    checkpoint = str(trained / "checkpoints" / "best.ckpt")
+    options = ["--data.predict_dir", str(photos), "--runs_dir", str(tmp_path / "runs"), "--trainer.accelerator=cpu"]
+    assert run("predict", "--ckpt_path", checkpoint, *options) == 0
+    (folder,) = (tmp_path / "runs").glob("*/version_0")
+    assert len(list((folder / "predictions").glob("*.jpg"))) == 2
+    records = json.loads((folder / "predictions.json").read_text())
+    assert records
+    saved = torch.load(checkpoint, weights_only=True)["onestage"]
+    assert {record["category_id"] for record in records} <= set(saved["category_ids"])
+    assert {record["image_id"] for record in records} <= {1, 2}
+    right = max(record["bbox"][0] + record["bbox"][2] for record in records)
+    assert 160 < right <= 640.001  # not the network's 160 x 160
+    assert all(math.isfinite(value) for record in records for value in record["bbox"])
+
+
+def test_resuming_continues_the_epoch_count(trained: Path, tmp_path: Path) -> None:
+    checkpoint = trained / "checkpoints" / "last.ckpt"
+    options = ["--runs_dir", str(tmp_path), "--trainer.max_epochs", "2"]
+    assert run("fit", "--config", str(trained / "config.yaml"), "--ckpt_path", str(checkpoint), *options) == 0
+    (last,) = tmp_path.glob("*/*/checkpoints/last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 8  # two epochs of 32 images in batches of 8
+
+
+def test_a_checkpoint_holds_primitives_and_tensors_only(trained: Path) -> None:
+    for path in (trained / "checkpoints").iterdir():
+        saved = torch.load(path, weights_only=True)["onestage"]
+        assert saved["class_names"]
+        assert yaml.safe_load(yaml.safe_dump(saved)) == saved
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_step_of_every_cpu_precision_with_clipping_and_a_fused_optimizer(
+    fast_options: list[str], tmp_path: Path, precision: str
+) -> None:
+    options = [
+        "--trainer.precision", precision, "--model.optimizer.fused", "true", "--trainer.gradient_clip_val", "1",
+        "--trainer.fast_dev_run", "true", "--runs_dir", str(tmp_path),
+    ]  # fmt: skip
+    assert run("fit", *fast_options, *options) == 0
+
+
+def test_voc_and_coco_of_the_same_drawn_set_train_alike(fast_options: list[str], tmp_path: Path) -> None:
+    results = []
+    for form in ("coco", "voc"):
+        options = ["--data.format", form, "--runs_dir", str(tmp_path / form), "--drawn_images", "0"]
+        assert run("fit", *fast_options, *options) == 0
+        (path,) = (tmp_path / form).glob("*/*/results.json")
+        metrics = json.loads(path.read_text())["metrics"]
+        # COCO's JSON holds the areas of the shapes, VOC's XML only boxes: the numbers by size may differ
+        results.append(
+            {name: value for name, value in metrics.items() if not name.endswith(("small", "medium", "large"))}
+        )
+    assert results[0] == results[1]
+
+
+def test_configs_are_found_from_any_folder(
+    drawn: Path,
+    fast_options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", *fast_options, "--print_config")
+    assert stopped.value.code in (0, None)
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["gradient_clip_val"] == 10.0
+    assert (REPOSITORY / "configs" / "trainer.yaml").is_file()

@@ -1,0 +1,79 @@
+"""Every shipped configuration parses, and builds the data module and the detector it names."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from onestage.training.commands import DetectionCLI
+from onestage.types import DetectionData, Detector
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+EXPERIMENTS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.name != "trainer.yaml")
+
+
+class Built(DetectionCLI):
+    """The command line up to the point where Lightning would start."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def build(options: list[str], tmp_path: Path, command: str = "fit") -> Built:
+    return Built(command, [*options, "--runs_dir", str(tmp_path / "runs"), "--trainer.accelerator", "cpu"])
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_builds_without_its_data_or_weights(config: Path, tmp_path: Path) -> None:
+    options = ["--config", str(config), '--data.class_names=["a","b","c"]', "--data.category_ids=[1,5,7]"]
+    if "backbone_weights" in config.read_text():
+        options.append("--model.detector.backbone_weights=null")  # no network in a test
+    built = build(options, tmp_path)
+    assert isinstance(built.model.detector, Detector)
+    assert isinstance(built.datamodule, DetectionData)
+    assert built.model.detector.num_classes == 3
+    assert built.model.detector.image_size == built.datamodule.image_size
+    assert built.run_folder.parent.name == config.stem
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_says_what_it_is_and_how_to_run_it(config: Path) -> None:
+    header = [line for line in config.read_text().splitlines() if line.startswith("#")]
+    assert len(header) >= 2
+    assert any(line.startswith(f"# onestage fit --config configs/{config.relative_to(CONFIGS)}") for line in header)
+
+
+def test_the_shared_configuration_is_read_by_every_command(tmp_path: Path) -> None:
+    shared = yaml.safe_load((CONFIGS / "trainer.yaml").read_text())
+    options = ["--config", str(CONFIGS / "shapes_ssd.yaml")]
+    for command in ("fit", "validate", "test", "predict"):
+        built = build(options, tmp_path, command)
+        assert built.settings.trainer.gradient_clip_val == shared["trainer"]["gradient_clip_val"]
+        assert built.settings.seed_everything == shared["seed_everything"]
+
+
+def test_the_seed_reaches_the_data(tmp_path: Path) -> None:
+    built = build(["--config", str(CONFIGS / "shapes_ssd.yaml"), "--seed_everything", "7"], tmp_path)
+    assert built.datamodule.seed == 7
+
+
+def test_every_key_can_be_overridden_from_the_command_line(tmp_path: Path) -> None:
+    options = [
+        "--config", str(CONFIGS / "shapes_ssd.yaml"),
+        "--model.detector.prior", "0.02",
+        "--model.detector.classification_loss.gamma", "1.5",
+        "--model.optimizer.lr", "0.5",
+        "--model.schedule.warmup_steps", "3",
+        "--data.batch_size", "5",
+        "--trainer.max_epochs", "2",
+        "--best_checkpoint.monitor", "val/AP50",
+        "--experiment", "mine",
+    ]  # fmt: skip
+    built = build(options, tmp_path)
+    assert built.model.detector.classification_loss.gamma == 1.5
+    assert built.model.schedule.warmup_steps == 3
+    assert built.model.configure_optimizers is not None
+    assert built.datamodule.batch_size == 5
+    assert built.trainer.max_epochs == 2
+    assert built.run_folder.parent.name == "mine"
+    assert any(getattr(callback, "monitor", None) == "val/AP50" for callback in built.trainer.callbacks)
