@@ -45,7 +45,6 @@ ENV ONESTAGE_ENV=/opt/venv \
     TORCH_HOME=/home/onestage/.cache/torch \
     TORCHINDUCTOR_CACHE_DIR=/home/onestage/.cache/inductor \
     TRITON_CACHE_DIR=/home/onestage/.cache/triton \
-    MPLCONFIGDIR=/home/onestage/.cache/matplotlib \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_VISIBLE_DEVICES=all \

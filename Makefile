@@ -36,7 +36,7 @@ predict: $(READY) ## Draw detections: make predict ARGS="--data.predict_dir=my/i
 	@$(HAS_CKPT)
 	exec $(BIN)/onestage predict $(GIVEN_CONFIG) --ckpt_path $(CKPT) $(ARGS)
 
-test: $(READY) ## Run the tests that take seconds
+test: $(READY) ## Run the tests that take seconds; on more cores: make test ARGS="-n auto"
 	$(BIN)/python -m pytest $(ARGS)
 
 test-all: $(READY) ## Run every test, the slow ones too
