@@ -31,7 +31,8 @@ def fast_options(drawn: Path) -> list[str]:
         "--data.root", str(drawn), "--data.num_train", "32", "--data.num_val", "7", "--data.draw_seed", "0",
         "--data.num_workers", "0", "--data.batch_size", "8",
         "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1", "--trainer.accelerator", "cpu",
-        "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+        "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false",
+        "--trainer.enable_model_summary", "false",
         "--drawn_images", "3", "--drawn_score", "0.01",
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Every file a command reads, missing, empty, torn or of the wrong kind: one message, exit code 2 or 3, no traceback."""
+"""Every file a command reads, missing, empty, torn or of the wrong kind: one message, exit code 2 or 3."""
 
 import json
 import shutil
@@ -140,7 +140,8 @@ def test_a_damaged_annotation_file(
         "--data.class_path", "onestage.data.COCODataModule", "--data.root", str(drawn),
         "--data.train_annotations", str(file), "--data.train_images", str(drawn / "JPEGImages"),
         "--data.image_size", "160",
-        "--model.detector.class_path", "onestage.models.SSD160", "--runs_dir", str(tmp_path), "--trainer.accelerator=cpu",
+        "--model.detector.class_path", "onestage.models.SSD160",
+        "--runs_dir", str(tmp_path), "--trainer.accelerator=cpu",
     ]  # fmt: skip
     text = complaint(capsys, "fit", *options)
     assert str(file) in text
@@ -161,7 +162,8 @@ def test_a_damaged_voc_folder(capsys: pytest.CaptureFixture[str], drawn: Path, t
         root = tmp_path / "nowhere"
     options = [
         "--data.class_path", "onestage.data.VOCDataModule", "--data.root", str(root), "--data.image_size", "160",
-        "--data.train_splits=[train]", "--data.val_splits=[val]", "--model.detector.class_path", "onestage.models.SSD160",
+        "--data.train_splits=[train]", "--data.val_splits=[val]",
+        "--model.detector.class_path", "onestage.models.SSD160",
         "--runs_dir", str(tmp_path), "--trainer.accelerator=cpu",
     ]  # fmt: skip
     text = complaint(capsys, "fit", *options)
@@ -177,8 +179,9 @@ def test_a_torn_image_is_named_whoever_reads_it(drawn: Path, tmp_path: Path, num
     torn.write_bytes(torn.read_bytes()[:200])
     words = [
         "fit", "--config", str(REPOSITORY / "configs" / "shapes_ssd.yaml"), "--data.class_path",
-        "onestage.data.VOCDataModule", "--data.root", str(root), "--data.train_splits=[train]", "--data.val_splits=[val]",
-        "--data.num_workers", str(num_workers), "--data.batch_size", "8", "--runs_dir", str(tmp_path / "runs"),
+        "onestage.data.VOCDataModule", "--data.root", str(root), "--data.train_splits=[train]",
+        "--data.val_splits=[val]", "--data.num_workers", str(num_workers), "--data.batch_size", "8",
+        "--runs_dir", str(tmp_path / "runs"),
         "--trainer.max_epochs", "1", "--trainer.accelerator=cpu",
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "onestage.cli", *words], capture_output=True, text=True, check=False)

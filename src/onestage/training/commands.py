@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.errors import ConfigError
 from onestage.training.checkpoints import (
@@ -185,7 +185,7 @@ class DetectionCLI(LightningCLI):
     def results_path(self) -> Path:
         """Of the file that the last printed line names."""
         name = "predictions.json" if self.command == "predict" else "results.json"
-        return self.run_folder / name
+        return Path(self.run_folder) / name
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Load weights ourselves: checked, never running code, with messages for people."""
@@ -202,7 +202,7 @@ class DetectionCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Evaluate the best checkpoint and say where everything is."""
-        if self.trainer.fast_dev_run:
+        if self.settings.trainer.fast_dev_run:
             return
         best = next(callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint))
         if best.best_model_path:

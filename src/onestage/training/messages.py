@@ -36,8 +36,8 @@ def explain(message: str, command: str, options: Sequence[str], known_keys: Iter
     if missing:
         keys = " and ".join(key.strip().removeprefix(f"{command}.") for key in missing[1].split(","))
         return (
-            f"nothing says which {keys} to use. Give an experiment (--config configs/shapes_ssd.yaml), or for validate, "
-            "test and predict a checkpoint (--ckpt_path runs/.../checkpoints/best.ckpt)"
+            f"nothing says which {keys} to use. Give an experiment (--config configs/shapes_ssd.yaml), or for "
+            "validate, test and predict a checkpoint (--ckpt_path runs/.../checkpoints/best.ckpt)"
         )
     unknown = next((match["key"] for match in map(lambda rule: rule.search(reason), UNKNOWN_KEY) if match), None)
     if unknown is not None:
@@ -125,7 +125,8 @@ def files_first(options: Sequence[str]) -> list[str]:
     The parser lets a file override the options before it: a saved config.yaml, which has a value for every key, would
     silently take back a --ckpt_path typed in front of it.
     """
-    files, others = [], []
+    files: list[str] = []
+    others: list[str] = []
     words = iter(options)
     for word in words:
         if word in ("--config", "-c"):
@@ -148,7 +149,8 @@ def _mapping_without_duplicates(loader: StrictLoader, node: yaml.MappingNode) ->
                 None, None, f"the key {key!r} stands here twice", key_node.start_mark
             )
         seen.add(key)
-    return loader.construct_mapping(node, deep=True)
+    mapping: dict[Any, Any] = loader.construct_mapping(node, deep=True)
+    return mapping
 
 
 StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)

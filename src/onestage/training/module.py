@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 from onestage.errors import ConfigError
 from onestage.evaluation.coco import CocoEvaluator, in_original_pixels
 from onestage.training.schedule import WarmupSchedule
-from onestage.types import Batch, DetectionData, Detections, Detector, Metrics, Stage
+from onestage.types import Batch, DetectionData, Detections, Detector, Metrics, Predictions, Stage
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
@@ -81,15 +81,9 @@ class DetectionModule(pl.LightningModule):
                 "or choose another model.detector.class_path."
             )
         if self.channels_last:
-            self.detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs lack it
+            self.detector.to(memory_format=torch.channels_last)
         if self.compile_detector and stage == "fit":
             self.detector.compile()  # in place, so that the names in the state dict stay as they are
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Lay the images out while they are still bytes, a quarter of what floats would move."""
-        if not self.channels_last:
-            return batch
-        return batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch: SSD eq. 1 with the classification loss of the detector."""
@@ -100,9 +94,13 @@ class DetectionModule(pl.LightningModule):
         return losses["loss"]
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        predictions = self.detector(batch.images)
-        losses = self.detector.loss(predictions, batch.targets)
-        return self._total(losses)
+        predictions = self._predict(batch)
+        return self._total(self.detector.loss(predictions, batch.targets))
+
+    def _predict(self, batch: Batch) -> Predictions:
+        # Laid out while they are still bytes, a quarter of what floats would move; nothing to do if they already are.
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return cast(Predictions, self.detector(batch.images.contiguous(memory_format=layout)))
 
     def _total(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         loss = losses["classification"] + self.box_loss_weight * losses["box"]  # SSD eq. 1
@@ -129,31 +127,31 @@ class DetectionModule(pl.LightningModule):
             cast(MeanMetric, mean).reset()
         self._start = time.perf_counter()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Detections:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Collect detections and losses; return the detections in original pixels."""
         return self._evaluation_step(batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Detections:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """As `validation_step`, on the test split."""
         return self._evaluation_step(batch)
 
-    def _evaluation_step(self, batch: Batch) -> Detections:
-        predictions = self.detector(batch.images)
+    def _evaluation_step(self, batch: Batch) -> dict[str, Tensor]:
+        predictions = self._predict(batch)
         losses = self._total(self.detector.loss(predictions, batch.targets))
         for name, mean in self.loss_means.items():
             cast(MeanMetric, mean).update(losses[name], weight=len(batch.images))
         return self._collect(batch, self.detector.detect(predictions))
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Detections:
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the detections of one batch in original pixels."""
-        return self._collect(batch, self.detector.detect(self.detector(batch.images)))
+        return self._collect(batch, self.detector.detect(self._predict(batch)))
 
-    def _collect(self, batch: Batch, detections: Detections) -> Detections:
+    def _collect(self, batch: Batch, detections: Detections) -> dict[str, Tensor]:
         detections = in_original_pixels(detections, self.detector.image_size, batch.original_sizes)
         assert self.evaluator is not None
         self.evaluator.update(batch.image_indices, detections)
         self.num_evaluated += len(batch.images) * self.trainer.world_size
-        return detections
+        return detections._asdict()
 
     def on_validation_epoch_end(self) -> None:
         """Compute and log the validation metrics."""

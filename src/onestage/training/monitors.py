@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.evaluation.drawing import draw_boxes, save_jpeg
 from onestage.evaluation.report import format_table, write_coco_results, write_results
@@ -47,7 +47,7 @@ class DetectionImages(Callback):
     ) -> None:
         """Draw what is still missing of the first images."""
         if not trainer.sanity_checking:
-            self._draw(cast(DetectionModule, pl_module), "val", batch, outputs)
+            self._draw(cast(DetectionModule, pl_module), "val", batch, Detections(**outputs))
 
     def on_test_batch_end(
         self,
@@ -59,7 +59,7 @@ class DetectionImages(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draw what is still missing of the first images."""
-        self._draw(cast(DetectionModule, pl_module), "test", batch, outputs)
+        self._draw(cast(DetectionModule, pl_module), "test", batch, Detections(**outputs))
 
     def _draw(self, module: DetectionModule, stage: Stage, batch: Batch, detections: Detections) -> None:
         num_missing = self.num_images - self._num_drawn
@@ -95,7 +95,7 @@ class PredictionWriter(Callback):
         module = cast(DetectionModule, pl_module)
         for row, index in enumerate(batch.image_indices.tolist()):
             image_folder = self.folder / "predictions"
-            draw_image(module, "predict", index, _row(outputs, row), image_folder, self.score_threshold)
+            draw_image(module, "predict", index, _row(Detections(**outputs), row), image_folder, self.score_threshold)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the detections of all processes, in original pixels and with the data set's own category ids."""
@@ -131,7 +131,7 @@ def _file_stem(annotations: AnnotationSet, index: int) -> str:
 
 
 def _row(detections: Detections, row: int) -> Detections:
-    return Detections(*(tensor[row].detach().float().cpu() for tensor in detections[:2]), detections.labels[row].cpu())
+    return Detections(*(tensor[row].cpu() for tensor in detections))
 
 
 class ResultsWriter(Callback):

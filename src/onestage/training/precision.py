@@ -4,10 +4,11 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+DecidedPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Precision = Literal["auto"] | DecidedPrecision
 
 
-def choose_precision(device: str) -> tuple[Precision, str]:
+def choose_precision(device: str) -> tuple[DecidedPrecision, str]:
     """Return the faster precision of the device at hand, and the reason in words.
 
     Decided by what the device has instructions for and not by a stopwatch, so that two runs on one machine agree.
@@ -25,7 +26,7 @@ def choose_precision(device: str) -> tuple[Precision, str]:
     return "32-true", f"nothing else was tried on {device}"
 
 
-def _choose_on_cpu() -> tuple[Precision, str]:
+def _choose_on_cpu() -> tuple[DecidedPrecision, str]:
     # Where the CPU has them, a training step of SSD300 is twice as fast in bf16; where it has not, oneDNN emulates bf16
     # and the step is slower than in fp32.
     capabilities = torch.cpu.get_capabilities()

@@ -3,9 +3,9 @@
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 
-from onestage.training.precision import Precision, choose_precision
+from onestage.training.precision import DecidedPrecision, Precision, choose_precision
 
 
 class DetectionTrainer(Trainer):
@@ -26,17 +26,17 @@ class DetectionTrainer(Trainer):
         use_distributed_sampler: Literal[False] = False,
         **kwargs: Any,
     ) -> None:
-        precision = resolve_precision(precision, kwargs.get("accelerator", "auto"))
-        super().__init__(*args, precision=precision, use_distributed_sampler=use_distributed_sampler, **kwargs)
+        decided = resolve_precision(precision, kwargs.get("accelerator", "auto"))
+        super().__init__(*args, precision=decided, use_distributed_sampler=use_distributed_sampler, **kwargs)
 
 
-def resolve_precision(precision: Precision, accelerator: object) -> Precision:
+def resolve_precision(precision: Precision, accelerator: object) -> DecidedPrecision:
     """Replace `auto` by the faster precision of the accelerator, and say so once."""
     if precision != "auto":
         return precision
-    precision, reason = choose_precision(_device(accelerator))
-    rank_zero_info(f"precision: {precision} ({reason}); trainer.precision decides otherwise")
-    return precision
+    decided, reason = choose_precision(_device(accelerator))
+    rank_zero_info(f"precision: {decided} ({reason}); trainer.precision decides otherwise")
+    return decided
 
 
 def _device(accelerator: object) -> str:

@@ -1,0 +1,73 @@
+"""Every command of the README is run, or, where it takes long or needs a GPU or data, parsed or dry-run."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from onestage.cli import main
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line.strip()]
+
+
+def test_the_readme_has_commands_and_all_are_of_a_kind_that_is_checked() -> None:
+    assert len(COMMANDS) >= 10
+    assert {command.split()[0] for command in COMMANDS} <= {"make", "onestage", "torchrun", "python"}
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])
+def test_make_commands_dry_run(command: str) -> None:
+    words = shlex.split(command)
+    done = subprocess.run([words[0], "--dry-run", *words[1:]], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def onestage_words(command: str) -> list[str]:
+    """The words after `onestage`, also where torchrun starts it."""
+    words = shlex.split(command)
+    return words[1:] if words[0] == "onestage" else words[words.index("onestage.cli") + 1 :]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith(("onestage", "torchrun"))])
+def test_onestage_commands_parse(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    words = onestage_words(command)
+    if "--ckpt_path" in words:  # its checkpoint comes from the first command; tests/integration runs these for real
+        place = words.index("--ckpt_path")
+        words[place : place + 2] = ["--config", "configs/shapes_ssd.yaml"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--print_config"])
+    assert stopped.value.code in (0, None)
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["detector"]["class_path"].startswith("onestage.models.")
+
+
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "yaml"])
+def test_yaml_of_the_readme_lies_over_a_shipped_experiment(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(block)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "configs/voc_ssd300.yaml", "--config", str(mine), "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["init_args"]["root"] == "mine"
+    assert printed["data"]["class_path"] == yaml.safe_load(block)["data"]["class_path"]
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (REPOSITORY / target).exists(), target
+
+
+def test_the_readme_names_every_shipped_configuration() -> None:
+    for config in (REPOSITORY / "configs").glob("*.yaml"):
+        assert config.name in README, config.name
