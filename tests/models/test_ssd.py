@@ -272,6 +272,11 @@ def test_arguments_out_of_range_are_refused(changes, message) -> None:
         SSD160(**({"num_classes": 3} | changes))
 
 
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"\(300, 300\); this detector takes 160 x 160"):
+        SSD160(num_classes=3)(images_of(1, image_size=300))
+
+
 def test_detector_is_a_module_with_its_losses_inside() -> None:
     detector = SSD160(num_classes=3)
     assert isinstance(detector.classification_loss, nn.Module)
