@@ -35,14 +35,13 @@ def select_detections(
     that no better one overlaps by more than `iou_threshold`; of all classes together the best `max_detections`. Equal
     scores are ordered by label, then by anchor.
 
-    A lower score never suppresses a higher one, so the result for a list of candidates begins with the result for any
-    beginning of the list. A shortlist of the highest scores of all classes is therefore suppressed first, and the rest
-    is looked at only for images where fewer than `max_detections` of the shortlist survive.
+    A lower score never suppresses a higher one. A shortlist of the highest scores of all classes is therefore suppressed
+    first, and the rest is looked at only for images where fewer than `max_detections` of the shortlist survive.
 
     Args:
         boxes: [B, A, 4] xyxy, px, clipped to the image.
         scores: [B, A, K], 0..1.
-        score_threshold: candidates score more than this, 0..1.
+        score_threshold: 0..1.
         iou_threshold: 0..1.
         candidates_per_class: at least 1.
         max_detections: D, at least 1.
@@ -57,10 +56,10 @@ def select_detections(
         if len(kept.scores) < max_detections and not is_complete[image]:
             everything = _best_of_each_class(scores[image], score_threshold, candidates_per_class)
             kept = _suppress(boxes[image], everything, iou_threshold, max_detections)
-        num_kept = len(kept.scores)
-        detections.boxes[image, :num_kept] = boxes[image, kept.anchors].to(detections.boxes.dtype)
-        detections.scores[image, :num_kept] = kept.scores
-        detections.labels[image, :num_kept] = kept.labels
+        rows = slice(len(kept.scores))
+        detections.boxes[image, rows] = boxes[image, kept.anchors].float()
+        detections.scores[image, rows] = kept.scores
+        detections.labels[image, rows] = kept.labels
     return detections
 
 

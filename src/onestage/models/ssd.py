@@ -106,8 +106,8 @@ class SSD(Detector):
         """Predict for every anchor. images: [B, 3, H, W] uint8 RGB, H = W = image_size."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ConfigError(
-                f"{type(self).__name__}: the images have (height, width) {tuple(images.shape[-2:])}; this detector takes "
-                f"{self.image_size} x {self.image_size} px.\nSet the data's image_size to {self.image_size}"
+                f"{type(self).__name__}: the images have (height, width) {tuple(images.shape[-2:])}; this detector "
+                f"takes {self.image_size} x {self.image_size} px.\nSet the data's image_size to {self.image_size}"
             )
         feature_maps: list[Tensor] = self.backbone(self.normalise(images))
         for extra in self.extras:
