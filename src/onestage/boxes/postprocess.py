@@ -35,8 +35,8 @@ def select_detections(
     that no better one overlaps by more than `iou_threshold`; of all classes together the best `max_detections`. Equal
     scores are ordered by label, then by anchor.
 
-    A lower score never suppresses a higher one, so a shortlist of the highest scores of all classes is suppressed first;
-    the rest is looked at only for images where fewer than `max_detections` of the shortlist survive.
+    A lower score never suppresses a higher one, so a shortlist of the highest scores is suppressed first; the rest is
+    looked at only for images where fewer than `max_detections` of the shortlist survive.
 
     Args:
         boxes: [B, A, 4] xyxy, px, clipped to the image.
@@ -58,8 +58,7 @@ def select_detections(
             kept = _suppress(boxes[image], candidates, iou_threshold, max_detections)
         rows = slice(len(kept.scores))
         detections.boxes[image, rows] = boxes[image, kept.anchors].float()
-        detections.scores[image, rows] = kept.scores
-        detections.labels[image, rows] = kept.labels
+        detections.scores[image, rows], detections.labels[image, rows] = kept.scores, kept.labels
     return detections
 
 
