@@ -21,6 +21,7 @@ def annotation_set(
     class_names: Sequence[str] = ("cat", "dog", "owl"),
     crowds: Sequence[Sequence[int]] | None = None,
     areas: Sequence[Sequence[float]] | None = None,
+    difficult: Sequence[Sequence[int]] | None = None,
 ) -> AnnotationSet:
     """boxes[i], labels[i], ... are those of image i; image ids are 10, 20, ... and category ids 7, 14, ..."""
     flat = np.array([box for image in boxes for box in image], np.float32).reshape(-1, 4)
@@ -36,7 +37,9 @@ def annotation_set(
         labels=np.array([label for image in labels for label in image], np.int64),
         areas=own_areas if areas is None else np.concatenate([np.asarray(area, np.float32) for area in areas]),
         is_crowd=np.zeros(len(flat), bool) if crowds is None else np.concatenate([np.bool_(c) for c in crowds]),
-        is_difficult=np.zeros(len(flat), bool),
+        is_difficult=np.zeros(len(flat), bool)
+        if difficult is None
+        else np.concatenate([np.bool_(d) for d in difficult]),
         class_names=tuple(class_names),
         category_ids=tuple(7 * (label + 1) for label in range(len(class_names))),
     )

@@ -70,6 +70,14 @@ def test_detection_in_a_crowd_is_neither_right_nor_wrong(backend):
     assert evaluate(annotations, found, backend).compute()["mAP"] == 1.0
 
 
+def test_difficult_object_is_neither_found_nor_missed(backend):
+    annotations = annotation_set([[HERE, [200.0, 200.0, 400.0, 400.0]]], [[0, 0]], difficult=[[0, 1]])
+    missed = detections([[HERE]], [[0.8]], [[0]])
+    found = detections([[[200.0, 200.0, 400.0, 400.0], HERE]], [[0.9, 0.8]], [[0, 0]])
+    assert evaluate(annotations, missed, backend).compute()["mAP"] == 1.0
+    assert evaluate(annotations, found, backend).compute()["mAP"] == 1.0
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_numbers_equal_those_of_pycocotools(backend, seed, capfd):
     annotations, found = random_evaluation(seed)

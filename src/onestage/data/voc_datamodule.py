@@ -27,7 +27,7 @@ class VOCDataModule(DetectionDataModule):
         val_splits: the lists that make up the validation set.
         test_splits: the lists that make up the test set; null: testing uses the validation set.
         train_difficult: whether objects flagged as difficult are trained on, as in the SSD paper's own code. If not,
-            the loss leaves their regions out. Evaluation always does.
+            the loss leaves their regions out. Evaluation counts them neither found nor missed.
     """
 
     def __init__(

@@ -39,7 +39,8 @@ class CocoEvaluator:
     """Collects detections image by image and turns them into COCO's twelve numbers.
 
     Only images handed to `update` are evaluated, so a run limited to a few batches gets the numbers of those images.
-    Objects with `is_crowd` are neither found nor missed, as COCO defines; VOC's `is_difficult` is not looked at.
+    Objects with `is_crowd` are neither found nor missed, as COCO defines, and so are those with VOC's `is_difficult`,
+    which VOC's own metric leaves out likewise (its matching rule differs a little, so do the numbers).
 
     Args:
         annotations: the ground truth; boxes in original pixels.
@@ -66,6 +67,11 @@ class CocoEvaluator:
         self._rows_by_image: dict[int, Rows] = {}
         self._is_gathered = False
         self._numbers: tuple[Metrics, dict[str, float]] | None = None
+
+    @property
+    def num_images(self) -> int:
+        """How many images were collected; of all processes once `compute` was called."""
+        return len(self._rows_by_image)
 
     def update(self, image_indices: Tensor, detections: Detections) -> None:
         """Collect the detections of a batch. No process waits for another here.
@@ -183,11 +189,12 @@ class CocoEvaluator:
 
     def _target(self, index: int) -> dict[str, Tensor]:
         objects = self.annotations.objects(index)
+        is_left_out = self.annotations.is_crowd[objects] | self.annotations.is_difficult[objects]
         return {
             "boxes": torch.from_numpy(np.ascontiguousarray(self.annotations.boxes[objects], dtype=np.float32)),
             "labels": torch.from_numpy(self.annotations.labels[objects].astype(np.int64)),
             "area": torch.from_numpy(self.annotations.areas[objects].astype(np.float32)),
-            "iscrowd": torch.from_numpy(self.annotations.is_crowd[objects].astype(np.int64)),
+            "iscrowd": torch.from_numpy(is_left_out.astype(np.int64)),
         }
 
 

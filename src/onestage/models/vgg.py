@@ -32,6 +32,7 @@ class VGG(nn.Module):
         depths: convolutions of the five stages.
         widths: channels of the five stages.
         fc_width: channels of fc6 and fc7.
+        fc6_dilation: of the 3 x 3 kernel of fc6; 6 fits a map of 19 cells, less a smaller one.
         batch_norm: after each convolution, as in torchvision's vgg16_bn; the published SSD has none.
     """
 
@@ -40,6 +41,7 @@ class VGG(nn.Module):
         depths: Sequence[int] = VGG16_DEPTHS,
         widths: Sequence[int] = (64, 128, 256, 512, 512),
         fc_width: int = 1024,
+        fc6_dilation: int = 6,
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
@@ -55,7 +57,7 @@ class VGG(nn.Module):
                 layers |= _conv_layers(f"conv{stage}_{position}", in_channels, width, batch_norm)
                 in_channels = width
         layers["pool5"] = nn.MaxPool2d(3, 1, padding=1)
-        layers |= _conv_layers("fc6", in_channels, fc_width, batch_norm, dilation=6)
+        layers |= _conv_layers("fc6", in_channels, fc_width, batch_norm, dilation=fc6_dilation)
         layers |= _conv_layers("fc7", fc_width, fc_width, batch_norm, kernel_size=1)
         for name in ("fc6", "fc7"):
             nn.init.xavier_uniform_(layers[name].get_parameter("weight"))  # as all new layers of SSD (section 3)

@@ -170,6 +170,10 @@ def config_of(path: str | Path) -> JSONDict:
                 f"{', '.join(prefix.rstrip('.') for prefix in TRUSTED_CLASS_PATHS)}.\n"
                 "If you trust the file, give the run's own config.yaml with --config instead."
             )
+    detector = config.get("model", {}).get("detector", {}).get("init_args", {})
+    for source in ("backbone_weights", "pretrained"):  # the weights are in the checkpoint: nothing is to be fetched
+        if source in detector:
+            detector[source] = None
     if "data" in config:
         init_args = config["data"].setdefault("init_args", {})
         init_args["class_names"], init_args["category_ids"] = saved["class_names"], saved["category_ids"]

@@ -6,7 +6,8 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -37,6 +38,13 @@ def run_trainer_command(words: list[str]) -> None:
     options = files_first(options)
     for file in config_files(options):
         check_config_file(file)
+    try:
+        _run(command, options)
+    except MisconfigurationException as error:  # Lightning's word for settings that do not go together
+        raise ConfigError(str(error)) from error
+
+
+def _run(command: str, options: list[str]) -> None:
     checkpoints = option_values(options, "--ckpt_path")
     if command == "fit" or not checkpoints:
         DetectionCLI(command, options)
@@ -48,6 +56,18 @@ def run_trainer_command(words: list[str]) -> None:
             trusted = [prefix.rstrip(".") for prefix in TRUSTED_CLASS_PATHS]
             set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=trusted)
         DetectionCLI(command, ["--config", str(stored), *options])  # first, so that everything else overrides it
+
+
+class LossBar(TQDMProgressBar):
+    """A progress bar of the losses and the mAP; the version of the run stands in its folder's name."""
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return what stands behind the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
 
 
 class DetectionParser(LightningArgumentParser):
@@ -167,7 +187,7 @@ class DetectionCLI(LightningCLI):
         given = given if isinstance(given, list) else [given]
         if config.get("enable_progress_bar") is not False and not any(isinstance(one, ProgressBar) for one in given):
             # Refreshing reads the loss from the device, so not at every step.
-            own.append(TQDMProgressBar(refresh_rate=10))
+            own.append(LossBar(refresh_rate=10))
         for callback in callbacks:
             if isinstance(callback, BestCheckpoint | LastCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.run_folder / "checkpoints")

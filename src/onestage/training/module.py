@@ -63,7 +63,6 @@ class DetectionModule(pl.LightningModule):
         self.evaluator: CocoEvaluator | None = None
         self.metrics: Metrics = {}
         self.evaluation_seconds = 0.0
-        self.num_evaluated = 0
         self._start = 0.0
 
     @property
@@ -88,9 +87,8 @@ class DetectionModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch: SSD eq. 1 with the classification loss of the detector."""
         losses = self._losses(batch)
-        self.log("train/loss", losses["loss"], prog_bar=True, batch_size=len(batch.images))
-        terms = {f"train/{name}": value for name, value in losses.items() if name != "loss"}
-        self.log_dict(terms, batch_size=len(batch.images))
+        named = {f"train/{name}": value for name, value in losses.items()}
+        self.log_dict(named, prog_bar=True, batch_size=len(batch.images))
         return losses["loss"]
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -122,7 +120,6 @@ class DetectionModule(pl.LightningModule):
 
     def _start_evaluation(self, stage: Stage) -> None:
         self.evaluator = CocoEvaluator(self.data.annotations(stage))
-        self.num_evaluated = 0
         for mean in self.loss_means.values():
             cast(MeanMetric, mean).reset()
         self._start = time.perf_counter()
@@ -150,7 +147,6 @@ class DetectionModule(pl.LightningModule):
         detections = in_original_pixels(detections, self.detector.image_size, batch.original_sizes)
         assert self.evaluator is not None
         self.evaluator.update(batch.image_indices, detections)
-        self.num_evaluated += len(batch.images) * self.trainer.world_size
         return detections._asdict()
 
     def on_validation_epoch_end(self) -> None:

@@ -163,7 +163,7 @@ class ResultsWriter(Callback):
             per_class=module.evaluator.per_class(),
             class_names=module.data.class_names,
             seconds=module.evaluation_seconds,
-            images_per_second=module.num_evaluated / max(module.evaluation_seconds, 1e-9),
+            images_per_second=module.evaluator.num_images / max(module.evaluation_seconds, 1e-9),
         )
 
 
