@@ -24,7 +24,7 @@ help: ## List the targets
 
 setup: $(READY) ## Make .venv and install what requirements.lock pins
 
-# exec, so that a SIGTERM that make passes on ends in the training, which then saves, and not in a shell in between.
+# exec, so that a SIGTERM that make passes on ends in the training and not in a shell in between.
 train: $(READY) ## Train: make train CONFIG=configs/voc_ssd300.yaml ARGS="--trainer.max_epochs=1"
 	exec $(BIN)/onestage fit --config $(CONFIG) $(ARGS)
 

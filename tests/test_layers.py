@@ -232,7 +232,10 @@ def modules_that_call(function: str, source_by_module: dict[str, str]) -> set[st
 
 def test_checkpoints_and_published_weights_are_each_loaded_in_one_module() -> None:
     sources = {module_of(path): path.read_text(encoding="utf-8") for path in SOURCES}
-    assert modules_that_call("torch.load", sources) <= {"onestage.training.checkpoints", "onestage.models.pretrained"}
+    assert modules_that_call("torch.load", sources) <= {
+        "onestage.training.checkpoint_files",
+        "onestage.models.pretrained",
+    }
 
 
 def test_a_module_that_loads_a_checkpoint_is_found() -> None:

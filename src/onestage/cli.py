@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OnestageError as error:
         if debug:
             raise
-        print(f"error: {clean(str(error))}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # `onestage fit --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,14 +76,6 @@ def run(words: list[str]) -> int:
 
     run_trainer_command(words)
     return 0
-
-
-def clean(message: str) -> str:
-    """Keep the message of an error that a loader worker wrapped into its own traceback."""
-    if "Original Traceback" not in message:
-        return message
-    last_error = message.rstrip().split("\nonestage.errors.")[-1]
-    return last_error.partition(": ")[2] or message
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 import logging
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from onestage.data.records import ImageColumns, ObjectColumns, build_annotation_set, require_same_names, subset
+from onestage.data.records import ImageColumns, ObjectColumns, build_annotation_set, require_objects, require_same_names
 from onestage.errors import AnnotationError
 from onestage.types import AnnotationSet
 
@@ -169,22 +170,11 @@ def test_the_arrays_have_the_promised_types_and_survive_pickling() -> None:
     assert annotations.image_paths.tolist() == ["a.jpg"]
 
 
-def test_subset_takes_images_in_the_given_order_with_their_objects() -> None:
-    annotations = build([[0, 0, n, n] for n in range(1, 7)], image_rows=[0, 0, 0, 1, 3, 3])
-    chosen = subset(annotations, [3, 2, 0, 3])
-    assert chosen.image_paths.tolist() == ["d.jpg", "c.jpg", "a.jpg", "d.jpg"]
-    assert chosen.box_offsets.tolist() == [0, 2, 2, 5, 7]
-    assert chosen.boxes[:, 2].tolist() == [5, 6, 1, 2, 3, 5, 6]
-    assert chosen.class_names == ("cat", "dog")
-
-
-def test_subset_of_nothing_and_outside() -> None:
+def test_a_training_set_needs_an_object_that_is_no_crowd() -> None:
     annotations = build([[0, 0, 1, 1]])
-    assert len(subset(annotations, [])) == 0
-    with pytest.raises(IndexError, match=r"0\.\.0"):
-        subset(annotations, [1])
-    with pytest.raises(IndexError, match=r"0\.\.0"):
-        subset(annotations, [-1])
+    assert require_objects(annotations) is annotations
+    with pytest.raises(AnnotationError, match="has an object to learn from"):
+        require_objects(replace(annotations, is_crowd=np.array([True])))
 
 
 def test_class_names_may_change_places_and_nothing_else() -> None:

@@ -474,7 +474,7 @@ def test_pipeline_that_converts_the_image_says_what_to_leave_out() -> None:
 def test_transform_that_fails_on_an_image_is_named_with_the_image() -> None:
     transform = SeededTransform([A.RandomCrop(height=500, width=500, pad_if_needed=False)], 32)
     with pytest.raises(
-        ConfigError, match=r"data.train_transforms failed on an image of 200 x 150 pixels with 3 objects"
+        ConfigError, match=r"data.train_transforms failed on an image of 128 x 96 pixels with 3 objects"
     ):
         transform(random_image(150, 200), BOXES, (0, 0, 0))
 
@@ -484,3 +484,18 @@ def test_adapter_can_be_pickled() -> None:
     copy = pickle.loads(pickle.dumps(transform))
     image = random_image(150, 200)
     assert np.array_equal(copy(image, BOXES, (1, 2, 3)).image, transform(image, BOXES, (1, 2, 3)).image)
+
+
+def test_large_image_is_shrunk_before_anything_else_and_its_boxes_with_it():
+    seen = []
+
+    class Look(A.ImageOnlyTransform):
+        def apply(self, img, **params):
+            seen.append(img.shape)
+            return img
+
+    image = np.zeros((1000, 2000, 3), np.uint8)
+    boxes = np.array([[1000, 500, 2000, 1000]], np.float32)
+    result = SeededTransform([Look(p=1.0)], 100)(image, boxes, (0, 0, 0))
+    assert seen == [(200, 400, 3)]  # the longer side is four times the network's
+    assert result.boxes.tolist() == [[50, 50, 100, 100]]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onestage.data.voc import discover_voc_classes, parse_voc
+from onestage.data.voc import parse_voc
 from onestage.errors import AnnotationError
 
 BCCD = Path(__file__).resolve().parents[2] / "../shared/data/bccd"
@@ -99,7 +99,7 @@ def test_given_class_names_decide_the_labels(tmp_path: Path) -> None:
     annotations = parse_voc(tmp_path, ["train"], class_names=["dog", "cow", "cat"])
     assert annotations.labels.tolist() == [2, 0]
     assert annotations.class_names == ("dog", "cow", "cat")
-    assert discover_voc_classes(tmp_path, ["train"]) == ("cat", "dog")
+    assert parse_voc(tmp_path, ["train"]).class_names == ("cat", "dog")
 
 
 def test_an_unknown_class_is_refused_with_the_nearest_name(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_results_carry_the_ids_of_the_data_set_and_original_pixels():
     evaluator = CocoEvaluator(annotations)
     evaluator.update(torch.tensor([2]), detections([[[10.0, 20.5, 30.25, 60.12345]]], [[0.1234567]], [[2]]))
     expected = {"image_id": 30, "category_id": 21, "bbox": [10.0, 20.5, 20.25, 39.623], "score": 0.12346}
-    assert evaluator.results() == [expected]
+    assert evaluator.results() == [{**expected, "file_name": "2.jpg"}]
 
 
 def test_low_precision_detections_are_widened_before_they_are_packed():

@@ -1,14 +1,12 @@
 """One short run on a small drawn set, shared by the tests of the commands."""
 
 import logging
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from onestage.cli import main
-from onestage.training.runs import RUN_FOLDER_VARIABLE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -47,7 +45,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, fast_options: list[str]) -
 
 def run(*words: str) -> int:
     """Run a command as its own process would, without a second import of torch."""
-    os.environ.pop(RUN_FOLDER_VARIABLE, None)
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler):

@@ -112,6 +112,45 @@ def test_a_checkpoint_of_other_classes_names_both_numbers(
     assert "classes, the data has 2" in text
 
 
+def test_classes_in_another_order_are_refused(
+    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
+) -> None:
+    checkpoint = trained / "checkpoints" / "best.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)["onestage"]
+    names = ",".join(reversed(saved["class_names"]))
+    options = ["--config", str(trained / "config.yaml"), f"--data.class_names=[{names}]", "--runs_dir", str(tmp_path)]
+    options += ["--data.predict_dir", str(trained / "predictions"), f"--data.category_ids={saved['category_ids']}"]
+    assert "in the same order" in complaint(capsys, "predict", "--ckpt_path", str(checkpoint), *options)
+
+
+def test_a_checkpoint_of_another_detector_cannot_be_resumed(
+    capsys: pytest.CaptureFixture[str], trained: Path, fast_options: list[str], tmp_path: Path
+) -> None:
+    options = ["--model.detector.class_path", "onestage.models.SSD300", "--data.image_size", "300"]
+    options += ["--ckpt_path", str(trained / "checkpoints" / "last.ckpt"), "--runs_dir", str(tmp_path)]
+    text = complaint(capsys, "fit", *fast_options, *options)
+    assert "holds detector SSD160, the configuration detector SSD300" in text
+
+
+def test_evaluating_random_weights_is_refused(
+    capsys: pytest.CaptureFixture[str], fast_options: list[str], tmp_path: Path
+) -> None:
+    assert "nothing says which weights" in complaint(capsys, "validate", *fast_options, "--runs_dir", str(tmp_path))
+
+
+def test_a_training_split_without_objects_is_refused(
+    capsys: pytest.CaptureFixture[str], drawn: Path, tmp_path: Path
+) -> None:
+    content = json.loads((drawn / "annotations" / "instances_train.json").read_text())
+    (tmp_path / "empty.json").write_text(json.dumps({**content, "annotations": []}))
+    options = [
+        "--data.class_path", "onestage.data.COCODataModule", "--data.root", str(drawn), "--data.image_size", "160",
+        "--data.train_annotations", str(tmp_path / "empty.json"), "--data.train_images", "JPEGImages",
+        "--model.detector.class_path", "onestage.models.SSD160", "--runs_dir", str(tmp_path),
+    ]  # fmt: skip
+    assert "has an object to learn from" in complaint(capsys, "fit", *options)
+
+
 def test_a_checkpoint_that_names_foreign_code_is_refused_and_nothing_is_run(
     capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +164,24 @@ def test_a_checkpoint_that_names_foreign_code_is_refused_and_nothing_is_run(
     text = complaint(capsys, "validate", "--ckpt_path", str(tmp_path / "foreign.ckpt"))
     assert "pathlib.Path.write_text" in text
     assert not canary.exists()
+    # With a configuration of the user's own the weights can still be used, and the stored one is not looked at.
+    options = ["--config", str(trained / "config.yaml"), "--runs_dir", str(tmp_path / "runs")]
+    assert run("validate", "--ckpt_path", str(tmp_path / "foreign.ckpt"), *options) == 0
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("where", ["optimizer", "detector", "transform"])
+def test_a_bare_name_of_foreign_code_is_refused_too(
+    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path, where: str
+) -> None:
+    checkpoint = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    config = checkpoint["onestage"]["config"]
+    if where == "transform":
+        config["data"]["init_args"]["train_transforms"] = ["shutil.rmtree"]
+    else:
+        config["model"][where] = "shutil.rmtree"
+    torch.save(checkpoint, tmp_path / "foreign.ckpt")
+    assert "shutil.rmtree" in complaint(capsys, "validate", "--ckpt_path", str(tmp_path / "foreign.ckpt"))
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "truncated", "html", "list"])

@@ -96,6 +96,37 @@ def test_resuming_continues_the_epoch_count(trained: Path, tmp_path: Path) -> No
     assert torch.load(last, weights_only=True)["global_step"] == 8  # two epochs of 32 images in batches of 8
 
 
+def test_resuming_keeps_the_best_checkpoint_until_a_better_one_comes(trained: Path, tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    (best,) = [state for state in checkpoint["callbacks"].values() if state.get("monitor") == "val/mAP"]
+    best["best_model_score"] = torch.tensor(0.99)  # nothing that this run finds is better
+    torch.save(checkpoint, last)
+    options = ["--ckpt_path", str(last), "--trainer.max_epochs", "2", "--runs_dir", str(tmp_path / "runs")]
+    assert run("fit", "--config", str(trained / "config.yaml"), *options) == 0
+    (kept,) = tmp_path.glob("runs/*/*/checkpoints/best.ckpt")
+    before, after = (torch.load(path, weights_only=True) for path in (trained / "checkpoints" / "best.ckpt", kept))
+    assert after["global_step"] == before["global_step"] == 4
+    assert (trained / "checkpoints" / "best.ckpt").is_file()
+    assert (trained / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_run_shorter_than_its_validation_interval_is_evaluated(
+    fast_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--trainer.check_val_every_n_epoch", "5", "--drawn_images", "0", "--runs_dir", str(tmp_path)]
+    assert run("fit", *fast_options, *options) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("results: ")
+    assert list(tmp_path.glob("*/*/checkpoints/best.ckpt"))
+
+
+def test_a_run_without_validation_says_where_it_is(
+    fast_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fit", *fast_options, "--trainer.limit_val_batches", "0", "--runs_dir", str(tmp_path)) == 0
+    assert f"the run: {tmp_path / 'shapes_ssd' / 'version_0'}" in capsys.readouterr().out
+
+
 def test_a_checkpoint_holds_primitives_and_tensors_only(trained: Path) -> None:
     for path in (trained / "checkpoints").iterdir():
         saved = torch.load(path, weights_only=True)["onestage"]

@@ -1,15 +1,10 @@
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.errors import ConfigError
-from onestage.training.runs import RUN_FOLDER_VARIABLE, new_run_folder
-
-
-@pytest.fixture(autouse=True)
-def no_inherited_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(RUN_FOLDER_VARIABLE, "")
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+from onestage.training.runs import new_run_folder
 
 
 def test_versions_count_up_and_gaps_are_not_filled(tmp_path: Path) -> None:
@@ -20,11 +15,14 @@ def test_versions_count_up_and_gaps_are_not_filled(tmp_path: Path) -> None:
     assert new_run_folder(str(tmp_path), "voc").name == "version_0"
 
 
-def test_a_process_started_by_another_shares_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = new_run_folder(str(tmp_path), "shapes")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert new_run_folder(str(tmp_path), "shapes") == first
-    assert [path.name for path in (tmp_path / "shapes").iterdir()] == ["version_0"]
+@pytest.mark.parametrize(("rank", "node"), [(1, "0"), (0, "1")])
+def test_only_the_first_process_makes_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, node: str
+) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    monkeypatch.setenv("NODE_RANK", node)
+    new_run_folder(str(tmp_path), "shapes", num_nodes=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written_is_named_with_the_key(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from onestage.data.dataset import DetectionDataset, collate
 from onestage.data.folder import list_images
 from onestage.data.images import read_image
 from onestage.data.loader import DetectionLoader, start_worker
+from onestage.data.records import require_objects
 from onestage.data.samplers import EvaluationSampler, TrainingSampler
 from onestage.data.transforms import SeededTransform, resize_transforms, ssd_transforms
 from onestage.errors import AnnotationError, ConfigError
@@ -152,7 +153,7 @@ class DetectionDataModule(LightningDataModule, ABC):
         if stage == "predict":
             return list_images(Path(str(self.predict_dir)), self.class_names, self.category_ids)
         if stage == "train":
-            return self.parse("train", self._class_names)
+            return require_objects(self.parse("train", self._class_names))
         annotations = self.parse(stage, self.class_names)
         if self._class_names is None:
             _require_same_categories(self.annotations("train"), annotations)

@@ -152,38 +152,18 @@ def require_same_names(source: str, found: Sequence[str], expected: Sequence[str
     )
 
 
-def subset(annotations: AnnotationSet, indices: Sequence[int] | npt.NDArray[np.int64]) -> AnnotationSet:
-    """Return the images `indices` of a set, in that order, with their objects: for overfitting and for trials.
-
-    Args:
-        annotations: a set of N images.
-        indices: rows, each 0..N-1; a row may come more than once.
+def require_objects(annotations: AnnotationSet) -> AnnotationSet:
+    """Return the training set as it is.
 
     Raises:
-        IndexError: an index is outside 0..N-1.
+        AnnotationError: it holds no object, or nothing but crowds.
     """
-    chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
-    if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(annotations)):
-        raise IndexError(f"{annotations.source} has images 0..{len(annotations) - 1}; asked for {chosen.tolist()[:8]}")
-    starts = annotations.box_offsets[chosen]
-    counts = annotations.box_offsets[chosen + 1] - starts
-    box_offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    rows = np.repeat(starts - box_offsets[:-1], counts) + np.arange(box_offsets[-1])
-    return AnnotationSet(
-        source=annotations.source,
-        image_paths=annotations.image_paths[chosen],
-        image_ids=annotations.image_ids[chosen],
-        sizes=annotations.sizes[chosen],
-        box_offsets=box_offsets,
-        boxes=annotations.boxes[rows],
-        labels=annotations.labels[rows],
-        areas=annotations.areas[rows],
-        is_crowd=annotations.is_crowd[rows],
-        is_difficult=annotations.is_difficult[rows],
-        class_names=annotations.class_names,
-        category_ids=annotations.category_ids,
-        skipped=annotations.skipped,
-    )
+    if annotations.is_crowd.all():  # also where there is none at all
+        raise AnnotationError(
+            f"{annotations.source}: none of its {len(annotations)} training images has an object to learn from; crowds "
+            "do not count.\nIs it the annotation file of this data set, and the training split?"
+        )
+    return annotations
 
 
 def _clip(source: str, objects: ObjectColumns, sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:

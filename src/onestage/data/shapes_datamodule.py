@@ -64,7 +64,9 @@ class ShapesDataModule(DetectionDataModule):
         self.format = format
 
     def prepare_data(self) -> None:
-        """Draw the images, unless the folder holds just these."""
+        """Draw the images, unless the folder holds just these or none of them is asked for."""
+        if self.predict_dir is not None and self.trainer is not None and self.trainer.state.fn == "predict":
+            return
         draw_shapes(self.root, num_train=self.num_train, num_val=self.num_val, seed=self.draw_seed)
 
     def parse(self, split: Split, class_names: Sequence[str] | None) -> AnnotationSet:

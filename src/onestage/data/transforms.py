@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import albumentations as A
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -13,6 +14,7 @@ from onestage.data.photometric import SSDPhotometricDistort
 from onestage.errors import ConfigError, OnestageError
 
 MIN_SIDE = 1.0  # px of the network input; less of an object is nothing that a network could find
+MAX_SIDES = 4.0  # network inputs; a larger image is shrunk first: zooming out of a phone's photo takes gigabytes
 MIN_TRACE = 0.01  # px; albumentations stops at a box that rounding has left without width or height
 
 
@@ -83,6 +85,7 @@ class SeededTransform:
         self._pipeline.set_random_state(
             np.random.default_rng(sequence), random.Random(int(sequence.generate_state(1)[0]))
         )
+        image, boxes = _shrunk(image, boxes, MAX_SIDES * self.image_size)
         height, width = image.shape[:2]
         inside = boxes.clip(0, (width, height, width, height))
         given = np.flatnonzero((inside[:, 2:] - inside[:, :2] >= MIN_TRACE).all(axis=1))
@@ -109,3 +112,17 @@ class SeededTransform:
             f"data.train_transforms gave an image of type {found}; it must be a uint8 array of shape {expected}.\n"
             "Leave out what converts images (Normalize, ToFloat, ToTensorV2, ToGray): the detector normalises them."
         )
+
+
+def _shrunk(
+    image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.float32], max_side: float
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Bring the longer side down to `max_side` px where it is longer; SSD's smallest crop of 0.3 keeps its detail."""
+    height, width = image.shape[:2]
+    factor = max_side / max(height, width)
+    if factor >= 1:
+        return image, boxes
+    new_width, new_height = max(1, round(width * factor)), max(1, round(height * factor))
+    small = cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_AREA)
+    scale = np.array([new_width / width, new_height / height] * 2, dtype=np.float32)
+    return np.asarray(small, dtype=np.uint8), boxes * scale

@@ -96,11 +96,6 @@ def parse_voc(
     )
 
 
-def discover_voc_classes(root: Path, splits: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of all classes that occur in the splits, sorted. Arguments and errors as `parse_voc`."""
-    return parse_voc(root, splits, max_bad_fraction=1.0).class_names
-
-
 def _read_splits(root: Path, splits: Sequence[str]) -> list[ListedImage]:
     """Return the images of all the lists, each once, in order."""
     if not splits:

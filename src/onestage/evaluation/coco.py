@@ -5,6 +5,7 @@ end); `average_precision.py` does the arithmetic.
 """
 
 import warnings
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -121,10 +122,12 @@ class CocoEvaluator:
         records = []
         for index, rows in self._rows_by_image.items():
             image_id = int(self.annotations.image_ids[index])
+            file_name = Path(str(self.annotations.image_paths[index])).name
             for x1, y1, x2, y2, score, label in rows.tolist():
                 records.append(
                     {
                         "image_id": image_id,
+                        "file_name": file_name,  # not COCO's, whose readers pass it over; ids of a folder mean nothing
                         "category_id": int(self.annotations.category_ids[int(label)]),
                         "bbox": [round(x1, 3), round(y1, 3), round(x2 - x1, 3), round(y2 - y1, 3)],
                         "score": round(score, 5),

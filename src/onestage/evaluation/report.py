@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onestage.errors import ConfigError
-from onestage.evaluation.average_precision import Backend, choose_backend
+from onestage.evaluation.average_precision import choose_backend
 from onestage.types import JSONDict, Metrics
 
 
@@ -24,7 +24,6 @@ def write_results(
     class_names: Sequence[str],
     seconds: float,
     images_per_second: float,
-    backend: Backend = "auto",
 ) -> None:
     """Write the numbers of one evaluation as JSON, whole or not at all. NaN becomes null.
 
@@ -36,7 +35,6 @@ def write_results(
         class_names: in the order of the labels.
         seconds: that the evaluation took.
         images_per_second: of the evaluation.
-        backend: what `CocoEvaluator` was given.
 
     Raises:
         ConfigError: if the file cannot be written.
@@ -48,7 +46,7 @@ def write_results(
         "class_names": list(class_names),
         "seconds": seconds,
         "images_per_second": images_per_second,
-        "versions": installed_versions(backend),
+        "versions": installed_versions(),
     }
     content = json.dumps(_without_nan(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     write_file(path, content.encode())
@@ -64,10 +62,10 @@ def write_coco_results(path: Path, records: Sequence[JSONDict]) -> None:
     write_file(path, f"[\n{lines}\n]\n".encode())
 
 
-def installed_versions(backend: Backend = "auto") -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Return the version of everything the numbers depend on; packages that are not installed are left out."""
     versions = {"python": platform.python_version()}
-    for package in ("onestage", "torch", "torchvision", "lightning", "torchmetrics", choose_backend(backend)):
+    for package in ("onestage", "torch", "torchvision", "lightning", "torchmetrics", choose_backend()):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return versions

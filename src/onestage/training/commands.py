@@ -1,35 +1,34 @@
 """The commands fit, validate, test and predict: Lightning's command line over our module, with our run folder."""
 
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from onestage.errors import ConfigError
-from onestage.training.checkpoints import (
-    TRUSTED_CLASS_PATHS,
-    BestCheckpoint,
-    ConfigInCheckpoint,
-    LastCheckpoint,
-    config_of,
-    load_weights,
-    read_checkpoint,
-)
+from onestage.errors import CheckpointError, ConfigError
+from onestage.training.checkpoint_files import config_of, load_weights, read_checkpoint
+from onestage.training.checkpoints import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint
 from onestage.training.messages import check_config_file, config_files, explain, files_first, option_values
 from onestage.training.module import DetectionModule
 from onestage.training.monitors import DetectionImages, PredictionWriter, ResultsWriter, print_report
 from onestage.training.runs import new_run_folder
 from onestage.training.trainer import DetectionTrainer, resolve_precision
 
+HARMLESS = (
+    "Experiment logs directory .* exists and is not empty",  # ours: it was just made for this run
+    ".*isinstance.treespec, LeafSpec.",  # between Lightning and torch
+    "The '.*_dataloader' does not have many workers",  # num_workers: auto has counted the cores
+)
 SHARED_CONFIG = Path("configs") / "trainer.yaml"
+STORED_CONFIG = "of_the_checkpoint.yaml"
 
 
 def run_trainer_command(words: list[str]) -> None:
@@ -38,6 +37,8 @@ def run_trainer_command(words: list[str]) -> None:
     options = files_first(options)
     for file in config_files(options):
         check_config_file(file)
+    for message in HARMLESS:
+        warnings.filterwarnings("ignore", message=message)
     try:
         _run(command, options)
     except MisconfigurationException as error:  # Lightning's word for settings that do not go together
@@ -45,17 +46,21 @@ def run_trainer_command(words: list[str]) -> None:
 
 
 def _run(command: str, options: list[str]) -> None:
-    checkpoints = option_values(options, "--ckpt_path")
-    if command == "fit" or not checkpoints:
+    checkpoint = next((path for path in reversed(option_values(options, "--ckpt_path")) if path != "null"), None)
+    if command == "fit" or checkpoint is None:
         DetectionCLI(command, options)
         return
     with tempfile.TemporaryDirectory(prefix="onestage-") as folder:
-        stored = Path(folder) / "checkpoint.yaml"
-        stored.write_text(yaml.safe_dump(config_of(checkpoints[-1])), encoding="utf-8")
-        if not config_files(options):
-            trusted = [prefix.rstrip(".") for prefix in TRUSTED_CLASS_PATHS]
-            set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=trusted)
-        DetectionCLI(command, ["--config", str(stored), *options])  # first, so that everything else overrides it
+        stored = Path(folder) / STORED_CONFIG
+        try:
+            stored.write_text(yaml.safe_dump(config_of(checkpoint)), encoding="utf-8")
+        except CheckpointError:
+            read_checkpoint(checkpoint)  # unreadable: nothing can help
+            if not config_files(options):
+                raise
+            DetectionCLI(command, options)  # readable, but only the user's own configuration is to be trusted
+        else:
+            DetectionCLI(command, ["--config", str(stored), *options])  # first, so that everything else overrides it
 
 
 class LossBar(TQDMProgressBar):
@@ -85,6 +90,8 @@ class ParsingError(Exception):
 class DetectionCLI(LightningCLI):
     """LightningCLI with one run folder, exact evaluation and messages for people."""
 
+    run_folder: Path
+
     def __init__(self, command: str, options: list[str]) -> None:
         self.command = command
         defaults = [str(path) for path in _shared_configs()[:1]]
@@ -107,7 +114,8 @@ class DetectionCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # an instance knows which one it needs
         """Only the one command that was typed: building all four parsers takes four times as long."""
-        return {self.command: LightningCLI.subcommands()[self.command]}
+        decided_here = {"weights_only", "return_predictions", "verbose"}
+        return {self.command: LightningCLI.subcommands()[self.command] | decided_here}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys of the run folder and link what the data knows into the model."""
@@ -119,7 +127,7 @@ class DetectionCLI(LightningCLI):
         )
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
         parser.add_argument("--drawn_images", type=int, default=16, help="how many images of an evaluation are drawn")
-        parser.add_argument("--drawn_score", type=float, default=0.3, help="lowest score of a drawn detection, 0..1")
+        parser.add_argument("--drawn_score", type=float, default=0.5, help="lowest score of a drawn detection, 0..1")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
@@ -144,30 +152,35 @@ class DetectionCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Decide what `auto` means, so that config.yaml says what was run."""
         settings = self.settings
-        if self.command == "fit" and settings.ckpt_path is not None:
-            read_checkpoint(settings.ckpt_path)
+        if self.command == "fit":
+            self._evaluate_at_least_once()
         settings.trainer.precision = resolve_precision(settings.trainer.precision, settings.trainer.accelerator)
         settings.experiment = settings.experiment or self._experiment_name()
-        self.run_folder = Path(settings.runs_dir) / settings.experiment / "fast_dev_run"
-        if not settings.trainer.fast_dev_run:
-            self.run_folder = new_run_folder(settings.runs_dir, settings.experiment)
+
+    def _evaluate_at_least_once(self) -> None:
+        trainer = self.settings.trainer
+        if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.check_val_every_n_epoch is not None:
+            # A short run, as for a first try, would otherwise end without a single number.
+            trainer.check_val_every_n_epoch = min(trainer.check_val_every_n_epoch, trainer.max_epochs)
 
     def _experiment_name(self) -> str:
         names = [Path(str(path)).stem for path in self.settings.config or []]
-        names = [name for name in names if name not in ("trainer", "checkpoint")]
+        names = [name for name in names if name not in (SHARED_CONFIG.stem, Path(STORED_CONFIG).stem)]
         if names:
             return names[-1]
         folders = Path(str(self.settings.ckpt_path or "")).absolute().parents
-        return folders[2].name if self.settings.ckpt_path and len(folders) > 3 else "onestage"
+        in_run_folder = len(folders) > 3 and folders[0].name == "checkpoints"
+        return folders[2].name if in_run_folder else "onestage"
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; a value that a constructor refuses is the user's, not a bug."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, FileNotFoundError) as error:
+        except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
             raise ConfigError(f"the configuration cannot be built: {error}") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        self.run_folder = self._new_run_folder()  # only now, when data and model are known to be sound
         config["default_root_dir"] = str(self.run_folder)
         if config.get("logger") in (None, True):
             config["logger"] = self._loggers()
@@ -189,45 +202,58 @@ class DetectionCLI(LightningCLI):
             # Refreshing reads the loss from the device, so not at every step.
             own.append(LossBar(refresh_rate=10))
         for callback in callbacks:
-            if isinstance(callback, BestCheckpoint | LastCheckpoint) and callback.dirpath is None:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.run_folder / "checkpoints")
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
         return super()._instantiate_trainer(config, [*own, *callbacks])
 
+    def _new_run_folder(self) -> Path:
+        settings = self.settings
+        if settings.trainer.fast_dev_run:
+            return Path(str(settings.runs_dir)) / str(settings.experiment) / "fast_dev_run"
+        return new_run_folder(settings.runs_dir, settings.experiment, num_nodes=settings.trainer.num_nodes)
+
     def _loggers(self) -> list[Logger]:
-        place = {
-            "save_dir": str(self.run_folder.parent.parent),
-            "name": self.run_folder.parent.name,
-            "version": self.run_folder.name,
-        }
-        return [TensorBoardLogger(**place), CSVLogger(**place)]
+        folder = self.run_folder
+        runs_dir, name, version = str(folder.parent.parent), folder.parent.name, folder.name
+        return [
+            TensorBoardLogger(runs_dir, name=name, version=version),
+            CSVLogger(runs_dir, name=name, version=version),
+        ]
 
     @property
     def results_path(self) -> Path:
         """Of the file that the last printed line names."""
         name = "predictions.json" if self.command == "predict" else "results.json"
-        return Path(self.run_folder) / name
+        return self.run_folder / name
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Load weights ourselves: checked, never running code, with messages for people."""
+        """Read checkpoints ourselves: checked, never running code, with messages for people."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        kwargs.pop("weights_only", None)
         if subcommand == "fit":
+            if kwargs.get("ckpt_path") is not None:
+                load_weights(self.model, kwargs["ckpt_path"], self.datamodule.class_names)  # Lightning loads the rest
             return kwargs
         checkpoint = kwargs.pop("ckpt_path", None)
         if checkpoint is not None:
-            load_weights(self.model, checkpoint)
-        if subcommand == "predict":
-            kwargs["return_predictions"] = False  # they are written batch by batch; a list would only fill memory
-        return kwargs
+            load_weights(self.model, checkpoint, self.datamodule.class_names)
+        elif not self.settings.model.detector.init_args.get("pretrained"):
+            raise ConfigError(
+                f"nothing says which weights to {subcommand} with; random ones would only look like a bad model.\n"
+                "Give --ckpt_path runs/.../checkpoints/best.ckpt, or --model.detector.pretrained."
+            )
+        decided = {"return_predictions": False} if subcommand == "predict" else {"verbose": False}
+        return {**kwargs, **decided}  # predictions are written batch by batch; a list would only fill memory
 
     def after_fit(self) -> None:
-        """Evaluate the best checkpoint and say where everything is."""
+        """Evaluate the best checkpoint, or the last weights if there is none, and say where everything is."""
         if self.settings.trainer.fast_dev_run:
             return
-        best = next(callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint))
-        if best.best_model_path:
-            load_weights(self.model, best.best_model_path)
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        best = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)]
+        if best and best[0].best_model_path:
+            load_weights(self.model, best[0].best_model_path, self.datamodule.class_names)
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         self._say_results()
 
     def after_validate(self) -> None:
@@ -248,6 +274,8 @@ class DetectionCLI(LightningCLI):
             print_report(self.model)
         if self.results_path.is_file():
             print(f"results: {self.results_path}", flush=True)
+        else:
+            print(f"nothing was evaluated (trainer.limit_*_batches?); the run: {self.run_folder}", flush=True)
 
 
 def _shared_configs() -> list[Path]:

@@ -28,6 +28,10 @@ class DetectionImages(Callback):
         self.score_threshold = score_threshold
         self._num_drawn = 0
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Agree on the folder of the first process."""
+        self.folder = trainer.strategy.broadcast(self.folder)
+
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin again with the first image."""
         self._num_drawn = 0
@@ -75,12 +79,16 @@ class PredictionWriter(Callback):
 
     Args:
         folder: the run folder; gets `predictions/*.jpg` and `predictions.json`.
-        score_threshold: detections below it are not drawn, 0..1. The JSON file holds all.
+        score_threshold: detections below it are not drawn, 0..1. The JSON file holds the 100 best of each image.
     """
 
     def __init__(self, folder: Path, score_threshold: float) -> None:
         self.folder = folder
         self.score_threshold = score_threshold
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Agree on the folder of the first process."""
+        self.folder = trainer.strategy.broadcast(self.folder)
 
     def on_predict_batch_end(
         self,
@@ -127,7 +135,7 @@ def _file_stem(annotations: AnnotationSet, index: int) -> str:
     """A file name that cannot leave the folder, and that two images of one name do not share."""
     stem = Path(str(annotations.image_paths[index])).stem
     safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in stem)[:100]
-    return f"{index:06d}_{safe}"
+    return f"{int(annotations.image_ids[index]):06d}_{safe}"
 
 
 def _row(detections: Detections, row: int) -> Detections:

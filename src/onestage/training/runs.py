@@ -3,25 +3,28 @@
 import os
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from onestage.errors import ConfigError
 
-# Lightning starts the processes of ranks 1.. by running the same command again: they must not make folders of their
-# own.
-RUN_FOLDER_VARIABLE = "ONESTAGE_RUN_FOLDER"
 
+def new_run_folder(runs_dir: str, experiment: str, *, num_nodes: int = 1) -> Path:
+    """Make and return the next free folder of an experiment.
 
-def new_run_folder(runs_dir: str, experiment: str) -> Path:
-    """Make and return the next free folder; processes that were started by this one get the same.
+    Only the first process of a run does. The others get a path that nothing is written to: what writes on every
+    process asks the first one for its folder when they are connected.
 
     Raises:
         ConfigError: the folder cannot be made or written.
     """
-    inherited = os.environ.get(RUN_FOLDER_VARIABLE)
-    if inherited and "LOCAL_RANK" in os.environ:
-        return Path(inherited)
-    folder = _claim(Path(runs_dir) / experiment)
-    os.environ[RUN_FOLDER_VARIABLE] = str(folder)
-    return folder
+    folder = Path(runs_dir) / experiment
+    return _claim(folder) if _is_first_process(num_nodes) else folder / "folder_of_the_first_process"
+
+
+def _is_first_process(num_nodes: int) -> bool:
+    # The rank is the local one where Lightning starts the processes; then NODE_RANK tells the machines apart.
+    is_first_node = num_nodes == 1 or os.environ.get("NODE_RANK", "0") == "0"
+    return is_first_node and rank_zero_only.rank == 0  # type: ignore[attr-defined] # Lightning sets it when imported
 
 
 def _claim(experiment_folder: Path) -> Path:

@@ -1,0 +1,173 @@
+"""Reading checkpoints without trusting them: are they whole, ours, of this model? Nothing in them is ever run."""
+
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onestage.errors import CheckpointError
+from onestage.training.module import CHECKPOINT_KEY, CHECKPOINT_SCHEMA, DetectionModule
+from onestage.types import JSONDict
+
+# What a configuration inside a checkpoint may name. One of the user's own may name anything: it is a program, as the
+# user knows; a checkpoint is a file from somewhere.
+TRUSTED_CLASS_PATHS = ("onestage.", "torch.optim.", "torch.nn.", "albumentations.")
+IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint of this project on the CPU, never running code from it.
+
+    Raises:
+        CheckpointError: the file is missing, torn, damaged, or not a checkpoint of this project; the message says
+            which and what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {what}.{_nearby(path)}")
+    _check_archive(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds here, pickle's own among them
+        raise CheckpointError(
+            f"checkpoint {path} cannot be loaded as plain tensors and numbers ({_first_line(error)}).\n"
+            "Only checkpoints written by this project are read; nothing in it was run."
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or CHECKPOINT_KEY not in checkpoint:
+        raise CheckpointError(
+            f"checkpoint {path} was not written by `onestage fit` (no `state_dict` or no `{CHECKPOINT_KEY}` in it).\n"
+            "For weights of other origin see model.detector.init_args.backbone_weights and pretrained."
+        )
+    schema = checkpoint[CHECKPOINT_KEY].get("schema")
+    if schema != CHECKPOINT_SCHEMA:
+        raise CheckpointError(
+            f"checkpoint {path} has schema {schema}; this version of onestage reads schema {CHECKPOINT_SCHEMA}.\n"
+            "Use the version of onestage that wrote it (its number is in the run's results.json)."
+        )
+    return checkpoint
+
+
+def _check_archive(path: Path) -> None:
+    """Tell apart the ways in which a file is not a whole torch archive. torch.load itself checks no checksum."""
+    size = path.stat().st_size
+    if size == 0:
+        raise CheckpointError(f"checkpoint {path} is empty (0 bytes).{_nearby(path)}")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"checkpoint {path} is a Git LFS pointer, not the file itself. Run: git lfs pull")
+    if not head.startswith(b"PK"):
+        raise CheckpointError(f"checkpoint {path} is not a torch checkpoint: it begins with {head[:16]!r}.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is truncated or damaged ({size:,} bytes; {_first_line(error)}).{_nearby(path)}"
+        ) from error
+    if damaged is not None:
+        raise CheckpointError(f"checkpoint {path} is damaged: the checksum of {damaged} is wrong.{_nearby(path)}")
+
+
+def _nearby(path: Path) -> str:
+    others = sorted(str(other) for other in path.parent.glob("*.ckpt") if other != path) if path.parent.is_dir() else []
+    if others:
+        return "\nOther checkpoints there: " + ", ".join(others[:5])
+    return "\nTo make one: make train. To list those of finished runs: ls runs/*/*/checkpoints/"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def require_fit(
+    checkpoint: dict[str, Any], path: str | Path, module: DetectionModule, class_names: Sequence[str]
+) -> None:
+    """Compare what a checkpoint says of itself with the model and the data at hand.
+
+    Raises:
+        CheckpointError: it holds another detector, another input size, or other classes or another order of them.
+    """
+    saved = checkpoint[CHECKPOINT_KEY]
+    current = {"detector": type(module.detector).__name__, "image_size": module.detector.image_size}
+    for name, value in current.items():
+        if saved.get(name) != value:
+            raise CheckpointError(
+                f"checkpoint {path} holds {name} {saved.get(name)}, the configuration {name} {value}.\n"
+                "Leave out --config to use the checkpoint's own configuration, or name a checkpoint of this one."
+            )
+    saved_names = list(saved.get("class_names", []))
+    if saved_names != list(class_names):
+        raise CheckpointError(
+            f"checkpoint {path} was trained on {len(saved_names)} classes, the data has {len(class_names)}; "
+            "they must be the same, in the same order.\n"
+            f"Of the checkpoint: {', '.join(saved_names)}\nOf the data: {', '.join(class_names)}"
+        )
+
+
+def load_weights(module: DetectionModule, path: str | Path, class_names: Sequence[str]) -> None:
+    """Put the weights of a checkpoint into the module.
+
+    Raises:
+        CheckpointError: the checkpoint is unreadable, or holds another detector, other classes or other shapes.
+    """
+    checkpoint = read_checkpoint(path)
+    require_fit(checkpoint, path, module, class_names)
+    try:
+        module.load_state_dict(checkpoint["state_dict"], strict=True)
+    except RuntimeError as error:
+        lines = "\n".join(str(error).splitlines()[:6])
+        raise CheckpointError(f"checkpoint {path} does not fit the configured detector:\n{lines}") from error
+
+
+def config_of(path: str | Path) -> JSONDict:
+    """Return the `model` and `data` configuration stored in a checkpoint, with its class names filled in.
+
+    Raises:
+        CheckpointError: the checkpoint is unreadable, or its configuration is malformed or names what is not trusted.
+    """
+    saved = read_checkpoint(path)[CHECKPOINT_KEY]
+    config: JSONDict = {key: saved.get("config", {}).get(key) for key in ("model", "data")}
+    if not all(isinstance(part, dict) for part in config.values()):
+        raise CheckpointError(f"checkpoint {path} holds no configuration. Give the run's config.yaml with --config.")
+    for name in _import_paths(config):
+        if not name.startswith(TRUSTED_CLASS_PATHS):
+            raise CheckpointError(
+                f"the configuration inside checkpoint {path} names {name!r}, which is not in "
+                f"{', '.join(prefix.rstrip('.') for prefix in TRUSTED_CLASS_PATHS)}.\n"
+                "If you trust the file, give the run's own config.yaml with --config."
+            )
+    detector = config["model"].get("detector", {}).get("init_args", {})
+    for source in ("backbone_weights", "pretrained"):  # the weights are in the checkpoint: nothing is to be fetched
+        if source in detector:
+            detector[source] = None
+    init_args = config["data"].setdefault("init_args", {})
+    init_args["class_names"], init_args["category_ids"] = saved["class_names"], saved["category_ids"]
+    return config
+
+
+def _import_paths(config: JSONDict) -> Iterator[str]:
+    """Every string that the parser might take for a class or function to import.
+
+    Plain values of the data module's arguments are exempt: `instances.json` looks like an import path and is none.
+    """
+    arguments = config["data"].get("init_args")
+    plain = {key: value for key, value in arguments.items() if not isinstance(value, str)} if arguments else {}
+    yield from _strings_like_imports({**config, "data": {**config["data"], "init_args": plain}})
+
+
+def _strings_like_imports(node: object) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "class_path" in node:
+            yield str(node["class_path"])
+        for value in node.values():
+            yield from _strings_like_imports(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _strings_like_imports(value)
+    elif isinstance(node, str) and IMPORT_PATH.fullmatch(node):
+        yield node
