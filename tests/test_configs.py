@@ -77,3 +77,13 @@ def test_every_key_can_be_overridden_from_the_command_line(tmp_path: Path) -> No
     assert built.trainer.max_epochs == 2
     assert built.run_folder.parent.name == "mine"
     assert any(getattr(callback, "monitor", None) == "val/AP50" for callback in built.trainer.callbacks)
+
+
+@pytest.mark.parametrize("key", ["limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval"])
+@pytest.mark.parametrize(("typed", "kind"), [("1", int), ("1.0", float), ("0.5", float)])
+def test_one_batch_is_not_all_batches(
+    key: str, typed: str, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DetectionCLI, "instantiate_classes", lambda self: None)
+    built = build(["--config", str(CONFIGS / "shapes_ssd.yaml"), f"--trainer.{key}={typed}"], tmp_path)
+    assert type(built.settings.trainer[key]) is kind

@@ -1,5 +1,6 @@
 """Lightning's trainer with the settings a detector needs decided."""
 
+from datetime import timedelta
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
@@ -11,11 +12,21 @@ from onestage.training.precision import DecidedPrecision, Precision, choose_prec
 class DetectionTrainer(Trainer):
     """Lightning's Trainer; every other argument is Lightning's own.
 
+    The limits are repeated here for their types. Lightning writes them Optional[Union[int, float]], and typing keeps
+    one object for both orders of a Union, the one that any module made first: `--trainer.limit_val_batches 1` would
+    become 1.0, all batches instead of one. `int | float` keeps its order.
+
     Args:
         args: Lightning's.
         precision: `auto` takes what is faster on the device at hand, and says what that is.
         use_distributed_sampler: stays false. The data module's samplers shard exactly; Lightning's would pad the
             evaluation with duplicates.
+        limit_train_batches: batches of an epoch: an int counts them, a float is their share, 0..1.
+        limit_val_batches: likewise, of a validation.
+        limit_test_batches: likewise, of a test.
+        limit_predict_batches: likewise, of a prediction.
+        overfit_batches: likewise, of both training and validation.
+        val_check_interval: between validations: steps, a share of an epoch, or a time as Lightning reads it.
         kwargs: Lightning's.
     """
 
@@ -24,10 +35,27 @@ class DetectionTrainer(Trainer):
         *args: Any,
         precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
         use_distributed_sampler: Literal[False] = False,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         decided = resolve_precision(precision, kwargs.get("accelerator", "auto"))
-        super().__init__(*args, precision=decided, use_distributed_sampler=use_distributed_sampler, **kwargs)
+        super().__init__(
+            *args,
+            precision=decided,
+            use_distributed_sampler=use_distributed_sampler,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            overfit_batches=overfit_batches,
+            val_check_interval=val_check_interval,
+            **kwargs,
+        )
 
 
 def resolve_precision(precision: Precision, accelerator: object) -> DecidedPrecision:
