@@ -10,6 +10,8 @@ import torch
 import yaml
 from conftest import REPOSITORY, run
 
+from onestage.training.module import DetectionModule
+
 
 def test_a_run_folder_holds_all_it_promises(trained: Path) -> None:
     assert {"config.yaml", "checkpoints", "metrics.csv", "results.json", "predictions"} <= {
@@ -143,6 +145,28 @@ def test_a_step_of_every_cpu_precision_with_clipping_and_a_fused_optimizer(
         "--trainer.fast_dev_run", "true", "--runs_dir", str(tmp_path),
     ]  # fmt: skip
     assert run("fit", *fast_options, *options) == 0
+
+
+@pytest.mark.slow
+def test_a_compiled_detector_trains_and_its_checkpoint_loads_uncompiled(
+    fast_options: list[str], tmp_path: Path
+) -> None:
+    options = ["--model.compile", "true", "--trainer.max_steps", "2", "--runs_dir", str(tmp_path)]
+    assert run("fit", *fast_options, *options) == 0
+    (best,) = tmp_path.glob("*/*/checkpoints/best.ckpt")
+    names = torch.load(best, weights_only=True)["state_dict"]
+    assert not [name for name in names if "_orig_mod" in name]
+    again = ["--runs_dir", str(tmp_path / "again"), "--model.compile", "false"]
+    assert run("validate", "--ckpt_path", str(best), *again) == 0
+
+
+def test_fp16_with_a_fused_optimizer_and_clipping_is_refused(
+    fast_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(DetectionModule, "_scaler", lambda self: object())  # a CPU has no fp16, hence no scaler
+    options = ["--model.optimizer.fused", "true", "--trainer.fast_dev_run", "true", "--runs_dir", str(tmp_path)]
+    assert run("fit", *fast_options, *options) == 2
+    assert "fused: false" in capsys.readouterr().err
 
 
 def test_voc_and_coco_of_the_same_drawn_set_train_alike(fast_options: list[str], tmp_path: Path) -> None:
