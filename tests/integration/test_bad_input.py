@@ -44,6 +44,8 @@ def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str], words: list[st
     ("options", "expected"),
     [
         (["--data.batch_size", "0"], "batch_size"),
+        (["--drawn_score", "2"], "drawn_score"),
+        (["--drawn_images", "-1"], "drawn_images"),
         (["--data.num_workers", "-1"], "num_workers"),
         (["--model.detector.score_threshold", "2"], "score_threshold"),
         (["--model.schedule.warmup_start", "0"], "warmup_start"),

@@ -27,7 +27,7 @@ def test_two_processes_evaluate_an_odd_number_of_images_as_one_does(
 ) -> None:
     words = ["validate", "--ckpt_path", str(trained / "checkpoints" / "best.ckpt"), "--trainer.accelerator=cpu"]
     words += ["--trainer.devices=2", "--trainer.strategy=ddp", "--runs_dir", str(tmp_path)]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = start(words, torchrun if launcher == "torchrun" else None)
     assert done.returncode == 0, done.stderr[-3000:]
     alone = json.loads((trained / "results.json").read_text())

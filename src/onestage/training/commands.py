@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
@@ -126,8 +127,12 @@ class DetectionCLI(LightningCLI):
             help="name of the run's folder; default: that of the last --config",
         )
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
-        parser.add_argument("--drawn_images", type=int, default=16, help="how many images of an evaluation are drawn")
-        parser.add_argument("--drawn_score", type=float, default=0.5, help="lowest score of a drawn detection, 0..1")
+        parser.add_argument(
+            "--drawn_images", type=NonNegativeInt, default=16, help="how many images of an evaluation are drawn"
+        )
+        parser.add_argument(
+            "--drawn_score", type=ClosedUnitInterval, default=0.5, help="lowest score of a drawn detection, 0..1"
+        )
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
