@@ -151,7 +151,7 @@ def test_a_step_of_every_cpu_precision_with_clipping_and_a_fused_optimizer(
 def test_a_compiled_detector_trains_and_its_checkpoint_loads_uncompiled(
     fast_options: list[str], tmp_path: Path
 ) -> None:
-    options = ["--model.compile", "true", "--trainer.max_steps", "2", "--runs_dir", str(tmp_path)]
+    options = ["--model.compile", "true", "--trainer.limit_train_batches", "2", "--runs_dir", str(tmp_path)]
     assert run("fit", *fast_options, *options) == 0
     (best,) = tmp_path.glob("*/*/checkpoints/best.ckpt")
     names = torch.load(best, weights_only=True)["state_dict"]
