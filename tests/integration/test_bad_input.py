@@ -44,6 +44,7 @@ def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str], words: list[st
     ("options", "expected"),
     [
         (["--data.batch_size", "0"], "batch_size"),
+        (["--model.optimizer.lr", "-1"], "model.optimizer cannot be built: Invalid learning rate"),
         (["--drawn_score", "2"], "drawn_score"),
         (["--drawn_images", "-1"], "drawn_images"),
         (["--data.num_workers", "-1"], "num_workers"),

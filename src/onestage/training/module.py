@@ -178,7 +178,10 @@ class DetectionModule(pl.LightningModule):
             {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
             {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer = self.optimizer(groups)
+        try:
+            optimizer = self.optimizer(groups)
+        except ValueError as error:  # each optimizer checks its own ranges
+            raise ConfigError(f"model.optimizer cannot be built: {error}.") from error
         self._check_clipping(optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
