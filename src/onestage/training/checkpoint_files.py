@@ -31,7 +31,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} {what}.{_nearby(path)}")
     _check_archive(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, for a command reads its checkpoint twice: the configuration, then, with a model, the weights.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen kinds here, pickle's own among them
         raise CheckpointError(
             f"checkpoint {path} cannot be loaded as plain tensors and numbers ({_first_line(error)}).\n"

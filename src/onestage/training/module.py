@@ -86,14 +86,11 @@ class DetectionModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch: SSD eq. 1 with the classification loss of the detector."""
-        losses = self._losses(batch)
+        predictions = self._predict(batch)
+        losses = self._total(self.detector.loss(predictions, batch.targets))
         named = {f"train/{name}": value for name, value in losses.items()}
         self.log_dict(named, prog_bar=True, batch_size=len(batch.images))
         return losses["loss"]
-
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        predictions = self._predict(batch)
-        return self._total(self.detector.loss(predictions, batch.targets))
 
     def _predict(self, batch: Batch) -> Predictions:
         # Laid out while they are still bytes, a quarter of what floats would move; nothing to do if they already are.
