@@ -54,6 +54,14 @@ class Predictions(NamedTuple):
     objectness_logits: Tensor | None = None  # [B, A] float32; YOLO family only
 
 
+class AnchorLosses(NamedTuple):
+    """What the classification loss makes of every anchor of a batch. For diagnostics: it has no gradient."""
+
+    labels: Tensor  # [B, A] int64: 0..K-1, BACKGROUND or IGNORE
+    losses: Tensor  # [B, A] float32, not divided by the number of positives; 0 where an anchor has no part in the loss
+    true_probabilities: Tensor  # [B, A] float32, 0..1: p_t of RetinaNet eq. 2
+
+
 class Detections(NamedTuple):
     """The D best boxes of each image, best first; rows past the last detection have score 0 and label PADDING."""
 
@@ -109,6 +117,13 @@ class Detector(nn.Module, ABC):
     @abstractmethod
     def detect(self, predictions: Predictions) -> Detections:
         """Decode, threshold and suppress. Boxes are in network-input pixels, clipped to the image."""
+
+    def anchor_losses(self, predictions: Predictions, targets: Targets) -> AnchorLosses | None:
+        """Return the parts of `classification`, without gradient, or None where a detector does not tell them.
+
+        What is shown about positives and negatives, during training and by `onestage losses`, comes from here.
+        """
+        return None
 
 
 @runtime_checkable

@@ -19,7 +19,7 @@ from onestage.losses import BoxLoss, ClassificationLoss, SigmoidFocalLoss, Smoot
 from onestage.models.heads import AnchorHead
 from onestage.models.pretrained import PIXEL_MEAN, PIXEL_SCALE, load_imagenet_weights, load_torchvision_ssd300
 from onestage.models.vgg import VGG
-from onestage.types import PADDING, Anchors, Detections, Detector, Predictions, Targets
+from onestage.types import PADDING, AnchorLosses, Anchors, Detections, Detector, Predictions, Targets
 
 AnchorTable = Literal["voc", "coco"]
 
@@ -131,12 +131,8 @@ class SSD(Detector):
         """
         class_logits, box_deltas, anchors, _ = predictions
         with torch.no_grad(), torch.autocast(box_deltas.device.type, enabled=False):
-            targets = _with_a_row(targets)
-            match = self.matcher(targets, anchors)  # [B, A]
-            is_positive = match >= 0
-            row = match.clamp(min=0)
-            gt_boxes = targets.boxes.float().gather(1, row[..., None].expand(-1, -1, 4))  # [B, A, 4]
-            labels = torch.where(is_positive, targets.labels.gather(1, row), match)
+            labels, gt_boxes = self._match(anchors, targets)
+            is_positive = labels >= 0
             num_positives = is_positive.sum().float()
             if class_logits.requires_grad:  # validation makes no collective call: processes may have unequal batches
                 num_positives = _mean_over_processes(num_positives)
@@ -144,6 +140,23 @@ class SSD(Detector):
         classification = self.classification_loss(class_logits, labels)
         box = self.box_loss(box_deltas, gt_boxes, anchors.boxes, self.box_coder, is_positive)
         return {"classification": classification / num_positives, "box": box / num_positives}
+
+    def _match(self, anchors: Anchors, targets: Targets) -> tuple[Tensor, Tensor]:
+        """Return what each anchor answers for: its label, BACKGROUND or IGNORE [B, A], and its gt_boxes [B, A, 4]."""
+        targets = _with_a_row(targets)
+        match = self.matcher(targets, anchors)  # [B, A]
+        row = match.clamp(min=0)
+        gt_boxes = targets.boxes.float().gather(1, row[..., None].expand(-1, -1, 4))
+        return torch.where(match >= 0, targets.labels.gather(1, row), match), gt_boxes
+
+    @torch.no_grad()
+    def anchor_losses(self, predictions: Predictions, targets: Targets) -> AnchorLosses:
+        """Return the parts of `classification`, anchor by anchor."""
+        class_logits, _, anchors, _ = predictions
+        with torch.autocast(class_logits.device.type, enabled=False):
+            labels, _ = self._match(anchors, targets)
+            losses = self.classification_loss.anchor_costs(class_logits, labels)
+            return AnchorLosses(labels, losses, self.classification_loss.true_probability(class_logits, labels))
 
     @torch.no_grad()
     def detect(self, predictions: Predictions) -> Detections:
