@@ -125,6 +125,9 @@ class Detector(nn.Module, ABC):
         """
         return None
 
+    def use_class_counts(self, class_counts: Tensor) -> None:
+        """Learn, once before training, how many objects of each class the training set has, [K]."""
+
 
 @runtime_checkable
 class DetectionData(Protocol):

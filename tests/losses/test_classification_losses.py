@@ -87,7 +87,7 @@ def test_mined_cross_entropy_takes_the_hardest_negatives_of_each_image() -> None
     labels = torch.tensor([[0, BACKGROUND, BACKGROUND, BACKGROUND, BACKGROUND, IGNORE], [BACKGROUND] * 6])
     # Image 0: its positive, and of 1, 2, 3, 4 the hardest two (5 is ignored). Image 1: as many as for one positive.
     expected = math.log(2) + sum(math.log1p(math.exp(hard)) for hard in (4, 3, 5, 4))
-    assert_close(MinedCrossEntropy(negatives_per_positive=2)(logits, labels), torch.tensor(expected))
+    assert_close(MinedCrossEntropy(2, min_negatives=2)(logits, labels), torch.tensor(expected))
 
 
 def test_mined_cross_entropy_takes_no_more_negatives_than_there_are() -> None:
@@ -98,7 +98,7 @@ def test_mined_cross_entropy_takes_no_more_negatives_than_there_are() -> None:
 
 def test_mined_cross_entropy_of_equal_negatives_takes_the_first() -> None:
     logits = torch.zeros(1, 5, 2, requires_grad=True)
-    MinedCrossEntropy(2)(logits, torch.tensor([[BACKGROUND] * 5])).backward()
+    MinedCrossEntropy(2, min_negatives=2)(logits, torch.tensor([[BACKGROUND] * 5])).backward()
     assert logits.grad[0, :, 0].tolist() == [0.5, 0.5, 0, 0, 0]
 
 

@@ -1,21 +1,36 @@
 """The losses of a detector, and the seams that further ones are added at."""
 
-from onestage.losses.box import BoxCoder, BoxLoss, SmoothL1Loss
-from onestage.losses.classification import (
-    ClassificationLoss,
-    MinedCrossEntropy,
-    SigmoidClassificationLoss,
-    SigmoidFocalLoss,
-    SoftmaxClassificationLoss,
-)
+from onestage.losses.adaptive import AutomatedFocalLoss
+from onestage.losses.box import BoxCoder, BoxLoss, CIoULoss, DIoULoss, GIoULoss, IoUBoxLoss, L1Loss, SmoothL1Loss
+from onestage.losses.class_weights import ClassWeights, EffectiveNumberWeights
+from onestage.losses.classification import ClassificationLoss, SigmoidClassificationLoss, SoftmaxClassificationLoss
+from onestage.losses.focal import SigmoidCrossEntropy, SigmoidFocalLoss, SoftmaxCrossEntropy, SoftmaxFocalLoss
+from onestage.losses.mining import MinedCrossEntropy, OHEMCrossEntropy
+from onestage.losses.normaliser import PositiveNormaliser
+from onestage.losses.quality import QualityFocalLoss, VarifocalLoss
 
 __all__ = [
+    "AutomatedFocalLoss",
     "BoxCoder",
     "BoxLoss",
+    "CIoULoss",
+    "ClassWeights",
     "ClassificationLoss",
+    "DIoULoss",
+    "EffectiveNumberWeights",
+    "GIoULoss",
+    "IoUBoxLoss",
+    "L1Loss",
     "MinedCrossEntropy",
+    "OHEMCrossEntropy",
+    "PositiveNormaliser",
+    "QualityFocalLoss",
     "SigmoidClassificationLoss",
+    "SigmoidCrossEntropy",
     "SigmoidFocalLoss",
     "SmoothL1Loss",
     "SoftmaxClassificationLoss",
+    "SoftmaxCrossEntropy",
+    "SoftmaxFocalLoss",
+    "VarifocalLoss",
 ]

@@ -1,11 +1,12 @@
 """Box losses: how far the predicted boxes are from their objects."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
 from onestage.errors import ConfigError
 
@@ -74,3 +75,57 @@ class SmoothL1Loss(BoxLoss):
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""
         return f"beta={self.beta}"
+
+
+class L1Loss(SmoothL1Loss):
+    """The absolute differences of the deltas, summed over the four: smooth L1 without its bend."""
+
+    def __init__(self) -> None:
+        super().__init__(beta=0.0)
+
+
+class IoUBoxLoss(BoxLoss):
+    """A loss on decoded boxes that does not depend on their size: 1 - IoU and a penalty.
+
+    It is of order 1 for each positive anchor, where SSD's smooth L1 of deltas with variances is several times that.
+    """
+
+    @abstractmethod
+    def losses(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+        """Return the loss of each pair, [N], of [N, 4] xyxy boxes with an area."""
+
+    def total(
+        self, box_deltas: Tensor, gt_boxes: Tensor, anchors: Tensor, box_coder: BoxCoder, is_positive: Tensor
+    ) -> Tensor:
+        """Sum the loss of the decoded boxes of positive anchors."""
+        boxes = box_coder.decode(box_deltas, anchors)
+        # Elsewhere an anchor is compared with itself, so that the ratios of empty boxes meet no arithmetic.
+        whole = torch.cat([anchors[:, :2] - 0.5 * anchors[:, 2:], anchors[:, :2] + 0.5 * anchors[:, 2:]], dim=-1)
+        is_positive = is_positive[..., None]
+        boxes, gt_boxes = torch.where(is_positive, boxes, whole), torch.where(is_positive, gt_boxes, whole)
+        losses = self.losses(boxes.flatten(0, 1), gt_boxes.to(boxes.dtype).flatten(0, 1))
+        return torch.where(is_positive.flatten(), losses, 0.0).sum()
+
+
+class GIoULoss(IoUBoxLoss):
+    """1 - IoU + share of the enclosing box that neither covers. arXiv:1902.09630, algorithm 2."""
+
+    def losses(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+        """Return 0..2 for each pair."""
+        return cast(Tensor, generalized_box_iou_loss(boxes, gt_boxes))
+
+
+class DIoULoss(IoUBoxLoss):
+    """1 - IoU + squared distance of centres over squared diagonal of the enclosing box. arXiv:1911.08287, eq. 7."""
+
+    def losses(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+        """Return 0..2 for each pair."""
+        return cast(Tensor, distance_box_iou_loss(boxes, gt_boxes))
+
+
+class CIoULoss(IoUBoxLoss):
+    """DIoU and a penalty on another aspect ratio. arXiv:1911.08287, eq. 10."""
+
+    def losses(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+        """Return at least 0 for each pair."""
+        return cast(Tensor, complete_box_iou_loss(boxes, gt_boxes))

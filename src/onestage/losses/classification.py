@@ -1,19 +1,32 @@
-"""Classification losses. Each owns its link function: how many logits K classes need, and how logits become scores."""
+"""The seam of classification losses. Each owns its link: how many logits K classes need, how they become scores."""
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestage.errors import ConfigError
-from onestage.types import BACKGROUND
+from onestage.losses.class_weights import ClassWeights
+from onestage.types import IGNORE
 
 
 class ClassificationLoss(nn.Module, ABC):
-    """A loss over all anchors of a batch, and the link between logits and scores that belongs to it."""
+    """A loss over all anchors of a batch, and the link between logits and scores that belongs to it.
+
+    Args:
+        class_weights: what an anchor counts by the class of its object, [K] numbers >= 0 or a rule that finds them in
+            the training set; background counts 1. None: every anchor counts 1.
+    """
+
+    uses_box_quality: ClassVar[bool] = False  # whether `forward` has to be told how good the predicted boxes are
+
+    def __init__(self, class_weights: Sequence[float] | ClassWeights | None = None) -> None:
+        super().__init__()
+        if class_weights is not None and not isinstance(class_weights, ClassWeights):
+            class_weights = ClassWeights(class_weights)
+        self.class_weights: ClassWeights | None = class_weights
 
     @abstractmethod
     def num_logits(self, num_classes: int) -> int:
@@ -28,18 +41,37 @@ class ClassificationLoss(nn.Module, ABC):
         """Return the biases [C'] that give every anchor the score `prior` before any training, 0 < prior < 1."""
 
     @abstractmethod
-    def total(self, class_logits: Tensor, labels: Tensor) -> Tensor:
-        """Compute what `forward` returns, outside autocast, from logits that are float32 or better."""
+    def true_probability(self, class_logits: Tensor, labels: Tensor) -> Tensor:
+        """Return how sure the network is of the truth, p_t of RetinaNet eq. 2: [B, A], 0..1; of IGNORE anything."""
 
-    def forward(self, class_logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum of the loss over anchors, a scalar; the caller divides by the number of positive ones.
+    @abstractmethod
+    def costs(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
+        """Return the loss of each anchor, [B, A], before class weights; of IGNORE anything finite.
+
+        Called outside autocast, with logits and box quality in float32 or better; see `anchor_costs`.
+        """
+
+    def anchor_costs(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor | None = None) -> Tensor:
+        """Return what each anchor adds to the loss, [B, A] in float32 or better; 0 at IGNORE.
 
         Args:
             class_logits: [B, A, C'].
             labels: [B, A] int64: 0..K-1, BACKGROUND, or IGNORE for anchors that have no part in the loss.
+            box_quality: [B, A], 0..1: the IoU of the predicted box of a positive anchor with its object, for losses
+                that use it. None: 1.
         """
         with torch.autocast(class_logits.device.type, enabled=False):
-            return self.total(_at_least_float32(class_logits), labels)
+            class_logits = _at_least_float32(class_logits)
+            if box_quality is None:
+                box_quality = class_logits.new_ones(()).expand(labels.shape)
+            costs = self.costs(class_logits, labels, box_quality)
+            if self.class_weights is not None:
+                costs = costs * self.class_weights(labels)
+            return torch.where(labels == IGNORE, 0.0, costs)
+
+    def forward(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor | None = None) -> Tensor:
+        """Return the sum of `anchor_costs`, a scalar; the caller divides by the number of positive anchors."""
+        return self.anchor_costs(class_logits, labels, box_quality).sum()
 
 
 class SigmoidClassificationLoss(ClassificationLoss):
@@ -56,6 +88,12 @@ class SigmoidClassificationLoss(ClassificationLoss):
     def prior_bias(self, num_classes: int, prior: float) -> Tensor:
         """Return b = -log((1 - prior) / prior) for each class. RetinaNet section 4.1 (arXiv:1708.02002)."""
         return torch.full((num_classes,), -math.log((1 - prior) / prior))
+
+    def true_probability(self, class_logits: Tensor, labels: Tensor) -> Tensor:
+        """Return p of the object's class, and of background 1 - p of the class that is most wrongly believed in."""
+        class_logits = _at_least_float32(class_logits)
+        of_class = class_logits.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        return torch.where(labels >= 0, of_class, -class_logits.amax(dim=2)).sigmoid()
 
 
 class SoftmaxClassificationLoss(ClassificationLoss):
@@ -75,132 +113,15 @@ class SoftmaxClassificationLoss(ClassificationLoss):
         bias[-1] = math.log(num_classes * (1 - prior) / prior)
         return bias
 
-
-class SigmoidFocalLoss(SigmoidClassificationLoss):
-    """FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t), summed. RetinaNet eq. 5 (arXiv:1708.02002).
-
-    Args:
-        alpha: weight of positives, 0..1; negatives weigh 1 - alpha. None: both weigh 1, eq. 4.
-        gamma: how much less easy examples count, at least 0; 0 is cross-entropy.
-
-    Raises:
-        ConfigError: if alpha or gamma is out of its range.
-    """
-
-    def __init__(self, alpha: float | None = 0.25, gamma: float = 2.0) -> None:
-        super().__init__()
-        if alpha is not None and not 0 <= alpha <= 1:
-            raise ConfigError(
-                f"SigmoidFocalLoss: alpha is {alpha}; the weight of positives lies in 0..1.\n"
-                "RetinaNet's is alpha: 0.25; alpha: null weighs positives and negatives alike"
-            )
-        if not 0 <= gamma < math.inf:
-            raise ConfigError(
-                f"SigmoidFocalLoss: gamma is {gamma}; it must be at least 0.\n"
-                "RetinaNet's is gamma: 2.0; gamma: 0.0 is cross-entropy"
-            )
-        self.alpha = alpha
-        self.gamma = gamma
-
-    def total(self, class_logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum the focal loss of each anchor's K sigmoids; of a background anchor all K are negatives."""
-        loss: Tensor = _FocalSum.apply(class_logits, labels, self.alpha, self.gamma)
-        return loss
-
-    def extra_repr(self) -> str:
-        """Return the constructor's arguments."""
-        return f"alpha={self.alpha}, gamma={self.gamma}"
+    def true_probability(self, class_logits: Tensor, labels: Tensor) -> Tensor:
+        """Return p of the object's class, or of the background."""
+        log_probabilities = _at_least_float32(class_logits).log_softmax(dim=-1)
+        return log_probabilities.gather(2, true_column(class_logits, labels)[..., None])[..., 0].exp()
 
 
-class _FocalSum(torch.autograd.Function):
-    """The focal loss of all sigmoids as negatives, put right at the one logit of each positive anchor.
-
-    With p = sigmoid(x), s = softplus(x) = -log(1 - p), for a negative:
-        FL = w p^gamma s       dFL/dx = w p^gamma (gamma (1 - p) s + p)       w = 1 - alpha
-    and for a positive the same at -x, with w = alpha and the sign of the derivative changed (RetinaNet appendix B).
-
-    No [B, A, K] targets are made, and only the gradient is kept for backward. Written out rather than left to autograd
-    also because the derivative of p^gamma would be infinite at p = 0 for gamma < 1.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, class_logits: Tensor, labels: Tensor, alpha: float | None, gamma: float) -> Tensor:
-        negative_weight, positive_weight = (1.0, 1.0) if alpha is None else (1 - alpha, alpha)
-        is_positive = (labels >= 0)[..., None]  # [B, A, 1]
-        class_of_anchor = labels.clamp(min=0)[..., None]  # [B, A, 1]; of anchors without an object not used
-        weights = negative_weight * (labels >= BACKGROUND)[..., None].to(class_logits.dtype)  # 0 at IGNORE
-
-        loss, gradient = _focal_terms(class_logits, weights, gamma)
-        positive_logits = class_logits.gather(2, class_of_anchor)
-        positive_loss, positive_gradient = _focal_terms(-positive_logits, positive_weight, gamma)
-
-        # One logit of each anchor is written, so that no two writes meet: the same result on every run.
-        positive_gradient = torch.where(is_positive, -positive_gradient, gradient.gather(2, class_of_anchor))
-        ctx.save_for_backward(gradient.scatter_(2, class_of_anchor, positive_gradient))
-        positive_loss = torch.where(is_positive, positive_loss, loss.gather(2, class_of_anchor))
-        return loss.scatter_(2, class_of_anchor, positive_loss).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_output, None, None, None
-
-
-def _focal_terms(logits: Tensor, weights: Tensor | float, gamma: float) -> tuple[Tensor, Tensor]:
-    """Return the focal loss of negatives and its derivative, elementwise; finite for any finite logit."""
-    probability = logits.sigmoid()
-    cross_entropy = F.softplus(logits)  # -log(1 - p)
-    modulation = probability.pow(gamma) * weights
-    gradient = (1 - probability).mul_(cross_entropy).mul_(gamma).add_(probability).mul_(modulation)
-    return modulation.mul_(cross_entropy), gradient
-
-
-class MinedCrossEntropy(SoftmaxClassificationLoss):
-    """Softmax cross-entropy over the positives and each image's hardest negatives. SSD section 2.2 (arXiv:1512.02325).
-
-    The hardest are the BACKGROUND anchors of largest loss, of equal ones the first. An image without positive anchors
-    gets as many negatives as an image with one, so that it teaches what background is; the Caffe code and torchvision
-    leave it out.
-
-    Args:
-        negatives_per_positive: at least 1.
-
-    Raises:
-        ConfigError: if negatives_per_positive is less than 1.
-    """
-
-    def __init__(self, negatives_per_positive: int = 3) -> None:
-        super().__init__()
-        if negatives_per_positive < 1:
-            raise ConfigError(
-                f"MinedCrossEntropy: negatives_per_positive is {negatives_per_positive}; it must be at least 1.\n"
-                "SSD's is negatives_per_positive: 3"
-            )
-        self.negatives_per_positive = negatives_per_positive
-
-    def total(self, class_logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum the cross-entropy of positives and mined negatives."""
-        background = class_logits.shape[-1] - 1
-        targets = torch.where(labels >= 0, labels, background)
-        # Two axes, because cross_entropy on [B, C', A] has no deterministic backward on CUDA.
-        cross_entropy = F.cross_entropy(class_logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(labels)
-        is_positive = labels >= 0
-        is_counted = is_positive | self._hard_negatives(cross_entropy.detach(), labels)
-        return torch.where(is_counted, cross_entropy, 0.0).sum()
-
-    def _hard_negatives(self, cross_entropy: Tensor, labels: Tensor) -> Tensor:
-        """Return which anchors are mined, [B, A] bool."""
-        is_negative = labels == BACKGROUND
-        num_positives = (labels >= 0).sum(dim=1, keepdim=True).clamp(min=1)
-        hardness = cross_entropy.masked_fill(~is_negative, -torch.inf)
-        order = hardness.argsort(dim=1, descending=True, stable=True)
-        ranks = torch.arange(labels.shape[1], device=labels.device).expand_as(order)
-        rank_of_anchor = torch.empty_like(order).scatter_(1, order, ranks)  # a permutation: no two writes meet
-        return is_negative & (rank_of_anchor < self.negatives_per_positive * num_positives)
-
-    def extra_repr(self) -> str:
-        """Return the constructor's arguments."""
-        return f"negatives_per_positive={self.negatives_per_positive}"
+def true_column(class_logits: Tensor, labels: Tensor) -> Tensor:
+    """Return which of the K + 1 logits should be high, [B, A]: the label, or the last for all that is no object."""
+    return torch.where(labels >= 0, labels, class_logits.shape[-1] - 1)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -1,37 +1,34 @@
 """SSD: Single Shot MultiBox Detector (arXiv:1512.02325) on VGG16, with exchangeable losses."""
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestage.boxes.anchors import SSD160 as SSD160_ANCHORS
 from onestage.boxes.anchors import SSD300_COCO, SSD300_VOC, SSD512_COCO, SSD512_VOC, AnchorLevel, make_anchors
 from onestage.boxes.coders import DeltaBoxCoder
+from onestage.boxes.iou import paired_iou
 from onestage.boxes.matchers import IoUMatcher
 from onestage.boxes.postprocess import select_detections
 from onestage.errors import ConfigError
-from onestage.losses import BoxLoss, ClassificationLoss, SigmoidFocalLoss, SmoothL1Loss, SoftmaxClassificationLoss
+from onestage.losses import (
+    BoxLoss,
+    ClassificationLoss,
+    PositiveNormaliser,
+    SigmoidFocalLoss,
+    SmoothL1Loss,
+    SoftmaxClassificationLoss,
+)
+from onestage.models.extras import ExtraLayer, extra_block
 from onestage.models.heads import AnchorHead
 from onestage.models.pretrained import PIXEL_MEAN, PIXEL_SCALE, load_imagenet_weights, load_torchvision_ssd300
 from onestage.models.vgg import VGG
 from onestage.types import PADDING, AnchorLosses, Anchors, Detections, Detector, Predictions, Targets
 
 AnchorTable = Literal["voc", "coco"]
-
-
-class ExtraLayer(NamedTuple):
-    """A 1 x 1 convolution that reduces the channels, then one that makes the next, smaller feature map."""
-
-    reduced_channels: int
-    out_channels: int
-    kernel_size: int = 3
-    stride: int = 2
-    padding: int = 1
 
 
 class SSD(Detector):
@@ -48,6 +45,8 @@ class SSD(Detector):
         prior: score of every anchor before training, 0..1. RetinaNet's pi.
         positive_iou: overlap that makes an anchor positive, 0..1.
         negative_iou: overlap below which it is background, 0..positive_iou.
+        normaliser_momentum: 0 divides the losses by the number of positive anchors of each batch, as the papers do;
+            0.9 by detectron2's running mean of it. 0..1.
         score_threshold: detections score more than this, 0..1.
         nms_threshold: overlap by more than this suppresses the lower score of a class, 0..1.
         candidates_per_class: boxes of a class that enter suppression, at least 1.
@@ -76,6 +75,7 @@ class SSD(Detector):
         prior: float = 0.01,
         positive_iou: float = 0.5,
         negative_iou: float = 0.5,
+        normaliser_momentum: float = 0.0,
         score_threshold: float = 0.01,
         nms_threshold: float = 0.45,
         candidates_per_class: int = 400,
@@ -98,6 +98,7 @@ class SSD(Detector):
         self.box_coder = DeltaBoxCoder(variances=(0.1, 0.2))
         self.classification_loss = classification_loss or SigmoidFocalLoss()
         self.box_loss = box_loss or SmoothL1Loss()
+        self.normaliser = PositiveNormaliser(normaliser_momentum)
 
         self._build_network(self.anchor_tables[anchors], prior)
         self._load_weights(anchors, backbone_weights, pretrained)
@@ -130,17 +131,16 @@ class SSD(Detector):
         operations.
         """
         class_logits, box_deltas, anchors, _ = predictions
-        with torch.no_grad(), torch.autocast(box_deltas.device.type, enabled=False):
+        with torch.autocast(box_deltas.device.type, enabled=False):
             labels, gt_boxes = self._match(anchors, targets)
             is_positive = labels >= 0
-            num_positives = is_positive.sum().float()
-            if class_logits.requires_grad:  # validation makes no collective call: processes may have unequal batches
-                num_positives = _mean_over_processes(num_positives)
-            num_positives = num_positives.clamp(min=1)
-        classification = self.classification_loss(class_logits, labels)
+            normaliser = self.normaliser(is_positive, is_training=class_logits.requires_grad)
+            box_quality = self._box_quality(predictions, gt_boxes, is_positive)
+        classification = self.classification_loss(class_logits, labels, box_quality)
         box = self.box_loss(box_deltas, gt_boxes, anchors.boxes, self.box_coder, is_positive)
-        return {"classification": classification / num_positives, "box": box / num_positives}
+        return {"classification": classification / normaliser, "box": box / normaliser}
 
+    @torch.no_grad()
     def _match(self, anchors: Anchors, targets: Targets) -> tuple[Tensor, Tensor]:
         """Return what each anchor answers for: its label, BACKGROUND or IGNORE [B, A], and its gt_boxes [B, A, 4]."""
         targets = _with_a_row(targets)
@@ -150,12 +150,21 @@ class SSD(Detector):
         return torch.where(match >= 0, targets.labels.gather(1, row), match), gt_boxes
 
     @torch.no_grad()
+    def _box_quality(self, predictions: Predictions, gt_boxes: Tensor, is_positive: Tensor) -> Tensor | None:
+        """Return the IoU of positive anchors' predicted boxes with their objects, 0 elsewhere, if the loss asks."""
+        if not self.classification_loss.uses_box_quality:
+            return None
+        boxes = self.box_coder.decode(predictions.box_deltas.float(), predictions.anchors.boxes)
+        return torch.where(is_positive, paired_iou(boxes, gt_boxes), 0.0)
+
+    @torch.no_grad()
     def anchor_losses(self, predictions: Predictions, targets: Targets) -> AnchorLosses:
         """Return the parts of `classification`, anchor by anchor."""
         class_logits, _, anchors, _ = predictions
         with torch.autocast(class_logits.device.type, enabled=False):
-            labels, _ = self._match(anchors, targets)
-            losses = self.classification_loss.anchor_costs(class_logits, labels)
+            labels, gt_boxes = self._match(anchors, targets)
+            box_quality = self._box_quality(predictions, gt_boxes, labels >= 0)
+            losses = self.classification_loss.anchor_costs(class_logits, labels, box_quality)
             return AnchorLosses(labels, losses, self.classification_loss.true_probability(class_logits, labels))
 
     @torch.no_grad()
@@ -173,6 +182,11 @@ class SSD(Detector):
                 max_detections=self.max_detections,
             )
 
+    def use_class_counts(self, class_counts: Tensor) -> None:
+        """Hand the number of training objects of each class, [K], to a loss that weighs classes."""
+        if self.classification_loss.class_weights is not None:
+            self.classification_loss.class_weights.set_class_counts(class_counts)
+
     def make_backbone(self) -> VGG:
         """Return the network of the first two feature maps, with random weights."""
         return VGG()
@@ -182,13 +196,14 @@ class SSD(Detector):
         channels = list(self.backbone.out_channels)
         self.extras = nn.ModuleList()
         for layer in self.extra_layers:
-            self.extras.append(_extra_block(channels[-1], layer))
+            self.extras.append(extra_block(channels[-1], layer))
             channels.append(layer.out_channels)
         anchors_per_cell = [level.anchors_per_cell for level in levels]
         num_logits = self.classification_loss.num_logits(self.num_classes)
+        # The box head first: so one seed gives all of the network but the class head the same weights for any loss.
+        self.box_head = AnchorHead(channels, anchors_per_cell, num_outputs=4)
         self.class_head = AnchorHead(channels, anchors_per_cell, num_logits)
         self.class_head.start_at_prior(self.classification_loss.prior_bias(self.num_classes, prior))
-        self.box_head = AnchorHead(channels, anchors_per_cell, num_outputs=4)
 
         # Derived from the class, hence not in the state dict.
         anchors = make_anchors(levels, self.image_size)
@@ -266,29 +281,8 @@ class SSD160(SSD):
         return VGG(depths=(1, 1, 2, 2, 2), widths=widths, fc_width=256, fc6_dilation=2, batch_norm=True)
 
 
-def _extra_block(in_channels: int, layer: ExtraLayer) -> nn.Sequential:
-    """Return the two convolutions of an extra layer; Xavier weights (SSD section 3)."""
-    reduce = nn.Conv2d(in_channels, layer.reduced_channels, kernel_size=1)
-    conv = nn.Conv2d(layer.reduced_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
-    for new in (reduce, conv):
-        nn.init.xavier_uniform_(new.weight)
-        nn.init.constant_(new.get_parameter("bias"), 0)
-    # No batch norm: the last maps have 1 to 9 cells, too few values for its statistics.
-    layers = {"reduce": reduce, "reduce_relu": nn.ReLU(inplace=True), "conv": conv, "conv_relu": nn.ReLU(inplace=True)}
-    return nn.Sequential(OrderedDict(layers))
-
-
 def _with_a_row(targets: Targets) -> Targets:
     """Append a row of padding where there is no row at all, so that every anchor has an object to look at."""
     if targets.labels.shape[1] > 0:
         return targets
     return Targets(F.pad(targets.boxes, (0, 0, 0, 1)), F.pad(targets.labels, (0, 1), value=PADDING))
-
-
-def _mean_over_processes(count: Tensor) -> Tensor:
-    """Average a number over the processes of a distributed run, on the device."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return count
-    count = count.clone()
-    dist.all_reduce(count)
-    return count / dist.get_world_size()

@@ -79,18 +79,26 @@ class DetectionModule(pl.LightningModule):
                 f"{self.detector.image_size} images.\nSet data.init_args.image_size: {self.detector.image_size}, "
                 "or choose another model.detector.class_path."
             )
+        if stage == "fit":
+            self.detector.use_class_counts(self._class_counts())
         if self.channels_last:
             self.detector.to(memory_format=torch.channels_last)
         if self.compile_detector and stage == "fit":
             self.detector.compile()  # in place, so that the names in the state dict stay as they are
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of one batch: SSD eq. 1 with the classification loss of the detector."""
+    def _class_counts(self) -> Tensor:
+        """Count the objects of each class that training learns from, [K]."""
+        annotations = self.data.annotations("train")
+        labels = torch.from_numpy(annotations.labels[~annotations.is_crowd])
+        return labels.bincount(minlength=self.data.num_classes)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Return the `loss` of one batch, SSD eq. 1 with the classification loss of the detector, and its makings."""
         predictions = self._predict(batch)
         losses = self._total(self.detector.loss(predictions, batch.targets))
         named = {f"train/{name}": value for name, value in losses.items()}
         self.log_dict(named, prog_bar=True, batch_size=len(batch.images))
-        return losses["loss"]
+        return {**losses, "predictions": predictions}  # what the callbacks that watch a run look at
 
     def _predict(self, batch: Batch) -> Predictions:
         # Laid out while they are still bytes, a quarter of what floats would move; nothing to do if they already are.
