@@ -35,3 +35,9 @@ class CheckpointError(OnestageError):
     """A checkpoint is missing, torn, foreign, or belongs to another model."""
 
     exit_code = 2  # a file named on the command line that cannot be used
+
+
+class NonFiniteError(OnestageError):
+    """Training met a loss, gradient or weight that is NaN or infinite, and went on meeting it."""
+
+    exit_code = 6

@@ -15,8 +15,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.errors import CheckpointError, ConfigError
+from onestage.training.anchor_monitor import AnchorMonitor
 from onestage.training.checkpoint_files import config_of, load_weights, read_checkpoint
 from onestage.training.checkpoints import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint
+from onestage.training.guards import NonFiniteGuard
 from onestage.training.messages import check_config_file, config_files, explain, files_first, option_values
 from onestage.training.module import DetectionModule
 from onestage.training.monitors import DetectionImages, PredictionWriter, ResultsWriter, print_report
@@ -133,6 +135,10 @@ class DetectionCLI(LightningCLI):
         parser.add_argument(
             "--drawn_score", type=ClosedUnitInterval, default=0.5, help="lowest score of a drawn detection, 0..1"
         )
+        parser.add_argument(
+            "--anchor_statistics", type=bool, default=True, help="log where the classification loss comes from"
+        )
+        parser.add_lightning_class_args(NonFiniteGuard, "guard")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
@@ -201,6 +207,8 @@ class DetectionCLI(LightningCLI):
             own.append(ConfigInCheckpoint({key: self.config_dump[key] for key in ("model", "data")}))
         if self.command == "fit" and config["logger"] is not False:
             own.append(LearningRateMonitor("step"))
+        if self.command == "fit" and self.settings.anchor_statistics:
+            own.append(AnchorMonitor())
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         if config.get("enable_progress_bar") is not False and not any(isinstance(one, ProgressBar) for one in given):
