@@ -13,6 +13,7 @@ TRAINER_COMMANDS = {
     "validate": "evaluate a checkpoint on the validation split",
     "test": "evaluate a checkpoint on the test split",
     "predict": "detect on a folder of images: drawn images and a COCO results file",
+    "losses": "draw how unequally a checkpoint's anchors share the loss, for each gamma",
 }
 
 HELP = f"""onestage {__version__}: train one-stage object detectors

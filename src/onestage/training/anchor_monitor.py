@@ -13,7 +13,7 @@ from onestage.training.module import DetectionModule
 from onestage.types import BACKGROUND, IGNORE, AnchorLosses, Batch, Predictions
 
 EASY = 0.9  # p_t of a negative above which it is easy: gamma 2 takes 99% of its loss away
-LOWEST_BACKGROUND = 0.8  # mean p_t of negatives before training; a prior of 0.01 gives 0.98, none 0.5 or less
+LOWEST_BACKGROUND = 0.8  # mean p_t of negatives before training: 0.96 and more with a prior of 0.01, up to 0.54 without
 QUANTITIES = (
     "positives",
     "negatives",
@@ -130,7 +130,7 @@ def missing_prior(anchor_losses: AnchorLosses) -> str | None:
     return (
         f"The first classification loss is {loss_per_positive:,.4g} for each positive anchor, {share:.1%} of it from "
         f"{num_counted:,} background anchors: the untrained detector gives the background a probability of "
-        f"{background:.2f} on average, where a prior of 0.01 gives 0.98. The objects drown in it.\n"
+        f"{background:.2f} on average, where a prior of 0.01 gives 0.96 or more. The objects drown in it.\n"
         "Set the detector's prior to 0.01 (model.detector.init_args.prior); a head of your own starts its biases at "
         "classification_loss.prior_bias(num_classes, prior)."
     )

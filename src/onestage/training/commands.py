@@ -1,4 +1,4 @@
-"""The commands fit, validate, test and predict: Lightning's command line over our module, with our run folder."""
+"""The commands of the trainer, fit to losses: Lightning's command line over our module, with our run folder."""
 
 import tempfile
 import warnings
@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -19,9 +19,10 @@ from onestage.training.anchor_monitor import AnchorMonitor
 from onestage.training.checkpoint_files import config_of, load_weights, read_checkpoint
 from onestage.training.checkpoints import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint
 from onestage.training.guards import NonFiniteGuard
+from onestage.training.loss_collector import CURVES_FILE
 from onestage.training.messages import check_config_file, config_files, explain, files_first, option_values
 from onestage.training.module import DetectionModule
-from onestage.training.monitors import DetectionImages, PredictionWriter, ResultsWriter, print_report
+from onestage.training.monitors import DetectionImages, LossBar, PredictionWriter, ResultsWriter, print_report
 from onestage.training.runs import new_run_folder
 from onestage.training.trainer import DetectionTrainer, resolve_precision
 
@@ -35,7 +36,7 @@ STORED_CONFIG = "of_the_checkpoint.yaml"
 
 
 def run_trainer_command(words: list[str]) -> None:
-    """Run `fit`, `validate`, `test` or `predict` with the options that follow it."""
+    """Run `fit`, `validate`, `test`, `predict` or `losses` with the options that follow it."""
     command, *options = words
     options = files_first(options)
     for file in config_files(options):
@@ -64,18 +65,6 @@ def _run(command: str, options: list[str]) -> None:
             DetectionCLI(command, options)  # readable, but only the user's own configuration is to be trusted
         else:
             DetectionCLI(command, ["--config", str(stored), *options])  # first, so that everything else overrides it
-
-
-class LossBar(TQDMProgressBar):
-    """A progress bar of the losses and the mAP; the version of the run stands in its folder's name."""
-
-    def get_metrics(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return what stands behind the bar."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
 
 
 class DetectionParser(LightningArgumentParser):
@@ -118,7 +107,8 @@ class DetectionCLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # an instance knows which one it needs
         """Only the one command that was typed: building all four parsers takes four times as long."""
         decided_here = {"weights_only", "return_predictions", "verbose"}
-        return {self.command: LightningCLI.subcommands()[self.command] | decided_here}
+        positional = {"losses": {"model", "datamodule"}, **LightningCLI.subcommands()}
+        return {self.command: positional[self.command] | decided_here}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys of the run folder and link what the data knows into the model."""
@@ -195,8 +185,8 @@ class DetectionCLI(LightningCLI):
         config["default_root_dir"] = str(self.run_folder)
         if config.get("logger") in (None, True):
             config["logger"] = self._loggers()
-        own: list[Callback] = [ResultsWriter(self.results_path)]
-        if self.settings.drawn_images > 0:
+        own: list[Callback] = [ResultsWriter(self.results_path)] if self.command != "losses" else []
+        if self.settings.drawn_images > 0 and self.command != "losses":
             own.append(
                 DetectionImages(self.run_folder / "predictions", self.settings.drawn_images, self.settings.drawn_score)
             )
@@ -238,8 +228,8 @@ class DetectionCLI(LightningCLI):
     @property
     def results_path(self) -> Path:
         """Of the file that the last printed line names."""
-        name = "predictions.json" if self.command == "predict" else "results.json"
-        return self.run_folder / name
+        names = {"predict": "predictions.json", "losses": CURVES_FILE}
+        return self.run_folder / names.get(self.command, "results.json")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Read checkpoints ourselves: checked, never running code, with messages for people."""
@@ -256,8 +246,11 @@ class DetectionCLI(LightningCLI):
                 f"nothing says which weights to {subcommand} with; random ones would only look like a bad model.\n"
                 "Give --ckpt_path runs/.../checkpoints/best.ckpt, or --model.detector.pretrained."
             )
-        decided = {"return_predictions": False} if subcommand == "predict" else {"verbose": False}
-        return {**kwargs, **decided}  # predictions are written batch by batch; a list would only fill memory
+        decided = {
+            "predict": {"return_predictions": False},  # they are written batch by batch; a list would only fill memory
+            "losses": {"ckpt_path": checkpoint},
+        }
+        return {**kwargs, **decided.get(subcommand, {"verbose": False})}
 
     def after_fit(self) -> None:
         """Evaluate the best checkpoint, or the last weights if there is none, and say where everything is."""
@@ -279,6 +272,10 @@ class DetectionCLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Say where the detections are."""
+        self._say_results()
+
+    def after_losses(self) -> None:
+        """Say where the curves are."""
         self._say_results()
 
     @rank_zero_only

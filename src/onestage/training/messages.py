@@ -37,7 +37,7 @@ def explain(message: str, command: str, options: Sequence[str], known_keys: Iter
         keys = " and ".join(key.strip().removeprefix(f"{command}.") for key in missing[1].split(","))
         return (
             f"nothing says which {keys} to use. Give an experiment (--config configs/shapes_ssd.yaml), or for "
-            "validate, test and predict a checkpoint (--ckpt_path runs/.../checkpoints/best.ckpt)"
+            "all commands but fit a checkpoint (--ckpt_path runs/.../checkpoints/best.ckpt)"
         )
     unknown = next((match["key"] for match in map(lambda rule: rule.search(reason), UNKNOWN_KEY) if match), None)
     if unknown is not None:

@@ -1,11 +1,16 @@
 """Lightning's trainer with the settings a detector needs decided."""
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Trainer
+from jsonargparse.typing import NonNegativeFloat
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from onestage.evaluation.loss_curves import FIGURE_GAMMAS, LossDistribution
+from onestage.training.loss_collector import LossCollector, report_losses
+from onestage.training.module import DetectionModule
 from onestage.training.precision import DecidedPrecision, Precision, choose_precision
 
 
@@ -56,6 +61,30 @@ class DetectionTrainer(Trainer):
             val_check_interval=val_check_interval,
             **kwargs,
         )
+
+    def losses(
+        self,
+        model: DetectionModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        split: Literal["val", "test"] = "val",
+        gammas: list[NonNegativeFloat] | None = None,
+    ) -> None:
+        """Write how unequally the anchors share the classification loss, as RetinaNet's figure 4: a table and curves.
+
+        Args:
+            model: with the weights to look at.
+            datamodule: the data.
+            ckpt_path: of the checkpoint; the command reads it before this is called.
+            split: the images to look at.
+            gammas: of the focal loss, each at least 0. null: 0, 0.5, 1, 2 and 5.
+        """
+        distribution = LossDistribution(gammas or FIGURE_GAMMAS)
+        collector = LossCollector(model, distribution)
+        run = self.validate if split == "val" else self.test
+        run(collector, datamodule=datamodule, verbose=False)
+        if self.is_global_zero:
+            report_losses(Path(self.default_root_dir), distribution, title=str(ckpt_path or "the configured weights"))
 
 
 def resolve_precision(precision: Precision, accelerator: object) -> DecidedPrecision:
