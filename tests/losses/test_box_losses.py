@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from onestage.boxes.coders import DeltaBoxCoder
 from onestage.errors import ConfigError
-from onestage.losses import SmoothL1Loss
+from onestage.losses import CIoULoss, DIoULoss, GIoULoss, L1Loss, SmoothL1Loss
 
 ANCHORS = torch.tensor([[50.0, 50.0, 20.0, 40.0], [10.0, 10.0, 8.0, 8.0]])  # cxcywh
 
@@ -54,3 +54,78 @@ def test_bfloat16_deltas_are_widened() -> None:
 def test_negative_beta_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"beta is -1\.0"):
         SmoothL1Loss(beta=-1.0)
+
+
+SHIFTED = torch.tensor([[[50.0, 30.0, 70.0, 70.0], [0.0, 0.0, 0.0, 0.0]]])  # anchor 0 is 40, 30, 60, 70
+ANCHOR_0_ALONE = torch.tensor([[True, False]])
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        # Overlap 10 of 30 wide: IoU 1/3; enclosing box 30 x 40 is covered whole; centres 10 apart, diagonal 50.
+        (GIoULoss(), 2 / 3),
+        (DIoULoss(), 2 / 3 + 10**2 / 50**2),
+        (CIoULoss(), 2 / 3 + 10**2 / 50**2),  # the same aspect ratio
+    ],
+)
+def test_iou_losses_of_a_box_beside_its_object_are_hand_computed(loss, expected) -> None:
+    box_deltas = torch.zeros(1, 2, 4, requires_grad=True)
+    total = loss(box_deltas, SHIFTED, ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE)
+    total.backward()
+    assert_close(total, torch.tensor(expected), rtol=1e-5, atol=0)
+    assert box_deltas.grad[0, 0, 0] < 0  # further right is better
+    assert (box_deltas.grad[0, 1] == 0).all()
+
+
+def test_ciou_adds_what_another_aspect_ratio_costs() -> None:
+    # The anchor 20 x 40 inside an object 40 x 40 of the same centre: IoU 1/2, no distance of centres.
+    # v = 4 / pi^2 (atan 1 - atan 1/2)^2, weight v / (1 - IoU + v)
+    gt_boxes = torch.tensor([[[30.0, 30.0, 70.0, 70.0], [0.0, 0.0, 0.0, 0.0]]])
+    v = 4 / math.pi**2 * (math.atan(1) - math.atan(0.5)) ** 2
+    total = CIoULoss()(torch.zeros(1, 2, 4), gt_boxes, ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE)
+    assert_close(total, torch.tensor(0.5 + v * v / (0.5 + v)), rtol=1e-5, atol=0)
+
+
+def test_giou_falls_below_iou_for_boxes_apart() -> None:
+    # 20 wide, 20 apart, of one height: IoU 0, a third of the enclosing box empty.
+    gt_boxes = torch.tensor([[[80.0, 30.0, 100.0, 70.0], [0.0, 0.0, 0.0, 0.0]]])
+    total = GIoULoss()(torch.zeros(1, 2, 4), gt_boxes, ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE)
+    assert_close(total, torch.tensor(1 + 1 / 3), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("loss", [L1Loss(), SmoothL1Loss(), GIoULoss(), DIoULoss(), CIoULoss()])
+def test_perfect_boxes_cost_nothing(loss) -> None:
+    gt_boxes = torch.tensor([[[40.0, 30.0, 60.0, 70.0], [6.0, 6.0, 14.0, 14.0]]])
+    total = loss(torch.zeros(1, 2, 4), gt_boxes, ANCHORS, DeltaBoxCoder(), torch.ones(1, 2, dtype=torch.bool))
+    assert_close(total, torch.tensor(0.0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("loss", [L1Loss(), SmoothL1Loss(0.3), GIoULoss(), DIoULoss(), CIoULoss()])
+@pytest.mark.filterwarnings("ignore:Input #0 requires gradient")
+def test_gradient_is_the_derivative(loss) -> None:
+    box_deltas = torch.tensor([[[0.3, -0.5, 0.7, -0.2], [0.1, 0.2, 0.3, 0.4]]], dtype=torch.float64)
+    if isinstance(loss, CIoULoss):  # the paper holds CIoU's weight constant, so it is no derivative; with v = 0 it is
+        box_deltas[..., 3] = box_deltas[..., 2]
+        loss = DIoULoss()
+    box_deltas.requires_grad_()
+    gt_boxes, anchors = SHIFTED.double(), ANCHORS.double()
+    coder = DeltaBoxCoder()
+    assert torch.autograd.gradcheck(lambda x: loss(x, gt_boxes, anchors, coder, ANCHOR_0_ALONE), box_deltas)
+
+
+@pytest.mark.parametrize("loss", [L1Loss(), GIoULoss(), DIoULoss(), CIoULoss()])
+@pytest.mark.parametrize("size", [100.0, -100.0])
+def test_extreme_deltas_and_empty_boxes_give_finite_values_and_gradients(loss, size) -> None:
+    box_deltas = torch.full((1, 2, 4), size, requires_grad=True)
+    total = loss(box_deltas, SHIFTED, ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE)
+    total.backward()
+    assert total.isfinite()
+    assert box_deltas.grad.isfinite().all()
+
+
+def test_l1_is_smooth_l1_without_its_bend() -> None:
+    gt_boxes = torch.tensor([[[40.0, 30.0, 60.0, 70.0], [6.0, 6.0, 14.0, 14.0]]])
+    box_deltas = torch.tensor([[[0.5, -0.25, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]]])
+    total = L1Loss()(box_deltas, gt_boxes, ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE)
+    assert_close(total, torch.tensor(2.75))

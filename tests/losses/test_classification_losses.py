@@ -1,165 +1,164 @@
+"""What every member of the family keeps to, whatever its formula."""
+
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
+from loss_references import random_anchors
 from torch.testing import assert_close
-from torchvision.ops import sigmoid_focal_loss
 
-from onestage.errors import ConfigError
-from onestage.losses import MinedCrossEntropy, SigmoidFocalLoss
+from onestage.losses import (
+    AutomatedFocalLoss,
+    EffectiveNumberWeights,
+    MinedCrossEntropy,
+    OHEMCrossEntropy,
+    QualityFocalLoss,
+    SigmoidCrossEntropy,
+    SigmoidFocalLoss,
+    SoftmaxClassificationLoss,
+    SoftmaxCrossEntropy,
+    SoftmaxFocalLoss,
+    VarifocalLoss,
+)
 from onestage.types import BACKGROUND, IGNORE
 
-
-def random_anchors(num_classes: int = 3, dtype: torch.dtype = torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 20, num_classes, generator=generator, dtype=dtype) * 3
-    labels = torch.randint(-2, num_classes, (2, 20), generator=generator)
-    assert {BACKGROUND, IGNORE, 0} <= set(labels.flatten().tolist())
-    return logits.requires_grad_(), labels
-
-
-def one_hot(labels, logits):
-    targets = torch.zeros_like(logits)
-    for image, anchor in (labels >= 0).nonzero().tolist():
-        targets[image, anchor, labels[image, anchor]] = 1
-    return targets
-
-
-def test_focal_loss_at_even_odds() -> None:
-    logits = torch.zeros(1, 1, 1)
-    loss = SigmoidFocalLoss(alpha=0.25, gamma=2.0)
-    # p = 1/2: alpha_t * (1/2)^2 * ln 2, alpha_t = 1/4 for a positive and 3/4 for a negative
-    assert_close(loss(logits, torch.tensor([[0]])), torch.tensor(0.0625 * math.log(2)))
-    assert_close(loss(logits, torch.tensor([[BACKGROUND]])), torch.tensor(0.1875 * math.log(2)))
-    assert loss(logits, torch.tensor([[IGNORE]])) == 0
+FAMILY = {
+    "focal": lambda: SigmoidFocalLoss(),
+    "focal, gamma 0.5": lambda: SigmoidFocalLoss(None, 0.5),
+    "focal, smoothed": lambda: SigmoidFocalLoss(label_smoothing=0.1),
+    "focal, weighted": lambda: SigmoidFocalLoss(class_weights=[0.5, 2.0, 1.0]),
+    "softmax focal": lambda: SoftmaxFocalLoss(),
+    "softmax focal, gamma 0.5": lambda: SoftmaxFocalLoss(None, 0.5),
+    "softmax focal, smoothed": lambda: SoftmaxFocalLoss(gamma=0.5, label_smoothing=0.1),
+    "cross-entropy": lambda: SigmoidCrossEntropy(),
+    "balanced": lambda: SigmoidCrossEntropy(0.25),
+    "softmax cross-entropy": lambda: SoftmaxCrossEntropy(label_smoothing=0.1),
+    "mining": lambda: MinedCrossEntropy(),
+    "OHEM": lambda: OHEMCrossEntropy(8),
+    "adaptive": lambda: AutomatedFocalLoss(),
+    "quality": lambda: QualityFocalLoss(),
+    "varifocal": lambda: VarifocalLoss(),
+}
+every_loss = pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
 
 
-def test_focal_loss_counts_the_other_classes_of_a_positive_as_negatives() -> None:
-    loss = SigmoidFocalLoss(alpha=0.25, gamma=2.0)(torch.zeros(1, 1, 4), torch.tensor([[2]]))
-    assert_close(loss, torch.tensor((0.0625 + 3 * 0.1875) * math.log(2)))
+def anchors_of(loss, dtype=torch.float32):
+    return random_anchors(loss.num_logits(3), num_classes=3, dtype=dtype)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.5])
-@pytest.mark.parametrize("alpha", [0.25, 0.0, 1.0, None])
-def test_focal_loss_and_gradient_equal_torchvision(alpha, gamma) -> None:
-    logits, labels = random_anchors()
-    loss = SigmoidFocalLoss(alpha, gamma)(logits, labels)
-    (gradient,) = torch.autograd.grad(3 * loss, logits)
-
-    terms = sigmoid_focal_loss(logits, one_hot(labels, logits), alpha=-1 if alpha is None else alpha, gamma=gamma)
-    expected = terms[labels != IGNORE].sum()
-    (expected_gradient,) = torch.autograd.grad(3 * expected, logits)
-    assert_close(loss, expected)
-    assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-5)
+@every_loss
+def test_gradient_is_the_derivative(make) -> None:
+    loss = make().double().eval()  # eval: the adaptive gamma would move between evaluations
+    logits, labels = anchors_of(loss, torch.float64)
+    quality = torch.rand(labels.shape, generator=torch.Generator().manual_seed(2)).double()
+    assert torch.autograd.gradcheck(lambda x: loss(x, labels, quality), logits)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_focal_gradient_is_the_derivative(gamma) -> None:
-    logits, labels = random_anchors(dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: SigmoidFocalLoss(0.25, gamma)(x, labels), logits)
+@every_loss
+@pytest.mark.parametrize("size", [100.0, 1000.0])
+def test_extreme_logits_give_finite_values_and_gradients(make, size) -> None:
+    loss = make()
+    signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]]).repeat(3, 2)[:, : loss.num_logits(3)]
+    logits = (size * signs)[None].requires_grad_()
+    labels = torch.tensor([[0] * 4 + [1] * 4 + [BACKGROUND] * 4])
+    quality = torch.linspace(0, 1, 12)[None]
+    total = loss(logits, labels, quality)
+    total.backward()
+    assert total.isfinite()
+    assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-@pytest.mark.parametrize("logit", [100.0, -100.0])
-def test_focal_loss_at_extreme_logits_is_finite_and_right(logit, gamma) -> None:
-    logits = torch.full((1, 2, 2), logit, requires_grad=True)
-    loss = SigmoidFocalLoss(0.25, gamma)(logits, torch.tensor([[0, BACKGROUND]]))
-    (gradient,) = torch.autograd.grad(loss, logits)
-    # A sigmoid that is wrong by x = 100 costs x with slope 1 times its weight, one that is right costs nothing.
-    negative, positive = (75.0, 0.0) if logit > 0 else (0.0, 25.0)
-    assert_close(loss, torch.tensor(positive + 3 * negative))
-    assert_close(gradient, torch.tensor([[[-positive, negative], [negative, negative]]]) / 100)
-
-
-def test_focal_loss_starts_where_the_prior_says() -> None:
-    loss = SigmoidFocalLoss(alpha=0.25, gamma=2.0)
-    bias = loss.prior_bias(20, prior=0.01)
-    assert_close(loss.scores(bias), torch.full((20,), 0.01))
-    total = loss(bias.expand(1, 1000, 20), torch.full((1, 1000), BACKGROUND))
-    assert_close(total, torch.tensor(1000 * 20 * 0.75 * 0.01**2 * -math.log(0.99)), atol=0, rtol=1e-3)
-
-
-def test_mined_cross_entropy_takes_the_hardest_negatives_of_each_image() -> None:
-    # One class; the logits are (object, background = 0), so that a background anchor costs log(1 + e^x).
-    x = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
-    logits = torch.stack([x, torch.zeros_like(x)], dim=-1)
-    labels = torch.tensor([[0, BACKGROUND, BACKGROUND, BACKGROUND, BACKGROUND, IGNORE], [BACKGROUND] * 6])
-    # Image 0: its positive, and of 1, 2, 3, 4 the hardest two (5 is ignored). Image 1: as many as for one positive.
-    expected = math.log(2) + sum(math.log1p(math.exp(hard)) for hard in (4, 3, 5, 4))
-    assert_close(MinedCrossEntropy(2, min_negatives=2)(logits, labels), torch.tensor(expected))
-
-
-def test_mined_cross_entropy_takes_no_more_negatives_than_there_are() -> None:
-    logits = torch.zeros(1, 3, 2)
-    labels = torch.tensor([[0, BACKGROUND, IGNORE]])
-    assert_close(MinedCrossEntropy(3)(logits, labels), torch.tensor(2 * math.log(2)))
-
-
-def test_mined_cross_entropy_of_equal_negatives_takes_the_first() -> None:
-    logits = torch.zeros(1, 5, 2, requires_grad=True)
-    MinedCrossEntropy(2, min_negatives=2)(logits, torch.tensor([[BACKGROUND] * 5])).backward()
-    assert logits.grad[0, :, 0].tolist() == [0.5, 0.5, 0, 0, 0]
-
-
-def test_mined_cross_entropy_equals_torchvision_where_images_have_objects() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 50, 5, generator=generator)  # 4 classes, background last
-    labels = torch.where(torch.rand(3, 50, generator=generator) < 0.1, torch.randint(0, 4, (3, 50)), BACKGROUND)
-    labels[:, 0] = 2
-    theirs = torch.cat([logits[..., -1:], logits[..., :-1]], dim=-1)  # torchvision has the background first
-    costs = F.cross_entropy(theirs.flatten(0, 1), (labels + 1).flatten(), reduction="none").view(3, 50)
-    expected = torch.tensor(0.0)
-    for image in range(3):
-        positive = labels[image] >= 0
-        hardest = costs[image][~positive].sort(descending=True).values[: 3 * int(positive.sum())]
-        expected = expected + costs[image][positive].sum() + hardest.sum()
-    assert_close(MinedCrossEntropy()(logits, labels), expected)
-
-
-def test_mined_cross_entropy_at_extreme_logits_is_finite() -> None:
-    logits = torch.tensor([[[100.0, -100.0], [-100.0, 100.0], [100.0, -100.0]]], requires_grad=True)
-    loss = MinedCrossEntropy()(logits, torch.tensor([[0, 0, BACKGROUND]]))
-    (gradient,) = torch.autograd.grad(loss, logits)
-    assert_close(loss, torch.tensor(400.0))
-    assert gradient.tolist() == [[[0, 0], [-1, 1], [1, -1]]]
-
-
-def test_softmax_scores_leave_the_background_out_and_start_at_the_prior() -> None:
-    loss = MinedCrossEntropy()
-    assert loss.num_logits(4) == 5
-    assert_close(loss.scores(loss.prior_bias(4, prior=0.02)), torch.full((4,), 0.005))  # together 0.02
-
-
-def test_sigmoid_needs_one_logit_for_each_class() -> None:
-    assert SigmoidFocalLoss().num_logits(4) == 4
-
-
-@pytest.mark.parametrize("loss", [SigmoidFocalLoss(), MinedCrossEntropy()])
-def test_losses_under_autocast_compute_in_float32(loss) -> None:
-    logits, labels = random_anchors(num_classes=loss.num_logits(3))
-    labels = labels.clamp(max=2)
-    rounded = logits.detach().bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        total = loss(rounded, labels)
-        scores = loss.scores(rounded)
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_widened_also_under_autocast(make, dtype) -> None:
+    loss = make().eval()
+    logits, labels = anchors_of(loss)
+    rounded = logits.detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        total, scores = loss(rounded, labels), loss.scores(rounded)
+    total.backward()
     assert total.dtype == scores.dtype == torch.float32
     assert_close(total, loss(rounded.float(), labels))
+    assert rounded.grad.dtype == dtype
+    assert rounded.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("loss", [SigmoidFocalLoss(), MinedCrossEntropy()])
-def test_losses_of_background_alone_are_finite_and_positive(loss) -> None:
-    logits = torch.zeros(2, 8, loss.num_logits(1), requires_grad=True)
+@every_loss
+def test_ignored_anchors_cost_nothing_and_have_no_gradient(make) -> None:
+    loss = make()
+    logits, labels = anchors_of(loss)
+    loss(logits, labels).backward()
+    is_ignored = labels == IGNORE
+    assert (loss.anchor_costs(logits, labels)[is_ignored] == 0).all()
+    assert (logits.grad[is_ignored] == 0).all()
+    assert (logits.grad[labels >= 0] != 0).any()
+
+
+@every_loss
+def test_the_loss_is_the_sum_of_the_anchors(make) -> None:
+    loss = make().eval()
+    logits, labels = anchors_of(loss)
+    costs = loss.anchor_costs(logits, labels)
+    assert costs.shape == labels.shape
+    assert (costs >= 0).all()
+    assert_close(loss(logits, labels), costs.sum())
+
+
+@every_loss
+def test_background_alone_is_finite_and_positive(make) -> None:
+    loss = make()
+    logits = torch.zeros(2, 8, loss.num_logits(3), requires_grad=True)
     total = loss(logits, torch.full((2, 8), BACKGROUND))
     total.backward()
     assert total > 0
     assert logits.grad.isfinite().all()
 
 
-def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"alpha is 1\.5"):
-        SigmoidFocalLoss(alpha=1.5)
-    with pytest.raises(ConfigError, match=r"gamma is -1\.0"):
-        SigmoidFocalLoss(gamma=-1.0)
-    with pytest.raises(ConfigError, match="negatives_per_positive is 0"):
-        MinedCrossEntropy(negatives_per_positive=0)
+@every_loss
+def test_a_single_class_works(make) -> None:
+    loss = make()
+    if loss.class_weights is not None:
+        loss.class_weights = None  # three weights were given
+    logits = torch.zeros(1, 3, loss.num_logits(1), requires_grad=True)
+    loss(logits, torch.tensor([[0, BACKGROUND, IGNORE]])).backward()
+    assert logits.grad.isfinite().all()
+
+
+@every_loss
+def test_scores_start_at_the_prior(make) -> None:
+    loss = make()
+    scores = loss.scores(loss.prior_bias(4, prior=0.02))
+    is_softmax = isinstance(loss, SoftmaxClassificationLoss)
+    assert_close(scores, torch.full((4,), 0.005 if is_softmax else 0.02))  # a softmax: 0.02 together
+    assert loss.num_logits(4) == (5 if is_softmax else 4)
+
+
+def test_true_probability_of_sigmoids() -> None:
+    def logit(p):
+        return math.log(p / (1 - p))
+
+    logits = torch.tensor([[[logit(0.7), logit(0.2)], [logit(0.1), logit(0.4)]]])
+    found = SigmoidFocalLoss().true_probability(logits, torch.tensor([[1, BACKGROUND]]))
+    assert_close(found, torch.tensor([[0.2, 0.6]]))  # background: 1 - 0.4, the most wrongly believed
+
+
+def test_true_probability_of_a_softmax() -> None:
+    logits = torch.tensor([[[0.7, 0.2, 0.1], [0.5, 0.1, 0.4]]]).log()
+    found = SoftmaxFocalLoss().true_probability(logits, torch.tensor([[1, BACKGROUND]]))
+    assert_close(found, torch.tensor([[0.2, 0.4]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [FAMILY["focal"], FAMILY["softmax focal"], FAMILY["mining"]])
+def test_compiled_loss_has_the_same_value_and_gradient(make) -> None:
+    loss = make()
+    logits, labels = anchors_of(loss)
+    compiled = torch.compile(loss, fullgraph=True)(logits, labels)
+    expected = loss(logits, labels)
+    assert_close(compiled, expected)
+    assert_close(torch.autograd.grad(compiled, logits), torch.autograd.grad(expected, logits))
+
+
+def test_weights_found_in_the_training_set_are_a_part_of_the_module() -> None:
+    loss = SigmoidFocalLoss(class_weights=EffectiveNumberWeights())
+    assert isinstance(loss.get_submodule("class_weights"), EffectiveNumberWeights)

@@ -10,6 +10,8 @@ from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, genera
 
 from onestage.errors import ConfigError
 
+MIN_SIDE = 1e-3  # px, of a decoded box; float32 tells 1000 and 1000.001 apart
+
 
 class BoxCoder(Protocol):
     """What a box loss asks of a box coder: one, `encode`, to compare deltas, or the other to compare boxes."""
@@ -103,6 +105,8 @@ class IoUBoxLoss(BoxLoss):
         whole = torch.cat([anchors[:, :2] - 0.5 * anchors[:, 2:], anchors[:, :2] + 0.5 * anchors[:, 2:]], dim=-1)
         is_positive = is_positive[..., None]
         boxes, gt_boxes = torch.where(is_positive, boxes, whole), torch.where(is_positive, gt_boxes, whole)
+        # A wild delta can mean a box whose edges round to one number, and then CIoU's ratio of sides is 0 / 0.
+        boxes = torch.cat([boxes[..., :2], torch.maximum(boxes[..., 2:], boxes[..., :2] + MIN_SIDE)], dim=-1)
         losses = self.losses(boxes.flatten(0, 1), gt_boxes.to(boxes.dtype).flatten(0, 1))
         return torch.where(is_positive.flatten(), losses, 0.0).sum()
 

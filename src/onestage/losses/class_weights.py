@@ -83,8 +83,9 @@ class EffectiveNumberWeights(ClassWeights):
         """Compute the weights of classes with so many objects, [K]."""
         counts = class_counts.to("cpu", torch.float64)
         weights = (1 - self.beta) / (1 - self.beta ** counts.clamp(min=1))
-        num_objects = counts.sum().clamp(min=1)
-        weights = weights * num_objects / (weights * counts).sum().clamp(min=torch.finfo(torch.float64).tiny)
+        weight_of_objects = (weights * counts).sum()
+        if weight_of_objects > 0:
+            weights = weights * counts.sum() / weight_of_objects
         self.values = weights.to(self.values.device, torch.float32)
 
     def extra_repr(self) -> str:

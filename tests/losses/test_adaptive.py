@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import torch
+from loss_references import random_anchors
+from torch.testing import assert_close
+
+from onestage.errors import ConfigError
+from onestage.losses import AutomatedFocalLoss, SigmoidFocalLoss
+from onestage.types import BACKGROUND
+
+
+def logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def step(loss: AutomatedFocalLoss, *probabilities: float) -> None:
+    logits = torch.tensor([[[logit(p)] for p in probabilities]], requires_grad=True)
+    loss(logits, torch.zeros(1, len(probabilities), dtype=torch.int64))
+
+
+def test_gamma_is_minus_the_log_of_the_running_mean() -> None:
+    loss = AutomatedFocalLoss(momentum=0.75)
+    assert loss.current_gamma() == 2.0  # nothing known yet
+    step(loss, 0.1, 0.3)
+    assert_close(loss.current_gamma(), torch.tensor(-math.log(0.2)))  # from the first batch on
+    step(loss, 0.9)
+    # weights 1/4 * 3/4 and 1/4 of what is 7/16 in all: (3/16 * 0.2 + 4/16 * 0.9) / (7/16)
+    assert_close(loss.current_gamma(), torch.tensor(-math.log((3 * 0.2 + 4 * 0.9) / 7)))
+
+
+def test_batches_without_objects_and_evaluation_leave_gamma_alone() -> None:
+    loss = AutomatedFocalLoss()
+    step(loss, 0.5)
+    gamma = loss.current_gamma()
+    loss(torch.zeros(1, 3, 1, requires_grad=True), torch.full((1, 3), BACKGROUND))
+    assert torch.equal(loss.current_gamma(), gamma)
+    loss.eval()
+    step(loss, 0.9)
+    loss.train()
+    with torch.no_grad():
+        loss(torch.zeros(1, 1, 1), torch.tensor([[0]]))
+    assert torch.equal(loss.current_gamma(), gamma)
+
+
+def test_loss_is_the_focal_loss_of_that_gamma() -> None:
+    logits, labels = random_anchors(3)
+    loss = AutomatedFocalLoss(alpha=0.25)
+    total = loss(logits, labels)
+    expected = SigmoidFocalLoss(0.25, loss.current_gamma().item())(logits, labels)
+    assert_close(total, expected)
+    assert_close(torch.autograd.grad(total, logits), torch.autograd.grad(expected, logits))
+
+
+def test_gamma_goes_into_the_state_dict() -> None:
+    loss, other = AutomatedFocalLoss(), AutomatedFocalLoss()
+    step(loss, 0.3)
+    other.load_state_dict(loss.state_dict())
+    assert torch.equal(loss.current_gamma(), other.current_gamma())
+
+
+def test_hopeless_positives_leave_gamma_finite() -> None:
+    loss = AutomatedFocalLoss()
+    loss(torch.full((1, 1, 1), -200.0, requires_grad=True), torch.tensor([[0]]))
+    assert loss.current_gamma().isfinite()
+
+
+def test_bad_momentum_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"momentum is 1\.0"):
+        AutomatedFocalLoss(momentum=1.0)

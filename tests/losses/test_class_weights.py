@@ -1,0 +1,79 @@
+import pytest
+import torch
+from loss_references import random_anchors
+from torch.testing import assert_close
+
+from onestage.errors import ConfigError
+from onestage.losses import (
+    ClassWeights,
+    EffectiveNumberWeights,
+    MinedCrossEntropy,
+    SigmoidCrossEntropy,
+    SigmoidFocalLoss,
+    SoftmaxFocalLoss,
+)
+from onestage.types import BACKGROUND, IGNORE
+
+
+def test_weights_by_hand_count_positives_of_their_class_and_background_once() -> None:
+    labels = torch.tensor([[0, 1, BACKGROUND, IGNORE]])
+    plain = SigmoidCrossEntropy().anchor_costs(torch.zeros(1, 4, 2), labels)
+    weighted = SigmoidCrossEntropy(class_weights=[3.0, 0.5]).anchor_costs(torch.zeros(1, 4, 2), labels)
+    assert_close(weighted, plain * torch.tensor([[3.0, 0.5, 1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("loss", [SigmoidFocalLoss, SoftmaxFocalLoss, MinedCrossEntropy])
+def test_every_kind_of_loss_takes_weights(loss) -> None:
+    logits, labels = random_anchors(3, num_classes=2)
+    plain, weighted = loss(), loss(class_weights=[2.0, 2.0])
+    expected = plain.anchor_costs(logits, labels) * torch.where(labels >= 0, 2.0, 1.0)
+    assert_close(weighted.anchor_costs(logits, labels), expected)
+
+
+def test_effective_number_of_two_classes_is_hand_computed() -> None:
+    # beta 0.5: 1 object weighs 0.5 / 0.5 = 1, 2 objects weigh 0.5 / 0.75 = 2/3 each.
+    # The mean over the three objects is (1 + 2 * 2/3) / 3 = 7/9, which becomes 1: 9/7 and 6/7.
+    weights = EffectiveNumberWeights(beta=0.5)
+    weights.set_class_counts(torch.tensor([1, 2]))
+    assert_close(weights(torch.tensor([[0, 1, BACKGROUND]])), torch.tensor([[9 / 7, 6 / 7, 1.0]]))
+
+
+def test_effective_number_at_its_ends() -> None:
+    counts = torch.tensor([1000, 10])
+    for beta, ratio in [(0.0, 1.0), (1 - 1e-9, 100.0)]:  # no weights, and inverse frequency
+        weights = EffectiveNumberWeights(beta)
+        weights.set_class_counts(counts)
+        assert_close(weights.values[1] / weights.values[0], torch.tensor(ratio), rtol=1e-3, atol=0)
+
+
+def test_classes_without_objects_get_a_finite_weight() -> None:
+    weights = EffectiveNumberWeights()
+    weights.set_class_counts(torch.tensor([50, 0, 1]))
+    assert weights.values.isfinite().all()
+    assert weights.values[1] == weights.values[2]
+    weights.set_class_counts(torch.tensor([0, 0]))
+    assert weights.values.isfinite().all()
+
+
+def test_weights_are_1_until_counts_are_known_and_come_back_from_a_checkpoint() -> None:
+    loss, other = (SigmoidFocalLoss(class_weights=EffectiveNumberWeights()) for _ in range(2))
+    labels = torch.tensor([[0, 1]])
+    assert other.class_weights(labels).tolist() == [[1, 1]]
+    loss.class_weights.set_class_counts(torch.tensor([10, 1000]))
+    other.load_state_dict(loss.state_dict())
+    assert torch.equal(other.class_weights(labels), loss.class_weights(labels))
+
+
+def test_a_loss_without_weights_adds_nothing_to_the_checkpoint() -> None:
+    assert not SigmoidFocalLoss().state_dict()
+
+
+def test_bad_weights_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"class_weights is \[1\.0, -2\.0\]"):
+        ClassWeights([1.0, -2.0])
+    with pytest.raises(ConfigError, match="class_weights is"):
+        ClassWeights([0.0, 0.0])
+    with pytest.raises(ConfigError, match="2 numbers, but the data has 3 classes"):
+        ClassWeights([1.0, 2.0]).set_class_counts(torch.tensor([1, 2, 3]))
+    with pytest.raises(ConfigError, match=r"beta is 1\.0"):
+        EffectiveNumberWeights(beta=1.0)
