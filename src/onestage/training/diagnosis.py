@@ -169,9 +169,14 @@ def likely_cause(step: SkippedStep) -> tuple[str, str]:
             f"{lower} If the loss is your own, let it be finite at these values: docs/add_a_loss.md.",
         )
     if not math.isfinite(step.loss):
-        return f"the loss is not finite although its last terms are{rise}", lower
+        return (
+            f"an earlier batch of the step (trainer.accumulate_grad_batches) had a loss that is not finite{rise}",
+            lower,
+        )
+    names = step.bad_gradients
+    where = f"in {len(names)} parameters from {names[0]} to {names[-1]}" if names else "only in its norm"
     return (
-        f"the loss is finite and its gradient is not, first in {_some(step.bad_gradients) or 'no one parameter'}{rise}",
+        f"the loss is finite and its gradient is not, {where}{rise}",
         f"{lower} If the loss is your own, check its derivative: docs/add_a_loss.md.",
     )
 

@@ -1,0 +1,99 @@
+"""What a run tells about its loss, and what it does when the loss is not finite, by the commands a user types."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "metrics.csv").open()))
+
+
+def test_every_logged_step_says_where_the_loss_comes_from(trained: Path) -> None:
+    steps = [row for row in rows_of(trained) if row["anchors/positives"]]
+    assert len(steps) == 4  # of 8 images each
+    for step in steps:
+        value = {name: float(text) for name, text in step.items() if text}
+        counts = [value[f"anchors/{name}"] for name in ("positives", "negatives", "ignored")]
+        assert sum(counts) == 8 * 2390
+        levels = [f"anchors/stride_{stride}/" for stride in (8, 16, 32, 53, 160)]
+        for name, total in (("positives", counts[0]), ("negatives", counts[1])):
+            assert sum(value[level + name] for level in levels) == total
+        shares = [value[f"anchors/loss_of_{part}"] for part in ("positives", "easy_negatives", "hard_negatives")]
+        assert sum(shares) == pytest.approx(1)
+        assert 0 < value["anchors/p_t_of_positives"] < 1
+    assert all(float(row["train/gradient_norm"]) > 0 for row in rows_of(trained) if row["train/loss"])
+
+
+def test_the_statistics_can_be_left_out(fast_options: list[str], tmp_path: Path) -> None:
+    options = ["--anchor_statistics", "false", "--trainer.limit_train_batches", "1", "--runs_dir", str(tmp_path)]
+    assert run("fit", *fast_options, *options) == 0
+    assert not [name for name in rows_of(tmp_path / "shapes_ssd" / "version_0")[0] if name.startswith("anchors/")]
+
+
+def test_a_missing_prior_is_told_after_the_first_batch(fast_options: list[str], tmp_path: Path) -> None:
+    options = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0", "--runs_dir", str(tmp_path)]
+    with pytest.warns(UserWarning, match=r"The first classification loss is .* for each positive anchor"):
+        assert run("fit", *fast_options, *options, "--model.detector.init_args.prior", "0.5") == 0
+
+
+def test_a_learning_rate_that_overflows_ends_with_code_6_and_a_diagnosis(
+    fast_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model.optimizer.lr", "1e30", "--trainer.max_epochs", "2", "--runs_dir", str(tmp_path)]
+    assert run("fit", *fast_options, *options, "--trainer.limit_val_batches", "0", "--trainer.precision=32-true") == 6
+    message = capsys.readouterr().err
+    assert "error: training ends at step 4 of epoch 1: loss or gradient was not finite 4 times in a row." in message
+    assert "Lower model.optimizer.init_args.lr, or lengthen model.schedule.warmup_steps." in message
+    (folder,) = tmp_path.glob("shapes_ssd/version_0")
+    assert str(folder / "skipped_steps.json") in message
+    diagnosis = json.loads((folder / "skipped_steps.json").read_text())
+    (process,) = diagnosis["latest"][-1]["processes"]
+    assert len(process["images"]) == 8
+    assert Path(process["images"][0]["file"]).is_file()
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)  # of the first epoch's end
+    assert all(bool(tensor.isfinite().all()) for tensor in checkpoint["state_dict"].values())
+
+
+def test_a_checkpoint_that_holds_nan_is_not_trained_on(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["state_dict"]["detector.class_head.levels.0.bias"][0] = torch.nan
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    options = ["--config", str(trained / "config.yaml"), "--ckpt_path", str(tmp_path / "bad.ckpt")]
+    assert run("fit", *options, "--trainer.max_epochs", "2", "--runs_dir", str(tmp_path / "runs")) == 6
+    assert "state_dict.detector.class_head.levels.0.bias" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_losses_of_a_checkpoint_are_drawn_and_written(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str
+) -> None:
+    words = ["--ckpt_path", str(trained / "checkpoints" / "best.ckpt"), "--runs_dir", str(tmp_path)]
+    assert run("losses", *words, "--split", split, "--trainer.accelerator=cpu") == 0
+    (folder,) = tmp_path.glob("shapes_ssd/version_0")
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert printed[-1] == f"results: {folder / 'losses.csv'}"
+    assert [line.split()[0] for line in printed[-6:-1]] == ["0", "0.5", "1", "2", "5"]
+    assert (folder / "losses.png").is_file()
+    rows = list(csv.DictReader((folder / "losses.csv").open()))
+    assert {row["group"] for row in rows} == {"positives", "negatives"}
+    assert not (folder / "results.json").exists()
+
+
+def test_losses_takes_gammas_of_its_own_and_refuses_bad_ones(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--ckpt_path", str(trained / "checkpoints" / "best.ckpt"), "--runs_dir", str(tmp_path)]
+    words += ["--trainer.accelerator=cpu", "--trainer.limit_val_batches", "1"]
+    assert run("losses", *words, "--gammas", "[3]") == 0
+    assert capsys.readouterr().out.strip().splitlines()[-2].split()[0] == "3"
+    assert run("losses", *words, "--gammas", "[-1]") == 2
+    assert "gammas" in capsys.readouterr().err
+    assert run("losses", "--config", str(trained / "config.yaml"), "--runs_dir", str(tmp_path)) == 2
+    assert "--ckpt_path" in capsys.readouterr().err
