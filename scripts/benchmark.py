@@ -2,6 +2,7 @@
 """Time a part of the package beside the obvious alternative, and check that both give the same result.
 
     python scripts/benchmark.py step      a training step of SSD300, and torchvision's ssd300_vgg16
+    python scripts/benchmark.py loss      the focal loss of a batch, and torchvision's sigmoid_focal_loss
     python scripts/benchmark.py data      SSD's augmentation, and torchvision's v2 transforms
     python scripts/benchmark.py detect    from outputs to detections, and torchvision's postprocess_detections
     python scripts/benchmark.py map       COCO evaluation, and pycocotools and torchmetrics
@@ -12,7 +13,7 @@ All contestants run in one process and in turn (A B, B A, ...), so compare ratio
 
 import argparse
 
-ROUNDS = {"step": 5, "data": 5, "detect": 9, "map": 3, "ops": 1}
+ROUNDS = {"step": 5, "loss": 7, "data": 5, "detect": 9, "map": 3, "ops": 1}
 
 
 def main() -> None:
@@ -33,6 +34,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     if arguments.part == "step":
         from benchmarks import step as benchmark
+    elif arguments.part == "loss":
+        from benchmarks import losses as benchmark
     elif arguments.part == "data":
         from benchmarks import augmentation as benchmark
     elif arguments.part == "detect":

@@ -9,7 +9,8 @@ from onestage.training.commands import DetectionCLI
 from onestage.types import DetectionData, Detector
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-EXPERIMENTS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.name != "trainer.yaml")
+EXPERIMENTS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "trainer.yaml")
+LOSSES = sorted((CONFIGS / "compare").glob("*.yaml"))  # each is laid over an experiment
 
 
 class Built(DetectionCLI):
@@ -36,11 +37,29 @@ def test_every_experiment_builds_without_its_data_or_weights(config: Path, tmp_p
     assert built.run_folder.parent.name == config.stem
 
 
-@pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("experiment", ["shapes_ssd", "voc_ssd300"])
+def test_every_loss_lies_over_an_experiment(loss: Path, experiment: str, tmp_path: Path) -> None:
+    written = yaml.safe_load(loss.read_text())["model"]["detector"]["init_args"]["classification_loss"]
+    options = ["--config", str(CONFIGS / f"{experiment}.yaml"), "--config", str(loss)]
+    options += ['--data.class_names=["a","b","c"]', "--data.category_ids=[1,5,7]"]
+    if experiment.startswith("voc"):
+        options.append("--model.detector.backbone_weights=null")  # no network in a test
+    built = build(options, tmp_path).model.detector.classification_loss
+    assert f"onestage.losses.{type(built).__name__}" == written["class_path"]
+    for name, value in written["init_args"].items():
+        if name != "class_weights":
+            assert getattr(built, name) == value
+    assert (built.class_weights is None) == (written["init_args"]["class_weights"] is None)
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS + LOSSES, ids=lambda path: path.stem)
 def test_every_experiment_says_what_it_is_and_how_to_run_it(config: Path) -> None:
     header = [line for line in config.read_text().splitlines() if line.startswith("#")]
     assert len(header) >= 2
-    assert any(line.startswith(f"# onestage fit --config configs/{config.relative_to(CONFIGS)}") for line in header)
+    assert any(
+        "# onestage fit --config" in line and f"configs/{config.relative_to(CONFIGS)}" in line for line in header
+    )
 
 
 def test_the_shared_configuration_is_read_by_every_command(tmp_path: Path) -> None:

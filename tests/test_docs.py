@@ -32,14 +32,14 @@ def run_example(page: str) -> types.ModuleType:
 
 
 def test_the_loss_of_the_docs_costs_ln_2_for_each_sigmoid_at_even_odds() -> None:
-    loss = run_example("add_a_loss.md").SigmoidCrossEntropy()
+    loss = run_example("add_a_loss.md").PlainCrossEntropy()
     labels = torch.tensor([[0, BACKGROUND, IGNORE]])  # the ignored anchor costs nothing
     logits = torch.zeros(1, 3, loss.num_logits(4))
     assert loss(logits, labels).item() == pytest.approx(2 * 4 * math.log(2))
 
 
 def test_the_loss_of_the_docs_tells_a_positive_from_background() -> None:
-    loss = run_example("add_a_loss.md").SigmoidCrossEntropy()
+    loss = run_example("add_a_loss.md").PlainCrossEntropy()
     logits = torch.tensor([[[20.0, -20.0]]])  # sure of class 0
     assert loss(logits, torch.tensor([[0]])).item() == pytest.approx(0, abs=1e-6)
     assert loss(logits, torch.tensor([[BACKGROUND]])).item() == pytest.approx(20)

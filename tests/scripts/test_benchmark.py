@@ -33,6 +33,7 @@ def run(benchmark, monkeypatch, *arguments):
         ("detect", "same labels in the same order"),
         ("data", "the same boxes within 0.001 px"),
         ("ops", "never waits"),
+        pytest.param("loss", "the same gradient within 1e-5", marks=pytest.mark.slow),  # it compiles
         pytest.param("step", "the same losses from the same weights", marks=pytest.mark.slow),
     ],
 )
