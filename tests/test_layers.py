@@ -52,6 +52,7 @@ HEAVY = (
     "faster_coco_eval",
     "torchmetrics",
     "cv2",
+    "matplotlib",
 )
 
 
