@@ -1,11 +1,14 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from faulty_training import FaultyDetector, train
+from lightning.pytorch.loggers import CSVLogger
 from torch.testing import assert_close
 
-from onestage.training.anchor_monitor import anchor_statistics, missing_prior
-from onestage.types import BACKGROUND, IGNORE, AnchorLosses
+from onestage.training.anchor_monitor import AnchorMonitor, anchor_statistics, missing_prior
+from onestage.types import BACKGROUND, IGNORE, AnchorLosses, Anchors
 
 # Two images of five anchors: three at stride 8, two at stride 16.
 STRIDES = torch.tensor([8.0, 8.0, 8.0, 16.0, 16.0])
@@ -100,6 +103,53 @@ def test_every_loss_of_the_family_starts_without_the_warning_and_only_mined_ones
         (name, prior): prior == 0.5 and name != "MinedCrossEntropy"
         for name, prior in found
     }  # fmt: skip
+
+
+class NotedLogger(CSVLogger):
+    """Keeps what is logged."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.noted: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics, step=None) -> None:
+        if "anchors/positives" in metrics:
+            self.noted.append((step, metrics))
+
+
+class DetectorThatTells(FaultyDetector):
+    """Counts how often it is asked."""
+
+    num_asked = 0
+
+    def forward(self, images):
+        return super().forward(images)._replace(anchors=Anchors(torch.ones(4, 4), torch.tensor([8.0, 8.0, 8.0, 16.0])))
+
+    def anchor_losses(self, predictions, targets):
+        assert not predictions.class_logits.requires_grad
+        self.num_asked += 1
+        labels = torch.full((2, 4), BACKGROUND)
+        labels[0, 0] = 0
+        return AnchorLosses(labels, torch.ones(2, 4), torch.full((2, 4), 0.95))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_logged_steps_alone_are_looked_at_and_each_once(tmp_path: Path, accumulate: int) -> None:
+    logger, detector = NotedLogger(tmp_path), DetectorThatTells()
+    train(
+        tmp_path, detector=detector, num_steps=6, callbacks=(AnchorMonitor(),), logger=logger, log_every_n_steps=3,
+        accumulate_grad_batches=accumulate,
+    )  # fmt: skip
+    assert [step for step, _ in logger.noted] == [2, 5]  # the third and the sixth
+    assert detector.num_asked == 2 + 1  # and the first batch
+    assert logger.noted[0][1]["anchors/stride_8/positives"] == 1
+    assert logger.noted[0][1]["anchors/loss_of_easy_negatives"] == 7 / 8
+
+
+def test_a_detector_that_does_not_tell_trains_all_the_same(tmp_path: Path) -> None:
+    logger = NotedLogger(tmp_path)
+    train(tmp_path, num_steps=2, callbacks=(AnchorMonitor(),), logger=logger, log_every_n_steps=1)
+    assert logger.noted == []
 
 
 def test_the_parts_of_the_loss_add_up_to_the_loss() -> None:

@@ -33,6 +33,7 @@ class AnchorMonitor(Callback):
 
     def __init__(self) -> None:
         self._is_first_batch = False
+        self._logged_step = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the first batch for the untrained detector's, unless the run goes on from a checkpoint."""
@@ -43,7 +44,10 @@ class AnchorMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the composition of the loss of this batch."""
+        # The step that LearningRateMonitor counts, so that both stand in one row; of its batches, the first.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         is_logged = bool(trainer.loggers) and trainer._logger_connector.should_update_logs
+        is_logged = is_logged and step != self._logged_step
         if not (is_logged or self._is_first_batch):
             return
         predictions = _detached(outputs["predictions"])
@@ -58,8 +62,7 @@ class AnchorMonitor(Callback):
                 rank_zero_warn(warning)
         if is_logged:
             statistics = anchor_statistics(anchor_losses, predictions.anchors.strides)
-            # The step that LearningRateMonitor counts, so that both stand in one row.
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            self._logged_step = step
             for logger in trainer.loggers:
                 logger.log_metrics(statistics, step=step)
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -85,12 +85,14 @@ class NonFiniteGuard(Callback):
             NonFiniteError: one of them is not finite.
         """
         self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))  # the first process's
-        self._persistent = frozenset(pl_module.state_dict())
-        state = {"state_dict": pl_module.state_dict(), "optimizer": [one.state_dict() for one in trainer.optimizers]}
-        names = non_finite_entries(state)
-        if names:
+        weights = pl_module.state_dict()
+        self._persistent = frozenset(weights)
+        names = non_finite_entries(
+            {"state_dict": weights, "optimizer": [one.state_dict() for one in trainer.optimizers]}
+        )
+        if _is_any(trainer, names):
             raise NonFiniteError(
-                f"training cannot start: {len(names)} tensors hold NaN or infinity, the first of them {names[0]}.\n"
+                f"training cannot start: {_first(names)} NaN or infinity.\n"
                 "Start from other weights: model.detector.init_args.backbone_weights or pretrained, or another "
                 "checkpoint with --ckpt_path."
             )
@@ -226,13 +228,13 @@ class NonFiniteGuard(Callback):
         Raises:
             NonFiniteError: it does.
         """
-        names = non_finite_entries(checkpoint)
+        names = non_finite_entries(checkpoint)  # asking the others would hang where one process alone saves
         if names:
             rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
             raise NonFiniteError(
-                f"training ends at step {trainer.global_step}: the checkpoint was not written, for {len(names)} of its "
-                f"tensors hold NaN or infinity, the first of them {names[0]}. The last steps had finite gradients, so "
-                f"an update itself overflowed; the learning rate is {max(rates, default=0):.4g}.\n"
+                f"training ends at step {trainer.global_step}: the checkpoint was not written, for {_first(names)} NaN "
+                "or infinity. Steps with such gradients are not taken, so an update itself overflowed; the learning "
+                f"rate is {max(rates, default=0):.4g}.\n"
                 "Lower model.optimizer.init_args.lr, or lengthen model.schedule.warmup_steps. Checkpoints written "
                 "before are sound."
             )
@@ -240,12 +242,26 @@ class NonFiniteGuard(Callback):
 
 def _look(trainer: pl.Trainer, loss: Tensor, norm: Tensor) -> tuple[float, float, bool]:
     """Return loss and norm, and whether either is not finite in any process. Waits for the device, once."""
-    values = torch.stack((loss.float(), norm.to(loss.device, torch.float32)))
+    norm = norm.to(loss.device, torch.float32)
+    if isinstance(trainer.strategy, FSDPStrategy):  # each process holds a piece of every gradient
+        norm = norm.square()
+        dist.all_reduce(norm)
+        norm = norm.sqrt()
+    values = torch.stack((loss.float(), norm))
     is_bad = (~values.isfinite()).any().float()
     if trainer.world_size > 1:  # gradients are the same everywhere; a loss that gives none is not
         dist.all_reduce(is_bad, dist.ReduceOp.MAX)
     loss_value, norm_value, bad = torch.cat((values, is_bad[None])).tolist()
     return loss_value, norm_value, bool(bad)
+
+
+def _is_any(trainer: pl.Trainer, names: list[str]) -> bool:
+    """Say whether any process has found names; all of them get the same answer."""
+    return bool(trainer.strategy.reduce_boolean_decision(bool(names), all=False))
+
+
+def _first(names: list[str]) -> str:
+    return f"{len(names)} tensors, the first of them {names[0]}, hold" if names else "another process's tensors hold"
 
 
 def _of_all_processes(trainer: pl.Trainer, step: SkippedStep) -> list[SkippedStep]:
@@ -257,5 +273,5 @@ def _of_all_processes(trainer: pl.Trainer, step: SkippedStep) -> list[SkippedSte
 
 
 def _scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
-    plugin = trainer.precision_plugin
-    return plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    """Return the loss scaler of fp16. The precision of one device has it under this name, and so has that of FSDP."""
+    return getattr(trainer.precision_plugin, "scaler", None)
