@@ -1,0 +1,104 @@
+#!/usr/bin/env python
+"""Train the same detector with every loss of configs/compare on equal terms, and say what came out.
+
+    python scripts/compare_losses.py                         on the drawn shapes
+    python scripts/compare_losses.py --data path/to/voc      on a data set in VOC format, with the lists train and val
+    python scripts/compare_losses.py --time_steps            time a training step with each loss, side by side
+    python scripts/compare_losses.py --report docs           write what the finished runs say
+    python scripts/compare_losses.py --quick                 two losses, minutes: does it work here?
+
+Every loss trains for the same number of images, in the same order, from the same weights, at its own best of the same
+learning rates, chosen on a seed that does not count. A run is an `onestage fit`; what is done is not done again, so an
+interrupted comparison goes on where it was.
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from comparison import plan, runner
+from comparison.plan import Study
+
+
+def main() -> int:
+    """Make the missing runs, then write the report if one was asked for."""
+    arguments = _parse()
+    study = _study(arguments)
+    unknown = plan.unknown_losses(study.losses)
+    if unknown:
+        print(f"no such loss: {', '.join(unknown)}; there are {', '.join(plan.all_losses())}", file=sys.stderr)
+        return 2
+    if study.data != "shapes" and not (Path(study.data) / "ImageSets" / "Main").is_dir():
+        print(f"--data {study.data} is no data set in VOC format: it has no ImageSets/Main", file=sys.stderr)
+        return 2
+    if arguments.time_steps or arguments.quick:
+        from comparison import step_time
+
+        step_time.measure(study.losses, study.folder / "step_times.json", rounds=2 if arguments.quick else 15)
+    if (arguments.report is None and not arguments.time_steps) or arguments.quick:
+        _make_runs(study, arguments.jobs, time.time() + 60 * arguments.minutes)
+    if arguments.report is not None:
+        from comparison import report
+
+        report.write(study.folder, arguments.report)
+    return 0
+
+
+def _make_runs(study: Study, jobs: int, deadline: float) -> None:
+    """Make the runs that choose a learning rate, then those that count."""
+    runner.write_settings(study)
+    runner.make_runs(study.selection_runs(), jobs, deadline)
+    if len(study.rates) > 1:
+        rate_by_loss = runner.choose_rates(study.selection_runs())
+    else:
+        rate_by_loss = dict.fromkeys(study.losses, study.rates[0])
+    runner.make_runs(study.final_runs(rate_by_loss), jobs, deadline)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="shapes", help="shapes, or the folder of a data set in VOC format")
+    parser.add_argument("--losses", nargs="+", help="names of files in configs/compare; default: all")
+    parser.add_argument("--rates", nargs="+", type=float, default=[7e-4, 2e-3, 6e-3], help="learning rates of AdamW")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--selection_seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, help="default: 12 of shapes, 16 of other data")
+    parser.add_argument("--num_train", type=int, default=400, help="drawn images, for shapes")
+    parser.add_argument("--num_val", type=int, default=101)
+    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "16-mixed", "32-true"])
+    parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="of all runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes")
+    parser.add_argument("--time_steps", action="store_true", help="time a step with each loss; makes no runs")
+    parser.add_argument("--report", type=Path, help="folder of the page and the plot; makes no runs")
+    parser.add_argument("--quick", action="store_true", help="two losses, a tiny budget, nothing kept")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.losses, arguments.rates, arguments.seeds = ["focal", "mining"], [2e-3], [1]
+        arguments.epochs, arguments.num_train, arguments.num_val = 1, 16, 7
+        arguments.folder = Path(tempfile.mkdtemp(prefix="compare-losses-"))
+        arguments.report = arguments.report or arguments.folder
+    return arguments
+
+
+def _study(arguments: argparse.Namespace) -> Study:
+    epochs = arguments.epochs or (12 if arguments.data == "shapes" else 16)
+    return Study(
+        folder=arguments.folder.resolve(),
+        data=arguments.data,
+        losses=tuple(arguments.losses or plan.all_losses()),
+        rates=tuple(arguments.rates),
+        selection_seed=arguments.selection_seed,
+        seeds=tuple(arguments.seeds),
+        epochs=epochs,
+        num_train=arguments.num_train,
+        num_val=arguments.num_val,
+        precision=arguments.precision,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""What is compared: the losses, the learning rates and seeds, and the command of each run."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = REPOSITORY / "configs"
+LOSSES = CONFIGS / "compare"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all runs of a comparison share.
+
+    A run differs from the others in its loss (one file of configs/compare), its learning rate and its seed. The seed
+    decides the weights a network starts from, and the order and augmentation of the images.
+    """
+
+    folder: Path  # of all runs; one folder below it for the data, the precision, the loss
+    data: str  # `shapes`, or the folder of a data set in VOC format with the lists train and val
+    losses: tuple[str, ...]  # file names in configs/compare, without .yaml
+    rates: tuple[float, ...]  # learning rates to choose from
+    selection_seed: int  # the rate of each loss is chosen on this one
+    seeds: tuple[int, ...]  # and its results come from these
+    epochs: int
+    num_train: int  # drawn images, for `shapes`
+    num_val: int
+    precision: str
+
+    @property
+    def data_name(self) -> str:
+        """Name of the data, for folders and titles."""
+        return Path(self.data).name
+
+    def selection_runs(self) -> list["Run"]:
+        """Return one run for every loss and rate, on the seed that chooses."""
+        rates = self.rates if len(self.rates) > 1 else ()  # nothing to choose
+        return [Run(self, loss, rate, self.selection_seed) for rate in rates for loss in self.losses]
+
+    def final_runs(self, rate_by_loss: dict[str, float]) -> list["Run"]:
+        """Return the runs that count: every loss that has a rate at its own, on every seed."""
+        return [Run(self, loss, rate_by_loss[loss], seed) for seed in self.seeds for loss in rate_by_loss]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    study: Study
+    loss: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of the experiment, the last folder."""
+        return f"lr_{self.rate:g}_seed_{self.seed}"
+
+    @property
+    def runs_dir(self) -> Path:
+        """The folder of all runs of this loss."""
+        return self.study.folder / self.study.data_name / self.study.precision / self.loss
+
+    @property
+    def outcome_file(self) -> Path:
+        """What came out; it exists when the run is done."""
+        return self.runs_dir / self.name / "outcome.json"
+
+    def words(self) -> list[str]:
+        """The words of the `onestage` command."""
+        study = self.study
+        options = {
+            "seed_everything": self.seed,
+            "model.optimizer.lr": self.rate,
+            "trainer.max_epochs": study.epochs,
+            "trainer.check_val_every_n_epoch": 2,
+            "trainer.precision": study.precision,
+            "trainer.num_sanity_val_steps": 0,
+            "trainer.enable_checkpointing": "false",  # the last weights count: nothing is chosen on the validation set
+            "trainer.enable_progress_bar": "false",
+            "trainer.enable_model_summary": "false",
+            "data.num_workers": 0,
+            "drawn_images": 0,
+            "experiment": self.name,
+            "runs_dir": self.runs_dir,
+        }
+        words = ["fit", "--config", str(CONFIGS / "shapes_ssd.yaml")]
+        if study.data == "shapes":
+            root = study.folder / f"drawn_{study.num_train}_{study.num_val}"
+            options |= {"data.root": root, "data.num_train": study.num_train, "data.num_val": study.num_val}
+        else:
+            words += ["--config", str(voc_config(study))]
+        words += ["--config", str(LOSSES / f"{self.loss}.yaml")]
+        return words + [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+def voc_config(study: Study) -> Path:
+    """Write the few lines that put a VOC-format data set in place of the drawn one, and return their file."""
+    file = study.folder / f"{study.data_name}.yaml"
+    content = (
+        "data:\n"
+        "  class_path: onestage.data.VOCDataModule\n"
+        f"  init_args: {{root: {Path(study.data).resolve()}, train_splits: [train], val_splits: [val]}}\n"
+    )
+    if not file.is_file() or file.read_text(encoding="utf-8") != content:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content, encoding="utf-8")
+    return file
+
+
+def all_losses() -> tuple[str, ...]:
+    """Return the names of the files in configs/compare."""
+    return tuple(sorted(path.stem for path in LOSSES.glob("*.yaml")))
+
+
+def unknown_losses(names: Iterable[str]) -> Sequence[str]:
+    """Return those that have no file."""
+    return [name for name in names if name not in all_losses()]
