@@ -1,0 +1,146 @@
+"""The comparison of losses: what it plans, how it sums up, and, slowly, that it runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def make_study(folder: Path, **changes):
+    from comparison.plan import Study
+
+    settings = {
+        "folder": folder,
+        "data": "shapes",
+        "losses": ("focal", "mining"),
+        "rates": (1e-3, 2e-3),
+        "selection_seed": 0,
+        "seeds": (1, 2, 3),
+        "epochs": 2,
+        "num_train": 8,
+        "num_val": 3,
+        "precision": "32-true",
+    }
+    return Study(**{**settings, **changes})
+
+
+def finish(run, mean_average_precision: float, **changes) -> None:
+    outcome = {
+        "exit_code": 0,
+        "metrics": {"mAP": mean_average_precision, "AP50": 2 * mean_average_precision},
+        "per_class": {"circle": mean_average_precision, "star": None},
+        "curve": [[50, 0.0], [100, mean_average_precision]],
+        "is_finite": True,
+    }
+    run.outcome_file.parent.mkdir(parents=True)
+    run.outcome_file.write_text(json.dumps({**outcome, **changes}))
+
+
+def test_each_loss_gets_its_own_best_rate_from_a_seed_that_does_not_count(tmp_path) -> None:
+    from comparison import runner
+
+    study = make_study(tmp_path)
+    runs = study.selection_runs()
+    assert {(run.loss, run.rate, run.seed) for run in runs} == {
+        (loss, rate, 0) for loss in study.losses for rate in study.rates
+    }
+    for run, value in zip(runs, (0.2, 0.3, 0.1, 0.4), strict=True):  # focal, mining at 1e-3, then at 2e-3
+        finish(run, value)
+    rates = runner.choose_rates(runs)
+    assert rates == {"focal": 1e-3, "mining": 2e-3}
+    assert [(run.loss, run.rate, run.seed) for run in study.final_runs(rates)][:2] == [
+        ("focal", 1e-3, 1),
+        ("mining", 2e-3, 1),
+    ]
+
+
+def test_a_loss_without_a_finished_run_has_no_rate_and_no_further_runs(tmp_path) -> None:
+    from comparison import runner
+
+    study = make_study(tmp_path)
+    for run in study.selection_runs():
+        if run.loss == "focal":
+            finish(run, 0.1)
+        else:
+            finish(run, 0.0, metrics={}, exit_code=6, is_finite=False)
+    rates = runner.choose_rates(study.selection_runs())
+    assert list(rates) == ["focal"]
+    assert {run.loss for run in study.final_runs(rates)} == {"focal"}
+
+
+def test_the_command_of_a_run_names_its_loss_rate_and_seed(tmp_path) -> None:
+    (run, *_) = make_study(tmp_path, data=str(tmp_path / "cells")).selection_runs()
+    words = run.words()
+    files = [words[place + 1] for place, word in enumerate(words) if word == "--config"]
+    assert [Path(file).name for file in files] == ["shapes_ssd.yaml", "cells.yaml", "focal.yaml"]
+    assert yaml.safe_load(Path(files[1]).read_text())["data"]["init_args"]["root"] == str(tmp_path / "cells")
+    assert words[words.index("--model.optimizer.lr") + 1] == "0.001"
+    assert words[words.index("--seed_everything") + 1] == "0"
+
+
+def test_steps_to_half_lie_on_the_line_between_two_points() -> None:
+    from comparison.report import steps_to_half
+
+    assert steps_to_half([[50, 0.1], [100, 0.3], [150, 0.4]]) == 75  # 0.2 is halfway from 0.1 to 0.3
+    assert steps_to_half([[50, 0.4], [100, 0.4]]) == 25  # from 0 at the start
+    assert steps_to_half([[50, 0.0], [100, 0.0]]) == 50  # nothing was learnt
+
+
+def test_the_page_has_means_spread_noise_and_failures(tmp_path) -> None:
+    from comparison import report, runner
+
+    study = make_study(tmp_path)
+    runner.write_settings(study)
+    values = {"focal": (0.30, 0.32, 0.34), "mining": (0.20, 0.20, 0.26)}
+    for run in study.final_runs({"focal": 1e-3, "mining": 2e-3}):
+        finish(run, values[run.loss][run.seed - 1], is_finite=run.loss == "focal" or run.seed > 1)
+    report.write(tmp_path, tmp_path / "docs")
+    page = (tmp_path / "docs" / "loss_comparison.md").read_text()
+    assert "| focal | 0.001 | 32.0 (30.0 to 34.0) | 64.0 (60.0 to 68.0) | 75 |  | 0 of 3 |" in page
+    assert "| mining | 0.002 | 22.0 (20.0 to 26.0) | 44.0 (40.0 to 52.0) | 75 |  | 1 of 3 |" in page
+    # Variances 4 and 12, pooled 8: 2.8 points; two standard errors of a difference of means of 3: 2 sqrt(8 * 2 / 3)
+    assert "is 2.8 points of mAP" in page
+    assert "differ by less than 4.6 are not told apart; the losses span 10.0" in page
+    assert "| focal | 32.0 | 0.0 |" in page  # a class that was never found
+    assert (tmp_path / "docs" / "images" / "loss_comparison.png").stat().st_size > 1000
+
+
+def test_only_seeds_that_count_are_on_the_page(tmp_path) -> None:
+    from comparison import report, runner
+
+    study = make_study(tmp_path)
+    runner.write_settings(study)
+    for run in [*study.selection_runs(), *study.final_runs({"focal": 1e-3})]:
+        finish(run, 0.9 if run.seed == 0 else 0.1)
+    folder = tmp_path / "shapes" / "32-true"
+    (row,) = report.read_rows(folder, json.loads((folder / "study.json").read_text()))
+    assert row.metrics["mAP"] == [0.1] * 3
+
+
+@pytest.mark.parametrize(("words", "told"), [(["--losses", "foccal"], "foccal"), (["--data", "no/where"], "no/where")])
+def test_what_cannot_be_compared_is_said(words, told, monkeypatch, capsys, tmp_path) -> None:
+    import compare_losses
+
+    monkeypatch.setattr(sys, "argv", ["compare_losses.py", *words, "--folder", str(tmp_path)])
+    assert compare_losses.main() == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_quick_comparison_runs_and_writes_its_page(tmp_path) -> None:
+    words = [sys.executable, str(SCRIPTS / "compare_losses.py"), "--quick", "--precision", "32-true"]
+    done = subprocess.run([*words, "--report", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "loss_comparison.md").read_text()
+    assert "| focal | 0.002 |" in page
+    assert "| mining | 0.002 |" in page
