@@ -8,8 +8,8 @@
     python scripts/compare_losses.py --quick                 two losses, minutes: does it work here?
 
 Every loss trains for the same number of images, in the same order, from the same weights, at its own best of the same
-learning rates, chosen on a seed that does not count. A run is an `onestage fit`; what is done is not done again, so an
-interrupted comparison goes on where it was.
+box loss weights and learning rates, chosen on a seed that does not count. A run is an `onestage fit`; what is done is
+not done again, so an interrupted comparison goes on where it was.
 """
 
 import argparse
@@ -48,24 +48,24 @@ def main() -> int:
 
 
 def _make_runs(study: Study, jobs: int, deadline: float) -> None:
-    """Make the runs that choose a learning rate, then those that count."""
+    """Make the runs that choose a box weight, those that choose a learning rate, then those that count."""
     runner.write_settings(study)
-    runner.make_runs(study.selection_runs(), jobs, deadline)
-    if len(study.rates) > 1:
-        rate_by_loss = runner.choose_rates(study.selection_runs())
-    else:
-        rate_by_loss = dict.fromkeys(study.losses, study.rates[0])
-    runner.make_runs(study.final_runs(rate_by_loss), jobs, deadline)
+    weight_runs = study.weight_runs()
+    runner.make_runs(weight_runs, jobs, deadline)
+    rate_runs = study.rate_runs(runner.best_runs(weight_runs))
+    runner.make_runs(rate_runs, jobs, deadline)
+    runner.make_runs(study.final_runs(runner.best_runs(rate_runs)), jobs, deadline)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="shapes", help="shapes, or the folder of a data set in VOC format")
     parser.add_argument("--losses", nargs="+", help="names of files in configs/compare; default: all")
-    parser.add_argument("--rates", nargs="+", type=float, default=[7e-4, 2e-3, 6e-3], help="learning rates of AdamW")
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3], help="learning rates of AdamW")
+    parser.add_argument("--box_weights", nargs="+", type=float, default=[0.05, 0.2], help="of the box loss")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--selection_seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, help="default: 12 of shapes, 16 of other data")
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--num_train", type=int, default=400, help="drawn images, for shapes")
     parser.add_argument("--num_val", type=int, default=101)
     parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "16-mixed", "32-true"])
@@ -77,7 +77,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two losses, a tiny budget, nothing kept")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.losses, arguments.rates, arguments.seeds = ["focal", "mining"], [2e-3], [1]
+        arguments.losses, arguments.seeds = ["focal", "mining"], [1]
+        arguments.rates, arguments.box_weights = [2e-3], [0.1]
         arguments.epochs, arguments.num_train, arguments.num_val = 1, 16, 7
         arguments.folder = Path(tempfile.mkdtemp(prefix="compare-losses-"))
         arguments.report = arguments.report or arguments.folder
@@ -85,15 +86,15 @@ def _parse() -> argparse.Namespace:
 
 
 def _study(arguments: argparse.Namespace) -> Study:
-    epochs = arguments.epochs or (12 if arguments.data == "shapes" else 16)
     return Study(
         folder=arguments.folder.resolve(),
         data=arguments.data,
         losses=tuple(arguments.losses or plan.all_losses()),
         rates=tuple(arguments.rates),
+        box_weights=tuple(arguments.box_weights),
         selection_seed=arguments.selection_seed,
         seeds=tuple(arguments.seeds),
-        epochs=epochs,
+        epochs=arguments.epochs,
         num_train=arguments.num_train,
         num_val=arguments.num_val,
         precision=arguments.precision,

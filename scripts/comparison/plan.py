@@ -1,7 +1,7 @@
 """What is compared: the losses, the learning rates and seeds, and the command of each run."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -13,15 +13,16 @@ LOSSES = CONFIGS / "compare"
 class Study:
     """What all runs of a comparison share.
 
-    A run differs from the others in its loss (one file of configs/compare), its learning rate and its seed. The seed
-    decides the weights a network starts from, and the order and augmentation of the images.
+    A run differs from the others in its loss (one file of configs/compare), its learning rate, its box loss weight and
+    its seed. The seed decides the weights a network starts from, and the order and augmentation of the images.
     """
 
     folder: Path  # of all runs; one folder below it for the data, the precision, the loss
     data: str  # `shapes`, or the folder of a data set in VOC format with the lists train and val
     losses: tuple[str, ...]  # file names in configs/compare, without .yaml
-    rates: tuple[float, ...]  # learning rates to choose from
-    selection_seed: int  # the rate of each loss is chosen on this one
+    rates: tuple[float, ...]  # learning rates to choose from; the box weight is chosen at the middle one
+    box_weights: tuple[float, ...]  # box_loss_weight to choose from, for the losses differ in size by ten times
+    selection_seed: int  # both are chosen for each loss on this one
     seeds: tuple[int, ...]  # and its results come from these
     epochs: int
     num_train: int  # drawn images, for `shapes`
@@ -33,14 +34,26 @@ class Study:
         """Name of the data, for folders and titles."""
         return Path(self.data).name
 
-    def selection_runs(self) -> list["Run"]:
-        """Return one run for every loss and rate, on the seed that chooses."""
-        rates = self.rates if len(self.rates) > 1 else ()  # nothing to choose
-        return [Run(self, loss, rate, self.selection_seed) for rate in rates for loss in self.losses]
+    @property
+    def middle_rate(self) -> float:
+        """The learning rate at which box weights are compared."""
+        return sorted(self.rates)[len(self.rates) // 2]
 
-    def final_runs(self, rate_by_loss: dict[str, float]) -> list["Run"]:
-        """Return the runs that count: every loss that has a rate at its own, on every seed."""
-        return [Run(self, loss, rate_by_loss[loss], seed) for seed in self.seeds for loss in rate_by_loss]
+    def weight_runs(self) -> list["Run"]:
+        """Return one run for every loss and box weight, at the middle rate, on the seed that chooses."""
+        return [
+            Run(self, loss, self.middle_rate, weight, self.selection_seed)
+            for weight in self.box_weights
+            for loss in self.losses
+        ]
+
+    def rate_runs(self, best: Mapping[str, "Run"]) -> list["Run"]:
+        """Return one run for every loss and rate, at the box weight of its best run so far, on the same seed."""
+        return [replace(run, rate=rate) for rate in self.rates for run in best.values()]
+
+    def final_runs(self, best: Mapping[str, "Run"]) -> list["Run"]:
+        """Return the runs that count: every loss that has a best run with that one's settings, on every seed."""
+        return [replace(run, seed=seed) for seed in self.seeds for run in best.values()]
 
 
 @dataclass(frozen=True)
@@ -50,12 +63,13 @@ class Run:
     study: Study
     loss: str
     rate: float
+    box_weight: float
     seed: int
 
     @property
     def name(self) -> str:
         """Of the experiment, the last folder."""
-        return f"lr_{self.rate:g}_seed_{self.seed}"
+        return f"lr_{self.rate:g}_box_{self.box_weight:g}_seed_{self.seed}"
 
     @property
     def runs_dir(self) -> Path:
@@ -73,8 +87,9 @@ class Run:
         options = {
             "seed_everything": self.seed,
             "model.optimizer.lr": self.rate,
+            "model.box_loss_weight": self.box_weight,
             "trainer.max_epochs": study.epochs,
-            "trainer.check_val_every_n_epoch": 2,
+            "trainer.check_val_every_n_epoch": max(1, study.epochs // 4),
             "trainer.precision": study.precision,
             "trainer.num_sanity_val_steps": 0,
             "trainer.enable_checkpointing": "false",  # the last weights count: nothing is chosen on the validation set

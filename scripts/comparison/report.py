@@ -21,6 +21,7 @@ class Row:
 
     loss: str
     rate: float
+    box_weight: float
     metrics: dict[str, list[float]]  # by name, one value for each seed
     per_class: dict[str, list[float]]
     steps_to_half: list[float]
@@ -57,16 +58,15 @@ def read_rows(folder: Path, settings: dict[str, Any]) -> list[Row]:
     rows = []
     for loss in sorted(path.name for path in folder.iterdir() if path.is_dir()):
         outcomes = defaultdict(list)
-        for file in sorted((folder / loss).glob("lr_*_seed_*/outcome.json")):
-            rate, seed = file.parent.name.removeprefix("lr_").split("_seed_")
+        for file in sorted((folder / loss).glob("lr_*_box_*_seed_*/outcome.json")):
+            _, rate, _, weight, _, seed = file.parent.name.split("_")
             if int(seed) in settings["seeds"]:
-                outcomes[float(rate)].append(json.loads(file.read_text(encoding="utf-8")))
-        for rate, found in outcomes.items():
-            rows.append(_row(loss, rate, found))
+                outcomes[float(rate), float(weight)].append(json.loads(file.read_text(encoding="utf-8")))
+        rows += [_row(loss, rate, weight, found) for (rate, weight), found in outcomes.items()]
     return rows
 
 
-def _row(loss: str, rate: float, outcomes: list[dict[str, Any]]) -> Row:
+def _row(loss: str, rate: float, box_weight: float, outcomes: list[dict[str, Any]]) -> Row:
     metrics, per_class = defaultdict(list), defaultdict(list)
     for outcome in outcomes:
         for name, value in outcome["metrics"].items():
@@ -76,6 +76,7 @@ def _row(loss: str, rate: float, outcomes: list[dict[str, Any]]) -> Row:
     return Row(
         loss,
         rate,
+        box_weight,
         dict(metrics),
         dict(per_class),
         [steps_to_half(outcome["curve"]) for outcome in outcomes if outcome["metrics"]],
@@ -112,10 +113,10 @@ def _header() -> str:
         "Written by `python scripts/compare_losses.py --report docs`; what they mean stands in "
         "[focal_loss.md](focal_loss.md).\n\n"
         f"Commit {commit}; {_processor()}; {versions}.\n\n"
-        "Every loss: the same images in the same order, the same weights at the start, its own best of the same "
-        "learning rates, chosen on a seed that is not among those shown. mAP and AP50 are of the last weights, mean "
-        "over seeds (lowest to highest), in percent. A non-finite run is one with a loss, gradient or weight that is "
-        "NaN or infinite at any step.\n\n"
+        "Every loss: the same images in the same order, the same weights at the start, its own best of the same box "
+        "loss weights and learning rates, chosen on a seed that is not among those shown. mAP and AP50 are of the last "
+        "weights, mean over seeds (lowest to highest), in percent. A non-finite run is one with a loss, gradient or "
+        "weight that is NaN or infinite at any step.\n\n"
         f"![mAP of every loss and seed]({PLOT})"
     )
 
@@ -130,13 +131,14 @@ def _section(settings: dict[str, Any], rows: list[Row], step_times: dict[str, fl
     command = f"python scripts/compare_losses.py {settings['options']}"
     seeds = ", ".join(str(seed) for seed in settings["seeds"])
     rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
+    weights = ", ".join(f"{weight:g}" for weight in settings["box_weights"])
     classes = list(next(row.per_class for row in rows if row.per_class))
     lines = [
         f"## {settings['data']}, {settings['precision']}",
-        f"`{command}`: {settings['epochs']} epochs, seeds {seeds}; learning rates {rates} on seed "
-        f"{settings['selection_seed']}. {_noise(rows)}",
-        "| loss | learning rate | mAP | AP50 | steps to half of the mAP | step time | non-finite runs |\n"
-        "|---|---|---|---|---|---|---|\n" + "\n".join(_cells(row, step_times) for row in rows),
+        f"`{command}`: {settings['epochs']} epochs, seeds {seeds}; chosen on seed "
+        f"{settings['selection_seed']} from box weights {weights} and learning rates {rates}. {_noise(rows)}",
+        "| loss | learning rate | box weight | mAP | AP50 | steps to half of the mAP | step time | non-finite runs |\n"
+        "|---|---|---|---|---|---|---|---|\n" + "\n".join(_cells(row, step_times) for row in rows),
         "AP by class, mean over seeds, in percent:",
         f"| loss | {' | '.join(classes)} |\n|---{'|---' * len(classes)}|\n"
         + "\n".join(
@@ -156,6 +158,7 @@ def _cells(row: Row, step_times: dict[str, float]) -> str:
     cells = [
         row.loss,
         f"{row.rate:g}",
+        f"{row.box_weight:g}",
         _spread(row.metrics.get("mAP", [])),
         _spread(row.metrics.get("AP50", [])),
         half,

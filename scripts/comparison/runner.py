@@ -24,6 +24,7 @@ def write_settings(study: Study) -> None:
         "data": study.data_name,
         "precision": study.precision,
         "rates": study.rates,
+        "box_weights": study.box_weights,
         "selection_seed": study.selection_seed,
         "seeds": study.seeds,
         "epochs": study.epochs,
@@ -126,11 +127,13 @@ def read_outcome(run: Run) -> Outcome | None:
     return outcome
 
 
-def choose_rates(runs: Sequence[Run]) -> dict[str, float]:
-    """Return the learning rate of each loss with the highest mAP; a loss with no finite run is left out."""
-    best: dict[str, tuple[float, float]] = {}
+def best_runs(runs: Sequence[Run]) -> dict[str, Run]:
+    """Return the run of each loss with the highest mAP; a loss none of whose runs came to its end is left out."""
+    best: dict[str, tuple[float, Run]] = {}
     for run in runs:
         outcome = read_outcome(run)
         if outcome and outcome["metrics"]:
-            best[run.loss] = max(best.get(run.loss, (-1.0, 0.0)), (outcome["metrics"]["mAP"], run.rate))
-    return {loss: rate for loss, (_, rate) in best.items()}
+            found = outcome["metrics"]["mAP"]
+            if run.loss not in best or found > best[run.loss][0]:
+                best[run.loss] = found, run
+    return {loss: run for loss, (_, run) in best.items()}

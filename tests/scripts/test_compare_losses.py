@@ -23,7 +23,8 @@ def make_study(folder: Path, **changes):
         "folder": folder,
         "data": "shapes",
         "losses": ("focal", "mining"),
-        "rates": (1e-3, 2e-3),
+        "rates": (1e-3, 2e-3, 4e-3),
+        "box_weights": (0.05, 0.2),
         "selection_seed": 0,
         "seeds": (1, 2, 3),
         "epochs": 2,
@@ -46,45 +47,64 @@ def finish(run, mean_average_precision: float, **changes) -> None:
     run.outcome_file.write_text(json.dumps({**outcome, **changes}))
 
 
-def test_each_loss_gets_its_own_best_rate_from_a_seed_that_does_not_count(tmp_path) -> None:
+def settings_of(runs):
+    return [(run.loss, run.rate, run.box_weight, run.seed) for run in runs]
+
+
+def best_of(study, **changes):
+    from comparison.plan import Run
+
+    return {loss: Run(study, loss, rate, 0.05, 0, **changes) for loss, rate in (("focal", 1e-3), ("mining", 2e-3))}
+
+
+def test_each_loss_gets_its_own_box_weight_then_its_own_rate_from_a_seed_that_does_not_count(tmp_path) -> None:
     from comparison import runner
 
     study = make_study(tmp_path)
-    runs = study.selection_runs()
-    assert {(run.loss, run.rate, run.seed) for run in runs} == {
-        (loss, rate, 0) for loss in study.losses for rate in study.rates
-    }
-    for run, value in zip(runs, (0.2, 0.3, 0.1, 0.4), strict=True):  # focal, mining at 1e-3, then at 2e-3
+    weight_runs = study.weight_runs()
+    assert settings_of(weight_runs) == [
+        ("focal", 2e-3, 0.05, 0),
+        ("mining", 2e-3, 0.05, 0),
+        ("focal", 2e-3, 0.2, 0),
+        ("mining", 2e-3, 0.2, 0),
+    ]
+    for run, value in zip(weight_runs, (0.3, 0.1, 0.2, 0.4), strict=True):
         finish(run, value)
-    rates = runner.choose_rates(runs)
-    assert rates == {"focal": 1e-3, "mining": 2e-3}
-    assert [(run.loss, run.rate, run.seed) for run in study.final_runs(rates)][:2] == [
-        ("focal", 1e-3, 1),
-        ("mining", 2e-3, 1),
+    rate_runs = study.rate_runs(runner.best_runs(weight_runs))
+    assert settings_of(rate_runs)[:2] == [("focal", 1e-3, 0.05, 0), ("mining", 1e-3, 0.2, 0)]
+    for run in rate_runs:
+        if not run.outcome_file.exists():  # the middle rate is there already
+            finish(run, 0.35)
+    best = runner.best_runs(rate_runs)
+    assert settings_of(study.final_runs(best)[:3]) == [
+        ("focal", 1e-3, 0.05, 1),
+        ("mining", 2e-3, 0.2, 1),
+        ("focal", 1e-3, 0.05, 2),
     ]
 
 
-def test_a_loss_without_a_finished_run_has_no_rate_and_no_further_runs(tmp_path) -> None:
+def test_a_loss_without_a_finished_run_has_no_settings_and_no_further_runs(tmp_path) -> None:
     from comparison import runner
 
     study = make_study(tmp_path)
-    for run in study.selection_runs():
+    for run in study.weight_runs():
         if run.loss == "focal":
             finish(run, 0.1)
         else:
             finish(run, 0.0, metrics={}, exit_code=6, is_finite=False)
-    rates = runner.choose_rates(study.selection_runs())
-    assert list(rates) == ["focal"]
-    assert {run.loss for run in study.final_runs(rates)} == {"focal"}
+    best = runner.best_runs(study.weight_runs())
+    assert list(best) == ["focal"]
+    assert {run.loss for run in study.final_runs(best)} == {"focal"}
 
 
 def test_the_command_of_a_run_names_its_loss_rate_and_seed(tmp_path) -> None:
-    (run, *_) = make_study(tmp_path, data=str(tmp_path / "cells")).selection_runs()
+    (run, *_) = make_study(tmp_path, data=str(tmp_path / "cells")).weight_runs()
     words = run.words()
     files = [words[place + 1] for place, word in enumerate(words) if word == "--config"]
     assert [Path(file).name for file in files] == ["shapes_ssd.yaml", "cells.yaml", "focal.yaml"]
     assert yaml.safe_load(Path(files[1]).read_text())["data"]["init_args"]["root"] == str(tmp_path / "cells")
-    assert words[words.index("--model.optimizer.lr") + 1] == "0.001"
+    assert words[words.index("--model.optimizer.lr") + 1] == "0.002"
+    assert words[words.index("--model.box_loss_weight") + 1] == "0.05"
     assert words[words.index("--seed_everything") + 1] == "0"
 
 
@@ -102,12 +122,12 @@ def test_the_page_has_means_spread_noise_and_failures(tmp_path) -> None:
     study = make_study(tmp_path)
     runner.write_settings(study)
     values = {"focal": (0.30, 0.32, 0.34), "mining": (0.20, 0.20, 0.26)}
-    for run in study.final_runs({"focal": 1e-3, "mining": 2e-3}):
+    for run in study.final_runs(best_of(study)):
         finish(run, values[run.loss][run.seed - 1], is_finite=run.loss == "focal" or run.seed > 1)
     report.write(tmp_path, tmp_path / "docs")
     page = (tmp_path / "docs" / "loss_comparison.md").read_text()
-    assert "| focal | 0.001 | 32.0 (30.0 to 34.0) | 64.0 (60.0 to 68.0) | 75 |  | 0 of 3 |" in page
-    assert "| mining | 0.002 | 22.0 (20.0 to 26.0) | 44.0 (40.0 to 52.0) | 75 |  | 1 of 3 |" in page
+    assert "| focal | 0.001 | 0.05 | 32.0 (30.0 to 34.0) | 64.0 (60.0 to 68.0) | 75 |  | 0 of 3 |" in page
+    assert "| mining | 0.002 | 0.05 | 22.0 (20.0 to 26.0) | 44.0 (40.0 to 52.0) | 75 |  | 1 of 3 |" in page
     # Variances 4 and 12, pooled 8: 2.8 points; two standard errors of a difference of means of 3: 2 sqrt(8 * 2 / 3)
     assert "is 2.8 points of mAP" in page
     assert "differ by less than 4.6 are not told apart; the losses span 10.0" in page
@@ -120,7 +140,7 @@ def test_only_seeds_that_count_are_on_the_page(tmp_path) -> None:
 
     study = make_study(tmp_path)
     runner.write_settings(study)
-    for run in [*study.selection_runs(), *study.final_runs({"focal": 1e-3})]:
+    for run in [*study.weight_runs()[:1], *study.final_runs({"focal": study.weight_runs()[0]})]:
         finish(run, 0.9 if run.seed == 0 else 0.1)
     folder = tmp_path / "shapes" / "32-true"
     (row,) = report.read_rows(folder, json.loads((folder / "study.json").read_text()))
@@ -142,5 +162,5 @@ def test_quick_comparison_runs_and_writes_its_page(tmp_path) -> None:
     done = subprocess.run([*words, "--report", str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "loss_comparison.md").read_text()
-    assert "| focal | 0.002 |" in page
-    assert "| mining | 0.002 |" in page
+    assert "| focal | 0.002 | 0.1 |" in page
+    assert "| mining | 0.002 | 0.1 |" in page
