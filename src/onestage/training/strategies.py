@@ -1,0 +1,8 @@
+"""What Lightning's strategies do to a model, as far as the rest of training has to know."""
+
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+
+
+def shards_parameters(strategy: Strategy) -> bool:
+    """Say whether a process holds only its part of each parameter, and not the model as it is written down."""
+    return isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy)
