@@ -116,6 +116,7 @@ class DetectionData(Protocol):
     """What training asks of a data module beside its loaders."""
 
     image_size: int  # side of the square images it delivers, px
+    batch_size: int  # images per process and batch
 
     @property
     def num_classes(self) -> int:

@@ -37,8 +37,8 @@ class ExponentialMovingAverage(Callback):
     def __init__(self, decay: float | None = None) -> None:
         if decay is not None and not 0 < decay < 1:
             raise ConfigError(
-                f"ema.decay is {decay}; it must lie in (0, 1), such as 0.9998 for runs of 100,000 steps and more, or be "
-                "null for no average."
+                f"ema.decay is {decay}; it must lie in (0, 1).\nSet ema.decay: 0.9998 for a run of 100,000 steps, "
+                "0.999 for one of 10,000, or null for no average."
             )
         self.decay = decay
         self.num_updates = 0

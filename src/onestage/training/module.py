@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,7 +13,10 @@ from torchmetrics import MeanMetric
 
 from onestage.errors import ConfigError
 from onestage.evaluation.coco import CocoEvaluator, in_original_pixels
+from onestage.training.combinations import check_batch_norm, check_compiler, check_optimizer
+from onestage.training.optimization import clip_gradients, decayed_parameters, parameter_groups, scale_learning_rate
 from onestage.training.schedule import WarmupSchedule
+from onestage.training.strategies import clips_by_itself
 from onestage.types import Batch, DetectionData, Detections, Detector, Metrics, Predictions, Stage
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -35,8 +37,11 @@ class DetectionModule(pl.LightningModule):
         box_loss_weight: alpha of SSD eq. 1, >= 0.
         channels_last: memory format of network and images; 1.1x faster in fp32, 1.2x in bf16 on CPUs, and what tensor
             cores want.
-        compile: compile the network in place with torch.compile on the first step of `fit`. Needs a C compiler; on a
-            CPU it gains nothing and costs 40 s.
+        compile: compile the network in place with torch.compile on the first step of `fit`. Needs a C++ compiler; on
+            a CPU it gains nothing and costs 40 s.
+        reference_batch_size: how many images a step had for which the optimizer's learning rate was chosen; that is
+            then multiplied by images per step / reference (arXiv:1706.02677). A step sees data.batch_size images of
+            each process and of each accumulated batch. null: the learning rate is taken as it stands.
     """
 
     def __init__(
@@ -47,16 +52,23 @@ class DetectionModule(pl.LightningModule):
         box_loss_weight: float = 1.0,
         channels_last: bool = True,
         compile: bool = False,
+        reference_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         if box_loss_weight < 0:
             raise ConfigError(f"model.box_loss_weight is {box_loss_weight}; it must be 0 or more.")
+        if reference_batch_size is not None and reference_batch_size < 1:
+            raise ConfigError(
+                f"model.reference_batch_size is {reference_batch_size}; it must be 1 or more images, or null."
+            )
         self.detector = detector
         self.optimizer = optimizer
         self.schedule = schedule or WarmupSchedule()
         self.box_loss_weight = box_loss_weight
         self.channels_last = channels_last
         self.compile_detector = compile
+        self.reference_batch_size = reference_batch_size
+        self._decayed = decayed_parameters(detector)
         self.loss_means = nn.ModuleDict(
             {name: MeanMetric(nan_strategy="disable") for name in ("loss", "classification_loss", "box_loss")}
         )
@@ -81,8 +93,11 @@ class DetectionModule(pl.LightningModule):
             )
         if self.channels_last:
             self.detector.to(memory_format=torch.channels_last)
-        if self.compile_detector and stage == "fit":
-            self.detector.compile()  # in place, so that the names in the state dict stay as they are
+        if stage == "fit":
+            check_batch_norm(self.trainer, self.detector)
+            if self.compile_detector:
+                check_compiler()
+                self.detector.compile()  # in place, so that the names in the state dict stay as they are
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch: SSD eq. 1 with the classification loss of the detector."""
@@ -170,18 +185,23 @@ class DetectionModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer over two parameter groups and the schedule that steps with it."""
-        parameters = [parameter for parameter in self.detector.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
-            {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
-        ]
-        try:
-            optimizer = self.optimizer(groups)
-        except ValueError as error:  # each optimizer checks its own ranges
-            raise ConfigError(f"model.optimizer cannot be built: {error}.") from error
-        self._check_clipping(optimizer)
+        optimizer = self.make_optimizer()
+        check_optimizer(self.trainer, optimizer)
+        if self.reference_batch_size is not None:
+            scale_learning_rate(optimizer, self.trainer, self.data.batch_size, self.reference_batch_size)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def make_optimizer(self) -> Optimizer:
+        """Return the configured optimizer over the detector's parameters, with its learning rate as configured.
+
+        Raises:
+            ConfigError: the optimizer refuses its arguments.
+        """
+        try:
+            return self.optimizer(parameter_groups(self.detector, self._decayed))
+        except (ValueError, RuntimeError) as error:  # each optimizer checks its own arguments
+            raise ConfigError(f"model.optimizer cannot be built: {error}.") from error
 
     def _learning_rate_factor(self, step: int) -> float:
         # The length of the run is asked for only when a step needs it: asking while the optimizers are being built
@@ -196,31 +216,15 @@ class DetectionModule(pl.LightningModule):
             )
         return self.schedule.factor(step, total_steps)
 
-    def _check_clipping(self, optimizer: Optimizer) -> None:
-        if self.trainer.gradient_clip_val and _is_fused(optimizer) and self._scaler() is not None:
-            raise ConfigError(
-                "trainer.precision 16-mixed scales the loss, a fused optimizer unscales gradients only inside its own "
-                "step, and trainer.gradient_clip_val has to see them before.\nSet model.optimizer.init_args.fused: "
-                "false, or trainer.precision: bf16-mixed, or trainer.gradient_clip_val: null."
-            )
-
-    def _scaler(self) -> object | None:
-        plugin = self.trainer.precision_plugin
-        return plugin.scaler if isinstance(plugin, MixedPrecision) else None
-
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, also with a fused optimizer under bf16, which Lightning refuses although nothing is scaled there."""
-        by_norm = gradient_clip_algorithm in (None, "norm")
-        if gradient_clip_val and by_norm and _is_fused(optimizer) and self._scaler() is None:
-            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            nn.utils.clip_grad_norm_(parameters, float(gradient_clip_val))
-            return
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Clip by norm or by value, with any optimizer and strategy that leaves it to us."""
+        if gradient_clip_val and not clips_by_itself(self.trainer.strategy):
+            clip_gradients(self.trainer, optimizer, float(gradient_clip_val), gradient_clip_algorithm)
 
     # Checkpoints
 
@@ -234,7 +238,3 @@ class DetectionModule(pl.LightningModule):
             "category_ids": [int(category) for category in self.data.category_ids],
         }
         checkpoint.setdefault(CHECKPOINT_KEY, {}).update(ours)
-
-
-def _is_fused(optimizer: Optimizer) -> bool:
-    return any(group.get("fused") for group in optimizer.param_groups)

@@ -4,6 +4,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 
 from onestage.training.precision import DecidedPrecision, Precision, choose_precision
@@ -27,6 +28,7 @@ class DetectionTrainer(Trainer):
         limit_predict_batches: likewise, of a prediction.
         overfit_batches: likewise, of both training and validation.
         val_check_interval: between validations: steps, a share of an epoch, or a time as Lightning reads it.
+        sync_batchnorm: normalise by the images of all processes, for models with batch norm, on GPUs.
         kwargs: Lightning's.
     """
 
@@ -41,9 +43,17 @@ class DetectionTrainer(Trainer):
         limit_predict_batches: int | float | None = None,
         overfit_batches: int | float = 0.0,
         val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
+        sync_batchnorm: bool = False,
         **kwargs: Any,
     ) -> None:
-        decided = resolve_precision(precision, kwargs.get("accelerator", "auto"))
+        self.sync_batchnorm = sync_batchnorm
+        accelerator = kwargs.get("accelerator", "auto")
+        decided: DecidedPrecision | None = resolve_precision(precision, accelerator)
+        if decided == "16-mixed" and _device(accelerator) == "cpu":
+            # Lightning would compute in bf16 instead. torch can do it, slowly: to try out what a GPU will do.
+            given = kwargs.get("plugins") or []
+            given = given if isinstance(given, list) else [given]
+            decided, kwargs["plugins"] = None, [*given, MixedPrecision("16-mixed", "cpu")]
         super().__init__(
             *args,
             precision=decided,
@@ -54,6 +64,7 @@ class DetectionTrainer(Trainer):
             limit_predict_batches=limit_predict_batches,
             overfit_batches=overfit_batches,
             val_check_interval=val_check_interval,
+            sync_batchnorm=sync_batchnorm,
             **kwargs,
         )
 
