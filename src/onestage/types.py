@@ -104,7 +104,7 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
-        """Return the scalar terms `classification` and `box`, each divided by the number of positive anchors."""
+        """Return the scalar terms `classification` and `box`, and `num_positives`, which both are divided by."""
 
     @abstractmethod
     def detect(self, predictions: Predictions) -> Detections:

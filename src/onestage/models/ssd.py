@@ -123,11 +123,11 @@ class SSD(Detector):
         return (images.float() - self.pixel_mean) / PIXEL_SCALE
 
     def loss(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
-        """Return the two terms of SSD eq. 1, each a sum divided by the number of positive anchors, at least 1.
+        """Return the two terms of SSD eq. 1, each a sum divided by the number of positive anchors, and that number.
 
-        In training the number is averaged over the processes of a distributed run, as the gradients are. Images without
-        objects count in `classification`. Nothing here waits for the device, and B and M do not change the number of
-        operations.
+        It is at least 1, and in training mode averaged over the processes of a distributed run, as the gradients are.
+        Images without objects count in `classification`. Nothing here waits for the device, and B and M do not change
+        the number of operations.
         """
         class_logits, box_deltas, anchors, _ = predictions
         with torch.no_grad(), torch.autocast(box_deltas.device.type, enabled=False):
@@ -138,12 +138,16 @@ class SSD(Detector):
             gt_boxes = targets.boxes.float().gather(1, row[..., None].expand(-1, -1, 4))  # [B, A, 4]
             labels = torch.where(is_positive, targets.labels.gather(1, row), match)
             num_positives = is_positive.sum().float()
-            if class_logits.requires_grad:  # validation makes no collective call: processes may have unequal batches
+            if self.training:  # validation makes no collective call: processes may have unequal batches
                 num_positives = _mean_over_processes(num_positives)
             num_positives = num_positives.clamp(min=1)
         classification = self.classification_loss(class_logits, labels)
         box = self.box_loss(box_deltas, gt_boxes, anchors.boxes, self.box_coder, is_positive)
-        return {"classification": classification / num_positives, "box": box / num_positives}
+        return {
+            "classification": classification / num_positives,
+            "box": box / num_positives,
+            "num_positives": num_positives,
+        }
 
     @torch.no_grad()
     def detect(self, predictions: Predictions) -> Detections:

@@ -91,13 +91,17 @@ class DetectionModule(pl.LightningModule):
                 f"{self.detector.image_size} images.\nSet data.init_args.image_size: {self.detector.image_size}, "
                 "or choose another model.detector.class_path."
             )
-        if self.channels_last:
-            self.detector.to(memory_format=torch.channels_last)
+        self.lay_out()
         if stage == "fit":
             check_batch_norm(self.trainer, self.detector)
             if self.compile_detector:
                 check_compiler()
                 self.detector.compile()  # in place, so that the names in the state dict stay as they are
+
+    def lay_out(self) -> None:
+        """Put the weights into the memory format of the run."""
+        if self.channels_last:
+            self.detector.to(memory_format=torch.channels_last)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch: SSD eq. 1 with the classification loss of the detector."""
@@ -112,9 +116,9 @@ class DetectionModule(pl.LightningModule):
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return cast(Predictions, self.detector(batch.images.contiguous(memory_format=layout)))
 
-    def _total(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        loss = losses["classification"] + self.box_loss_weight * losses["box"]  # SSD eq. 1
-        return {"loss": loss, **{f"{name}_loss": value for name, value in losses.items()}}
+    def _total(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        loss = terms["classification"] + self.box_loss_weight * terms["box"]  # SSD eq. 1
+        return {"loss": loss, "classification_loss": terms["classification"], "box_loss": terms["box"]}
 
     # Evaluation: each step only collects; every number is computed once, at the end.
 
@@ -146,9 +150,12 @@ class DetectionModule(pl.LightningModule):
 
     def _evaluation_step(self, batch: Batch) -> dict[str, Tensor]:
         predictions = self._predict(batch)
-        losses = self._total(self.detector.loss(predictions, batch.targets))
+        terms = self.detector.loss(predictions, batch.targets)
+        losses = self._total(terms)
         for name, mean in self.loss_means.items():
-            cast(MeanMetric, mean).update(losses[name], weight=len(batch.images))
+            # By what each loss was divided by: the mean is that of one batch of all images, however they are shared
+            # among batches and processes.
+            cast(MeanMetric, mean).update(losses[name], weight=terms["num_positives"])
         return self._collect(batch, self.detector.detect(predictions))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
