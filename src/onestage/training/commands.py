@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from onestage.errors import CheckpointError, ConfigError
 from onestage.training.checkpoint_files import config_of, load_weights, read_checkpoint
 from onestage.training.checkpoints import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint
+from onestage.training.ema import ExponentialMovingAverage
 from onestage.training.messages import check_config_file, config_files, explain, files_first, option_values
 from onestage.training.module import DetectionModule
 from onestage.training.monitors import DetectionImages, PredictionWriter, ResultsWriter, print_report
@@ -133,6 +134,7 @@ class DetectionCLI(LightningCLI):
         parser.add_argument(
             "--drawn_score", type=ClosedUnitInterval, default=0.5, help="lowest score of a drawn detection, 0..1"
         )
+        parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
