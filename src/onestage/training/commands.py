@@ -3,24 +3,25 @@
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.errors import CheckpointError, ConfigError
 from onestage.training.checkpoint_files import config_of, load_weights, read_checkpoint
 from onestage.training.checkpoints import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint
 from onestage.training.ema import ExponentialMovingAverage
+from onestage.training.loggers import run_loggers
 from onestage.training.messages import check_config_file, config_files, explain, files_first, option_values
 from onestage.training.module import DetectionModule
-from onestage.training.monitors import DetectionImages, PredictionWriter, ResultsWriter, print_report
+from onestage.training.monitors import DetectionImages, LossBar, PredictionWriter, ResultsWriter, print_report
+from onestage.training.parser import DetectionParser, ParsingError
 from onestage.training.runs import new_run_folder
 from onestage.training.trainer import DetectionTrainer, resolve_precision
 
@@ -63,30 +64,6 @@ def _run(command: str, options: list[str]) -> None:
             DetectionCLI(command, options)  # readable, but only the user's own configuration is to be trusted
         else:
             DetectionCLI(command, ["--config", str(stored), *options])  # first, so that everything else overrides it
-
-
-class LossBar(TQDMProgressBar):
-    """A progress bar of the losses and the mAP; the version of the run stands in its folder's name."""
-
-    def get_metrics(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return what stands behind the bar."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
-
-
-class DetectionParser(LightningArgumentParser):
-    """Lightning's parser, which raises instead of printing a page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Stop with jsonargparse's message."""
-        raise ParsingError(message) from ex
-
-
-class ParsingError(Exception):
-    """What jsonargparse says of a value or key."""
 
 
 class DetectionCLI(LightningCLI):
@@ -190,7 +167,7 @@ class DetectionCLI(LightningCLI):
         self.run_folder = self._new_run_folder()  # only now, when data and model are known to be sound
         config["default_root_dir"] = str(self.run_folder)
         if config.get("logger") in (None, True):
-            config["logger"] = self._loggers()
+            config["logger"] = run_loggers(self.run_folder)
         own: list[Callback] = [ResultsWriter(self.results_path)]
         if self.settings.drawn_images > 0:
             own.append(
@@ -220,14 +197,6 @@ class DetectionCLI(LightningCLI):
         if settings.trainer.fast_dev_run:
             return Path(str(settings.runs_dir)) / str(settings.experiment) / "fast_dev_run"
         return new_run_folder(settings.runs_dir, settings.experiment, num_nodes=settings.trainer.num_nodes)
-
-    def _loggers(self) -> list[Logger]:
-        folder = self.run_folder
-        runs_dir, name, version = str(folder.parent.parent), folder.parent.name, folder.name
-        return [
-            TensorBoardLogger(runs_dir, name=name, version=version),
-            CSVLogger(runs_dir, name=name, version=version),
-        ]
 
     @property
     def results_path(self) -> Path:

@@ -1,10 +1,10 @@
-"""Callbacks that show a run: drawn detections, the results file, written predictions."""
+"""Callbacks that show a run: drawn detections, the results file, written predictions, the progress bar."""
 
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.evaluation.drawing import draw_boxes, save_jpeg
@@ -173,6 +173,18 @@ class ResultsWriter(Callback):
             seconds=module.evaluation_seconds,
             images_per_second=module.evaluator.num_images / max(module.evaluation_seconds, 1e-9),
         )
+
+
+class LossBar(TQDMProgressBar):
+    """A progress bar of the losses and the mAP; the version of the run stands in its folder's name."""
+
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return what stands behind the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
 
 
 def print_report(module: DetectionModule) -> None:
