@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
 from onestage.errors import ConfigError
 from onestage.evaluation.coco import CocoEvaluator, in_original_pixels
@@ -17,6 +16,7 @@ from onestage.training.combinations import check_batch_norm, check_compiler, che
 from onestage.training.optimization import clip_gradients, decayed_parameters, parameter_groups, scale_learning_rate
 from onestage.training.schedule import WarmupSchedule
 from onestage.training.strategies import clips_by_itself
+from onestage.training.weighted_mean import WeightedMean
 from onestage.types import Batch, DetectionData, Detections, Detector, Metrics, Predictions, Stage
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -69,9 +69,7 @@ class DetectionModule(pl.LightningModule):
         self.compile_detector = compile
         self.reference_batch_size = reference_batch_size
         self._decayed = decayed_parameters(detector)
-        self.loss_means = nn.ModuleDict(
-            {name: MeanMetric(nan_strategy="disable") for name in ("loss", "classification_loss", "box_loss")}
-        )
+        self.loss_means = nn.ModuleDict({name: WeightedMean() for name in ("loss", "classification_loss", "box_loss")})
         self.evaluator: CocoEvaluator | None = None
         self.metrics: Metrics = {}
         self.evaluation_seconds = 0.0
@@ -137,7 +135,7 @@ class DetectionModule(pl.LightningModule):
     def _start_evaluation(self, stage: Stage) -> None:
         self.evaluator = CocoEvaluator(self.data.annotations(stage))
         for mean in self.loss_means.values():
-            cast(MeanMetric, mean).reset()
+            cast(WeightedMean, mean).reset()
         self._start = time.perf_counter()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -153,9 +151,9 @@ class DetectionModule(pl.LightningModule):
         terms = self.detector.loss(predictions, batch.targets)
         losses = self._total(terms)
         for name, mean in self.loss_means.items():
-            # By what each loss was divided by: the mean is that of one batch of all images, however they are shared
-            # among batches and processes.
-            cast(MeanMetric, mean).update(losses[name], weight=terms["num_positives"])
+            # By what each loss was divided by: that makes it the loss of one batch of all images, however they are
+            # shared among batches and processes.
+            cast(WeightedMean, mean).update(losses[name], weight=terms["num_positives"])
         return self._collect(batch, self.detector.detect(predictions))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -182,7 +180,7 @@ class DetectionModule(pl.LightningModule):
         self.evaluation_seconds = time.perf_counter() - self._start
         for name, mean in self.loss_means.items():
             # As metric objects, because Lightning's own averaging is wrong where processes hold different counts.
-            self.log(f"{prefix}/{name}", cast(MeanMetric, mean))
+            self.log(f"{prefix}/{name}", cast(WeightedMean, mean))
         for name, value in self.metrics.items():
             # NaN says "undefined on this data"; loggers and ModelCheckpoint have no word for that, 0 comes nearest.
             in_bar = name in ("mAP", "AP50")
