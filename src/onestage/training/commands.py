@@ -2,11 +2,12 @@
 
 import tempfile
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
@@ -14,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.errors import CheckpointError, ConfigError
+from onestage.training.batch_size import GIB, AutoBatch
 from onestage.training.checkpoint_files import config_of, load_weights, read_checkpoint
 from onestage.training.checkpoints import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint
 from onestage.training.ema import ExponentialMovingAverage
@@ -23,6 +25,7 @@ from onestage.training.module import DetectionModule
 from onestage.training.monitors import DetectionImages, LossBar, PredictionWriter, ResultsWriter, print_report
 from onestage.training.parser import DetectionParser, ParsingError
 from onestage.training.runs import new_run_folder
+from onestage.training.strategies import shards_parameters
 from onestage.training.trainer import DetectionTrainer, resolve_precision
 
 HARMLESS = (
@@ -111,6 +114,14 @@ class DetectionCLI(LightningCLI):
         parser.add_argument(
             "--drawn_score", type=ClosedUnitInterval, default=0.5, help="lowest score of a drawn detection, 0..1"
         )
+        parser.add_argument(
+            "--auto_batch",
+            type=bool | PositiveFloat,
+            nargs="?",
+            const=True,
+            default=False,
+            help="fit with the largest data.batch_size that goes into 0.9 of the free memory, or into so many GiB",
+        )
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
@@ -177,7 +188,8 @@ class DetectionCLI(LightningCLI):
             own.append(PredictionWriter(self.run_folder, self.settings.drawn_score))
         if self.command == "fit":
             self._dump_config()
-            own.append(ConfigInCheckpoint({key: self.config_dump[key] for key in ("model", "data")}))
+            stored = ConfigInCheckpoint({key: self.config_dump[key] for key in ("model", "data")})
+            own += [*self._auto_batch(stored), stored]
         if self.command == "fit" and config["logger"] is not False:
             own.append(LearningRateMonitor("step"))
         given = config.get("callbacks") or []
@@ -191,6 +203,18 @@ class DetectionCLI(LightningCLI):
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
         return super()._instantiate_trainer(config, [*own, *callbacks])
+
+    def _auto_batch(self, stored: ConfigInCheckpoint) -> list[Callback]:
+        settings = self.settings
+        if settings.auto_batch is False:
+            return []
+
+        def record(batch_size: int) -> None:  # so that config.yaml and the checkpoints repeat the run
+            settings.data.init_args.batch_size = stored.config["data"]["init_args"]["batch_size"] = batch_size
+            settings.auto_batch = False
+
+        limit = None if settings.auto_batch is True else int(settings.auto_batch * GIB)
+        return [AutoBatch(limit, settings.ema.decay is not None, record)]
 
     def _new_run_folder(self) -> Path:
         settings = self.settings
@@ -222,12 +246,17 @@ class DetectionCLI(LightningCLI):
         decided = {"return_predictions": False} if subcommand == "predict" else {"verbose": False}
         return {**kwargs, **decided}  # predictions are written batch by batch; a list would only fill memory
 
+    def before_fit(self) -> None:
+        """Keep the detector whole where training takes it apart, for the evaluation after it."""
+        self._whole = deepcopy(self.model.detector) if shards_parameters(self.trainer.strategy) else self.model.detector
+
     def after_fit(self) -> None:
         """Evaluate the best checkpoint, or the last weights if there is none, and say where everything is."""
         if self.settings.trainer.fast_dev_run:
             return
         best = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)]
         if best and best[0].best_model_path:
+            self.model.detector = self._whole
             load_weights(self.model, best[0].best_model_path, self.datamodule.class_names)
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         self._say_results()
