@@ -7,7 +7,7 @@ import torch
 from tiny_training import TinyData, TinyDetector, TinyDetectorWithBatchNorm, quiet_trainer
 
 from onestage.errors import ConfigError
-from onestage.training.combinations import check_batch_norm, check_compiler, scaler_of
+from onestage.training.combinations import check_batch_norm, check_compiler, check_processes, scaler_of
 from onestage.training.ema import ExponentialMovingAverage
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import clip_gradients
@@ -178,6 +178,24 @@ def test_sync_batch_norm_that_does_nothing_says_so(monkeypatch, world_size, dete
 def test_sync_batch_norm_reaches_the_trainer():
     assert quiet_trainer(DetectionTrainer, None, sync_batchnorm=True).sync_batchnorm
     assert not quiet_trainer(DetectionTrainer, None).sync_batchnorm
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}
+
+
+@pytest.mark.parametrize(("environment", "launcher"), [(TORCHRUN, "torchrun"), (SRUN, "srun")])
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, environment, launcher):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_processes(SimpleNamespace(world_size=8, num_devices=4, num_nodes=2))
+    with pytest.raises(ConfigError, match=rf"{launcher} has started 8 .*\n.*devices 4 --trainer\.num_nodes 2"):
+        quiet_trainer(DetectionTrainer, None, devices=1)
+
+
+def test_a_process_alone_may_start_others(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    check_processes(SimpleNamespace(world_size=4, num_devices=4, num_nodes=1))
 
 
 def test_compile_without_a_compiler_is_refused(monkeypatch):

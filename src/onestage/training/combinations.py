@@ -16,6 +16,31 @@ from onestage.training.optimization import is_fused
 COMPILERS = ("c++", "g++", "clang++", "cl")  # of these torch.compile needs one
 
 
+def check_processes(trainer: pl.Trainer) -> None:
+    """Refuse to be one of several processes that do not know of each other.
+
+    With `trainer.devices: 1` Lightning asks nobody how many processes there are, and each would train by itself.
+
+    Raises:
+        ConfigError: torchrun or srun has started another number of processes than the trainer is to have.
+    """
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        launcher, processes = "torchrun", int(environment["WORLD_SIZE"])
+        per_node = int(environment["LOCAL_WORLD_SIZE"])
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        launcher, processes = "srun", int(environment["SLURM_STEP_NUM_TASKS"])
+        per_node = processes // int(environment.get("SLURM_STEP_NUM_NODES", "1"))
+    else:
+        return
+    if processes != trainer.world_size:
+        raise ConfigError(
+            f"{launcher} has started {processes} processes, {per_node} on each machine, but trainer.devices x "
+            f"trainer.num_nodes is {trainer.num_devices} x {trainer.num_nodes}.\n"
+            f"Give --trainer.devices {per_node} --trainer.num_nodes {processes // per_node}"
+        )
+
+
 def check_compiler() -> None:
     """Refuse `model.compile` where there is nothing to compile with.
 

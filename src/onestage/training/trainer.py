@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 
+from onestage.training.combinations import check_processes
 from onestage.training.precision import DecidedPrecision, Precision, choose_precision
 
 
@@ -67,6 +68,7 @@ class DetectionTrainer(Trainer):
             sync_batchnorm=sync_batchnorm,
             **kwargs,
         )
+        check_processes(self)
 
 
 def resolve_precision(precision: Precision, accelerator: object) -> DecidedPrecision:
