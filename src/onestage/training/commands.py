@@ -7,30 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.errors import CheckpointError, ConfigError
 from onestage.training.batch_size import GIB, AutoBatch
 from onestage.training.checkpoint_files import config_of, load_weights, read_checkpoint
+from onestage.training.checkpoint_io import WholeFileIO
 from onestage.training.checkpoints import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint
 from onestage.training.ema import ExponentialMovingAverage
+from onestage.training.endings import named_endings
 from onestage.training.loggers import run_loggers
 from onestage.training.messages import check_config_file, config_files, explain, files_first, option_values
 from onestage.training.module import DetectionModule
 from onestage.training.monitors import DetectionImages, LossBar, PredictionWriter, ResultsWriter, print_report
-from onestage.training.parser import DetectionParser, ParsingError
-from onestage.training.runs import new_run_folder
-from onestage.training.strategies import shards_parameters
+from onestage.training.parser import DetectionParser, ParsingError, add_run_keys, restrict_imports
+from onestage.training.resume import Resumed, find_checkpoint, require_resumable, saved_batch_size
+from onestage.training.runs import new_run_folder, take_run_folder
+from onestage.training.seeding import SeededSteps
+from onestage.training.stopping import StopOnSignal
+from onestage.training.strategies import shards_parameters, writes_whole_files
 from onestage.training.trainer import DetectionTrainer, resolve_precision
+from onestage.training.watchdog import Watchdog
 
 HARMLESS = (
     "Experiment logs directory .* exists and is not empty",  # ours: it was just made for this run
     ".*isinstance.treespec, LeafSpec.",  # between Lightning and torch
+    "It is recommended to use .self.log.*sync_dist=True",  # every process logs the numbers of all
     "The '.*_dataloader' does not have many workers",  # num_workers: auto has counted the cores
 )
 SHARED_CONFIG = Path("configs") / "trainer.yaml"
@@ -45,10 +50,9 @@ def run_trainer_command(words: list[str]) -> None:
         check_config_file(file)
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message=message)
-    try:
+    restrict_imports()
+    with named_endings():
         _run(command, options)
-    except MisconfigurationException as error:  # Lightning's word for settings that do not go together
-        raise ConfigError(str(error)) from error
 
 
 def _run(command: str, options: list[str]) -> None:
@@ -73,6 +77,7 @@ class DetectionCLI(LightningCLI):
     """LightningCLI with one run folder, exact evaluation and messages for people."""
 
     run_folder: Path
+    resumed: Resumed | None = None
 
     def __init__(self, command: str, options: list[str]) -> None:
         self.command = command
@@ -101,27 +106,7 @@ class DetectionCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys of the run folder and link what the data knows into the model."""
-        parser.add_argument(
-            "--experiment",
-            type=str | None,
-            default=None,
-            help="name of the run's folder; default: that of the last --config",
-        )
-        parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
-        parser.add_argument(
-            "--drawn_images", type=NonNegativeInt, default=16, help="how many images of an evaluation are drawn"
-        )
-        parser.add_argument(
-            "--drawn_score", type=ClosedUnitInterval, default=0.5, help="lowest score of a drawn detection, 0..1"
-        )
-        parser.add_argument(
-            "--auto_batch",
-            type=bool | PositiveFloat,
-            nargs="?",
-            const=True,
-            default=False,
-            help="fit with the largest data.batch_size that goes into 0.9 of the free memory, or into so many GiB",
-        )
+        add_run_keys(parser)
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
@@ -151,6 +136,12 @@ class DetectionCLI(LightningCLI):
             self._evaluate_at_least_once()
         settings.trainer.precision = resolve_precision(settings.trainer.precision, settings.trainer.accelerator)
         settings.experiment = settings.experiment or self._experiment_name()
+        if self.command == "fit":
+            config = yaml.safe_load(self._parser(self.command).dump(settings, skip_none=False))
+            self.resumed = find_checkpoint(settings.resume, settings.ckpt_path, config)
+            if self.resumed is not None and self.resumed.folder is not None and settings.auto_batch is not False:
+                settings.data.init_args.batch_size = saved_batch_size(self.resumed.folder)
+                settings.auto_batch = False
 
     def _evaluate_at_least_once(self) -> None:
         trainer = self.settings.trainer
@@ -178,7 +169,9 @@ class DetectionCLI(LightningCLI):
         self.run_folder = self._new_run_folder()  # only now, when data and model are known to be sound
         config["default_root_dir"] = str(self.run_folder)
         if config.get("logger") in (None, True):
-            config["logger"] = run_loggers(self.run_folder)
+            config["logger"] = run_loggers(
+                self.run_folder, resumed_step=self.resumed.step_in_folder if self.resumed else None
+            )
         own: list[Callback] = [ResultsWriter(self.results_path)]
         if self.settings.drawn_images > 0:
             own.append(
@@ -198,10 +191,17 @@ class DetectionCLI(LightningCLI):
             # Refreshing reads the loss from the device, so not at every step.
             own.append(LossBar(refresh_rate=10))
         for callback in callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            if isinstance(callback, ModelCheckpoint | LastCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.run_folder / "checkpoints")
         if config.get("enable_checkpointing") is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        if self.command == "fit":
+            last = next((one for one in callbacks if isinstance(one, LastCheckpoint)), None)
+            own += [SeededSteps(int(self.settings.seed_everything)), Watchdog()]
+            callbacks = [*callbacks, StopOnSignal(last)]
+            if writes_whole_files(config.get("strategy")):
+                plugins = config.get("plugins") or []
+                config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFileIO()]
         return super()._instantiate_trainer(config, [*own, *callbacks])
 
     def _auto_batch(self, stored: ConfigInCheckpoint) -> list[Callback]:
@@ -220,7 +220,11 @@ class DetectionCLI(LightningCLI):
         settings = self.settings
         if settings.trainer.fast_dev_run:
             return Path(str(settings.runs_dir)) / str(settings.experiment) / "fast_dev_run"
-        return new_run_folder(settings.runs_dir, settings.experiment, num_nodes=settings.trainer.num_nodes)
+        num_nodes = settings.trainer.num_nodes
+        if self.resumed is not None and self.resumed.folder is not None:
+            take_run_folder(self.resumed.folder, num_nodes=num_nodes)
+            return self.resumed.folder
+        return new_run_folder(settings.runs_dir, settings.experiment, num_nodes=num_nodes)
 
     @property
     def results_path(self) -> Path:
@@ -232,8 +236,9 @@ class DetectionCLI(LightningCLI):
         """Read checkpoints ourselves: checked, never running code, with messages for people."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit":
-            if kwargs.get("ckpt_path") is not None:
-                load_weights(self.model, kwargs["ckpt_path"], self.datamodule.class_names)  # Lightning loads the rest
+            if self.resumed is not None:
+                require_resumable(self.resumed.checkpoint, self.model, self.datamodule, self.settings.allow_data_change)
+                kwargs["ckpt_path"] = str(self.resumed.checkpoint)
             return kwargs
         checkpoint = kwargs.pop("ckpt_path", None)
         if checkpoint is not None:
