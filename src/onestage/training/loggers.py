@@ -16,7 +16,7 @@ METRICS_FILE = "metrics.csv"
 logger = logging.getLogger(__name__)
 
 
-def run_loggers(folder: Path, *, resumed_step: int | None = None) -> list[Logger]:
+def run_loggers(folder: Path, resumed_step: int | None = None) -> list[Logger]:
     """Return the loggers of the run in `folder`, runs/<experiment>/<version>.
 
     Args:

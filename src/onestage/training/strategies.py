@@ -11,3 +11,9 @@ def shards_parameters(strategy: Strategy) -> bool:
 def clips_by_itself(strategy: Strategy) -> bool:
     """Say whether the strategy has been told `trainer.gradient_clip_val` and clips inside its own step."""
     return isinstance(strategy, DeepSpeedStrategy)
+
+
+def writes_whole_files(strategy: object) -> bool:
+    """Say whether the strategy leaves the writing of a checkpoint to one process: the others write parts in folders."""
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    return not any(word in name.lower() for word in ("fsdp", "deepspeed", "modelparallel"))
