@@ -172,6 +172,23 @@ def test_validation_losses_are_those_of_one_process(one: Path, two: Path) -> Non
     assert last_losses(two) == pytest.approx(last_losses(one), rel=1e-4)
 
 
+def test_the_found_batch_and_its_learning_rate_are_said_and_recorded(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TRAINING_TESTS))
+        options = ["--auto_batch", "64", "--model.reference_batch_size", "4", "--trainer.max_epochs", "1"]
+        assert run(*fit_words(config, tmp_path, *options)) == 0
+    said = capsys.readouterr().err
+    assert f"auto_batch: data.batch_size {NUM_TRAIN} of each process within 64.00 GiB on cpu" in said
+    assert "learning rate: 0.02 x 40 / 4 = 0.2 (processes 1 x batch_size 40 x accumulate_grad_batches 1" in said
+    (saved,) = tmp_path.glob("runs/*/version_0/config.yaml")
+    settings = yaml.safe_load(saved.read_text())
+    assert settings["data"]["init_args"]["batch_size"] == NUM_TRAIN
+    assert settings["auto_batch"] is False
+    assert checkpoint(tmp_path, "best")["onestage"]["config"]["data"]["init_args"]["batch_size"] == NUM_TRAIN
+
+
 def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 

@@ -60,7 +60,8 @@ def test_the_learning_rate_grows_with_the_images_of_a_step(monkeypatch: pytest.M
     scale_learning_rate(optimizer, trainer, batch_size=16, reference=32)  # 4 x 16 x 2 = 128 images, 4 times 32
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.004, 0.4])
     assert said == [
-        "learning rate: 0.001 x 128 / 32 = 0.004 (4 processes x 16 images x 2 batches; model.reference_batch_size: 32)"
+        "learning rate: 0.001 x 128 / 32 = 0.004 "
+        "(processes 4 x batch_size 16 x accumulate_grad_batches 2; model.reference_batch_size: 32)"
     ]
 
 

@@ -46,7 +46,10 @@ def scale_learning_rate(optimizer: Optimizer, trainer: pl.Trainer, batch_size: i
     before = optimizer.param_groups[0]["lr"]
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * factor
-    parts = f"{trainer.world_size} processes x {batch_size} images x {trainer.accumulate_grad_batches} batches"
+    parts = (
+        f"processes {trainer.world_size} x batch_size {batch_size} "
+        f"x accumulate_grad_batches {trainer.accumulate_grad_batches}"
+    )
     rank_zero_info(
         f"learning rate: {before:g} x {images} / {reference} = {before * factor:g} "
         f"({parts}; model.reference_batch_size: {reference})"
