@@ -68,8 +68,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)  # noqa: PTH105 # the same as Path.replace, by the name of the system call
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        written = temporary.stat().st_size if temporary.is_file() else 0
-        raise _refusal(path, error, written) from error
+        raise _refusal(path, error, _size(temporary)) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -113,6 +112,13 @@ def require_writable(folder: Path) -> None:
     with whole_file(folder / ".write_test") as temporary:
         temporary.write_bytes(b"onestage")
     (folder / ".write_test").unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _sync_folder(folder: Path) -> None:

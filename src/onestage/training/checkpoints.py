@@ -62,6 +62,7 @@ class BestCheckpoint(ModelCheckpoint):
             "last_model_path": "",
         }
         super().load_state_dict({**state_dict, **ours})
+        self.current_score = state_dict["current_score"]  # which Lightning leaves out
 
 
 class LastCheckpoint(Checkpoint):

@@ -92,7 +92,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int]:
     files = sorted(folder.glob("*.ckpt"), key=_preference)
     steps = {file: stored_step(file) for file in files}
     problems = []
-    for file in sorted(files, key=lambda one: steps[one], reverse=True):  # stable: equal steps keep their preference
+    unread = [file for file in files if steps[file] < 0]  # first, only to be named
+    by_step = sorted(set(files) - set(unread), key=lambda one: (-steps[one], _preference(one)))
+    for file in [*unread, *by_step]:
         try:
             return file, int(read_checkpoint(file)["global_step"])
         except CheckpointError as error:

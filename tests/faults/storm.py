@@ -1,0 +1,135 @@
+"""A storm of SIGKILLs over one run: it is begun again after each, and must end as if nothing had been.
+
+A program of its own: it imports everything once and forks a process for each attempt, which then costs a second. It
+prints one line of JSON: how many kills there were, how many of them inside a save, how many files were torn, how
+many steps were lost at most, and whether the end is that of the run without kills.
+"""
+
+import argparse
+import json
+import mmap
+import os
+import random
+import signal
+import struct
+import sys
+import threading
+import time
+from pathlib import Path
+
+import tiny_run
+
+from onestage.data.shapes import draw_shapes
+from onestage.errors import CheckpointError
+from onestage.training.checkpoint_files import read_checkpoint
+from onestage.training.module import DetectionModule
+
+INTERVAL = 2  # optimizer steps between two checkpoints
+EPOCHS = 60  # of 8 steps
+
+
+def command(data: Path, runs: Path, *options: str) -> list[str]:
+    rare = ("--trainer.check_val_every_n_epoch", "10", "--last_checkpoint.every_n_steps", str(INTERVAL))
+    return tiny_run.words(data, runs, *rare, *options, epochs=EPOCHS)
+
+
+class StepCounter:
+    """How many steps a process has finished, in memory that outlives it."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 8)
+
+    def watch(self) -> None:
+        step = DetectionModule.on_train_batch_end
+
+        def counted(module: DetectionModule, *arguments: object, **named: object) -> object:
+            self._memory[:8] = struct.pack("q", module.global_step)
+            return step(module, *arguments, **named)
+
+        DetectionModule.on_train_batch_end = counted
+
+    @property
+    def value(self) -> int:
+        return int(struct.unpack("q", self._memory[:8])[0])
+
+
+def attempt(words: list[str], counter: StepCounter, fault: tuple[str, int] | None, seconds: float) -> int:
+    """Run until the end or the kill; return the exit code, negative for a signal."""
+    sys.stdout.flush()
+    process = os.fork()
+    if process == 0:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        counter.watch()
+        if fault is not None:
+            tiny_run.break_at(*fault, lambda: tiny_run.send(signal.SIGKILL))
+        else:
+            timer = threading.Timer(seconds, lambda: tiny_run.send(signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
+        os._exit(tiny_run.onestage(*words))
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def state_of(folder: Path) -> tuple[int, int]:
+    """Number of torn files, and the step of the newest whole checkpoint (0: none)."""
+    torn, steps = 0, [0]
+    for file in folder.glob("checkpoints/*.ckpt"):
+        try:
+            steps.append(int(read_checkpoint(file)["global_step"]))
+        except CheckpointError:
+            torn += 1
+    return torn, max(steps)
+
+
+def storm(data: Path, runs: Path, num_kills: int, num_in_save: int, seed: int) -> dict[str, object]:
+    """Kill, look, go on; then run to the end."""
+    draw = random.Random(seed)
+    words = command(data, runs, "--resume", "auto")
+    folder = runs / "tiny" / "version_0"
+    in_save = set(draw.sample(range(1, num_kills), num_in_save))
+    counter = StepCounter()
+    torn, lost, kills, kills_in_save, finished_early = 0, 0, 0, 0, 0
+    while kills < num_kills:
+        moment = draw.choice(["write", "sync", "replace"])
+        fault = (moment, draw.randint(3, 9)) if kills in in_save else None
+        code = attempt(words, counter, fault, draw.uniform(0.2, 1.2))
+        if code != -signal.SIGKILL:
+            finished_early += 1
+            if finished_early > 3:
+                break
+            continue
+        kills += 1
+        kills_in_save += fault is not None
+        damaged, newest = state_of(folder)
+        torn += damaged
+        lost = max(lost, counter.value - newest)
+    code = attempt(words, counter, None, 10_000)
+    return {
+        "kills": kills, "kills_in_save": kills_in_save, "torn_files": torn, "most_steps_lost": lost,
+        "interval": INTERVAL, "exit_code": code, "folders": len(list((runs / "tiny").iterdir())),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--in_save", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    start = time.monotonic()
+    data = given.folder / "data"
+    draw_shapes(data, num_train=32, num_val=7, seed=0)
+    whole = attempt(command(data, given.folder / "whole"), StepCounter(), None, 10_000)
+    report = storm(data, given.folder / "broken", given.kills, given.in_save, given.seed)
+    states = [tiny_run.final_state(given.folder / name / "tiny" / "version_0") for name in ("whole", "broken")]
+    report["differences"] = tiny_run.differences(*states)
+    report["whole_exit_code"] = whole
+    report["seconds"] = round(time.monotonic() - start)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
