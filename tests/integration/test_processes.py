@@ -73,7 +73,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "trainer": {
             "max_epochs": 2, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False,
-            "enable_model_summary": False, "log_every_n_steps": 1,
+            "enable_model_summary": False, "log_every_n_steps": 1, "gradient_clip_val": 1.0,
         },
         "ema": {"decay": 0.9},
         "drawn_images": 0,
@@ -258,6 +258,19 @@ def test_fsdp_takes_the_steps_of_ddp(config: Path, two: Path, tmp_path: Path) ->
     assert out.strip().splitlines()[-1].startswith("results: ")
     ours = checkpoint(tmp_path, "last")["state_dict"]
     torch.testing.assert_close(ours, checkpoint(two, "last")["current_model_state"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_under_fsdp_ends_with_the_bits_of_an_uninterrupted_one(config: Path, tmp_path: Path) -> None:
+    strategy = ["--trainer.devices=2", "--trainer.strategy={class_path: cpu_fsdp.CPUFSDP}", "--ema.decay=null"]
+    constant = [*strategy, "--model.schedule.kind=constant"]  # a schedule that does not know the length of the run
+    finish(start(fit_words(config, tmp_path / "whole", *constant), TORCHRUN))
+    finish(start(fit_words(config, tmp_path / "part", *constant, "--trainer.max_epochs=1"), TORCHRUN))
+    (last,) = (tmp_path / "part").glob("runs/*/version_0/checkpoints/last.ckpt")
+    finish(start(fit_words(config, tmp_path / "rest", *constant, "--resume", str(last)), TORCHRUN))
+    whole, rest = checkpoint(tmp_path / "whole", "last"), checkpoint(tmp_path / "rest", "last")
+    assert whole["global_step"] == rest["global_step"] == NUM_STEPS
+    assert same_bits(whole["state_dict"], rest["state_dict"])
 
 
 @pytest.mark.slow

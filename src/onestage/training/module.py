@@ -15,7 +15,7 @@ from onestage.evaluation.coco import CocoEvaluator, in_original_pixels
 from onestage.training.combinations import check_batch_norm, check_compiler, check_optimizer
 from onestage.training.optimization import clip_gradients, decayed_parameters, parameter_groups, scale_learning_rate
 from onestage.training.schedule import WarmupSchedule
-from onestage.training.strategies import clips_by_itself
+from onestage.training.strategies import clips_by_itself, shards_parameters
 from onestage.training.weighted_mean import WeightedMean
 from onestage.types import Batch, DetectionData, Detections, Detector, Metrics, Predictions, Stage
 
@@ -98,7 +98,9 @@ class DetectionModule(pl.LightningModule):
 
     def lay_out(self) -> None:
         """Put the weights into the memory format of the run."""
-        if self.channels_last:
+        # Not under FSDP: it flattens weights in the order of memory, but the optimizer state that it loads in the order
+        # of indices, so that a resumed run would go on with a permuted momentum.
+        if self.channels_last and not shards_parameters(self.trainer.strategy):
             self.detector.to(memory_format=torch.channels_last)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
