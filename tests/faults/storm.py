@@ -15,6 +15,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tiny_run
@@ -25,7 +26,8 @@ from onestage.training.checkpoint_files import read_checkpoint
 from onestage.training.module import DetectionModule
 
 INTERVAL = 2  # optimizer steps between two checkpoints
-EPOCHS = 60  # of 8 steps
+EPOCHS = 40  # of 8 steps
+NUM_STEPS = EPOCHS * 8
 
 
 def command(data: Path, runs: Path, *options: str) -> list[str]:
@@ -53,8 +55,15 @@ class StepCounter:
         return int(struct.unpack("q", self._memory[:8])[0])
 
 
-def attempt(words: list[str], counter: StepCounter, fault: tuple[str, int] | None, seconds: float) -> int:
-    """Run until the end or the kill; return the exit code, negative for a signal."""
+def kill_after(seconds: float) -> None:
+    """Kill this process at a moment that nothing in it decides."""
+    timer = threading.Timer(seconds, lambda: tiny_run.send(signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
+
+
+def attempt(words: list[str], counter: StepCounter, fault: Callable[[], None] = lambda: None) -> int:
+    """Run until the end or the kill that `fault` prepares; return the exit code, negative for a signal."""
     sys.stdout.flush()
     process = os.fork()
     if process == 0:
@@ -62,14 +71,25 @@ def attempt(words: list[str], counter: StepCounter, fault: tuple[str, int] | Non
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         counter.watch()
-        if fault is not None:
-            tiny_run.break_at(*fault, lambda: tiny_run.send(signal.SIGKILL))
-        else:
-            timer = threading.Timer(seconds, lambda: tiny_run.send(signal.SIGKILL))
-            timer.daemon = True
-            timer.start()
+        fault()
         os._exit(tiny_run.onestage(*words))
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def kill_in_save(draw: random.Random) -> Callable[[], None]:
+    """Half-way through the bytes, before they are on the disk, or before the file has its name; in one of some saves."""
+    where, first, last = draw.choice([("write", 1, 3), ("sync", 2, 7), ("replace", 4, 8)])
+    count = draw.randint(first, last)
+    return lambda: tiny_run.break_at(where, count, lambda: tiny_run.send(signal.SIGKILL))
+
+
+def kill_anywhere(draw: random.Random, steps_left: int, kills_left: int) -> Callable[[], None]:
+    """A moment after some step, so that all kills fit into the run however fast it is; one in ten before any step."""
+    seconds = draw.uniform(0, 0.05)
+    if draw.random() < 0.1:
+        return lambda: kill_after(10 * seconds)
+    step = draw.randint(1, max(1, 2 * steps_left // kills_left))
+    return lambda: tiny_run.break_at("step", step, lambda: kill_after(seconds))
 
 
 def state_of(folder: Path) -> tuple[int, int]:
@@ -90,22 +110,19 @@ def storm(data: Path, runs: Path, num_kills: int, num_in_save: int, seed: int) -
     folder = runs / "tiny" / "version_0"
     in_save = set(draw.sample(range(1, num_kills), num_in_save))
     counter = StepCounter()
-    torn, lost, kills, kills_in_save, finished_early = 0, 0, 0, 0, 0
+    torn, lost, newest, kills, kills_in_save = 0, 0, 0, 0, 0
     while kills < num_kills:
-        moment = draw.choice(["write", "sync", "replace"])
-        fault = (moment, draw.randint(3, 9)) if kills in in_save else None
-        code = attempt(words, counter, fault, draw.uniform(0.2, 1.2))
+        is_in_save = kills in in_save
+        fault = kill_in_save(draw) if is_in_save else kill_anywhere(draw, NUM_STEPS - newest, num_kills - kills)
+        code = attempt(words, counter, fault)
         if code != -signal.SIGKILL:
-            finished_early += 1
-            if finished_early > 3:
-                break
-            continue
+            break  # it came to its end before all kills did, which the number of kills will show
         kills += 1
-        kills_in_save += fault is not None
+        kills_in_save += is_in_save
         damaged, newest = state_of(folder)
         torn += damaged
         lost = max(lost, counter.value - newest)
-    code = attempt(words, counter, None, 10_000)
+    code = attempt(words, counter)
     return {
         "kills": kills, "kills_in_save": kills_in_save, "torn_files": torn, "most_steps_lost": lost,
         "interval": INTERVAL, "exit_code": code, "folders": len(list((runs / "tiny").iterdir())),
@@ -122,7 +139,7 @@ def main() -> None:
     start = time.monotonic()
     data = given.folder / "data"
     draw_shapes(data, num_train=32, num_val=7, seed=0)
-    whole = attempt(command(data, given.folder / "whole"), StepCounter(), None, 10_000)
+    whole = attempt(command(data, given.folder / "whole"), StepCounter())
     report = storm(data, given.folder / "broken", given.kills, given.in_save, given.seed)
     states = [tiny_run.final_state(given.folder / name / "tiny" / "version_0") for name in ("whole", "broken")]
     report["differences"] = tiny_run.differences(*states)
