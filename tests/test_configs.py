@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.callbacks import Checkpoint
 
 from onestage.training.commands import DetectionCLI
+from onestage.training.ema import ExponentialMovingAverage
 from onestage.types import DetectionData, Detector
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -69,6 +71,22 @@ def test_the_shared_configuration_is_read_by_every_command(tmp_path: Path) -> No
         built = build(options, tmp_path, command)
         assert built.settings.trainer.gradient_clip_val == shared["trainer"]["gradient_clip_val"]
         assert built.settings.seed_everything == shared["seed_everything"]
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
+def test_long_experiments_average_their_weights_and_the_short_one_does_not(config: Path) -> None:
+    decay = yaml.safe_load(config.read_text()).get("ema", {}).get("decay")
+    assert decay == (0.9998 if config.stem.startswith(("voc", "coco")) else None)
+
+
+def test_the_average_comes_before_every_checkpoint(tmp_path: Path) -> None:
+    built = build(["--config", str(CONFIGS / "shapes_ssd.yaml"), "--ema.decay", "0.99"], tmp_path)
+    kinds = [type(callback) for callback in built.trainer.callbacks]
+    average = kinds.index(ExponentialMovingAverage)
+    checkpoints = [position for position, kind in enumerate(kinds) if issubclass(kind, Checkpoint)]
+    assert len(checkpoints) >= 2
+    assert average < min(checkpoints)
+    assert built.trainer.callbacks[average].decay == 0.99
 
 
 def test_the_seed_reaches_the_data(tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OnestageError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if str(error):  # of several processes that end for one reason, one tells it
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # `onestage fit --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,7 +37,37 @@ class CheckpointError(OnestageError):
     exit_code = 2  # a file named on the command line that cannot be used
 
 
+class RunInUseError(OnestageError):
+    """Another process is writing the run folder."""
+
+    exit_code = 4
+
+
+class ResourceError(OnestageError):
+    """The machine ran out of something: disk space, permission to write, memory, shared memory."""
+
+    exit_code = 5
+
+
 class NonFiniteError(OnestageError):
     """Training met a loss, gradient or weight that is NaN or infinite, and went on meeting it."""
 
     exit_code = 6
+
+
+class ProcessLostError(OnestageError):
+    """Another process of the run died or stopped answering."""
+
+    exit_code = 7
+
+
+class CancelledError(OnestageError):
+    """Ctrl-C ended the run, in order; the shell's code for SIGINT."""
+
+    exit_code = 130
+
+
+class TerminatedError(OnestageError):
+    """SIGTERM ended the run, in order; the shell's code for SIGTERM, by which schedulers know a preempted job."""
+
+    exit_code = 143

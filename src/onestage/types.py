@@ -112,7 +112,7 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
-        """Return the scalar terms `classification` and `box`, each divided by the number of positive anchors."""
+        """Return the scalar terms `classification` and `box`, and `num_positives`, which both are divided by."""
 
     @abstractmethod
     def detect(self, predictions: Predictions) -> Detections:
@@ -134,6 +134,7 @@ class DetectionData(Protocol):
     """What training asks of a data module beside its loaders."""
 
     image_size: int  # side of the square images it delivers, px
+    batch_size: int  # images per process and batch
 
     @property
     def num_classes(self) -> int:

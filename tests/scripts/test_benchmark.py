@@ -34,6 +34,7 @@ def run(benchmark, monkeypatch, *arguments):
         ("data", "the same boxes within 0.001 px"),
         ("ops", "never waits"),
         pytest.param("loss", "the same gradient within 1e-5", marks=pytest.mark.slow),  # it compiles
+        pytest.param("gather", "those of one, to the last digit", marks=pytest.mark.slow),
         pytest.param("step", "the same losses from the same weights", marks=pytest.mark.slow),
     ],
 )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from onestage.data.files import printable, read_file
+from onestage.data.worker_watch import note_reading
 from onestage.errors import ImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -55,6 +56,7 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
             another size than annotated.
     """
     file = Path(path)
+    note_reading(str(file))
     content = read_file(file, ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
     with _open_header(file, content) as pillow_image:
         header = _read_header(file, pillow_image)

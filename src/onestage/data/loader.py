@@ -7,6 +7,7 @@ import cv2
 from torch.utils.data import DataLoader
 
 from onestage.data.samplers import TrainingSampler
+from onestage.data.worker_watch import WorkerWatch
 from onestage.errors import ConfigError, OnestageError
 from onestage.types import Batch
 
@@ -33,6 +34,9 @@ class DetectionLoader(DataLoader[Batch]):
         self._epoch = 0  # of the batches handed out last
         self._num_handed_out = 0  # batches of that epoch
         self._resume_from: dict[str, int] | None = None
+        self.watch = WorkerWatch(self.num_workers) if self.num_workers else None
+        if self.watch is not None:
+            self.worker_init_fn = self.watch.start_function(self.worker_init_fn)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator: this is what makes it lazy
         """Iterate over the batches of the sampler's epoch."""
@@ -42,7 +46,8 @@ class DetectionLoader(DataLoader[Batch]):
             self._epoch = sampler.epoch
             sampler.batches_to_skip = self._num_handed_out
         try:
-            for batch in super().__iter__():
+            iterator = super().__iter__()
+            for batch in self.watch.batches(iterator) if self.watch is not None else iterator:
                 if isinstance(sampler, TrainingSampler):
                     sampler.batches_to_skip = 0  # for this epoch only; the sampler has read it by now
                 self._num_handed_out += 1

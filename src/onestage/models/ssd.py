@@ -124,21 +124,21 @@ class SSD(Detector):
         return (images.float() - self.pixel_mean) / PIXEL_SCALE
 
     def loss(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
-        """Return the two terms of SSD eq. 1, each a sum divided by the number of positive anchors, at least 1.
+        """Return the two terms of SSD eq. 1, each a sum divided by the number of positive anchors, and that number.
 
-        In training the number is averaged over the processes of a distributed run, as the gradients are. Images without
-        objects count in `classification`. Nothing here waits for the device, and B and M do not change the number of
-        operations.
+        It is at least 1, and in training mode averaged over the processes of a distributed run, as the gradients are.
+        Images without objects count in `classification`. Nothing here waits for the device, and B and M do not change
+        the number of operations.
         """
         class_logits, box_deltas, anchors, _ = predictions
         with torch.autocast(box_deltas.device.type, enabled=False):
             labels, gt_boxes = self._match(anchors, targets)
             is_positive = labels >= 0
-            normaliser = self.normaliser(is_positive, is_training=class_logits.requires_grad)
+            normaliser = self.normaliser(is_positive, is_training=self.training)
             box_quality = self._box_quality(predictions, gt_boxes, is_positive)
         classification = self.classification_loss(class_logits, labels, box_quality)
         box = self.box_loss(box_deltas, gt_boxes, anchors.boxes, self.box_coder, is_positive)
-        return {"classification": classification / normaliser, "box": box / normaliser}
+        return {"classification": classification / normaliser, "box": box / normaliser, "num_positives": normaliser}
 
     @torch.no_grad()
     def _match(self, anchors: Anchors, targets: Targets) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,13 @@ TRUSTED_CLASS_PATHS = ("onestage.", "torch.optim.", "torch.nn.", "albumentations
 IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
     """Load a checkpoint of this project on the CPU, never running code from it.
+
+    Args:
+        path: of the file.
+        mapped: leave tensors in the file until they are read. A command reads its checkpoint twice: the configuration,
+            then, with a model, the weights.
 
     Raises:
         CheckpointError: the file is missing, torn, damaged, or not a checkpoint of this project; the message says
@@ -31,8 +36,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} {what}.{_nearby(path)}")
     _check_archive(path)
     try:
-        # Mapped, for a command reads its checkpoint twice: the configuration, then, with a model, the weights.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises half a dozen kinds here, pickle's own among them
         raise CheckpointError(
             f"checkpoint {path} cannot be loaded as plain tensors and numbers ({_first_line(error)}).\n"
@@ -52,6 +56,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def stored_step(file: Path) -> int:
+    """The step inside a file without reading its tensors; -1 if it cannot be told."""
+    try:
+        return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception:  # whatever is wrong with it, `read_checkpoint` will say when it is this file's turn
+        return -1
+
+
 def _check_archive(path: Path) -> None:
     """Tell apart the ways in which a file is not a whole torch archive. torch.load itself checks no checksum."""
     size = path.stat().st_size
@@ -65,6 +77,7 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"checkpoint {path} is not a torch checkpoint: it begins with {head[:16]!r}.")
     try:
         with zipfile.ZipFile(path) as archive:
+            _require_stored(path, archive)
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
         raise CheckpointError(
@@ -72,6 +85,16 @@ def _check_archive(path: Path) -> None:
         ) from error
     if damaged is not None:
         raise CheckpointError(f"checkpoint {path} is damaged: the checksum of {damaged} is wrong.{_nearby(path)}")
+
+
+def _require_stored(path: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse compressed members, which torch never writes: a few kilobytes of them can hold gigabytes."""
+    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+        declared = sum(member.file_size for member in archive.infolist())
+        raise CheckpointError(
+            f"checkpoint {path} is compressed: {path.stat().st_size:,} bytes that would become {declared:,}. torch "
+            "writes none like that.\nIt was not unpacked. Use the file that `onestage fit` wrote."
+        )
 
 
 def _nearby(path: Path) -> str:
@@ -118,11 +141,22 @@ def load_weights(module: DetectionModule, path: str | Path, class_names: Sequenc
     """
     checkpoint = read_checkpoint(path)
     require_fit(checkpoint, path, module, class_names)
+    _require_finite(checkpoint["state_dict"], path)
     try:
         module.load_state_dict(checkpoint["state_dict"], strict=True)
     except RuntimeError as error:
         lines = "\n".join(str(error).splitlines()[:6])
         raise CheckpointError(f"checkpoint {path} does not fit the configured detector:\n{lines}") from error
+
+
+def _require_finite(weights: dict[str, Any], path: str | Path) -> None:
+    broken = [name for name, value in weights.items() if not bool(torch.as_tensor(value).isfinite().all())]
+    if broken:
+        raise CheckpointError(
+            f"checkpoint {path} has NaN or infinite weights in {len(broken)} of {len(weights)} tensors: "
+            f"{', '.join(broken[:5])}.\nTraining had gone wrong when it was written. Use an earlier one."
+            f"{_nearby(Path(path))}"
+        )
 
 
 def config_of(path: str | Path) -> JSONDict:

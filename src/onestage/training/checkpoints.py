@@ -2,14 +2,30 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
-from onestage.training.module import CHECKPOINT_KEY
+from onestage.errors import ConfigError, DataError
+from onestage.evaluation.report import installed_versions
+from onestage.training.checkpoint_io import keep_previous, require_writable
+from onestage.training.fingerprint import fingerprint
+from onestage.training.module import CHECKPOINT_KEY, DetectionModule
+from onestage.training.save_points import (
+    forget_unfinished_validation,
+    is_after_step,
+    is_between_batches,
+    is_dry,
+    is_last_batch,
+    is_training,
+    mark_validation_due,
+    validation_follows,
+)
 from onestage.types import JSONDict
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -46,38 +62,125 @@ class BestCheckpoint(ModelCheckpoint):
             "last_model_path": "",
         }
         super().load_state_dict({**state_dict, **ours})
+        self.current_score = state_dict["current_score"]  # which Lightning leaves out
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """Keeps `checkpoints/last.ckpt`, the state to resume from.
+class LastCheckpoint(Checkpoint):
+    """Keeps `checkpoints/last.ckpt`, the state to resume from, and the one before it as `checkpoints/previous.ckpt`.
+
+    It is written at intervals, and when a signal or a data error ends the run.
 
     Args:
-        every_n_epochs: how often it is written; 0 for never.
+        every_n_epochs: how often it is written; 0: not at the ends of epochs.
+        every_n_steps: the same in optimizer steps, for epochs that are long; 0: not inside epochs.
         dirpath: the folder; null: `checkpoints/` of the run.
+
+    Raises:
+        ConfigError: an interval is negative.
     """
 
-    def __init__(self, every_n_epochs: int = 1, dirpath: str | None = None) -> None:
-        super().__init__(
-            dirpath=dirpath,
-            filename="last",
-            monitor=None,
-            every_n_epochs=every_n_epochs,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
+    def __init__(self, every_n_epochs: int = 1, every_n_steps: int = 0, dirpath: str | None = None) -> None:
+        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+            if value < 0:
+                raise ConfigError(f"last_checkpoint.{name} is {value}; it must be 0 (never) or more.")
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.dirpath = dirpath
+        self._is_due = False  # an interval ended where no checkpoint can be written yet
+        self._is_before_validation = False
+        self._saved: tuple[int, bool] | None = None  # global step and whether a validation was due
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: this run writes a file of its own and leaves that of the run it resumes alone."""
+    @property
+    def path(self) -> Path:
+        """Of the newest state."""
+        return Path(str(self.dirpath)) / LAST
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Agree on the folder of the first process, and see that it can be written."""
+        self.dirpath = trainer.strategy.broadcast(self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints"))
+        writes = stage == "fit" and trainer.is_global_zero and not is_dry(trainer)
+        if writes and (self.every_n_epochs or self.every_n_steps):
+            require_writable(self.path.parent)
 
-class ConfigInCheckpoint(Callback):
-    """Stores the run's `model` and `data` configuration in every checkpoint, so that one file is enough to predict."""
+    def save(self, trainer: pl.Trainer, *, before_validation: bool = False) -> None:
+        """Write the state of this moment, which must be one of those of `save_points`, unless it has been written.
 
-    def __init__(self, config: JSONDict) -> None:
-        self.config = config
+        Raises:
+            ResourceError: it could not be written; the last one is untouched.
+        """
+        moment = (trainer.global_step, before_validation)
+        self._is_due = False
+        if moment == self._saved or trainer.global_step == 0:
+            return
+        if trainer.is_global_zero:
+            keep_previous(self.path, self.path.with_name(PREVIOUS))
+        self._is_before_validation = before_validation
+        try:
+            trainer.save_checkpoint(self.path, False)  # not the weights alone, and Lightning says less if told
+        finally:
+            self._is_before_validation = False
+        self._saved = moment
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the configuration beside the class names."""
-        checkpoint.setdefault(CHECKPOINT_KEY, {})["config"] = self.config
+        """Let the resumed run begin with the validation that this one did not finish."""
+        if self._is_before_validation:
+            mark_validation_due(checkpoint)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if an interval of steps has ended, or wait for the validation or the end of the epoch to come."""
+        if not self.every_n_steps or not is_training(trainer) or not is_after_step(trainer):
+            return
+        self._is_due |= trainer.global_step % self.every_n_steps == 0
+        if self._is_due and not is_last_batch(trainer) and not validation_follows(trainer):
+            self.save(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if an interval has ended with the batch before."""
+        if is_training(trainer):
+            forget_unfinished_validation(trainer)
+            if self._is_due:
+                self.save(trainer, before_validation=True)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if an interval of epochs has ended, or one of steps with the last batch."""
+        if not is_training(trainer):
+            return
+        if self._is_due or (self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0):
+            self.save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Save when the data ends the run: nothing is wrong with the weights, and the step before is whole.
+
+        Not with several processes: the others wait somewhere else, and a checkpoint needs all of them.
+        """
+        if not isinstance(exception, DataError) or not is_training(trainer) or trainer.world_size > 1:
+            return
+        if is_between_batches(trainer) and is_after_step(trainer):
+            self.save(trainer, before_validation=trainer.validating)
+
+
+class ConfigInCheckpoint(Callback):
+    """Stores in every checkpoint what made it, so that one file is enough to predict.
+
+    That is the run's `model` and `data` configuration, a fingerprint of the training annotations, and the versions of
+    the packages.
+    """
+
+    def __init__(self, config: JSONDict) -> None:
+        self.config = config
+        self._origin: JSONDict = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the fingerprint once: what a run is trained on does not change."""
+        annotations = cast(DetectionModule, pl_module).data.annotations("train")
+        self._origin = {"data_fingerprint": fingerprint(annotations), "versions": installed_versions()}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add it beside the class names."""
+        checkpoint.setdefault(CHECKPOINT_KEY, {}).update({"config": self.config, **self._origin})

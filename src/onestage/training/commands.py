@@ -2,37 +2,53 @@
 
 import tempfile
 import warnings
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.errors import CheckpointError, ConfigError
 from onestage.training.anchor_monitor import AnchorMonitor
+from onestage.training.batch_size import GIB, AutoBatch
 from onestage.training.checkpoint_files import config_of, load_weights, read_checkpoint
+from onestage.training.checkpoint_io import WholeFileIO
 from onestage.training.checkpoints import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint
+from onestage.training.ema import ExponentialMovingAverage
+from onestage.training.endings import named_endings
 from onestage.training.guards import NonFiniteGuard
+from onestage.training.loggers import run_loggers
 from onestage.training.loss_collector import CURVES_FILE
 from onestage.training.messages import check_config_file, config_files, explain, files_first, option_values
 from onestage.training.module import DetectionModule
 from onestage.training.monitors import DetectionImages, LossBar, PredictionWriter, ResultsWriter, print_report
-from onestage.training.runs import new_run_folder
-from onestage.training.trainer import DetectionTrainer, resolve_precision
+from onestage.training.parser import (
+    STORED_CONFIG,
+    DetectionParser,
+    ParsingError,
+    add_run_keys,
+    experiment_name,
+    restrict_imports,
+    shared_configs,
+)
+from onestage.training.resume import Resumed, find_checkpoint, require_resumable, saved_batch_size
+from onestage.training.runs import new_run_folder, take_run_folder
+from onestage.training.seeding import SeededSteps
+from onestage.training.stopping import StopOnSignal
+from onestage.training.strategies import shards_parameters, writes_whole_files
+from onestage.training.trainer import DetectionTrainer, evaluate_at_least_once, resolve_precision
+from onestage.training.watchdog import Watchdog
 
 HARMLESS = (
     "Experiment logs directory .* exists and is not empty",  # ours: it was just made for this run
     ".*isinstance.treespec, LeafSpec.",  # between Lightning and torch
+    "It is recommended to use .self.log.*sync_dist=True",  # every process logs the numbers of all
     "The '.*_dataloader' does not have many workers",  # num_workers: auto has counted the cores
 )
-SHARED_CONFIG = Path("configs") / "trainer.yaml"
-STORED_CONFIG = "of_the_checkpoint.yaml"
 
 
 def run_trainer_command(words: list[str]) -> None:
@@ -43,10 +59,9 @@ def run_trainer_command(words: list[str]) -> None:
         check_config_file(file)
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message=message)
-    try:
+    restrict_imports()
+    with named_endings():
         _run(command, options)
-    except MisconfigurationException as error:  # Lightning's word for settings that do not go together
-        raise ConfigError(str(error)) from error
 
 
 def _run(command: str, options: list[str]) -> None:
@@ -67,26 +82,15 @@ def _run(command: str, options: list[str]) -> None:
             DetectionCLI(command, ["--config", str(stored), *options])  # first, so that everything else overrides it
 
 
-class DetectionParser(LightningArgumentParser):
-    """Lightning's parser, which raises instead of printing a page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Stop with jsonargparse's message."""
-        raise ParsingError(message) from ex
-
-
-class ParsingError(Exception):
-    """What jsonargparse says of a value or key."""
-
-
 class DetectionCLI(LightningCLI):
     """LightningCLI with one run folder, exact evaluation and messages for people."""
 
     run_folder: Path
+    resumed: Resumed | None = None
 
     def __init__(self, command: str, options: list[str]) -> None:
         self.command = command
-        defaults = [str(path) for path in _shared_configs()[:1]]
+        defaults = [str(path) for path in shared_configs()[:1]]
         super().__init__(
             model_class=DetectionModule,
             datamodule_class=LightningDataModule,
@@ -112,22 +116,8 @@ class DetectionCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys of the run folder and link what the data knows into the model."""
-        parser.add_argument(
-            "--experiment",
-            type=str | None,
-            default=None,
-            help="name of the run's folder; default: that of the last --config",
-        )
-        parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
-        parser.add_argument(
-            "--drawn_images", type=NonNegativeInt, default=16, help="how many images of an evaluation are drawn"
-        )
-        parser.add_argument(
-            "--drawn_score", type=ClosedUnitInterval, default=0.5, help="lowest score of a drawn detection, 0..1"
-        )
-        parser.add_argument(
-            "--anchor_statistics", type=bool, default=True, help="log where the classification loss comes from"
-        )
+        add_run_keys(parser)
+        parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         parser.add_lightning_class_args(NonFiniteGuard, "guard")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
@@ -154,24 +144,17 @@ class DetectionCLI(LightningCLI):
         """Decide what `auto` means, so that config.yaml says what was run."""
         settings = self.settings
         if self.command == "fit":
-            self._evaluate_at_least_once()
+            evaluate_at_least_once(settings.trainer)
         settings.trainer.precision = resolve_precision(settings.trainer.precision, settings.trainer.accelerator)
-        settings.experiment = settings.experiment or self._experiment_name()
-
-    def _evaluate_at_least_once(self) -> None:
-        trainer = self.settings.trainer
-        if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.check_val_every_n_epoch is not None:
-            # A short run, as for a first try, would otherwise end without a single number.
-            trainer.check_val_every_n_epoch = min(trainer.check_val_every_n_epoch, trainer.max_epochs)
-
-    def _experiment_name(self) -> str:
-        names = [Path(str(path)).stem for path in self.settings.config or []]
-        names = [name for name in names if name not in (SHARED_CONFIG.stem, Path(STORED_CONFIG).stem)]
-        if names:
-            return names[-1]
-        folders = Path(str(self.settings.ckpt_path or "")).absolute().parents
-        in_run_folder = len(folders) > 3 and folders[0].name == "checkpoints"
-        return folders[2].name if in_run_folder else "onestage"
+        settings.experiment = settings.experiment or experiment_name(
+            [Path(str(path)) for path in settings.config or []], settings.ckpt_path
+        )
+        if self.command == "fit":
+            config = yaml.safe_load(self._parser(self.command).dump(settings, skip_none=False))
+            self.resumed = find_checkpoint(settings.resume, settings.ckpt_path, config)
+            if self.resumed is not None and self.resumed.folder is not None and settings.auto_batch is not False:
+                settings.data.init_args.batch_size = saved_batch_size(self.resumed.folder)
+                settings.auto_batch = False
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; a value that a constructor refuses is the user's, not a bug."""
@@ -184,46 +167,68 @@ class DetectionCLI(LightningCLI):
         self.run_folder = self._new_run_folder()  # only now, when data and model are known to be sound
         config["default_root_dir"] = str(self.run_folder)
         if config.get("logger") in (None, True):
-            config["logger"] = self._loggers()
-        own: list[Callback] = [ResultsWriter(self.results_path)] if self.command != "losses" else []
-        if self.settings.drawn_images > 0 and self.command != "losses":
-            own.append(
-                DetectionImages(self.run_folder / "predictions", self.settings.drawn_images, self.settings.drawn_score)
+            config["logger"] = run_loggers(
+                self.run_folder, resumed_step=self.resumed.step_in_folder if self.resumed else None
             )
-        if self.command == "predict":
-            own.append(PredictionWriter(self.run_folder, self.settings.drawn_score))
+        own = self._showing_callbacks(config)
         if self.command == "fit":
             self._dump_config()
-            own.append(ConfigInCheckpoint({key: self.config_dump[key] for key in ("model", "data")}))
+            stored = ConfigInCheckpoint({key: self.config_dump[key] for key in ("model", "data")})
+            own += [*self._auto_batch(stored), stored]
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint | LastCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.run_folder / "checkpoints")
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        if self.command == "fit":
+            last = next((one for one in callbacks if isinstance(one, LastCheckpoint)), None)
+            own += [SeededSteps(int(self.settings.seed_everything)), Watchdog()]
+            callbacks = [*callbacks, StopOnSignal(last)]
+            if writes_whole_files(config.get("strategy")):
+                plugins = config.get("plugins") or []
+                config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFileIO()]
+        return super()._instantiate_trainer(config, [*own, *callbacks])
+
+    def _showing_callbacks(self, config: dict[str, Any]) -> list[Callback]:
+        """Return what shows a run to its user: files, curves, the progress bar."""
+        settings, folder = self.settings, self.run_folder
+        own: list[Callback] = [ResultsWriter(self.results_path)] if self.command != "losses" else []
+        if settings.drawn_images > 0 and self.command != "losses":
+            own.append(DetectionImages(folder / "predictions", settings.drawn_images, settings.drawn_score))
+        if self.command == "predict":
+            own.append(PredictionWriter(folder, settings.drawn_score))
         if self.command == "fit" and config["logger"] is not False:
             own.append(LearningRateMonitor("step"))
-        if self.command == "fit" and self.settings.anchor_statistics:
+        if self.command == "fit" and settings.anchor_statistics:
             own.append(AnchorMonitor())
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         if config.get("enable_progress_bar") is not False and not any(isinstance(one, ProgressBar) for one in given):
             # Refreshing reads the loss from the device, so not at every step.
             own.append(LossBar(refresh_rate=10))
-        for callback in callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(self.run_folder / "checkpoints")
-        if config.get("enable_checkpointing") is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
-        return super()._instantiate_trainer(config, [*own, *callbacks])
+        return own
+
+    def _auto_batch(self, stored: ConfigInCheckpoint) -> list[Callback]:
+        settings = self.settings
+        if settings.auto_batch is False:
+            return []
+
+        def record(batch_size: int) -> None:  # so that config.yaml and the checkpoints repeat the run
+            settings.data.init_args.batch_size = stored.config["data"]["init_args"]["batch_size"] = batch_size
+            settings.auto_batch = False
+
+        limit = None if settings.auto_batch is True else int(settings.auto_batch * GIB)
+        return [AutoBatch(limit, settings.ema.decay is not None, record)]
 
     def _new_run_folder(self) -> Path:
         settings = self.settings
         if settings.trainer.fast_dev_run:
             return Path(str(settings.runs_dir)) / str(settings.experiment) / "fast_dev_run"
-        return new_run_folder(settings.runs_dir, settings.experiment, num_nodes=settings.trainer.num_nodes)
-
-    def _loggers(self) -> list[Logger]:
-        folder = self.run_folder
-        runs_dir, name, version = str(folder.parent.parent), folder.parent.name, folder.name
-        return [
-            TensorBoardLogger(runs_dir, name=name, version=version),
-            CSVLogger(runs_dir, name=name, version=version),
-        ]
+        num_nodes = settings.trainer.num_nodes
+        if self.resumed is not None and self.resumed.folder is not None:
+            take_run_folder(self.resumed.folder, num_nodes=num_nodes)
+            return self.resumed.folder
+        return new_run_folder(settings.runs_dir, settings.experiment, num_nodes=num_nodes)
 
     @property
     def results_path(self) -> Path:
@@ -235,8 +240,9 @@ class DetectionCLI(LightningCLI):
         """Read checkpoints ourselves: checked, never running code, with messages for people."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit":
-            if kwargs.get("ckpt_path") is not None:
-                load_weights(self.model, kwargs["ckpt_path"], self.datamodule.class_names)  # Lightning loads the rest
+            if self.resumed is not None:
+                require_resumable(self.resumed.checkpoint, self.model, self.datamodule, self.settings.allow_data_change)
+                kwargs["ckpt_path"] = str(self.resumed.checkpoint)
             return kwargs
         checkpoint = kwargs.pop("ckpt_path", None)
         if checkpoint is not None:
@@ -252,12 +258,17 @@ class DetectionCLI(LightningCLI):
         }
         return {**kwargs, **decided.get(subcommand, {"verbose": False})}
 
+    def before_fit(self) -> None:
+        """Keep the detector whole where training takes it apart, for the evaluation after it."""
+        self._whole = deepcopy(self.model.detector) if shards_parameters(self.trainer.strategy) else self.model.detector
+
     def after_fit(self) -> None:
         """Evaluate the best checkpoint, or the last weights if there is none, and say where everything is."""
         if self.settings.trainer.fast_dev_run:
             return
         best = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)]
         if best and best[0].best_model_path:
+            self.model.detector = self._whole
             load_weights(self.model, best[0].best_model_path, self.datamodule.class_names)
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         self._say_results()
@@ -286,9 +297,3 @@ class DetectionCLI(LightningCLI):
             print(f"results: {self.results_path}", flush=True)
         else:
             print(f"nothing was evaluated (trainer.limit_*_batches?); the run: {self.run_folder}", flush=True)
-
-
-def _shared_configs() -> list[Path]:
-    """configs/trainer.yaml of the working directory, or of the source tree this package was installed from."""
-    source_tree = Path(__file__).resolve().parents[3]
-    return [path for path in (SHARED_CONFIG, source_tree / SHARED_CONFIG) if path.is_file()]

@@ -6,15 +6,17 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
 from onestage.errors import ConfigError
 from onestage.evaluation.coco import CocoEvaluator, in_original_pixels
+from onestage.training.combinations import check_batch_norm, check_compiler, check_optimizer
+from onestage.training.optimization import clip_gradients, decayed_parameters, parameter_groups, scale_learning_rate
 from onestage.training.schedule import WarmupSchedule
+from onestage.training.strategies import clips_by_itself, shards_parameters
+from onestage.training.weighted_mean import WeightedMean
 from onestage.types import Batch, DetectionData, Detections, Detector, Metrics, Predictions, Stage
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -35,8 +37,11 @@ class DetectionModule(pl.LightningModule):
         box_loss_weight: alpha of SSD eq. 1, >= 0.
         channels_last: memory format of network and images; 1.1x faster in fp32, 1.2x in bf16 on CPUs, and what tensor
             cores want.
-        compile: compile the network in place with torch.compile on the first step of `fit`. Needs a C compiler; on a
-            CPU it gains nothing and costs 40 s.
+        compile: compile the network in place with torch.compile on the first step of `fit`. Needs a C++ compiler; on
+            a CPU it gains nothing and costs 40 s.
+        reference_batch_size: how many images a step had for which the optimizer's learning rate was chosen; that is
+            then multiplied by images per step / reference (arXiv:1706.02677). A step sees data.batch_size images of
+            each process and of each accumulated batch. null: the learning rate is taken as it stands.
     """
 
     def __init__(
@@ -47,19 +52,24 @@ class DetectionModule(pl.LightningModule):
         box_loss_weight: float = 1.0,
         channels_last: bool = True,
         compile: bool = False,
+        reference_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         if box_loss_weight < 0:
             raise ConfigError(f"model.box_loss_weight is {box_loss_weight}; it must be 0 or more.")
+        if reference_batch_size is not None and reference_batch_size < 1:
+            raise ConfigError(
+                f"model.reference_batch_size is {reference_batch_size}; it must be 1 or more images, or null."
+            )
         self.detector = detector
         self.optimizer = optimizer
         self.schedule = schedule or WarmupSchedule()
         self.box_loss_weight = box_loss_weight
         self.channels_last = channels_last
         self.compile_detector = compile
-        self.loss_means = nn.ModuleDict(
-            {name: MeanMetric(nan_strategy="disable") for name in ("loss", "classification_loss", "box_loss")}
-        )
+        self.reference_batch_size = reference_batch_size
+        self._decayed = decayed_parameters(detector)
+        self.loss_means = nn.ModuleDict({name: WeightedMean() for name in ("loss", "classification_loss", "box_loss")})
         self.evaluator: CocoEvaluator | None = None
         self.metrics: Metrics = {}
         self.evaluation_seconds = 0.0
@@ -79,12 +89,20 @@ class DetectionModule(pl.LightningModule):
                 f"{self.detector.image_size} images.\nSet data.init_args.image_size: {self.detector.image_size}, "
                 "or choose another model.detector.class_path."
             )
+        self.lay_out()
         if stage == "fit":
             self.detector.use_class_counts(self._class_counts())
-        if self.channels_last:
+            check_batch_norm(self.trainer, self.detector)
+            if self.compile_detector:
+                check_compiler()
+                self.detector.compile()  # in place, so that the names in the state dict stay as they are
+
+    def lay_out(self) -> None:
+        """Put the weights into the memory format of the run."""
+        # Not under FSDP: it flattens weights in the order of memory, but the optimizer state that it loads in the order
+        # of indices, so that a resumed run would go on with a permuted momentum.
+        if self.channels_last and not shards_parameters(self.trainer.strategy):
             self.detector.to(memory_format=torch.channels_last)
-        if self.compile_detector and stage == "fit":
-            self.detector.compile()  # in place, so that the names in the state dict stay as they are
 
     def _class_counts(self) -> Tensor:
         """Count the objects of each class that training learns from, [K]."""
@@ -105,9 +123,9 @@ class DetectionModule(pl.LightningModule):
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return cast(Predictions, self.detector(batch.images.contiguous(memory_format=layout)))
 
-    def _total(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        loss = losses["classification"] + self.box_loss_weight * losses["box"]  # SSD eq. 1
-        return {"loss": loss, **{f"{name}_loss": value for name, value in losses.items()}}
+    def _total(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        loss = terms["classification"] + self.box_loss_weight * terms["box"]  # SSD eq. 1
+        return {"loss": loss, "classification_loss": terms["classification"], "box_loss": terms["box"]}
 
     # Evaluation: each step only collects; every number is computed once, at the end.
 
@@ -126,7 +144,7 @@ class DetectionModule(pl.LightningModule):
     def _start_evaluation(self, stage: Stage) -> None:
         self.evaluator = CocoEvaluator(self.data.annotations(stage))
         for mean in self.loss_means.values():
-            cast(MeanMetric, mean).reset()
+            cast(WeightedMean, mean).reset()
         self._start = time.perf_counter()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -139,9 +157,12 @@ class DetectionModule(pl.LightningModule):
 
     def _evaluation_step(self, batch: Batch) -> dict[str, Tensor]:
         predictions = self._predict(batch)
-        losses = self._total(self.detector.loss(predictions, batch.targets))
+        terms = self.detector.loss(predictions, batch.targets)
+        losses = self._total(terms)
         for name, mean in self.loss_means.items():
-            cast(MeanMetric, mean).update(losses[name], weight=len(batch.images))
+            # By what each loss was divided by: that makes it the loss of one batch of all images, however they are
+            # shared among batches and processes.
+            cast(WeightedMean, mean).update(losses[name], weight=terms["num_positives"])
         return self._collect(batch, self.detector.detect(predictions))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -168,7 +189,7 @@ class DetectionModule(pl.LightningModule):
         self.evaluation_seconds = time.perf_counter() - self._start
         for name, mean in self.loss_means.items():
             # As metric objects, because Lightning's own averaging is wrong where processes hold different counts.
-            self.log(f"{prefix}/{name}", cast(MeanMetric, mean))
+            self.log(f"{prefix}/{name}", cast(WeightedMean, mean))
         for name, value in self.metrics.items():
             # NaN says "undefined on this data"; loggers and ModelCheckpoint have no word for that, 0 comes nearest.
             in_bar = name in ("mAP", "AP50")
@@ -178,18 +199,23 @@ class DetectionModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer over two parameter groups and the schedule that steps with it."""
-        parameters = [parameter for parameter in self.detector.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
-            {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
-        ]
-        try:
-            optimizer = self.optimizer(groups)
-        except ValueError as error:  # each optimizer checks its own ranges
-            raise ConfigError(f"model.optimizer cannot be built: {error}.") from error
-        self._check_clipping(optimizer)
+        optimizer = self.make_optimizer()
+        check_optimizer(self.trainer, optimizer)
+        if self.reference_batch_size is not None:
+            scale_learning_rate(optimizer, self.trainer, self.data.batch_size, self.reference_batch_size)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def make_optimizer(self) -> Optimizer:
+        """Return the configured optimizer over the detector's parameters, with its learning rate as configured.
+
+        Raises:
+            ConfigError: the optimizer refuses its arguments.
+        """
+        try:
+            return self.optimizer(parameter_groups(self.detector, self._decayed))
+        except (ValueError, RuntimeError) as error:  # each optimizer checks its own arguments
+            raise ConfigError(f"model.optimizer cannot be built: {error}.") from error
 
     def _learning_rate_factor(self, step: int) -> float:
         # The length of the run is asked for only when a step needs it: asking while the optimizers are being built
@@ -204,31 +230,15 @@ class DetectionModule(pl.LightningModule):
             )
         return self.schedule.factor(step, total_steps)
 
-    def _check_clipping(self, optimizer: Optimizer) -> None:
-        if self.trainer.gradient_clip_val and _is_fused(optimizer) and self._scaler() is not None:
-            raise ConfigError(
-                "trainer.precision 16-mixed scales the loss, a fused optimizer unscales gradients only inside its own "
-                "step, and trainer.gradient_clip_val has to see them before.\nSet model.optimizer.init_args.fused: "
-                "false, or trainer.precision: bf16-mixed, or trainer.gradient_clip_val: null."
-            )
-
-    def _scaler(self) -> object | None:
-        plugin = self.trainer.precision_plugin
-        return plugin.scaler if isinstance(plugin, MixedPrecision) else None
-
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, also with a fused optimizer under bf16, which Lightning refuses although nothing is scaled there."""
-        by_norm = gradient_clip_algorithm in (None, "norm")
-        if gradient_clip_val and by_norm and _is_fused(optimizer) and self._scaler() is None:
-            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            nn.utils.clip_grad_norm_(parameters, float(gradient_clip_val))
-            return
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Clip by norm or by value, with any optimizer and strategy that leaves it to us."""
+        if gradient_clip_val and not clips_by_itself(self.trainer.strategy):
+            clip_gradients(self.trainer, optimizer, float(gradient_clip_val), gradient_clip_algorithm)
 
     # Checkpoints
 
@@ -242,7 +252,3 @@ class DetectionModule(pl.LightningModule):
             "category_ids": [int(category) for category in self.data.category_ids],
         }
         checkpoint.setdefault(CHECKPOINT_KEY, {}).update(ours)
-
-
-def _is_fused(optimizer: Optimizer) -> bool:
-    return any(group.get("fused") for group in optimizer.param_groups)

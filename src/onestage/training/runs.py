@@ -1,11 +1,21 @@
-"""Where a run writes: runs/<experiment>/version_<n>/."""
+"""Where a run writes: runs/<experiment>/version_<n>/, and that nobody else does."""
 
+import contextlib
+import fcntl
 import os
+import socket
+import time
 from pathlib import Path
+from typing import IO
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from onestage.errors import ConfigError
+from onestage.errors import ConfigError, RunInUseError
+from onestage.training.checkpoint_io import sweep
+
+LOCK_FILE = ".lock"
+
+_held: dict[Path, IO[str]] = {}  # the lock of a folder goes when its file is closed, and that is when the process ends
 
 
 def new_run_folder(runs_dir: str, experiment: str, *, num_nodes: int = 1) -> Path:
@@ -18,7 +28,22 @@ def new_run_folder(runs_dir: str, experiment: str, *, num_nodes: int = 1) -> Pat
         ConfigError: the folder cannot be made or written.
     """
     folder = Path(runs_dir) / experiment
-    return _claim(folder) if _is_first_process(num_nodes) else folder / "folder_of_the_first_process"
+    if not _is_first_process(num_nodes):
+        return folder / "folder_of_the_first_process"
+    folder = _claim(folder)
+    _lock(folder)
+    return folder
+
+
+def take_run_folder(folder: Path, *, num_nodes: int = 1) -> None:
+    """Take over the folder of a run that has ended, to go on in it, and sweep what it left unfinished.
+
+    Raises:
+        RunInUseError: it has not ended.
+    """
+    if _is_first_process(num_nodes):
+        _lock(folder)
+        sweep(folder)
 
 
 def _is_first_process(num_nodes: int) -> bool:
@@ -30,7 +55,7 @@ def _is_first_process(num_nodes: int) -> bool:
 def _claim(experiment_folder: Path) -> Path:
     try:
         experiment_folder.mkdir(parents=True, exist_ok=True)
-        version = 1 + max((_version(path) for path in experiment_folder.iterdir()), default=-1)
+        version = 1 + max((version_of(path) for path in experiment_folder.iterdir()), default=-1)
         while True:
             folder = experiment_folder / f"version_{version}"
             try:
@@ -45,6 +70,32 @@ def _claim(experiment_folder: Path) -> Path:
         ) from error
 
 
-def _version(path: Path) -> int:
+def _lock(folder: Path) -> None:
+    """Hold the folder until this process ends, however it ends: the system takes the lock back, so none gets stale."""
+    file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+    try:
+        # Not flock: a worker process of the loader would inherit that one and hold it beyond its parent's death.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise RunInUseError(
+            f"{folder} is being written by {owner}.\n"
+            "Wait until it ends, or stop it, or begin another run with --resume none."
+        ) from error
+    except OSError:  # a file system that knows no locks: better a run without one than none
+        file.close()
+        return
+    with contextlib.suppress(OSError):  # on a full disk the lock holds without its label
+        file.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")
+        file.flush()
+    _held[folder] = file
+
+
+def version_of(path: Path) -> int:
+    """Return n of version_n, or -1."""
     name, _, number = path.name.partition("_")
     return int(number) if name == "version" and number.isdecimal() else -1

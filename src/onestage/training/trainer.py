@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeFloat
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 
 from onestage.evaluation.loss_curves import FIGURE_GAMMAS, LossDistribution
+from onestage.training.combinations import check_processes
 from onestage.training.loss_collector import LossCollector, report_losses
 from onestage.training.module import DetectionModule
 from onestage.training.precision import DecidedPrecision, Precision, choose_precision
@@ -32,6 +34,7 @@ class DetectionTrainer(Trainer):
         limit_predict_batches: likewise, of a prediction.
         overfit_batches: likewise, of both training and validation.
         val_check_interval: between validations: steps, a share of an epoch, or a time as Lightning reads it.
+        sync_batchnorm: normalise by the images of all processes, for models with batch norm, on GPUs.
         kwargs: Lightning's.
     """
 
@@ -46,9 +49,17 @@ class DetectionTrainer(Trainer):
         limit_predict_batches: int | float | None = None,
         overfit_batches: int | float = 0.0,
         val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
+        sync_batchnorm: bool = False,
         **kwargs: Any,
     ) -> None:
-        decided = resolve_precision(precision, kwargs.get("accelerator", "auto"))
+        self.sync_batchnorm = sync_batchnorm
+        accelerator = kwargs.get("accelerator", "auto")
+        decided: DecidedPrecision | None = resolve_precision(precision, accelerator)
+        if decided == "16-mixed" and _device(accelerator) == "cpu":
+            # Lightning would compute in bf16 instead. torch can do it, slowly: to try out what a GPU will do.
+            given = kwargs.get("plugins") or []
+            given = given if isinstance(given, list) else [given]
+            decided, kwargs["plugins"] = None, [*given, MixedPrecision("16-mixed", "cpu")]
         super().__init__(
             *args,
             precision=decided,
@@ -59,8 +70,10 @@ class DetectionTrainer(Trainer):
             limit_predict_batches=limit_predict_batches,
             overfit_batches=overfit_batches,
             val_check_interval=val_check_interval,
+            sync_batchnorm=sync_batchnorm,
             **kwargs,
         )
+        check_processes(self)
 
     def losses(
         self,
@@ -85,6 +98,15 @@ class DetectionTrainer(Trainer):
         run(collector, datamodule=datamodule, verbose=False)
         if self.is_global_zero:
             report_losses(Path(self.default_root_dir), distribution, title=str(ckpt_path or "the configured weights"))
+
+
+def evaluate_at_least_once(settings: Any) -> None:
+    """Let a run that is shorter than the interval between validations, as for a first try, end with a number.
+
+    settings: the parsed `trainer` group.
+    """
+    if settings.max_epochs is not None and settings.max_epochs > 0 and settings.check_val_every_n_epoch is not None:
+        settings.check_val_every_n_epoch = min(settings.check_val_every_n_epoch, settings.max_epochs)
 
 
 def resolve_precision(precision: Precision, accelerator: object) -> DecidedPrecision:

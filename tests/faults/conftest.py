@@ -1,0 +1,37 @@
+"""The drawn set and the uninterrupted runs that interrupted ones are compared with."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny_run
+
+sys.modules.setdefault("tests_tiny_run", tiny_run)
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from onestage.data.shapes import draw_shapes
+
+    folder = tmp_path_factory.mktemp("drawn") / "shapes"
+    draw_shapes(folder, num_train=32, num_val=7, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Run a variant to its end, once, and return its folder."""
+    folders: dict[tuple[str, ...], Path] = {}
+
+    def run_folder(*options: str) -> Path:
+        if options not in folders:
+            runs = tmp_path_factory.mktemp("whole")
+            assert tiny_run.onestage(*tiny_run.words(drawn, runs, *options)) == 0
+            folders[options] = runs / "tiny" / "version_0"
+        return folders[options]
+
+    return run_folder

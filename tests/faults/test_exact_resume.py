@@ -1,0 +1,86 @@
+"""A run that was stopped anywhere and goes on ends with the same bits as one that was not."""
+
+import csv
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+from onestage.training.module import DetectionModule
+from onestage.training.seeding import SeededSteps
+
+STEP, VALIDATION = "training_step", "validation_step"
+# 32 images in batches of 4 are 8 steps an epoch; 7 images are 2 batches a validation.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "workers": ("--data.num_workers", "2"),
+    "accumulation": ("--trainer.accumulate_grad_batches", "3"),
+    "average": ("--ema.decay", "0.9"),
+    "fp16": ("--trainer.precision", "16-mixed"),
+    "validation inside epochs": ("--trainer.val_check_interval", "0.5"),
+    "adamw to sgd": (
+        "--model.optimizer",
+        "torch.optim.SGD",
+        "--model.optimizer.lr=0.01",
+        "--model.optimizer.momentum=0.9",
+    ),
+}
+STOPS = [
+    *[("plain", STEP, count) for count in (1, 5, 8, 9, 15, 16)],
+    *[("plain", VALIDATION, count) for count in (1, 2, 4)],
+    *[("workers", STEP, count) for count in (3, 8)],
+    *[("accumulation", STEP, count) for count in (1, 8, 12)],
+    *[("average", STEP, count) for count in (6,)],
+    *[("average", VALIDATION, count) for count in (1, 2)],
+    *[("fp16", STEP, count) for count in (5,)],
+    *[("validation inside epochs", STEP, count) for count in (3, 4, 8, 12)],
+    *[("validation inside epochs", VALIDATION, count) for count in (1, 5)],
+    ("sgd", STEP, 10),
+]
+
+
+def stop_and_go_on(
+    drawn: Path, runs: Path, options: tuple[str, ...], method: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    command = tiny_run.words(drawn, runs, *options, "--resume", "auto")
+    with monkeypatch.context() as patch:
+        stop = tiny_run.at_call(count, lambda: tiny_run.send(signal.SIGTERM), getattr(DetectionModule, method))
+        patch.setattr(DetectionModule, method, stop)
+        assert tiny_run.onestage(*command) == 143
+    assert tiny_run.onestage(*command) == 0
+    (folder,) = runs.glob("tiny/version_*")
+    return folder
+
+
+@pytest.mark.parametrize(("variant", "method", "count"), STOPS)
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    variant: str,
+    method: str,
+    count: int,
+    drawn: Path,
+    uninterrupted: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = uninterrupted(*VARIANTS[variant])
+    resumed = stop_and_go_on(drawn, tmp_path, VARIANTS[variant], method, count, monkeypatch)
+    assert tiny_run.differences(tiny_run.final_state(whole), tiny_run.final_state(resumed)) == []
+    assert rows(resumed) == [row for row in rows(whole) if row in rows(resumed)]
+    assert len(rows(resumed)) >= len(rows(whole)) - 1  # the row of the step it stopped after is written by neither
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [dict(row) for row in csv.DictReader(file)]
+
+
+def test_without_the_seeding_of_the_steps_the_bits_differ(
+    drawn: Path, uninterrupted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: dropout draws from a state that no checkpoint holds."""
+    whole = uninterrupted()
+    monkeypatch.setattr(SeededSteps, "on_train_batch_start", lambda *_: None)
+    resumed = stop_and_go_on(drawn, tmp_path, (), STEP, 5, monkeypatch)
+    assert tiny_run.differences(tiny_run.final_state(whole), tiny_run.final_state(resumed)) != []

@@ -1,0 +1,234 @@
+"""The average of the weights: its arithmetic, when it is evaluated, and what a checkpoint holds of it."""
+
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader
+
+from onestage.errors import ConfigError
+from onestage.training.ema import RAW_WEIGHTS, ExponentialMovingAverage
+
+STEPS = 4
+
+
+class Climber(pl.LightningModule):
+    """One weight that SGD raises by 1 at every step: 0, 1, 2, 3, ..., and a counter of the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("running", torch.zeros(1))
+        self.register_buffer("constant", torch.ones(1), persistent=False)
+        self.validated: list[float] = []
+        self.fail_in_validation = False
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.steps += 1
+        self.running += 1
+        return -self.weight.sum()
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.validated.append(self.weight.item())
+        if self.fail_in_validation and self.steps > 0:
+            raise ZeroDivisionError("in the middle of a validation")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.zeros(STEPS, 1))
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(torch.zeros(1, 1))
+
+
+def fit(module, folder, *callbacks, ckpt_path=None, **settings):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    settings = {"max_epochs": 1, "num_sanity_val_steps": 0, "enable_checkpointing": False, **quiet, **settings}
+    trainer = pl.Trainer(accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **settings)
+    trainer.fit(module, ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_the_average_follows_the_hand_computed_ramp(tmp_path):
+    module, averages = Climber(), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            averages.append(ema._other[0].item())
+
+    ema = ExponentialMovingAverage(decay=0.15)
+    fit(module, tmp_path, ema, Watch())
+    # d = min(0.15, 1/10, 2/11, 3/12, ...) = 0.1, 0.15, 0.15, 0.15 on the weights 1, 2, 3, 4
+    # 0.1 * 0 + 0.9 * 1 = 0.9; 0.15 * 0.9 + 0.85 * 2 = 1.835; 0.15 * 1.835 + 0.85 * 3 = 2.82525; ... + 3.4 = 3.8237875
+    assert averages == pytest.approx([0.9, 1.835, 2.82525, 3.8237875], rel=1e-6)
+
+
+def test_validation_sees_the_average_and_training_goes_on_from_the_raw_weights(tmp_path):
+    module = Climber()
+    fit(module, tmp_path, ExponentialMovingAverage(decay=0.9999), max_epochs=2, num_sanity_val_steps=1)
+    # With d = (1 + n) / (10 + n) and weights 1, 2, 3, ..., the average after n + 1 updates is 0.9 (n + 1).
+    # Before the first update there is no average: the sanity check sees the weight itself.
+    assert module.validated == pytest.approx([0.0, 3.6, 7.2], rel=1e-6)
+    assert module.weight.item() == pytest.approx(7.2, rel=1e-6)  # what the run leaves behind is the average
+
+
+def test_the_average_does_not_change_the_training(tmp_path):
+    raw = []
+    for decay in (None, 0.5):
+        module = Climber()
+        keep = ModelCheckpoint(tmp_path / str(decay), save_last=True)
+        fit(module, tmp_path, ExponentialMovingAverage(decay), keep, max_epochs=2, enable_checkpointing=True)
+        saved = torch.load(keep.last_model_path, weights_only=True)
+        assert (RAW_WEIGHTS in saved) is (decay is not None)
+        raw.append((saved.get(RAW_WEIGHTS, saved["state_dict"]), saved["optimizer_states"]))
+    assert repr(raw[0]) == repr(raw[1])
+    assert raw[0][0]["weight"].item() == 8
+
+
+def test_counters_are_not_averaged_and_running_statistics_are(tmp_path):
+    module = Climber()
+    fit(module, tmp_path, ExponentialMovingAverage(decay=0.9999))
+    assert module.steps.item() == STEPS  # an average of integers would be cut off
+    assert module.running.item() == pytest.approx(3.6, rel=1e-6)
+    assert module.constant.item() == 1
+
+
+def test_accumulated_batches_update_once_per_optimizer_step(tmp_path):
+    ema = ExponentialMovingAverage(decay=0.9999)
+    fit(Climber(), tmp_path, ema, accumulate_grad_batches=2)
+    assert ema.num_updates == STEPS // 2
+
+
+def test_an_exception_in_validation_saves_raw_and_average_in_their_places(tmp_path):
+    module = Climber()
+    module.fail_in_validation = True
+    keep = ModelCheckpoint(tmp_path, filename="cut", save_on_exception=True, every_n_epochs=100)
+    with pytest.raises(ZeroDivisionError):
+        fit(module, tmp_path, ExponentialMovingAverage(decay=0.9999), keep, enable_checkpointing=True)
+    saved = torch.load(next(tmp_path.glob("cut*.ckpt")), weights_only=True)
+    assert saved["state_dict"]["weight"].item() == pytest.approx(3.6, rel=1e-6)
+    assert saved[RAW_WEIGHTS]["weight"].item() == STEPS
+    assert saved[RAW_WEIGHTS]["steps"].item() == STEPS
+
+
+@pytest.mark.parametrize("hook", ["on_validation_batch_end", "on_validation_end", "on_train_end"])
+def test_a_checkpoint_is_the_same_whenever_it_is_saved(tmp_path, hook):
+    class Save(ModelCheckpoint):  # as a checkpoint callback it comes last, as those of the command do
+        pass
+
+    def save(self, trainer, *_):
+        trainer.save_checkpoint(tmp_path / "now.ckpt")
+
+    setattr(Save, hook, save)
+    fit(Climber(), tmp_path, Save(tmp_path, save_top_k=0), ExponentialMovingAverage(0.9999), enable_checkpointing=True)
+    saved = torch.load(tmp_path / "now.ckpt", weights_only=True)
+    assert saved["state_dict"]["weight"].item() == pytest.approx(3.6, rel=1e-6)
+    assert saved[RAW_WEIGHTS]["weight"].item() == STEPS
+
+
+def test_a_run_that_never_steps_keeps_its_weights(tmp_path):
+    module = Climber()
+    with torch.no_grad():
+        module.weight.fill_(5.0)
+    fit(module, tmp_path, ExponentialMovingAverage(decay=0.9999), limit_train_batches=0)
+    assert module.weight.item() == 5
+
+
+def test_layers_that_setup_creates_are_averaged_too(tmp_path):
+    class Late(Climber):
+        def setup(self, stage):
+            self.late = nn.Parameter(torch.zeros(1))
+
+        def training_step(self, batch, batch_idx):
+            return -(self.weight + self.late).sum()
+
+    module = Late()
+    fit(module, tmp_path, ExponentialMovingAverage(decay=0.9999))
+    assert module.late.item() == pytest.approx(3.6, rel=1e-6)
+
+
+def test_a_weight_with_two_names_is_averaged_once(tmp_path):
+    class Tied(Climber):
+        def __init__(self):
+            super().__init__()
+            self.same = self.weight
+
+    module = Tied()
+    fit(module, tmp_path, ExponentialMovingAverage(decay=0.9999), max_epochs=2)
+    assert module.validated == pytest.approx([3.6, 7.2], rel=1e-6)
+    assert module.same is module.weight
+
+
+class Noisy(Climber):
+    """Batch norm and a random walk: bits that only the same computation gives again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+    def training_step(self, batch, batch_idx):
+        generator = torch.Generator().manual_seed(self.trainer.global_step)
+        return self.net(torch.randn(8, 1, generator=generator)).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.net(torch.randn(8, 1, generator=torch.Generator().manual_seed(0)))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def last_checkpoint(folder, ckpt_path=None, decay: float | None = 0.97, **settings):
+    keep = ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True)
+    ema = ExponentialMovingAverage(decay)
+    fit(Noisy(), folder, ema, keep, enable_checkpointing=True, ckpt_path=ckpt_path, **settings)
+    return keep.last_model_path
+
+
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path):
+    whole = torch.load(last_checkpoint(tmp_path / "whole", max_epochs=3), weights_only=True)
+    part = last_checkpoint(tmp_path / "part", max_epochs=1)
+    rest = torch.load(last_checkpoint(tmp_path / "rest", ckpt_path=part, max_epochs=3), weights_only=True)
+    for key in ("state_dict", RAW_WEIGHTS):
+        assert all(torch.equal(whole[key][name], rest[key][name]) for name in whole[key])
+        assert whole[key].keys() == rest[key].keys()
+    assert not torch.equal(whole["state_dict"]["net.0.weight"], whole[RAW_WEIGHTS]["net.0.weight"])
+    assert whole["callbacks"]["ExponentialMovingAverage"] == {"num_updates": 3 * STEPS}
+    assert rest["callbacks"]["ExponentialMovingAverage"] == {"num_updates": 3 * STEPS}
+
+
+def test_without_the_average_training_resumes_from_the_raw_weights(tmp_path):
+    part = last_checkpoint(tmp_path / "part", max_epochs=1)
+    raw = torch.load(last_checkpoint(tmp_path / "raw", decay=None, max_epochs=3), weights_only=True)["state_dict"]
+    off = torch.load(last_checkpoint(tmp_path / "off", ckpt_path=part, decay=None, max_epochs=3), weights_only=True)
+    assert RAW_WEIGHTS not in off
+    assert all(torch.equal(raw[name], off["state_dict"][name]) for name in raw)
+
+
+def test_an_average_can_begin_in_the_middle_of_a_run(tmp_path):
+    part = last_checkpoint(tmp_path / "part", decay=None, max_epochs=1)
+    later = torch.load(last_checkpoint(tmp_path / "later", ckpt_path=part, max_epochs=3), weights_only=True)
+    raw = torch.load(last_checkpoint(tmp_path / "raw", decay=None, max_epochs=3), weights_only=True)["state_dict"]
+    assert later["callbacks"]["ExponentialMovingAverage"] == {"num_updates": 2 * STEPS}
+    assert all(torch.equal(raw[name], later[RAW_WEIGHTS][name]) for name in raw)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, 1.5, float("nan")])
+def test_a_decay_out_of_range_is_refused(decay):
+    with pytest.raises(ConfigError, match=r"ema\.decay is .* must lie in \(0, 1\)"):
+        ExponentialMovingAverage(decay)
+
+
+def test_a_strategy_that_splits_weights_is_refused_with_the_average_only():
+    trainer = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(ConfigError, match="strategy: ddp"):
+        ExponentialMovingAverage(0.9).setup(trainer, Climber(), "fit")
+    ExponentialMovingAverage(None).setup(trainer, Climber(), "fit")
+    ExponentialMovingAverage(0.9).setup(trainer, Climber(), "validate")
