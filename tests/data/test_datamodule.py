@@ -403,7 +403,8 @@ def test_data_modules_share_the_settings_of_their_base() -> None:
     shared = inspect.signature(DetectionDataModule.__init__).parameters
     for module in (COCODataModule, VOCDataModule, ShapesDataModule):
         own = inspect.signature(module.__init__).parameters
-        missing = {"max_bad_fraction"} if module is ShapesDataModule else set()  # what is drawn has no bad boxes
+        is_drawn = module is ShapesDataModule  # has no bad boxes, and both of its splits
+        missing = {"max_bad_fraction", "val_fraction", "num_folds", "fold"} if is_drawn else set()
         assert set(shared) - set(own) == missing
         for name in set(shared) & set(own) - {"self"}:
             assert str(own[name]) == str(shared[name]), (module, name)

@@ -16,20 +16,24 @@ if TYPE_CHECKING:
     from onestage.data.loader import DetectionLoader
     from onestage.data.photometric import SSDPhotometricDistort
     from onestage.data.samplers import EvaluationSampler, TrainingSampler
+    from onestage.data.sampling import ClassBalancedSampling, RepeatFactorSampling, Sampling
     from onestage.data.shapes_datamodule import ShapesDataModule
     from onestage.data.transforms import SeededTransform, resize_transforms, ssd_transforms
     from onestage.data.voc_datamodule import VOCDataModule
 
 __all__ = [
     "COCODataModule",
+    "ClassBalancedSampling",
     "DetectionDataModule",
     "DetectionDataset",
     "DetectionLoader",
     "EvaluationSampler",
+    "RepeatFactorSampling",
     "SSDMinIoUCrop",
     "SSDPhotometricDistort",
     "SSDZoomOut",
     "Sample",
+    "Sampling",
     "SeededTransform",
     "ShapesDataModule",
     "TrainingSampler",
@@ -42,14 +46,17 @@ __all__ = [
 # Lightning and albumentations take seconds to import, so that happens when one of these is first asked for.
 _MODULE_OF_NAME = {
     "COCODataModule": "coco_datamodule",
+    "ClassBalancedSampling": "sampling",
     "DetectionDataModule": "datamodule",
     "DetectionDataset": "dataset",
     "DetectionLoader": "loader",
     "EvaluationSampler": "samplers",
+    "RepeatFactorSampling": "sampling",
     "SSDMinIoUCrop": "crops",
     "SSDPhotometricDistort": "photometric",
     "SSDZoomOut": "crops",
     "Sample": "dataset",
+    "Sampling": "sampling",
     "SeededTransform": "transforms",
     "ShapesDataModule": "shapes_datamodule",
     "TrainingSampler": "samplers",

@@ -8,6 +8,7 @@ import albumentations as A
 
 from onestage.data.coco import parse_coco
 from onestage.data.datamodule import DetectionDataModule, Split
+from onestage.data.sampling import Sampling
 from onestage.types import AnnotationSet
 
 
@@ -48,10 +49,19 @@ class COCODataModule(DetectionDataModule):
         num_workers: int | Literal["auto"] = "auto",
         prefetch_factor: int = 4,
         train_transforms: list[A.BasicTransform] | None = None,
+        mosaic: float = 0.0,
+        mixup: float = 0.0,
+        multi_scale: tuple[float, float] | None = None,
+        sampling: Sampling | None = None,
         seed: int = 42,
         class_names: list[str] | None = None,
         category_ids: list[int] | None = None,
         max_bad_fraction: float = 0.01,
+        on_error: Literal["raise", "skip"] = "raise",
+        cache: Literal["none", "disk", "ram"] = "none",
+        val_fraction: float | None = None,
+        num_folds: int | None = None,
+        fold: int = 0,
         predict_dir: str | Path | None = None,
     ) -> None:
         super().__init__(
@@ -60,10 +70,19 @@ class COCODataModule(DetectionDataModule):
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
             train_transforms=train_transforms,
+            mosaic=mosaic,
+            mixup=mixup,
+            multi_scale=multi_scale,
+            sampling=sampling,
             seed=seed,
             class_names=class_names,
             category_ids=category_ids,
             max_bad_fraction=max_bad_fraction,
+            on_error=on_error,
+            cache=cache,
+            val_fraction=val_fraction,
+            num_folds=num_folds,
+            fold=fold,
             predict_dir=predict_dir,
         )
         self.root = Path(root)

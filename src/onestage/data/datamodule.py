@@ -1,7 +1,6 @@
 """The Lightning data module that all data sets share: checked settings, splits read once, loaders for every stage."""
 
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +14,22 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.data.dataset import DetectionDataset, collate
+from onestage.data.findings import start_messages
 from onestage.data.folder import list_images
 from onestage.data.images import read_image
-from onestage.data.loader import DetectionLoader, start_worker
+from onestage.data.loader import DetectionLoader, num_auto_workers, start_worker
 from onestage.data.records import require_objects
 from onestage.data.samplers import EvaluationSampler, TrainingSampler
+from onestage.data.sampling import Sampling
+from onestage.data.settings import (
+    require_at_least,
+    require_classes,
+    require_fraction,
+    require_same_categories,
+    require_split,
+)
 from onestage.data.transforms import SeededTransform, resize_transforms, ssd_transforms
-from onestage.errors import AnnotationError, ConfigError
 from onestage.types import AnnotationSet, Stage
-
-MAX_AUTO_WORKERS = 16  # at 200 images/s and core more than one GPU takes
-NUM_QUOTED = 3  # lines of what was skipped that the warning quotes
 
 Split = Literal["train", "val", "test"]
 
@@ -43,10 +47,22 @@ class DetectionDataModule(LightningDataModule, ABC):
         prefetch_factor: batches that each worker loads ahead.
         train_transforms: albumentations transforms of the training images, in order; null: SSD's augmentation
             (`onestage.data.ssd_transforms`). A resize to `image_size` follows where it is needed.
+        mosaic: probability that a training image is put together from four, 0..1.
+        mixup: probability that a training image is blended with another, 0..1.
+        multi_scale: smallest and largest factor by which training images are scaled at random; null: never.
+        sampling: how often an epoch shows each training image, such as `onestage.data.RepeatFactorSampling`; null:
+            every image once.
         seed: of the order of the images and of the augmentation, >= 0.
         class_names: the classes in label order; null: those of the training annotations.
         category_ids: the data set's own id of each class, for result files; null: those of the training annotations.
         max_bad_fraction: the fraction of boxes, and of images, that may be left out because they cannot be used.
+        on_error: what happens to an image that cannot be decoded in training: `raise` ends the run, `skip` takes
+            another in its place and reports it.
+        cache: where images are kept once they are decoded and resized: `none`, `disk` or `ram`.
+        val_fraction: share of the training set to validate on, between 0 and 1, where no split was made; null: the
+            data set's own validation split.
+        num_folds: number of parts to divide the training set into, >= 2: one to validate on, the others to train on.
+        fold: which of the parts to validate on, 0..num_folds - 1.
         predict_dir: folder of images, or one image, for `onestage predict`; null: the validation split.
 
     Raises:
@@ -63,10 +79,19 @@ class DetectionDataModule(LightningDataModule, ABC):
         num_workers: int | Literal["auto"] = "auto",
         prefetch_factor: int = 4,
         train_transforms: list[A.BasicTransform] | None = None,
+        mosaic: float = 0.0,
+        mixup: float = 0.0,
+        multi_scale: tuple[float, float] | None = None,
+        sampling: Sampling | None = None,
         seed: int = 42,
         class_names: list[str] | None = None,
         category_ids: list[int] | None = None,
         max_bad_fraction: float = 0.01,
+        on_error: Literal["raise", "skip"] = "raise",
+        cache: Literal["none", "disk", "ram"] = "none",
+        val_fraction: float | None = None,
+        num_folds: int | None = None,
+        fold: int = 0,
         predict_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
@@ -75,8 +100,17 @@ class DetectionDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.prefetch_factor = prefetch_factor
         self.train_transforms = train_transforms
+        self.mosaic = mosaic
+        self.mixup = mixup
+        self.multi_scale = multi_scale
+        self.sampling = sampling
         self.seed = seed
         self.max_bad_fraction = max_bad_fraction
+        self.on_error = on_error
+        self.cache = cache
+        self.val_fraction = val_fraction
+        self.num_folds = num_folds
+        self.fold = fold
         self.predict_dir = predict_dir
         self._class_names = class_names
         self._category_ids = category_ids
@@ -156,7 +190,7 @@ class DetectionDataModule(LightningDataModule, ABC):
             return require_objects(self.parse("train", self._class_names))
         annotations = self.parse(stage, self.class_names)
         if self._class_names is None:
-            _require_same_categories(self.annotations("train"), annotations)
+            require_same_categories(self.annotations("train"), annotations)
         return annotations
 
     def read_image(self, stage: Stage, index: int) -> npt.NDArray[np.uint8]:
@@ -200,18 +234,17 @@ class DetectionDataModule(LightningDataModule, ABC):
             self._position = dict(state_dict)
 
     def _require_valid_settings(self) -> None:
-        num_workers = 0 if self.num_workers == "auto" else self.num_workers
-        _require_at_least("image_size", self.image_size, 32)
-        _require_at_least("batch_size", self.batch_size, 1)
-        _require_at_least("num_workers", num_workers, 0)
-        _require_at_least("prefetch_factor", self.prefetch_factor, 1)
-        _require_at_least("seed", self.seed, 0)
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError(
-                f"data.max_bad_fraction is {self.max_bad_fraction:g}; it must be in 0..1.\n"
-                "Set data.max_bad_fraction: 0.01 to let one box in a hundred be left out."
-            )
-        _require_classes(self._class_names, self._category_ids)
+        require_at_least("image_size", self.image_size, 32)
+        require_at_least("batch_size", self.batch_size, 1)
+        require_at_least("num_workers", 0 if self.num_workers == "auto" else self.num_workers, 0)
+        require_at_least("prefetch_factor", self.prefetch_factor, 1)
+        require_at_least("seed", self.seed, 0)
+        some = "Set data.max_bad_fraction: 0.01 to let one box in a hundred be left out."
+        require_fraction("max_bad_fraction", self.max_bad_fraction, some)
+        for name, value in (("mosaic", self.mosaic), ("mixup", self.mixup)):
+            require_fraction(name, value, f"Set data.{name}: 0.5 to do so with every second image, or 0.")
+        require_split(self.val_fraction, self.num_folds, self.fold)
+        require_classes(self._class_names, self._category_ids)
 
     def _evaluation_loader(self, stage: Stage) -> DetectionLoader:
         dataset = self._dataset(stage, resize_transforms(self.image_size))
@@ -227,7 +260,8 @@ class DetectionDataModule(LightningDataModule, ABC):
         )
 
     def _loader(self, dataset: DetectionDataset, sampler: TrainingSampler | EvaluationSampler) -> DetectionLoader:
-        num_workers = self._auto_workers() if self.num_workers == "auto" else self.num_workers
+        num_processes = self.trainer.num_devices if self.trainer is not None else 1
+        num_workers = num_auto_workers(num_processes) if self.num_workers == "auto" else self.num_workers
         return DetectionLoader(
             dataset,
             batch_size=self.batch_size,
@@ -244,54 +278,9 @@ class DetectionDataModule(LightningDataModule, ABC):
         """Return the rank of this process and the number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
-    def _auto_workers(self) -> int:
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        num_processes = self.trainer.num_devices if self.trainer is not None else 1
-        return min(max(num_cores // num_processes - 1, 0), MAX_AUTO_WORKERS)
-
-
-def _require_at_least(name: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise ConfigError(
-            f"data.{name} is {value}; it must be at least {minimum}.\nSet data.{name}: {minimum} or more."
-        )
-
-
-def _require_classes(class_names: list[str] | None, category_ids: list[int] | None) -> None:
-    """Check the classes that were given by hand or by a checkpoint."""
-    if class_names is not None and (not class_names or len(set(class_names)) < len(class_names)):
-        raise ConfigError(
-            f"data.class_names is {class_names}; it must hold at least one name, and none twice.\n"
-            "Leave it out to take the classes of the training annotations."
-        )
-    if category_ids is None:
-        return
-    if class_names is None or len(set(category_ids)) != len(class_names) or len(category_ids) != len(class_names):
-        raise ConfigError(
-            f"data.category_ids is {category_ids}; it must give each of data.class_names ({class_names}) its own id.\n"
-            "Leave both out to take those of the training annotations."
-        )
-
-
-def _require_same_categories(train: AnnotationSet, other: AnnotationSet) -> None:
-    def written(annotations: AnnotationSet) -> str:
-        pairs = zip(annotations.category_ids, annotations.class_names, strict=True)
-        return f"{annotations.source}: " + ", ".join(f"{category} {name}" for category, name in pairs)
-
-    if (train.class_names, train.category_ids) != (other.class_names, other.category_ids):
-        raise AnnotationError(
-            f"The splits have different categories; ids and names must be the same in all.\n{written(train)}\n"
-            f"{written(other)}\nCorrect the 'categories' of one of the files."
-        )
-
 
 @rank_zero_only
 def _report_skipped(annotations: AnnotationSet) -> None:
     """Warn, on one process, about what was left out of a split."""
-    skipped = annotations.skipped
-    if skipped:
-        more = len(skipped) - NUM_QUOTED
-        lines = [*skipped[:NUM_QUOTED], *([f"and {more} more"] if more > 0 else [])]
-        logger.warning(
-            "%s: %d boxes or images were left out:\n  %s", annotations.source, len(skipped), "\n  ".join(lines)
-        )
+    for message in start_messages(annotations):
+        logger.warning(message)

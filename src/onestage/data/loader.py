@@ -1,5 +1,6 @@
 """The DataLoader of training and evaluation: it can stop and go on inside an epoch, and it hands on errors whole."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from onestage.data.samplers import TrainingSampler
 from onestage.errors import ConfigError, OnestageError
 from onestage.types import Batch
 
+MAX_AUTO_WORKERS = 16  # at 200 images/s and core more than one GPU takes
 KEY_BY_FIELD = {
     "seed": "seed_everything",
     "batch_size": "data.batch_size",
@@ -90,6 +92,12 @@ class DetectionLoader(DataLoader[Batch]):
                     f"Set it back to {state[field]}, or resume from a checkpoint written at the end of an epoch."
                 )
         self._resume_from = dict(state)
+
+
+def num_auto_workers(num_processes: int) -> int:
+    """Return the workers for each of `num_processes`: one per core that this one may use, less one for training."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(num_cores // num_processes - 1, 0), MAX_AUTO_WORKERS)
 
 
 def start_worker(_worker_id: int) -> None:
