@@ -2,7 +2,6 @@
 
 import gc
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from onestage.data.files import printable, read_file
+from onestage.data.rules import IDS_AS_TEXT
 from onestage.errors import AnnotationError
-from onestage.types import JSONDict
+from onestage.types import Finding, JSONDict
 
 TABLES = ("images", "annotations", "categories")
 FRESH_COPY = "Take a fresh copy of the file, or export it again as COCO JSON."
 OTHER_PATH = "Correct data.root, data.train_annotations or data.val_annotations; or take a fresh copy of the file."
-
-logger = logging.getLogger(__name__)
 
 
 def load_tables(annotation_file: Path) -> tuple[list[JSONDict], list[JSONDict], list[JSONDict]]:
@@ -105,7 +103,9 @@ def _table(source: str, content: JSONDict, name: str) -> list[JSONDict]:
     return table
 
 
-def integer_column(source: str, table: list[JSONDict], key: str, noun: str) -> npt.NDArray[np.int64]:
+def integer_column(
+    source: str, table: list[JSONDict], key: str, noun: str, findings: list[Finding]
+) -> npt.NDArray[np.int64]:
     """Return one key of every entry as int64. Strings of digits are read if all are such; all else is refused.
 
     Args:
@@ -113,6 +113,7 @@ def integer_column(source: str, table: list[JSONDict], key: str, noun: str) -> n
         table: the entries.
         key: the key.
         noun: what one entry is, in the singular.
+        findings: where strings are reported.
 
     Raises:
         AnnotationError: a value is not a 64-bit integer.
@@ -125,7 +126,8 @@ def integer_column(source: str, table: list[JSONDict], key: str, noun: str) -> n
             return np.array(values, dtype=np.int64)
         if kinds == {str}:
             numbers = np.array([int(str(value)) for value in values], dtype=np.int64)
-            logger.warning("%s: every %s of the %ss is a string; read as integers", source, key, noun)
+            problem = f"every {key} of the {noun}s is a string; read as integers"
+            findings.append(IDS_AS_TEXT.broken(source, problem, len(numbers)))
             return numbers
     except (ValueError, OverflowError):
         pass

@@ -92,7 +92,7 @@ def printable(name: str | Path) -> str:
 
 def _checked(source: str, name: object) -> str:
     """Return the name, without "." and "//", if it can only lead to a file under the root."""
-    if isinstance(name, str) and name and not {"\0", "\\"}.intersection(name) and _is_encodable(name):
+    if isinstance(name, str) and name and not {"\0", "\\"}.intersection(name) and is_encodable(name):
         if "/" not in name and name not in (".", ".."):
             return name
         path = PurePosixPath(name)
@@ -104,8 +104,8 @@ def _checked(source: str, name: object) -> str:
     )
 
 
-def _is_encodable(name: str) -> bool:
-    """Tell whether a file system can hold the name; half a surrogate pair it cannot."""
+def is_encodable(name: str) -> bool:
+    """Tell whether a file system or a report can hold the name; half a surrogate pair they cannot."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -8,6 +8,7 @@ import numpy as np
 
 from onestage.data.files import printable
 from onestage.data.images import IMAGE_SUFFIXES
+from onestage.data.rules import IMAGE_UNREADABLE
 from onestage.errors import DataError
 from onestage.types import AnnotationSet
 
@@ -28,7 +29,9 @@ def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence
     """
     candidates = _walk(folder) if folder.is_dir() else [folder]
     paths = [path for path in candidates if path.is_file()]
-    skipped = tuple(f"{printable(path)}: is not a regular file" for path in candidates if not path.is_file())
+    findings = [
+        IMAGE_UNREADABLE.broken(printable(path), "is not a regular file") for path in candidates if not path.is_file()
+    ]
     if not paths:
         problem = f"holds no images ({' '.join(IMAGE_SUFFIXES)})" if folder.is_dir() else "is neither folder nor image"
         raise DataError(f"{printable(folder)}: {problem}.\nGive a folder of images, or one image: data.predict_dir")
@@ -46,7 +49,7 @@ def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence
         is_difficult=np.zeros(0, dtype=np.bool_),
         class_names=tuple(class_names),
         category_ids=tuple(category_ids),
-        skipped=skipped,
+        findings=tuple(findings),
     )
 
 
