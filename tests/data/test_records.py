@@ -4,7 +4,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from onestage.data.records import ImageColumns, ObjectColumns, build_annotation_set, require_objects, require_same_names
+from onestage.data.records import (
+    ImageColumns,
+    ObjectColumns,
+    build_annotation_set,
+    require_objects,
+    require_same_names,
+    select_images,
+)
 from onestage.data.rules import BOX_CLIPPED, IMAGE_MISSING, IMAGE_UNREADABLE
 from onestage.errors import AnnotationError
 from onestage.types import AnnotationSet
@@ -185,3 +192,12 @@ def test_class_names_may_change_places_and_nothing_else() -> None:
         require_same_names("set.json", ["cat", "dog"], ["cat", "cow"])
     for part in ("set.json", "cat, dog", "cat, cow", "only here: dog", "only expected: cow"):
         assert part in str(caught.value)
+
+
+def test_selected_images_keep_their_objects_in_the_order_asked_for() -> None:
+    annotations = build([[0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 3, 3], [0, 0, 4, 4]], image_rows=[2, 0, 2, 0])
+    selected = select_images(annotations, np.array([2, 1]))  # two objects, then none
+    assert selected.image_ids.tolist() == [12, 11]
+    assert selected.box_offsets.tolist() == [0, 2, 2]
+    assert selected.boxes[:, 2].tolist() == [1, 3]
+    assert selected.labels.tolist() == [0, 0]

@@ -3,6 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from onestage.data.dataset import DetectionDataset, collate
 from onestage.data.findings import start_messages
 from onestage.data.folder import list_images
+from onestage.data.image_headers import check_before_start
 from onestage.data.images import read_image
 from onestage.data.loader import DetectionLoader, num_auto_workers, start_worker
 from onestage.data.records import require_objects
@@ -115,6 +117,7 @@ class DetectionDataModule(LightningDataModule, ABC):
         self._class_names = class_names
         self._category_ids = category_ids
         self._annotation_sets: dict[Stage, AnnotationSet] = {}
+        self._checked_splits: set[Stage] = set()
         self._train_loader: DetectionLoader | None = None
         self._position: dict[str, int] = {}  # of a checkpoint, until there is a loader to take it
         self._require_valid_settings()
@@ -168,7 +171,7 @@ class DetectionDataModule(LightningDataModule, ABC):
             "predict": ("predict",),
         }
         for name in stages[stage]:
-            self.annotations(name)
+            self._check_images(self._split_of(name))
 
     def annotations(self, stage: Stage) -> AnnotationSet:
         """Return the split that `stage` reads. It is parsed once.
@@ -176,12 +179,25 @@ class DetectionDataModule(LightningDataModule, ABC):
         Raises:
             DataError: the split cannot be read, or its categories are not those of the training split.
         """
-        if (stage == "test" and not self.has_test_split) or (stage == "predict" and self.predict_dir is None):
-            stage = "val"
+        stage = self._split_of(stage)
         if stage not in self._annotation_sets:
             self._annotation_sets[stage] = annotations = self._read(stage)
             _report_skipped(annotations)
         return self._annotation_sets[stage]
+
+    def _split_of(self, stage: Stage) -> Stage:
+        is_other = (stage == "test" and not self.has_test_split) or (stage == "predict" and self.predict_dir is None)
+        return "val" if is_other else stage
+
+    def _check_images(self, split: Stage) -> None:
+        """Leave out the images of a split whose headers show that they cannot be used, once."""
+        annotations = self.annotations(split)
+        if split in self._checked_splits or split == "predict":
+            return
+        checked = check_before_start(annotations, self.image_size, self.max_bad_fraction)
+        _report_skipped(replace(checked, findings=checked.findings[len(annotations.findings) :]))
+        self._annotation_sets[split] = checked
+        self._checked_splits.add(split)
 
     def _read(self, stage: Stage) -> AnnotationSet:
         if stage == "predict":

@@ -1,9 +1,11 @@
 """Finds files under a folder and reads one whole, with the mistakes that its first bytes betray."""
 
+import errno
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from onestage.errors import AnnotationError, DataError
 
@@ -26,7 +28,7 @@ def read_file(path: Path, error: type[DataError], noun: str, remedy: str, max_by
             Git LFS pointer.
     """
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=open_at_once) as file:
             status = os.fstat(file.fileno())
             content = file.read() if stat.S_ISREG(status.st_mode) and status.st_size <= max_bytes else None
     except (OSError, ValueError) as reason:  # ValueError: a NUL in the path
@@ -75,6 +77,19 @@ def find_files(source: str, names: Sequence[object], root: Path) -> list[str | N
     return paths
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, and never wait for a pipe.
+
+    Raises:
+        OSError: it is missing, unreadable or not a regular file.
+    """
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115  # closed by the caller
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return file
+
+
 def list_files(folder: Path) -> dict[str, bool]:
     """Return the names of the regular files in a folder -> whether each is a link. Empty if there is no such folder."""
     try:
@@ -121,7 +136,7 @@ def _require_inside(source: str, root: Path, path: Path) -> None:
         raise AnnotationError(f"{source}: {problem}.\nCorrect data.root, so that it leads to the files themselves.")
 
 
-def _open_at_once(path: str, flags: int) -> int:
+def open_at_once(path: str, flags: int) -> int:
     """Open without waiting for the writer of a FIFO."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 

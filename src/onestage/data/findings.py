@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
+from onestage.data.rules import BOX_TINY
 from onestage.types import AnnotationSet, Finding
 
 NUM_QUOTED = 3  # lines of what was left out that a training quotes
@@ -17,6 +20,19 @@ def start_messages(annotations: AnnotationSet) -> list[str]:
         found = f"{annotations.source}: {len(skipped)} boxes or images were left out:"
         messages.append("\n  ".join([found, *lines]))
     return messages
+
+
+def tiny_boxes(annotations: AnnotationSet, image_size: int) -> list[Finding]:
+    """Say how many objects are under a pixel wide or high once their image is a square of side `image_size` px.
+
+    Training leaves them out (`onestage.data.transforms`); evaluation counts them.
+    """
+    sizes = annotations.sizes[:, ::-1].repeat(np.diff(annotations.box_offsets), axis=0)  # [T, 2] (width, height)
+    scale = np.where(sizes > 0, image_size / np.maximum(sizes, 1), 1.0)
+    sides = (annotations.boxes[:, 2:] - annotations.boxes[:, :2]) * scale
+    num_tiny = int(np.count_nonzero((sides < 1).any(axis=1)))
+    problem = f"{num_tiny} of {len(sides)} boxes are less than 1 px wide or high at {image_size} px"
+    return [BOX_TINY.broken(annotations.source, f"{problem}: not trained on", num_tiny)] if num_tiny else []
 
 
 def grouped(findings: Iterable[Finding]) -> dict[tuple[str, str], list[Finding]]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -96,6 +97,30 @@ def build_annotation_set(
         class_names=tuple(class_names),
         category_ids=tuple(category_ids),
         findings=(*findings, *clipped, *bad_boxes),
+    )
+
+
+def select_images(annotations: AnnotationSet, rows: npt.NDArray[np.int64]) -> AnnotationSet:
+    """Return the set of only these images, in this order, with their objects.
+
+    Args:
+        annotations: N images.
+        rows: [n] of 0..N-1.
+    """
+    counts = np.diff(annotations.box_offsets)[rows]
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    objects = np.repeat(annotations.box_offsets[rows] - offsets[:-1], counts) + np.arange(offsets[-1])
+    return replace(
+        annotations,
+        image_paths=annotations.image_paths[rows],
+        image_ids=annotations.image_ids[rows],
+        sizes=annotations.sizes[rows],
+        box_offsets=offsets,
+        boxes=annotations.boxes[objects],
+        labels=annotations.labels[objects],
+        areas=annotations.areas[objects],
+        is_crowd=annotations.is_crowd[objects],
+        is_difficult=annotations.is_difficult[objects],
     )
 
 
