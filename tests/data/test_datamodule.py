@@ -14,7 +14,14 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
 import onestage.data
-from onestage.data import COCODataModule, DetectionDataModule, ShapesDataModule, SSDZoomOut, VOCDataModule
+from onestage.data import (
+    COCODataModule,
+    DetectionDataModule,
+    ShapesDataModule,
+    SSDZoomOut,
+    VOCDataModule,
+    YOLODataModule,
+)
 from onestage.errors import AnnotationError, ConfigError, DataError
 from onestage.types import IGNORE, DetectionData
 
@@ -401,7 +408,7 @@ def test_mistyped_transform_arguments_are_refused(right: str, wrong: str) -> Non
 
 def test_data_modules_share_the_settings_of_their_base() -> None:
     shared = inspect.signature(DetectionDataModule.__init__).parameters
-    for module in (COCODataModule, VOCDataModule, ShapesDataModule):
+    for module in (COCODataModule, VOCDataModule, YOLODataModule, ShapesDataModule):
         own = inspect.signature(module.__init__).parameters
         is_drawn = module is ShapesDataModule  # has no bad boxes, and both of its splits
         missing = {"max_bad_fraction", "val_fraction", "num_folds", "fold"} if is_drawn else set()

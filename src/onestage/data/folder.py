@@ -27,7 +27,7 @@ def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence
     Raises:
         DataError: the folder is missing or cannot be listed, or there is no image in it.
     """
-    candidates = _walk(folder) if folder.is_dir() else [folder]
+    candidates = find_images(folder) if folder.is_dir() else [folder]
     paths = [path for path in candidates if path.is_file()]
     findings = [
         IMAGE_UNREADABLE.broken(printable(path), "is not a regular file") for path in candidates if not path.is_file()
@@ -53,8 +53,12 @@ def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence
     )
 
 
-def _walk(folder: Path) -> list[Path]:
-    """Return every visible entry below a folder that is named like an image."""
+def find_images(folder: Path) -> list[Path]:
+    """Return every visible entry below a folder that is named like an image, sorted.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
     found: list[Path] = []
 
     def stop(reason: OSError) -> None:

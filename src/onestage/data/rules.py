@@ -35,6 +35,7 @@ XML_MALFORMED = Rule("XML malformed", "left out", "Export the file again.")
 XML_ENTITIES = Rule(
     "XML with entities", "left out", "Entities can read other files and fill the memory: see where the file is from."
 )
+LABEL_MALFORMED = Rule("label file malformed", "left out", "Export the file again, as UTF-8 text.")
 IMAGE_UNREADABLE = Rule("image unreadable", "left out", "Replace the file, or remove it from the data set.")
 IMAGE_TOO_SMALL = Rule("image too small", "left out", "Replace the file, or remove it from the data set.")
 IMAGE_SIZE_DIFFERS = Rule("image size", "left out", "Put the original image back, or annotate this one anew.")
@@ -54,6 +55,8 @@ BOX_TINY = Rule(
 )
 ZERO_BASED = Rule("zero-based boxes", "warning", "Export boxes as VOC has them, counted from 1.")
 NO_XML = Rule("image without XML", "note", "They are trained on as images without objects; is that so?")
+NO_LABEL = Rule("image without label file", "note", "They are trained on as images without objects; is that so?")
+POLYGON = Rule("outline", "note", "Nothing needs to be done: the box around it is used.")
 OTHER_FILE_NAME = Rule("other file name", "note", "Nothing needs to be done: the XML's own name decides.")
 NO_OBJECT_IMAGES = Rule("image without objects", "note", "They are trained on as background; is that so?")
 MANY_OBJECTS = Rule("many objects", "warning", "Raise the detector's max_detections above it.")
