@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import cv2
+import torch
 from torch.utils.data import DataLoader
 
-from onestage.data.samplers import TrainingSampler
+from onestage.data.dataset import DetectionDataset, LoadedBatch, collate_with_failures
+from onestage.data.failures import FailureLog
+from onestage.data.samplers import EvaluationSampler, TrainingSampler
 from onestage.errors import ConfigError, OnestageError
 from onestage.types import Batch
 
@@ -18,6 +21,8 @@ KEY_BY_FIELD = {
     "world_size": "trainer.devices",
     "num_images": "the number of training images",
 }
+
+StartMethod = Literal["fork", "spawn", "forkserver"]
 
 
 class DetectionLoader(DataLoader[Batch]):
@@ -35,6 +40,7 @@ class DetectionLoader(DataLoader[Batch]):
         self._epoch = 0  # of the batches handed out last
         self._num_handed_out = 0  # batches of that epoch
         self._resume_from: dict[str, int] | None = None
+        self._failures: FailureLog | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator: this is what makes it lazy
         """Iterate over the batches of the sampler's epoch."""
@@ -44,13 +50,27 @@ class DetectionLoader(DataLoader[Batch]):
             self._epoch = sampler.epoch
             sampler.batches_to_skip = self._num_handed_out
         try:
-            for batch in super().__iter__():
+            for loaded in super().__iter__():
                 if isinstance(sampler, TrainingSampler):
                     sampler.batches_to_skip = 0  # for this epoch only; the sampler has read it by now
                 self._num_handed_out += 1
-                yield batch
+                yield self._unpacked(loaded)
         except OnestageError as error:
             raise type(error)(_original_message(error)) from error
+        finally:  # also where the epoch is cut short
+            if self._failures is not None:
+                self._failures.end_epoch(self._epoch)
+
+    def _unpacked(self, loaded: Batch | LoadedBatch) -> Batch:
+        """Return the batch alone, after taking note of what its workers could not read."""
+        if not isinstance(loaded, LoadedBatch):
+            return loaded
+        if loaded.failures:
+            if self._failures is None:
+                dataset: Any = self.dataset
+                self._failures = FailureLog(dataset.annotations.source, len(dataset), dataset.max_bad_fraction)
+            self._failures.add(loaded.failures)
+        return loaded.batch
 
     def _take_offset(self) -> int:
         """Return how many batches of this epoch were already used before training resumed."""
@@ -92,6 +112,30 @@ class DetectionLoader(DataLoader[Batch]):
                     f"Set it back to {state[field]}, or resume from a checkpoint written at the end of an epoch."
                 )
         self._resume_from = dict(state)
+
+
+def open_loader(
+    dataset: DetectionDataset,
+    sampler: TrainingSampler | EvaluationSampler,
+    *,
+    batch_size: int,
+    num_workers: int,
+    prefetch_factor: int,
+    start_method: StartMethod | None,
+) -> DetectionLoader:
+    """Return the loader of a split. Workers stay alive between epochs, and images are pinned where there is a GPU."""
+    return DetectionLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate_with_failures,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=start_worker,
+        multiprocessing_context=start_method if num_workers else None,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        persistent_workers=num_workers > 0,
+    )
 
 
 def num_auto_workers(num_processes: int) -> int:

@@ -8,6 +8,7 @@ import albumentations as A
 
 from onestage.data.coco import parse_coco
 from onestage.data.datamodule import DetectionDataModule, Split
+from onestage.data.loader import StartMethod
 from onestage.data.sampling import Sampling
 from onestage.data.shapes import SHAPE_CATEGORY_IDS, SHAPE_NAMES, draw_shapes
 from onestage.data.voc import parse_voc
@@ -39,6 +40,7 @@ class ShapesDataModule(DetectionDataModule):
         batch_size: int = 32,
         num_workers: int | Literal["auto"] = "auto",
         prefetch_factor: int = 4,
+        worker_start_method: StartMethod | None = None,
         train_transforms: list[A.BasicTransform] | None = None,
         mosaic: float = 0.0,
         mixup: float = 0.0,
@@ -58,6 +60,7 @@ class ShapesDataModule(DetectionDataModule):
             batch_size=batch_size,
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
+            worker_start_method=worker_start_method,
             train_transforms=train_transforms,
             mosaic=mosaic,
             mixup=mixup,

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.crops import Boxes
+from onestage.data.crops import Boxes, ScaleJitter
 from onestage.data.ssd_augmentation import SSDAugmentation
 from onestage.errors import ConfigError, OnestageError
 
@@ -27,6 +27,20 @@ def ssd_transforms(image_size: int) -> list[A.BasicTransform]:
         image_size: side of the square result, px.
     """
     return [SSDAugmentation(image_size)]
+
+
+def training_transforms(
+    given: Sequence[A.BasicTransform] | None, image_size: int, multi_scale: tuple[float, float] | None
+) -> list[A.BasicTransform]:
+    """Return the given transforms, or SSD's where there are none, behind a change of scale if one is asked for.
+
+    Args:
+        given: albumentations transforms; None: `ssd_transforms`.
+        image_size: side of the square result, px.
+        multi_scale: range of the factor of `ScaleJitter`; None: no change.
+    """
+    transforms = ssd_transforms(image_size) if given is None else list(given)
+    return transforms if multi_scale is None else [ScaleJitter(multi_scale), *transforms]
 
 
 def resize_transforms(image_size: int) -> list[A.BasicTransform]:

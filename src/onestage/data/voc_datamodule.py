@@ -7,6 +7,7 @@ from typing import Literal
 import albumentations as A
 
 from onestage.data.datamodule import DetectionDataModule, Split
+from onestage.data.loader import StartMethod
 from onestage.data.sampling import Sampling
 from onestage.data.voc import parse_voc
 from onestage.errors import ConfigError
@@ -43,6 +44,7 @@ class VOCDataModule(DetectionDataModule):
         batch_size: int = 32,
         num_workers: int | Literal["auto"] = "auto",
         prefetch_factor: int = 4,
+        worker_start_method: StartMethod | None = None,
         train_transforms: list[A.BasicTransform] | None = None,
         mosaic: float = 0.0,
         mixup: float = 0.0,
@@ -64,6 +66,7 @@ class VOCDataModule(DetectionDataModule):
             batch_size=batch_size,
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
+            worker_start_method=worker_start_method,
             train_transforms=train_transforms,
             mosaic=mosaic,
             mixup=mixup,
