@@ -19,7 +19,8 @@ KEY_BY_FIELD = {
     "seed": "seed_everything",
     "batch_size": "data.batch_size",
     "world_size": "trainer.devices",
-    "num_images": "the number of training images",
+    "num_images": "the number of training images in an epoch",
+    "selection": "the choice of training images (data.fold, data.sampling and the like; a number stands for it)",
 }
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
@@ -105,7 +106,7 @@ class DetectionLoader(DataLoader[Batch]):
             return  # between two epochs nothing is left over, so other settings do no harm
         for field, key in KEY_BY_FIELD.items():
             value = getattr(sampler, field)
-            if value != state[field]:
+            if value != state.get(field, value):
                 raise ConfigError(
                     f"The checkpoint stopped after {state['batches']} of {num_batches} batches of epoch "
                     f"{state['epoch']}, when {key} was {state[field]}; now it is {value}, which gives other batches.\n"
