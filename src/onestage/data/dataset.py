@@ -114,17 +114,16 @@ class DetectionDataset(Dataset[Sample]):
 
     def _open(self, index: int, key: SampleKey, failures: list[Failure]) -> tuple[int, ReadImage]:
         """Return image `index`, or the first that can be read of those that (seed, epoch, index) put in its place."""
-        substitutes: list[int] = []
-        while True:
+        random = _generator((key[0], key[1], index), SUBSTITUTES)
+        for _ in range(MAX_SUBSTITUTES):
             try:
                 return index, self.images.read(index)
             except ImageError as error:
-                failures.append(Failure(index, str(error)))
-                if self.on_error == "raise" or len(substitutes) == MAX_SUBSTITUTES:
+                if self.on_error == "raise":
                     raise
-            random = _generator((key[0], key[1], failures[-1].image_index), SUBSTITUTES)
+                failures.append(Failure(index, str(error)))
             index = int(random.integers(len(self)))
-            substitutes.append(index)
+        return index, self.images.read(index)
 
     def _partner(self, random: np.random.Generator, key: SampleKey, failures: list[Failure]) -> Picture:
         """Return another image, or by chance the same."""
