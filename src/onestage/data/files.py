@@ -1,13 +1,12 @@
 """Finds files under a folder and reads one whole, with the mistakes that its first bytes betray."""
 
-import errno
+import contextlib
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
-from onestage.errors import AnnotationError, DataError
+from onestage.errors import AnnotationError, ConfigError, DataError
 
 HEAD_BYTES = 256  # enough to recognise a web page or a pointer file
 MAX_FILE_BYTES = 4 << 30  # ten times COCO's largest annotation file; a path that leads to an archive is a mistake
@@ -77,19 +76,6 @@ def find_files(source: str, names: Sequence[object], root: Path) -> list[str | N
     return paths
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading, and never wait for a pipe.
-
-    Raises:
-        OSError: it is missing, unreadable or not a regular file.
-    """
-    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115  # closed by the caller
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
-    return file
-
-
 def list_files(folder: Path) -> dict[str, bool]:
     """Return the names of the regular files in a folder -> whether each is a link. Empty if there is no such folder."""
     try:
@@ -97,6 +83,27 @@ def list_files(folder: Path) -> dict[str, bool]:
             return {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
     except OSError:
         return {}
+
+
+def write_new_file(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet: whole, or not at all.
+
+    Raises:
+        ConfigError: there is such a file, or it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.link(temporary, path)  # unlike a rename it never replaces what is there
+    except FileExistsError:
+        raise ConfigError(f"{printable(path)}: is there already; nothing is overwritten.\nGive a new name.") from None
+    except OSError as reason:
+        problem = f"cannot be written: {reason.strerror or reason}"
+        raise ConfigError(f"{printable(path)}: {problem}.\nChoose a folder that this user may write to.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def printable(name: str | Path) -> str:

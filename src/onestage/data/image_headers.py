@@ -32,7 +32,6 @@ from onestage.data.rules import (
     IMAGE_UNREADABLE,
     OTHER_SUFFIX,
     TURNED,
-    Rule,
 )
 from onestage.errors import ImageError
 from onestage.types import AnnotationSet, Finding
@@ -89,10 +88,17 @@ def check_header(path: str, annotated_size: tuple[int, int] = (0, 0)) -> HeaderC
         header, is_animated = _read(file)
         orientation = orientation_to_apply(file, header, annotated_size)
     except ImageError as reason:
-        rule = IMAGE_SIZE_DIFFERS if isinstance(reason, ImageSizeError) else IMAGE_UNREADABLE
-        return HeaderCheck(0, 0, [_finding(rule, file, reason)])
+        return HeaderCheck(0, 0, [image_finding(file, reason)])
     height, width = (header.height, header.width) if orientation < 5 else (header.width, header.height)
     return HeaderCheck(height, width, list(_findings(file, header, (height, width), orientation, is_animated)))
+
+
+def image_finding(file: Path, reason: ImageError) -> Finding:
+    """Turn the decoder's message into a finding."""
+    rule = IMAGE_SIZE_DIFFERS if isinstance(reason, ImageSizeError) else IMAGE_UNREADABLE
+    problem, _, remedy = str(reason).partition("\n")
+    problem = problem.removeprefix(f"{printable(file)}: ").rstrip(".")
+    return rule.broken(printable(file), problem)._replace(remedy=remedy or rule.remedy)
 
 
 def check_before_start(annotations: AnnotationSet, image_size: int, max_bad_fraction: float) -> AnnotationSet:
@@ -195,13 +201,6 @@ def _findings(
         verb = "turned by" if orientation != 1 else "not turned, as annotated, despite"
         found.append(TURNED.broken(place, f"is {verb} its EXIF orientation {header.orientation}"))
     return found
-
-
-def _finding(rule: Rule, file: Path, reason: ImageError) -> Finding:
-    """Turn the decoder's message into a finding."""
-    problem, _, remedy = str(reason).partition("\n")
-    problem = problem.removeprefix(f"{printable(file)}: ").rstrip(".")
-    return rule.broken(printable(file), problem)._replace(remedy=remedy or rule.remedy)
 
 
 def _cut_off(file: Path, num_bytes: int, format_name: str) -> ImageError:
