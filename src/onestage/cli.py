@@ -19,6 +19,7 @@ TRAINER_COMMANDS = {
 DATA_COMMANDS = {
     "doctor": "check a data set: files, boxes, classes, leakage, and what the anchors can learn",
     "anchors": "fit a detector's anchors to a data set",
+    "convert": "convert a data set between COCO, VOC and YOLO",
 }
 
 HELP = f"""onestage {__version__}: train one-stage object detectors
@@ -40,6 +41,7 @@ examples:
   onestage predict --ckpt_path runs/shapes_ssd/version_0/checkpoints/best.ckpt --data.predict_dir photos/
   onestage fit --config configs/shapes_ssd.yaml --print_config
   onestage doctor data/voc
+  onestage convert data/voc --to coco --out data/voc_coco
 
 configs/trainer.yaml is read first for every command; later files and options override earlier ones.
 """
@@ -74,6 +76,10 @@ def run(words: list[str]) -> int:
     if words[0] in ("--version", "-V"):
         print(f"onestage {__version__}")
         return 0
+    if words[0] == "convert":
+        from onestage.data.convert_command import run_convert
+
+        return run_convert(words[1:])
     if words[0] in DATA_COMMANDS:
         from onestage.data import doctor
 

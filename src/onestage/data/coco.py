@@ -205,7 +205,7 @@ def _read_objects(
         labels=labels,
         areas=areas,
         is_crowd=np.array([entry.get("iscrowd") == 1 for entry in kept], dtype=np.bool_),
-        is_difficult=np.zeros(len(kept), dtype=np.bool_),
+        is_difficult=np.array([entry.get("difficult") == 1 for entry in kept], dtype=np.bool_),  # not COCO's own
         problems=problems,
     )
     return objects, numbers
