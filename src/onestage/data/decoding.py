@@ -4,7 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -30,16 +30,19 @@ class Task(NamedTuple):
     annotated_size: tuple[int, int]  # (height, width); 0, 0 where the annotation gives none
 
 
-def decode_all(annotations: AnnotationSet, num_processes: int) -> list[Finding]:
-    """Decode all images of a split and return a finding for each that cannot be.
+def decode_all(splits: Iterable[AnnotationSet], num_processes: int) -> list[Finding]:
+    """Decode all images of some splits and return a finding for each that cannot be.
 
     Args:
-        annotations: N images.
+        splits: whose images.
         num_processes: children that decode side by side, at least 1.
     """
-    sizes = annotations.sizes.tolist()
-    tasks = [Task(str(path), (size[0], size[1])) for path, size in zip(annotations.image_paths, sizes, strict=True)]
-    shares = [tasks[start::num_processes] for start in range(num_processes)]
+    tasks = [
+        Task(str(path), (height, width))
+        for annotations in splits
+        for path, (height, width) in zip(annotations.image_paths, annotations.sizes.tolist(), strict=True)
+    ]
+    shares = [tasks[start::num_processes] for start in range(num_processes)]  # an empty one starts no child
     with ThreadPoolExecutor(num_processes) as pool:
         found = [finding for part in pool.map(decode_in_child, shares) for finding in part]
     return sorted(found, key=lambda finding: finding.place)

@@ -96,7 +96,7 @@ def examine(
     seconds["headers"] = time.perf_counter() - start
     if depth.num_decoders:
         start = time.perf_counter()
-        findings += [found for part in usable.values() for found in decode_all(part, depth.num_decoders)]
+        findings += decode_all(usable.values(), depth.num_decoders)
         seconds["decoding"] = time.perf_counter() - start
     for name, annotations in usable.items():
         findings += [*about_objects(name, annotations), *tiny_boxes(annotations, anchors.image_size)]

@@ -54,7 +54,7 @@ def find_files(source: str, names: Sequence[object], root: Path) -> list[str | N
     Raises:
         AnnotationError: `root` is not a folder, a name leaves it, or none of the files exists.
     """
-    remedy = "Give the folder that the names are relative to: data.root, or data.train_images, data.val_images."
+    remedy = "Give the folder that the names are relative to: data.root, data.train_images, or --images of doctor."
     if not root.is_dir():
         raise AnnotationError(f"{printable(root)}: is not a folder; it must hold the images of {source}.\n{remedy}")
     listings: dict[str, dict[str, bool]] = {}

@@ -20,6 +20,9 @@ class Rule(NamedTuple):
 # Stop a training. Most errors of a file are raised by its parser, with a remedy of their own.
 FILE = Rule("annotation file", "error", "Correct the file.")
 CLASSES_DIFFER = Rule("classes differ", "error", "Give every split the same categories: ids, names and order.")
+UNKNOWN_CLASS = Rule(
+    "class unknown in training", "error", "Correct the names, or set data.class_names to all that there are."
+)
 NO_OBJECTS = Rule("no objects", "error", "Is it the annotation file of this data set, and the training split?")
 LEAKED_COPY = Rule("copy in two splits", "error", "Leave it out of one split, or the score counts what was seen.")
 

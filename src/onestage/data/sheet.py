@@ -18,6 +18,7 @@ from onestage.types import AnnotationSet
 PANEL_SIDE = 300  # px of each of the two pictures
 MARGIN = 8  # px around a pair
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+LETTER_HEIGHT = 14  # px, with a margin
 MAX_PAIRS = 400  # 100 megapixels
 GOLDEN_RATIO = 0.618034  # steps of it around the colour wheel never come close to an earlier hue soon
 GROUND = (255, 255, 255)
@@ -110,8 +111,9 @@ def _panel(
         colour = f"hsv({round(360 * label * GOLDEN_RATIO) % 360}, 90%, 95%)"
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=2)
         name = "".join(letter for letter in class_names[label] if letter.isprintable())[:24]
-        left, top, right, bottom = draw.textbbox((x1 + 3, y1 + 2), name, font=font)
+        corner = (x1 + 2, y1 - LETTER_HEIGHT if y1 >= LETTER_HEIGHT else y1 + 2)  # beside small objects, not on them
+        left, top, right, bottom = draw.textbbox(corner, name, font=font)
         draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=colour)
-        draw.text((x1 + 3, y1 + 2), name, fill="black", font=font)
+        draw.text(corner, name, fill="black", font=font)
     draw.rectangle((0, 0, PANEL_SIDE - 1, PANEL_SIDE - 1), outline="gray")
     return picture

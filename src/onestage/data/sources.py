@@ -1,5 +1,6 @@
 """Finds out which format a path is in and which splits it holds, and reads them as a training would."""
 
+import difflib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from onestage.data.coco import parse_coco
 from onestage.data.files import printable
-from onestage.data.rules import FILE
+from onestage.data.rules import FILE, UNKNOWN_CLASS
 from onestage.data.voc import SPLIT_FOLDER, parse_voc
 from onestage.data.yolo import parse_yolo
 from onestage.data.yolo_layout import SETTINGS_FILES, read_settings
@@ -68,10 +69,13 @@ def find_sources(paths: Sequence[Path], image_root: Path | None = None) -> list[
 def read_splits(sources: Sequence[Source]) -> list[Split]:
     """Read every split; what stops one becomes a finding. Classes that a format collects get one order in all."""
     splits = [_read(source) for source in sources]
-    voc = [split.annotations for split in splits if split.format == "VOC" and split.annotations is not None]
-    names = sorted({name for annotations in voc for name in annotations.class_names})
+    voc = [split for split in splits if split.format == "VOC" and split.annotations is not None]
+    names = sorted({name for split in voc if split.annotations for name in split.annotations.class_names})
     return [
-        split._replace(annotations=_with_classes(split.annotations, names))
+        split._replace(
+            annotations=_with_classes(split.annotations, names),
+            findings=[*split.findings, *_unknown_classes(split.annotations, voc[0].annotations)],
+        )
         if split.format == "VOC" and split.annotations is not None
         else split
         for split in splits
@@ -126,15 +130,16 @@ def _guess_image_root(file: Path, name: str) -> Path:
         above / name, file.parent / name, above / "images" / name, above / "images", file.parent / "images",
         file.parent, above / "JPEGImages", above,
     ]  # fmt: skip
+    present = [root for root in likely if root.is_dir()] or likely
     if not file.is_file():
-        return likely[0]
+        return present[0]
     try:
         with file.open("rb") as stream:
             found = FILE_NAME.search(stream.read(HEAD_BYTES))
         first = str(json.loads(found[1])) if found else ""
-        return next((root for root in likely if first and (root / first).is_file()), likely[0])
+        return next((root for root in present if first and (root / first).is_file()), present[0])
     except (OSError, ValueError):  # the parser will say what it is
-        return likely[0]
+        return present[0]
 
 
 def _voc_sources(root: Path) -> list[Source]:
@@ -192,6 +197,17 @@ def _yolo_sources(path: Path) -> list[Source]:
 
 def _read_yolo(path: Path, split: str, max_bad_fraction: float) -> AnnotationSet:
     return parse_yolo(path, split, max_bad_fraction=max_bad_fraction)
+
+
+def _unknown_classes(annotations: AnnotationSet, train: AnnotationSet | None) -> list[Finding]:
+    """Say which classes occur in a split and not in the training split, whose classes are the detector's."""
+    known = train.class_names if train is not None else annotations.class_names
+    unknown = [name for name in annotations.class_names if name not in known]
+    if not unknown:
+        return []
+    nearest = [(name, difflib.get_close_matches(name, known, n=1, cutoff=0.0)) for name in unknown]
+    written = ", ".join(f"{name!r} (nearest: {near[0]!r})" for name, near in nearest if near)
+    return [UNKNOWN_CLASS.broken(annotations.source, f"the training split has no {written}", len(unknown))]
 
 
 def _with_classes(annotations: AnnotationSet, names: Sequence[str]) -> AnnotationSet:
