@@ -165,6 +165,8 @@ def test_size_is_told_beforehand_and_too_little_room_is_refused(
     for index in range(4):
         reader.read(index)
     assert float(told[1]) * 1e6 == pytest.approx(sum(copy.stat().st_size for copy in copies(folder)), abs=1e4)
+    DiskCache(annotations, 200, folder)
+    assert "nothing to do: images have short sides of 200 px or less" in said[-1]
     monkeypatch.setattr(memory_cache, "available_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"data.cache: ram would need .*\n.*data.cache: disk"):
         MemoryCache(annotations, 40, 1)

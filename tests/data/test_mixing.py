@@ -9,6 +9,7 @@ import torch
 from onestage.data.dataset import DetectionDataset
 from onestage.data.mixing import Picture, mixup, mosaic
 from onestage.data.transforms import SeededTransform, resize_transforms, training_transforms
+from onestage.errors import ConfigError
 from onestage.types import IGNORE, AnnotationSet
 
 SIDE = 80
@@ -163,3 +164,5 @@ def test_multi_scale_puts_a_change_of_scale_before_the_other_transforms() -> Non
     names = [type(transform).__name__ for transform in training_transforms(None, 48, (0.5, 1.5))]
     assert names == ["ScaleJitter", "SSDAugmentation"]
     assert training_transforms([], 48, None) == []
+    with pytest.raises(ConfigError, match=r"data.multi_scale is \[0.01, 2\]; .*\n.*\[0.5, 1.5\]"):
+        training_transforms(None, 48, (0.01, 2.0))

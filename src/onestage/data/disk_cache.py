@@ -62,10 +62,13 @@ class DiskCache:
 
     def _announce(self, needed: int, free: int) -> None:
         place, sizes = printable(self.folder), (written_bytes(needed), written_bytes(free))
-        rank_zero_info(
-            f"data.cache: disk will hold about {sizes[0]} in {place} ({sizes[1]} free): copies of "
-            f"{len(self.annotations)} images with a short side of {self.short_side} px"
-        )
+        copies = f"copies of {len(self.annotations)} images with a short side of {self.short_side} px"
+        if needed:
+            rank_zero_info(f"data.cache: disk will hold about {sizes[0]} in {place} ({sizes[1]} free): {copies}")
+        else:
+            rank_zero_info(
+                f"data.cache: disk has nothing to do: images have short sides of {self.short_side} px or less"
+            )
         if needed > free:
             raise ConfigError(
                 f"data.cache: disk would need about {sizes[0]} in {place}, where {sizes[1]} are free.\n"

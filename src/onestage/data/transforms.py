@@ -38,9 +38,19 @@ def training_transforms(
         given: albumentations transforms; None: `ssd_transforms`.
         image_size: side of the square result, px.
         multi_scale: range of the factor of `ScaleJitter`; None: no change.
+
+    Raises:
+        ConfigError: the range is not one.
     """
     transforms = ssd_transforms(image_size) if given is None else list(given)
-    return transforms if multi_scale is None else [ScaleJitter(multi_scale), *transforms]
+    if multi_scale is None:
+        return transforms
+    if not 0.25 <= multi_scale[0] <= multi_scale[1] <= 4:
+        raise ConfigError(
+            f"data.multi_scale is [{multi_scale[0]:g}, {multi_scale[1]:g}]; it must be [low, high] with "
+            "0.25 <= low <= high <= 4.\nSet data.multi_scale: [0.5, 1.5], or null."
+        )
+    return [ScaleJitter(multi_scale), *transforms]
 
 
 def resize_transforms(image_size: int) -> list[A.BasicTransform]:
