@@ -1,33 +1,21 @@
 """Decodes every image of a split whole, in child processes that a malicious or damaged file may kill."""
 
-import contextlib
 import multiprocessing
-import os
 import signal
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import NamedTuple
 
+from onestage.data.decoder_child import READY, Task, decode_each
 from onestage.data.files import printable
 from onestage.data.image_headers import image_finding
-from onestage.data.images import read_image
 from onestage.data.rules import IMAGE_UNREADABLE
 from onestage.errors import ImageError
 from onestage.types import AnnotationSet, Finding
 
 SECONDS_PER_IMAGE = 30.0  # the largest image that is decoded at all takes three
-MEMORY_BYTES = 4 << 30  # address space of a child: the largest image takes a gigabyte in its floating-point forms
 START_SECONDS = 60.0  # to import what decodes, on a machine that has other things to do
-
-
-class Task(NamedTuple):
-    """One image to decode."""
-
-    path: str
-    annotated_size: tuple[int, int]  # (height, width); 0, 0 where the annotation gives none
 
 
 def decode_all(splits: Iterable[AnnotationSet], num_processes: int) -> list[Finding]:
@@ -66,19 +54,20 @@ def _run_child(tasks: Sequence[Task], findings: list[Finding]) -> tuple[int, str
     """Return how many images one child decoded, and what ended it before the last ("" if nothing did)."""
     context = multiprocessing.get_context("spawn")  # a fork would copy whatever threads hold
     parent_end, child_end = context.Pipe()
-    child = context.Process(target=_decode_each, args=(child_end, list(tasks)), daemon=True)
+    child = context.Process(target=decode_each, args=(child_end, list(tasks)), daemon=True)
     child.start()
     child_end.close()
     num_answers = 0
     try:
-        if not parent_end.poll(START_SECONDS) or parent_end.recv() != "ready":
+        if not parent_end.poll(START_SECONDS) or parent_end.recv() != READY:
             return num_answers, _end(child)
         while num_answers < len(tasks):
             if not parent_end.poll(SECONDS_PER_IMAGE):
                 _end(child)
                 return num_answers, f"took more than {SECONDS_PER_IMAGE:g} s"
-            answer = parent_end.recv()
-            findings += [answer] if answer is not None else []
+            problem = parent_end.recv()
+            if problem:
+                findings.append(image_finding(Path(tasks[num_answers].path), ImageError(problem)))
             num_answers += 1
     except EOFError:  # the child died
         return num_answers, _end(child)
@@ -95,29 +84,3 @@ def _end(child: SpawnProcess) -> str:
     code = child.exitcode or 0
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
     return f"the decoder died ({name})"
-
-
-def _decode_each(answers: Connection, tasks: list[Task]) -> None:
-    """In the child: send None for each image that can be decoded, and a finding for each other."""
-    _limit_memory()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    answers.send("ready")
-    for task in tasks:
-        finding = None
-        try:
-            read_image(task.path, task.annotated_size)
-        except ImageError as reason:
-            finding = image_finding(Path(task.path), reason)
-        except MemoryError:
-            finding = IMAGE_UNREADABLE.broken(printable(task.path), "needs more memory than an image should")
-        answers.send(finding)
-    answers.close()
-
-
-def _limit_memory() -> None:
-    """Let this process fail rather than the machine. Where the system knows no such limit there is none."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource  # not on Windows
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
