@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from onestage.data import disk_cache, memory_cache
+from onestage.data.cache_folder import cache_folder
 from onestage.data.dataset import DetectionDataset
 from onestage.data.disk_cache import DiskCache
-from onestage.data.image_cache import cache_folder, open_images
+from onestage.data.image_cache import open_images
 from onestage.data.image_reader import FileReader, copy_size, written_bytes
 from onestage.data.memory_cache import MemoryCache, SharedMemory, available_memory
 from onestage.data.transforms import SeededTransform, resize_transforms

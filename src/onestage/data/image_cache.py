@@ -6,10 +6,9 @@ same resizing and compression as one that is. Evaluation always reads the files.
 """
 
 import math
-import os
-from pathlib import Path
 from typing import Literal
 
+from onestage.data.cache_folder import cache_folder
 from onestage.data.disk_cache import DiskCache
 from onestage.data.image_reader import FileReader, ImageReader
 from onestage.data.memory_cache import MemoryCache
@@ -38,8 +37,3 @@ def open_images(kind: CacheKind, annotations: AnnotationSet, image_size: int, nu
     if kind == "ram":
         return MemoryCache(annotations, short_side, num_processes)
     return DiskCache(annotations, short_side, cache_folder() / "images")
-
-
-def cache_folder() -> Path:
-    """Return where copies that can be made again are kept: $XDG_CACHE_HOME/onestage, or ~/.cache/onestage."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onestage"
