@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import onestage.errors
+from onestage.cli import main
 from onestage.errors import AnnotationError, OnestageError
 from onestage.types import BACKGROUND, IGNORE, Targets
 
@@ -97,3 +98,16 @@ def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
     kinds = {name: kind for name, kind in vars(onestage.errors).items() if isinstance(kind, type)}
     kinds.pop(OnestageError.__name__)
     assert documented == {name: kind.exit_code for name, kind in kinds.items()}
+
+
+def test_the_recipe_of_the_docs_lies_over_a_shipped_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (block,) = blocks("data_pipeline.md", "yaml")
+    (tmp_path / "mine.yaml").write_text(block, encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "configs/voc_ssd300.yaml", "--config", str(tmp_path / "mine.yaml"), "--print_config"])
+    (recipe,) = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["train_transforms"]
+    assert recipe["class_path"].endswith("SSDAugmentation")
+    assert recipe["init_args"]["crop"]["init_args"]["scale"] == [0.6, 1.0]
