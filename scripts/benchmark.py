@@ -7,6 +7,7 @@
     python scripts/benchmark.py order     mAP with colours distorted before the resize, and where fewer pixels are
     python scripts/benchmark.py detect    from outputs to detections, and torchvision's postprocess_detections
     python scripts/benchmark.py map       COCO evaluation, and pycocotools and torchmetrics
+    python scripts/benchmark.py annotations   reading annotations of COCO train's size: seconds and memory
     python scripts/benchmark.py ops       what a step asks of a device outside its convolutions, counted, not timed
 
 All contestants run in one process and in turn (A B, B A, ...), so compare ratios, not times.
@@ -16,7 +17,7 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-ROUNDS = {"step": 5, "data": 5, "loader": 5, "order": 2, "detect": 9, "map": 3, "ops": 1}
+ROUNDS = {"step": 5, "data": 5, "loader": 5, "order": 2, "detect": 9, "map": 3, "annotations": 1, "ops": 1}
 
 MODULES = {
     "step": "step",
@@ -25,6 +26,7 @@ MODULES = {
     "order": "distortion_order",
     "detect": "detection",
     "map": "mean_average_precision",
+    "annotations": "annotations",
     "ops": "operations",
 }
 WITH_IMAGES = ("data", "loader")

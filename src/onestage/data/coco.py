@@ -1,5 +1,6 @@
 """Reads COCO instance annotations (arXiv:1405.0312; the "object detection" format) into an `AnnotationSet`."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +49,7 @@ def parse_coco(
         AnnotationError: the file is not what it should be, or too much of it cannot be used.
     """
     source = printable(annotation_file)
-    images, annotations, categories = load_tables(annotation_file)
+    images, annotations, categories = load_tables(annotation_file, with_outlines=False)
     findings = _check_ids(source, annotations)
     category_of_object = integer_column(source, annotations, "category_id", "annotation", findings)
     classes = _read_categories(source, categories, set(category_of_object.tolist()), findings)
@@ -222,7 +223,7 @@ def _read_boxes(annotations: list[JSONDict]) -> tuple[npt.NDArray[np.float64], d
         else:
             boxes.append((np.nan,) * 4)
             problems[row] = "bbox must be a list of 4 numbers [x, y, width, height]"
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4), problems
+    return _floats([number for box in boxes for number in box]).reshape(-1, 4), problems
 
 
 def _read_areas(
@@ -233,7 +234,7 @@ def _read_areas(
     A smaller area than the box's is its segment's, whether or not the file still has the segment.
     """
     values = [entry.get("area") for entry in annotations]
-    areas = np.array([value if type(value) in (int, float) else np.nan for value in values], dtype=np.float64)
+    areas = _floats([value if type(value) in (int, float) else np.nan for value in values])
     with np.errstate(invalid="ignore"):
         is_wrong = (areas <= 0) | (areas > (1 + AREA_TOLERANCE) * box_areas + 1)
         is_wrong = is_wrong & (box_areas > 0)  # a bad box is a finding of its own
@@ -243,6 +244,14 @@ def _read_areas(
         findings.append(AREA_WRONG.broken(source, problem, num_wrong))
     areas[is_wrong] = np.nan
     return areas
+
+
+def _floats(numbers: list[float]) -> npt.NDArray[np.float64]:
+    """Return the numbers as an array. An integer of hundreds of digits, which no float can hold, becomes infinite."""
+    try:
+        return np.array(numbers, dtype=np.float64)
+    except OverflowError:
+        return np.array([number if abs(number) < sys.float_info.max else np.inf for number in numbers])
 
 
 def _refuse_xyxy(source: str, boxes: npt.NDArray[np.float64], sizes: npt.NDArray[np.int32]) -> None:
