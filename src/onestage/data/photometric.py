@@ -63,11 +63,11 @@ class SSDPhotometricDistort(A.ImageOnlyTransform):  # type: ignore[misc]  # albu
         chances, values = draws[0::2], draws[1::2]
         ranges = ((-self.brightness, self.brightness), self.contrast, self.saturation, (-self.hue, self.hue))
         drawn = [low + value * (high - low) for (low, high), value in zip(ranges, values, strict=True)]
-        changes = (
+        brightness, contrast, saturation, hue = (
             value if chance < 0.5 else nothing
             for value, chance, nothing in zip(drawn, chances, (0.0, 1.0, 1.0, 0.0), strict=True)
         )
-        return Distortion(*changes, contrast_first=order < 0.5)
+        return Distortion(brightness, contrast, saturation, hue, contrast_first=order < 0.5)
 
     def get_params(self) -> dict[str, Any]:
         """Hand the drawn changes to `apply`, as albumentations wants it."""
