@@ -47,6 +47,7 @@ def run(rounds: int, quick: bool) -> None:
             seconds.append(start_once(root, cache))
             if firsts[-1]["checksum"] != seconds[-1]["checksum"]:
                 raise SystemExit("the cache gives other boxes than the file")
+        print("the cache gives the same boxes as the file")
         first = firsts[0]
         print(
             f"{first['images']:.0f} images, {first['objects']:.0f} objects; imports take {first['imports_mb']:.0f} MB"

@@ -34,6 +34,7 @@ def run(benchmark, monkeypatch, *arguments):
         ("detect", "same labels in the same order"),
         ("data", "the same boxes within 0.001 px"),
         ("ops", "never waits"),
+        pytest.param("annotations", "the same boxes as the file", marks=pytest.mark.slow),
         pytest.param("loader", "verdict with", marks=pytest.mark.slow),
         pytest.param("order", "both orders trained to the end", marks=pytest.mark.slow),
         pytest.param("step", "the same losses from the same weights", marks=pytest.mark.slow),
