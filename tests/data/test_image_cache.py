@@ -218,7 +218,7 @@ def test_memory_cache_reads_images_of_unknown_size_from_their_files(
     assert reader.read(0).pixels.shape == (90, 120, 3)
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_share_the_memory(annotations: AnnotationSet, start_method: str) -> None:
     cached = DetectionDataset(
         annotations, SeededTransform(resize_transforms(30), 30), images=MemoryCache(annotations, 40, 1)
