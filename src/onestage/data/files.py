@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from onestage.errors import AnnotationError, ConfigError, DataError
 
 HEAD_BYTES = 256  # enough to recognise a web page or a pointer file
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000  # what Linux, macOS and Windows have in common, less what stands before it
 MAX_FILE_BYTES = 4 << 30  # ten times COCO's largest annotation file; a path that leads to an archive is a mistake
 
 
@@ -114,7 +115,7 @@ def printable(name: str | Path) -> str:
 
 def _checked(source: str, name: object) -> str:
     """Return the name, without "." and "//", if it can only lead to a file under the root."""
-    if isinstance(name, str) and name and not {"\0", "\\"}.intersection(name) and is_encodable(name):
+    if isinstance(name, str) and name and "\\" not in name and is_path(name):
         if "/" not in name and name not in (".", ".."):
             return name
         path = PurePosixPath(name)
@@ -126,8 +127,18 @@ def _checked(source: str, name: object) -> str:
     )
 
 
+def is_path(name: str) -> bool:
+    """Tell whether a file system can hold the name: asking for one that it cannot raises, and not always the same."""
+    return (
+        is_encodable(name)
+        and "\0" not in name
+        and len(name) < MAX_PATH_BYTES
+        and all(len(part.encode()) <= MAX_NAME_BYTES for part in name.split("/"))
+    )
+
+
 def is_encodable(name: str) -> bool:
-    """Tell whether a file system or a report can hold the name; half a surrogate pair they cannot."""
+    """Tell whether a report can hold the name; half a surrogate pair it cannot."""
     try:
         name.encode()
     except UnicodeEncodeError:

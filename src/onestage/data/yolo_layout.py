@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
-from onestage.data.files import is_encodable, printable, read_file
+from onestage.data.files import is_path, printable, read_file
 from onestage.data.folder import find_images
 from onestage.data.images import IMAGE_SUFFIXES
 from onestage.errors import AnnotationError
@@ -104,7 +104,7 @@ def _read_yaml(file: Path) -> YOLOSettings:
     if not isinstance(settings, dict) or "names" not in settings:
         _refuse(source, "has no 'names'; data.yaml gives path, train, val and names", remedy)
     root = settings.get("path") or "."
-    if not isinstance(root, str) or not is_encodable(root) or "\0" in root:
+    if not isinstance(root, str) or not is_path(root):
         _refuse(source, f"path is {str(root)[:80]!r}; it must be a folder", "Correct it, or leave it out.")
     folder = file.parent / root
     keypoints = settings.get("kpt_shape") or (0, 0)
@@ -163,7 +163,7 @@ def _entries(source: str, key: str, value: object) -> tuple[str, ...]:
     """Return the folders and lists that a split is made of."""
     entries = value if isinstance(value, list) else [value]
     for entry in entries:
-        if not isinstance(entry, str) or not entry or "\0" in entry or not is_encodable(entry):
+        if not isinstance(entry, str) or not entry or not is_path(entry):
             _refuse(source, f"{key} must be a folder, a list file, or a list of these", f"Correct {key}.")
     return tuple(entries)
 
@@ -202,7 +202,7 @@ def _list_entry(settings: YOLOSettings, entry: str) -> list[Path]:
 
 def _listed_image(settings: YOLOSettings, file: Path, number: int, line: str) -> Path:
     """Return the image that a line names, relative to the root or, with ./, to the list. It must lie below one."""
-    is_named = "\0" not in line and is_encodable(line)
+    is_named = is_path(line)
     image = Path((file.parent if line.startswith("./") else settings.root) / line) if is_named else None
     roots = {settings.root.resolve(), file.parent.resolve()}
     if image is None or not any(image.resolve().is_relative_to(root) for root in roots):
