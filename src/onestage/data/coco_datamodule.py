@@ -69,6 +69,7 @@ class COCODataModule(DetectionDataModule):
         predict_dir: str | Path | None = None,
     ) -> None:
         super().__init__(
+            root,
             image_size=image_size,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -90,7 +91,6 @@ class COCODataModule(DetectionDataModule):
             fold=fold,
             predict_dir=predict_dir,
         )
-        self.root = Path(root)
         self._names = {"train": train, "val": val, "test": test}
         self._annotation_files = {"train": train_annotations, "val": val_annotations, "test": test_annotations}
         self._image_folders = {"train": train_images, "val": val_images, "test": test_images}

@@ -22,6 +22,7 @@ class DetectionDataModule(AnnotatedDataModule):
     """What every data set needs beside its own files. A data set is a subclass that says how to `parse` a split.
 
     Args:
+        root: the folder of the data set, or the file that describes it.
         image_size: side of the square images it delivers, px, at least 32; must be the detector's.
         batch_size: images per process and step.
         num_workers: processes that load images, 0 for none; auto: one per CPU core that this process may use, less
@@ -55,6 +56,7 @@ class DetectionDataModule(AnnotatedDataModule):
 
     def __init__(
         self,
+        root: str | Path,
         *,
         image_size: int = 300,
         batch_size: int = 32,
@@ -87,6 +89,7 @@ class DetectionDataModule(AnnotatedDataModule):
             fold=fold,
             predict_dir=predict_dir,
         )
+        self.root = Path(root)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.prefetch_factor = prefetch_factor

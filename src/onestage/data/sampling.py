@@ -62,7 +62,7 @@ class ClassBalancedSampling(Sampling):
         """Return the expected number of times each image is shown, [N]; they add up to N."""
         images, classes = _pairs(annotations)
         images_of_class = np.bincount(classes, minlength=len(annotations.class_names))
-        num_classes = max(np.count_nonzero(images_of_class), 1)
+        num_classes = max(int(np.count_nonzero(images_of_class)), 1)
         repeats = np.ones(len(annotations))
         with_objects = np.unique(images)
         repeats[with_objects] = 0.0

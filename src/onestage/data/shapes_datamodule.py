@@ -56,6 +56,7 @@ class ShapesDataModule(DetectionDataModule):
         if class_names is None and category_ids is None:  # known before anything is drawn
             class_names, category_ids = list(SHAPE_NAMES), list(SHAPE_CATEGORY_IDS) if format == "coco" else None
         super().__init__(
+            root,
             image_size=image_size,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -73,7 +74,6 @@ class ShapesDataModule(DetectionDataModule):
             cache=cache,
             predict_dir=predict_dir,
         )
-        self.root = Path(root)
         self.num_train = num_train
         self.num_val = num_val
         self.draw_seed = draw_seed

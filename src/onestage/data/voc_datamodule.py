@@ -62,6 +62,7 @@ class VOCDataModule(DetectionDataModule):
         predict_dir: str | Path | None = None,
     ) -> None:
         super().__init__(
+            root,
             image_size=image_size,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -83,7 +84,6 @@ class VOCDataModule(DetectionDataModule):
             fold=fold,
             predict_dir=predict_dir,
         )
-        self.root = Path(root)
         self.train_difficult = train_difficult
         self._splits = {"train": train_splits, "val": val_splits, "test": test_splits}
         for split, lists in self._splits.items():

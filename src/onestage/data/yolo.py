@@ -188,7 +188,7 @@ def _object_columns(
     fractions = np.array([line.box for line in lines], dtype=np.float64).reshape(-1, 4)
     num_classes = len(label_of_index)
     with np.errstate(invalid="ignore"):
-        is_beyond = ((fractions < -TOLERANCE) | (fractions > 1 + TOLERANCE)).any(axis=1)
+        is_beyond = np.asarray(((fractions < -TOLERANCE) | (fractions > 1 + TOLERANCE)).any(axis=1), dtype=np.bool_)
         is_class = (classes >= 0) & (classes < num_classes) & (classes == np.floor(classes))
     _refuse_pixels(source, is_beyond, fractions)
     problems = {int(row): "cx, cy, width, height must be in 0..1" for row in np.flatnonzero(is_beyond)}

@@ -54,6 +54,7 @@ class YOLODataModule(DetectionDataModule):
         predict_dir: str | Path | None = None,
     ) -> None:
         super().__init__(
+            root,
             image_size=image_size,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -75,7 +76,6 @@ class YOLODataModule(DetectionDataModule):
             fold=fold,
             predict_dir=predict_dir,
         )
-        self.root = Path(root)
         self._names = {"train": train, "val": val, "test": test}
 
     @property
