@@ -52,10 +52,9 @@ def cluster_shapes(
     Args:
         sides: [T, 2] width and height of the boxes, px, > 0.
         num_clusters: k, at most; no more than there are different shapes.
-        generator: chooses the boxes that the centres start at.
+        generator: draws the boxes that the centres start at.
     """
-    different = np.unique(sides, axis=0)
-    centres = different[generator.permutation(len(different))[:num_clusters]]
+    centres = _first_centres(np.unique(sides, axis=0), num_clusters, generator)
     owner = np.full(len(sides), -1)
     for _ in range(NUM_ROUNDS):
         nearest = _shape_iou(sides, centres).argmax(axis=1)
@@ -68,6 +67,21 @@ def cluster_shapes(
     shares = np.bincount(owner, minlength=len(centres)) / len(sides)
     order = np.argsort(centres.prod(axis=1))
     return centres[order], shares[order]
+
+
+def _first_centres(
+    different: npt.NDArray[np.float64], num_clusters: int, generator: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    """Draw centres one by one, far from those before: with chances as the distance squared (k-means++)."""
+    chosen = [int(generator.integers(len(different)))]
+    distance = np.full(len(different), np.inf)
+    while len(chosen) < min(num_clusters, len(different)):
+        distance = np.minimum(distance, 1 - _shape_iou(different, different[chosen[-1:]])[:, 0])
+        chances = distance.clip(min=0) ** 2
+        if not chances.sum() > 0:
+            break
+        chosen.append(int(generator.choice(len(different), p=chances / chances.sum())))
+    return different[chosen]
 
 
 def _shape_iou(sides: npt.NDArray[np.float64], centres: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
