@@ -70,6 +70,11 @@ def test_folds_are_disjoint_cover_the_set_and_hold_each_class_equally() -> None:
         assert not names_of(train) & names_of(val)
 
 
+def test_of_two_images_the_empty_one_is_validated_on() -> None:
+    train, val = split_by_fraction(annotation_set([[], [0]]), 0.5)
+    assert (class_counts(train), class_counts(val)) == ([1], [0])
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
     """Ten images of the same length, of which four are copies of the first under other names."""

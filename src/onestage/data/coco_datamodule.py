@@ -18,7 +18,8 @@ from onestage.types import AnnotationSet
 class COCODataModule(DetectionDataModule):
     """Reads `<root>/annotations/instances_<split>.json` and the images in `<root>/<split>/`.
 
-    Each of the paths can be given instead, relative to `root` or absolute. All other arguments are those of
+    Where COCO's own train2017 and val2017 are not there, train and val are the names by default. Each of the paths can
+    be given instead, relative to `root` or absolute. All other arguments are those of
     `DetectionDataModule`.
 
     Args:
@@ -110,7 +111,7 @@ class COCODataModule(DetectionDataModule):
     def parse(self, split: Split, class_names: Sequence[str] | None) -> AnnotationSet:
         """Read the JSON file of a split."""
         annotation_file = self._annotation_file(split)
-        image_root = self.root / (self._image_folders[split] or self._names[split] or "")
+        image_root = self.root / (self._image_folders[split] or self._name(split) or "")
         parse = partial(
             parse_coco, annotation_file, image_root, class_names=class_names, max_bad_fraction=self.max_bad_fraction
         )
@@ -119,4 +120,11 @@ class COCODataModule(DetectionDataModule):
 
     def _annotation_file(self, split: Split) -> Path:
         given = self._annotation_files[split]
-        return self.root / (given or Path("annotations", f"instances_{self._names[split]}.json"))
+        return self.root / (given or Path("annotations", f"instances_{self._name(split)}.json"))
+
+    def _name(self, split: Split) -> str | None:
+        """Return what a split is called. The default is COCO's own name, or else the plain word."""
+        name = self._names[split]
+        plain_file, own_file = (self.root / "annotations" / f"instances_{word}.json" for word in (split, name))
+        is_default = name == f"{split}2017" and self._annotation_files[split] is None
+        return split if is_default and plain_file.exists() and not own_file.exists() else name

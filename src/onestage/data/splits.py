@@ -39,9 +39,9 @@ def assign_parts(annotations: AnnotationSet, shares: Sequence[float]) -> npt.NDA
     """Return the part of every image, [N] of 0..P-1, such that each part gets its share of the images of each class.
 
     Iterative stratification (Sechidis et al., "On the stratification of multi-label data", ECML 2011, algorithm 1):
-    the rarest class first, each of its images to the part that is furthest from its share of that class. Images of the
-    same bytes go together. The result depends on the names and bytes of the files alone: not on their folder, their
-    order, or a seed.
+    the rarest class first, each of its images to the part that is furthest from its share of that class; images without
+    objects come last. Images of the same bytes go together. The result depends on the names and bytes of the files
+    alone: not on their folder, their order, or a seed.
 
     Args:
         annotations: N images.
@@ -57,7 +57,7 @@ def assign_parts(annotations: AnnotationSet, shares: Sequence[float]) -> npt.NDA
     part_of_image = np.full(len(annotations), -1, dtype=np.int64)
     remaining = dict(counts)
     while remaining:
-        rarest = min(remaining, key=lambda name: (remaining[name], name))
+        rarest = min(remaining, key=lambda name: (name == NOTHING, remaining[name], name))
         for group in groups_of_class[rarest]:
             rows = groups[group]
             if part_of_image[rows[0]] >= 0:
