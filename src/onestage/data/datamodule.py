@@ -10,8 +10,9 @@ from onestage.data.dataset import DetectionDataset
 from onestage.data.image_cache import open_images
 from onestage.data.loader import DetectionLoader, StartMethod, num_auto_workers, open_loader
 from onestage.data.samplers import EvaluationSampler, TrainingSampler
-from onestage.data.sampling import Sampling
+from onestage.data.sampling import Sampling, checked_repeats
 from onestage.data.settings import require_at_least, require_fraction
+from onestage.data.start_report import report_sampling
 from onestage.data.transforms import SeededTransform, resize_transforms, training_transforms
 from onestage.types import Stage
 
@@ -121,6 +122,10 @@ class DetectionDataModule(AnnotatedDataModule):
             images=open_images(self.cache, annotations, self.image_size, self._num_processes),
             max_bad_fraction=self.max_bad_fraction,
         )
+        repeats = None
+        if self.sampling is not None:
+            repeats = checked_repeats(self.sampling, annotations)
+            report_sampling(annotations, repeats)
         rank, world_size = self._place()
         sampler = TrainingSampler(
             dataset,
@@ -128,7 +133,7 @@ class DetectionDataModule(AnnotatedDataModule):
             seed=self.seed,
             rank=rank,
             world_size=world_size,
-            repeats=self.sampling.repeats(annotations) if self.sampling is not None else None,
+            repeats=repeats,
         )
         self._train_loader = self._loader(dataset, sampler)
         self._train_loader.load_state_dict(self._position)

@@ -70,6 +70,23 @@ class ClassBalancedSampling(Sampling):
         return repeats
 
 
+def checked_repeats(sampling: Sampling, annotations: AnnotationSet) -> npt.NDArray[np.float64]:
+    """Return the repeats of every image, [N].
+
+    Raises:
+        ConfigError: the rule gives something else, such as NaN, a negative number, or none at all.
+    """
+    repeats = np.asarray(sampling.repeats(annotations), dtype=np.float64)
+    if repeats.shape != (len(annotations),) or not (repeats >= 0).all() or not 0 < repeats.sum() < np.inf:
+        raise ConfigError(
+            f"data.sampling: {type(sampling).__name__} gives repeats of shape {repeats.shape}, "
+            f"{repeats.min(initial=0):g} to {repeats.max(initial=0):g}; it must give one number >= 0 for each of the "
+            f"{len(annotations)} images.\n"
+            "Correct its method `repeats`."
+        )
+    return repeats
+
+
 def _pairs(annotations: AnnotationSet) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return every (image, class on it) once. Crowds do not count: nothing is learnt from them."""
     images = np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets))
