@@ -100,9 +100,10 @@ def _clean_objects(objects: list[JSONDict], annotations: AnnotationSet, changes:
             "category_id": int(entry["category_id"]),
             "iscrowd": int(annotations.is_crowd[row]),
         }
+        area = float(annotations.areas[row])
         if not np.allclose(box, np.array(entry["bbox"], dtype=np.float64), atol=10.0**-BOX_DECIMALS):
             new["bbox"] = box
-        area = float(annotations.areas[row])
+            area = min(area, box[2] * box[3])  # of a box that was cut no more can be left
         if not isinstance(entry.get("area"), int | float) or not np.isclose(area, entry["area"], rtol=1e-4):
             new["area"] = round(area, BOX_DECIMALS)
         changed = {key: [entry.get(key), value] for key, value in new.items() if entry.get(key) != value}
