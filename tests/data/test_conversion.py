@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from yolo_files import write_image
 
 from onestage.cli import main
@@ -98,6 +100,21 @@ def test_coco_to_coco_keeps_every_number(tmp_path: Path) -> None:
             assert np.array_equal(getattr(before, name), getattr(after, name)), name
         assert (before.class_names, before.category_ids) == (after.class_names, after.category_ids)
         assert file.exists()
+
+
+def test_coco_is_read_by_pycocotools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_conversion(write_source(tmp_path / "in"), "coco", tmp_path / "out", name_by_split={"train2017": "train"})
+    coco = COCO(str(tmp_path / "out/annotations/instances_train.json"))
+    results = [
+        {"image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": entry["bbox"], "score": 0.9}
+        for entry in coco.dataset["annotations"]
+    ]
+    evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(1)  # what is annotated is found, with pycocotools' own reading of it
+    capsys.readouterr()
 
 
 def test_coco_to_voc_counts_what_is_lost(tmp_path: Path) -> None:

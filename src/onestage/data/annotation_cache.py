@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from onestage import __version__
 from onestage.data.cache_folder import cache_folder
 from onestage.types import AnnotationSet, Finding
 
@@ -52,7 +53,7 @@ def parse_once(
     except OSError:
         return parse()  # says what is wrong
     names = [str(annotation_file), str(annotation_file.resolve()), str(image_root), str(image_root.resolve())]
-    key = json.dumps([SCHEMA, content, *names, *settings])
+    key = json.dumps([SCHEMA, __version__, content, *names, *settings])
     entry = cache_folder() / "annotations" / f"{hashlib.blake2b(key.encode(), digest_size=20).hexdigest()}.npz"
     found = _load(entry)
     if found is not None:

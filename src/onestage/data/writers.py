@@ -38,6 +38,7 @@ def write_coco(root: Path, splits: Sequence[WritableSplit]) -> Losses:
     for name, annotations, file_names in splits:
         categories = zip(annotations.category_ids, annotations.class_names, strict=True)
         content = {
+            "info": {"description": annotations.source},  # pycocotools asks for it
             "images": [
                 {"id": int(image_id), "file_name": file_name, "width": int(width), "height": int(height)}
                 for image_id, file_name, (height, width) in zip(
