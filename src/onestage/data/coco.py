@@ -234,7 +234,7 @@ def _read_areas(
     A smaller area than the box's is its segment's, whether or not the file still has the segment.
     """
     values = [entry.get("area") for entry in annotations]
-    areas = _floats([value if type(value) in (int, float) else np.nan for value in values])
+    areas = _floats([value if isinstance(value, int | float) and value is not True else np.nan for value in values])
     with np.errstate(invalid="ignore"):
         is_wrong = (areas <= 0) | (areas > (1 + AREA_TOLERANCE) * box_areas + 1)
         is_wrong = is_wrong & (box_areas > 0)  # a bad box is a finding of its own
