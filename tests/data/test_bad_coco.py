@@ -309,6 +309,15 @@ def test_row_27_only_bad_boxes_stop(tmp_path: Path) -> None:
     assert_refused(write_coco(tmp_path, content), "none of the 2 boxes can be used", "Correct the boxes")
 
 
+def test_row_28_a_training_that_validates_on_its_own_images_warns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_coco(tmp_path, coco_content())
+    paths = {"train_annotations": "train.json", "val_annotations": "train.json", "train": "train", "val": "train"}
+    COCODataModule(tmp_path, **paths).setup("fit")
+    assert "4 images are in validation too" in caplog.text
+
+
 def test_row_28_no_images_stop_and_one_split_twice_is_a_warning(tmp_path: Path) -> None:
     content = coco_content()
     assert_refused(write_coco(tmp_path, {**content, "images": []}), "'images' is empty")

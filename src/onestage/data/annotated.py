@@ -16,7 +16,7 @@ from onestage.data.images import read_image
 from onestage.data.records import require_objects
 from onestage.data.settings import require_classes, require_fraction, require_same_categories, require_split
 from onestage.data.splits import split_by_fold, split_by_fraction
-from onestage.data.start_report import report_skipped
+from onestage.data.start_report import report_shared_images, report_skipped
 from onestage.types import AnnotationSet, Stage
 
 Split = Literal["train", "val", "test"]
@@ -110,6 +110,8 @@ class AnnotatedDataModule(LightningDataModule, ABC):
         }
         for name in stages[stage]:
             self._check_images(self._split_of(name))
+        if stage == "fit":
+            report_shared_images(self.annotations("train"), self.annotations("val"))
 
     def annotations(self, stage: Stage) -> AnnotationSet:
         """Return the split that `stage` reads. It is parsed once.

@@ -45,7 +45,7 @@ def find_leakage(splits: Sequence[tuple[str, AnnotationSet]], near_copies: bool 
     if len(splits) < 2:
         return []
     owners = [(name, str(path)) for name, annotations in splits for path in annotations.image_paths]
-    findings, shared = _same_files(splits)
+    findings, shared = same_files(splits)
     copies, copied = _exact_copies([owner for owner in owners if owner[1] not in shared])
     findings += copies
     if near_copies:
@@ -53,7 +53,7 @@ def find_leakage(splits: Sequence[tuple[str, AnnotationSet]], near_copies: bool 
     return findings
 
 
-def _same_files(splits: Sequence[tuple[str, AnnotationSet]]) -> tuple[list[Finding], set[str]]:
+def same_files(splits: Sequence[tuple[str, AnnotationSet]]) -> tuple[list[Finding], set[str]]:
     """Return a finding for each pair of splits that name the same files, and those files."""
     findings = []
     shared: set[str] = set()

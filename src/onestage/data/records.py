@@ -245,5 +245,5 @@ def _next_fraction(num_bad: int, total: int) -> float:
 def _refuse(source: str, problem: str, lines: Sequence[str], remedy: str) -> NoReturn:
     """Raise an error that quotes the first few lines."""
     examples = "".join(f"\n  {line}" for line in lines[:NUM_EXAMPLES])
-    more = f"\n  and {len(lines) - NUM_EXAMPLES} more" if len(lines) > NUM_EXAMPLES else ""
+    more = f"\n  and {len(lines) - NUM_EXAMPLES} more; see all: onestage doctor" if len(lines) > NUM_EXAMPLES else ""
     raise AnnotationError(f"{source}: {problem}.{examples}{more}\n{remedy}")

@@ -7,6 +7,7 @@ import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from onestage.data.findings import start_messages
+from onestage.data.leakage import same_files
 from onestage.types import AnnotationSet
 
 logger = logging.getLogger(__name__)
@@ -36,3 +37,10 @@ def report_sampling(annotations: AnnotationSet, repeats: npt.NDArray[np.float64]
         return
     counts = f"{repeats.sum():.0f} images of {len(repeats)}, one of them up to {repeats.max():.1f} times"
     rank_zero_info(f"data.sampling: an epoch shows {counts}")
+
+
+@rank_zero_only
+def report_shared_images(train: AnnotationSet, val: AnnotationSet) -> None:
+    """Warn, on one process, when training and validation look at the same files; to overfit on purpose is allowed."""
+    for finding in same_files([("training", train), ("validation", val)])[0]:
+        logger.warning("%s", finding.line)
