@@ -15,9 +15,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from onestage.data.anchor_table import find_anchors
 from onestage.data.coco import parse_coco
+from onestage.data.diagnosis import Depth, examine
+from onestage.data.doctor_report import as_json, as_text
 from onestage.data.image_headers import check_header
 from onestage.data.images import read_image
+from onestage.data.sources import find_sources, read_splits
 from onestage.data.voc import parse_voc
 from onestage.data.yolo import parse_yolo
 from onestage.errors import OnestageError
@@ -90,14 +94,21 @@ def samples(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     settings = "path: .\ntrain: images/train\nval: images/train\nnc: 2\nnames: {0: cat, 1: dog}\n"
     (folder / "yolo" / "data.yaml").write_text(settings)
 
-    def coco_reader() -> object:
-        return parse_coco(folder / "coco.json", folder / "coco")
+    def reader(path: Path, parse: Callable[[], object]) -> Callable[[], object]:
+        def read() -> object:
+            try:
+                return parse()
+            finally:  # whatever the parser says, doctor must have something to say too
+                diagnosis, _ = examine(read_splits(find_sources([path])), anchors, Depth(near_copies=False))
+                assert as_text(diagnosis)
+                assert as_json(diagnosis, diagnosis.exit_code)
 
-    def voc_reader() -> object:
-        return parse_voc(folder / "voc", ["train"])
+        return read
 
-    def yolo_reader() -> object:
-        return parse_yolo(folder / "yolo" / "data.yaml", "train")
+    anchors = find_anchors("SSD160", "voc")
+    coco_reader = reader(folder / "coco.json", lambda: parse_coco(folder / "coco.json", folder / "coco"))
+    voc_reader = reader(folder / "voc", lambda: parse_voc(folder / "voc", ["train"]))
+    yolo_reader = reader(folder / "yolo" / "data.yaml", lambda: parse_yolo(folder / "yolo" / "data.yaml", "train"))
 
     def image_reader(name: str) -> Callable[[], object]:
         return lambda: (check_header(str(folder / name)), read_image(folder / name))

@@ -13,6 +13,7 @@ from onestage.errors import AnnotationError
 
 SETTINGS_FILES = ("data.yaml", "data.yml", "dataset.yaml", "yolo.yaml")
 NAMES_FILE = "classes.txt"  # as labelImg writes it
+MAX_DEPTH = 10  # data.yaml has 2
 MAX_SETTINGS_BYTES = 1 << 20  # ten thousand classes take a fifth of it
 SPLIT_WORDS = {"val": ("val", "valid", "validation")}
 IMAGES, LABELS = "images", "labels"
@@ -121,9 +122,14 @@ def _read_yaml(file: Path) -> YOLOSettings:
 
 def _parse_yaml(source: str, content: bytes) -> Any:
     """Parse YAML without aliases: a few of them can stand for gigabytes, and nobody needs them here."""
+    depth = 0
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=yaml.SafeLoader)):
-            _refuse(source, "has YAML aliases, which data.yaml needs not", "Write the values out.")
+        for event in yaml.parse(content, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                _refuse(source, "has YAML aliases, which data.yaml needs not", "Write the values out.")
+            if depth > MAX_DEPTH:  # thousands of brackets take the parser seconds
+                _refuse(source, f"is nested more than {MAX_DEPTH} deep", "Write it as data.yaml is written.")
         return yaml.safe_load(content)
     except (yaml.YAMLError, ValueError, RecursionError) as reason:  # ValueError: a date such as 2024-99-99
         mark = getattr(reason, "problem_mark", None)
