@@ -204,7 +204,7 @@ class OneSplit(DetectionDataModule):
     """A data module around a hand-written set."""
 
     def __init__(self, annotations: AnnotationSet, num_workers: int) -> None:
-        super().__init__(image_size=32, batch_size=2, num_workers=num_workers)
+        super().__init__("nowhere", image_size=32, batch_size=2, num_workers=num_workers)
         self.split = annotations
 
     def parse(self, split: str, class_names: object) -> AnnotationSet:
