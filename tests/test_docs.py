@@ -1,7 +1,10 @@
 """The code in docs/ runs, and the tables there agree with the code."""
 
+import json
 import math
 import re
+import shutil
+import sys
 import types
 from pathlib import Path
 
@@ -10,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 
 import onestage.errors
+from onestage.cli import main
+from onestage.data import DetectionDataModule
 from onestage.errors import AnnotationError, OnestageError
 from onestage.types import BACKGROUND, IGNORE, Targets
 
@@ -58,8 +64,8 @@ def test_the_model_of_the_docs_has_an_anchor_for_every_output() -> None:
 
 @pytest.fixture
 def csv_folder(tmp_path: Path) -> Path:
-    for name in ("a.png", "b.png"):
-        cv2.imwrite(str(tmp_path / name), np.zeros((40, 60, 3), dtype=np.uint8))
+    for gray, name in enumerate(("a.png", "b.png")):
+        cv2.imwrite(str(tmp_path / name), np.full((40, 60, 3), gray, dtype=np.uint8))
     lines = "a.png,1,2,11,22,dog\nb.png,,,,,\na.png,5,5,9,9,cat\n"
     for split in ("train", "val"):
         (tmp_path / f"{split}.csv").write_text(lines, encoding="utf-8")
@@ -83,6 +89,80 @@ def test_the_data_module_of_the_docs_names_a_wrong_line(csv_folder: Path) -> Non
         data.annotations("val")
 
 
+def build_data(config: dict) -> DetectionDataModule:
+    """Build a data module from the `data` section of a config, as the command line does."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(DetectionDataModule, "data", required=True)
+    return parser.instantiate_classes(parser.parse_object(config)).data
+
+
+def lay_out(root: Path, name: str) -> None:
+    """Put the files where the comment of the page says they are."""
+    for split in ("train", "val"):
+        if name == "COCODataModule":
+            image = root / split / "a.jpg"
+            entry = {"id": 1, "file_name": "a.jpg", "width": 60, "height": 40}
+            box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 10, 20], "area": 200, "iscrowd": 0}
+            content = {"images": [entry], "annotations": [box], "categories": [{"id": 1, "name": "dog"}]}
+            label, text = root / "annotations" / f"instances_{split}.json", json.dumps(content)
+        elif name == "VOCDataModule":
+            image = root / "JPEGImages" / f"{split}.jpg"
+            bndbox = "<bndbox><xmin>2</xmin><ymin>3</ymin><xmax>11</xmax><ymax>22</ymax></bndbox>"
+            text = f"<annotation><object><name>dog</name>{bndbox}</object></annotation>"
+            label = root / "Annotations" / f"{split}.xml"
+            (root / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
+            (root / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{split}\n")
+        else:
+            image, label = root / "images" / split / "a.jpg", root / "labels" / split / "a.txt"
+            text = "0 0.1 0.3 0.166666667 0.5\n"
+        for path in (image, label):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        (root / "classes.txt").write_text("dog\n")  # YOLO's; the others pass over it
+        cv2.imwrite(str(image), np.zeros((40, 60, 3), dtype=np.uint8))
+        label.write_text(text)
+
+
+def test_two_lines_of_the_docs_read_a_data_set_of_each_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [text for text in blocks("add_a_dataset.md", "yaml") if "csv_datamodule" not in text]
+    names = []
+    for text in texts:
+        assert len(text.splitlines()) == 3  # `data:` and the two
+        config = yaml.safe_load(text)
+        names.append(config["data"]["class_path"].split(".")[-1])
+        monkeypatch.chdir(tmp_path)
+        root = tmp_path / config["data"]["init_args"]["root"]
+        lay_out(root, names[-1])
+        data = build_data(config)
+        data.setup("fit")
+        for split in ("train", "val"):
+            assert data.annotations(split).boxes == pytest.approx(np.array([[1, 2, 11, 22]]), abs=1e-4)
+        assert data.class_names == ["dog"]
+        shutil.rmtree(root)
+    assert names == ["COCODataModule", "VOCDataModule", "YOLODataModule"]
+
+
+def test_every_data_section_of_the_docs_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onestage.data.csv_datamodule", run_example("add_a_dataset.md"))
+    num_sections = 0
+    for page in DOCS:
+        for text in blocks(page.name, "yaml"):
+            config = yaml.safe_load(text)
+            if "class_path" in config.get("data", {}):
+                assert isinstance(build_data({"data": config["data"]}), DetectionDataModule)
+                num_sections += 1
+    assert num_sections >= 9
+
+
+def test_the_data_module_of_the_docs_is_short_and_takes_every_key(csv_folder: Path) -> None:
+    (source,) = blocks("add_a_dataset.md", "python")
+    lines = source[source.index("class CSVDataModule") :].splitlines()
+    assert len(lines) <= 15
+    module = run_example("add_a_dataset.md").CSVDataModule
+    data = module(csv_folder, image_size=64, batch_size=1, num_workers=0, val_fraction=0.5)
+    assert (len(data.annotations("train")), len(data.annotations("val"))) == (1, 1)
+    assert next(iter(data.train_dataloader())).images.shape == (1, 3, 64, 64)
+
+
 @pytest.mark.parametrize("page", [path.name for path in DOCS])
 def test_every_config_of_the_docs_is_yaml_and_every_file_it_points_to_exists(page: str) -> None:
     for block in blocks(page, "yaml"):
@@ -97,3 +177,16 @@ def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
     kinds = {name: kind for name, kind in vars(onestage.errors).items() if isinstance(kind, type)}
     kinds.pop(OnestageError.__name__)
     assert documented == {name: kind.exit_code for name, kind in kinds.items()}
+
+
+def test_the_recipe_of_the_docs_lies_over_a_shipped_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (block,) = blocks("data_pipeline.md", "yaml")
+    (tmp_path / "mine.yaml").write_text(block, encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "configs/voc_ssd300.yaml", "--config", str(tmp_path / "mine.yaml"), "--print_config"])
+    (recipe,) = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["train_transforms"]
+    assert recipe["class_path"].endswith("SSDAugmentation")
+    assert recipe["init_args"]["crop"]["init_args"]["scale"] == [0.6, 1.0]

@@ -1,78 +1,144 @@
-"""SSD's augmentation per core: torchvision's v2 transforms, and ours through albumentations.
+"""SSD's augmentation per core: torchvision's v2 transforms, and ours; from decoded images, and from JPEG files.
 
-Both start from a decoded uint8 image with its boxes and end with 300 x 300 uint8 and boxes in its pixels, in the order
-of the SSD recipe: photometric distortion, zoom-out, min-IoU crop, flip, resize. The draws differ, so the results
-cannot be equal; what is asserted is said in the output.
+All end with 300 x 300 uint8 and boxes in its pixels, by the SSD recipe: photometric distortion, zoom-out, min-IoU crop,
+flip, resize. Ours draws the resize's interpolation from five, as the Caffe code does, of which two take ten times as
+long as the bilinear one of the others. The draws differ, so the results cannot be equal; what is asserted is said in
+the output.
 """
 
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import albumentations as A
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torchvision import tv_tensors
+from torchvision.io import decode_image
 from torchvision.transforms import v2
 
+from benchmarks.image_files import read_samples, write_images
 from benchmarks.timing import compare
-from onestage.data.crops import IMAGENET_MEAN_RGB
+from onestage.data.crops import IMAGENET_MEAN_RGB, SSDMinIoUCrop, SSDZoomOut
+from onestage.data.disk_cache import DiskCache
+from onestage.data.image_reader import FileReader, ImageReader
+from onestage.data.memory_cache import MemoryCache
+from onestage.data.photometric import SSDPhotometricDistort
+from onestage.data.ssd_augmentation import SSDAugmentation
 from onestage.data.transforms import SeededTransform, resize_transforms, ssd_transforms
+from onestage.types import AnnotationSet
 
 IMAGE_SIZE = 300
-HEIGHT, WIDTH = 480, 640
-MEAN_BOXES = 7.25
+SHORT_SIDE = 400  # of cached copies, 4/3 of the network's input
 
 Sample = tuple[np.ndarray, np.ndarray]  # [H, W, 3] uint8, [n, 4] float32 xyxy
 
 
-def run(rounds: int, quick: bool) -> None:
-    """Augment the same images, on one thread."""
+def run(rounds: int, quick: bool, images: Path | None = None) -> None:
+    """Augment the same images, on one thread. images: a folder of JPEG files instead of the drawn ones."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    samples = synthetic_samples(4 if quick else 128)
-    _assert_same_resize(samples)
-    if not quick:
-        _assert_similar_results(samples)
-    contestants = {
-        "torchvision v2": lambda: [_with_torchvision(TORCHVISION_SSD, sample) for sample in samples],
-        "onestage": lambda: _with_onestage(samples, epoch=0),
-    }
-    compare(f"augmentation of {len(samples)} images of {HEIGHT} x {WIDTH}", contestants, rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        annotations = write_images(Path(folder) / "images", 4 if quick else 128, images)
+        samples = read_samples(annotations)
+        _assert_same_resize(samples)
+        if not quick:
+            _assert_similar_results(samples)
+        print(_described(annotations, samples))
+        compare(f"augmentation of {len(samples)} decoded images", _from_pixels(samples), rounds)
+        contestants = _from_files(annotations, samples, Path(folder) / "cache")
+        compare(f"decoding and augmentation of {len(samples)} JPEG files", contestants, rounds)
 
 
-TORCHVISION_SSD = v2.Compose(
-    [
-        v2.RandomPhotometricDistort(),
+def torchvision_ssd(*, photometric_last: bool = False) -> v2.Compose:
+    """Return the recipe of torchvision's reference training, with the resize that its model does on floats."""
+    photometric = v2.RandomPhotometricDistort()
+    geometry = [
         v2.RandomZoomOut(fill=list(IMAGENET_MEAN_RGB)),
         v2.RandomIoUCrop(),
         v2.RandomHorizontalFlip(),
         v2.Resize((IMAGE_SIZE, IMAGE_SIZE), antialias=False),
-        v2.SanitizeBoundingBoxes(labels_getter=None),
     ]
-)
+    order = [*geometry, photometric] if photometric_last else [photometric, *geometry]
+    return v2.Compose([*order, v2.SanitizeBoundingBoxes(labels_getter=None)])
+
+
+STEP_BY_STEP = [SSDPhotometricDistort(), SSDZoomOut(), SSDMinIoUCrop(), A.HorizontalFlip(p=0.5)]
 SSD = SeededTransform(ssd_transforms(IMAGE_SIZE), IMAGE_SIZE)
 
 
-def synthetic_samples(count: int) -> list[Sample]:
-    """Return smooth noise with boxes from 16 px to half of the image; the same on every call."""
-    random = np.random.default_rng(0)
-    samples = []
-    for _ in range(count):
-        coarse = random.integers(0, 256, (HEIGHT // 16, WIDTH // 16, 3), np.uint8)
-        image = cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-        sides = random.uniform(16, 240, (1 + random.poisson(MEAN_BOXES - 1), 2))
-        corners = random.uniform(0, 1, sides.shape) * ((WIDTH, HEIGHT) - sides)
-        samples.append((image, np.concatenate([corners, corners + sides], axis=1).astype(np.float32)))
-    return samples
+def _from_pixels(samples: list[Sample]) -> dict[str, Callable[[], object]]:
+    reference, last = torchvision_ssd(), torchvision_ssd(photometric_last=True)
+    bilinear = SeededTransform([SSDAugmentation(IMAGE_SIZE, interpolations=("linear",))], IMAGE_SIZE)
+    first = SeededTransform([SSDAugmentation(IMAGE_SIZE, distort_first=True)], IMAGE_SIZE)
+    steps = SeededTransform(STEP_BY_STEP, IMAGE_SIZE)
+    return {
+        "torchvision v2": lambda: [_with_torchvision(reference, *sample) for sample in samples],
+        "torchvision v2, photometric last": lambda: [_with_torchvision(last, *sample) for sample in samples],
+        "onestage": lambda: _with_onestage(SSD, samples),
+        "onestage, bilinear only": lambda: _with_onestage(bilinear, samples),
+        "onestage, photometric first": lambda: _with_onestage(first, samples),
+        "onestage, step by step, bilinear": lambda: _with_onestage(steps, samples),
+    }
 
 
-def _with_torchvision(transform: v2.Transform, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-    image, boxes = sample
-    target = {"boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[:2])}
-    result, target = transform(tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), target)
-    return result.permute(1, 2, 0).numpy(), target["boxes"].numpy()
+def _from_files(annotations: AnnotationSet, samples: list[Sample], folder: Path) -> dict[str, Callable[[], object]]:
+    reference = torchvision_ssd()
+    paths, boxes = annotations.image_paths.tolist(), [sample[1] for sample in samples]
+
+    def from_pillow() -> None:
+        for path, given in zip(paths, boxes, strict=True):
+            pixels = v2.functional.pil_to_tensor(Image.open(path).convert("RGB"))
+            _augment_with_torchvision(reference, pixels, given)
+
+    def from_torchvision() -> None:
+        for path, given in zip(paths, boxes, strict=True):
+            _augment_with_torchvision(reference, decode_image(path, mode="RGB"), given)
+
+    def from_reader(reader: ImageReader) -> Callable[[], object]:
+        def read_and_augment() -> None:
+            for index, given in enumerate(boxes):
+                image = reader.read(index)
+                scale = image.pixels.shape[0] / image.original_size[0]
+                SSD(image.pixels, given * np.float32(scale), key=(0, 0, index))
+
+        return read_and_augment
+
+    return {
+        "torchvision v2, Pillow": from_pillow,
+        "torchvision v2, torchvision.io": from_torchvision,
+        "onestage": from_reader(FileReader(annotations)),
+        "onestage, data.cache: disk": from_reader(DiskCache(annotations, SHORT_SIDE, folder)),
+        "onestage, data.cache: ram": from_reader(MemoryCache(annotations, SHORT_SIDE, 1)),
+    }
 
 
-def _with_onestage(samples: list[Sample], epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    results = (SSD(image, boxes, key=(0, epoch, index)) for index, (image, boxes) in enumerate(samples))
+def _with_torchvision(transform: v2.Transform, image: np.ndarray, boxes: np.ndarray) -> Sample:
+    result, new_boxes = _augment_with_torchvision(transform, torch.from_numpy(image).permute(2, 0, 1), boxes)
+    return result.permute(1, 2, 0).numpy(), new_boxes.numpy()
+
+
+def _augment_with_torchvision(
+    transform: v2.Transform, pixels: torch.Tensor, boxes: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    size = tuple(pixels.shape[-2:])
+    target = {"boxes": tv_tensors.BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=size)}
+    result, target = transform(tv_tensors.Image(pixels), target)
+    return result, target["boxes"]
+
+
+def _with_onestage(transform: SeededTransform, samples: list[Sample], epoch: int = 0) -> list[Sample]:
+    results = (transform(image, boxes, key=(0, epoch, index)) for index, (image, boxes) in enumerate(samples))
     return [(result.image, result.boxes) for result in results]
+
+
+def _described(annotations: AnnotationSet, samples: list[Sample]) -> str:
+    lengths = [Path(path).stat().st_size for path in annotations.image_paths.tolist()]
+    pixels = [image.shape[0] * image.shape[1] for image, _ in samples]
+    boxes = len(annotations.boxes) / len(annotations)
+    return f"mean image: {np.mean(pixels) / 1e6:.2f} million pixels, {np.mean(lengths) / 1e3:.0f} kB, {boxes:.1f} boxes"
 
 
 def _assert_same_resize(samples: list[Sample]) -> None:
@@ -80,7 +146,7 @@ def _assert_same_resize(samples: list[Sample]) -> None:
     ours = SeededTransform(resize_transforms(IMAGE_SIZE), IMAGE_SIZE)
     theirs = v2.Resize((IMAGE_SIZE, IMAGE_SIZE), antialias=False)
     for sample in samples[:16]:
-        image, boxes = _with_torchvision(theirs, sample)
+        image, boxes = _with_torchvision(theirs, *sample)
         result = ours(*sample, key=(0, 0, 0))
         assert np.abs(image.astype(int) - result.image).max() <= 2, "resized pixels differ by more than 2 levels"
         assert np.abs(boxes - result.boxes).max() < 1e-3, "resized boxes differ"
@@ -91,8 +157,9 @@ def _assert_similar_results(samples: list[Sample]) -> None:
     """Random draws differ, so over many of them the results should look alike."""
     torch.manual_seed(0)
     repeats = 8
-    theirs = [_with_torchvision(TORCHVISION_SSD, sample) for _ in range(repeats) for sample in samples]
-    ours = [result for epoch in range(repeats) for result in _with_onestage(samples, epoch)]
+    reference = torchvision_ssd()
+    theirs = [_with_torchvision(reference, *sample) for _ in range(repeats) for sample in samples]
+    ours = [result for epoch in range(repeats) for result in _with_onestage(SSD, samples, epoch)]
     for name, statistic in {"boxes per image": _boxes_per_image, "mean side of a box, px": _mean_side}.items():
         expected, found = statistic(theirs), statistic(ours)
         print(f"{name}: torchvision {expected:.2f}, onestage {found:.2f}")
@@ -101,10 +168,10 @@ def _assert_similar_results(samples: list[Sample]) -> None:
     print(f"asserted: over {len(ours)} images both within a quarter of torchvision's; all 300 x 300 uint8")
 
 
-def _boxes_per_image(results: list[tuple[np.ndarray, np.ndarray]]) -> float:
+def _boxes_per_image(results: list[Sample]) -> float:
     return float(np.mean([len(boxes) for _, boxes in results]))
 
 
-def _mean_side(results: list[tuple[np.ndarray, np.ndarray]]) -> float:
+def _mean_side(results: list[Sample]) -> float:
     boxes = np.concatenate([boxes for _, boxes in results])
     return float(np.mean(boxes[:, 2:] - boxes[:, :2]))

@@ -16,12 +16,19 @@ TRAINER_COMMANDS = {
     "losses": "draw how unequally a checkpoint's anchors share the loss, for each gamma",
 }
 
+# These answer at once: neither Lightning nor a model is imported.
+DATA_COMMANDS = {
+    "doctor": "check a data set: files, boxes, classes, leakage, and what the anchors can learn",
+    "anchors": "fit a detector's anchors to a data set",
+    "convert": "convert a data set between COCO, VOC and YOLO",
+}
+
 HELP = f"""onestage {__version__}: train one-stage object detectors
 
 usage: onestage COMMAND [options]
 
 commands:
-{chr(10).join(f"  {name:<10}{what}" for name, what in TRAINER_COMMANDS.items())}
+{chr(10).join(f"  {name:<10}{what}" for name, what in {**TRAINER_COMMANDS, **DATA_COMMANDS}.items())}
 
 options:
   --help      this text; after a command, all of its keys
@@ -34,6 +41,8 @@ examples:
   onestage validate --ckpt_path runs/shapes_ssd/version_0/checkpoints/best.ckpt
   onestage predict --ckpt_path runs/shapes_ssd/version_0/checkpoints/best.ckpt --data.predict_dir photos/
   onestage fit --config configs/shapes_ssd.yaml --print_config
+  onestage doctor data/voc
+  onestage convert data/voc --to coco --out data/voc_coco
 
 configs/trainer.yaml is read first for every command; later files and options override earlier ones.
 """
@@ -69,10 +78,19 @@ def run(words: list[str]) -> int:
     if words[0] in ("--version", "-V"):
         print(f"onestage {__version__}")
         return 0
+    if words[0] == "convert":
+        from onestage.data.convert_command import run_convert
+
+        return run_convert(words[1:])
+    if words[0] in DATA_COMMANDS:
+        from onestage.data import doctor
+
+        return doctor.run_doctor(words[1:]) if words[0] == "doctor" else doctor.run_anchors(words[1:])
     if words[0] not in TRAINER_COMMANDS:
-        close = get_close_matches(words[0], TRAINER_COMMANDS, n=1)
+        commands = [*TRAINER_COMMANDS, *DATA_COMMANDS]
+        close = get_close_matches(words[0], commands, n=1)
         hint = f"Did you mean: onestage {close[0]}" if close else "See: onestage --help"
-        raise ConfigError(f"{words[0]!r} is not a command; there are {', '.join(TRAINER_COMMANDS)}. {hint}")
+        raise ConfigError(f"{words[0]!r} is not a command; there are {', '.join(commands)}. {hint}")
 
     from onestage.training.commands import run_trainer_command  # seconds of imports
 

@@ -70,6 +70,25 @@ class Detections(NamedTuple):
     labels: Tensor  # [B, D] int64
 
 
+Effect = Literal["error", "left out", "warning", "note"]  # what a finding does to a training: stop it, ... nothing
+
+
+class Finding(NamedTuple):
+    """Something in a data set that breaks a rule (`onestage.data.rules`), or that its owner should know."""
+
+    rule: str
+    effect: Effect
+    place: str  # the file, and the image, object or line in it
+    problem: str  # what is there, and what should be
+    remedy: str
+    num_items: int = 1  # boxes or images that it stands for
+
+    @property
+    def line(self) -> str:
+        """Return place and problem."""
+        return f"{self.place}: {self.problem}"
+
+
 @dataclass(frozen=True, eq=False)
 class AnnotationSet:
     """All annotations of one split as flat arrays, which loader workers share without copying.
@@ -89,7 +108,12 @@ class AnnotationSet:
     is_difficult: npt.NDArray[np.bool_]  # [T] VOC's flag
     class_names: tuple[str, ...]  # [K]
     category_ids: tuple[int, ...]  # [K] the data set's own id of each label
-    skipped: tuple[str, ...] = ()  # one line for each object or image that was left out, and why
+    findings: tuple[Finding, ...] = ()  # what its parser found, one for each object or image that was left out
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """One line for each object or image that was left out, and why."""
+        return tuple(finding.line for finding in self.findings if finding.effect == "left out")
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -1,5 +1,4 @@
 import json
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -92,13 +91,14 @@ def test_a_file_without_objects_is_a_set_of_negatives(tmp_path: Path) -> None:
     assert (len(annotations), len(annotations.boxes), len(annotations.class_names)) == (3, 0, 3)
 
 
-def test_ids_that_are_all_strings_are_read_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ids_that_are_all_strings_are_read_with_a_warning(tmp_path: Path) -> None:
     content = good_content()
     for annotation in content["annotations"]:
         annotation["image_id"] = str(annotation["image_id"])
-    with caplog.at_level(logging.WARNING):
-        assert parse(tmp_path, content).box_offsets.tolist() == [0, 1, 3, 3]
-    assert "image_id" in caplog.text
+    annotations = parse(tmp_path, content)
+    assert annotations.box_offsets.tolist() == [0, 1, 3, 3]
+    assert [(f.rule, f.effect) for f in annotations.findings] == [("ids as text", "warning")]
+    assert "image_id" in annotations.findings[0].problem
 
 
 def test_annotation_ids_do_not_matter(tmp_path: Path) -> None:
@@ -108,13 +108,13 @@ def test_annotation_ids_do_not_matter(tmp_path: Path) -> None:
     assert parse(tmp_path, content).labels.tolist() == [0, 2, 1]
 
 
-def test_a_root_category_without_boxes_is_no_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_root_category_without_boxes_is_no_class(tmp_path: Path) -> None:
     content = good_content()
     content["categories"] = [category | {"supercategory": "things"} for category in content["categories"]]
     content["categories"].append({"id": 0, "name": "things", "supercategory": "none"})
-    with caplog.at_level(logging.WARNING):
-        assert parse(tmp_path, content).category_ids == (4, 17, 90)
-    assert "'things'" in caplog.text
+    annotations = parse(tmp_path, content)
+    assert annotations.category_ids == (4, 17, 90)
+    assert ["'things'" in f.problem for f in annotations.findings] == [True]
 
 
 def test_a_category_0_with_boxes_is_a_class(tmp_path: Path) -> None:

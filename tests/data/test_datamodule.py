@@ -14,7 +14,14 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
 import onestage.data
-from onestage.data import COCODataModule, DetectionDataModule, ShapesDataModule, SSDZoomOut, VOCDataModule
+from onestage.data import (
+    COCODataModule,
+    DetectionDataModule,
+    ShapesDataModule,
+    SSDZoomOut,
+    VOCDataModule,
+    YOLODataModule,
+)
 from onestage.errors import AnnotationError, ConfigError, DataError
 from onestage.types import IGNORE, DetectionData
 
@@ -401,11 +408,12 @@ def test_mistyped_transform_arguments_are_refused(right: str, wrong: str) -> Non
 
 def test_data_modules_share_the_settings_of_their_base() -> None:
     shared = inspect.signature(DetectionDataModule.__init__).parameters
-    for module in (COCODataModule, VOCDataModule, ShapesDataModule):
+    for module in (COCODataModule, VOCDataModule, YOLODataModule, ShapesDataModule):
         own = inspect.signature(module.__init__).parameters
-        missing = {"max_bad_fraction"} if module is ShapesDataModule else set()  # what is drawn has no bad boxes
+        is_drawn = module is ShapesDataModule  # has no bad boxes, and both of its splits
+        missing = {"max_bad_fraction", "val_fraction", "num_folds", "fold"} if is_drawn else set()
         assert set(shared) - set(own) == missing
-        for name in set(shared) & set(own) - {"self"}:
+        for name in set(shared) & set(own) - {"self", "root"}:  # what is drawn has a root by default
             assert str(own[name]) == str(shared[name]), (module, name)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from onestage.data.datamodule import DetectionDataModule
 from onestage.data.dataset import DetectionDataset, collate
-from onestage.data.loader import DetectionLoader, start_worker
+from onestage.data.loader import DetectionLoader, open_loader, start_worker
 from onestage.data.samplers import TrainingSampler
 from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.errors import ConfigError
@@ -75,6 +75,41 @@ def test_samples_are_the_same_for_any_number_of_workers_and_new_in_every_epoch(a
     for num_workers in (1, 2):
         loader = training_loader(annotations, num_workers)
         assert [epoch_bytes(loader, epoch) for epoch in range(3)] == expected
+
+
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
+def test_samples_are_the_same_however_workers_are_started(annotations: AnnotationSet, start_method: str) -> None:
+    expected = epoch_bytes(training_loader(annotations), 1)
+    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(32), 32))
+    loader = open_loader(
+        dataset,
+        TrainingSampler(dataset, batch_size=2, seed=0),
+        batch_size=2,
+        num_workers=1,
+        prefetch_factor=2,
+        start_method=start_method,
+    )
+    assert epoch_bytes(loader, 1) == expected
+
+
+def test_samples_of_a_step_are_the_same_for_any_number_of_processes(annotations: AnnotationSet) -> None:
+    alone = training_loader(annotations, batch_size=4)
+    alone.sampler.set_epoch(2)
+    shares = []
+    for rank in (0, 1):
+        dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(32), 32))
+        sampler = TrainingSampler(dataset, batch_size=2, seed=0, rank=rank, world_size=2)
+        sampler.set_epoch(2)
+        shares.append(DetectionLoader(dataset, batch_size=2, sampler=sampler, collate_fn=collate))
+    for whole, *parts in zip(alone, *shares, strict=True):
+        expected = images_by_index(whole)
+        assert len(expected) == 4
+        assert images_by_index(parts[0]) | images_by_index(parts[1]) == expected
+
+
+def images_by_index(batch: Batch) -> dict[int, bytes]:
+    pairs = zip(batch.image_indices.tolist(), batch.images, strict=True)
+    return {index: image.numpy().tobytes() for index, image in pairs}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -169,7 +204,7 @@ class OneSplit(DetectionDataModule):
     """A data module around a hand-written set."""
 
     def __init__(self, annotations: AnnotationSet, num_workers: int) -> None:
-        super().__init__(image_size=32, batch_size=2, num_workers=num_workers)
+        super().__init__("nowhere", image_size=32, batch_size=2, num_workers=num_workers)
         self.split = annotations
 
     def parse(self, split: str, class_names: object) -> AnnotationSet:

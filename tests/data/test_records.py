@@ -1,11 +1,18 @@
-import logging
 import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from onestage.data.records import ImageColumns, ObjectColumns, build_annotation_set, require_objects, require_same_names
+from onestage.data.records import (
+    ImageColumns,
+    ObjectColumns,
+    build_annotation_set,
+    require_objects,
+    require_same_names,
+    select_images,
+)
+from onestage.data.rules import BOX_CLIPPED, IMAGE_MISSING, IMAGE_UNREADABLE
 from onestage.errors import AnnotationError
 from onestage.types import AnnotationSet
 
@@ -55,13 +62,15 @@ def test_objects_are_grouped_by_image_in_the_order_of_the_file() -> None:
     assert annotations.image_ids.tolist() == [10, 11, 12]
 
 
-def test_a_box_that_reaches_out_is_clipped_to_its_image(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        annotations = build([[-5, -5, 300, 50], [150, 50, 250, 150]])
+def test_a_box_that_reaches_out_is_clipped_to_its_image() -> None:
+    annotations = build([[-5, -5, 300, 50], [150, 50, 250, 150]])
     assert annotations.boxes.tolist() == [[0, 0, 200, 50], [150, 50, 200, 100]]
     assert annotations.areas.tolist() == [10000, 2500]
     assert annotations.skipped == ()
-    assert "2 of 2 boxes" in caplog.text
+    (finding,) = annotations.findings
+    assert finding.rule == BOX_CLIPPED.name
+    assert "2 of 2 boxes" in finding.problem
+    assert finding.num_items == 2
 
 
 def test_where_the_size_is_unknown_only_left_and_top_clip() -> None:
@@ -130,11 +139,11 @@ def test_the_error_quotes_the_first_five_and_a_fraction_that_lets_them_pass() ->
 
 
 def test_left_out_images_count_on_their_own() -> None:
-    lines = [f"image {n} is torn" for n in range(3)]
+    torn = [IMAGE_UNREADABLE.broken(f"image {n}", "is torn") for n in range(3)]
     with pytest.raises(AnnotationError, match="3 of 4 images"):
-        build([[0, 0, 1, 1]], skipped_images=lines)
-    annotations = build([[0, 0, 1, 1], [1, 1, 1, 1]], skipped_images=lines, max_bad_fraction=0.8)
-    assert annotations.skipped[:3] == tuple(lines)
+        build([[0, 0, 1, 1]], findings=torn)
+    annotations = build([[0, 0, 1, 1], [1, 1, 1, 1]], findings=torn, max_bad_fraction=0.8)
+    assert annotations.skipped[:3] == ("image 0: is torn", "image 1: is torn", "image 2: is torn")
     assert len(annotations.skipped) == 4
 
 
@@ -142,7 +151,7 @@ def test_no_usable_box_or_image_is_an_error() -> None:
     with pytest.raises(AnnotationError, match="none of the 1 boxes"):
         build([[1, 1, 1, 1]])
     with pytest.raises(AnnotationError, match="none of its images"):
-        build([], sizes=[], skipped_images=["a.jpg is missing"])
+        build([], sizes=[], findings=[IMAGE_MISSING.broken("a.jpg", "is missing")])
 
 
 def test_a_set_without_objects_is_a_set() -> None:
@@ -183,3 +192,12 @@ def test_class_names_may_change_places_and_nothing_else() -> None:
         require_same_names("set.json", ["cat", "dog"], ["cat", "cow"])
     for part in ("set.json", "cat, dog", "cat, cow", "only here: dog", "only expected: cow"):
         assert part in str(caught.value)
+
+
+def test_selected_images_keep_their_objects_in_the_order_asked_for() -> None:
+    annotations = build([[0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 3, 3], [0, 0, 4, 4]], image_rows=[2, 0, 2, 0])
+    selected = select_images(annotations, np.array([2, 1]))  # two objects, then none
+    assert selected.image_ids.tolist() == [12, 11]
+    assert selected.box_offsets.tolist() == [0, 2, 2]
+    assert selected.boxes[:, 2].tolist() == [1, 3]
+    assert selected.labels.tolist() == [0, 0]

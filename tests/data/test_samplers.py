@@ -1,9 +1,10 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 from torch.utils.data import DistributedSampler
 
-from onestage.data.samplers import EvaluationSampler, TrainingSampler
+from onestage.data.samplers import EvaluationSampler, TrainingSampler, draw_copies
 from onestage.errors import ConfigError, DataError
 
 
@@ -13,6 +14,7 @@ class Images:
     def __init__(self, number: int) -> None:
         self.number = number
         self.annotations = self
+        self.image_ids = np.arange(number)
         self.source = "some/folder"
 
     def __len__(self) -> int:
@@ -82,6 +84,70 @@ def test_training_split_smaller_than_a_batch_names_the_largest_that_fits() -> No
         TrainingSampler(Images(7), batch_size=8, seed=0)
     with pytest.raises(ConfigError, match=r"(?s)on each of 4 processes.*only 7 images.*at most 1"):
         TrainingSampler(Images(7), batch_size=8, seed=0, world_size=4)
+
+
+# -- images that come more than once -----------------------------------------------------------------------------------
+
+REPEATS = np.array([0.25, 1.0, 2.5, 0.75, 1.0, 3.0, 1.5])  # 10 images an epoch
+
+
+def repeated_epoch(epoch: int, *, batch_size: int = 2, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
+    sampler = TrainingSampler(
+        Images(7), batch_size=batch_size, seed=1, rank=rank, world_size=world_size, repeats=REPEATS
+    )
+    sampler.set_epoch(epoch)
+    assert len(sampler) * world_size == 10
+    return list(sampler)
+
+
+def test_repeated_images_come_as_often_as_asked_on_average_and_never_off_by_more_than_one() -> None:
+    counts = np.zeros((400, 7))
+    for epoch in range(400):
+        items = [item for _, item in repeated_epoch(epoch)]
+        assert len(set(items)) == 10  # each copy has an item of its own, so it is augmented in its own way
+        counts[epoch] = np.bincount([item % 7 for item in items], minlength=7)
+    assert (counts >= np.floor(REPEATS)).all()
+    assert (counts <= np.ceil(REPEATS)).all()
+    assert counts.mean(axis=0) == pytest.approx(REPEATS, abs=0.08)  # three standard deviations of 400 coins
+
+
+def test_repeated_images_depend_on_seed_and_epoch_only_and_not_on_the_number_of_processes() -> None:
+    alone = repeated_epoch(3, batch_size=2)
+    assert alone == repeated_epoch(3, batch_size=2)
+    assert alone != repeated_epoch(4, batch_size=2)
+    shares = [repeated_epoch(3, batch_size=1, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [set(pair) for pair in zip(*shares, strict=True)] == [set(alone[i : i + 2]) for i in range(0, 10, 2)]
+
+
+def test_repeated_images_can_be_resumed_inside_an_epoch() -> None:
+    sampler = TrainingSampler(Images(7), batch_size=2, seed=1, repeats=REPEATS)
+    whole = list(sampler)
+    sampler.batches_to_skip = 3
+    assert list(sampler) == whole[6:]
+
+
+def test_copies_of_whole_repeats_are_not_random() -> None:
+    items = draw_copies(np.array([2.0, 0.0, 1.0]), np.random.default_rng(0))
+    assert items.tolist() == [0, 3, 2]  # image 0 twice: items 0 and 0 + 3; image 1 never; image 2 once
+
+
+@pytest.mark.parametrize("fraction", [1 / 3, 0.1, 0.7])
+def test_copies_add_up_whatever_rounding_does_to_the_sum(fraction: float) -> None:
+    repeats = np.full(30_000, fraction)
+    for seed in range(5):
+        number = len(draw_copies(repeats, np.random.default_rng(seed)))
+        assert number >= int(repeats.sum() + 1e-6)
+
+
+def test_another_choice_of_images_has_another_number() -> None:
+    def selection(repeats: np.ndarray | None) -> int:
+        return TrainingSampler(Images(7), batch_size=1, seed=0, repeats=repeats).selection
+
+    assert selection(None) == selection(None)
+    assert len({selection(None), selection(REPEATS), selection(REPEATS[::-1].copy())}) == 3
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_images", [7, 8, 13])

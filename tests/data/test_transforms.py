@@ -8,7 +8,7 @@ import albumentations as A
 import numpy as np
 import pytest
 
-from onestage.data.crops import IMAGENET_MEAN_RGB, SSDMinIoUCrop, SSDZoomOut, Window
+from onestage.data.crops import IMAGENET_MEAN_RGB, ScaleJitter, SSDMinIoUCrop, SSDZoomOut, Window
 from onestage.data.photometric import SSDPhotometricDistort
 from onestage.data.transforms import SeededTransform, resize_transforms, ssd_transforms
 from onestage.errors import ConfigError
@@ -202,8 +202,7 @@ def overlap(a: list[float], b: list[float]) -> float:
 def sample_patch(draws: list[float]) -> list[float]:
     """The Caffe code's sampler, one patch at a time, sides relative to the image."""
     scale = 0.3 + draws[0] * 0.7
-    low, high = max(0.5, scale**2), min(2.0, 1 / scale**2)
-    ratio = low + draws[1] * (high - low)
+    ratio = min(max(0.5 + draws[1] * 1.5, scale**2), 1 / scale**2)
     width, height = scale * math.sqrt(ratio), scale / math.sqrt(ratio)
     left, top = draws[2] * (1 - width), draws[3] * (1 - height)
     return [left, top, left + width, top + height]
@@ -267,7 +266,7 @@ def test_crop_chooses_like_the_caffe_code_which_tries_every_mode_first() -> None
         expected.append(1 / (2 + sum(found)))  # the whole image is one of those that work
     crop = SSDMinIoUCrop()
     crop.random_generator = np.random.default_rng(1)
-    drawn = [crop._draw_patch(boxes) for _ in range(3000)]
+    drawn = [crop._draw_patch(crop.random_generator, boxes) for _ in range(3000)]
     share = np.mean([patch is None for patch in drawn])
     assert share == pytest.approx(np.mean(expected), abs=0.03)  # 4 sigma
 
@@ -280,7 +279,7 @@ def test_crop_share_of_each_mode_where_all_work() -> None:
         state = crop.random_generator.bit_generator.state
         first = crop.random_generator.permutation(4)[0]  # what the crop is about to draw
         crop.random_generator.bit_generator.state = state
-        patch = crop._draw_patch(np.array([[0.2, 0.2, 0.8, 0.8]]))
+        patch = crop._draw_patch(crop.random_generator, np.array([[0.2, 0.2, 0.8, 0.8]]))
         assert (patch is None) == (first == 0)
         modes[int(first)] += 1
         if patch is not None:
@@ -291,21 +290,25 @@ def test_crop_share_of_each_mode_where_all_work() -> None:
 def test_crop_of_an_object_too_small_for_any_overlap_is_whole_or_any_patch() -> None:
     crop = SSDMinIoUCrop()
     crop.random_generator = np.random.default_rng(0)
-    drawn = [crop._draw_patch(np.array([[0.5, 0.5, 0.501, 0.501]])) for _ in range(1000)]
+    drawn = [crop._draw_patch(crop.random_generator, np.array([[0.5, 0.5, 0.501, 0.501]])) for _ in range(1000)]
     assert np.mean([patch is None for patch in drawn]) == pytest.approx(0.5, abs=0.06)
 
 
 def test_crop_patch_sides_stay_in_range() -> None:
     crop = SSDMinIoUCrop()
     crop.random_generator = np.random.default_rng(0)
-    patches = np.concatenate([crop._draw_candidates() for _ in range(100)])
+    patches = np.concatenate([crop._draw_candidates(crop.random_generator) for _ in range(100)])
     width, height = patches[:, 2] - patches[:, 0], patches[:, 3] - patches[:, 1]
     assert patches.min() >= 0
-    assert patches.max() <= 1 + 1e-9
+    assert patches.max() <= 1
     assert 0.5 <= (width / height).min() <= (width / height).max() <= 2
     scale = np.sqrt(width * height)
     assert 0.3 <= scale.min() <= scale.max() <= 1
     assert scale.mean() == pytest.approx(0.65, abs=0.02)
+    # The drawn ratio r, 0.5..2, is clamped to s^2..1 / s^2. So a patch is as wide as the image where r > 1 / s^2, which
+    # takes s > 0.707: P = integral over s of (2 - 1 / s^2) / 1.5 / 0.7 = 0.163; and as high where r < s^2: P = 0.066.
+    assert np.mean(width > 1 - 1e-9) == pytest.approx(0.163, abs=0.02)
+    assert np.mean(height > 1 - 1e-9) == pytest.approx(0.066, abs=0.014)
 
 
 def test_crop_of_an_image_without_objects_is_the_image() -> None:
@@ -325,41 +328,40 @@ def test_crop_drops_objects_whose_centre_is_outside_and_clips_the_rest() -> None
     assert moved * (30, 100, 30, 100) == pytest.approx(expected)
 
 
-# -- all of them -------------------------------------------------------------------------------------------------------
-
-HARD_BOXES = {
-    "on the border": [[0, 0, 90, 70], [0, 0, 5, 5], [85, 65, 90, 70], [0, 30, 90, 31]],
-    "one pixel": [[0, 0, 1, 1], [89, 69, 90, 70], [40, 40, 41, 41], [10, 0, 11, 70]],
-    "many": [[x, y, x + 8, y + 9] for x in range(0, 80, 9) for y in range(0, 60, 10)],
-    "none": [],
-}
+# -- scale jitter ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("boxes", HARD_BOXES.values(), ids=HARD_BOXES)
 @pytest.mark.parametrize(
-    "transforms",
+    ("draws", "shape", "box"),
     [
-        [SSDZoomOut(p=1.0)],
-        [SSDMinIoUCrop()],
-        [SSDMinIoUCrop(), SSDZoomOut(p=1.0), SSDPhotometricDistort()],
-        [SSDPhotometricDistort(), SSDMinIoUCrop(), SSDMinIoUCrop()],
+        # 0.5 + 0 * 1.5 = a half: a frame of 200 x 400, the image half of the 200 free columns and 1/4 of the rows in
+        ((0.0, 0.5, 0.25), (200, 400), [110, 45, 130, 85]),
+        # 0.5 + 1 * 1.5 = twice: 50 x 100 of the image from column 0.5 * 100 and row 0; the box is cut at column 50
+        ((1.0, 0.5, 0.0), (50, 100), [0, 10, 30, 20]),
     ],
-    ids=["zoom-out", "crop", "crop, zoom-out, colours", "colours, crop twice"],
 )
-def test_boxes_stay_finite_ordered_inside_and_a_pixel_large(transforms: list[A.BasicTransform], boxes: list) -> None:
-    image = random_image(70, 90)
-    given = np.array(boxes, np.float32).reshape(-1, 4)
-    pipeline = compose(*transforms)
-    for _ in range(100):
-        new_image, new_boxes, rows = run(pipeline, image, given)
-        height, width = new_image.shape[:2]
-        assert new_image.dtype == np.uint8
-        assert min(height, width) >= 1
-        assert np.isfinite(new_boxes).all()
-        assert (new_boxes[:, 2:] - new_boxes[:, :2] > 1 - 1e-3).all()
-        assert (new_boxes >= 0).all()
-        assert (new_boxes <= (width, height, width, height)).all()
-        assert len(set(rows.tolist())) == len(rows) == len(new_boxes)
+def test_jitter_fixed_draws_give_hand_computed_frame(draws: tuple, shape: tuple, box: list) -> None:
+    jitter = ScaleJitter(scale=(0.5, 2.0))
+    pipeline = compose(jitter)
+    jitter.random_generator = FixedDraws(*draws)
+    given = [[10, 20, 30, 60]] if shape[0] == 200 else [[40, 10, 80, 20], [0, 0, 20, 20], [20, 10, 60, 20]]
+    frame, boxes, rows = run(pipeline, random_image(100, 200), np.array(given, np.float32))
+    assert frame.shape == (*shape, 3)
+    assert boxes == pytest.approx(np.array([box]), abs=1e-4)
+    assert rows.tolist() == [0]  # of the others the centre is outside
+
+
+def test_jitter_factor_is_uniform_and_batches_keep_one_size() -> None:
+    pipeline = compose(ScaleJitter(scale=(0.5, 2.0)))
+    image = random_image(100, 100)
+    factors = [100 / run(pipeline, image, NO_BOXES)[0].shape[0] for _ in range(1000)]
+    assert 0.5 <= min(factors) <= max(factors) <= 2
+    assert np.mean(factors) == pytest.approx(1.25, abs=0.06)  # 4 sigma
+    transform = SeededTransform([ScaleJitter(), *ssd_transforms(48)], 48)
+    assert {transform(image, NO_BOXES, (0, 0, index)).image.shape for index in range(20)} == {(48, 48, 3)}
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -372,6 +374,8 @@ def test_boxes_stay_finite_ordered_inside_and_a_pixel_large(transforms: list[A.B
         (lambda: SSDMinIoUCrop(scale=(0.0, 1.0)), "scale"),
         (lambda: SSDMinIoUCrop(aspect_ratio=(1.5, 2.0)), "aspect_ratio"),
         (lambda: SSDMinIoUCrop(trials=0), "trials is 0; it must be at least 1"),
+        (lambda: ScaleJitter(scale=(0.1, 1.0)), r"scale is \(0.1, 1.0\); it must be \[low, high\]"),
+        (lambda: ScaleJitter(scale=(1.5, 0.5)), "ScaleJitter: scale"),
         (lambda: SSDPhotometricDistort(brightness=-1), r"brightness is -1; it must be in 0\.\.255"),
         (lambda: SSDPhotometricDistort(contrast=(1.5, 0.5)), "contrast"),
         (lambda: SSDPhotometricDistort(hue=200), "hue is 200"),

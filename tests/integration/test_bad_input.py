@@ -230,21 +230,41 @@ def test_a_damaged_voc_folder(capsys: pytest.CaptureFixture[str], drawn: Path, t
     assert str(root) in text
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_torn_image_is_named_whoever_reads_it(drawn: Path, tmp_path: Path, num_workers: int) -> None:
-    root = tmp_path / "set"
-    shutil.copytree(drawn, root)
-    listed = json.loads((root / "annotations" / "instances_train.json").read_text())["images"]
-    torn = root / "JPEGImages" / listed[0]["file_name"]
-    torn.write_bytes(torn.read_bytes()[:200])
+def train_on(root: Path, tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     words = [
         "fit", "--config", str(REPOSITORY / "configs" / "shapes_ssd.yaml"), "--data.class_path",
         "onestage.data.VOCDataModule", "--data.root", str(root), "--data.train_splits=[train]",
-        "--data.val_splits=[val]", "--data.num_workers", str(num_workers), "--data.batch_size", "8",
-        "--runs_dir", str(tmp_path / "runs"),
-        "--trainer.max_epochs", "1", "--trainer.accelerator=cpu",
+        "--data.val_splits=[val]", "--data.batch_size", "8", "--runs_dir", str(tmp_path / "runs"),
+        "--trainer.max_epochs", "1", "--trainer.accelerator=cpu", *options,
     ]  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "onestage.cli", *words], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-m", "onestage.cli", *words], capture_output=True, text=True, check=False)
+
+
+def first_image(drawn: Path, tmp_path: Path) -> Path:
+    """The first training image of a copy of the drawn set, whose folder is the parent of the image's."""
+    root = tmp_path / "set"
+    shutil.copytree(drawn, root)
+    listed = json.loads((root / "annotations" / "instances_train.json").read_text())["images"]
+    return root / "JPEGImages" / listed[0]["file_name"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_with_damaged_pixels_is_named_whoever_reads_it(drawn: Path, tmp_path: Path, num_workers: int) -> None:
+    torn = first_image(drawn, tmp_path)
+    content = torn.read_bytes()
+    table = content.index(b"\xff\xc4") + 5  # the Huffman table's counts, which no header shows to be wrong
+    torn.write_bytes(content[:table] + b"\xff" * 16 + content[table + 16 :])
+    done = train_on(torn.parents[1], tmp_path, "--data.num_workers", str(num_workers))
     assert done.returncode == 3, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
-    assert str(torn.name) in done.stderr.strip().splitlines()[-1] or str(torn.name) in done.stderr
+    assert torn.name in done.stderr
+
+
+def test_an_image_that_is_cut_off_is_named_before_the_training_starts(drawn: Path, tmp_path: Path) -> None:
+    torn = first_image(drawn, tmp_path)
+    torn.write_bytes(torn.read_bytes()[:200])
+    done = train_on(torn.parents[1], tmp_path, "--data.num_workers", "0", "--data.max_bad_fraction", "0")
+    assert done.returncode == 3, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert "1 of 32 images cannot be used" in done.stderr
+    assert torn.name in done.stderr

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +36,9 @@ def run(benchmark, monkeypatch, *arguments):
         ("ops", "never waits"),
         pytest.param("loss", "the same gradient within 1e-5", marks=pytest.mark.slow),  # it compiles
         pytest.param("gather", "those of one, to the last digit", marks=pytest.mark.slow),
+        pytest.param("annotations", "the same boxes as the file", marks=pytest.mark.slow),
+        pytest.param("loader", "verdict with", marks=pytest.mark.slow),
+        pytest.param("order", "both orders trained to the end", marks=pytest.mark.slow),
         pytest.param("step", "the same losses from the same weights", marks=pytest.mark.slow),
     ],
 )
@@ -42,7 +46,8 @@ def test_quick_run_ends_with_equal_results(benchmark, monkeypatch, capsys, part,
     run(benchmark, monkeypatch, part, "--quick")
     printed = capsys.readouterr().out
     assert asserted in printed
-    assert "x1.00 / x1.00 / x1.00" in printed or part == "ops"  # the reference row of a table of ratios
+    has_ratios = part not in ("ops", "loader", "order")
+    assert not has_ratios or "x1.00 / x1.00 / x1.00" in printed  # the reference row of a table of ratios
 
 
 def test_contestants_take_turns_and_every_second_round_is_reversed(benchmark, capsys):
@@ -65,7 +70,31 @@ def test_operations_are_counted_without_views_and_with_waits(benchmark):
     assert count_operations(lambda: (weight * numbers).sum().backward())[0] >= 3  # backward counts too
 
 
-@pytest.mark.parametrize("arguments", [["speed"], ["map", "--rounds", "-1"], []])
+@pytest.mark.parametrize(
+    ("delivered", "words"),
+    [
+        (30.0, ["loader-bound: the step waits", "(0.30 times", "needs: 14 without", "7 with data.cache: disk, 4"]),
+        (250.0, ["not loader-bound (2.50 times"]),
+    ],
+)
+def test_verdict_compares_what_is_delivered_with_what_is_taken(benchmark, delivered, words):
+    from benchmarks.loader import _verdict
+
+    rates = {(1, "none"): 7.5, (1, "disk"): 15.0, (1, "ram"): 30.0, (4, "none"): delivered}
+    assert all(word in _verdict(rates, 100.0) for word in words)
+
+
+def test_given_images_take_the_place_of_drawn_ones(benchmark, monkeypatch, capsys, tmp_path):
+    for number in range(3):
+        cv2.imwrite(str(tmp_path / f"{number}.jpg"), np.full((90, 120, 3), 50 * number, dtype=np.uint8))
+    run(benchmark, monkeypatch, "data", "--quick", "--images", str(tmp_path))
+    assert "augmentation of 3 decoded images" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="holds no"):
+        run(benchmark, monkeypatch, "data", "--quick", "--images", str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("arguments", [["speed"], ["map", "--rounds", "-1"], [], ["map", "--images", "photos"]])
 def test_wrong_arguments_end_with_one_message(benchmark, monkeypatch, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         run(benchmark, monkeypatch, *arguments)

@@ -17,7 +17,7 @@ class AnchorLevel(NamedTuple):
     stride: int  # between neighbouring anchor centres
     size: float  # s_k, side of the square anchor
     next_size: float  # s_(k+1); a second square has side sqrt(s_k * s_(k+1))
-    aspect_ratios: tuple[int, ...]  # each r adds r:1 and 1:r
+    aspect_ratios: tuple[float, ...]  # each r adds r:1 and 1:r
 
     @property
     def anchors_per_cell(self) -> int:
@@ -71,7 +71,7 @@ SSD160 = (  # ours, by the same rule with s_min 0.20 and 0.10 below it
 )
 
 
-def _anchors_of_cell(level: AnchorLevel) -> list[tuple[float, float]]:
+def anchors_of_cell(level: AnchorLevel) -> list[tuple[float, float]]:
     """Return the (width, height) of a cell's anchors: s_k, sqrt(s_k s_(k+1)), then r:1 and 1:r of each ratio.
 
     The order is torchvision's, so that its SSD heads load without a permutation.
@@ -87,7 +87,7 @@ def _anchors_of_cell(level: AnchorLevel) -> list[tuple[float, float]]:
 def _tile(level: AnchorLevel, image_size: int) -> Tensor:
     """Return the anchors of one level, cxcywh px, [side * side * anchors_per_cell, 4]: rows, columns, anchors."""
     centres = (torch.arange(level.side, dtype=torch.float32) + 0.5) * level.stride
-    sizes = torch.tensor(_anchors_of_cell(level)).clamp(max=image_size)  # [n, 2]
+    sizes = torch.tensor(anchors_of_cell(level)).clamp(max=image_size)  # [n, 2]
     grid = (level.side, level.side, level.anchors_per_cell, 1)
     return torch.cat(
         [

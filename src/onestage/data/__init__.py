@@ -10,30 +10,39 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 if TYPE_CHECKING:
     from onestage.data.coco_datamodule import COCODataModule
-    from onestage.data.crops import SSDMinIoUCrop, SSDZoomOut
+    from onestage.data.crops import ScaleJitter, SSDMinIoUCrop, SSDZoomOut
     from onestage.data.datamodule import DetectionDataModule
     from onestage.data.dataset import DetectionDataset, Sample, collate
     from onestage.data.loader import DetectionLoader
     from onestage.data.photometric import SSDPhotometricDistort
     from onestage.data.samplers import EvaluationSampler, TrainingSampler
+    from onestage.data.sampling import ClassBalancedSampling, RepeatFactorSampling, Sampling
     from onestage.data.shapes_datamodule import ShapesDataModule
+    from onestage.data.ssd_augmentation import SSDAugmentation
     from onestage.data.transforms import SeededTransform, resize_transforms, ssd_transforms
     from onestage.data.voc_datamodule import VOCDataModule
+    from onestage.data.yolo_datamodule import YOLODataModule
 
 __all__ = [
     "COCODataModule",
+    "ClassBalancedSampling",
     "DetectionDataModule",
     "DetectionDataset",
     "DetectionLoader",
     "EvaluationSampler",
+    "RepeatFactorSampling",
+    "SSDAugmentation",
     "SSDMinIoUCrop",
     "SSDPhotometricDistort",
     "SSDZoomOut",
     "Sample",
+    "Sampling",
+    "ScaleJitter",
     "SeededTransform",
     "ShapesDataModule",
     "TrainingSampler",
     "VOCDataModule",
+    "YOLODataModule",
     "collate",
     "resize_transforms",
     "ssd_transforms",
@@ -42,18 +51,24 @@ __all__ = [
 # Lightning and albumentations take seconds to import, so that happens when one of these is first asked for.
 _MODULE_OF_NAME = {
     "COCODataModule": "coco_datamodule",
+    "ClassBalancedSampling": "sampling",
     "DetectionDataModule": "datamodule",
     "DetectionDataset": "dataset",
     "DetectionLoader": "loader",
     "EvaluationSampler": "samplers",
+    "RepeatFactorSampling": "sampling",
+    "SSDAugmentation": "ssd_augmentation",
     "SSDMinIoUCrop": "crops",
     "SSDPhotometricDistort": "photometric",
     "SSDZoomOut": "crops",
     "Sample": "dataset",
+    "Sampling": "sampling",
+    "ScaleJitter": "crops",
     "SeededTransform": "transforms",
     "ShapesDataModule": "shapes_datamodule",
     "TrainingSampler": "samplers",
     "VOCDataModule": "voc_datamodule",
+    "YOLODataModule": "yolo_datamodule",
     "collate": "dataset",
     "resize_transforms": "transforms",
     "ssd_transforms": "transforms",

@@ -1,6 +1,6 @@
 """Reads COCO instance annotations (arXiv:1405.0312; the "object detection" format) into an `AnnotationSet`."""
 
-import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from onestage.data.coco_file import FRESH_COPY, integer_column, load_tables, malformed
-from onestage.data.files import find_files, printable
+from onestage.data.files import find_files, is_encodable, printable
 from onestage.data.records import ImageColumns, ObjectColumns, build_annotation_set, require_same_names
-from onestage.types import AnnotationSet, JSONDict
+from onestage.data.rules import AREA_WRONG, ID_ZERO, IDS_REPEATED, IMAGE_MISSING, ROOT_CATEGORY
+from onestage.types import AnnotationSet, Finding, JSONDict
 
 XYXY_FRACTION = 0.2  # more boxes than this that leave their image as [x, y, width, height] are no accident
+AREA_TOLERANCE = 0.01  # of the box's area, and 1 px^2; more is no rounding
 XYXY_MINIMUM = 4  # and so many must do so, or one careless box would condemn a small file
-
-logger = logging.getLogger(__name__)
 
 
 class Categories(NamedTuple):
@@ -49,16 +49,17 @@ def parse_coco(
         AnnotationError: the file is not what it should be, or too much of it cannot be used.
     """
     source = printable(annotation_file)
-    images, annotations, categories = load_tables(annotation_file)
-    category_of_object = integer_column(source, annotations, "category_id", "annotation")
-    classes = _read_categories(source, categories, set(category_of_object.tolist()))
+    images, annotations, categories = load_tables(annotation_file, with_outlines=False)
+    findings = _check_ids(source, annotations)
+    category_of_object = integer_column(source, annotations, "category_id", "annotation", findings)
+    classes = _read_categories(source, categories, set(category_of_object.tolist()), findings)
     if class_names is not None:
         require_same_names(source, classes.names, class_names)
         order = [classes.names.index(name) for name in class_names]
         classes = Categories([classes.ids[i] for i in order], [classes.names[i] for i in order])
     labels = _labels(source, annotations, category_of_object, classes)
-    columns, row_of_id, skipped_images = _read_images(source, images, image_root)
-    objects, numbers = _read_objects(source, annotations, labels, columns, row_of_id)
+    columns, row_of_id = _read_images(source, images, image_root, findings)
+    objects, numbers = _read_objects(source, annotations, labels, columns, row_of_id, findings)
 
     def describe(row: int) -> str:
         annotation = annotations[numbers[row]]
@@ -72,24 +73,46 @@ def parse_coco(
         classes.names,
         classes.ids,
         describe=describe,
-        skipped_images=skipped_images,
+        findings=findings,
         max_bad_fraction=max_bad_fraction,
     )
 
 
-def _read_categories(source: str, categories: list[JSONDict], used_ids: set[int]) -> Categories:
+def _check_ids(source: str, annotations: list[JSONDict]) -> list[Finding]:
+    """Say which annotation ids other tools would trip over. Nothing here depends on them."""
+    ids = [entry.get("id") for entry in annotations]
+    findings = []
+    num_none = sum(1 for value in ids if value is None or value == 0)
+    if num_none:
+        problem = f"{num_none} annotations have id 0 or none; ids are numbered anew"
+        findings.append(ID_ZERO.broken(source, problem, num_none))
+    given = [value for value in ids if value is not None]
+    try:
+        num_repeated = len(given) - len(set(given))
+    except TypeError:  # a list or an object for an id
+        num_repeated = len(given) - len(set(map(str, given)))
+    if num_repeated:
+        problem = f"{num_repeated} annotations have the id of an earlier one; ids are numbered anew"
+        findings.append(IDS_REPEATED.broken(source, problem, num_repeated))
+    return findings
+
+
+def _read_categories(
+    source: str, categories: list[JSONDict], used_ids: set[int], findings: list[Finding]
+) -> Categories:
     """Return the classes in order of id."""
-    ids = integer_column(source, categories, "id", "category").tolist()
+    ids = integer_column(source, categories, "id", "category", findings).tolist()
     names = [entry.get("name") for entry in categories]
     for number, name in enumerate(names):
-        if not isinstance(name, str) or not name.strip():
+        if not isinstance(name, str) or not name.strip() or not is_encodable(name):
             raise malformed(
                 source, f"category {ids[number]} has name {name!r:.80}; it must be text", "Name every category."
             )
     parents = {entry.get("supercategory") for entry in categories if entry.get("supercategory") != "none"}
     rows = sorted(range(len(ids)), key=ids.__getitem__)
     if len(rows) > 1 and ids[rows[0]] == 0 and 0 not in used_ids and parents == {names[rows[0]]}:
-        logger.warning("%s: category 0 (%r) only groups the others and has no boxes: left out", source, names[rows[0]])
+        problem = f"category 0 ({names[rows[0]]!r}) only groups the others and has no boxes: no class"
+        findings.append(ROOT_CATEGORY.broken(source, problem))
         rows = rows[1:]
     classes = Categories([ids[row] for row in rows], [str(names[row]).strip() for row in rows])
     for key, values in (("id", list(map(str, classes.ids))), ("name", classes.names)):
@@ -120,10 +143,10 @@ def _labels(
 
 
 def _read_images(
-    source: str, images: list[JSONDict], image_root: Path
-) -> tuple[ImageColumns, dict[int, int], list[str]]:
-    """Return the images that are on disk, the row of every image id (-1: not on disk), and a line for each missing."""
-    ids = integer_column(source, images, "id", "image")
+    source: str, images: list[JSONDict], image_root: Path, findings: list[Finding]
+) -> tuple[ImageColumns, dict[int, int]]:
+    """Return the images that are on disk, and the row of every image id (-1: not on disk, which is a finding)."""
+    ids = integer_column(source, images, "id", "image", findings)
     values, counts = np.unique(ids, return_counts=True)
     if len(values) < len(ids):
         repeated = int(values[counts > 1][0])
@@ -135,12 +158,13 @@ def _read_images(
     names = [image.get("file_name") for image in images]
     paths = find_files(source, names, image_root)
     found = np.array([path is not None for path in paths])
-    skipped = [
-        f"{source}: image {ids[n]}: {names[n]!r} is not in {printable(image_root)}" for n in np.flatnonzero(~found)
+    findings += [
+        IMAGE_MISSING.broken(f"{source}: image {ids[n]}", f"{names[n]!r} is not in {printable(image_root)}")
+        for n in np.flatnonzero(~found)
     ]
     rows = np.where(found, np.cumsum(found) - 1, -1)
     columns = ImageColumns([path for path in paths if path is not None], ids[found], sizes[found])
-    return columns, dict(zip(ids.tolist(), rows.tolist(), strict=True)), skipped
+    return columns, dict(zip(ids.tolist(), rows.tolist(), strict=True))
 
 
 def _side(source: str, image: JSONDict, key: str) -> int:
@@ -158,12 +182,13 @@ def _read_objects(
     labels: npt.NDArray[np.int64],
     images: ImageColumns,
     row_of_id: Mapping[int, int],
+    findings: list[Finding],
 ) -> tuple[ObjectColumns, npt.NDArray[np.int64]]:
     """Return the objects of the images that are on disk, and the place of each in `annotations`.
 
     An annotation whose image the file does not list is a bad box; one whose image is not on disk went with its image.
     """
-    image_ids = integer_column(source, annotations, "image_id", "annotation")
+    image_ids = integer_column(source, annotations, "image_id", "annotation", findings)
     unlisted, missing = -2, -1
     rows = np.array([row_of_id.get(image_id, unlisted) for image_id in image_ids.tolist()], dtype=np.int64)
     numbers = np.flatnonzero(rows != missing)
@@ -173,15 +198,15 @@ def _read_objects(
     problems |= {int(row): "the file lists no image of that id" for row in np.flatnonzero(rows == unlisted)}
     rows = np.maximum(rows, 0)
     _refuse_xyxy(source, boxes, images.sizes[rows])
+    areas = _read_areas(source, kept, boxes[:, 2] * boxes[:, 3], findings)
     boxes[:, 2:] += boxes[:, :2]
-    areas = [entry.get("area") for entry in kept]
     objects = ObjectColumns(
         image_rows=rows,
         boxes=boxes,
         labels=labels,
-        areas=np.array([a if type(a) in (int, float) else np.nan for a in areas], dtype=np.float64),
+        areas=areas,
         is_crowd=np.array([entry.get("iscrowd") == 1 for entry in kept], dtype=np.bool_),
-        is_difficult=np.zeros(len(kept), dtype=np.bool_),
+        is_difficult=np.array([entry.get("difficult") == 1 for entry in kept], dtype=np.bool_),  # not COCO's own
         problems=problems,
     )
     return objects, numbers
@@ -198,7 +223,35 @@ def _read_boxes(annotations: list[JSONDict]) -> tuple[npt.NDArray[np.float64], d
         else:
             boxes.append((np.nan,) * 4)
             problems[row] = "bbox must be a list of 4 numbers [x, y, width, height]"
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4), problems
+    return _floats([number for box in boxes for number in box]).reshape(-1, 4), problems
+
+
+def _read_areas(
+    source: str, annotations: list[JSONDict], box_areas: npt.NDArray[np.float64], findings: list[Finding]
+) -> npt.NDArray[np.float64]:
+    """Return the areas [T] that an object of that box can have. The others become NaN: the box's own will be taken.
+
+    A smaller area than the box's is its segment's, whether or not the file still has the segment.
+    """
+    values = [entry.get("area") for entry in annotations]
+    areas = _floats([value if isinstance(value, int | float) and value is not True else np.nan for value in values])
+    with np.errstate(invalid="ignore"):
+        is_wrong = (areas <= 0) | (areas > (1 + AREA_TOLERANCE) * box_areas + 1)
+        is_wrong = is_wrong & (box_areas > 0)  # a bad box is a finding of its own
+    num_wrong = int(np.count_nonzero(is_wrong))
+    if num_wrong:
+        problem = f"the area of {num_wrong} objects is 0 or more than their box's; the box's is used"
+        findings.append(AREA_WRONG.broken(source, problem, num_wrong))
+    areas[is_wrong] = np.nan
+    return areas
+
+
+def _floats(numbers: list[float]) -> npt.NDArray[np.float64]:
+    """Return the numbers as an array. An integer of hundreds of digits, which no float can hold, becomes infinite."""
+    try:
+        return np.array(numbers, dtype=np.float64)
+    except OverflowError:
+        return np.array([number if abs(number) < sys.float_info.max else np.inf for number in numbers])
 
 
 def _refuse_xyxy(source: str, boxes: npt.NDArray[np.float64], sizes: npt.NDArray[np.int32]) -> None:

@@ -1,18 +1,26 @@
 """From an `AnnotationSet` to samples, and from samples to a `Batch`. Which sample comes when is the samplers' part."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from onestage.data.images import read_image
+from onestage.data.failures import Failure
+from onestage.data.image_reader import FileReader, ImageReader, ReadImage
+from onestage.data.mixing import NUM_TILES, Picture, mixup, mosaic
 from onestage.data.transforms import SeededTransform
+from onestage.errors import ConfigError, ImageError
 from onestage.types import IGNORE, PADDING, AnnotationSet, Batch, Targets
 
 OBJECTS_STEP = 16  # targets are padded to a multiple of it, so that their shape seldom changes
+MAX_SUBSTITUTES = 8  # failing images in a row after which it is not the images that are at fault
+# What a generator is for, beside the augmentation: each use draws from one of its own.
+PARTNERS, SUBSTITUTES = 1, 2
+
+SampleKey = tuple[int, int, int]  # seed, epoch, index of the image
 
 
 class Sample(NamedTuple):
@@ -23,6 +31,7 @@ class Sample(NamedTuple):
     labels: Tensor  # [M] int64: 0..K-1 or IGNORE
     image_index: int  # row of the image in the AnnotationSet
     original_size: tuple[int, int]  # (height, width) of the decoded file
+    failures: tuple[Failure, ...] = ()  # images that others took the place of
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -34,15 +43,36 @@ class DetectionDataset(Dataset[Sample]):
         seed: with the epoch and the index of the image it fixes the augmentation, >= 0.
         train_difficult: whether objects flagged as difficult are targets. If not, they are regions that the loss
             leaves out, as crowds always are.
+        mosaic: probability that an image is put together with three others before it is transformed, 0..1.
+        mixup: probability that an image is blended with another after both are transformed, 0..1.
+        on_error: whether an image that cannot be read is an error, or another takes its place: one that
+            (seed, epoch, index) decide, so that it is the same for any number of workers.
+        images: where the images come from; None: their files.
+        max_bad_fraction: share of the images that may fail with `on_error="skip"`; the loader keeps count.
     """
 
     def __init__(
-        self, annotations: AnnotationSet, transform: SeededTransform, *, seed: int = 0, train_difficult: bool = True
+        self,
+        annotations: AnnotationSet,
+        transform: SeededTransform,
+        *,
+        seed: int = 0,
+        train_difficult: bool = True,
+        mosaic: float = 0.0,
+        mixup: float = 0.0,
+        on_error: Literal["raise", "skip"] = "raise",
+        images: ImageReader | None = None,
+        max_bad_fraction: float = 0.01,
     ) -> None:
         self.annotations = annotations
         self.transform = transform
         self.seed = seed
         self.train_difficult = train_difficult
+        self.mosaic = mosaic
+        self.mixup = mixup
+        self.on_error = on_error
+        self.images = images or FileReader(annotations)
+        self.max_bad_fraction = max_bad_fraction
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -56,27 +86,90 @@ class DetectionDataset(Dataset[Sample]):
 
         Raises:
             ImageError: the file cannot be decoded whole; the message names it.
+            ConfigError: a transform cannot handle the image; the message names both.
         """
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        annotations = self.annotations
-        height, width = annotations.sizes[index].tolist()
-        image = read_image(str(annotations.image_paths[index]), (height, width))
-        objects = annotations.objects(index)
-        transformed = self.transform(image, annotations.boxes[objects], (self.seed, epoch, index))
+        epoch, given_index = key if isinstance(key, tuple) else (0, key)
+        sample_key = (self.seed, epoch, given_index)
+        failures: list[Failure] = []
+        # A sampler that repeats images gives copy c of image i as c * N + i.
+        row = given_index % len(self) if isinstance(key, tuple) else given_index
+        index, image = self._open(row, sample_key, failures)
+        random = _generator(sample_key, PARTNERS)
+        picture = self._picture(index, image)
+        if random.random() < self.mosaic:
+            others = [self._partner(random, sample_key, failures) for _ in range(NUM_TILES - 1)]
+            picture = mosaic([picture, *others], 2 * self.transform.image_size, random)
+        picture = self._transformed(picture, index, sample_key)
+        if random.random() < self.mixup:
+            other = self._partner(random, sample_key, failures)
+            picture = mixup(picture, self._transformed(other, index, (*sample_key, PARTNERS)), random)
         return Sample(
-            image=torch.from_numpy(np.ascontiguousarray(transformed.image)).permute(2, 0, 1),
-            boxes=torch.from_numpy(transformed.boxes),
-            labels=torch.from_numpy(self._labels(objects)[transformed.rows]),
+            image=torch.from_numpy(np.ascontiguousarray(picture.pixels)).permute(2, 0, 1),
+            boxes=torch.from_numpy(picture.boxes),
+            labels=torch.from_numpy(self._labels(picture.objects)),
             image_index=index,
-            original_size=image.shape[:2],
+            original_size=image.original_size,
+            failures=tuple(failures),
         )
 
-    def _labels(self, objects: slice) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Return the labels of an image's objects [M], IGNORE where the loss leaves one out."""
+    def _open(self, index: int, key: SampleKey, failures: list[Failure]) -> tuple[int, ReadImage]:
+        """Return image `index`, or the first that can be read of those that (seed, epoch, index) put in its place."""
+        random = _generator((key[0], key[1], index), SUBSTITUTES)
+        for _ in range(MAX_SUBSTITUTES):
+            try:
+                return index, self.images.read(index)
+            except ImageError as error:
+                if self.on_error == "raise":
+                    raise
+                failures.append(Failure(index, str(error)))
+            index = int(random.integers(len(self)))
+        return index, self.images.read(index)
+
+    def _partner(self, random: np.random.Generator, key: SampleKey, failures: list[Failure]) -> Picture:
+        """Return another image, or by chance the same."""
+        return self._picture(*self._open(int(random.integers(len(self))), key, failures))
+
+    def _picture(self, index: int, image: ReadImage) -> Picture:
+        """Put the objects of an image on its pixels, which may be fewer than those of its file."""
+        (height, width), (original_height, original_width) = image.pixels.shape[:2], image.original_size
+        objects = self.annotations.objects(index)
+        boxes = self.annotations.boxes[objects]
+        if (height, width) != (original_height, original_width):
+            boxes = boxes * np.array([width / original_width, height / original_height] * 2, dtype=np.float32)
+        return Picture(image.pixels, boxes, np.arange(objects.start, objects.stop))
+
+    def _transformed(self, picture: Picture, index: int, key: tuple[int, ...]) -> Picture:
+        try:
+            transformed = self.transform(picture.pixels, picture.boxes, key)
+        except ConfigError as error:
+            raise ConfigError(f"{self.annotations.image_paths[index]}: {error}") from error
+        return Picture(transformed.image, transformed.boxes, picture.objects[transformed.rows])
+
+    def _labels(
+        self, objects: np.ndarray[tuple[int], np.dtype[np.int64]]
+    ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Return the labels of objects [M], given by their rows; IGNORE where the loss leaves one out."""
         is_ignored = self.annotations.is_crowd[objects]
         if not self.train_difficult:
             is_ignored = is_ignored | self.annotations.is_difficult[objects]
         return np.where(is_ignored, IGNORE, self.annotations.labels[objects])
+
+
+def _generator(key: SampleKey, use: int) -> np.random.Generator:
+    # A spawn key, because SeedSequence takes (a, b, c) and (a, b, c, 0) for the same.
+    return np.random.default_rng(np.random.SeedSequence(key, spawn_key=(use,)))
+
+
+class LoadedBatch(NamedTuple):
+    """What a worker hands to the process that trains."""
+
+    batch: Batch
+    failures: tuple[Failure, ...]
+
+
+def collate_with_failures(samples: Sequence[Sample]) -> LoadedBatch:
+    """Do as `collate` does, and pass on what failed."""
+    return LoadedBatch(collate(samples), tuple(failure for sample in samples for failure in sample.failures))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

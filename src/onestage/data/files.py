@@ -1,13 +1,15 @@
 """Finds files under a folder and reads one whole, with the mistakes that its first bytes betray."""
 
+import contextlib
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from onestage.errors import AnnotationError, DataError
+from onestage.errors import AnnotationError, ConfigError, DataError
 
 HEAD_BYTES = 256  # enough to recognise a web page or a pointer file
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000  # what Linux, macOS and Windows have in common, less what stands before it
 MAX_FILE_BYTES = 4 << 30  # ten times COCO's largest annotation file; a path that leads to an archive is a mistake
 
 
@@ -26,7 +28,7 @@ def read_file(path: Path, error: type[DataError], noun: str, remedy: str, max_by
             Git LFS pointer.
     """
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=open_at_once) as file:
             status = os.fstat(file.fileno())
             content = file.read() if stat.S_ISREG(status.st_mode) and status.st_size <= max_bytes else None
     except (OSError, ValueError) as reason:  # ValueError: a NUL in the path
@@ -53,7 +55,7 @@ def find_files(source: str, names: Sequence[object], root: Path) -> list[str | N
     Raises:
         AnnotationError: `root` is not a folder, a name leaves it, or none of the files exists.
     """
-    remedy = "Give the folder that the names are relative to: data.root, or data.train_images, data.val_images."
+    remedy = "Give the folder that the names are relative to: data.root, data.train_images, or --images of doctor."
     if not root.is_dir():
         raise AnnotationError(f"{printable(root)}: is not a folder; it must hold the images of {source}.\n{remedy}")
     listings: dict[str, dict[str, bool]] = {}
@@ -84,6 +86,27 @@ def list_files(folder: Path) -> dict[str, bool]:
         return {}
 
 
+def write_new_file(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet: whole, or not at all.
+
+    Raises:
+        ConfigError: there is such a file, or it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.link(temporary, path)  # unlike a rename it never replaces what is there
+    except FileExistsError:
+        raise ConfigError(f"{printable(path)}: is there already; nothing is overwritten.\nGive a new name.") from None
+    except OSError as reason:
+        problem = f"cannot be written: {reason.strerror or reason}"
+        raise ConfigError(f"{printable(path)}: {problem}.\nChoose a folder that this user may write to.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def printable(name: str | Path) -> str:
     """Return a name without the characters that would break a line or colour a terminal."""
     text = str(name)
@@ -92,7 +115,7 @@ def printable(name: str | Path) -> str:
 
 def _checked(source: str, name: object) -> str:
     """Return the name, without "." and "//", if it can only lead to a file under the root."""
-    if isinstance(name, str) and name and not {"\0", "\\"}.intersection(name) and _is_encodable(name):
+    if isinstance(name, str) and name and "\\" not in name and is_path(name):
         if "/" not in name and name not in (".", ".."):
             return name
         path = PurePosixPath(name)
@@ -104,8 +127,18 @@ def _checked(source: str, name: object) -> str:
     )
 
 
-def _is_encodable(name: str) -> bool:
-    """Tell whether a file system can hold the name; half a surrogate pair it cannot."""
+def is_path(name: str) -> bool:
+    """Tell whether a file system can hold the name: asking for one that it cannot raises, and not always the same."""
+    return (
+        is_encodable(name)
+        and "\0" not in name
+        and len(name) < MAX_PATH_BYTES
+        and all(len(part.encode()) <= MAX_NAME_BYTES for part in name.split("/"))
+    )
+
+
+def is_encodable(name: str) -> bool:
+    """Tell whether a report can hold the name; half a surrogate pair it cannot."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -121,7 +154,7 @@ def _require_inside(source: str, root: Path, path: Path) -> None:
         raise AnnotationError(f"{source}: {problem}.\nCorrect data.root, so that it leads to the files themselves.")
 
 
-def _open_at_once(path: str, flags: int) -> int:
+def open_at_once(path: str, flags: int) -> int:
     """Open without waiting for the writer of a FIFO."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from onestage.data.files import printable
 from onestage.data.images import IMAGE_SUFFIXES
+from onestage.data.rules import IMAGE_UNREADABLE
 from onestage.errors import DataError
 from onestage.types import AnnotationSet
 
@@ -26,9 +27,11 @@ def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence
     Raises:
         DataError: the folder is missing or cannot be listed, or there is no image in it.
     """
-    candidates = _walk(folder) if folder.is_dir() else [folder]
+    candidates = find_images(folder) if folder.is_dir() else [folder]
     paths = [path for path in candidates if path.is_file()]
-    skipped = tuple(f"{printable(path)}: is not a regular file" for path in candidates if not path.is_file())
+    findings = [
+        IMAGE_UNREADABLE.broken(printable(path), "is not a regular file") for path in candidates if not path.is_file()
+    ]
     if not paths:
         problem = f"holds no images ({' '.join(IMAGE_SUFFIXES)})" if folder.is_dir() else "is neither folder nor image"
         raise DataError(f"{printable(folder)}: {problem}.\nGive a folder of images, or one image: data.predict_dir")
@@ -46,12 +49,16 @@ def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence
         is_difficult=np.zeros(0, dtype=np.bool_),
         class_names=tuple(class_names),
         category_ids=tuple(category_ids),
-        skipped=skipped,
+        findings=tuple(findings),
     )
 
 
-def _walk(folder: Path) -> list[Path]:
-    """Return every visible entry below a folder that is named like an image."""
+def find_images(folder: Path) -> list[Path]:
+    """Return every visible entry below a folder that is named like an image, sorted.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
     found: list[Path] = []
 
     def stop(reason: OSError) -> None:

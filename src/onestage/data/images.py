@@ -25,6 +25,11 @@ JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 ORIENTATION_TAG = 0x0112
 REMEDY = "Replace the file, or remove it from the data set."
 
+
+class ImageSizeError(ImageError):
+    """An image has another size than its annotation says."""
+
+
 RGBImage = npt.NDArray[np.uint8]
 
 
@@ -58,9 +63,9 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
     file = Path(path)
     note_reading(str(file))
     content = read_file(file, ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
-    with _open_header(file, content) as pillow_image:
-        header = _read_header(file, pillow_image)
-        orientation = _orientation_to_apply(file, header, annotated_size)
+    with open_header(file, content) as pillow_image:
+        header = read_header(file, pillow_image)
+        orientation = orientation_to_apply(file, header, annotated_size)
         if header.format in DECODED_BY_OPENCV:
             image = _decode_with_opencv(file, content, header)
         else:
@@ -68,8 +73,12 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
     return _turn_upright(image, orientation)
 
 
-def _open_header(file: Path, content: bytes) -> Image.Image:
-    """Let Pillow read the header; no pixel is decoded or allocated."""
+def open_header(file: Path, content: bytes) -> Image.Image:
+    """Let Pillow read the header; no pixel is decoded or allocated.
+
+    Raises:
+        ImageError: it is no image, or far too large.
+    """
     try:
         return Image.open(io.BytesIO(content), formats=PILLOW_FORMATS)
     except Image.DecompressionBombError:
@@ -79,8 +88,12 @@ def _open_header(file: Path, content: bytes) -> Image.Image:
         raise ImageError(f"{printable(file)}: {problem} {', '.join(PILLOW_FORMATS)}.\n{REMEDY}") from None
 
 
-def _read_header(file: Path, image: Image.Image) -> ImageHeader:
-    """Read size and orientation, and refuse a size that is out of bounds before anything is allocated."""
+def read_header(file: Path, image: Image.Image) -> ImageHeader:
+    """Read size and orientation, and refuse a size that is out of bounds before anything is allocated.
+
+    Raises:
+        ImageError: the image has more than `MAX_PIXELS` pixels.
+    """
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise _too_many_pixels(file, f"{width} x {height}")
@@ -95,8 +108,12 @@ def _read_header(file: Path, image: Image.Image) -> ImageHeader:
     return ImageHeader(image.format or "", height, width, orientation if 1 <= orientation <= 8 else 1)
 
 
-def _orientation_to_apply(file: Path, header: ImageHeader, annotated_size: tuple[int, int] | None) -> int:
-    """Return the orientation with which the image has the annotated size."""
+def orientation_to_apply(file: Path, header: ImageHeader, annotated_size: tuple[int, int] | None) -> int:
+    """Return the orientation with which the image has the annotated size.
+
+    Raises:
+        ImageSizeError: neither has it.
+    """
     stored = (header.height, header.width)
     upright = stored[::-1] if header.orientation >= 5 else stored
     if annotated_size is None or 0 in annotated_size or tuple(annotated_size) == upright:
@@ -106,7 +123,7 @@ def _orientation_to_apply(file: Path, header: ImageHeader, annotated_size: tuple
     found = f"{stored[1]} x {stored[0]}"
     if upright != stored:
         found += f" ({upright[1]} x {upright[0]} once turned by its EXIF orientation {header.orientation})"
-    raise ImageError(
+    raise ImageSizeError(
         f"{printable(file)}: is {found} pixels (width x height), but annotated as "
         f"{annotated_size[1]} x {annotated_size[0]}; both must agree, or the boxes would be in the wrong place.\n"
         "Put the original image back, or annotate this one anew."
@@ -115,12 +132,8 @@ def _orientation_to_apply(file: Path, header: ImageHeader, annotated_size: tuple
 
 def _decode_with_opencv(file: Path, content: bytes, header: ImageHeader) -> RGBImage:
     """Decode JPEG and PNG from bytes: `cv2.imread` accepts truncated files in silence, `cv2.imdecode` does not."""
-    # A JPEG ends with its end marker, perhaps with other data behind it; a thumbnail's lies before the last scan.
-    is_whole = (
-        header.format == "PNG" or content.endswith(JPEG_END) or content.rfind(JPEG_END) > content.rfind(JPEG_SCAN)
-    )
     image: Any = None
-    if is_whole:
+    if header.format == "PNG" or is_whole_jpeg(content):
         buffer = np.frombuffer(content, dtype=np.uint8)
         try:
             image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -131,6 +144,11 @@ def _decode_with_opencv(file: Path, content: bytes, header: ImageHeader) -> RGBI
             f"{printable(file)}: is cut off or damaged ({len(content)} bytes of {header.format}).\n{REMEDY}"
         )
     return np.asarray(image, dtype=np.uint8)
+
+
+def is_whole_jpeg(content: bytes) -> bool:
+    """Tell whether an end marker follows the last scan, perhaps with other data behind; a thumbnail's lies before."""
+    return content.endswith(JPEG_END) or content.rfind(JPEG_END) > content.rfind(JPEG_SCAN)
 
 
 def _decode_with_pillow(file: Path, image: Image.Image) -> RGBImage:

@@ -1,22 +1,30 @@
 """The DataLoader of training and evaluation: it can stop and go on inside an epoch, and it hands on errors whole."""
 
+import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import cv2
+import torch
 from torch.utils.data import DataLoader
 
-from onestage.data.samplers import TrainingSampler
+from onestage.data.dataset import DetectionDataset, LoadedBatch, collate_with_failures
+from onestage.data.failures import FailureLog
+from onestage.data.samplers import EvaluationSampler, TrainingSampler
 from onestage.data.worker_watch import WorkerWatch
 from onestage.errors import ConfigError, OnestageError
 from onestage.types import Batch
 
+MAX_AUTO_WORKERS = 16  # at 200 images/s and core more than one GPU takes
 KEY_BY_FIELD = {
     "seed": "seed_everything",
     "batch_size": "data.batch_size",
     "world_size": "trainer.devices",
-    "num_images": "the number of training images",
+    "num_images": "the number of training images in an epoch",
+    "selection": "the choice of training images (data.fold, data.sampling and the like; a number stands for it)",
 }
+
+StartMethod = Literal["fork", "spawn", "forkserver"]
 
 
 class DetectionLoader(DataLoader[Batch]):
@@ -34,6 +42,7 @@ class DetectionLoader(DataLoader[Batch]):
         self._epoch = 0  # of the batches handed out last
         self._num_handed_out = 0  # batches of that epoch
         self._resume_from: dict[str, int] | None = None
+        self._failures: FailureLog | None = None
         self.watch = WorkerWatch(self.num_workers) if self.num_workers else None
         if self.watch is not None:
             self.worker_init_fn = self.watch.start_function(self.worker_init_fn)
@@ -47,13 +56,27 @@ class DetectionLoader(DataLoader[Batch]):
             sampler.batches_to_skip = self._num_handed_out
         try:
             iterator = super().__iter__()
-            for batch in self.watch.batches(iterator) if self.watch is not None else iterator:
+            for loaded in self.watch.batches(iterator) if self.watch is not None else iterator:
                 if isinstance(sampler, TrainingSampler):
                     sampler.batches_to_skip = 0  # for this epoch only; the sampler has read it by now
                 self._num_handed_out += 1
-                yield batch
+                yield self._unpacked(loaded)
         except OnestageError as error:
             raise type(error)(_original_message(error)) from error
+        finally:  # also where the epoch is cut short
+            if self._failures is not None:
+                self._failures.end_epoch(self._epoch)
+
+    def _unpacked(self, loaded: Batch | LoadedBatch) -> Batch:
+        """Return the batch alone, after taking note of what its workers could not read."""
+        if not isinstance(loaded, LoadedBatch):
+            return loaded
+        if loaded.failures:
+            if self._failures is None:
+                dataset: Any = self.dataset
+                self._failures = FailureLog(dataset.annotations.source, len(dataset), dataset.max_bad_fraction)
+            self._failures.add(loaded.failures)
+        return loaded.batch
 
     def _take_offset(self) -> int:
         """Return how many batches of this epoch were already used before training resumed."""
@@ -88,13 +111,43 @@ class DetectionLoader(DataLoader[Batch]):
             return  # between two epochs nothing is left over, so other settings do no harm
         for field, key in KEY_BY_FIELD.items():
             value = getattr(sampler, field)
-            if value != state[field]:
+            if value != state.get(field, value):
                 raise ConfigError(
                     f"The checkpoint stopped after {state['batches']} of {num_batches} batches of epoch "
                     f"{state['epoch']}, when {key} was {state[field]}; now it is {value}, which gives other batches.\n"
                     f"Set it back to {state[field]}, or resume from a checkpoint written at the end of an epoch."
                 )
         self._resume_from = dict(state)
+
+
+def open_loader(
+    dataset: DetectionDataset,
+    sampler: TrainingSampler | EvaluationSampler,
+    *,
+    batch_size: int,
+    num_workers: int,
+    prefetch_factor: int,
+    start_method: StartMethod | None,
+) -> DetectionLoader:
+    """Return the loader of a split. Workers stay alive between epochs, and images are pinned where there is a GPU."""
+    return DetectionLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate_with_failures,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=start_worker,
+        multiprocessing_context=start_method if num_workers else None,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def num_auto_workers(num_processes: int) -> int:
+    """Return the workers for each of `num_processes`: one per core that this one may use, less one for training."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(num_cores // num_processes - 1, 0), MAX_AUTO_WORKERS)
 
 
 def start_worker(_worker_id: int) -> None:

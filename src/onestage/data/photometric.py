@@ -1,6 +1,6 @@
 """SSD's colour changes as one albumentations transform. Geometry lives in `crops.py`."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import albumentations as A
 import cv2
@@ -11,6 +11,16 @@ from onestage.errors import ConfigError
 
 LEVELS = np.arange(256, dtype=np.float32)  # every value of a uint8 channel
 DEGREES_TO_HUE = 256 / 360  # OpenCV's *_FULL conversions spread the circle over 0..255, which wraps like uint8 does
+
+
+class Distortion(NamedTuple):
+    """The changes drawn for one image; 0 or 1 stands for none."""
+
+    brightness: float  # added to all channels, levels
+    contrast: float  # factor on all channels
+    saturation: float  # factor on the saturation
+    hue: float  # added to the hue, degrees
+    contrast_first: bool  # contrast comes before saturation and hue, not after them
 
 
 class SSDPhotometricDistort(A.ImageOnlyTransform):  # type: ignore[misc]  # albumentations is untyped
@@ -47,9 +57,9 @@ class SSDPhotometricDistort(A.ImageOnlyTransform):  # type: ignore[misc]  # albu
         self.saturation = saturation
         self.hue = hue
 
-    def get_params(self) -> dict[str, Any]:
-        """Draw the four changes; 0 or 1 stands for none."""
-        order, *draws = self.random_generator.random(9).tolist()
+    def draw(self, random: np.random.Generator) -> Distortion:
+        """Draw the changes of one image."""
+        order, *draws = random.random(9).tolist()
         chances, values = draws[0::2], draws[1::2]
         ranges = ((-self.brightness, self.brightness), self.contrast, self.saturation, (-self.hue, self.hue))
         drawn = [low + value * (high - low) for (low, high), value in zip(ranges, values, strict=True)]
@@ -57,13 +67,11 @@ class SSDPhotometricDistort(A.ImageOnlyTransform):  # type: ignore[misc]  # albu
             value if chance < 0.5 else nothing
             for value, chance, nothing in zip(drawn, chances, (0.0, 1.0, 1.0, 0.0), strict=True)
         )
-        return {
-            "brightness": brightness,
-            "contrast": contrast,
-            "saturation": saturation,
-            "hue": hue,
-            "contrast_first": order < 0.5,
-        }
+        return Distortion(brightness, contrast, saturation, hue, contrast_first=order < 0.5)
+
+    def get_params(self) -> dict[str, Any]:
+        """Hand the drawn changes to `apply`, as albumentations wants it."""
+        return self.draw(self.random_generator)._asdict()
 
     def apply(
         self,

@@ -1,23 +1,22 @@
 """From parsed columns to an `AnnotationSet`: the checks that every annotation format shares. No file is read here."""
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from onestage.data.rules import BOX_CLIPPED, BOX_EMPTY, BOX_NOT_FINITE, BOX_OUTSIDE, OBJECT_MALFORMED, Rule
 from onestage.errors import AnnotationError
-from onestage.types import AnnotationSet
+from onestage.types import AnnotationSet, Finding
 
 ALWAYS_ALLOWED = (
     2  # bad items that never stop a run, unless max_bad_fraction is 0: in a set of ten, one is already 10 %
 )
 NUM_EXAMPLES = 5  # bad items that an error message quotes
 CLIP_NOTICE = 1.0  # px; a box that reaches out further than rounding explains is worth a warning
-
-logger = logging.getLogger(__name__)
 
 
 class ImageColumns(NamedTuple):
@@ -48,13 +47,13 @@ def build_annotation_set(
     category_ids: Sequence[int],
     *,
     describe: Callable[[int], str],
-    skipped_images: Sequence[str] = (),
+    findings: Sequence[Finding] = (),
     max_bad_fraction: float = 0.01,
 ) -> AnnotationSet:
     """Check every box, clip it to its image, leave out what cannot be an object, and group the rest by image.
 
     A box is left out when a coordinate is not finite, when it has no width or height, or when it lies outside its
-    image. Each gives one line in `AnnotationSet.skipped`. Images without objects stay.
+    image. Each gives a line in `AnnotationSet.skipped`. Images without objects stay.
 
     Args:
         source: file or folder, for messages.
@@ -63,17 +62,18 @@ def build_annotation_set(
         class_names: the K names, in label order.
         category_ids: the data set's own K ids, in label order.
         describe: row of an object -> its file, image, id and values as written, for messages.
-        skipped_images: one line for each image that the parser left out.
+        findings: what the parser found; those that are "left out" stand for one image each.
         max_bad_fraction: 0..1; see `require_few_bad`.
 
     Raises:
         AnnotationError: too many bad boxes or images, or objects of which none can be used.
     """
     num_images = len(images.paths)
-    require_images(source, num_images, skipped_images, max_bad_fraction)
-    boxes = _clip(source, objects, images.sizes)
-    broken_rules = {**_broken_rules(boxes, objects.boxes), **objects.problems}
-    skipped_objects = [f"{describe(row)}: {broken_rules[row]}" for row in sorted(broken_rules)]
+    require_images(source, num_images, findings, max_bad_fraction)
+    boxes, clipped = _clip(source, objects, images.sizes)
+    broken_rules = _broken_rules(boxes, objects)
+    bad_boxes = [rule.broken(describe(row), problem) for row, (rule, problem) in sorted(broken_rules.items())]
+    skipped_objects = [finding.line for finding in bad_boxes]
     require_few_bad(source, "boxes", skipped_objects, len(boxes), max_bad_fraction)
 
     is_valid = np.ones(len(boxes), dtype=np.bool_)
@@ -96,16 +96,47 @@ def build_annotation_set(
         is_difficult=objects.is_difficult[rows],
         class_names=tuple(class_names),
         category_ids=tuple(category_ids),
-        skipped=(*skipped_images, *skipped_objects),
+        findings=(*findings, *clipped, *bad_boxes),
     )
 
 
-def require_images(source: str, num_images: int, skipped_images: Sequence[str], max_bad_fraction: float) -> None:
+def select_images(annotations: AnnotationSet, rows: npt.NDArray[np.int64]) -> AnnotationSet:
+    """Return the set of only these images, in this order, with their objects.
+
+    Args:
+        annotations: N images.
+        rows: [n] of 0..N-1.
+    """
+    counts = np.diff(annotations.box_offsets)[rows]
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    objects = np.repeat(annotations.box_offsets[rows] - offsets[:-1], counts) + np.arange(offsets[-1])
+    return replace(
+        annotations,
+        image_paths=annotations.image_paths[rows],
+        image_ids=annotations.image_ids[rows],
+        sizes=annotations.sizes[rows],
+        box_offsets=offsets,
+        boxes=annotations.boxes[objects],
+        labels=annotations.labels[objects],
+        areas=annotations.areas[objects],
+        is_crowd=annotations.is_crowd[objects],
+        is_difficult=annotations.is_difficult[objects],
+    )
+
+
+def require_images(source: str, num_images: int, findings: Sequence[Finding], max_bad_fraction: float) -> None:
     """Stop when no image is left, or when too many were left out; see `require_few_bad`.
+
+    Args:
+        source: file or folder, for the message.
+        num_images: those that are left.
+        findings: those that are "left out" stand for one image each.
+        max_bad_fraction: 0..1.
 
     Raises:
         AnnotationError: so it is.
     """
+    skipped_images = [finding.line for finding in findings if finding.effect == "left out"]
     require_few_bad(source, "images", skipped_images, num_images + len(skipped_images), max_bad_fraction)
     if not num_images:
         _refuse(source, "none of its images can be used", skipped_images, "Correct them, or data.root.")
@@ -166,34 +197,38 @@ def require_objects(annotations: AnnotationSet) -> AnnotationSet:
     return annotations
 
 
-def _clip(source: str, objects: ObjectColumns, sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+def _clip(
+    source: str, objects: ObjectColumns, sizes: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.float32], list[Finding]]:
     """Clip each box to its image where the size is known, else to the left and top edge alone; say how many moved."""
     height_width = sizes[objects.image_rows].astype(np.float64)
     limits = np.where(height_width > 0, height_width, np.inf)[:, [1, 0, 1, 0]]
     clipped = np.clip(objects.boxes, 0.0, limits)  # NaN stays NaN
     with np.errstate(invalid="ignore"):  # inf - inf where the size is unknown
         moved = np.nanmax(np.abs(clipped - objects.boxes), axis=1, initial=0.0)
-    num_far = int(np.count_nonzero(np.isfinite(moved) & (moved > CLIP_NOTICE)))
-    if num_far:
-        logger.warning("%s: %d of %d boxes reach out of their image and are clipped", source, num_far, len(clipped))
+        overlaps = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+    num_far = int(np.count_nonzero(np.isfinite(moved) & (moved > CLIP_NOTICE) & overlaps))
+    problem = f"{num_far} of {len(clipped)} boxes reach out of their image and are clipped to it"
+    findings = [BOX_CLIPPED.broken(source, problem, num_far)] if num_far else []
     with np.errstate(over="ignore"):  # a coordinate beyond float32 becomes infinite and is left out below
-        return clipped.astype(np.float32)
+        return clipped.astype(np.float32), findings
 
 
-def _broken_rules(clipped: npt.NDArray[np.float32], written: npt.NDArray[np.float64]) -> dict[int, str]:
-    """Row of every box that cannot be used -> the rule it breaks."""
+def _broken_rules(clipped: npt.NDArray[np.float32], objects: ObjectColumns) -> dict[int, tuple[Rule, str]]:
+    """Row of every box that cannot be used -> the rule it breaks, in words."""
+    written = objects.boxes
     is_finite = np.all(np.isfinite(written) & np.isfinite(clipped), axis=1).astype(np.bool_)
     has_size = np.all(written[:, 2:] > written[:, :2], axis=1).astype(np.bool_)
     is_inside = np.all(clipped[:, 2:] > clipped[:, :2], axis=1).astype(np.bool_)
-    rules: dict[int, str] = {}
+    rules: dict[int, tuple[Rule, str]] = {}
     for row in np.flatnonzero(~(is_finite & has_size & is_inside)).tolist():
         if not is_finite[row]:
-            rules[row] = "every coordinate must be a finite number"
+            rules[row] = BOX_NOT_FINITE, "every coordinate must be a finite number"
         elif not has_size[row]:
-            rules[row] = "width and height must be > 0"
+            rules[row] = BOX_EMPTY, "width and height must be > 0"
         else:
-            rules[row] = "the box must overlap its image"
-    return rules
+            rules[row] = BOX_OUTSIDE, "the box must overlap its image"
+    return rules | {row: (OBJECT_MALFORMED, problem) for row, problem in objects.problems.items()}
 
 
 def _areas(areas: npt.NDArray[np.float64], boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -210,5 +245,5 @@ def _next_fraction(num_bad: int, total: int) -> float:
 def _refuse(source: str, problem: str, lines: Sequence[str], remedy: str) -> NoReturn:
     """Raise an error that quotes the first few lines."""
     examples = "".join(f"\n  {line}" for line in lines[:NUM_EXAMPLES])
-    more = f"\n  and {len(lines) - NUM_EXAMPLES} more" if len(lines) > NUM_EXAMPLES else ""
+    more = f"\n  and {len(lines) - NUM_EXAMPLES} more; see all: onestage doctor" if len(lines) > NUM_EXAMPLES else ""
     raise AnnotationError(f"{source}: {problem}.{examples}{more}\n{remedy}")

@@ -1,12 +1,16 @@
 """Which image comes when, on which process. Both samplers are pure functions of their arguments and the epoch."""
 
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data.distributed import DistributedSampler
 
 from onestage.data.dataset import DetectionDataset
 from onestage.errors import ConfigError, DataError
+
+FLOAT_SLACK = 1e-6  # more than a sum of a million float64 is off by
 
 # Both are DistributedSamplers because Lightning shards every other sampler once more.
 
@@ -15,8 +19,12 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
     """Visits the images in an order that is a function of (seed, epoch), and yields (epoch, index).
 
     All processes together take batches of `world_size * batch_size` images off the front of that order; what is left
-    at the end waits for another epoch. So no image comes twice in an epoch, every process has the same number of
-    batches, and the images of a step depend on the size of the whole batch only, not on how many processes share it.
+    at the end waits for another epoch. So every process has the same number of batches, and the images of a step
+    depend on the size of the whole batch only, not on how many processes share it.
+
+    Without `repeats` no image comes twice in an epoch. With them, an epoch shows image i `floor(repeats[i])` or one
+    more times, `repeats[i]` times on average over the epochs. Its copy number c is item (epoch, c * N + i), which
+    `DetectionDataset` augments in its own way.
 
     Args:
         dataset: the training split, N images.
@@ -24,16 +32,27 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
         seed: >= 0.
         rank: of this process, 0..world_size - 1.
         world_size: number of processes.
+        repeats: [N] how many times an epoch shows each image on average, >= 0 (see `Sampling`); None: once.
 
     Raises:
         ConfigError: there are fewer images than one batch takes.
     """
 
     def __init__(
-        self, dataset: DetectionDataset, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        dataset: DetectionDataset,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        repeats: npt.NDArray[np.float64] | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed)
-        self.num_images = num_images = len(dataset)
+        self._repeats = repeats
+        # Of an epoch; the same in every one, whatever `draw_copies` rounds to.
+        self.num_images = num_images = len(dataset) if repeats is None else int(repeats.sum() + FLOAT_SLACK)
+        self.selection = _selection(dataset.annotations.image_ids, repeats)
         self.batch_size = batch_size
         self.world_size = world_size
         self.num_batches = num_images // (batch_size * world_size)  # the same on every process
@@ -50,10 +69,44 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Iterate over this process's share of the epoch given by `set_epoch`."""
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
+        generator = np.random.default_rng((self.seed, self.epoch))
+        if self._repeats is None:
+            order = generator.permutation(self.num_images)
+        else:
+            order = generator.permutation(draw_copies(self._repeats, generator))[: self.num_images]
         share = order[self.rank : self.total_size : self.num_replicas]
         epoch = self.epoch
         return ((epoch, index) for index in share[self.batches_to_skip * self.batch_size :].tolist())
+
+
+def _selection(image_ids: npt.NDArray[np.int64], repeats: npt.NDArray[np.float64] | None) -> int:
+    """Return a number that stands for which images an epoch shows and how often, so that a change is noticed."""
+    return zlib.crc32(repeats.tobytes() if repeats is not None else b"", zlib.crc32(image_ids.tobytes()))
+
+
+def draw_copies(repeats: npt.NDArray[np.float64], generator: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Round the repeats of every image up or down at random, and return an item for each copy.
+
+    Systematic sampling: the fractions are laid end to end in random order, and a grid of step 1 with a random start
+    picks those it meets. So each is rounded up with the probability of its fraction, and the sum is always that of
+    `repeats`, rounded up or down.
+
+    Args:
+        repeats: [N], >= 0.
+        generator: of the epoch.
+
+    Returns:
+        [n] with c * N + i for copy c of image i.
+    """
+    num_images = len(repeats)
+    copies = np.floor(repeats).astype(np.int64)
+    order = generator.permutation(num_images)
+    edges = np.concatenate([[0.0], np.cumsum((repeats - copies)[order])]) + generator.random()
+    edges[-1] += FLOAT_SLACK  # a sum that is whole but for rounding must not lose an image
+    copies[order] += np.diff(np.floor(edges)).astype(np.int64)
+    images = np.repeat(np.arange(num_images), copies)
+    first = np.repeat(np.cumsum(copies) - copies, copies)
+    return (np.arange(len(images)) - first) * num_images + images
 
 
 class EvaluationSampler(DistributedSampler[int]):

@@ -8,6 +8,8 @@ import albumentations as A
 
 from onestage.data.coco import parse_coco
 from onestage.data.datamodule import DetectionDataModule, Split
+from onestage.data.loader import StartMethod
+from onestage.data.sampling import Sampling
 from onestage.data.shapes import SHAPE_CATEGORY_IDS, SHAPE_NAMES, draw_shapes
 from onestage.data.voc import parse_voc
 from onestage.types import AnnotationSet
@@ -38,26 +40,40 @@ class ShapesDataModule(DetectionDataModule):
         batch_size: int = 32,
         num_workers: int | Literal["auto"] = "auto",
         prefetch_factor: int = 4,
+        worker_start_method: StartMethod | None = None,
         train_transforms: list[A.BasicTransform] | None = None,
+        mosaic: float = 0.0,
+        mixup: float = 0.0,
+        multi_scale: tuple[float, float] | None = None,
+        sampling: Sampling | None = None,
         seed: int = 42,
         class_names: list[str] | None = None,
         category_ids: list[int] | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        cache: Literal["none", "disk", "ram"] = "none",
         predict_dir: str | Path | None = None,
     ) -> None:
         if class_names is None and category_ids is None:  # known before anything is drawn
             class_names, category_ids = list(SHAPE_NAMES), list(SHAPE_CATEGORY_IDS) if format == "coco" else None
         super().__init__(
+            root,
             image_size=image_size,
             batch_size=batch_size,
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
+            worker_start_method=worker_start_method,
             train_transforms=train_transforms,
+            mosaic=mosaic,
+            mixup=mixup,
+            multi_scale=multi_scale,
+            sampling=sampling,
             seed=seed,
             class_names=class_names,
             category_ids=category_ids,
+            on_error=on_error,
+            cache=cache,
             predict_dir=predict_dir,
         )
-        self.root = Path(root)
         self.num_train = num_train
         self.num_val = num_val
         self.draw_seed = draw_seed

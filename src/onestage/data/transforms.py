@@ -2,35 +2,55 @@
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import albumentations as A
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.crops import SSDMinIoUCrop, SSDZoomOut
-from onestage.data.photometric import SSDPhotometricDistort
+from onestage.data.crops import Boxes, ScaleJitter
+from onestage.data.ssd_augmentation import SSDAugmentation
 from onestage.errors import ConfigError, OnestageError
 
 MIN_SIDE = 1.0  # px of the network input; less of an object is nothing that a network could find
 MAX_SIDES = 4.0  # network inputs; a larger image is shrunk first: zooming out of a phone's photo takes gigabytes
 MIN_TRACE = 0.01  # px; albumentations stops at a box that rounding has left without width or height
 
+RGBImage = npt.NDArray[np.uint8]
+
 
 def ssd_transforms(image_size: int) -> list[A.BasicTransform]:
-    """Return SSD's training augmentation, in the order of its Caffe code (arXiv:1512.02325, sections 2.2 and 3.6).
+    """Return SSD's training augmentation (arXiv:1512.02325, sections 2.2 and 3.6).
 
     Args:
         image_size: side of the square result, px.
     """
-    return [
-        SSDPhotometricDistort(),
-        SSDZoomOut(),
-        SSDMinIoUCrop(),
-        A.HorizontalFlip(p=0.5),
-        A.Resize(image_size, image_size),
-    ]
+    return [SSDAugmentation(image_size)]
+
+
+def training_transforms(
+    given: Sequence[A.BasicTransform] | None, image_size: int, multi_scale: tuple[float, float] | None
+) -> list[A.BasicTransform]:
+    """Return the given transforms, or SSD's where there are none, behind a change of scale if one is asked for.
+
+    Args:
+        given: albumentations transforms; None: `ssd_transforms`.
+        image_size: side of the square result, px.
+        multi_scale: range of the factor of `ScaleJitter`; None: no change.
+
+    Raises:
+        ConfigError: the range is not one.
+    """
+    transforms = ssd_transforms(image_size) if given is None else list(given)
+    if multi_scale is None:
+        return transforms
+    if not 0.25 <= multi_scale[0] <= multi_scale[1] <= 4:
+        raise ConfigError(
+            f"data.multi_scale is [{multi_scale[0]:g}, {multi_scale[1]:g}]; it must be [low, high] with "
+            "0.25 <= low <= high <= 4.\nSet data.multi_scale: [0.5, 1.5], or null."
+        )
+    return [ScaleJitter(multi_scale), *transforms]
 
 
 def resize_transforms(image_size: int) -> list[A.BasicTransform]:
@@ -59,6 +79,9 @@ class SeededTransform:
 
     def __init__(self, transforms: Sequence[A.BasicTransform], image_size: int) -> None:
         self.image_size = image_size
+        # Alone, the recipe needs none of Compose, whose bookkeeping takes half as long as the recipe itself.
+        is_alone = len(transforms) == 1 and isinstance(transforms[0], SSDAugmentation)
+        self._recipe = transforms[0] if is_alone and transforms[0].image_size == image_size else None
         self._pipeline = A.Compose(
             [*transforms, A.Resize(image_size, image_size)],  # no work where the last transform has resized already
             # Labels would come back as floats, so only row numbers travel, which are small enough to stay exact.
@@ -67,30 +90,24 @@ class SeededTransform:
             ),
         )
 
-    def __call__(
-        self, image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.float32], key: tuple[int, int, int]
-    ) -> Transformed:
+    def __call__(self, image: RGBImage, boxes: npt.NDArray[np.float32], key: tuple[int, ...]) -> Transformed:
         """Transform an image with its boxes.
 
         Args:
             image: [H, W, 3] uint8 RGB.
             boxes: [n, 4] xyxy edges in pixels of the image. What lies outside the image is cut off.
-            key: (seed, epoch, index of the image), each >= 0.
+            key: (seed, epoch, index of the image), each >= 0, and what else tells one use of it from another.
 
         Raises:
             ConfigError: a transform fails on this image, or they do not leave a uint8 RGB image.
         """
-        sequence = np.random.SeedSequence(key)
-        # One generator for all: seeding each transform by itself would correlate their draws.
-        self._pipeline.set_random_state(
-            np.random.default_rng(sequence), random.Random(int(sequence.generate_state(1)[0]))
-        )
         image, boxes = _shrunk(image, boxes, MAX_SIDES * self.image_size)
         height, width = image.shape[:2]
         inside = boxes.clip(0, (width, height, width, height))
         given = np.flatnonzero((inside[:, 2:] - inside[:, :2] >= MIN_TRACE).all(axis=1))
+        transform = self._transform_with_compose if self._recipe is None else self._transform_alone
         try:
-            result = self._pipeline(image=image, bboxes=inside[given], rows=given)
+            new_image, new_boxes, rows = transform(image, inside[given], given, np.random.SeedSequence(key))
         except OnestageError:
             raise
         except Exception as reason:  # each transform of albumentations and OpenCV fails in a way of its own
@@ -98,12 +115,33 @@ class SeededTransform:
                 f"data.train_transforms failed on an image of {width} x {height} pixels with {len(given)} objects: "
                 f"{type(reason).__name__}: {reason}\nTake out or change the transform that cannot handle it."
             ) from reason
-        new_boxes = np.asarray(result["bboxes"], dtype=np.float32).reshape(-1, 4).clip(0, self.image_size)
-        rows = np.asarray(result["rows"], dtype=np.int64).reshape(-1)
+        new_boxes = np.asarray(new_boxes, dtype=np.float32).reshape(-1, 4).clip(0, self.image_size)
+        rows = np.asarray(rows, dtype=np.int64).reshape(-1)  # an empty result comes back as a list
         is_kept = (new_boxes[:, 2:] - new_boxes[:, :2] >= MIN_SIDE).all(axis=1)
-        return Transformed(self._checked(result["image"]), new_boxes[is_kept], rows[is_kept])
+        return Transformed(self._checked(new_image), new_boxes[is_kept], rows[is_kept])
 
-    def _checked(self, image: object) -> npt.NDArray[np.uint8]:
+    def _transform_with_compose(
+        self, image: RGBImage, boxes: Boxes, rows: npt.NDArray[np.int64], sequence: np.random.SeedSequence
+    ) -> tuple[Any, Any, Any]:
+        # One generator for all: seeding each transform by itself would correlate their draws.
+        self._pipeline.set_random_state(
+            np.random.default_rng(sequence), random.Random(int(sequence.generate_state(1)[0]))
+        )
+        result = self._pipeline(image=image, bboxes=boxes, rows=rows)
+        return result["image"], result["bboxes"], result["rows"]
+
+    def _transform_alone(
+        self, image: RGBImage, boxes: Boxes, rows: npt.NDArray[np.int64], sequence: np.random.SeedSequence
+    ) -> tuple[Any, Any, Any]:
+        assert self._recipe is not None
+        height, width = image.shape[:2]
+        relative = np.empty((len(boxes), 5))  # with the row number behind, as Compose passes it
+        relative[:, :4], relative[:, 4] = boxes / ((width, height) * 2), rows
+        view = self._recipe.draw(np.random.default_rng(sequence), (height, width), relative[:, :4])
+        moved = self._recipe.apply_to_bboxes(relative, view=view, shape=image.shape)
+        return self._recipe.apply(image, view=view), moved[:, :4] * self.image_size, moved[:, 4]
+
+    def _checked(self, image: object) -> RGBImage:
         expected = (self.image_size, self.image_size, 3)
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == expected:
             return image
@@ -115,8 +153,8 @@ class SeededTransform:
 
 
 def _shrunk(
-    image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.float32], max_side: float
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    image: RGBImage, boxes: npt.NDArray[np.float32], max_side: float
+) -> tuple[RGBImage, npt.NDArray[np.float32]]:
     """Bring the longer side down to `max_side` px where it is longer; SSD's smallest crop of 0.3 keeps its detail."""
     height, width = image.shape[:2]
     factor = max_side / max(height, width)

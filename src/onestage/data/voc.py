@@ -1,27 +1,23 @@
 """Reads PASCAL VOC annotations (devkit of VOC2012, section 4) into an `AnnotationSet`."""
 
 import difflib
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree.ElementTree import Element, ParseError
 
 import numpy as np
-from defusedxml.common import DefusedXmlException
-from defusedxml.ElementTree import fromstring
 
 from onestage.data.files import list_files, printable, read_file
 from onestage.data.images import IMAGE_SUFFIXES
 from onestage.data.records import NUM_EXAMPLES, ImageColumns, ObjectColumns, build_annotation_set, require_images
+from onestage.data.rules import IMAGE_MISSING, NO_XML, OTHER_FILE_NAME, XML_MALFORMED, ZERO_BASED
+from onestage.data.voc_record import CORNERS, MalformedRecordError, VOCObject, VOCRecord, read_record
 from onestage.errors import AnnotationError
-from onestage.types import AnnotationSet
+from onestage.types import AnnotationSet, Finding
 
 SPLIT_FOLDER = Path("ImageSets", "Main")
-CORNERS = ("xmin", "ymin", "xmax", "ymax")
-
-logger = logging.getLogger(__name__)
+NO_IMAGE = "there is no such image"
 
 
 class ListedImage(NamedTuple):
@@ -34,23 +30,6 @@ class ListedImage(NamedTuple):
     def xml(self) -> Path:
         """Where the annotation is, if there is one."""
         return self.folder / "Annotations" / f"{self.stem}.xml"
-
-
-class VOCObject(NamedTuple):
-    """One `object` element, as written."""
-
-    place: str  # file and number of the object
-    class_name: str
-    corners: tuple[float, float, float, float]  # xmin, ymin, xmax, ymax; 1-based, inclusive; NaN where not a number
-    is_difficult: bool
-    problem: str | None  # the rule that its bndbox breaks
-
-
-class VOCRecord(NamedTuple):
-    """One XML file."""
-
-    size: tuple[int, int]  # (height, width); 0, 0 where not given
-    objects: list[VOCObject]
 
 
 def parse_voc(
@@ -78,8 +57,8 @@ def parse_voc(
     """
     source = f"{printable(root)} ({' + '.join(splits)})"
     listed = _read_splits(root, splits)
-    columns, records, skipped_images = _read_images(source, listed)
-    require_images(source, len(records), skipped_images, max_bad_fraction)
+    columns, records, findings = _read_images(source, listed)
+    require_images(source, len(records), findings, max_bad_fraction)
     objects = [item for record in records for item in record.objects]
     names = tuple(class_names) if class_names is not None else _sorted_names(source, objects)
     label_of_name = {name: label for label, name in enumerate(names)}
@@ -87,11 +66,11 @@ def parse_voc(
     return build_annotation_set(
         source,
         columns,
-        _object_columns(source, records, objects, label_of_name),
+        _object_columns(source, records, objects, label_of_name, findings),
         names,
         range(1, len(names) + 1),
         describe=lambda row: f"{objects[row].place} ({objects[row].class_name}), {_written(objects[row])}",
-        skipped_images=skipped_images,
+        findings=findings,
         max_bad_fraction=max_bad_fraction,
     )
 
@@ -144,30 +123,35 @@ def _read_list(folder: Path, split: str) -> list[ListedImage]:
     return listed
 
 
-def _read_images(source: str, listed: list[ListedImage]) -> tuple[ImageColumns, list[VOCRecord], list[str]]:
-    """Read the annotation of every image that is on disk. Returns also a line for each image that is left out."""
+def _read_images(source: str, listed: list[ListedImage]) -> tuple[ImageColumns, list[VOCRecord], list[Finding]]:
+    """Read the annotation of every image that is on disk. Those that are left out are findings."""
     image_of_stem = {folder: _images_by_stem(folder / "JPEGImages") for folder in {image.folder for image in listed}}
     xml_names = {folder: set(list_files(folder / "Annotations")) for folder in image_of_stem}
     paths: list[str] = []
     records: list[VOCRecord] = []
-    skipped: list[str] = []
-    num_without_xml = 0
+    findings: list[Finding] = []
+    num_without_xml = num_renamed = 0
     for image in listed:
         name = image_of_stem[image.folder].get(image.stem)
         has_xml = image.xml.name in xml_names[image.folder]
         if name is None:
-            skipped.append(f"{printable(image.folder / 'JPEGImages' / image.stem)}: there is no such image")
+            findings.append(IMAGE_MISSING.broken(printable(image.folder / "JPEGImages" / image.stem), NO_IMAGE))
             continue
         try:
-            records.append(_read_record(image.xml) if has_xml else VOCRecord((0, 0), []))
-        except AnnotationError as reason:
-            skipped.append(str(reason).partition("\n")[0])
+            records.append(read_record(image.xml) if has_xml else VOCRecord((0, 0), []))
+        except MalformedRecordError as reason:
+            findings.append(reason.finding)
+            continue
+        except AnnotationError as reason:  # of a file that cannot be read at all
+            place, _, problem = str(reason).partition("\n")[0].partition(": ")
+            findings.append(XML_MALFORMED.broken(place, problem))
             continue
         num_without_xml += not has_xml
+        num_renamed += has_xml and bool(records[-1].file_name) and Path(records[-1].file_name).stem != image.stem
         paths.append(str(image.folder / "JPEGImages" / name))
-    _report_missing_xml(source, num_without_xml, len(listed))
+    findings += _about_names(source, num_without_xml, num_renamed, len(listed))
     sizes = np.array([record.size for record in records], dtype=np.int32).reshape(-1, 2)
-    return ImageColumns(paths, np.arange(1, len(paths) + 1, dtype=np.int64), sizes), records, skipped
+    return ImageColumns(paths, np.arange(1, len(paths) + 1, dtype=np.int64), sizes), records, findings
 
 
 def _images_by_stem(folder: Path) -> dict[str, str]:
@@ -179,57 +163,19 @@ def _images_by_stem(folder: Path) -> dict[str, str]:
     return {path.stem: path.name for path in images}
 
 
-def _report_missing_xml(source: str, num_missing: int, num_images: int) -> None:
-    """Images without an XML file are negatives. If all are, the folder is wrong."""
-    if num_missing == num_images:
+def _about_names(source: str, num_without_xml: int, num_renamed: int, num_images: int) -> list[Finding]:
+    """Images without an XML file are negatives; if all are, the folder is wrong. The XML's own name decides."""
+    if num_without_xml == num_images:
         problem = f"none of the {num_images} images has an XML file in Annotations"
         raise AnnotationError(f"{source}: {problem}.\nCorrect data.root, or put the annotations there.")
-    if num_missing:
-        logger.warning("%s: %d of %d images have no XML file: without objects", source, num_missing, num_images)
-
-
-def _read_record(path: Path) -> VOCRecord:
-    """Parse one XML file."""
-    content = read_file(path, AnnotationError, "a VOC annotation (XML)", "Export it again.")
-    place = printable(path)
-    try:
-        root = fromstring(content, forbid_dtd=True)
-    except ParseError as reason:
-        line, column = reason.position
-        raise AnnotationError(f"{place}:{line}:{column + 1}: is not XML: {reason}") from None
-    except DefusedXmlException:
-        raise AnnotationError(f"{place}: has a DOCTYPE or entities, which an annotation needs not: refused") from None
-    except (ValueError, LookupError) as reason:  # an encoding that the parser does not know
-        raise AnnotationError(f"{place}: cannot be decoded ({reason}); save it as UTF-8") from None
-    if root.tag != "annotation":
-        raise AnnotationError(f"{place}: its first element is {root.tag!r:.80}; in VOC it is 'annotation'")
-    height, width = (_number(root.findtext(f"size/{side}")) for side in ("height", "width"))
-    size = (int(height), int(width)) if 0 < height < 1 << 31 and 0 < width < 1 << 31 else (0, 0)
-    objects = [_read_object(element, f"{place}: object {n}") for n, element in enumerate(root.findall("object"), 1)]
-    return VOCRecord(size, objects)
-
-
-def _read_object(element: Element, place: str) -> VOCObject:
-    """Read one object. Only its own bndbox counts: the `part` elements of a person have their own."""
-    name = (element.findtext("name") or "").strip()
-    xmin, ymin, xmax, ymax = (_number(element.findtext(f"bndbox/{corner}")) for corner in CORNERS)
-    problem = None
-    if not name:
-        problem = "an object must have a name"
-    elif not np.isfinite([xmin, ymin, xmax, ymax]).all():
-        problem = "its bndbox must hold a finite number for each of xmin, ymin, xmax, ymax"
-    elif xmin >= xmax or ymin >= ymax:
-        problem = "xmin < xmax and ymin < ymax must hold"
-    difficult = _number(element.findtext("difficult"))
-    return VOCObject(place, printable(name), (xmin, ymin, xmax, ymax), difficult == 1, problem)
-
-
-def _number(text: str | None) -> float:
-    """Return a number, or NaN for anything else."""
-    try:
-        return float(text or "nan")
-    except ValueError:
-        return float("nan")
+    findings = []
+    if num_without_xml:
+        problem = f"{num_without_xml} of {num_images} images have no XML file: without objects"
+        findings.append(NO_XML.broken(source, problem, num_without_xml))
+    if num_renamed:
+        problem = f"in {num_renamed} XML files <filename> is not the name of the file; the file's name decides"
+        findings.append(OTHER_FILE_NAME.broken(source, problem, num_renamed))
+    return findings
 
 
 def _written(item: VOCObject) -> str:
@@ -264,13 +210,18 @@ def _refuse_unknown_names(source: str, objects: list[VOCObject], class_names: Se
 
 
 def _object_columns(
-    source: str, records: list[VOCRecord], objects: list[VOCObject], label_of_name: dict[str, int]
+    source: str,
+    records: list[VOCRecord],
+    objects: list[VOCObject],
+    label_of_name: dict[str, int],
+    findings: list[Finding],
 ) -> ObjectColumns:
     """Flatten, and turn pixel indices into edges."""
     boxes = np.array([item.corners for item in objects], dtype=np.float64).reshape(-1, 4)
     num_zero_based = int(np.count_nonzero((boxes[:, :2] == 0).any(axis=1)))
     if num_zero_based:
-        logger.warning("%s: %d boxes start at pixel 0, though VOC counts from 1: clipped", source, num_zero_based)
+        problem = f"{num_zero_based} boxes start at pixel 0, though VOC counts from 1: clipped"
+        findings.append(ZERO_BASED.broken(source, problem, num_zero_based))
     boxes[:, :2] -= 1
     num_objects = len(objects)
     return ObjectColumns(

@@ -7,24 +7,28 @@ from typing import Literal
 import albumentations as A
 
 from onestage.data.datamodule import DetectionDataModule, Split
-from onestage.data.voc import parse_voc
+from onestage.data.loader import StartMethod
+from onestage.data.sampling import Sampling
+from onestage.data.voc import SPLIT_FOLDER, parse_voc
 from onestage.errors import ConfigError
 from onestage.types import AnnotationSet
 
-TRAINVAL_07_12 = ("2007_trainval", "2012_trainval")  # "07+12", the papers' usual training set
+# Of VOC2007 and VOC2012 side by side: "07+12", the papers' usual training set, and the only test set with annotations.
+DEFAULT_SPLITS = {"train": ("2007_trainval", "2012_trainval"), "val": ("2007_test",), "test": ("2007_test",)}
 
 
 class VOCDataModule(DetectionDataModule):
     """Reads the XML files in `Annotations` for the images that lists in `ImageSets/Main` name.
 
-    `root` is one such folder, with splits named like the lists (`[train]`), or holds VOC2007, VOC2012 and so on, with
-    splits named by year and list (`[2007_trainval, 2012_trainval]`). All other arguments are those of
+    `root` is one such folder, with splits named like the lists (by default `[train]` and `[val]`); or it holds VOC2007,
+    VOC2012 and so on, with splits named by year and list (by default `[2007_trainval, 2012_trainval]` and
+    `[2007_test]`). All other arguments are those of
     `DetectionDataModule`.
 
     Args:
         root: the folder of the data set.
-        train_splits: the lists that make up the training set.
-        val_splits: the lists that make up the validation set.
+        train_splits: the lists that make up the training set; null: the default above.
+        val_splits: the lists that make up the validation set; null: the default above.
         test_splits: the lists that make up the test set; null: testing uses the validation set.
         train_difficult: whether objects flagged as difficult are trained on, as in the SSD paper's own code. If not,
             the loss leaves their regions out. Evaluation counts them neither found nor missed.
@@ -34,34 +38,54 @@ class VOCDataModule(DetectionDataModule):
         self,
         root: str | Path,
         *,
-        train_splits: Sequence[str] = TRAINVAL_07_12,
-        val_splits: Sequence[str] = ("2007_test",),
+        train_splits: Sequence[str] | None = None,
+        val_splits: Sequence[str] | None = None,
         test_splits: Sequence[str] | None = None,
         train_difficult: bool = True,
         image_size: int = 300,
         batch_size: int = 32,
         num_workers: int | Literal["auto"] = "auto",
         prefetch_factor: int = 4,
+        worker_start_method: StartMethod | None = None,
         train_transforms: list[A.BasicTransform] | None = None,
+        mosaic: float = 0.0,
+        mixup: float = 0.0,
+        multi_scale: tuple[float, float] | None = None,
+        sampling: Sampling | None = None,
         seed: int = 42,
         class_names: list[str] | None = None,
         category_ids: list[int] | None = None,
         max_bad_fraction: float = 0.01,
+        on_error: Literal["raise", "skip"] = "raise",
+        cache: Literal["none", "disk", "ram"] = "none",
+        val_fraction: float | None = None,
+        num_folds: int | None = None,
+        fold: int = 0,
         predict_dir: str | Path | None = None,
     ) -> None:
         super().__init__(
+            root,
             image_size=image_size,
             batch_size=batch_size,
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
+            worker_start_method=worker_start_method,
             train_transforms=train_transforms,
+            mosaic=mosaic,
+            mixup=mixup,
+            multi_scale=multi_scale,
+            sampling=sampling,
             seed=seed,
             class_names=class_names,
             category_ids=category_ids,
             max_bad_fraction=max_bad_fraction,
+            on_error=on_error,
+            cache=cache,
+            val_fraction=val_fraction,
+            num_folds=num_folds,
+            fold=fold,
             predict_dir=predict_dir,
         )
-        self.root = Path(root)
         self.train_difficult = train_difficult
         self._splits = {"train": train_splits, "val": val_splits, "test": test_splits}
         for split, lists in self._splits.items():
@@ -78,9 +102,7 @@ class VOCDataModule(DetectionDataModule):
 
     def parse(self, split: Split, class_names: Sequence[str] | None) -> AnnotationSet:
         """Read the XML files of a split."""
-        return parse_voc(
-            self.root,
-            self._splits[split] or (),
-            class_names=class_names,
-            max_bad_fraction=self.max_bad_fraction,
-        )
+        splits = self._splits[split] or DEFAULT_SPLITS[split]
+        if self._splits[split] is None and (self.root / SPLIT_FOLDER).is_dir():
+            splits = (split,)
+        return parse_voc(self.root, splits, class_names=class_names, max_bad_fraction=self.max_bad_fraction)

@@ -38,7 +38,8 @@ class SSD(Detector):
         num_classes: K, without the background.
         classification_loss: owns the link between logits and scores. None: SigmoidFocalLoss().
         box_loss: None: SmoothL1Loss().
-        anchors: which of the paper's tables of default boxes; COCO's objects are smaller.
+        anchors: which of the paper's tables of default boxes (COCO's objects are smaller); or a table of one's own, as
+            `onestage anchors` proposes it: a level for each feature map, finest first.
         backbone_weights: IMAGENET1K_FEATURES, the path of a VGG16's state dict, or None for random weights.
         pretrained: torchvision_coco or the path of a state dict of torchvision's ssd300_vgg16, for SSD300 with
             MinedCrossEntropy and anchors "coco"; it replaces all weights.
@@ -69,7 +70,7 @@ class SSD(Detector):
         num_classes: int,
         classification_loss: ClassificationLoss | None = None,
         box_loss: BoxLoss | None = None,
-        anchors: AnchorTable = "voc",
+        anchors: AnchorTable | list[AnchorLevel] = "voc",
         backbone_weights: str | None = None,
         pretrained: str | None = None,
         prior: float = 0.01,
@@ -83,7 +84,7 @@ class SSD(Detector):
     ) -> None:
         super().__init__()
         self._require(num_classes >= 1, "num_classes", num_classes, "at least 1")
-        self._require(anchors in self.anchor_tables, "anchors", anchors, f"one of {', '.join(self.anchor_tables)}")
+        levels = self._anchor_levels(anchors)
         self._require(0 < prior < 1, "prior", prior, "between 0 and 1; RetinaNet's is 0.01")
         self._require(0 <= score_threshold < 1, "score_threshold", score_threshold, "0 or more and less than 1")
         self._require(0 <= nms_threshold <= 1, "nms_threshold", nms_threshold, "in 0..1; SSD's is 0.45")
@@ -100,7 +101,7 @@ class SSD(Detector):
         self.box_loss = box_loss or SmoothL1Loss()
         self.normaliser = PositiveNormaliser(normaliser_momentum)
 
-        self._build_network(self.anchor_tables[anchors], prior)
+        self._build_network(levels, prior)
         self._load_weights(anchors, backbone_weights, pretrained)
 
     def forward(self, images: Tensor) -> Predictions:
@@ -191,6 +192,19 @@ class SSD(Detector):
         """Return the network of the first two feature maps, with random weights."""
         return VGG()
 
+    def _anchor_levels(self, anchors: AnchorTable | list[AnchorLevel]) -> Sequence[AnchorLevel]:
+        """Return the table of that name, or the given one, checked to fit the feature maps."""
+        if isinstance(anchors, str):
+            self._require(anchors in self.anchor_tables, "anchors", anchors, f"one of {', '.join(self.anchor_tables)}")
+            return self.anchor_tables[anchors]
+        maps = [(level.side, level.stride) for level in next(iter(self.anchor_tables.values()))]
+        given = [(level.side, level.stride) for level in anchors]
+        self._require(given == maps, "anchors", given, f"a level for each feature map, (side, stride) {maps}")
+        for level in anchors:
+            is_valid = level.size > 0 and level.next_size > 0 and all(ratio > 0 for ratio in level.aspect_ratios)
+            self._require(is_valid, "anchors", level, "of positive sizes and ratios")
+        return anchors
+
     def _build_network(self, levels: Sequence[AnchorLevel], prior: float) -> None:
         self.backbone = self.make_backbone()
         channels = list(self.backbone.out_channels)
@@ -211,7 +225,9 @@ class SSD(Detector):
         self.register_buffer("anchor_strides", anchors.strides, persistent=False)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
 
-    def _load_weights(self, anchors: AnchorTable, backbone_weights: str | None, pretrained: str | None) -> None:
+    def _load_weights(
+        self, anchors: AnchorTable | list[AnchorLevel], backbone_weights: str | None, pretrained: str | None
+    ) -> None:
         if pretrained is not None:
             loss = self.classification_loss
             if not (isinstance(self, SSD300) and anchors == "coco" and isinstance(loss, SoftmaxClassificationLoss)):

@@ -1,0 +1,154 @@
+"""Mutates a good sample of each format and reads it; run by test_fuzz.py in a process of its own.
+
+usage: python fuzz_child.py FOLDER NUM_MUTATIONS SEED
+"""
+
+import faulthandler
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from onestage.data.anchor_table import find_anchors
+from onestage.data.coco import parse_coco
+from onestage.data.diagnosis import Depth, examine
+from onestage.data.doctor_report import as_json, as_text
+from onestage.data.image_headers import check_header
+from onestage.data.images import read_image
+from onestage.data.sources import find_sources, read_splits
+from onestage.data.voc import parse_voc
+from onestage.data.yolo import parse_yolo
+from onestage.errors import OnestageError
+
+TOKENS = [
+    b"-1", b"0", b"NaN", b"1e999", b"9" * 400, b"null", b"[]", b"{}", b'"', b"'", b"<", b">", b"&x;", b"\0",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf", b"..", b"/", b"\\", b"\n", b"\r\n", b"\x1b[31m", b"true", b"[" * 2000, b"<a>" * 2000, b"- ", b": ",
+    "狗".encode(), b"1e-320", b"*x", b"&x ", b"!!python/object:os.system ",
+]  # fmt: skip
+
+
+def mutate(content: bytes, draw: random.Random) -> bytes:
+    """Change some bytes, or put in, repeat or take out a piece."""
+    result = bytearray(content)
+    for _ in range(draw.randint(1, 2)):
+        place = draw.randrange(len(result) + 1)
+        end = min(len(result), place + draw.choice([1, 2, 8, 40, 400]))
+        kind = draw.choice([0, 1, 2, 3, 4, 5, 5, 5, 5, 5])  # a number is what most mistakes are made with
+        if kind == 0:
+            result[place:end] = bytes(draw.randrange(256) for _ in range(end - place))
+        elif kind == 1:
+            result[place:end] = b""
+        elif kind == 2:
+            result[place:place] = draw.choice(TOKENS)
+        elif kind == 3:
+            result[place:place] = result[place:end] * draw.randint(1, 50)
+        elif kind == 4:
+            del result[place:]
+        else:
+            digits = [n for n, byte in enumerate(result) if 48 <= byte <= 57]
+            if digits:
+                where = draw.choice(digits)
+                result[where : where + 1] = draw.choice(TOKENS)
+    return bytes(result)
+
+
+def samples(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
+    """Each format -> the file to mutate, and how it is read."""
+    image = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8), (5, 5), 0)
+    folders = ("coco", "voc/JPEGImages", "yolo/images/train")
+    names = [f"image.{suffix}" for suffix in ("jpg", "png", "gif", "webp", "tif")]
+    for path in [*(f"{name}/{stem}.jpg" for name in folders for stem in "ab"), *names]:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        if path.endswith(".gif"):
+            import PIL.Image
+
+            PIL.Image.fromarray(image).save(folder / path)
+        else:
+            cv2.imwrite(str(folder / path), image)
+    boxes = [{"id": n + 1, "image_id": n % 2 + 1, "category_id": 1, "bbox": [5, 6, 20, 10.5], "area": 210, "iscrowd": 0}
+             for n in range(6)]  # fmt: skip
+    images = [{"id": n + 1, "file_name": f"{stem}.jpg", "width": 64, "height": 48} for n, stem in enumerate("ab")]
+    coco = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
+    (folder / "coco.json").write_text(json.dumps(coco))
+    bndbox = "<bndbox><xmin>5</xmin><ymin>6</ymin><xmax>25</xmax><ymax>17.5</ymax></bndbox>"
+    xml = "<annotation><size><width>64</width><height>48</height></size>" + 3 * (
+        f"<object><name>cat</name><difficult>0</difficult>{bndbox}</object>"
+    )
+    for name in ("Annotations", "ImageSets/Main"):
+        (folder / "voc" / name).mkdir(parents=True, exist_ok=True)
+    for stem in "ab":
+        (folder / "voc" / "Annotations" / f"{stem}.xml").write_text(xml + "</annotation>")
+    (folder / "voc" / "ImageSets" / "Main" / "train.txt").write_text("a\nb 1\n")
+    (folder / "yolo" / "labels" / "train").mkdir(parents=True, exist_ok=True)
+    for stem in "ab":
+        (folder / "yolo" / "labels" / "train" / f"{stem}.txt").write_text(
+            "0 0.5 0.5 0.25 0.5\n1 0.2 0.2 0.1 0.1\n1 0.7 0.2 0.25 0.125\n"
+        )
+    settings = "path: .\ntrain: images/train\nval: images/train\nnc: 2\nnames: {0: cat, 1: dog}\n"
+    (folder / "yolo" / "data.yaml").write_text(settings)
+
+    def reader(path: Path, parse: Callable[[], object]) -> Callable[[], object]:
+        def read() -> object:
+            try:
+                return parse()
+            finally:  # whatever the parser says, doctor must have something to say too
+                diagnosis, _ = examine(read_splits(find_sources([path])), anchors, Depth(near_copies=False))
+                assert as_text(diagnosis)
+                assert as_json(diagnosis, diagnosis.exit_code)
+
+        return read
+
+    anchors = find_anchors("SSD160", "voc")
+    coco_reader = reader(folder / "coco.json", lambda: parse_coco(folder / "coco.json", folder / "coco"))
+    voc_reader = reader(folder / "voc", lambda: parse_voc(folder / "voc", ["train"]))
+    yolo_reader = reader(folder / "yolo" / "data.yaml", lambda: parse_yolo(folder / "yolo" / "data.yaml", "train"))
+
+    def image_reader(name: str) -> Callable[[], object]:
+        return lambda: (check_header(str(folder / name)), read_image(folder / name))
+
+    return {
+        "COCO": (folder / "coco.json", coco_reader),
+        "VOC": (folder / "voc" / "Annotations" / "a.xml", voc_reader),
+        "VOC list": (folder / "voc" / "ImageSets" / "Main" / "train.txt", voc_reader),
+        "YOLO": (folder / "yolo" / "labels" / "train" / "a.txt", yolo_reader),
+        "YOLO settings": (folder / "yolo" / "data.yaml", yolo_reader),
+        **{name: (folder / name, image_reader(name)) for name in names},
+    }
+
+
+def main(folder: Path, num_mutations: int, seed: int) -> None:
+    faulthandler.enable()
+    report = {}
+    for name, (file, read) in samples(folder).items():
+        good = file.read_bytes()
+        assert not getattr(read(), "findings", ())
+        draw = random.Random(f"{seed} {name}")
+        slowest, num_noticed = 0.0, 0
+        for number in range(num_mutations):
+            file.write_bytes(mutate(good, draw))
+            start = time.process_time()
+            try:
+                num_noticed += bool(getattr(read(), "findings", ()))
+            except OnestageError as reason:
+                num_noticed += 1
+                assert str(file) in str(reason) or str(folder) in str(reason), str(reason)
+                assert "\x1b" not in str(reason), repr(str(reason))
+            except BaseException:
+                print(f"{name}, mutation {number}: {file.read_bytes()[:300]!r}", file=sys.stderr)
+                raise
+            slowest = max(slowest, time.process_time() - start)
+        file.write_bytes(good)
+        report[name] = {"slowest": slowest, "noticed": num_noticed}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({"peak_bytes": peak, "formats": report}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

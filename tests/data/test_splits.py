@@ -1,0 +1,215 @@
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from annotation_sets import annotation_set
+from yolo_files import write_image, write_yolo
+
+from onestage.data import COCODataModule, VOCDataModule, YOLODataModule
+from onestage.data.annotated import AnnotatedDataModule
+from onestage.data.splits import assign_parts, split_by_fold, split_by_fraction
+from onestage.errors import ConfigError
+from onestage.types import AnnotationSet
+
+BCCD = Path(__file__).resolve().parents[2] / "../shared/data/bccd"
+COCO128 = Path(__file__).resolve().parents[2] / "../shared/data/coco128"
+
+
+def class_counts(annotations: AnnotationSet) -> list[int]:
+    """Images that show each class."""
+    pairs = {
+        (row, label)
+        for row in range(len(annotations))
+        for label in annotations.labels[annotations.objects(row)].tolist()
+    }
+    return np.bincount([label for _, label in pairs], minlength=len(annotations.class_names)).tolist()
+
+
+def names_of(annotations: AnnotationSet) -> set[str]:
+    return {Path(path).name for path in annotations.image_paths}
+
+
+def test_split_takes_its_share_of_every_class_and_of_the_empty_images() -> None:
+    whole = annotation_set([*[[0]] * 40, *[[1]] * 20, *[[2, 0]] * 10, *[[]] * 10])
+    train, val = split_by_fraction(whole, 0.2)
+    assert (len(train), len(val)) == (64, 16)
+    assert class_counts(val) == [10, 4, 2]
+    assert int((np.diff(val.box_offsets) == 0).sum()) == 2
+    assert names_of(train) | names_of(val) == names_of(whole)
+    assert train.source.startswith("hand-made, training part (data.val_fraction 0.2)")
+
+
+def test_split_parts_keep_order_boxes_and_labels() -> None:
+    whole = annotation_set([[n % 3, 3] for n in range(30)])
+    for part in split_by_fraction(whole, 0.3):
+        rows = [int(Path(path).stem) for path in part.image_paths]
+        assert rows == sorted(rows)
+        assert part.image_ids.tolist() == [row + 1 for row in rows]
+        for place, row in enumerate(rows):
+            assert part.boxes[part.objects(place)].tolist() == whole.boxes[whole.objects(row)].tolist()
+            assert part.labels[part.objects(place)].tolist() == [row % 3, 3]
+
+
+def test_split_puts_the_only_image_of_a_class_into_training() -> None:
+    train, val = split_by_fraction(annotation_set([*[[0]] * 9, [1]]), 0.2)
+    assert class_counts(train) == [7, 1]
+    assert class_counts(val) == [2, 0]
+
+
+def test_folds_are_disjoint_cover_the_set_and_hold_each_class_equally() -> None:
+    whole = annotation_set([*[[0]] * 25, *[[1]] * 10, *[[2, 1]] * 5, *[[]] * 5])
+    folds = [split_by_fold(whole, 5, fold) for fold in range(5)]
+    assert sum(len(val) for _, val in folds) == 45
+    assert set().union(*(names_of(val) for _, val in folds)) == names_of(whole)
+    for train, val in folds:
+        assert len(val) == 9
+        assert class_counts(val) == [5, 3, 1]
+        assert not names_of(train) & names_of(val)
+
+
+def test_of_two_images_the_empty_one_is_validated_on() -> None:
+    train, val = split_by_fraction(annotation_set([[], [0]]), 0.5)
+    assert (class_counts(train), class_counts(val)) == ([1], [0])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Ten images of the same length, of which four are copies of the first under other names."""
+    paths = [tmp_path / "a" / f"{number}.png" for number in range(10)]
+    paths[0].parent.mkdir()
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([0 if number < 5 else number]) * 100)
+    return paths
+
+
+def parts_by_name(paths: Sequence[Path], num_parts: int = 2) -> dict[str, int]:
+    parts = assign_parts(annotation_set([[0]] * len(paths), paths=paths), [1 / num_parts] * num_parts)
+    return {path.name: int(part) for path, part in zip(paths, parts, strict=True)}
+
+
+def test_copies_stay_in_one_part(files: list[Path]) -> None:
+    parts = parts_by_name(files)
+    assert len({parts[f"{number}.png"] for number in range(5)}) == 1
+    assert sorted(parts.values()) == [0] * 5 + [1] * 5  # and the others even out what they weigh
+
+
+def test_split_depends_neither_on_order_nor_on_the_folder(files: list[Path], tmp_path: Path) -> None:
+    parts = parts_by_name(files)
+    assert parts_by_name(files[::-1]) == parts
+    shutil.copytree(files[0].parent, tmp_path / "moved" / "elsewhere")
+    assert parts_by_name([tmp_path / "moved" / "elsewhere" / path.name for path in files]) == parts
+
+
+def test_split_of_numbered_frames_takes_no_run_of_neighbours(tmp_path: Path) -> None:
+    parts = parts_by_name([tmp_path / f"{number:06d}.jpg" for number in range(100)])
+    changes = sum(parts[f"{n:06d}.jpg"] != parts[f"{n + 1:06d}.jpg"] for n in range(99))
+    assert 30 < changes < 70  # two runs would change once, a strict alternation 99 times
+
+
+def test_missing_files_do_not_stop_the_split(tmp_path: Path) -> None:
+    assert sorted(parts_by_name([tmp_path / "gone.png", tmp_path / "away.png"]).values()) == [0, 1]
+
+
+@pytest.mark.parametrize(("number", "fraction"), [(1, 0.5), (3, 0.1), (3, 0.95)])
+def test_split_that_leaves_a_part_empty_is_refused(number: int, fraction: float) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)data.val_fraction .* leaves \d images to train and \d to validate"):
+        split_by_fraction(annotation_set([[0]] * number), fraction)
+    with pytest.raises(ConfigError, match=r"(?s)data.fold 3 of 4 .* leaves 3 images to train and 0 to validate"):
+        split_by_fold(annotation_set([[0]] * 3), 4, 3)
+
+
+# -- in the data modules -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"val_fraction": 0.0}, "data.val_fraction is 0; it must lie between 0 and 1"),
+        ({"val_fraction": 1.0}, "data.val_fraction is 1"),
+        ({"val_fraction": float("nan")}, "data.val_fraction is nan"),
+        ({"val_fraction": 0.2, "num_folds": 5}, "a set is divided one way"),
+        ({"num_folds": 1}, "data.num_folds is 1; it must be at least 2"),
+        ({"num_folds": 5, "fold": 5}, r"data.fold is 5; .* must be in 0\.\.4"),
+        ({"num_folds": 5, "fold": -1}, "data.fold is -1"),
+        ({"fold": 1}, "data.num_folds: null"),
+    ],
+)
+def test_split_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        YOLODataModule("anywhere", **settings)
+
+
+def write_coco(root: Path, number: int) -> None:
+    images = [{"id": n + 1, "file_name": f"{n}.png", "height": 20, "width": 40} for n in range(number)]
+    boxes = [
+        {"id": n + 1, "image_id": n + 1, "category_id": n % 2 + 5, "bbox": [1, 1, 10, 10], "area": 100, "iscrowd": 0}
+        for n in range(number)
+    ]
+    for n in range(number):
+        write_image(root / "all" / f"{n}.png", n)
+    (root / "annotations").mkdir()
+    categories = [{"id": 5, "name": "cat"}, {"id": 6, "name": "dog"}]
+    content = {"images": images, "annotations": boxes, "categories": categories}
+    (root / "annotations" / "instances_all.json").write_text(json.dumps(content))
+
+
+def one_set(kind: str, root: Path, **settings: object) -> AnnotatedDataModule:
+    """Ten images, one cat or one dog on each, in one split."""
+    common = {"image_size": 32, "batch_size": 2, "num_workers": 0, **settings}
+    if kind == "coco":
+        write_coco(root, 10)
+        return COCODataModule(root, train="all", **common)
+    if kind == "yolo":
+        write_yolo(root, {str(n): f"{n % 2} 0.5 0.5 0.25 0.5\n" for n in range(10)})
+        return YOLODataModule(root, **common)
+    for n in range(10):
+        write_image(root / "JPEGImages" / f"{n}.png", n)
+        box = "<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>11</xmax><ymax>11</ymax></bndbox>"
+        (root / "Annotations").mkdir(exist_ok=True)
+        (root / "Annotations" / f"{n}.xml").write_text(
+            f"<annotation><object><name>{('cat', 'dog')[n % 2]}</name>{box}</object></annotation>"
+        )
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "ImageSets" / "Main" / "all.txt").write_text("".join(f"{n}\n" for n in range(10)))
+    return VOCDataModule(root, train_splits=["all"], **common)
+
+
+@pytest.mark.parametrize("kind", ["coco", "voc", "yolo"])
+def test_one_set_without_a_split_is_divided_by_every_data_module(kind: str, tmp_path: Path) -> None:
+    data = one_set(kind, tmp_path, val_fraction=0.4)
+    data.setup("fit")
+    train, val = data.annotations("train"), data.annotations("val")
+    assert (len(train), len(val), len(data.annotations("test"))) == (6, 4, 4)
+    assert (class_counts(train), class_counts(val)) == ([3, 3], [2, 2])
+    assert data.class_names == ["cat", "dog"]
+    assert not names_of(train) & names_of(val)
+    assert len(list(data.train_dataloader())) == 3
+    assert sum(len(batch.images) for batch in data.val_dataloader()) == 4
+
+
+def test_all_formats_divide_the_same_files_in_the_same_way(tmp_path: Path) -> None:
+    splits = [
+        names_of(one_set(kind, tmp_path / kind, num_folds=5, fold=2).annotations("val")) for kind in ("coco", "yolo")
+    ]
+    assert splits[0] == splits[1]
+
+
+@pytest.mark.skipif(not BCCD.is_dir(), reason="the real data set is not here")
+def test_blood_cells_are_divided_by_class() -> None:
+    data = VOCDataModule(BCCD, train_splits=["train", "val", "test"], val_fraction=0.25)
+    whole = np.array(class_counts(data.annotations("train"))) + class_counts(data.annotations("val"))
+    assert len(data.annotations("val")) == pytest.approx(364 * 0.25, abs=1)
+    assert class_counts(data.annotations("val")) == pytest.approx((whole * 0.25).tolist(), abs=1)
+
+
+@pytest.mark.skipif(not COCO128.is_dir(), reason="the real data set is not here")
+def test_coco128_folds_hold_their_share_of_the_frequent_classes() -> None:
+    whole = np.array(class_counts(COCODataModule(COCO128).annotations("train")))
+    for fold in range(4):
+        val = COCODataModule(COCO128, num_folds=4, fold=fold).annotations("val")
+        off = np.abs(np.array(class_counts(val)) - whole / 4)
+        assert off[whole >= 8].max() <= 4  # 61 images with a person, 15.25 for each fold
+        assert off.mean() < 1
