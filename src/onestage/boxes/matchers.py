@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from onestage.errors import ConfigError
-from onestage.types import BACKGROUND, IGNORE, Anchors, Targets
+from onestage.types import BACKGROUND, IGNORE, PADDING, Anchors, Targets
 
 
 class IoUMatcher:
@@ -96,3 +97,10 @@ def _withdraw_taken_anchors(iou: Tensor) -> Tensor:
     best_iou, holder = iou.max(dim=1, keepdim=True)  # [B, 1, A]
     rows = torch.arange(iou.shape[1], device=iou.device)[:, None]  # [M, 1]
     return iou.masked_fill_((best_iou >= _RAISE) & (rows != holder), 0)
+
+
+def with_a_row(targets: Targets) -> Targets:
+    """Append a row of padding where there is no row at all, so that every anchor has an object to look at."""
+    if targets.labels.shape[1] > 0:
+        return targets
+    return Targets(F.pad(targets.boxes, (0, 0, 0, 1)), F.pad(targets.labels, (0, 1), value=PADDING))

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onestage.boxes.anchors import SSD160 as SSD160_ANCHORS
 from onestage.boxes.anchors import SSD300_COCO, SSD300_VOC, SSD512_COCO, SSD512_VOC, AnchorLevel, make_anchors
 from onestage.boxes.coders import DeltaBoxCoder
 from onestage.boxes.iou import paired_iou
-from onestage.boxes.matchers import IoUMatcher
+from onestage.boxes.matchers import IoUMatcher, with_a_row
 from onestage.boxes.postprocess import select_detections
 from onestage.errors import ConfigError
 from onestage.losses import (
@@ -26,7 +25,7 @@ from onestage.models.extras import ExtraLayer, extra_block
 from onestage.models.heads import AnchorHead
 from onestage.models.pretrained import PIXEL_MEAN, PIXEL_SCALE, load_imagenet_weights, load_torchvision_ssd300
 from onestage.models.vgg import VGG
-from onestage.types import PADDING, AnchorLosses, Anchors, Detections, Detector, Predictions, Targets
+from onestage.types import AnchorLosses, Anchors, Detections, Detector, Predictions, Targets
 
 AnchorTable = Literal["voc", "coco"]
 
@@ -144,7 +143,7 @@ class SSD(Detector):
     @torch.no_grad()
     def _match(self, anchors: Anchors, targets: Targets) -> tuple[Tensor, Tensor]:
         """Return what each anchor answers for: its label, BACKGROUND or IGNORE [B, A], and its gt_boxes [B, A, 4]."""
-        targets = _with_a_row(targets)
+        targets = with_a_row(targets)
         match = self.matcher(targets, anchors)  # [B, A]
         row = match.clamp(min=0)
         gt_boxes = targets.boxes.float().gather(1, row[..., None].expand(-1, -1, 4))
@@ -295,10 +294,3 @@ class SSD160(SSD):
         """Return configuration A of the paper at a quarter of its widths: 60 img/s for training on one core in bf16."""
         widths = (16, 32, 64, 128, 128)
         return VGG(depths=(1, 1, 2, 2, 2), widths=widths, fc_width=256, fc6_dilation=2, batch_norm=True)
-
-
-def _with_a_row(targets: Targets) -> Targets:
-    """Append a row of padding where there is no row at all, so that every anchor has an object to look at."""
-    if targets.labels.shape[1] > 0:
-        return targets
-    return Targets(F.pad(targets.boxes, (0, 0, 0, 1)), F.pad(targets.labels, (0, 1), value=PADDING))
