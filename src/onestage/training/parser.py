@@ -54,7 +54,7 @@ def add_run_keys(parser: LightningArgumentParser) -> None:
         nargs="?",
         const=True,
         default=False,
-        help="fit with the largest data.batch_size that goes into 0.9 of the free memory, or into so many GiB",
+        help="fit with the largest data.batch_size that goes into 0.9 of the free memory, or of so many GiB",
     )
     parser.add_argument(
         "--resume",
