@@ -136,6 +136,12 @@ class DetectionCLI(LightningCLI):
             self._evaluate_at_least_once()
         settings.trainer.precision = resolve_precision(settings.trainer.precision, settings.trainer.accelerator)
         settings.experiment = settings.experiment or self._experiment_name()
+        num_classes = (settings.model.detector.get("init_args") or {}).get("num_classes")
+        if num_classes is not None:
+            raise ConfigError(
+                f"model.detector.num_classes is {num_classes}, but that is for the data to say.\nLeave it out; for "
+                "other classes set data.init_args.class_names."
+            )
         if self.command == "fit":
             config = yaml.safe_load(self._parser(self.command).dump(settings, skip_none=False))
             self.resumed = find_checkpoint(settings.resume, settings.ckpt_path, config)
