@@ -15,12 +15,17 @@ TRAINER_COMMANDS = {
     "predict": "detect on a folder of images: drawn images and a COCO results file",
 }
 
+FILE_COMMANDS = {
+    "export": "write the weights of a checkpoint to be shared: model.safetensors and model.json",
+}
+COMMANDS = {**TRAINER_COMMANDS, **FILE_COMMANDS}
+
 HELP = f"""onestage {__version__}: train one-stage object detectors
 
 usage: onestage COMMAND [options]
 
 commands:
-{chr(10).join(f"  {name:<10}{what}" for name, what in TRAINER_COMMANDS.items())}
+{chr(10).join(f"  {name:<10}{what}" for name, what in COMMANDS.items())}
 
 options:
   --help      this text; after a command, all of its keys
@@ -68,10 +73,16 @@ def run(words: list[str]) -> int:
     if words[0] in ("--version", "-V"):
         print(f"onestage {__version__}")
         return 0
-    if words[0] not in TRAINER_COMMANDS:
-        close = get_close_matches(words[0], TRAINER_COMMANDS, n=1)
+    if words[0] not in COMMANDS:
+        close = get_close_matches(words[0], COMMANDS, n=1)
         hint = f"Did you mean: onestage {close[0]}" if close else "See: onestage --help"
-        raise ConfigError(f"{words[0]!r} is not a command; there are {', '.join(TRAINER_COMMANDS)}. {hint}")
+        raise ConfigError(f"{words[0]!r} is not a command; there are {', '.join(COMMANDS)}. {hint}")
+
+    if words[0] == "export":
+        from onestage.training.export import run_export_command
+
+        run_export_command(words[1:])
+        return 0
 
     from onestage.training.commands import run_trainer_command  # seconds of imports
 
