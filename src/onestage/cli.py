@@ -23,12 +23,17 @@ DATA_COMMANDS = {
     "convert": "convert a data set between COCO, VOC and YOLO",
 }
 
+FILE_COMMANDS = {
+    "export": "write the weights of a checkpoint to be shared: model.safetensors and model.json",
+}
+COMMANDS = {**TRAINER_COMMANDS, **FILE_COMMANDS, **DATA_COMMANDS}
+
 HELP = f"""onestage {__version__}: train one-stage object detectors
 
 usage: onestage COMMAND [options]
 
 commands:
-{chr(10).join(f"  {name:<10}{what}" for name, what in {**TRAINER_COMMANDS, **DATA_COMMANDS}.items())}
+{chr(10).join(f"  {name:<10}{what}" for name, what in COMMANDS.items())}
 
 options:
   --help      this text; after a command, all of its keys
@@ -78,6 +83,10 @@ def run(words: list[str]) -> int:
     if words[0] in ("--version", "-V"):
         print(f"onestage {__version__}")
         return 0
+    if words[0] not in COMMANDS:
+        close = get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"Did you mean: onestage {close[0]}" if close else "See: onestage --help"
+        raise ConfigError(f"{words[0]!r} is not a command; there are {', '.join(COMMANDS)}. {hint}")
     if words[0] == "convert":
         from onestage.data.convert_command import run_convert
 
@@ -86,11 +95,11 @@ def run(words: list[str]) -> int:
         from onestage.data import doctor
 
         return doctor.run_doctor(words[1:]) if words[0] == "doctor" else doctor.run_anchors(words[1:])
-    if words[0] not in TRAINER_COMMANDS:
-        commands = [*TRAINER_COMMANDS, *DATA_COMMANDS]
-        close = get_close_matches(words[0], commands, n=1)
-        hint = f"Did you mean: onestage {close[0]}" if close else "See: onestage --help"
-        raise ConfigError(f"{words[0]!r} is not a command; there are {', '.join(commands)}. {hint}")
+    if words[0] == "export":
+        from onestage.training.export import run_export_command
+
+        run_export_command(words[1:])
+        return 0
 
     from onestage.training.commands import run_trainer_command  # seconds of imports
 

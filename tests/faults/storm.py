@@ -77,7 +77,7 @@ def attempt(words: list[str], counter: StepCounter, fault: Callable[[], None] = 
 
 
 def kill_in_save(draw: random.Random) -> Callable[[], None]:
-    """Half-way through the bytes, before they are on the disk, or before the file has its name; in one of some saves."""
+    """Half-way through the bytes, before they are on the disk, or before the file has its name."""
     where, first, last = draw.choice([("write", 1, 3), ("sync", 2, 7), ("replace", 4, 8)])
     count = draw.randint(first, last)
     return lambda: tiny_run.break_at(where, count, lambda: tiny_run.send(signal.SIGKILL))

@@ -18,7 +18,7 @@ from onestage.training.strategies import shards_parameters
 from onestage.types import Batch, Targets
 
 GIB = 2**30
-SHARE = 0.9  # of the free memory; the rest is for fragmentation, the loader's batches and the evaluation
+SHARE = 0.9  # of the memory; the rest is for fragmentation, the loader's batches and the evaluation
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PeakBytes = Callable[[int], int | None]  # of a step with so many images; None where the device ran out of memory
 
@@ -81,7 +81,8 @@ class AutoBatch(Callback):
     so that the run is the one that `data.batch_size` with the found number gives.
 
     Args:
-        limit: bytes that this process may use, of the device or, on a CPU, of the machine; None: 0.9 of what is free.
+        limit: bytes that this process may use, of the device or, on a CPU, of the machine; None: what is free. A step
+            gets 0.9 of it.
         averages_weights: whether an average of the weights will be kept.
         on_choice: told the number.
 
@@ -105,7 +106,7 @@ class AutoBatch(Callback):
                 f"auto_batch measures the whole model on one device, which {type(trainer.strategy).__name__} splits.\n"
                 "Set auto_batch: false and data.batch_size, or trainer.strategy: ddp."
             )
-        limit = self.limit or int(SHARE * free_bytes(device))
+        limit = int(SHARE * (self.limit or free_bytes(device)))
         most = max(1, len(pl_module.data.annotations("train")) // trainer.world_size)
         pl_module.lay_out()
         with _as_it_was(pl_module.detector, device):

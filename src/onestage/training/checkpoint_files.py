@@ -10,6 +10,7 @@ import torch
 
 from onestage.errors import CheckpointError
 from onestage.training.module import CHECKPOINT_KEY, CHECKPOINT_SCHEMA, DetectionModule
+from onestage.training.shared_weights import read_safetensors
 from onestage.types import JSONDict
 
 # What a configuration inside a checkpoint may name. One of the user's own may name anything: it is a program, as the
@@ -34,6 +35,8 @@ def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise CheckpointError(f"checkpoint {path} {what}.{_nearby(path)}")
+    if path.suffix == ".safetensors":
+        return _of_our_schema(read_safetensors(path), path)
     _check_archive(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -47,6 +50,10 @@ def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
             f"checkpoint {path} was not written by `onestage fit` (no `state_dict` or no `{CHECKPOINT_KEY}` in it).\n"
             "For weights of other origin see model.detector.init_args.backbone_weights and pretrained."
         )
+    return _of_our_schema(checkpoint, path)
+
+
+def _of_our_schema(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     schema = checkpoint[CHECKPOINT_KEY].get("schema")
     if schema != CHECKPOINT_SCHEMA:
         raise CheckpointError(

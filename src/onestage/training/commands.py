@@ -32,6 +32,7 @@ from onestage.training.parser import (
     ParsingError,
     add_run_keys,
     experiment_name,
+    require_classes_of_the_data,
     restrict_imports,
     shared_configs,
 )
@@ -146,9 +147,8 @@ class DetectionCLI(LightningCLI):
         if self.command == "fit":
             evaluate_at_least_once(settings.trainer)
         settings.trainer.precision = resolve_precision(settings.trainer.precision, settings.trainer.accelerator)
-        settings.experiment = settings.experiment or experiment_name(
-            [Path(str(path)) for path in settings.config or []], settings.ckpt_path
-        )
+        settings.experiment = settings.experiment or experiment_name(settings.config or [], settings.ckpt_path)
+        require_classes_of_the_data(settings.model.detector)
         if self.command == "fit":
             config = yaml.safe_load(self._parser(self.command).dump(settings, skip_none=False))
             self.resumed = find_checkpoint(settings.resume, settings.ckpt_path, config)
@@ -233,8 +233,9 @@ class DetectionCLI(LightningCLI):
     @property
     def results_path(self) -> Path:
         """Of the file that the last printed line names."""
-        names = {"predict": "predictions.json", "losses": CURVES_FILE}
-        return self.run_folder / names.get(self.command, "results.json")
+        return self.run_folder / {"predict": "predictions.json", "losses": CURVES_FILE}.get(
+            self.command, "results.json"
+        )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Read checkpoints ourselves: checked, never running code, with messages for people."""

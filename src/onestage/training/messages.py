@@ -19,6 +19,7 @@ UNKNOWN_KEY = (
     re.compile(r"unrecognized arguments: --(?P<key>[\w.]+)"),
     re.compile(r"Key '(?P<key>[\w.]+)' is not expected"),
 )
+MAX_CONFIG_NODES = 100_000  # the largest configuration of this project has 200
 CLASS_PATH = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
 
 
@@ -178,9 +179,25 @@ def check_config_file(file: str) -> None:
         raise ConfigError(f"{file}{place}: {error.problem}. Correct this line; indent with spaces.") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"--config {file} is not YAML: {str(error).splitlines()[0]}") from error
+    if _expanded_size(content, {}) > MAX_CONFIG_NODES:
+        raise ConfigError(
+            f"--config {file} becomes more than {MAX_CONFIG_NODES:,} values when its aliases are written out.\n"
+            "Write the values themselves instead of nested & and * marks."
+        )
     if not isinstance(content, dict):
         what = "is empty" if content is None else f"holds a {type(content).__name__}, not keys and values"
         raise ConfigError(f"--config {file} {what}. See configs/shapes_ssd.yaml for one that works.")
+
+
+def _expanded_size(node: object, known: dict[int, float]) -> float:
+    """How many values a tree has with each alias counted every time; infinite if it holds itself."""
+    children = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+    if not children:
+        return 1
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # until it is known; whoever asks now is inside it
+        known[id(node)] = 1 + sum(_expanded_size(child, known) for child in children)
+    return known[id(node)]
 
 
 def _similar_files(path: Path) -> str:

@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat
 from lightning.pytorch.cli import LightningArgumentParser
+
+from onestage.errors import ConfigError
 
 SHARED_CONFIG = Path("configs") / "trainer.yaml"
 STORED_CONFIG = "of_the_checkpoint.yaml"
@@ -62,7 +64,7 @@ def add_run_keys(parser: LightningArgumentParser) -> None:
         nargs="?",
         const=True,
         default=False,
-        help="fit with the largest data.batch_size that goes into 0.9 of the free memory, or into so many GiB",
+        help="fit with the largest data.batch_size that goes into 0.9 of the free memory, or of so many GiB",
     )
     parser.add_argument(
         "--resume",
@@ -82,11 +84,26 @@ def shared_configs() -> list[Path]:
     return [path for path in (SHARED_CONFIG, source_tree / SHARED_CONFIG) if path.is_file()]
 
 
-def experiment_name(configs: Sequence[Path], checkpoint: str | None) -> str:
+def experiment_name(configs: Sequence[object], checkpoint: str | None) -> str:
     """Return the name of a run's folder: that of its last configuration, else that of its checkpoint's experiment."""
-    names = [path.stem for path in configs if path.stem not in (SHARED_CONFIG.stem, Path(STORED_CONFIG).stem)]
+    stems = [Path(str(path)).stem for path in configs]
+    names = [stem for stem in stems if stem not in (SHARED_CONFIG.stem, Path(STORED_CONFIG).stem)]
     if names:
         return names[-1]
     folders = Path(str(checkpoint or "")).absolute().parents
     in_run_folder = len(folders) > 3 and folders[0].name == "checkpoints"
     return folders[2].name if in_run_folder else "onestage"
+
+
+def require_classes_of_the_data(detector: Any) -> None:
+    """Refuse a number of classes of the user's own. detector: the parsed `model.detector` group.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    num_classes = (detector.get("init_args") or {}).get("num_classes")
+    if num_classes is not None:
+        raise ConfigError(
+            f"model.detector.num_classes is {num_classes}, but that is for the data to say.\nLeave it out; for other "
+            "classes set data.init_args.class_names."
+        )

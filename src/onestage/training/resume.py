@@ -114,7 +114,13 @@ def require_resumable(path: Path, module: DetectionModule, data: Any, allow_data
         CheckpointError: it is of another model or other classes, or the training annotations have changed.
     """
     load_weights(module, path, data.class_names)
-    saved = read_checkpoint(path)[CHECKPOINT_KEY]
+    checkpoint = read_checkpoint(path)
+    if "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            f"{path} holds weights alone, without the optimizer and the progress of a run.\n"
+            "Resume from a last.ckpt; to begin a new run from weights see model.detector.init_args.pretrained."
+        )
+    saved = checkpoint[CHECKPOINT_KEY]
     then, now = saved.get("data_fingerprint"), fingerprint(data.annotations("train"))
     if then not in (None, now) and not allow_data_change:
         raise CheckpointError(
