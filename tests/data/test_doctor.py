@@ -71,6 +71,15 @@ def test_a_clean_set_is_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     }  # fmt: skip
 
 
+def test_a_class_name_cannot_colour_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = coco_content()
+    content["categories"][0]["name"] = "\x1b[31mcat\n"
+    assert main(["doctor", str(write_coco(tmp_path, content))]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert "'\\x1b[31mcat'" in text
+
+
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = clean_content()
     content["annotations"][1]["bbox"] = [90, 70, 40, 40]  # clipped: a warning
@@ -78,6 +87,8 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(file)]) == 0
     assert main(["doctor", str(file), "--strict"]) == 1
     assert main(["doctor", str(tmp_path / "nowhere.json")]) == 3
+    assert main(["doctor", str(tmp_path / "nowhere")]) == 3
+    assert "nowhere: there is no such file or folder" in capsys.readouterr().err
     assert main(["doctor"]) == 2
     assert main(["doctor", str(file), "--detector", "YOLO"]) == 2
     assert main(["doctor", str(file), "--anchors", "mine"]) == 2

@@ -159,6 +159,8 @@ def _verdict(findings: Sequence[Finding]) -> str:
     if not errors and not counts["warning"]:
         return "clean"
     rest = _counted(counts["warning"], "warning") if counts["warning"] else "the rest is clean"
+    if counts["error"]:
+        rest = "a training would stop"
     return f"{_counted(errors, 'error')} of the data, {rest}"
 
 
