@@ -128,6 +128,20 @@ def test_the_cleaned_copy_holds_what_a_training_uses(tmp_path: Path) -> None:
     assert doctor(new, "--images", tmp_path / "train")[0] == 0
 
 
+def test_an_image_that_cannot_be_decoded_is_not_in_the_cleaned_copy(tmp_path: Path) -> None:
+    file = write_coco(tmp_path, coco_content())
+    image = tmp_path / "train" / "a2.jpg"
+    content = image.read_bytes()
+    table = content.index(b"\xff\xc4") + 5  # the Huffman table's counts, which no header shows to be wrong
+    image.write_bytes(content[:table] + b"\xff" * 16 + content[table + 16 :])
+    assert doctor(file)[0] == 0
+    code, report = doctor(file, "--decode", "--fix-to", tmp_path / "clean.json")
+    assert (code, [finding["place"] for finding in found(report, "image unreadable")]) == (3, [str(image)])
+    kept = json.loads((tmp_path / "clean.json").read_text())["images"]
+    assert [entry["file_name"] for entry in kept] == ["a0.jpg", "a1.jpg", "a3.jpg"]
+    assert report["splits"][0]["num_images"] == 3
+
+
 def test_a_copy_overwrites_nothing_and_is_of_one_coco_file(tmp_path: Path) -> None:
     file = spoiled(tmp_path)
     for words in (["--fix-to", str(file)], ["--fix-to", str(tmp_path / "x.txt")], [str(file), "--fix-to", "x.json"]):
