@@ -71,6 +71,15 @@ def test_a_clean_set_is_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     }  # fmt: skip
 
 
+def test_a_class_name_cannot_colour_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = coco_content()
+    content["categories"][0]["name"] = "\x1b[31mcat\n"
+    assert main(["doctor", str(write_coco(tmp_path, content))]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert "'\\x1b[31mcat'" in text
+
+
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = clean_content()
     content["annotations"][1]["bbox"] = [90, 70, 40, 40]  # clipped: a warning
@@ -78,6 +87,8 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(file)]) == 0
     assert main(["doctor", str(file), "--strict"]) == 1
     assert main(["doctor", str(tmp_path / "nowhere.json")]) == 3
+    assert main(["doctor", str(tmp_path / "nowhere")]) == 3
+    assert "nowhere: there is no such file or folder" in capsys.readouterr().err
     assert main(["doctor"]) == 2
     assert main(["doctor", str(file), "--detector", "YOLO"]) == 2
     assert main(["doctor", str(file), "--anchors", "mine"]) == 2
@@ -115,6 +126,20 @@ def test_the_cleaned_copy_holds_what_a_training_uses(tmp_path: Path) -> None:
     assert [change.get("file_name", change.get("annotation")) for change in left_out] == ["a5.jpg", 3, 11, 12]
     assert {"annotation": 2, "image": 1, "change": "corrected"}.items() <= changes[1].items()
     assert doctor(new, "--images", tmp_path / "train")[0] == 0
+
+
+def test_an_image_that_cannot_be_decoded_is_not_in_the_cleaned_copy(tmp_path: Path) -> None:
+    file = write_coco(tmp_path, coco_content())
+    image = tmp_path / "train" / "a2.jpg"
+    content = image.read_bytes()
+    table = content.index(b"\xff\xc4") + 5  # the Huffman table's counts, which no header shows to be wrong
+    image.write_bytes(content[:table] + b"\xff" * 16 + content[table + 16 :])
+    assert doctor(file)[0] == 0
+    code, report = doctor(file, "--decode", "--fix-to", tmp_path / "clean.json")
+    assert (code, [finding["place"] for finding in found(report, "image unreadable")]) == (3, [str(image)])
+    kept = json.loads((tmp_path / "clean.json").read_text())["images"]
+    assert [entry["file_name"] for entry in kept] == ["a0.jpg", "a1.jpg", "a3.jpg"]
+    assert report["splits"][0]["num_images"] == 3
 
 
 def test_a_copy_overwrites_nothing_and_is_of_one_coco_file(tmp_path: Path) -> None:

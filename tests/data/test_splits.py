@@ -96,6 +96,16 @@ def test_copies_stay_in_one_part(files: list[Path]) -> None:
     assert sorted(parts.values()) == [0] * 5 + [1] * 5  # and the others even out what they weigh
 
 
+def test_only_files_that_agree_in_every_byte_are_copies(tmp_path: Path) -> None:
+    contents = [b"x" * 20_000 + b"a", b"x" * 20_000 + b"b", b"x" * 20_001, b"y" * 20_001]  # one length; three one head
+    paths = [tmp_path / f"{name}.png" for name in "abcdefgh"]
+    for number, path in enumerate(paths):
+        path.write_bytes(contents[number % 4])
+    parts = parts_by_name(paths, num_parts=4)
+    assert sorted(parts.values()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert all(parts[f"{a}.png"] == parts[f"{b}.png"] for a, b in ("ae", "bf", "cg", "dh"))
+
+
 def test_split_depends_neither_on_order_nor_on_the_folder(files: list[Path], tmp_path: Path) -> None:
     parts = parts_by_name(files)
     assert parts_by_name(files[::-1]) == parts

@@ -18,6 +18,7 @@ from onestage.data.class_table import (
 )
 from onestage.data.coverage import Coverage, DetectorAnchors, about_coverage, measure_coverage
 from onestage.data.decoding import decode_all
+from onestage.data.files import printable
 from onestage.data.findings import tiny_boxes
 from onestage.data.image_headers import check_headers
 from onestage.data.leakage import find_leakage
@@ -85,41 +86,49 @@ def examine(
     """
     findings = [finding for split in splits for finding in split.findings]
     seconds: dict[str, float] = {}
-    usable: dict[str, AnnotationSet] = {}
-    num_headers = 0
-    start = time.perf_counter()
-    for split in splits:
-        if split.annotations is not None:
-            num_headers += len(split.annotations)
-            usable[split.name], found = _usable_images(split.annotations)
-            findings += [*found, *_too_many(split.annotations, [*split.findings, *found], depth.max_bad_fraction)]
-    seconds["headers"] = time.perf_counter() - start
-    if depth.num_decoders:
-        start = time.perf_counter()
-        findings += decode_all(usable.values(), depth.num_decoders)
-        seconds["decoding"] = time.perf_counter() - start
+    usable = _check_images(splits, depth, findings, seconds)
     for name, annotations in usable.items():
         findings += [*about_objects(name, annotations), *tiny_boxes(annotations, anchors.image_size)]
     start = time.perf_counter()
     findings += find_leakage(list(usable.items()), depth.near_copies)
     seconds["leakage"] = time.perf_counter() - start
-    classes = about_classes(usable) if usable else []
+    first = next(iter(usable.values()), None)
+    coverage, shapes = _fit(first, anchors)
+    if first is not None:
+        findings += about_classes(usable)
+        findings += about_coverage(first.source, coverage, sum(shapes["size"]), anchors) if coverage else []
     are_same = len({(part.class_names, part.category_ids) for part in usable.values()}) == 1
-    coverage, shapes = _fit(next(iter(usable.values()), None), anchors)
-    if coverage is not None:
-        first = next(iter(usable.values()))
-        findings += about_coverage(first.source, coverage, sum(shapes["size"]), anchors)
     diagnosis = Diagnosis(
-        [_summary(split, usable[split.name]) for split in splits if split.name in usable],
-        class_table(usable) if are_same else [],
-        shapes,
-        coverage,
-        anchors,
-        [*findings, *classes],
-        seconds,
-        num_headers,
+        splits=[_summary(split, usable[split.name]) for split in splits if split.name in usable],
+        classes=class_table(usable) if are_same else [],
+        shapes=shapes,
+        coverage=coverage,
+        anchors=anchors,
+        findings=findings,
+        seconds=seconds,
+        num_headers=sum(len(split.annotations) for split in splits if split.annotations is not None),
     )
     return diagnosis, usable
+
+
+def _check_images(
+    splits: Sequence[Split], depth: Depth, findings: list[Finding], seconds: dict[str, float]
+) -> dict[str, AnnotationSet]:
+    """Look at all images; return the splits without those that cannot be used, and add to findings and seconds."""
+    usable: dict[str, AnnotationSet] = {}
+    start = time.perf_counter()
+    for split in splits:
+        if split.annotations is not None:
+            usable[split.name], found = _usable_images(split.annotations)
+            findings += [*found, *_too_many(split.annotations, [*split.findings, *found], depth.max_bad_fraction)]
+    seconds["headers"] = time.perf_counter() - start
+    if depth.num_decoders:
+        start = time.perf_counter()
+        torn = decode_all(usable.values(), depth.num_decoders)
+        findings += torn
+        usable = {name: _without(part, {finding.place for finding in torn}) for name, part in usable.items()}
+        seconds["decoding"] = time.perf_counter() - start
+    return usable
 
 
 def _usable_images(annotations: AnnotationSet) -> tuple[AnnotationSet, list[Finding]]:
@@ -131,12 +140,20 @@ def _usable_images(annotations: AnnotationSet) -> tuple[AnnotationSet, list[Find
     return select_images(sized, kept), [finding for check in checks for finding in check.findings]
 
 
+def _without(annotations: AnnotationSet, places: set[str]) -> AnnotationSet:
+    """Leave out the images of these (printable) paths."""
+    is_kept = [printable(str(path)) not in places for path in annotations.image_paths]
+    return annotations if all(is_kept) else select_images(annotations, np.flatnonzero(is_kept))
+
+
 def _too_many(annotations: AnnotationSet, findings: Sequence[Finding], max_bad_fraction: float) -> list[Finding]:
     """Say where a training would not accept that so much is left out."""
     bad = [finding for finding in findings if finding.effect == "left out"]
     bad_boxes = [finding.line for finding in bad if finding.rule in BOX_RULES]
     bad_images = [finding.line for finding in bad if finding.rule not in BOX_RULES]
-    num_images = len(annotations) + sum(1 for line in annotations.skipped if line in set(bad_images))
+    num_images = len(annotations) + len(
+        set(annotations.skipped) & set(bad_images)
+    )  # with those that the parser left out
     stops = []
     totals = (("boxes", bad_boxes, len(annotations.boxes) + len(bad_boxes)), ("images", bad_images, num_images))
     for noun, lines, total in totals:

@@ -158,8 +158,14 @@ def _verdict(findings: Sequence[Finding]) -> str:
     errors = counts["error"] + counts["left out"]
     if not errors and not counts["warning"]:
         return "clean"
-    warnings = f"{counts['warning']} warnings" if counts["warning"] else "the rest is clean"
-    return f"{errors} errors of the data, {warnings}"
+    rest = _counted(counts["warning"], "warning") if counts["warning"] else "the rest is clean"
+    if counts["error"]:
+        rest = "a training would stop"
+    return f"{_counted(errors, 'error')} of the data, {rest}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _aligned(rows: Sequence[Sequence[str]], num_left: int) -> list[str]:

@@ -103,7 +103,7 @@ def _sources_of(path: Path, image_root: Path | None) -> list[Source]:
     """Return the splits of one path."""
     if path.suffix.lower() in (".yaml", ".yml"):
         return _yolo_sources(path)
-    if not path.is_dir():
+    if path.is_file() or path.suffix.lower() == ".json":
         return [_coco_source(path, image_root)]
     if (path / SPLIT_FOLDER).is_dir() or list(path.glob(f"VOC????/{SPLIT_FOLDER}")):
         return _voc_sources(path)
@@ -114,7 +114,8 @@ def _sources_of(path: Path, image_root: Path | None) -> list[Source]:
     files = sorted([*path.glob("annotations/*.json"), *path.glob("*/_annotations.coco.json"), *path.glob("*.json")])
     if files:
         return [_coco_source(file, image_root) for file in files]
-    raise DataError(f"{printable(path)}: is no data set that is known here.\nGive {KNOWN}.")
+    problem = "is no data set that is known here" if path.is_dir() else "there is no such file or folder"
+    raise DataError(f"{printable(path)}: {problem}.\nGive {KNOWN}.")
 
 
 def _coco_source(file: Path, image_root: Path | None) -> Source:

@@ -1,6 +1,7 @@
 """Divides one annotated set into parts to train and to validate on: by class, copies together, the same every time."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from onestage.data.records import select_images
 from onestage.errors import ConfigError
 from onestage.types import AnnotationSet
 
+HEAD_BYTES = 8192  # beyond the tables that the JPEG files of one camera share
 NOTHING = -1  # stands for the class of an image without objects
 
 
@@ -106,22 +108,32 @@ def _groups(annotations: AnnotationSet) -> list[list[int]]:
 
 
 def _contents(paths: Sequence[Path]) -> list[object]:
-    """Return a key for each file that is equal where the bytes are. Only files of the same length are read."""
-    lengths = [_length(path) for path in paths]
-    values, counts = np.unique(lengths, return_counts=True)
-    repeated = set(values[counts > 1].tolist()) - {-1}
-    return [
-        (length, _digest(path)) if length in repeated else number
-        for number, (path, length) in enumerate(zip(paths, lengths, strict=True))
-    ]
+    """Return a key for each file that is equal where the bytes are.
+
+    Of files with the same length the first bytes are compared, and only where those agree too all of them: in a large
+    set, half of the files have the length of another.
+    """
+    keys: list[object] = [_length(path) or f"missing {number}" for number, path in enumerate(paths)]
+    for digest in (_head_digest, _digest):
+        counts = Counter(keys)
+        keys = [(key, digest(path)) if counts[key] > 1 else key for key, path in zip(keys, paths, strict=True)]
+    return keys
 
 
 def _length(path: Path) -> int:
-    """Return the number of bytes; -1 where there is no such file, which is found out when it is opened to train."""
+    """Return the number of bytes; 0 where there is no such file, which is found out when it is opened to train."""
     try:
         return path.stat().st_size
     except OSError:
-        return -1
+        return 0
+
+
+def _head_digest(path: Path) -> bytes | str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.blake2b(file.read(HEAD_BYTES), digest_size=16).digest()
+    except OSError:
+        return str(path)
 
 
 def _digest(path: Path) -> bytes | str:
