@@ -380,5 +380,11 @@ def test_help_and_a_mistyped_command_import_nothing_heavy() -> None:
     assert heavy_modules_after(run + "    onestage.cli.main(['--help']), onestage.cli.main(['fti'])") == []
 
 
+@pytest.mark.parametrize("words", [["doctor", "--help"], ["anchors", "--help"], ["doctor", "data", "--fix_to"]])
+def test_help_of_the_data_commands_and_their_mistakes_import_nothing_heavy(words: list[str]) -> None:
+    run = "import contextlib, io, onestage.cli\nwith contextlib.redirect_stdout(io.StringIO()):\n"
+    assert heavy_modules_after(run + f"    with contextlib.suppress(SystemExit): onestage.cli.main({words})") == []
+
+
 def test_an_import_that_is_listed_as_heavy_is_seen() -> None:
     assert heavy_modules_after("import decimal", heavy=("decimal", "torch")) == ["decimal"]

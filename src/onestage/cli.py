@@ -91,10 +91,8 @@ def run(words: list[str]) -> int:
         from onestage.data.convert_command import run_convert
 
         return run_convert(words[1:])
-    if words[0] in DATA_COMMANDS:
-        from onestage.data import doctor
-
-        return doctor.run_doctor(words[1:]) if words[0] == "doctor" else doctor.run_anchors(words[1:])
+    if words[0] in ("doctor", "anchors"):
+        return _run_on_data(words)
     if words[0] == "export":
         from onestage.training.export import run_export_command
 
@@ -105,6 +103,17 @@ def run(words: list[str]) -> int:
 
     run_trainer_command(words)
     return 0
+
+
+def _run_on_data(words: list[str]) -> int:
+    """Read the options before anything is imported that they may not need."""
+    from onestage.data.doctor_options import anchors_options, doctor_options
+
+    is_doctor = words[0] == "doctor"
+    options = doctor_options(words[1:]) if is_doctor else anchors_options(words[1:])
+    from onestage.data.doctor import run_anchors, run_doctor  # a second, for torch
+
+    return run_doctor(options) if is_doctor else run_anchors(options)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from onestage.data.coverage import (
     count_positives,
     measure_coverage,
 )
+from onestage.data.doctor_options import DETECTORS
 from onestage.errors import ConfigError
 from onestage.models import SSD160, SSD300, SSD512
 from onestage.types import Targets
@@ -83,6 +84,10 @@ def test_the_tables_are_those_of_the_models(model: type) -> None:
     assert IMAGE_SIZES[model.__name__] == model.image_size
     for name, levels in model.anchor_tables.items():
         assert TABLES[model.__name__, name] == levels
+
+
+def test_the_commands_know_the_same_detectors() -> None:
+    assert set(DETECTORS) == set(IMAGE_SIZES)
 
 
 def test_clusters_find_two_shapes() -> None:

@@ -5,56 +5,27 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from onestage.data.anchor_table import comment, compare_anchors, find_anchors, write_yaml
 from onestage.data.coco_cleaning import require_new, write_cleaned
-from onestage.data.coverage import IMAGE_SIZES
 from onestage.data.diagnosis import Depth, examine
 from onestage.data.doctor_report import as_json, as_text
 from onestage.data.files import write_new_file
-from onestage.data.sources import KNOWN, Split, find_sources, read_splits
+from onestage.data.sources import Split, find_sources, read_splits
 from onestage.errors import ConfigError, DataError
 from onestage.types import AnnotationSet
 
 EXIT_WARNINGS = 1  # with --strict
-DOCTOR_EPILOG = """\
-exit codes: 0 clean; 3 something stops a training or is left out of it; 1 with --strict, where there are warnings;
-2 the command line cannot be used
-
-examples:
-  onestage doctor data/voc
-  onestage doctor data/coco/annotations/instances_train2017.json data/coco/annotations/instances_val2017.json
-  onestage doctor data/mine/data.yaml --decode --draw 16 sheet.jpg
-  onestage doctor data/mine/train.json --fix-to train_clean.json
-"""
-ANCHORS_EPILOG = """\
-examples:
-  onestage anchors data/mine/train.json --detector SSD300 --out anchors.yaml
-  onestage doctor data/mine/train.json --detector SSD300 --anchors anchors.yaml
-  onestage fit --config configs/coco_ssd300.yaml --config anchors.yaml --data.root data/mine
-"""
 
 
-class CommandParser(argparse.ArgumentParser):
-    """A parser that raises instead of printing a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Stop with what cannot be used."""
-        raise ConfigError(f"{self.prog}: {message}.\nSee: {self.prog} --help")
-
-
-def run_doctor(words: Sequence[str]) -> int:
-    """Check a data set, print what was found and return the exit code.
+def run_doctor(options: argparse.Namespace) -> int:
+    """Check a data set, print what was found and return the exit code. options: of `doctor_options`.
 
     Raises:
         ConfigError: the command line cannot be used.
         DataError: a path is no data set.
     """
-    options = _doctor_parser().parse_args(words)
     anchors = find_anchors(options.detector, options.anchors)
-    if not 0 <= options.max_bad_fraction <= 1:
-        raise ConfigError(f"--max_bad_fraction is {options.max_bad_fraction:g}; it must be in 0..1.\nTry: 0.01")
     num_images, sheet = _sheet_of(options.draw)
     if options.fix_to is not None:
         require_new(options.fix_to)
@@ -77,14 +48,13 @@ def run_doctor(words: Sequence[str]) -> int:
     return exit_code
 
 
-def run_anchors(words: Sequence[str]) -> int:
-    """Fit a table of anchors to the first split of a data set and print it as YAML.
+def run_anchors(options: argparse.Namespace) -> int:
+    """Fit a table of anchors to the first split of a data set and print it as YAML. options: of `anchors_options`.
 
     Raises:
         ConfigError: the command line cannot be used.
         DataError: the split cannot be read, or holds no box.
     """
-    options = _anchors_parser().parse_args(words)
     before = find_anchors(options.detector, options.anchors)
     annotations = find_sources(options.paths[:1], options.images)[0].read(1.0)
     after, old, new = compare_anchors(annotations, before)
@@ -96,48 +66,6 @@ def run_anchors(words: Sequence[str]) -> int:
         _print(text.partition("model:")[0].rstrip("\n"))
         _print(f"wrote {options.out}; to train with it: onestage fit --config ... --config {options.out}")
     return 0
-
-
-def _doctor_parser() -> CommandParser:
-    parser = _parser("doctor", "Check a data set before it is trained on. It is never written to.", DOCTOR_EPILOG)
-    parser.add_argument("--decode", action="store_true", help="decode every image whole, in processes of their own")
-    parser.add_argument(
-        "--no-near-copies", dest="near_copies", action="store_false", help="compare splits by exact copies only"
-    )
-    parser.add_argument(
-        "--max_bad_fraction", type=float, default=0.01, help="share that a training may leave out (%(default)s)"
-    )
-    parser.add_argument("--json", action="store_true", help="print all that was found as JSON")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 where there are warnings")
-    parser.add_argument(
-        "--draw", nargs=2, metavar=("N", "FILE"), help="draw N images, before and after augmentation (.jpg or .png)"
-    )
-    parser.add_argument("--fix-to", type=Path, metavar="NEW.json", help="write a cleaned copy of a COCO file")
-    return parser
-
-
-def _anchors_parser() -> CommandParser:
-    parser = _parser("anchors", "Fit a detector's anchors to the boxes of a training split.", ANCHORS_EPILOG)
-    parser.add_argument("--out", type=Path, metavar="FILE.yaml", help="a new file; without it the table is printed")
-    return parser
-
-
-def _parser(command: str, description: str, epilog: str) -> CommandParser:
-    """Return a parser with what both commands take."""
-    parser = CommandParser(
-        prog=f"onestage {command}",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=f"{KNOWN}; several are splits of one set")
-    parser.add_argument("--images", type=Path, help="folder of the images of COCO files (found by itself if usual)")
-    parser.add_argument("--detector", choices=list(IMAGE_SIZES), default="SSD300", help="to be trained (%(default)s)")
-    parser.add_argument(
-        "--anchors", default="voc", help="voc, coco, or a YAML file of `onestage anchors` (%(default)s)"
-    )
-    return parser
 
 
 def _sheet_of(draw: list[str] | None) -> tuple[int, Path | None]:
