@@ -149,6 +149,11 @@ class Detector(nn.Module, ABC):
         """
         return None
 
+    @property
+    def weighs_classes(self) -> bool:
+        """Whether `use_class_counts` is to be called before training."""
+        return False
+
     def use_class_counts(self, class_counts: Tensor) -> None:
         """Learn, once before training, how many objects of each class the training set has, [K]."""
 

@@ -45,8 +45,7 @@ class SSD(Detector):
         prior: score of every anchor before training, 0..1. RetinaNet's pi.
         positive_iou: overlap that makes an anchor positive, 0..1.
         negative_iou: overlap below which it is background, 0..positive_iou.
-        normaliser_momentum: 0 divides the losses by the number of positive anchors of each batch, as the papers do;
-            0.9 by detectron2's running mean of it. 0..1.
+        normaliser_momentum: of the mean of positive anchors that divides the losses; 0: each batch's own number. 0..1.
         score_threshold: detections score more than this, 0..1.
         nms_threshold: overlap by more than this suppresses the lower score of a class, 0..1.
         candidates_per_class: boxes of a class that enter suppression, at least 1.
@@ -181,6 +180,11 @@ class SSD(Detector):
                 candidates_per_class=self.candidates_per_class,
                 max_detections=self.max_detections,
             )
+
+    @property
+    def weighs_classes(self) -> bool:
+        """Whether the loss does."""
+        return self.classification_loss.class_weights is not None
 
     def use_class_counts(self, class_counts: Tensor) -> None:
         """Hand the number of training objects of each class, [K], to a loss that weighs classes."""

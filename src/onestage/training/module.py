@@ -91,7 +91,8 @@ class DetectionModule(pl.LightningModule):
             )
         self.lay_out()
         if stage == "fit":
-            self.detector.use_class_counts(self._class_counts())
+            if self.detector.weighs_classes:
+                self.detector.use_class_counts(self._class_counts())
             check_batch_norm(self.trainer, self.detector)
             if self.compile_detector:
                 check_compiler()
