@@ -6,6 +6,8 @@
     python scripts/benchmark.py detect    from outputs to detections, and torchvision's postprocess_detections
     python scripts/benchmark.py map       COCO evaluation, and pycocotools and torchmetrics
     python scripts/benchmark.py gather    the same evaluation shared by two processes, and of one
+    python scripts/benchmark.py save      writing and reading a checkpoint, and Lightning's
+    python scripts/benchmark.py soak      2,000 steps of a tiny model: does memory grow? Not timed
     python scripts/benchmark.py ops       what a step asks of a device outside its convolutions, counted, not timed
 
 All contestants run in one process and in turn (A B, B A, ...), so compare ratios, not times.
@@ -13,7 +15,7 @@ All contestants run in one process and in turn (A B, B A, ...), so compare ratio
 
 import argparse
 
-ROUNDS = {"step": 5, "data": 5, "detect": 9, "map": 3, "gather": 3, "ops": 1}
+ROUNDS = {"step": 5, "data": 5, "detect": 9, "map": 3, "gather": 3, "save": 7, "soak": 1, "ops": 1}
 
 
 def main() -> None:
@@ -42,6 +44,10 @@ def main() -> None:
         from benchmarks import mean_average_precision as benchmark
     elif arguments.part == "gather":
         from benchmarks import gathering as benchmark
+    elif arguments.part == "save":
+        from benchmarks import saving as benchmark
+    elif arguments.part == "soak":
+        from benchmarks import soak as benchmark
     else:
         from benchmarks import operations as benchmark
     device = "GPU" if torch.cuda.is_available() else "no GPU"

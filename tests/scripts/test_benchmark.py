@@ -33,6 +33,8 @@ def run(benchmark, monkeypatch, *arguments):
         ("detect", "same labels in the same order"),
         ("data", "the same boxes within 0.001 px"),
         ("ops", "never waits"),
+        ("save", "both read back the same tensors"),
+        ("soak", "MB of memory"),
         pytest.param("gather", "those of one, to the last digit", marks=pytest.mark.slow),
         pytest.param("step", "the same losses from the same weights", marks=pytest.mark.slow),
     ],
