@@ -70,7 +70,7 @@ docker-train: export CONFIG := $(CONFIG)
 docker-train: export ARGS := $(ARGS)
 docker-train: docker ## Train in the image; on the CPU with GPUS=, on one device with GPUS=device=0
 	mkdir -p data runs/.tmp
-	docker run --rm --init $$(test -t 0 && echo --interactive --tty) $(if $(GPUS),--gpus $(GPUS)) --shm-size $(SHM) \
+	docker run --rm --init --stop-timeout 120 $$(test -t 0 && echo --interactive --tty) $(if $(GPUS),--gpus $(GPUS)) --shm-size $(SHM) \
 	  --cap-drop ALL --security-opt no-new-privileges --user "$$(id -u):$$(id -g)" --env CONFIG --env ARGS \
 	  --volume "$(CURDIR)/data:/app/data" --volume "$(CURDIR)/runs:/app/runs" --entrypoint make $(IMAGE) train
 

@@ -10,6 +10,8 @@
     python scripts/benchmark.py map       COCO evaluation, and pycocotools and torchmetrics
     python scripts/benchmark.py gather    the same evaluation shared by two processes, and of one
     python scripts/benchmark.py annotations   reading annotations of COCO train's size: seconds and memory
+    python scripts/benchmark.py save      writing and reading a checkpoint, and Lightning's
+    python scripts/benchmark.py soak      2,000 steps of a tiny model: does memory grow? Not timed
     python scripts/benchmark.py ops       what a step asks of a device outside its convolutions, counted, not timed
 
 All contestants run in one process and in turn (A B, B A, ...), so compare ratios, not times.
@@ -29,6 +31,8 @@ ROUNDS = {
     "map": 3,
     "gather": 3,
     "annotations": 1,
+    "save": 7,
+    "soak": 1,
     "ops": 1,
 }
 
@@ -42,6 +46,8 @@ MODULES = {
     "map": "mean_average_precision",
     "gather": "gathering",
     "annotations": "annotations",
+    "save": "saving",
+    "soak": "soak",
     "ops": "operations",
 }
 WITH_IMAGES = ("data", "loader")

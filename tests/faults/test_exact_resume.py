@@ -20,7 +20,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "average": ("--ema.decay", "0.9"),
     "fp16": ("--trainer.precision", "16-mixed"),
     "validation inside epochs": ("--trainer.val_check_interval", "0.5"),
-    "adamw to sgd": (
+    "sgd": (
         "--model.optimizer",
         "torch.optim.SGD",
         "--model.optimizer.lr=0.01",

@@ -35,6 +35,8 @@ def run(benchmark, monkeypatch, *arguments):
         ("data", "the same boxes within 0.001 px"),
         ("ops", "never waits"),
         pytest.param("loss", "the same gradient within 1e-5", marks=pytest.mark.slow),  # it compiles
+        ("save", "both read back the same tensors"),
+        ("soak", "MB of memory"),
         pytest.param("gather", "those of one, to the last digit", marks=pytest.mark.slow),
         pytest.param("annotations", "the same boxes as the file", marks=pytest.mark.slow),
         pytest.param("loader", "verdict with", marks=pytest.mark.slow),

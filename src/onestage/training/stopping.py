@@ -138,12 +138,12 @@ def _num_batches(trainer: pl.Trainer) -> list[float]:
 
 
 def _release_children(trainer: pl.Trainer) -> None:
-    """Let the processes that Lightning started end by themselves: its observer would kill this one for their code."""
+    """Give the processes that Lightning started the time to end by themselves, and not more."""
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher) or not launcher.procs:
         return
     children = list(launcher.procs)
-    launcher.procs.clear()  # the observer looks at this very list
+    launcher.procs.clear()  # nobody else is to signal them
 
     def see_off() -> None:
         for child in children:

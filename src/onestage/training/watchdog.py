@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from onestage.errors import ProcessLostError
@@ -59,6 +60,7 @@ class Watchdog(Callback):
         trainer.strategy.barrier("watchdog")
         self._thread = _Watch(store, trainer.global_rank, trainer.world_size)
         self._thread.start()
+        _relieve_observer(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop watching: an error of this process is its own to tell."""
@@ -73,6 +75,14 @@ class Watchdog(Callback):
         if self._thread is not None:
             self._thread.leave()
             self._thread = None
+
+
+def _relieve_observer(trainer: pl.Trainer) -> None:
+    """Let Lightning's observer of the processes it started find none: it kills all without a word to the user."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        observed, launcher.procs = launcher.procs, list(launcher.procs)
+        observed.clear()  # the observer looks at this very list; the launcher has its own from now on
 
 
 class _Watch(threading.Thread):
