@@ -2,13 +2,15 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from onestage.cli import main
+from onestage.cli import DATA_COMMANDS, main
+from onestage.data.shapes import draw_shapes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -34,7 +36,24 @@ def onestage_words(command: str) -> list[str]:
     return words[1:] if words[0] == "onestage" else words[words.index("onestage.cli") + 1 :]
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith(("onestage", "torchrun"))])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.split()[1] in DATA_COMMANDS])
+def test_data_commands_run_on_a_data_set_of_ones_own(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_shapes(tmp_path / "mine", num_train=6, num_val=3, seed=0)
+    shutil.rmtree(tmp_path / "mine" / "annotations")  # it is drawn in both formats; VOC's is left
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)[1:]) == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        command
+        for command in COMMANDS
+        if command.startswith(("onestage", "torchrun")) and command.split()[1] not in DATA_COMMANDS
+    ],
+)
 def test_onestage_commands_parse(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,9 +5,11 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +26,18 @@ Item = TypeVar("Item")
 Note = npt.NDArray[np.uint8]
 
 _note: Note | None = None  # in a worker: where it writes down what it reads
+_watching: weakref.WeakSet["WorkerWatch"] = weakref.WeakSet()  # in the process that waits for batches
+
+
+def _end_workers() -> None:
+    """End what an iterator that was never closed has left running, when this process ends.
+
+    multiprocessing would send them a SIGTERM, which they ignore, and then wait for them for ever.
+    """
+    for watch in list(_watching):
+        for worker in watch._workers:
+            if worker.is_alive():
+                worker.kill()
 
 
 def note_reading(path: str) -> None:
@@ -66,6 +80,9 @@ class WorkerWatch:
         """
         _keep_deaths_for_later()
         self._workers = getattr(iterator, "_workers", [])
+        if not _watching:
+            Finalize(None, _end_workers, exitpriority=0)  # run before multiprocessing waits for its processes
+        _watching.add(self)
         is_over = threading.Event()
         threading.Thread(target=self._look_for_hangs, args=(is_over,), name="loader watch", daemon=True).start()
         try:

@@ -1,0 +1,28 @@
+"""Workers do not outlive the process that started them, nor keep it from ending."""
+
+import subprocess
+import sys
+
+LEFT_OPEN = """
+import torch
+from torch.utils.data import DataLoader
+
+from onestage.data.worker_watch import WorkerWatch
+
+watch = WorkerWatch(2)
+start = watch.start_function(None)
+loader = DataLoader(torch.arange(100), num_workers=2, worker_init_fn=start, persistent_workers=True)
+iterator = iter(loader)
+batches = watch.batches(iterator)
+print(int(next(batches)), *(worker.pid for worker in iterator._workers))
+"""
+
+
+def test_a_process_ends_although_an_iterator_was_never_closed() -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    first, *workers = done.stdout.split()
+    assert first == "0"
+    assert len(workers) == 2
+    for worker in workers:
+        assert subprocess.run(["kill", "-0", worker], capture_output=True).returncode != 0
