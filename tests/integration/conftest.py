@@ -1,14 +1,9 @@
 """One short run on a small drawn set, shared by the tests of the commands."""
 
-import logging
-import sys
 from pathlib import Path
 
 import pytest
-
-from onestage.cli import main
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from command_line import REPOSITORY, run
 
 
 @pytest.fixture(scope="session")
@@ -41,12 +36,3 @@ def trained(tmp_path_factory: pytest.TempPathFactory, fast_options: list[str]) -
     runs = tmp_path_factory.mktemp("runs")
     assert run("fit", *fast_options, "--runs_dir", str(runs)) == 0
     return runs / "shapes_ssd" / "version_0"
-
-
-def run(*words: str) -> int:
-    """Run a command as its own process would, without a second import of torch."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            if type(handler) is logging.StreamHandler:  # not one of pytest's own
-                handler.stream = sys.stderr  # pytest gives each test a stream of its own and closes it; no flush
-    return main(list(words))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run
+from command_line import run
 
 from onestage.errors import CheckpointError
 from onestage.training.checkpoint_files import config_of, read_checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import run
+from command_line import run
 
 from onestage.errors import ConfigError
 from onestage.training.messages import check_config_file

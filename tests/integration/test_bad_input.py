@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, run
+from command_line import REPOSITORY, run
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:

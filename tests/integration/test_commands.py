@@ -8,7 +8,7 @@ import cv2
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, run
+from command_line import REPOSITORY, run
 
 
 def test_a_run_folder_holds_all_it_promises(trained: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from command_line import run
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from command_line import run
 from safetensors.torch import load_file
 
 

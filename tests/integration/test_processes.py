@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import run
+from command_line import run
 
 TRAINING_TESTS = Path(__file__).resolve().parents[1] / "training"
 NUM_TRAIN, NUM_VAL, NUM_STEPS = 40, 7, 20  # 10 batches of 4 images an epoch

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, run
+from command_line import REPOSITORY, run
 
 from onestage.data import COCODataModule, VOCDataModule
 
