@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 LEFT_OPEN = """
 import torch
 from torch.utils.data import DataLoader
@@ -15,11 +17,21 @@ loader = DataLoader(torch.arange(100), num_workers=2, worker_init_fn=start, pers
 iterator = iter(loader)
 batches = watch.batches(iterator)
 print(int(next(batches)), *(worker.pid for worker in iterator._workers))
+{end}
+"""
+
+# Lost without a word to its workers, as where an exception cuts a training off.
+LOST = """
+iterator._shutdown_workers = lambda: None
+batches.close()
+loader.worker_init_fn = None
+del watch, start, batches
 """
 
 
-def test_a_process_ends_although_an_iterator_was_never_closed() -> None:
-    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("end", ["", LOST], ids=["left open", "lost"])
+def test_a_process_ends_although_an_iterator_was_never_closed(end: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN.format(end=end)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     first, *workers = done.stdout.split()
     assert first == "0"

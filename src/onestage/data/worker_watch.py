@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 Note = npt.NDArray[np.uint8]
 
 _note: Note | None = None  # in a worker: where it writes down what it reads
-_watching: weakref.WeakSet["WorkerWatch"] = weakref.WeakSet()  # in the process that waits for batches
+_started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # by this process; multiprocessing holds them while alive
 
 
 def _end_workers() -> None:
@@ -34,10 +34,9 @@ def _end_workers() -> None:
 
     multiprocessing would send them a SIGTERM, which they ignore, and then wait for them for ever.
     """
-    for watch in list(_watching):
-        for worker in watch._workers:
-            if worker.is_alive():
-                worker.kill()
+    for worker in list(_started):
+        if worker.is_alive():
+            worker.kill()
 
 
 def note_reading(path: str) -> None:
@@ -80,9 +79,9 @@ class WorkerWatch:
         """
         _keep_deaths_for_later()
         self._workers = getattr(iterator, "_workers", [])
-        if not _watching:
+        if not _started:
             Finalize(None, _end_workers, exitpriority=0)  # run before multiprocessing waits for its processes
-        _watching.add(self)
+        _started.update(self._workers)
         is_over = threading.Event()
         threading.Thread(target=self._look_for_hangs, args=(is_over,), name="loader watch", daemon=True).start()
         try:
