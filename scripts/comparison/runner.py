@@ -28,7 +28,14 @@ def write_settings(study: Study) -> None:
         "selection_seed": study.selection_seed,
         "seeds": study.seeds,
         "epochs": study.epochs,
-        "options": " ".join([*data, f"--precision {study.precision}", f"--epochs {study.epochs}"]),
+        "options": " ".join(
+            [
+                *data,
+                f"--precision {study.precision}",
+                f"--epochs {study.epochs}",
+                f"--box_weights {' '.join(f'{weight:g}' for weight in study.box_weights)}",
+            ]
+        ),
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
