@@ -69,9 +69,7 @@ def _make_run(task: tuple[Run, float]) -> tuple[Run, Outcome | None]:
         return run, None
     folder = run.outcome_file.parent
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.process_time()
-    exit_code = _run_quietly(run.words(), folder / "log.txt")
-    outcome = _read_outcome(folder, exit_code) | {"cpu_seconds": time.process_time() - start}
+    outcome = _read_outcome(folder, _run_quietly(run.words(), folder / "log.txt"))
     unfinished = run.outcome_file.with_suffix(".part")
     unfinished.write_text(json.dumps(outcome, indent=1), encoding="utf-8")
     unfinished.replace(run.outcome_file)
@@ -118,7 +116,6 @@ def _read_outcome(folder: Path, exit_code: int) -> Outcome:
         "metrics": results.get("metrics", {}),
         "per_class": results.get("per_class", {}),
         "curve": curve,
-        "first_loss": losses[0] if losses else None,
         # The guard skips a step that is not finite, and says so in a file; without it the run would have been lost.
         "is_finite": exit_code == 0
         and all(math.isfinite(loss) for loss in losses)
