@@ -120,6 +120,14 @@ def test_a_run_shorter_than_its_validation_interval_is_evaluated(
     assert list(tmp_path.glob("*/*/checkpoints/best.ckpt"))
 
 
+def test_a_run_without_checkpoints_trains_and_keeps_none(fast_options: list[str], tmp_path: Path) -> None:
+    options = [*fast_options, "--trainer.enable_checkpointing", "false", "--runs_dir", str(tmp_path)]
+    assert run("fit", *options) == 0
+    folder = tmp_path / "shapes_ssd" / "version_0"
+    assert (folder / "results.json").is_file()
+    assert not list(folder.rglob("*.ckpt"))
+
+
 def test_a_run_without_validation_says_where_it_is(
     fast_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

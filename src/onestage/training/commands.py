@@ -167,9 +167,7 @@ class DetectionCLI(LightningCLI):
         self.run_folder = self._new_run_folder()  # only now, when data and model are known to be sound
         config["default_root_dir"] = str(self.run_folder)
         if config.get("logger") in (None, True):
-            config["logger"] = run_loggers(
-                self.run_folder, resumed_step=self.resumed.step_in_folder if self.resumed else None
-            )
+            config["logger"] = run_loggers(self.run_folder, self.resumed.step_in_folder if self.resumed else None)
         own = self._showing_callbacks(config)
         if self.command == "fit":
             self._dump_config()
@@ -180,6 +178,7 @@ class DetectionCLI(LightningCLI):
                 callback.dirpath = str(self.run_folder / "checkpoints")
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+            config["enable_checkpointing"] = self.command == "fit"  # StopOnSignal counts as one, and keeps none
         if self.command == "fit":
             last = next((one for one in callbacks if isinstance(one, LastCheckpoint)), None)
             own += [SeededSteps(int(self.settings.seed_everything)), Watchdog()]
