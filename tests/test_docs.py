@@ -190,3 +190,13 @@ def test_the_recipe_of_the_docs_lies_over_a_shipped_experiment(
     (recipe,) = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["train_transforms"]
     assert recipe["class_path"].endswith("SSDAugmentation")
     assert recipe["init_args"]["crop"]["init_args"]["scale"] == [0.6, 1.0]
+
+
+@pytest.mark.parametrize("folder", ["data", "training"])
+def test_the_map_of_the_folders_names_files_that_exist(folder: str) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (table,) = re.findall(rf"^\| in `{folder}/` .*?\n\n", text, re.MULTILINE | re.DOTALL)
+    cells = [row.split("|")[2] for row in table.splitlines()[2:] if row]
+    named = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / "src" / "onestage" / folder / f"{name}.py").is_file()] == []
