@@ -22,6 +22,8 @@ from pathlib import Path
 from comparison import plan, runner
 from comparison.plan import Study
 
+PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
+
 
 def main() -> int:
     """Make the missing runs, then write the report if one was asked for."""
@@ -50,9 +52,9 @@ def main() -> int:
 def _make_runs(study: Study, jobs: int, deadline: float) -> None:
     """Make the runs that choose a box weight, those that choose a learning rate, then those that count."""
     runner.write_settings(study)
-    weight_runs = study.weight_runs()
+    weight_runs = study.choosing.weight_runs()
     runner.make_runs(weight_runs, jobs, deadline)
-    rate_runs = study.rate_runs(runner.best_runs(weight_runs))
+    rate_runs = study.choosing.rate_runs(runner.best_runs(weight_runs))
     runner.make_runs(rate_runs, jobs, deadline)
     runner.make_runs(study.final_runs(runner.best_runs(rate_runs)), jobs, deadline)
 
@@ -68,7 +70,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--num_train", type=int, default=400, help="drawn images, for shapes")
     parser.add_argument("--num_val", type=int, default=101)
-    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "16-mixed", "32-true"])
+    parser.add_argument("--precision", default="bf16-mixed", choices=PRECISIONS)
+    parser.add_argument("--chosen_precision", choices=PRECISIONS, help="of the runs that choose; default: --precision")
+    parser.add_argument("--chosen_epochs", type=int, help="of the runs that choose; default: --epochs")
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="of all runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes")
@@ -98,6 +102,8 @@ def _study(arguments: argparse.Namespace) -> Study:
         num_train=arguments.num_train,
         num_val=arguments.num_val,
         precision=arguments.precision,
+        chosen_precision=arguments.chosen_precision or arguments.precision,
+        chosen_epochs=arguments.chosen_epochs or arguments.epochs,
     )
 
 

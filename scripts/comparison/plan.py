@@ -17,7 +17,7 @@ class Study:
     its seed. The seed decides the weights a network starts from, and the order and augmentation of the images.
     """
 
-    folder: Path  # of all runs; one folder below it for the data, the precision, the loss
+    folder: Path  # of all runs; below it a folder for the data, the precision, the budget, the loss
     data: str  # `shapes`, or the folder of a data set in VOC format with the lists train and val
     losses: tuple[str, ...]  # file names in configs/compare, without .yaml
     rates: tuple[float, ...]  # learning rates to choose from; the box weight is chosen at the middle one
@@ -28,11 +28,24 @@ class Study:
     num_train: int  # drawn images, for `shapes`
     num_val: int
     precision: str
+    chosen_precision: str  # rate and box weight are chosen by runs in this precision
+    chosen_epochs: int  # and of this length
 
     @property
     def data_name(self) -> str:
         """Name of the data, for folders and titles."""
         return Path(self.data).name
+
+    @property
+    def results_folder(self) -> Path:
+        """The folder of the runs that may be compared with one another: what they learn from, and for how long."""
+        images = f"{self.num_train}_and_{self.num_val}_images_" if self.data == "shapes" else ""
+        return self.folder / self.data_name / self.precision / f"{images}{self.epochs}_epochs"
+
+    @property
+    def choosing(self) -> "Study":
+        """The study whose runs choose the rates and box weights of this one; usually itself."""
+        return replace(self, precision=self.chosen_precision, epochs=self.chosen_epochs)
 
     @property
     def middle_rate(self) -> float:
@@ -53,7 +66,7 @@ class Study:
 
     def final_runs(self, best: Mapping[str, "Run"]) -> list["Run"]:
         """Return the runs that count: every loss that has a best run with that one's settings, on every seed."""
-        return [replace(run, seed=seed) for seed in self.seeds for run in best.values()]
+        return [replace(run, study=self, seed=seed) for seed in self.seeds for run in best.values()]
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ class Run:
     @property
     def runs_dir(self) -> Path:
         """The folder of all runs of this loss."""
-        return self.study.folder / self.study.data_name / self.study.precision / self.loss
+        return self.study.results_folder / self.loss
 
     @property
     def outcome_file(self) -> Path:

@@ -36,14 +36,14 @@ class Row:
 
 def write(folder: Path, target: Path) -> None:
     """Write the page and its plot below `target` from all runs below `folder`."""
-    studies = sorted(folder.glob("*/*/study.json"))
+    studies = sorted(folder.glob("*/*/*/study.json"))
     sections, plots = [], []
     for file in studies:
         settings = json.loads(file.read_text(encoding="utf-8"))
         rows = sorted(read_rows(file.parent, settings), key=lambda row: -row.mean_average_precision)
         if any(row.metrics for row in rows):
             sections.append(_section(settings, rows, _step_times(folder)))
-            plots.append((f"{settings['data']}, {settings['precision']}", rows))
+            plots.append((_title(settings), rows))
     target.mkdir(parents=True, exist_ok=True)
     if not sections:
         print(f"no finished runs below {folder}")
@@ -127,6 +127,10 @@ def _processor() -> str:
     return f"{len(names)} cores of {names[0]}" if names else platform.processor() or platform.machine()
 
 
+def _title(settings: dict[str, Any]) -> str:
+    return f"{settings['data']}, {settings['precision']}, {settings['epochs']} epochs"
+
+
 def _section(settings: dict[str, Any], rows: list[Row], step_times: dict[str, float]) -> str:
     command = f"python scripts/compare_losses.py {settings['options']}"
     seeds = ", ".join(str(seed) for seed in settings["seeds"])
@@ -134,9 +138,9 @@ def _section(settings: dict[str, Any], rows: list[Row], step_times: dict[str, fl
     weights = ", ".join(f"{weight:g}" for weight in settings["box_weights"])
     classes = list(next(row.per_class for row in rows if row.per_class))
     lines = [
-        f"## {settings['data']}, {settings['precision']}",
-        f"`{command}`: {settings['epochs']} epochs, seeds {seeds}; chosen on seed "
-        f"{settings['selection_seed']} from box weights {weights} and learning rates {rates}. {_noise(rows)}",
+        f"## {_title(settings)}",
+        f"`{command}`: seeds {seeds}; chosen on seed {settings['selection_seed']}{_chosen_elsewhere(settings)} from "
+        f"box weights {weights} and learning rates {rates}. {_noise(rows)}",
         "| loss | learning rate | box weight | mAP | AP50 | steps to half of the mAP | step time | non-finite runs |\n"
         "|---|---|---|---|---|---|---|---|\n" + "\n".join(_cells(row, step_times) for row in rows),
         "AP by class, mean over seeds, in percent:",
@@ -150,6 +154,11 @@ def _section(settings: dict[str, Any], rows: list[Row], step_times: dict[str, fl
         ),
     ]
     return "\n\n".join(lines)
+
+
+def _chosen_elsewhere(settings: dict[str, Any]) -> str:
+    chosen, own = ((settings[f"{kind}precision"], settings[f"{kind}epochs"]) for kind in ("chosen_", ""))
+    return "" if chosen == own else f", in {chosen[0]} and {chosen[1]} epochs,"
 
 
 def _cells(row: Row, step_times: dict[str, float]) -> str:

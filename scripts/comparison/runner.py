@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from comparison import plan
 from comparison.plan import Run, Study
 
 Outcome = dict[str, Any]
@@ -18,8 +19,6 @@ Outcome = dict[str, Any]
 
 def write_settings(study: Study) -> None:
     """Keep what the page about the runs has to say of them, beside them."""
-    folder = study.folder / study.data_name / study.precision
-    data = [] if study.data == "shapes" else [f"--data path/to/{study.data_name}"]
     settings = {
         "data": study.data_name,
         "precision": study.precision,
@@ -28,17 +27,26 @@ def write_settings(study: Study) -> None:
         "selection_seed": study.selection_seed,
         "seeds": study.seeds,
         "epochs": study.epochs,
-        "options": " ".join(
-            [
-                *data,
-                f"--precision {study.precision}",
-                f"--epochs {study.epochs}",
-                f"--box_weights {' '.join(f'{weight:g}' for weight in study.box_weights)}",
-            ]
-        ),
+        "chosen_precision": study.chosen_precision,
+        "chosen_epochs": study.chosen_epochs,
+        "options": _options(study),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    study.results_folder.mkdir(parents=True, exist_ok=True)
+    (study.results_folder / "study.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def _options(study: Study) -> str:
+    """Return the words that make the same runs again."""
+    is_shapes = study.data == "shapes"
+    words = [f"--num_train {study.num_train}"] if is_shapes else [f"--data path/to/{study.data_name}"]
+    words += [f"--precision {study.precision}", f"--epochs {study.epochs}"]
+    if study.losses != plan.all_losses():
+        words.append(f"--losses {' '.join(study.losses)}")
+    if study.choosing == study:
+        words.append(f"--box_weights {' '.join(f'{weight:g}' for weight in study.box_weights)}")
+    else:
+        words.append(f"--chosen_precision {study.chosen_precision} --chosen_epochs {study.chosen_epochs}")
+    return " ".join([*words, f"--seeds {' '.join(map(str, study.seeds))}"])
 
 
 def make_runs(runs: Sequence[Run], jobs: int, deadline: float = math.inf) -> None:

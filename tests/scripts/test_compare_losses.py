@@ -31,6 +31,8 @@ def make_study(folder: Path, **changes):
         "num_train": 8,
         "num_val": 3,
         "precision": "32-true",
+        "chosen_precision": "32-true",
+        "chosen_epochs": 2,
     }
     return Study(**{**settings, **changes})
 
@@ -51,10 +53,10 @@ def settings_of(runs):
     return [(run.loss, run.rate, run.box_weight, run.seed) for run in runs]
 
 
-def best_of(study, **changes):
+def best_of(study):
     from comparison.plan import Run
 
-    return {loss: Run(study, loss, rate, 0.05, 0, **changes) for loss, rate in (("focal", 1e-3), ("mining", 2e-3))}
+    return {loss: Run(study, loss, rate, 0.05, 0) for loss, rate in (("focal", 1e-3), ("mining", 2e-3))}
 
 
 def test_each_loss_gets_its_own_box_weight_then_its_own_rate_from_a_seed_that_does_not_count(tmp_path) -> None:
@@ -142,9 +144,32 @@ def test_only_seeds_that_count_are_on_the_page(tmp_path) -> None:
     runner.write_settings(study)
     for run in [*study.weight_runs()[:1], *study.final_runs({"focal": study.weight_runs()[0]})]:
         finish(run, 0.9 if run.seed == 0 else 0.1)
-    folder = tmp_path / "shapes" / "32-true"
-    (row,) = report.read_rows(folder, json.loads((folder / "study.json").read_text()))
+    settings = json.loads((study.results_folder / "study.json").read_text())
+    (row,) = report.read_rows(study.results_folder, settings)
     assert row.metrics["mAP"] == [0.1] * 3
+
+
+def test_a_long_study_takes_the_settings_that_a_short_one_has_chosen_and_keeps_its_runs_apart(tmp_path) -> None:
+    from comparison import report, runner
+
+    short = make_study(tmp_path)
+    assert short.choosing == short
+    long = make_study(tmp_path, precision="bf16-mixed", epochs=8, chosen_epochs=2)
+    assert long.choosing == short
+    for run in short.weight_runs():
+        finish(run, 0.9 if run.box_weight == 0.2 else 0.1)
+    final_runs = long.final_runs(runner.best_runs(long.choosing.weight_runs()))
+    assert {(run.rate, run.box_weight) for run in final_runs} == {(2e-3, 0.2)}
+    for run in final_runs:
+        assert run.words()[run.words().index("--trainer.max_epochs") + 1] == "8"
+        finish(run, 0.5)
+    runner.write_settings(long)
+    report.write(tmp_path, tmp_path / "docs")
+    page = (tmp_path / "docs" / "loss_comparison.md").read_text()
+    assert "## shapes, bf16-mixed, 8 epochs" in page
+    assert "chosen on seed 0, in 32-true and 2 epochs, from box weights 0.05, 0.2" in page
+    assert "--chosen_precision 32-true --chosen_epochs 2 --seeds 1 2 3`" in page
+    assert "## shapes, 32-true" not in page  # nothing was asked of it
 
 
 @pytest.mark.parametrize(("words", "told"), [(["--losses", "foccal"], "foccal"), (["--data", "no/where"], "no/where")])
