@@ -3,7 +3,7 @@ import torch
 from torchvision.ops import box_convert, box_iou
 
 from onestage.boxes.anchors import SSD160, make_anchors
-from onestage.boxes.matchers import IoUMatcher
+from onestage.boxes.matchers import IoUMatcher, assign
 from onestage.errors import ConfigError
 from onestage.types import BACKGROUND, IGNORE, PADDING, Anchors, Targets
 
@@ -95,6 +95,16 @@ def test_anchors_half_covered_by_a_crowd_are_ignored_unless_positive() -> None:
     targets = targets_of(crowd, [150, 0, 160, 10, 0])
     # Anchor 1 has exactly half of its area in the crowd, anchor 2 four tenths, anchor 3 all, but it answers for row 1.
     assert IoUMatcher()(targets, anchors).tolist() == [[BACKGROUND, IGNORE, BACKGROUND, 1, BACKGROUND]]
+
+
+def test_an_anchor_is_assigned_the_label_and_the_box_of_its_object() -> None:
+    anchors = anchors_of([0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10])
+    targets = targets_of([40, 0, 50, 9, 7], [0, 0, 10, 8, 3], [0, 0, 0, 0, PADDING])
+    labels, boxes = assign(IoUMatcher(), targets, anchors)
+    assert labels.tolist() == [[3, BACKGROUND, 7]]
+    assert boxes[0, [0, 2]].tolist() == [[0, 0, 10, 8], [40, 0, 50, 9]]
+    none = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64))
+    assert assign(IoUMatcher(), none, anchors)[0].tolist() == [[BACKGROUND] * 3] * 2
 
 
 def test_batched_match_equals_a_loop_over_images_and_objects() -> None:

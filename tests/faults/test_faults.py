@@ -625,8 +625,29 @@ def test_f19_other_numbers_of_workers_give_the_same_bits(
     assert same_end(uninterrupted(), folder_of(tmp_path))
 
 
-def test_f20_changed_annotations_are_refused_unless_the_change_is_meant(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def edit_a_box(data: Path) -> None:
+    file = data / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][2] -= 1
+    file.write_text(json.dumps(content))
+
+
+def edit_a_byte(data: Path) -> None:
+    """In the middle of a training image, which has other pixels then."""
+    name = json.loads((data / "annotations" / "instances_train.json").read_text())["images"][3]["file_name"]
+    content = bytearray((data / "JPEGImages" / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (data / "JPEGImages" / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(("edit", "told"), [(edit_a_box, "training annotations"), (edit_a_byte, "training images")])
+def test_f20_changed_data_is_refused_unless_the_change_is_meant(
+    edit: Callable[[Path], None],
+    told: str,
+    drawn: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import shutil
 
@@ -643,12 +664,11 @@ def test_f20_changed_annotations_are_refused_unless_the_change_is_meant(
     with monkeypatch.context() as patch:
         break_method(patch, "training_step", 2, lambda: tiny_run.send(signal.SIGTERM))
         assert tiny_run.onestage(*command) == 143
-    file = data / "annotations" / "instances_train.json"
-    content = json.loads(file.read_text())
-    content["annotations"][0]["bbox"][2] -= 1
-    file.write_text(json.dumps(content))
+    edit(data)
     assert tiny_run.onestage(*command) == 2
-    assert "--allow_data_change true" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert told in error
+    assert "--allow_data_change true" in error
     assert tiny_run.onestage(*command, "--allow_data_change", "true") == 0
 
 

@@ -258,6 +258,25 @@ def test_loss_compiles_without_a_graph_break() -> None:
     assert_close(compiled(*arguments), total(*arguments))
 
 
+def test_compiling_the_detector_compiles_its_network_and_its_classification_loss() -> None:
+    detector, graphs = SSD160(num_classes=3), []
+
+    def backend(graph, inputs):
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    images, targets = images_of(2), two_objects(2)
+    expected = detector.eval().loss(detector(images), targets)
+    names = list(detector.state_dict())
+    detector.compile(backend=backend, fullgraph=True)
+    predictions = detector(images)
+    assert len(graphs) == 1
+    losses = detector.loss(predictions, targets)
+    assert len(graphs) == 2
+    assert_close(losses, expected)
+    assert list(detector.state_dict()) == names
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -99,7 +99,20 @@ def _withdraw_taken_anchors(iou: Tensor) -> Tensor:
     return iou.masked_fill_((best_iou >= _RAISE) & (rows != holder), 0)
 
 
-def with_a_row(targets: Targets) -> Targets:
+@torch.no_grad()
+def assign(matcher: IoUMatcher, targets: Targets, anchors: Anchors) -> tuple[Tensor, Tensor]:
+    """Return what each anchor answers for: its label, BACKGROUND or IGNORE [B, A], and the box of its row [B, A, 4].
+
+    targets: M >= 0 rows for each image. The boxes of anchors without an object are anything.
+    """
+    targets = _with_a_row(targets)
+    match = matcher(targets, anchors)  # [B, A]
+    row = match.clamp(min=0)
+    gt_boxes = targets.boxes.float().gather(1, row[..., None].expand(-1, -1, 4))
+    return torch.where(match >= 0, targets.labels.gather(1, row), match), gt_boxes
+
+
+def _with_a_row(targets: Targets) -> Targets:
     """Append a row of padding where there is no row at all, so that every anchor has an object to look at."""
     if targets.labels.shape[1] > 0:
         return targets

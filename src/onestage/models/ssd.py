@@ -1,7 +1,7 @@
 """SSD: Single Shot MultiBox Detector (arXiv:1512.02325) on VGG16, with exchangeable losses."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from onestage.boxes.anchors import SSD160 as SSD160_ANCHORS
 from onestage.boxes.anchors import SSD300_COCO, SSD300_VOC, SSD512_COCO, SSD512_VOC, AnchorLevel, make_anchors
 from onestage.boxes.coders import DeltaBoxCoder
 from onestage.boxes.iou import paired_iou
-from onestage.boxes.matchers import IoUMatcher, with_a_row
+from onestage.boxes.matchers import IoUMatcher, assign
 from onestage.boxes.postprocess import select_detections
 from onestage.errors import ConfigError
 from onestage.losses import (
@@ -118,6 +118,11 @@ class SSD(Detector):
             anchors=Anchors(self.anchor_boxes, self.anchor_strides),
         )
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the network, which is `forward`, and the classification loss, which that does not call; in place."""
+        super().compile(*args, **kwargs)
+        self.classification_loss.compile(*args, **kwargs)
+
     def normalise(self, images: Tensor) -> Tensor:
         """Subtract the mean and divide by the scale: [B, 3, H, W] uint8, 0..255, to float32 around 0."""
         return (images.float() - self.pixel_mean) / PIXEL_SCALE
@@ -131,22 +136,13 @@ class SSD(Detector):
         """
         class_logits, box_deltas, anchors, _ = predictions
         with torch.autocast(box_deltas.device.type, enabled=False):
-            labels, gt_boxes = self._match(anchors, targets)
+            labels, gt_boxes = assign(self.matcher, targets, anchors)
             is_positive = labels >= 0
             normaliser = self.normaliser(is_positive, is_training=self.training)
             box_quality = self._box_quality(predictions, gt_boxes, is_positive)
         classification = self.classification_loss(class_logits, labels, box_quality)
         box = self.box_loss(box_deltas, gt_boxes, anchors.boxes, self.box_coder, is_positive)
         return {"classification": classification / normaliser, "box": box / normaliser, "num_positives": normaliser}
-
-    @torch.no_grad()
-    def _match(self, anchors: Anchors, targets: Targets) -> tuple[Tensor, Tensor]:
-        """Return what each anchor answers for: its label, BACKGROUND or IGNORE [B, A], and its gt_boxes [B, A, 4]."""
-        targets = with_a_row(targets)
-        match = self.matcher(targets, anchors)  # [B, A]
-        row = match.clamp(min=0)
-        gt_boxes = targets.boxes.float().gather(1, row[..., None].expand(-1, -1, 4))
-        return torch.where(match >= 0, targets.labels.gather(1, row), match), gt_boxes
 
     @torch.no_grad()
     def _box_quality(self, predictions: Predictions, gt_boxes: Tensor, is_positive: Tensor) -> Tensor | None:
@@ -161,7 +157,7 @@ class SSD(Detector):
         """Return the parts of `classification`, anchor by anchor."""
         class_logits, _, anchors, _ = predictions
         with torch.autocast(class_logits.device.type, enabled=False):
-            labels, gt_boxes = self._match(anchors, targets)
+            labels, gt_boxes = assign(self.matcher, targets, anchors)
             box_quality = self._box_quality(predictions, gt_boxes, labels >= 0)
             losses = self.classification_loss.anchor_costs(class_logits, labels, box_quality)
             return AnchorLosses(labels, losses, self.classification_loss.true_probability(class_logits, labels))

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from onestage.errors import ConfigError, DataError
 from onestage.evaluation.report import installed_versions
 from onestage.training.checkpoint_io import keep_previous, require_writable
-from onestage.training.fingerprint import fingerprint
+from onestage.training.fingerprint import fingerprints
 from onestage.training.module import CHECKPOINT_KEY, DetectionModule
 from onestage.training.save_points import (
     forget_unfinished_validation,
@@ -166,8 +166,8 @@ class LastCheckpoint(Checkpoint):
 class ConfigInCheckpoint(Callback):
     """Stores in every checkpoint what made it, so that one file is enough to predict.
 
-    That is the run's `model` and `data` configuration, a fingerprint of the training annotations, and the versions of
-    the packages.
+    That is the run's `model` and `data` configuration, fingerprints of the training annotations and images, and the
+    versions of the packages.
     """
 
     def __init__(self, config: JSONDict) -> None:
@@ -175,9 +175,10 @@ class ConfigInCheckpoint(Callback):
         self._origin: JSONDict = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the fingerprint once: what a run is trained on does not change."""
-        annotations = cast(DetectionModule, pl_module).data.annotations("train")
-        self._origin = {"data_fingerprint": fingerprint(annotations), "versions": installed_versions()}
+        """Take the fingerprints once, where files are written: what a run is trained on does not change."""
+        if trainer.is_global_zero:
+            annotations = cast(DetectionModule, pl_module).data.annotations("train")
+            self._origin = {**fingerprints(annotations), "versions": installed_versions()}
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

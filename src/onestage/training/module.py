@@ -37,8 +37,8 @@ class DetectionModule(pl.LightningModule):
         box_loss_weight: alpha of SSD eq. 1, >= 0.
         channels_last: memory format of network and images; 1.1x faster in fp32, 1.2x in bf16 on CPUs, and what tensor
             cores want.
-        compile: compile the network in place with torch.compile on the first step of `fit`. Needs a C++ compiler; on
-            a CPU it gains nothing and costs 40 s.
+        compile: compile the network and its classification loss in place with torch.compile on the first step of
+            `fit`. Needs a C++ compiler; on a CPU it gains nothing and costs 40 s.
         reference_batch_size: how many images a step had for which the optimizer's learning rate was chosen; that is
             then multiplied by images per step / reference (arXiv:1706.02677). A step sees data.batch_size images of
             each process and of each accumulated batch. null: the learning rate is taken as it stands.

@@ -74,7 +74,7 @@ def add_run_keys(parser: LightningArgumentParser) -> None:
         "PATH: from that checkpoint, in a new folder; none: begin a new run",
     )
     parser.add_argument(
-        "--allow_data_change", type=bool, default=False, help="resume although the annotations are not the same"
+        "--allow_data_change", type=bool, default=False, help="resume although annotations or images are not the same"
     )
 
 

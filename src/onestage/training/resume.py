@@ -11,7 +11,7 @@ from onestage.errors import CheckpointError, ConfigError
 from onestage.evaluation.report import installed_versions
 from onestage.training.checkpoint_files import load_weights, read_checkpoint, stored_step
 from onestage.training.checkpoints import LAST, PREVIOUS
-from onestage.training.fingerprint import fingerprint
+from onestage.training.fingerprint import fingerprints
 from onestage.training.module import CHECKPOINT_KEY, DetectionModule
 from onestage.training.runs import version_of
 from onestage.types import JSONDict
@@ -111,7 +111,7 @@ def require_resumable(path: Path, module: DetectionModule, data: Any, allow_data
     Lightning loads it; of the configuration in it nothing is: that of the file and the command line holds.
 
     Raises:
-        CheckpointError: it is of another model or other classes, or the training annotations have changed.
+        CheckpointError: it is of another model or other classes, or the training annotations or images have changed.
     """
     load_weights(module, path, data.class_names)
     checkpoint = read_checkpoint(path)
@@ -121,19 +121,30 @@ def require_resumable(path: Path, module: DetectionModule, data: Any, allow_data
             "Resume from a last.ckpt; to begin a new run from weights see model.detector.init_args.pretrained."
         )
     saved = checkpoint[CHECKPOINT_KEY]
-    then, now = saved.get("data_fingerprint"), fingerprint(data.annotations("train"))
-    if then not in (None, now) and not allow_data_change:
-        raise CheckpointError(
-            f"the training annotations are not those that {path} was trained on (fingerprint {now}, then {then}): "
-            "images or boxes were added, removed or changed.\n"
-            "Put them back, or go on with the new ones by --allow_data_change true."
-        )
+    if not allow_data_change:
+        _require_same_data(path, saved, fingerprints(data.annotations("train")))
     versions = installed_versions()
     other = [
         f"{name} {version}" for name, version in saved.get("versions", {}).items() if versions.get(name) != version
     ]
     if other:
         rank_zero_info(f"resume: {path} was written with {', '.join(other)}; the last digits may differ.")
+
+
+def _require_same_data(path: Path, saved: JSONDict, now: dict[str, str]) -> None:
+    problems = {
+        "data_fingerprint": "annotations are not those that {} was trained on: images or boxes were added, removed or "
+        "changed",
+        "image_fingerprint": "images are not those that {} was trained on: names and boxes are the same, but at least "
+        "one file has other content",
+    }
+    for key, problem in problems.items():
+        then = saved.get(key, now[key])  # a checkpoint of an older version may not say
+        if then != now[key]:
+            raise CheckpointError(
+                f"the training {problem.format(path)} (fingerprint {now[key]}, then {then}).\n"
+                "Put them back, or go on with the new ones by --allow_data_change true."
+            )
 
 
 def _preference(file: Path) -> tuple[int, str]:
