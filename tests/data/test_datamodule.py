@@ -294,6 +294,8 @@ def test_position_goes_through_the_data_module(coco: Path) -> None:
         ({"batch_size": 0}, "data.batch_size is 0; it must be at least 1"),
         ({"num_workers": -1}, "data.num_workers is -1; it must be at least 0"),
         ({"prefetch_factor": 0}, "data.prefetch_factor is 0"),
+        ({"worker_timeout_seconds": 0.0}, "data.worker_timeout_seconds is 0"),
+        ({"worker_timeout_seconds": float("nan")}, "data.worker_timeout_seconds is nan"),
         ({"seed": -1}, "data.seed is -1"),
         ({"max_bad_fraction": 1.5}, r"data.max_bad_fraction is 1.5; it must be in 0\.\.1"),
         ({"max_bad_fraction": float("nan")}, "data.max_bad_fraction is nan"),

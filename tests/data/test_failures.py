@@ -59,6 +59,7 @@ def loader(annotations: AnnotationSet, num_workers: int = 0, **settings: object)
         batch_size=4,
         num_workers=num_workers,
         prefetch_factor=2,
+        timeout_seconds=300.0,
         start_method="fork" if num_workers else None,
     )
 

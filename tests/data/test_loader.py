@@ -87,6 +87,7 @@ def test_samples_are_the_same_however_workers_are_started(annotations: Annotatio
         batch_size=2,
         num_workers=1,
         prefetch_factor=2,
+        timeout_seconds=300.0,
         start_method=start_method,
     )
     assert epoch_bytes(loader, 1) == expected

@@ -437,17 +437,15 @@ def test_f12_a_hung_worker_is_ended_and_named_with_its_file(
     drawn: Path,
     tmp_path: Path,
     fault_in_a_worker: Callable[[str, Callable[[], object]], None],
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     names = sorted(path.name for path in (drawn / "JPEGImages").iterdir())
     (name,) = [one for one in names if one.endswith(image_of_step(2)[-10:])]
-    monkeypatch.setattr(worker_watch, "HANG_SECONDS", 1.0)
     fault_in_a_worker(name, lambda: time.sleep(600))
-    options = ("--data.num_workers", "1", "--data.prefetch_factor", "1")
+    options = ("--data.num_workers", "1", "--data.prefetch_factor", "1", "--data.worker_timeout_seconds", "1")
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, *options)) == 3
     message = capsys.readouterr().err
-    assert "stood still" in message
+    assert "stood still for 1 s" in message
     assert name in message
 
 

@@ -11,7 +11,7 @@ from onestage.data.image_cache import open_images
 from onestage.data.loader import DetectionLoader, StartMethod, num_auto_workers, open_loader
 from onestage.data.samplers import EvaluationSampler, TrainingSampler
 from onestage.data.sampling import Sampling, checked_repeats
-from onestage.data.settings import require_at_least, require_fraction
+from onestage.data.settings import require_at_least, require_fraction, require_positive
 from onestage.data.start_report import report_sampling
 from onestage.data.transforms import SeededTransform, resize_transforms, training_transforms
 from onestage.types import Stage
@@ -30,6 +30,8 @@ class DetectionDataModule(AnnotatedDataModule):
             one for training, and at most 16.
         prefetch_factor: batches that each worker loads ahead.
         worker_start_method: how workers are started; null: as Python does by default. The samples are the same.
+        worker_timeout_seconds: how long a batch is waited for, > 0, before the worker that stands still is ended and
+            named with its file.
         train_transforms: albumentations transforms of the training images, in order; null: SSD's augmentation
             (`onestage.data.ssd_transforms`). A resize to `image_size` follows where it is needed.
         mosaic: probability that a training image is put together from four, 0..1.
@@ -64,6 +66,7 @@ class DetectionDataModule(AnnotatedDataModule):
         num_workers: int | Literal["auto"] = "auto",
         prefetch_factor: int = 4,
         worker_start_method: StartMethod | None = None,
+        worker_timeout_seconds: float = 300.0,
         train_transforms: list[A.BasicTransform] | None = None,
         mosaic: float = 0.0,
         mixup: float = 0.0,
@@ -95,6 +98,7 @@ class DetectionDataModule(AnnotatedDataModule):
         self.num_workers = num_workers
         self.prefetch_factor = prefetch_factor
         self.worker_start_method = worker_start_method
+        self.worker_timeout_seconds = worker_timeout_seconds
         self.train_transforms = train_transforms
         self.mosaic = mosaic
         self.mixup = mixup
@@ -167,6 +171,7 @@ class DetectionDataModule(AnnotatedDataModule):
         for name, minimum in (("image_size", 32), ("batch_size", 1), ("prefetch_factor", 1), ("seed", 0)):
             require_at_least(name, getattr(self, name), minimum)
         require_at_least("num_workers", 0 if self.num_workers == "auto" else self.num_workers, 0)
+        require_positive("worker_timeout_seconds", self.worker_timeout_seconds)
         for name, value in (("mosaic", self.mosaic), ("mixup", self.mixup)):
             require_fraction(name, value, f"Set data.{name}: 0.5 to do so with every second image, or 0.")
 
@@ -187,6 +192,7 @@ class DetectionDataModule(AnnotatedDataModule):
             num_workers=num_auto_workers(self._num_processes) if self.num_workers == "auto" else self.num_workers,
             prefetch_factor=self.prefetch_factor,
             start_method=self.worker_start_method,
+            timeout_seconds=self.worker_timeout_seconds,
         )
 
     @property

@@ -128,9 +128,10 @@ def open_loader(
     num_workers: int,
     prefetch_factor: int,
     start_method: StartMethod | None,
+    timeout_seconds: float,
 ) -> DetectionLoader:
     """Return the loader of a split. Workers stay alive between epochs, and images are pinned where there is a GPU."""
-    return DetectionLoader(
+    loader = DetectionLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
@@ -142,6 +143,9 @@ def open_loader(
         prefetch_factor=prefetch_factor if num_workers else None,
         persistent_workers=num_workers > 0,
     )
+    if loader.watch is not None:
+        loader.watch.timeout_seconds = timeout_seconds
+    return loader
 
 
 def num_auto_workers(num_processes: int) -> int:

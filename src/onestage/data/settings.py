@@ -16,6 +16,16 @@ def require_at_least(name: str, value: int, minimum: int) -> None:
         )
 
 
+def require_positive(name: str, value: float) -> None:
+    """Check a length of time.
+
+    Raises:
+        ConfigError: `data.<name>` is not more than 0.
+    """
+    if not value > 0:  # also where it is not a number
+        raise ConfigError(f"data.{name} is {value:g}; it must be more than 0.\nSet data.{name}: 300.")
+
+
 def require_fraction(name: str, value: float, remedy: str) -> None:
     """Check a share or a probability.
 

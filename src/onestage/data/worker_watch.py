@@ -18,7 +18,6 @@ import torch
 
 from onestage.errors import DataError, ResourceError
 
-HANG_SECONDS = 300.0  # for one batch, after which the worker that stands still counts as hung
 LOOK_SECONDS = 1.0
 NOTE_BYTES = 1024
 
@@ -61,7 +60,7 @@ class WorkerWatch:
         # A tensor, because torch can hand it to workers however they are started.
         self._notes = torch.zeros(num_workers, NOTE_BYTES, dtype=torch.uint8)
         self._notes.share_memory_()  # type: ignore[no-untyped-call] # torch gives it no types
-        self.hang_seconds = HANG_SECONDS
+        self.timeout_seconds = 300.0  # for one batch, after which the worker that stands still counts as hung
         self._workers: Sequence[BaseProcess] = []
         self._hung: int | None = None  # the worker that this watch has ended
         self._waiting_since: float | None = None
@@ -101,14 +100,14 @@ class WorkerWatch:
 
     def _look_for_hangs(self, is_over: threading.Event) -> None:
         seen: dict[int, tuple[bytes, float]] = {}  # what each worker has been reading, and since when
-        while not is_over.wait(min(LOOK_SECONDS, self.hang_seconds / 4)):
+        while not is_over.wait(min(LOOK_SECONDS, self.timeout_seconds / 4)):
             now = time.monotonic()
             for number in range(len(self._workers)):
                 note = self._notes[number].numpy().tobytes()
                 if seen.get(number, (b"", 0.0))[0] != note:
                     seen[number] = (note, now)
             since = self._waiting_since
-            if since is None or now - since < self.hang_seconds or not seen:
+            if since is None or now - since < self.timeout_seconds or not seen:
                 continue
             slowest = min(seen, key=lambda number: seen[number][1])
             self._hung = slowest
@@ -122,9 +121,10 @@ class WorkerWatch:
             return error
         if self._hung is not None:
             return DataError(
-                f"a worker process of the loader stood still for {self.hang_seconds:g} s at {self._file(self._hung)} "
-                "and was ended.\nIs that a pipe, or on a network drive that does not answer? Remove the file or copy "
-                "the data to a local disk, then go on with --resume auto."
+                f"a worker process of the loader stood still for {self.timeout_seconds:g} s at "
+                f"{self._file(self._hung)} and was ended.\nIs that a pipe, or on a network drive that does not "
+                "answer? Remove the file, copy the data to a local disk or set data.worker_timeout_seconds "
+                "higher, then go on with --resume auto."
             )
         dead = [number for number, worker in enumerate(self._workers) if worker.exitcode]
         if not dead:
