@@ -173,16 +173,12 @@ def config_of(path: str | Path) -> JSONDict:
         CheckpointError: the checkpoint is unreadable, or its configuration is malformed or names what is not trusted.
     """
     saved = read_checkpoint(path)[CHECKPOINT_KEY]
-    config: JSONDict = {key: saved.get("config", {}).get(key) for key in ("model", "data")}
-    if not all(isinstance(part, dict) for part in config.values()):
-        raise CheckpointError(f"checkpoint {path} holds no configuration. Give the run's config.yaml with --config.")
-    for name in _import_paths(config):
-        if not name.startswith(TRUSTED_CLASS_PATHS):
-            raise CheckpointError(
-                f"the configuration inside checkpoint {path} names {name!r}, which is not in "
-                f"{', '.join(prefix.rstrip('.') for prefix in TRUSTED_CLASS_PATHS)}.\n"
-                "If you trust the file, give the run's own config.yaml with --config."
-            )
+    config = _stored_config(saved, path)
+    for name in _untrusted(config):
+        raise CheckpointError(
+            f"the configuration inside checkpoint {path} names {name!r}, which is not in {_trusted_words()}.\n"
+            "If you trust the file, give the run's own config.yaml with --config."
+        )
     detector = config["model"].get("detector", {}).get("init_args", {})
     for source in ("backbone_weights", "pretrained"):  # the weights are in the checkpoint: nothing is to be fetched
         if source in detector:
@@ -190,6 +186,31 @@ def config_of(path: str | Path) -> JSONDict:
     init_args = config["data"].setdefault("init_args", {})
     init_args["class_names"], init_args["category_ids"] = saved["class_names"], saved["category_ids"]
     return config
+
+
+def needs_config(path: str | Path) -> str | None:
+    """Say why nobody can use a checkpoint without a configuration of their own, or None if anybody can.
+
+    Raises:
+        CheckpointError: the checkpoint is unreadable, or its configuration is malformed.
+    """
+    names = sorted(set(_untrusted(_stored_config(read_checkpoint(path)[CHECKPOINT_KEY], path))))
+    return f"it names {', '.join(names)}, not in {_trusted_words()}" if names else None
+
+
+def _stored_config(saved: JSONDict, path: str | Path) -> JSONDict:
+    config: JSONDict = {key: saved.get("config", {}).get(key) for key in ("model", "data")}
+    if not all(isinstance(part, dict) for part in config.values()):
+        raise CheckpointError(f"checkpoint {path} holds no configuration. Give the run's config.yaml with --config.")
+    return config
+
+
+def _untrusted(config: JSONDict) -> Iterator[str]:
+    return (name for name in _import_paths(config) if not name.startswith(TRUSTED_CLASS_PATHS))
+
+
+def _trusted_words() -> str:
+    return ", ".join(prefix.rstrip(".") for prefix in TRUSTED_CLASS_PATHS)
 
 
 def _import_paths(config: JSONDict) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import NoReturn
 from safetensors.torch import save_file
 
 from onestage.errors import ConfigError
-from onestage.training.checkpoint_files import config_of, read_checkpoint
+from onestage.training.checkpoint_files import needs_config, read_checkpoint
 from onestage.training.checkpoint_io import whole_file
 from onestage.training.module import CHECKPOINT_KEY
 
@@ -36,7 +36,10 @@ def run_export_command(words: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, help="folder for the two files; default: export/ of the run")
     given = parser.parse_args(list(words))
     checkpoint = Path(given.ckpt_path)
+    reason = needs_config(checkpoint)  # whoever gets the files has nothing but the configuration in them
     print(f"exported: {export_safetensors(checkpoint, given.output or checkpoint.absolute().parents[1] / 'export')}")
+    if reason is not None:
+        print(f"Share the run's config.yaml and the code as well: it is not read by itself, as {reason}.")
 
 
 def export_safetensors(checkpoint: Path, folder: Path) -> Path:
@@ -50,7 +53,6 @@ def export_safetensors(checkpoint: Path, folder: Path) -> Path:
         ResourceError: the files cannot be written.
     """
     content = read_checkpoint(checkpoint)
-    config_of(checkpoint)  # whoever gets the file has nothing but this configuration
     ours = {key: value for key, value in content[CHECKPOINT_KEY].items() if key in SHARED}
     weights = {name: value.contiguous().clone() for name, value in content["state_dict"].items()}
     target = folder / "model.safetensors"
