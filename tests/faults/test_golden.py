@@ -57,3 +57,16 @@ def test_f19_a_checkpoint_of_a_release_is_evaluated_and_exported(
     assert "it names golden.GoldenDetector" in capsys.readouterr().out  # a class of one's own: others need it too
     shared = tmp_path / "shared" / "model.safetensors"
     assert onestage("validate", *options, *detector, "--ckpt_path", str(shared)) == 0
+
+
+def test_an_optimizer_numbered_through_the_model_is_refused(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As by a strategy that splits weights. Read as numbers through our groups, momentum would go to other weights."""
+    state = torch.load(CHECKPOINTS[0], weights_only=True)
+    first, second = state["optimizer_states"][0]["param_groups"]
+    numbers = first["params"] + second["params"]
+    first["params"], second["params"] = numbers[::2], numbers[1::2]
+    torch.save(state, tmp_path / "split.ckpt")
+    assert onestage(*golden.words(drawn, tmp_path, "--resume", str(tmp_path / "split.ckpt"))) == 2
+    assert "by a strategy with split weights" in capsys.readouterr().err

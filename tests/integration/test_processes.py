@@ -259,6 +259,15 @@ def test_fsdp_takes_the_steps_of_ddp(config: Path, two: Path, tmp_path: Path) ->
     ours = checkpoint(tmp_path, "last")["state_dict"]
     torch.testing.assert_close(ours, checkpoint(two, "last")["current_model_state"], rtol=1e-4, atol=1e-6)
 
+    # The momentum is numbered through the model here, and there through our parameter groups.
+    (split,) = tmp_path.glob("runs/*/version_0/checkpoints/last.ckpt")
+    _, err = finish(start(fit_words(config, tmp_path, "--resume", str(split))), exit_code=2)
+    assert "by a strategy with split weights" in err
+    (whole,) = two.glob("runs/*/version_0/checkpoints/last.ckpt")
+    words = fit_words(config, tmp_path, "--trainer.devices=2", strategy, "--ema.decay=null", "--resume", str(whole))
+    _, err = finish(start(words, TORCHRUN), exit_code=1)  # torchrun's own
+    assert "by a strategy with whole weights" in err
+
 
 @pytest.mark.slow
 def test_a_resumed_run_under_fsdp_ends_with_the_bits_of_an_uninterrupted_one(config: Path, tmp_path: Path) -> None:

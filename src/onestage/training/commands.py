@@ -232,17 +232,18 @@ class DetectionCLI(LightningCLI):
     @property
     def results_path(self) -> Path:
         """Of the file that the last printed line names."""
-        return self.run_folder / {"predict": "predictions.json", "losses": CURVES_FILE}.get(
-            self.command, "results.json"
-        )
+        files = {"predict": "predictions.json", "losses": CURVES_FILE}
+        return self.run_folder / files.get(self.command, "results.json")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Read checkpoints ourselves: checked, never running code, with messages for people."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit":
             if self.resumed is not None:
-                require_resumable(self.resumed.checkpoint, self.model, self.datamodule, self.settings.allow_data_change)
-                kwargs["ckpt_path"] = str(self.resumed.checkpoint)
+                checkpoint = self.resumed.checkpoint
+                allow_data_change = self.settings.allow_data_change
+                require_resumable(checkpoint, self.model, self.datamodule, self.trainer.strategy, allow_data_change)
+                kwargs["ckpt_path"] = str(checkpoint)
             return kwargs
         checkpoint = kwargs.pop("ckpt_path", None)
         if checkpoint is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from onestage.errors import CheckpointError, ConfigError
@@ -14,6 +15,7 @@ from onestage.training.checkpoints import LAST, PREVIOUS
 from onestage.training.fingerprint import fingerprints
 from onestage.training.module import CHECKPOINT_KEY, DetectionModule
 from onestage.training.runs import version_of
+from onestage.training.strategies import shards_parameters
 from onestage.types import JSONDict
 
 # The keys of a configuration that decide what a run computes. Two runs that agree on them are the same experiment, on
@@ -105,13 +107,15 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int]:
     )
 
 
-def require_resumable(path: Path, module: DetectionModule, data: Any, allow_data_change: bool) -> None:
+def require_resumable(
+    path: Path, module: DetectionModule, data: Any, strategy: Strategy, allow_data_change: bool
+) -> None:
     """Check that this run can go on from a checkpoint, before anything of it is taken over.
 
     Lightning loads it; of the configuration in it nothing is: that of the file and the command line holds.
 
     Raises:
-        CheckpointError: it is of another model or other classes, or the training annotations or images have changed.
+        CheckpointError: it is of another model, of other classes or another kind of strategy, or the data has changed.
     """
     load_weights(module, path, data.class_names)
     checkpoint = read_checkpoint(path)
@@ -120,6 +124,7 @@ def require_resumable(path: Path, module: DetectionModule, data: Any, allow_data
             f"{path} holds weights alone, without the optimizer and the progress of a run.\n"
             "Resume from a last.ckpt; to begin a new run from weights see model.detector.init_args.pretrained."
         )
+    _require_same_kind(path, checkpoint, strategy)
     saved = checkpoint[CHECKPOINT_KEY]
     if not allow_data_change:
         _require_same_data(path, saved, fingerprints(data.annotations("train")))
@@ -129,6 +134,22 @@ def require_resumable(path: Path, module: DetectionModule, data: Any, allow_data
     ]
     if other:
         rank_zero_info(f"resume: {path} was written with {', '.join(other)}; the last digits may differ.")
+
+
+def _require_same_kind(path: Path, checkpoint: JSONDict, strategy: Strategy) -> None:
+    """Refuse an optimizer not numbered as this run's: Lightning would give weights each other's momentum.
+
+    It is numbered through our two parameter groups, but under a strategy that splits weights through the model.
+    """
+    groups = [group["params"] for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
+    numbers = [number for group in groups for number in group]
+    is_split = numbers != sorted(numbers)
+    if is_split != shards_parameters(strategy):
+        kinds = ("whole weights, such as ddp or one process", "split weights, such as fsdp")
+        raise CheckpointError(
+            f"{path} was written by a strategy with {kinds[is_split]}; this run's has {kinds[not is_split]}, and "
+            "the state of the optimizer does not go from one to the other.\nSet trainer.strategy as it was then."
+        )
 
 
 def _require_same_data(path: Path, saved: JSONDict, now: dict[str, str]) -> None:
