@@ -16,8 +16,8 @@ class AutomatedFocalLoss(SigmoidFocalLoss):
 
     While objects are seldom recognised gamma is large, and nearly all of the loss is that of hard examples; as p goes
     to 1, gamma goes to 0 and the loss to cross-entropy. From the paper are the formula and the smoothing by 0.95. Ours
-    is that the mean is taken over positives of all processes and corrected for its start as Adam's is, so that gamma
-    follows from the first batch on. Before any positive anchor gamma is 2; in evaluation it stays as it was.
+    is that the mean is taken over positives, those of all processes, and corrected for its start as Adam's is, so that
+    gamma follows from the first batch on. Before any positive anchor gamma is 2; in evaluation it stays as it was.
 
     Args:
         alpha: as in `SigmoidFocalLoss`.
