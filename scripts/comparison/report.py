@@ -206,9 +206,15 @@ def _draw(plots: list[tuple[str, list[Row]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    height = 0.9 + 0.3 * max(len(rows) for _, rows in plots)
-    figure, axes = plt.subplots(1, len(plots), figsize=(5.4 * len(plots), height), squeeze=False)
-    for axis, (title, rows) in zip(axes[0], plots, strict=True):
+    columns = min(2, len(plots))
+    lines = [plots[start : start + columns] for start in range(0, len(plots), columns)]
+    heights = [0.9 + 0.3 * max(len(rows) for _, rows in line) for line in lines]
+    figure, axes = plt.subplots(
+        len(lines), columns, figsize=(5.4 * columns, sum(heights)), height_ratios=heights, squeeze=False
+    )
+    for unused in axes.flat[len(plots) :]:
+        unused.axis("off")
+    for axis, (title, rows) in zip(axes.flat, plots, strict=False):
         for place, row in enumerate(reversed(rows)):
             values = [100 * value for value in row.metrics.get("mAP", [])]
             axis.plot(values, [place] * len(values), "o", color="#4477aa", alpha=0.55, markersize=5, mew=0)
