@@ -68,6 +68,13 @@ def test_an_image_that_is_gone_is_no_error_here(folder: Path) -> None:
     assert fingerprints(replace(annotations))["image_fingerprint"] != before["image_fingerprint"]
 
 
+def test_a_pipe_in_place_of_an_image_is_not_waited_for(folder: Path) -> None:
+    annotations = read(folder)
+    image(folder).unlink()
+    os.mkfifo(str(annotations.image_paths[2]))
+    assert fingerprints(annotations)["image_fingerprint"].startswith("bytes:")
+
+
 def test_of_a_large_set_only_sizes_are_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     total = sum(Path(path).stat().st_size for path in read(folder).image_paths.tolist())
     monkeypatch.setattr(fingerprint, "READ_BYTES", total)

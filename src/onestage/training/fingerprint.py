@@ -57,6 +57,8 @@ def _size(path: Path) -> int:
 
 def _content(path: Path) -> bytes:
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return b"no file"
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError:

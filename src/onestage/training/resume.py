@@ -144,7 +144,7 @@ def _require_same_kind(path: Path, checkpoint: JSONDict, strategy: Strategy) -> 
     groups = [group["params"] for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
     numbers = [number for group in groups for number in group]
     is_split = numbers != sorted(numbers)
-    if is_split != shards_parameters(strategy):
+    if sum(map(bool, groups)) > 1 and is_split != shards_parameters(strategy):  # of one group the order is the same
         kinds = ("whole weights, such as ddp or one process", "split weights, such as fsdp")
         raise CheckpointError(
             f"{path} was written by a strategy with {kinds[is_split]}; this run's has {kinds[not is_split]}, and "
