@@ -28,6 +28,7 @@ from onestage.training.module import DetectionModule
 INTERVAL = 2  # optimizer steps between two checkpoints
 EPOCHS = 40  # of 8 steps
 NUM_STEPS = EPOCHS * 8
+LAST_STEPS = 40  # without a kill on purpose: one that comes late must still come before the end
 
 
 def command(data: Path, runs: Path, *options: str) -> list[str]:
@@ -84,11 +85,12 @@ def kill_in_save(draw: random.Random) -> Callable[[], None]:
 
 
 def kill_anywhere(draw: random.Random, steps_left: int, kills_left: int) -> Callable[[], None]:
-    """A moment after some step, so that all kills fit into the run however fast it is; one in ten before any step."""
+    """A moment after some step, so that all kills fit into the run however fast it is; one in ten while it starts."""
     seconds = draw.uniform(0, 0.05)
-    if draw.random() < 0.1:
+    spare = max(0, steps_left - LAST_STEPS)
+    if draw.random() < 0.1 and spare > LAST_STEPS:
         return lambda: kill_after(10 * seconds)
-    step = draw.randint(1, max(1, 2 * steps_left // kills_left))
+    step = draw.randint(1, max(1, min(spare, 2 * spare // kills_left)))
     return lambda: tiny_run.break_at("step", step, lambda: kill_after(seconds))
 
 
@@ -103,11 +105,18 @@ def state_of(folder: Path) -> tuple[int, int]:
     return torn, max(steps)
 
 
+def folder_of_run(runs: Path) -> Path:
+    """Where the run goes on. A kill before the first checkpoint leaves a folder without any, and a new one begins."""
+    folders = sorted((runs / "tiny").glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
+    with_checkpoints = [path for path in folders if any(path.glob("checkpoints/*.ckpt"))]
+    assert with_checkpoints in ([], folders[-1:]), f"several runs have checkpoints: {with_checkpoints}"
+    return folders[-1] if folders else runs / "tiny" / "version_0"
+
+
 def storm(data: Path, runs: Path, num_kills: int, num_in_save: int, seed: int) -> dict[str, object]:
     """Kill, look, go on; then run to the end."""
     draw = random.Random(seed)
     words = command(data, runs, "--resume", "auto")
-    folder = runs / "tiny" / "version_0"
     in_save = set(draw.sample(range(1, num_kills), num_in_save))
     counter = StepCounter()
     torn, lost, newest, kills, kills_in_save = 0, 0, 0, 0, 0
@@ -119,13 +128,13 @@ def storm(data: Path, runs: Path, num_kills: int, num_in_save: int, seed: int) -
             break  # it came to its end before all kills did, which the number of kills will show
         kills += 1
         kills_in_save += is_in_save
-        damaged, newest = state_of(folder)
+        damaged, newest = state_of(folder_of_run(runs))
         torn += damaged
         lost = max(lost, counter.value - newest)
     code = attempt(words, counter)
     return {
         "kills": kills, "kills_in_save": kills_in_save, "torn_files": torn, "most_steps_lost": lost,
-        "interval": INTERVAL, "exit_code": code, "folders": len(list((runs / "tiny").iterdir())),
+        "interval": INTERVAL, "exit_code": code,
     }  # fmt: skip
 
 
@@ -141,7 +150,7 @@ def main() -> None:
     draw_shapes(data, num_train=32, num_val=7, seed=0)
     whole = attempt(command(data, given.folder / "whole"), StepCounter())
     report = storm(data, given.folder / "broken", given.kills, given.in_save, given.seed)
-    states = [tiny_run.final_state(given.folder / name / "tiny" / "version_0") for name in ("whole", "broken")]
+    states = [tiny_run.final_state(folder_of_run(given.folder / name)) for name in ("whole", "broken")]
     report["differences"] = tiny_run.differences(*states)
     report["whole_exit_code"] = whole
     report["seconds"] = round(time.monotonic() - start)
