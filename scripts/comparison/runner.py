@@ -44,6 +44,7 @@ def _options(study: Study) -> str:
         words.append(f"--losses {' '.join(study.losses)}")
     if study.choosing == study:
         words.append(f"--box_weights {' '.join(f'{weight:g}' for weight in study.box_weights)}")
+        words.append(f"--rates {' '.join(f'{rate:g}' for rate in study.rates)}")
     else:
         words.append(f"--chosen_precision {study.chosen_precision} --chosen_epochs {study.chosen_epochs}")
     return " ".join([*words, f"--seeds {' '.join(map(str, study.seeds))}"])
