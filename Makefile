@@ -51,7 +51,7 @@ format: $(READY) ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-types: $(READY) ## Check the types of src
+types: $(READY) ## Check the types of src and scripts
 	$(BIN)/mypy
 
 benchmark: $(READY) ## Time one part beside its alternative: make benchmark ARGS=step

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from onestage.losses import ClassificationLoss, MinedCrossEntropy, SigmoidCrossEntropy, SigmoidFocalLoss
@@ -84,7 +85,7 @@ def draw_balance(path: Path) -> None:
     _save(figure, path)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

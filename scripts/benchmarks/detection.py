@@ -5,10 +5,13 @@ certain one with 200, and of an untrained one, where every anchor passes for eve
 deviation 1.5 and a background bias that is found by bisection.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.ssd import SSD
 
 from benchmarks.timing import compare
 from onestage.losses import MinedCrossEntropy
@@ -52,12 +55,15 @@ def run(rounds: int, quick: bool) -> None:
             with torch.no_grad():
                 difference = largest_difference(with_torchvision(), with_onestage())
                 kind = "untrained" if candidates is None else f"{candidates} candidates per class"
-                contestants = {"torchvision": with_torchvision, "onestage": with_onestage}
+                contestants: dict[str, Callable[[], object]] = {
+                    "torchvision": with_torchvision,
+                    "onestage": with_onestage,
+                }
                 compare(f"detections of {batch_size} images, {kind}", contestants, rounds)
             print(f"asserted: same labels in the same order; scores and boxes differ by {difference:.1e} at most")
 
 
-def _torchvision_anchors(model: torch.nn.Module) -> Tensor:
+def _torchvision_anchors(model: SSD) -> Tensor:
     images = ImageList(torch.zeros(1, 3, 300, 300), [(300, 300)])
     return model.anchor_generator(images, [torch.zeros(1, 1, side, side) for side in FEATURE_SIDES])[0]
 

@@ -2,6 +2,7 @@
 
 import resource
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,14 +40,14 @@ def run(rounds: int, quick: bool) -> None:
     print("asserted: the numbers of two processes are those of one, to the last digit, on both")
 
 
-def _start(rank: int, folder: Path, sizes: tuple[int, int]) -> tuple[mp.Process, Connection]:
+def _start(rank: int, folder: Path, sizes: tuple[int, int]) -> tuple[BaseProcess, Connection]:
     end, other_end = mp.Pipe()
     process = mp.get_context("spawn").Process(target=_work, args=(rank, folder, sizes, other_end), daemon=True)
     process.start()
     return process, end
 
 
-def _ask(ends: list[tuple[mp.Process, Connection]]) -> list[str]:
+def _ask(ends: list[tuple[BaseProcess, Connection]]) -> list[str]:
     for _, end in ends:
         end.send(True)
     return [end.recv() for _, end in ends]

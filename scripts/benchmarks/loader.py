@@ -66,6 +66,7 @@ def _loader_rate(
         num_workers=num_workers,
         prefetch_factor=4,
         start_method=None,
+        timeout_seconds=300,
     )
     _seconds_of_epoch(loader, 0)
     return [len(loader) * batch_size / _seconds_of_epoch(loader, epoch) for epoch in range(1, rounds + 1)]

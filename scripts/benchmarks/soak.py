@@ -12,7 +12,8 @@ import numpy as np
 
 from onestage.boxes.anchors import AnchorLevel
 from onestage.cli import main
-from onestage.models.ssd import SSD, ExtraLayer
+from onestage.models.extras import ExtraLayer
+from onestage.models.ssd import SSD
 from onestage.models.vgg import VGG
 
 MAX_MEGABYTES = 1.0  # per 1,000 steps
