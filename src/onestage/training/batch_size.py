@@ -1,6 +1,7 @@
 """The largest batch that a device has memory for, found by taking steps of training and not by a formula."""
 
 import contextlib
+import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -222,6 +223,8 @@ def _forget(device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        with contextlib.suppress(OSError, AttributeError):  # glibc keeps what is freed, and a step would hide in that
+            ctypes.CDLL(None).malloc_trim(0)
         with contextlib.suppress(OSError):  # then the peaks are of all steps so far, and those ascend
             CLEAR.write_text("5")
 
