@@ -245,6 +245,18 @@ def test_f06_f07_a_killed_or_hung_process_ends_all_within_30_seconds(
 
 
 @pytest.mark.slow
+def test_f07_a_hung_process_ends_an_evaluation_too(drawn: Path, tmp_path: Path) -> None:
+    assert end_of(start(tiny_run.words(drawn, tmp_path)))[0] == 0
+    folder = folder_of(tmp_path)
+    given = ("--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "best.ckpt"))
+    words = ["validate", *given, "--trainer.num_sanity_val_steps", "0", *TWO]
+    code, err = end_of(start(words, fault="1:validation:1:SIGSTOP"))
+    assert code == 7, err[-3000:]
+    assert "process 1 (pid " in err
+    assert "begin the evaluation again" in err
+
+
+@pytest.mark.slow
 def test_f06_two_processes_go_on_to_the_same_bits_after_a_kill(drawn: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     code, err = end_of(start(tiny_run.words(drawn, whole, *TWO)))

@@ -168,7 +168,7 @@ class DetectionCLI(LightningCLI):
         config["default_root_dir"] = str(self.run_folder)
         if config.get("logger") in (None, True):
             config["logger"] = run_loggers(self.run_folder, self.resumed.step_in_folder if self.resumed else None)
-        own = self._showing_callbacks(config)
+        own = [*self._showing_callbacks(config), Watchdog()]
         if self.command == "fit":
             self._dump_config()
             stored = ConfigInCheckpoint({key: self.config_dump[key] for key in ("model", "data")})
@@ -181,7 +181,7 @@ class DetectionCLI(LightningCLI):
             config["enable_checkpointing"] = self.command == "fit"  # StopOnSignal counts as one, and keeps none
         if self.command == "fit":
             last = next((one for one in callbacks if isinstance(one, LastCheckpoint)), None)
-            own += [SeededSteps(int(self.settings.seed_everything)), Watchdog()]
+            own.append(SeededSteps(int(self.settings.seed_everything)))
             callbacks = [*callbacks, StopOnSignal(last)]
             if writes_whole_files(config.get("strategy")):
                 plugins = config.get("plugins") or []

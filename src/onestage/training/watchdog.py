@@ -20,6 +20,8 @@ from onestage.errors import ProcessLostError
 
 LOOK_SECONDS = 1.0
 STOPPED_SECONDS = 10.0  # a process of this machine that stands still this long is lost
+RESTARTS = {"fit": "The last checkpoint is whole: go on with --resume auto."}
+RESTART = "Checkpoints are as they were; begin the evaluation again."
 SILENT_SECONDS = 120.0  # one of another machine that says nothing; a long call into C keeps a process from speaking
 
 _generation = 0  # of watchdogs in this process; every process starts them in the same order
@@ -58,7 +60,7 @@ class Watchdog(Callback):
         store.set(f"who/{trainer.global_rank}", f"{socket.gethostname()} {os.getpid()}")
         store.set(f"beat/{trainer.global_rank}", "0")
         trainer.strategy.barrier("watchdog")
-        self._thread = _Watch(store, trainer.global_rank, trainer.world_size)
+        self._thread = _Watch(store, trainer.global_rank, trainer.world_size, RESTARTS.get(stage, RESTART))
         self._thread.start()
         _relieve_observer(trainer)
 
@@ -86,10 +88,11 @@ def _relieve_observer(trainer: pl.Trainer) -> None:
 
 
 class _Watch(threading.Thread):
-    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+    def __init__(self, store: Any, rank: int, world_size: int, remedy: str = RESTART) -> None:
         super().__init__(name="watchdog", daemon=True)
         self._store = store
         self._rank = rank
+        self._remedy = remedy
         self._others = [one for one in range(world_size) if one != rank]
         self._peers = [Peer(one, *_host_and_process(store.get(f"who/{one}"))) for one in self._others]
         self._is_over = threading.Event()
@@ -111,7 +114,7 @@ class _Watch(threading.Thread):
             for peer in self._peers:
                 reason = self._loss_of(peer, reachable)
                 if reason is not None and not self._is_over.is_set():
-                    _end(peer, reason)
+                    _end(peer, reason, self._remedy)
 
     def _talk(self, count: int) -> bool:
         try:
@@ -177,7 +180,7 @@ def wait_to_be_named() -> NoReturn:
     time.sleep(5 * LOOK_SECONDS)
     raise ProcessLostError(
         "another process of the run closed its connection; its own message, above or in its log, says why.\n"
-        "Correct that and go on with --resume auto."
+        "Correct that, and go on: a training with --resume auto."
     )
 
 
@@ -186,11 +189,8 @@ def _host_and_process(value: bytes) -> tuple[str, int]:
     return host, int(process)
 
 
-def _end(peer: Peer, reason: str) -> NoReturn:
-    message = (
-        f"error: {peer} {reason}; without it nothing goes on, so this process ends too.\n"
-        "The last checkpoint is whole: go on with --resume auto.\n"
-    )
+def _end(peer: Peer, reason: str, remedy: str) -> NoReturn:
+    message = f"error: {peer} {reason}; without it nothing goes on, so this process ends too.\n{remedy}\n"
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os.write(2, message.encode())
