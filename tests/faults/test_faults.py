@@ -223,7 +223,7 @@ def test_f06_a_killed_process_is_named_and_the_other_ends(drawn: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP", "sleep"])
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_f06_f07_a_killed_or_hung_process_ends_all_within_30_seconds(
     rank: str, number: str, drawn: Path, tmp_path: Path

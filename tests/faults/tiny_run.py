@@ -160,7 +160,8 @@ def break_as_told() -> None:
     told = os.environ.get("ONESTAGE_FAULT", "")
     rank, where, count, what = told.split(":") if told else ("", "", "0", "")
     if rank == os.environ.get("LOCAL_RANK", "0"):
-        break_at(where, int(count), lambda: send(getattr(signal, what)))
+        action = (lambda: time.sleep(1000)) if what == "sleep" else lambda: send(getattr(signal, what))
+        break_at(where, int(count), action)
 
 
 if __name__ == "__main__":

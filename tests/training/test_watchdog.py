@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from onestage.errors import ProcessLostError
+from onestage.errors import ConfigError, ProcessLostError
 from onestage.training import watchdog
-from onestage.training.watchdog import Peer, _Watch, is_connection_lost, process_state, wait_to_be_named
+from onestage.training.watchdog import Peer, Watchdog, _Watch, is_connection_lost, process_state, wait_to_be_named
 
 
 @pytest.fixture
@@ -79,6 +79,16 @@ def test_one_that_stands_still_on_this_machine_is_lost_after_a_while(
     os.kill(child, signal.SIGCONT)
     wait_for(child, "S")
     assert loss(watch) is None
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan")])
+def test_an_impossible_patience_is_refused(seconds: float) -> None:
+    with pytest.raises(ConfigError, match=r"patience_seconds.*20"):
+        Watchdog(seconds)
+
+
+def test_no_patience_given_is_endless() -> None:
+    assert Watchdog(0).patience_seconds == float("inf")
 
 
 def test_one_on_another_machine_is_lost_when_it_gives_no_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,7 @@ class DetectionCLI(LightningCLI):
         add_run_keys(parser)
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         parser.add_lightning_class_args(NonFiniteGuard, "guard")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
@@ -168,7 +169,7 @@ class DetectionCLI(LightningCLI):
         config["default_root_dir"] = str(self.run_folder)
         if config.get("logger") in (None, True):
             config["logger"] = run_loggers(self.run_folder, self.resumed.step_in_folder if self.resumed else None)
-        own = [*self._showing_callbacks(config), Watchdog()]
+        own = self._showing_callbacks(config)
         if self.command == "fit":
             self._dump_config()
             stored = ConfigInCheckpoint({key: self.config_dump[key] for key in ("model", "data")})
@@ -181,8 +182,7 @@ class DetectionCLI(LightningCLI):
             config["enable_checkpointing"] = self.command == "fit"  # StopOnSignal counts as one, and keeps none
         if self.command == "fit":
             last = next((one for one in callbacks if isinstance(one, LastCheckpoint)), None)
-            own.append(SeededSteps(int(self.settings.seed_everything)))
-            callbacks = [*callbacks, StopOnSignal(last)]
+            callbacks = [SeededSteps(int(self.settings.seed_everything)), *callbacks, StopOnSignal(last)]
             if writes_whole_files(config.get("strategy")):
                 plugins = config.get("plugins") or []
                 config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFileIO()]
@@ -190,12 +190,12 @@ class DetectionCLI(LightningCLI):
 
     def _showing_callbacks(self, config: dict[str, Any]) -> list[Callback]:
         """Return what shows a run to its user: files, curves, the progress bar."""
-        settings, folder = self.settings, self.run_folder
+        settings = self.settings
         own: list[Callback] = [ResultsWriter(self.results_path)] if self.command != "losses" else []
         if settings.drawn_images > 0 and self.command != "losses":
-            own.append(DetectionImages(folder / "predictions", settings.drawn_images, settings.drawn_score))
+            own.append(DetectionImages(self.run_folder / "predictions", settings.drawn_images, settings.drawn_score))
         if self.command == "predict":
-            own.append(PredictionWriter(folder, settings.drawn_score))
+            own.append(PredictionWriter(self.run_folder, settings.drawn_score))
         if self.command == "fit" and config["logger"] is not False:
             own.append(LearningRateMonitor("step"))
         if self.command == "fit" and settings.anchor_statistics:

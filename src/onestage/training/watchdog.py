@@ -1,6 +1,7 @@
 """Processes that train together end together: who is left says which one was lost, instead of waiting for it."""
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -16,7 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from onestage.errors import ProcessLostError
+from onestage.errors import ConfigError, ProcessLostError
+from onestage.training.standstill import Standstill
 
 LOOK_SECONDS = 1.0
 STOPPED_SECONDS = 10.0  # a process of this machine that stands still this long is lost
@@ -44,9 +46,23 @@ class Watchdog(Callback):
     torch waits half an hour for a process that hangs, and says of one that died that a connection was closed. A thread
     looks every second at the processes of its own machine, dead or stopped, and listens for a sign of life of those on
     others. When one is lost, every process that is left names it and ends with the exit code of `ProcessLostError`.
+    A process that is asleep for too long, in a deadlock or a file system that does not answer, ends itself.
+
+    Args:
+        patience_seconds: how long a process of several may stand still, using no processor, outside of torch;
+            0: for ever. Must be longer than the disk takes to force a checkpoint to itself.
+
+    Raises:
+        ConfigError: the patience is negative or NaN.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience_seconds: float = 20.0) -> None:
+        if not patience_seconds >= 0:
+            raise ConfigError(
+                f"patience_seconds is {patience_seconds}; it is a number of seconds, or 0 for endless patience.\n"
+                "Leave watchdog.patience_seconds at 20."
+            )
+        self.patience_seconds = patience_seconds or math.inf
         self._thread: _Watch | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -61,6 +77,7 @@ class Watchdog(Callback):
         store.set(f"beat/{trainer.global_rank}", "0")
         trainer.strategy.barrier("watchdog")
         self._thread = _Watch(store, trainer.global_rank, trainer.world_size, RESTARTS.get(stage, RESTART))
+        self._thread.patience_seconds = self.patience_seconds
         self._thread.start()
         _relieve_observer(trainer)
 
@@ -93,6 +110,7 @@ class _Watch(threading.Thread):
         self._store = store
         self._rank = rank
         self._remedy = remedy
+        self.patience_seconds = math.inf
         self._others = [one for one in range(world_size) if one != rank]
         self._peers = [Peer(one, *_host_and_process(store.get(f"who/{one}"))) for one in self._others]
         self._is_over = threading.Event()
@@ -108,6 +126,8 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         """Look until the trainer call is over."""
         count = 0
+        here = socket.gethostname()
+        standstill = Standstill({peer.process for peer in self._peers if peer.host == here})
         while not self._is_over.wait(LOOK_SECONDS):
             count += 1
             reachable = self._talk(count)
@@ -115,6 +135,11 @@ class _Watch(threading.Thread):
                 reason = self._loss_of(peer, reachable)
                 if reason is not None and not self._is_over.is_set():
                     _end(peer, reason, self._remedy)
+            seconds, place = standstill.look()
+            if seconds > self.patience_seconds and not self._is_over.is_set():
+                own = Peer(self._rank, here, os.getpid())
+                slow = "If it was only slow, raise watchdog.patience_seconds.\n"
+                _end(own, f"has stood still for {seconds:.0f} s at {place}", slow + self._remedy)
 
     def _talk(self, count: int) -> bool:
         try:
