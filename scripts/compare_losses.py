@@ -14,12 +14,13 @@ not done again, so an interrupted comparison goes on where it was.
 
 import argparse
 import math
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from comparison import plan, runner
+from comparison import outcomes, plan, runner, settings
 from comparison.plan import Study
 
 PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
@@ -41,7 +42,9 @@ def main() -> int:
 
         step_time.measure(study.losses, study.folder / "step_times.json", rounds=2 if arguments.quick else 15)
     if (arguments.report is None and not arguments.time_steps) or arguments.quick:
-        _make_runs(study, arguments.jobs, time.time() + 60 * arguments.minutes)
+        exit_code = _make_runs(study, arguments.jobs, time.time() + 60 * arguments.minutes)
+        if exit_code:
+            return exit_code
     if arguments.report is not None:
         from comparison import report
 
@@ -49,14 +52,23 @@ def main() -> int:
     return 0
 
 
-def _make_runs(study: Study, jobs: int, deadline: float) -> None:
-    """Make the runs that choose a box weight, those that choose a learning rate, then those that count."""
-    runner.write_settings(study)
-    weight_runs = study.choosing.weight_runs()
-    runner.make_runs(weight_runs, jobs, deadline)
-    rate_runs = study.choosing.rate_runs(runner.best_runs(weight_runs))
-    runner.make_runs(rate_runs, jobs, deadline)
-    runner.make_runs(study.final_runs(runner.best_runs(rate_runs)), jobs, deadline)
+def _make_runs(study: Study, jobs: int, deadline: float) -> int:
+    """Make the runs that choose a box weight, those that choose a learning rate, then those that count.
+
+    Returns:
+        0, or the exit code of a run that was not made.
+    """
+    settings.write_settings(study)
+    try:
+        weight_runs = study.choosing.weight_runs()
+        runner.make_runs(weight_runs, jobs, deadline)
+        rate_runs = study.choosing.rate_runs(outcomes.best_runs(weight_runs))
+        runner.make_runs(rate_runs, jobs, deadline)
+        runner.make_runs(study.final_runs(outcomes.best_runs(rate_runs)), jobs, deadline)
+    except runner.RunFailedError as failure:
+        print(failure, file=sys.stderr)
+        return failure.exit_code
+    return 0
 
 
 def _parse() -> argparse.Namespace:
@@ -107,5 +119,12 @@ def _study(arguments: argparse.Namespace) -> Study:
     )
 
 
+def _end_on_signal(number: int, _frame: object) -> None:
+    print(f"{signal.Signals(number).name}: the runs under way are not kept; the same command goes on", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _end_on_signal)
+    signal.signal(signal.SIGTERM, _end_on_signal)
     sys.exit(main())

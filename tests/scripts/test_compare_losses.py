@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from comparisons import best_of, finish, make_study, settings_of
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -16,51 +17,8 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
-def make_study(folder: Path, **changes):
-    from comparison.plan import Study
-
-    settings = {
-        "folder": folder,
-        "data": "shapes",
-        "losses": ("focal", "mining"),
-        "rates": (1e-3, 2e-3, 4e-3),
-        "box_weights": (0.05, 0.2),
-        "selection_seed": 0,
-        "seeds": (1, 2, 3),
-        "epochs": 2,
-        "num_train": 8,
-        "num_val": 3,
-        "precision": "32-true",
-        "chosen_precision": "32-true",
-        "chosen_epochs": 2,
-    }
-    return Study(**{**settings, **changes})
-
-
-def finish(run, mean_average_precision: float, **changes) -> None:
-    outcome = {
-        "exit_code": 0,
-        "metrics": {"mAP": mean_average_precision, "AP50": 2 * mean_average_precision},
-        "per_class": {"circle": mean_average_precision, "star": None},
-        "curve": [[50, 0.0], [100, mean_average_precision]],
-        "is_finite": True,
-    }
-    run.outcome_file.parent.mkdir(parents=True)
-    run.outcome_file.write_text(json.dumps({**outcome, **changes}))
-
-
-def settings_of(runs):
-    return [(run.loss, run.rate, run.box_weight, run.seed) for run in runs]
-
-
-def best_of(study):
-    from comparison.plan import Run
-
-    return {loss: Run(study, loss, rate, 0.05, 0) for loss, rate in (("focal", 1e-3), ("mining", 2e-3))}
-
-
 def test_each_loss_gets_its_own_box_weight_then_its_own_rate_from_a_seed_that_does_not_count(tmp_path) -> None:
-    from comparison import runner
+    from comparison import outcomes
 
     study = make_study(tmp_path)
     weight_runs = study.weight_runs()
@@ -72,12 +30,12 @@ def test_each_loss_gets_its_own_box_weight_then_its_own_rate_from_a_seed_that_do
     ]
     for run, value in zip(weight_runs, (0.3, 0.1, 0.2, 0.4), strict=True):
         finish(run, value)
-    rate_runs = study.rate_runs(runner.best_runs(weight_runs))
+    rate_runs = study.rate_runs(outcomes.best_runs(weight_runs))
     assert settings_of(rate_runs)[:2] == [("focal", 1e-3, 0.05, 0), ("mining", 1e-3, 0.2, 0)]
     for run in rate_runs:
         if not run.outcome_file.exists():  # the middle rate is there already
             finish(run, 0.35)
-    best = runner.best_runs(rate_runs)
+    best = outcomes.best_runs(rate_runs)
     assert settings_of(study.final_runs(best)[:3]) == [
         ("focal", 1e-3, 0.05, 1),
         ("mining", 2e-3, 0.2, 1),
@@ -86,7 +44,7 @@ def test_each_loss_gets_its_own_box_weight_then_its_own_rate_from_a_seed_that_do
 
 
 def test_a_loss_without_a_finished_run_has_no_settings_and_no_further_runs(tmp_path) -> None:
-    from comparison import runner
+    from comparison import outcomes
 
     study = make_study(tmp_path)
     for run in study.weight_runs():
@@ -94,7 +52,7 @@ def test_a_loss_without_a_finished_run_has_no_settings_and_no_further_runs(tmp_p
             finish(run, 0.1)
         else:
             finish(run, 0.0, metrics={}, exit_code=6, is_finite=False)
-    best = runner.best_runs(study.weight_runs())
+    best = outcomes.best_runs(study.weight_runs())
     assert list(best) == ["focal"]
     assert {run.loss for run in study.final_runs(best)} == {"focal"}
 
@@ -119,10 +77,10 @@ def test_steps_to_half_lie_on_the_line_between_two_points() -> None:
 
 
 def test_the_page_has_means_spread_noise_and_failures(tmp_path) -> None:
-    from comparison import report, runner
+    from comparison import report, settings
 
     study = make_study(tmp_path)
-    runner.write_settings(study)
+    settings.write_settings(study)
     values = {"focal": (0.30, 0.32, 0.34), "mining": (0.20, 0.20, 0.26)}
     for run in study.final_runs(best_of(study)):
         finish(run, values[run.loss][run.seed - 1], is_finite=run.loss == "focal" or run.seed > 1)
@@ -138,10 +96,10 @@ def test_the_page_has_means_spread_noise_and_failures(tmp_path) -> None:
 
 
 def test_only_seeds_that_count_are_on_the_page(tmp_path) -> None:
-    from comparison import report, runner
+    from comparison import report, settings
 
     study = make_study(tmp_path)
-    runner.write_settings(study)
+    settings.write_settings(study)
     for run in [*study.weight_runs()[:1], *study.final_runs({"focal": study.weight_runs()[0]})]:
         finish(run, 0.9 if run.seed == 0 else 0.1)
     settings = json.loads((study.results_folder / "study.json").read_text())
@@ -150,7 +108,7 @@ def test_only_seeds_that_count_are_on_the_page(tmp_path) -> None:
 
 
 def test_a_long_study_takes_the_settings_that_a_short_one_has_chosen_and_keeps_its_runs_apart(tmp_path) -> None:
-    from comparison import report, runner
+    from comparison import outcomes, report, settings
 
     short = make_study(tmp_path)
     assert short.choosing == short
@@ -158,12 +116,12 @@ def test_a_long_study_takes_the_settings_that_a_short_one_has_chosen_and_keeps_i
     assert long.choosing == short
     for run in short.weight_runs():
         finish(run, 0.9 if run.box_weight == 0.2 else 0.1)
-    final_runs = long.final_runs(runner.best_runs(long.choosing.weight_runs()))
+    final_runs = long.final_runs(outcomes.best_runs(long.choosing.weight_runs()))
     assert {(run.rate, run.box_weight) for run in final_runs} == {(2e-3, 0.2)}
     for run in final_runs:
         assert run.words()[run.words().index("--trainer.max_epochs") + 1] == "8"
         finish(run, 0.5)
-    runner.write_settings(long)
+    settings.write_settings(long)
     report.write(tmp_path, tmp_path / "docs")
     page = (tmp_path / "docs" / "loss_comparison.md").read_text()
     assert "## shapes, bf16-mixed, 8 epochs" in page

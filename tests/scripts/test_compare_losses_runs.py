@@ -1,0 +1,148 @@
+"""The comparison of losses: how its runs are made, and what is kept of those that end early."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from comparisons import finish, make_study
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+@pytest.fixture
+def endings(monkeypatch):
+    """What each loss's runs do in place of training: words of a shell."""
+    from comparison import runner
+
+    ends = {"focal": "exit 6", "mining": "exit 6"}
+
+    def start(run):
+        run.outcome_file.parent.mkdir(parents=True, exist_ok=True)
+        with (run.outcome_file.parent / "log.txt").open("wb") as log:
+            return subprocess.Popen(["sh", "-c", ends[run.loss]], stdout=log, stderr=log)
+
+    monkeypatch.setattr(runner, "_start", start)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+    return ends
+
+
+@pytest.mark.parametrize(
+    ("ending", "exit_code"),
+    [("exit 130", 130), ("exit 2", 2), ("exit 1", 1), ("kill -TERM $$", 143), ("kill -KILL $$", 137)],
+)
+def test_a_run_that_was_interrupted_or_could_not_begin_is_not_made_and_ends_the_comparison(
+    endings, ending, exit_code, tmp_path, capsys
+) -> None:
+    from comparison import runner
+
+    endings["focal"] = f"echo no disk; {ending}"
+    runs = make_study(tmp_path).weight_runs()
+    with pytest.raises(runner.RunFailedError) as raised:
+        runner.make_runs(runs, jobs=1)
+    assert raised.value.exit_code == exit_code
+    assert f"focal lr_0.002_box_0.05_seed_0 ended with exit code {exit_code}" in str(raised.value)
+    assert "  no disk" in str(raised.value)
+    assert "1/4  shapes focal" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("outcome.json"))  # mining was not begun
+
+
+def test_runs_under_way_are_finished_when_another_fails(endings, tmp_path) -> None:
+    from comparison import runner
+
+    endings |= {"focal": "exit 5", "mining": "sleep 0.3; exit 6"}
+    with pytest.raises(runner.RunFailedError):
+        runner.make_runs(make_study(tmp_path).weight_runs(), jobs=2)
+    (file,) = tmp_path.rglob("outcome.json")
+    assert file.parent.parent.name == "mining"
+
+
+def test_a_run_that_the_guard_against_non_finite_numbers_ended_is_made(endings, tmp_path) -> None:
+    from comparison import outcomes, runner
+
+    runs = make_study(tmp_path).weight_runs()
+    runner.make_runs([*runs, *runs], jobs=2)
+    for run in runs:
+        assert outcomes.read(run.outcome_file)["is_finite"] is False
+    assert outcomes.best_runs(runs) == {}
+
+
+def test_an_old_outcome_of_an_interrupted_run_counts_as_not_made(endings, tmp_path) -> None:
+    from comparison import outcomes, runner
+
+    (run, *_) = make_study(tmp_path).weight_runs()
+    finish(run, 0.0, exit_code=143, metrics={}, is_finite=False)
+    assert outcomes.read(run.outcome_file) is None
+    runner.make_runs([run], jobs=1)
+    assert outcomes.read(run.outcome_file)["exit_code"] == 6
+
+
+@pytest.mark.parametrize(
+    ("losses", "skipped", "is_finite"), [("0.5", False, True), ("nan", False, False), ("0.5", True, False)]
+)
+def test_a_run_is_finite_unless_a_row_or_the_guard_says_otherwise(losses, skipped, is_finite, tmp_path) -> None:
+    from comparison import outcomes
+
+    (tmp_path / "version_9").mkdir()
+    newest = tmp_path / "version_10"
+    newest.mkdir()
+    (newest / "results.json").write_text('{"metrics": {"mAP": 0.5}, "per_class": {"star": 0.5}}')
+    (newest / "metrics.csv").write_text(f"step,train/loss,val/mAP\n9,{losses},\n9,,0.5\n")
+    if skipped:
+        (newest / "skipped_steps.json").write_text("[]")
+    outcome = outcomes.gather(tmp_path, 0)
+    assert outcome["is_finite"] is is_finite
+    assert outcome["curve"] == [[10, 0.5]]
+
+
+def test_no_run_is_begun_when_the_time_is_over(endings, tmp_path, capsys) -> None:
+    from comparison import runner
+
+    runner.make_runs(make_study(tmp_path).weight_runs(), jobs=1, deadline=time.time() - 1)
+    assert "4 runs put off" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("log.txt"))
+
+
+def test_an_undefined_map_counts_as_zero(tmp_path) -> None:
+    from comparison import outcomes
+
+    first, _, second, _ = make_study(tmp_path).weight_runs()
+    finish(first, 0.1, metrics={"mAP": None, "AP50": None})
+    finish(second, 0.1)
+    assert outcomes.best_runs([first, second]) == {"focal": second}
+    assert outcomes.best_runs([first]) == {"focal": first}
+
+
+def comparison(folder: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPTS / "compare_losses.py"), "--losses", "focal", "--rates", "2e-3"]
+    command += ["--box_weights", "0.2", "--seeds", "1", "--epochs", "2000", "--num_train", "16", "--num_val", "7"]
+    command += ["--precision", "32-true", "--jobs", "1", "--folder", str(folder), *words]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code", "whom"),
+    [(signal.SIGINT, 130, os.killpg), (signal.SIGTERM, 143, os.kill)],  # Ctrl-C goes to the runs too
+    ids=["ctrl-c", "sigterm"],
+)
+def test_a_signal_ends_the_comparison_with_its_runs_and_records_nothing(number, exit_code, whom, tmp_path) -> None:
+    process = comparison(tmp_path)
+    until = time.time() + 120
+    while time.time() < until and not list(tmp_path.rglob("metrics.csv")):  # the training has its handlers by then
+        time.sleep(0.1)
+    assert list(tmp_path.rglob("metrics.csv"))
+    whom(process.pid, number)
+    _, told = process.communicate(timeout=40)
+    assert process.returncode == exit_code
+    assert "the same command goes on" in told
+    assert not list(tmp_path.rglob("outcome.json"))
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nothing is left of it
