@@ -3,6 +3,7 @@
 
     python scripts/compare_losses.py                         on the drawn shapes
     python scripts/compare_losses.py --data path/to/voc      on a data set in VOC format, with the lists train and val
+    python scripts/compare_losses.py --data path/to/voc --config configs/voc_ssd300.yaml    with another detector
     python scripts/compare_losses.py --time_steps            time a training step with each loss, side by side
     python scripts/compare_losses.py --report docs           write what the finished runs say
     python scripts/compare_losses.py --quick                 two losses, minutes: does it work here?
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 
 from comparison import outcomes, plan, runner, settings
-from comparison.plan import Study
+from comparison.plan import Study, StudyError
 
 PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
 
@@ -29,13 +30,23 @@ PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
 def main() -> int:
     """Make the missing runs, then write the report if one was asked for."""
     arguments = _parse()
+    if not arguments.quick:
+        return _compare(arguments)
+    with tempfile.TemporaryDirectory(prefix="compare-losses-") as folder:
+        arguments.folder = Path(folder)
+        is_page_kept = arguments.report is not None
+        arguments.report = arguments.report or arguments.folder
+        exit_code = _compare(arguments)
+        if exit_code == 0 and not is_page_kept:
+            print((arguments.folder / "loss_comparison.md").read_text(encoding="utf-8"))
+        return exit_code
+
+
+def _compare(arguments: argparse.Namespace) -> int:
     study = _study(arguments)
-    unknown = plan.unknown_losses(study.losses)
-    if unknown:
-        print(f"no such loss: {', '.join(unknown)}; there are {', '.join(plan.all_losses())}", file=sys.stderr)
-        return 2
-    if study.data != "shapes" and not (Path(study.data) / "ImageSets" / "Main").is_dir():
-        print(f"--data {study.data} is no data set in VOC format: it has no ImageSets/Main", file=sys.stderr)
+    fault = _fault(study, arguments.jobs)
+    if fault is not None:
+        print(fault, file=sys.stderr)
         return 2
     if arguments.time_steps or arguments.quick:
         from comparison import step_time
@@ -52,19 +63,49 @@ def main() -> int:
     return 0
 
 
+def _fault(study: Study, jobs: int) -> str | None:
+    """Say what in the call cannot be used, None if all can."""
+    unknown = plan.unknown_losses(study.losses)
+    if unknown:
+        return f"no such loss: {', '.join(unknown)}; there are {', '.join(plan.all_losses())}"
+    if study.data != "shapes" and not (Path(study.data) / "ImageSets" / "Main").is_dir():
+        return f"--data {study.data} is no data set in VOC format: it has no ImageSets/Main"
+    if not study.config.is_file():
+        return f"--config {study.config} is no file; those of experiments are in {plan.CONFIGS}"
+    if study.selection_seed in study.seeds:
+        return (
+            f"--selection_seed {study.selection_seed} is among --seeds {' '.join(map(str, study.seeds))}: the seed on "
+            "which rates and box weights are chosen cannot count as well. Choose on another one."
+        )
+    counts = {
+        "epochs": study.epochs,
+        "chosen_epochs": study.chosen_epochs,
+        "num_train": study.num_train,
+        "num_val": study.num_val,
+        "jobs": jobs,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            return f"--{name} is {count}; it must be at least 1"
+    return None
+
+
 def _make_runs(study: Study, jobs: int, deadline: float) -> int:
     """Make the runs that choose a box weight, those that choose a learning rate, then those that count.
 
     Returns:
-        0, or the exit code of a run that was not made.
+        0, the exit code of a run that was not made, or 2 where the folder's runs are of another comparison.
     """
-    settings.write_settings(study)
     try:
+        settings.write_settings(study)
         weight_runs = study.choosing.weight_runs()
         runner.make_runs(weight_runs, jobs, deadline)
         rate_runs = study.choosing.rate_runs(outcomes.best_runs(weight_runs))
         runner.make_runs(rate_runs, jobs, deadline)
         runner.make_runs(study.final_runs(outcomes.best_runs(rate_runs)), jobs, deadline)
+    except StudyError as error:
+        print(error, file=sys.stderr)
+        return 2
     except runner.RunFailedError as failure:
         print(failure, file=sys.stderr)
         return failure.exit_code
@@ -74,6 +115,7 @@ def _make_runs(study: Study, jobs: int, deadline: float) -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="shapes", help="shapes, or the folder of a data set in VOC format")
+    parser.add_argument("--config", type=Path, default=plan.DEFAULT_CONFIG, help="the experiment; default: shapes_ssd")
     parser.add_argument("--losses", nargs="+", help="names of files in configs/compare; default: all")
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3], help="learning rates of AdamW")
     parser.add_argument("--box_weights", nargs="+", type=float, default=[0.05, 0.2], help="of the box loss")
@@ -96,8 +138,6 @@ def _parse() -> argparse.Namespace:
         arguments.losses, arguments.seeds = ["focal", "mining"], [1]
         arguments.rates, arguments.box_weights = [2e-3], [0.1]
         arguments.epochs, arguments.num_train, arguments.num_val = 1, 16, 7
-        arguments.folder = Path(tempfile.mkdtemp(prefix="compare-losses-"))
-        arguments.report = arguments.report or arguments.folder
     return arguments
 
 
@@ -115,7 +155,8 @@ def _study(arguments: argparse.Namespace) -> Study:
         num_val=arguments.num_val,
         precision=arguments.precision,
         chosen_precision=arguments.chosen_precision or arguments.precision,
-        chosen_epochs=arguments.chosen_epochs or arguments.epochs,
+        chosen_epochs=arguments.epochs if arguments.chosen_epochs is None else arguments.chosen_epochs,
+        config=arguments.config.resolve(),
     )
 
 

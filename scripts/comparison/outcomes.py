@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from comparison import origin
 from comparison.plan import Run
 from onestage.errors import NonFiniteError
 
@@ -16,7 +17,7 @@ Outcome = dict[str, Any]
 MADE = (0, NonFiniteError.exit_code)
 
 
-def gather(folder: Path, exit_code: int) -> Outcome:
+def gather(folder: Path, exit_code: int, commit: str | None) -> Outcome:
     """Return the last run's metrics, AP by class, [step, mAP] after every epoch, and whether all numbers were finite.
 
     A run that the guard against non-finite numbers ended has no metrics; its curve says how far it came.
@@ -24,6 +25,7 @@ def gather(folder: Path, exit_code: int) -> Outcome:
     Args:
         folder: of the experiment, with one version_* for every try.
         exit_code: one of `MADE`.
+        commit: of the code that was run.
     """
     versions = sorted(folder.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
     newest = versions[-1] if versions else folder
@@ -36,6 +38,9 @@ def gather(folder: Path, exit_code: int) -> Outcome:
     curve = [[int(row["step"]) + 1, float(row["val/mAP"])] for row in rows if row.get("val/mAP")]
     return {
         "exit_code": exit_code,
+        "commit": commit,
+        "machine": origin.machine(),
+        "versions": results.get("versions"),
         "metrics": results.get("metrics", {}),
         "per_class": results.get("per_class", {}),
         "curve": curve,

@@ -1,5 +1,6 @@
 """What is compared: the losses, the learning rates and seeds, and the command of each run."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,6 +8,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "configs"
 LOSSES = CONFIGS / "compare"
+DEFAULT_CONFIG = CONFIGS / "shapes_ssd.yaml"
+
+
+class StudyError(Exception):
+    """What was asked for cannot be compared with what is there."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +36,25 @@ class Study:
     precision: str
     chosen_precision: str  # rate and box weight are chosen by runs in this precision
     chosen_epochs: int  # and of this length
+    config: Path = DEFAULT_CONFIG  # the experiment over which the losses are laid
 
     @property
     def data_name(self) -> str:
         """Name of the data, for folders and titles."""
-        return Path(self.data).name
+        return Path(os.path.abspath(self.data)).name  # noqa: PTH100  resolve() would rename a link
+
+    @property
+    def config_name(self) -> str:
+        """The experiment's file, as a command in the repository has it."""
+        file = self.config.resolve()
+        return str(file.relative_to(REPOSITORY) if file.is_relative_to(REPOSITORY) else file)
 
     @property
     def results_folder(self) -> Path:
         """The folder of the runs that may be compared with one another: what they learn from, and for how long."""
         images = f"{self.num_train}_and_{self.num_val}_images_" if self.data == "shapes" else ""
-        return self.folder / self.data_name / self.precision / f"{images}{self.epochs}_epochs"
+        config = "" if self.config.resolve() == DEFAULT_CONFIG else f"_{self.config.stem}"
+        return self.folder / self.data_name / self.precision / f"{images}{self.epochs}_epochs{config}"
 
     @property
     def choosing(self) -> "Study":
@@ -113,7 +127,7 @@ class Run:
             "experiment": self.name,
             "runs_dir": self.runs_dir,
         }
-        words = ["fit", "--config", str(CONFIGS / "shapes_ssd.yaml")]
+        words = ["fit", "--config", str(study.config)]
         if study.data == "shapes":
             root = study.folder / f"drawn_{study.num_train}_{study.num_val}"
             options |= {"data.root": root, "data.num_train": study.num_train, "data.num_val": study.num_val}
@@ -124,16 +138,24 @@ class Run:
 
 
 def voc_config(study: Study) -> Path:
-    """Write the few lines that put a VOC-format data set in place of the drawn one, and return their file."""
+    """Write the few lines that put a VOC-format data set in place of the configuration's own, and return their file.
+
+    Raises:
+        StudyError: the runs in the study's folder are of another data set of this name.
+    """
     file = study.folder / f"{study.data_name}.yaml"
     content = (
         "data:\n"
         "  class_path: onestage.data.VOCDataModule\n"
         f"  init_args: {{root: {Path(study.data).resolve()}, train_splits: [train], val_splits: [val]}}\n"
     )
-    if not file.is_file() or file.read_text(encoding="utf-8") != content:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content, encoding="utf-8")
+    if file.is_file() and file.read_text(encoding="utf-8") != content:
+        raise StudyError(
+            f"--data {study.data}: {file} names another data set of the name {study.data_name}, and results of the two "
+            "would be mixed.\nGive each its own --folder; where the data were moved, correct the path in that file."
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content, encoding="utf-8")
     return file
 
 

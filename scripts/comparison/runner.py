@@ -6,16 +6,24 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from comparison import outcomes
-from comparison.plan import Run
+from comparison import origin, outcomes
+from comparison.plan import REPOSITORY, Run
 
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 20.0  # for the runs that are told to stop, which do so after a step
 LOG_LINES = 12  # of a run that failed
 
 Process = subprocess.Popen[bytes]
+
+
+class Begun(NamedTuple):
+    """A run under way."""
+
+    process: Process
+    commit: str | None  # of the code at its start; the next run may have another
 
 
 class RunFailedError(Exception):
@@ -47,19 +55,19 @@ def make_runs(runs: Sequence[Run], jobs: int, deadline: float = math.inf) -> Non
     if not missing:
         return
     print(f"{len(missing)} of {len(runs)} runs to make, {jobs} at a time", flush=True)
-    waiting, running, failed = deque(missing), dict[Run, Process](), list[RunFailedError]()
+    waiting, running, failed = deque(missing), dict[Run, Begun](), list[RunFailedError]()
     try:
         while running or (waiting and not failed):
             while waiting and not failed and len(running) < jobs and time.time() <= deadline:
                 run = waiting.popleft()
-                running[run] = _start(run)
+                running[run] = Begun(_start(run), origin.commit(REPOSITORY))
             if not running:
                 print(f"{len(waiting)} runs put off: the time is over", flush=True)
                 return
             failed += _finished(running, len(missing) - len(waiting), len(missing))
             time.sleep(POLL_SECONDS)
     finally:
-        _end(running.values())
+        _end([begun.process for begun in running.values()])
     if failed:
         raise failed[0]
 
@@ -76,10 +84,11 @@ def _start(run: Run) -> Process:
         )
 
 
-def _finished(running: dict[Run, Process], num_begun: int, num_missing: int) -> list[RunFailedError]:
+def _finished(running: dict[Run, Begun], num_begun: int, num_missing: int) -> list[RunFailedError]:
     """Take the runs that have ended out of `running`, keep their outcomes, and return the failures, told at once."""
     failed = []
-    for run, code in [(run, process.poll()) for run, process in running.items()]:
+    for run, begun in list(running.items()):
+        code = begun.process.poll()
         if code is None:
             continue
         number = num_begun - len(running) + 1
@@ -90,16 +99,15 @@ def _finished(running: dict[Run, Process], num_begun: int, num_missing: int) -> 
             failed.append(RunFailedError(run, exit_code))
             print(f"{told}: failed, exit code {exit_code}; no other run is begun", flush=True)
             continue
-        outcome = outcomes.gather(run.outcome_file.parent, exit_code)
+        outcome = outcomes.gather(run.outcome_file.parent, exit_code, begun.commit)
         outcomes.keep(outcome, run.outcome_file)
         found = outcomes.score(outcome)
         print(f"{told}: {'no result' if found is None else f'mAP {found:.3f}'}", flush=True)
     return failed
 
 
-def _end(processes: Iterable[Process]) -> None:
+def _end(left: Sequence[Process]) -> None:
     """Stop what still runs when the comparison is interrupted; nothing of it is kept."""
-    left = list(processes)
     for process in left:
         process.terminate()
     try:

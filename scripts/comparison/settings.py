@@ -1,39 +1,34 @@
-"""What the page about the runs has to say of them, kept beside them."""
+"""What the runs of a folder have in common beyond its name, kept beside them; the rest stands in their outcomes."""
 
 import json
 
-from comparison import plan
-from comparison.plan import Study
+from comparison.plan import Study, StudyError, voc_config
 
 
 def write_settings(study: Study) -> None:
-    """Keep what the page about the runs has to say of them, beside them."""
+    """Keep how the losses' settings are chosen, which the page has to say.
+
+    Raises:
+        StudyError: the folder has runs that were chosen in another way, or of other data of the same name.
+    """
+    if study.data != "shapes":
+        voc_config(study)
     settings = {
         "data": study.data_name,
+        "config": study.config_name,
         "precision": study.precision,
-        "rates": study.rates,
-        "box_weights": study.box_weights,
-        "selection_seed": study.selection_seed,
-        "seeds": study.seeds,
         "epochs": study.epochs,
+        "selection_seed": study.selection_seed,
         "chosen_precision": study.chosen_precision,
         "chosen_epochs": study.chosen_epochs,
-        "options": _options(study),
     }
-    study.results_folder.mkdir(parents=True, exist_ok=True)
-    (study.results_folder / "study.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-
-
-def _options(study: Study) -> str:
-    """Return the words that make the same runs again."""
-    is_shapes = study.data == "shapes"
-    words = [f"--num_train {study.num_train}"] if is_shapes else [f"--data path/to/{study.data_name}"]
-    words += [f"--precision {study.precision}", f"--epochs {study.epochs}"]
-    if study.losses != plan.all_losses():
-        words.append(f"--losses {' '.join(study.losses)}")
-    if study.choosing == study:
-        words.append(f"--box_weights {' '.join(f'{weight:g}' for weight in study.box_weights)}")
-        words.append(f"--rates {' '.join(f'{rate:g}' for rate in study.rates)}")
-    else:
-        words.append(f"--chosen_precision {study.chosen_precision} --chosen_epochs {study.chosen_epochs}")
-    return " ".join([*words, f"--seeds {' '.join(map(str, study.seeds))}"])
+    file = study.results_folder / "study.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for key, value in settings.items():
+        if kept.get(key, value) != value:
+            raise StudyError(
+                f"{file}: {key} is {kept[key]} there and {value} here, and the page shows all losses of a folder as "
+                "chosen in one way.\nGive this comparison another --folder."
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=1), encoding="utf-8")

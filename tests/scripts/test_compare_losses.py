@@ -1,13 +1,14 @@
-"""The comparison of losses: what it plans, how it sums up, and, slowly, that it runs."""
+"""The comparison of losses: what it plans, what it refuses, and, slowly, that it runs."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from comparisons import best_of, finish, make_study, settings_of
+from comparisons import finish, make_study, settings_of
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -68,82 +69,124 @@ def test_the_command_of_a_run_names_its_loss_rate_and_seed(tmp_path) -> None:
     assert words[words.index("--seed_everything") + 1] == "0"
 
 
-def test_steps_to_half_lie_on_the_line_between_two_points() -> None:
-    from comparison.report import steps_to_half
-
-    assert steps_to_half([[50, 0.1], [100, 0.3], [150, 0.4]]) == 75  # 0.2 is halfway from 0.1 to 0.3
-    assert steps_to_half([[50, 0.4], [100, 0.4]]) == 25  # from 0 at the start
-    assert steps_to_half([[50, 0.0], [100, 0.0]]) == 50  # nothing was learnt
-
-
-def test_the_page_has_means_spread_noise_and_failures(tmp_path) -> None:
-    from comparison import report, settings
-
-    study = make_study(tmp_path)
-    settings.write_settings(study)
-    values = {"focal": (0.30, 0.32, 0.34), "mining": (0.20, 0.20, 0.26)}
-    for run in study.final_runs(best_of(study)):
-        finish(run, values[run.loss][run.seed - 1], is_finite=run.loss == "focal" or run.seed > 1)
-    report.write(tmp_path, tmp_path / "docs")
-    page = (tmp_path / "docs" / "loss_comparison.md").read_text()
-    assert "| focal | 0.001 | 0.05 | 32.0 (30.0 to 34.0) | 64.0 (60.0 to 68.0) | 75 |  | 0 of 3 |" in page
-    assert "| mining | 0.002 | 0.05 | 22.0 (20.0 to 26.0) | 44.0 (40.0 to 52.0) | 75 |  | 1 of 3 |" in page
-    # Variances 4 and 12, pooled 8: 2.8 points; two standard errors of a difference of means of 3: 2 sqrt(8 * 2 / 3)
-    assert "is 2.8 points of mAP" in page
-    assert "differ by less than 4.6 are not told apart; the losses span 10.0" in page
-    assert "| focal | 32.0 | 0.0 |" in page  # a class that was never found
-    assert (tmp_path / "docs" / "images" / "loss_comparison.png").stat().st_size > 1000
-
-
-def test_only_seeds_that_count_are_on_the_page(tmp_path) -> None:
-    from comparison import report, settings
-
-    study = make_study(tmp_path)
-    settings.write_settings(study)
-    for run in [*study.weight_runs()[:1], *study.final_runs({"focal": study.weight_runs()[0]})]:
-        finish(run, 0.9 if run.seed == 0 else 0.1)
-    settings = json.loads((study.results_folder / "study.json").read_text())
-    (row,) = report.read_rows(study.results_folder, settings)
-    assert row.metrics["mAP"] == [0.1] * 3
-
-
-def test_a_long_study_takes_the_settings_that_a_short_one_has_chosen_and_keeps_its_runs_apart(tmp_path) -> None:
-    from comparison import outcomes, report, settings
-
-    short = make_study(tmp_path)
-    assert short.choosing == short
-    long = make_study(tmp_path, precision="bf16-mixed", epochs=8, chosen_epochs=2)
-    assert long.choosing == short
-    for run in short.weight_runs():
-        finish(run, 0.9 if run.box_weight == 0.2 else 0.1)
-    final_runs = long.final_runs(outcomes.best_runs(long.choosing.weight_runs()))
-    assert {(run.rate, run.box_weight) for run in final_runs} == {(2e-3, 0.2)}
-    for run in final_runs:
-        assert run.words()[run.words().index("--trainer.max_epochs") + 1] == "8"
-        finish(run, 0.5)
-    settings.write_settings(long)
-    report.write(tmp_path, tmp_path / "docs")
-    page = (tmp_path / "docs" / "loss_comparison.md").read_text()
-    assert "## shapes, bf16-mixed, 8 epochs" in page
-    assert "chosen on seed 0, in 32-true and 2 epochs, from box weights 0.05, 0.2" in page
-    assert "--chosen_precision 32-true --chosen_epochs 2 --seeds 1 2 3`" in page
-    assert "## shapes, 32-true" not in page  # nothing was asked of it
-
-
-@pytest.mark.parametrize(("words", "told"), [(["--losses", "foccal"], "foccal"), (["--data", "no/where"], "no/where")])
-def test_what_cannot_be_compared_is_said(words, told, monkeypatch, capsys, tmp_path) -> None:
+def call(monkeypatch, *words: str) -> int:
     import compare_losses
 
-    monkeypatch.setattr(sys, "argv", ["compare_losses.py", *words, "--folder", str(tmp_path)])
-    assert compare_losses.main() == 2
+    monkeypatch.setattr(sys, "argv", ["compare_losses.py", *words])
+    return compare_losses.main()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--losses", "foccal"], "foccal"),
+        (["--data", "no/where"], "no/where"),
+        (["--config", "no/where.yaml"], "no/where.yaml"),
+        (["--selection_seed", "2"], "--selection_seed 2 is among --seeds 1 2 3"),
+        (["--jobs", "0"], "--jobs is 0; it must be at least 1"),
+        (["--epochs", "-1"], "--epochs is -1"),
+        (["--epochs", "0"], "--epochs is 0"),
+        (["--chosen_epochs", "0"], "--chosen_epochs is 0"),
+        (["--num_train", "0"], "--num_train is 0"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(words, told, monkeypatch, capsys, tmp_path) -> None:
+    assert call(monkeypatch, *words, "--folder", str(tmp_path)) == 2
     assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def make_voc(folder: Path) -> Path:
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    return folder
+
+
+def test_two_data_sets_of_one_name_are_not_mixed(monkeypatch, capsys, tmp_path) -> None:
+    first, second = (make_voc(tmp_path / place / "cells") for place in ("a", "b"))
+    words = ["--folder", str(tmp_path / "runs"), "--minutes", "-1"]
+    assert call(monkeypatch, "--data", str(first), *words) == 0
+    assert call(monkeypatch, "--data", str(first), *words) == 0
+    assert call(monkeypatch, "--data", str(second), *words, "--precision", "32-true") == 2
+    assert "cells.yaml names another data set of the name cells" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["--selection_seed", "9"], "selection_seed is 0 there and 9"), (["--chosen_epochs", "1"], "chosen_epochs is 12")],
+)
+def test_a_folder_has_one_way_of_choosing(words, told, monkeypatch, capsys, tmp_path) -> None:
+    common = ["--folder", str(tmp_path), "--minutes", "-1"]
+    assert call(monkeypatch, *common) == 0
+    assert call(monkeypatch, *common, "--seeds", "4", "--rates", "1e-2", "--losses", "focal") == 0
+    assert call(monkeypatch, *common, *words) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_folder_of_old_goes_on(tmp_path) -> None:
+    from comparison import rows, settings
+
+    study = make_study(tmp_path)
+    settings.write_settings(study)
+    file = study.results_folder / "study.json"
+    content = json.loads(file.read_text())
+    del content["config"]
+    file.write_text(json.dumps(content | {"rates": [0.001], "seeds": [1], "options": "--num_train 8"}))
+    assert rows.read_settings(file)["config"] == "configs/shapes_ssd.yaml"
+    settings.write_settings(study)
+    assert "options" not in json.loads(file.read_text())  # it told of the last call alone
+
+
+def test_data_in_the_current_folder_have_its_name(monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(make_voc(tmp_path / "cells"))
+    study = make_study(tmp_path, data=".")
+    assert study.data_name == "cells"
+    assert study.results_folder == tmp_path / "cells" / "32-true" / "2_epochs"
+    assert make_study(tmp_path).results_folder == tmp_path / "shapes" / "32-true" / "8_and_3_images_2_epochs"
+
+
+def test_another_configuration_takes_the_data_set_and_the_loss(tmp_path, capsys) -> None:
+    from comparison import plan
+    from onestage.cli import main
+
+    data = make_voc(tmp_path / "cells")
+    (run, *_) = make_study(tmp_path, data=str(data), config=plan.CONFIGS / "voc_ssd300.yaml").weight_runs()
+    with pytest.raises(SystemExit):
+        main([*run.words(), "--print_config"])
+    content = yaml.safe_load(capsys.readouterr().out)
+    assert content["data"]["init_args"]["root"] == str(data)
+    assert content["data"]["init_args"]["image_size"] == 300
+    assert content["model"]["detector"]["class_path"] == "onestage.models.SSD300"
+    assert content["model"]["detector"]["init_args"]["classification_loss"]["init_args"]["gamma"] == 2.0
+    assert content["model"]["optimizer"]["init_args"]["lr"] == 0.002
+
+
+def test_a_quick_comparison_keeps_nothing_and_shows_its_page(monkeypatch, capsys) -> None:
+    import compare_losses
+    from comparison import report, step_time
+
+    folders = []
+    monkeypatch.setattr(step_time, "measure", lambda losses, file, rounds: None)
+    monkeypatch.setattr(compare_losses, "_make_runs", lambda study, jobs, deadline: folders.append(study.folder) or 0)
+    monkeypatch.setattr(report, "write", lambda folder, target: (target / report.PAGE).write_text("the page"))
+    assert call(monkeypatch, "--quick") == 0
+    assert "the page" in capsys.readouterr().out
+    assert not folders[0].exists()
 
 
 @pytest.mark.slow
 def test_quick_comparison_runs_and_writes_its_page(tmp_path) -> None:
     words = [sys.executable, str(SCRIPTS / "compare_losses.py"), "--quick", "--precision", "32-true"]
-    done = subprocess.run([*words, "--report", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    (tmp_path / "temporary").mkdir()
+    done = subprocess.run(
+        [*words, "--report", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"TMPDIR": str(tmp_path / "temporary")},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "loss_comparison.md").read_text()
     assert "| focal | 0.002 | 0.1 |" in page
     assert "| mining | 0.002 | 0.1 |" in page
+    assert "they name none" not in page  # every run has kept its commit
+    assert not list((tmp_path / "temporary").glob("compare-losses-*"))

@@ -98,7 +98,7 @@ def test_a_run_is_finite_unless_a_row_or_the_guard_says_otherwise(losses, skippe
     (newest / "metrics.csv").write_text(f"step,train/loss,val/mAP\n9,{losses},\n9,,0.5\n")
     if skipped:
         (newest / "skipped_steps.json").write_text("[]")
-    outcome = outcomes.gather(tmp_path, 0)
+    outcome = outcomes.gather(tmp_path, 0, "abc1234")
     assert outcome["is_finite"] is is_finite
     assert outcome["curve"] == [[10, 0.5]]
 

@@ -1,0 +1,230 @@
+"""The comparison of losses: how it sums up its runs, and the page about them."""
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from comparisons import best_of, finish, make_study, settings_of
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+RUNS = "lr_*_box_*_seed_*/outcome.json"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def page_of(folder: Path) -> str:
+    from comparison import report
+
+    report.write(folder, folder / "docs")
+    return (folder / "docs" / "loss_comparison.md").read_text()
+
+
+def make_all(study, values) -> None:
+    """Make up all runs of a study: the best of each loss is at the middle rate and the first box weight."""
+    from comparison import settings
+
+    settings.write_settings(study)
+    weight_runs = study.choosing.weight_runs()
+    best = {run.loss: run for run in reversed(weight_runs)}
+    for run in dict.fromkeys([*weight_runs, *study.choosing.rate_runs(best)]):
+        if not run.outcome_file.exists():
+            finish(run, 0.2 if run in best.values() else 0.1)
+    for run in study.final_runs(best):
+        if not run.outcome_file.exists():
+            finish(run, values[run.loss])
+
+
+def test_steps_to_half_lie_on_the_line_between_two_points() -> None:
+    from comparison.rows import steps_to_half
+
+    assert steps_to_half([[50, 0.1], [100, 0.3], [150, 0.4]]) == 75  # 0.2 is halfway from 0.1 to 0.3
+    assert steps_to_half([[50, 0.4], [100, 0.4]]) == 25  # from 0 at the start
+    assert steps_to_half([[50, 0.0], [100, 0.0]]) == 50  # nothing was learnt
+    assert steps_to_half([]) is None
+
+
+def test_the_page_has_means_spread_noise_and_failures(tmp_path) -> None:
+    from comparison import report, settings
+
+    study = make_study(tmp_path)
+    settings.write_settings(study)
+    values = {"focal": (0.30, 0.32, 0.34), "mining": (0.20, 0.20, 0.26)}
+    for run in study.final_runs(best_of(study)):
+        finish(run, values[run.loss][run.seed - 1], is_finite=run.loss == "focal" or run.seed > 1)
+    report.write(tmp_path, tmp_path / "docs")
+    page = (tmp_path / "docs" / "loss_comparison.md").read_text()
+    assert "| focal | 0.001 | 0.05 | 32.0 (30.0 to 34.0) | 64.0 (60.0 to 68.0) | 75 |  | 0 of 3 |" in page
+    assert "| mining | 0.002 | 0.05 | 22.0 (20.0 to 26.0) | 44.0 (40.0 to 52.0) | 75 |  | 1 of 3 |" in page
+    # Variances 4 and 12, pooled 8: 2.8 points; two standard errors of a difference of means of 3: 2 sqrt(8 * 2 / 3)
+    assert "is 2.8 points of mAP" in page
+    assert "differ by less than 4.6 are not told apart; the losses span 10.0" in page
+    assert "| focal | 32.0 | 0.0 |" in page  # a class that was never found
+    assert (tmp_path / "docs" / "images" / "loss_comparison.png").stat().st_size > 1000
+
+
+def test_only_seeds_that_count_are_on_the_page(tmp_path) -> None:
+    from comparison import rows, settings
+
+    study = make_study(tmp_path)
+    settings.write_settings(study)
+    for run in [*study.weight_runs()[:1], *study.final_runs({"focal": study.weight_runs()[0]})]:
+        finish(run, 0.9 if run.seed == 0 else 0.1)
+    (row,) = rows.read_rows(study.results_folder, rows.read_settings(study.results_folder / "study.json"))
+    assert row.metrics["mAP"] == [0.1] * 3
+
+
+def test_a_long_study_takes_the_settings_that_a_short_one_has_chosen_and_keeps_its_runs_apart(tmp_path) -> None:
+    from comparison import outcomes, report, settings
+
+    short = make_study(tmp_path)
+    assert short.choosing == short
+    long = make_study(tmp_path, precision="bf16-mixed", epochs=8, chosen_epochs=2)
+    assert long.choosing == short
+    for run in short.weight_runs():
+        finish(run, 0.9 if run.box_weight == 0.2 else 0.1)
+    final_runs = long.final_runs(outcomes.best_runs(long.choosing.weight_runs()))
+    assert {(run.rate, run.box_weight) for run in final_runs} == {(2e-3, 0.2)}
+    for run in final_runs:
+        assert run.words()[run.words().index("--trainer.max_epochs") + 1] == "8"
+        finish(run, 0.5)
+    settings.write_settings(long)
+    report.write(tmp_path, tmp_path / "docs")
+    page = (tmp_path / "docs" / "loss_comparison.md").read_text()
+    assert "## shapes, bf16-mixed, 8 epochs" in page
+    assert "chosen on seed 0, in 32-true and 2 epochs, from box weights 0.05, 0.2" in page
+    assert "--chosen_precision 32-true --chosen_epochs 2 --box_weights" in page
+    assert "## shapes, 32-true" not in page  # nothing was asked of it
+
+
+def test_a_later_call_with_other_seeds_and_rates_hides_nothing_of_what_was_run(tmp_path) -> None:
+    first = make_study(tmp_path, losses=("focal", "mining", "ohem"))
+    make_all(first, {"focal": 0.3, "mining": 0.3, "ohem": 0.3})
+    later = replace(first, losses=("focal",), rates=(8e-3,), box_weights=(1.0,), seeds=(4,))
+    make_all(later, {"focal": 0.5})  # its setting was as good as the first's on the seed that chooses, and no better
+    later = replace(first, losses=("ohem",), seeds=(5,))
+    make_all(later, {"ohem": 0.5})
+    page = page_of(tmp_path)
+    assert page.count("| focal | 0.002 | 0.05 |") == 1
+    assert "| focal | 0.008" not in page  # one row for a loss
+    own = "--precision 32-true --epochs 2 --box_weights 0.05 0.2 1 --rates 0.001 0.002 0.004 0.008"
+    assert f"--losses focal {own} --selection_seed 0 --seeds 1 2 3`: seeds 1, 2, 3" in page
+    assert "--losses mining --precision 32-true --epochs 2 --box_weights 0.05 0.2 --rates 0.001 0.002 0.004 " in page
+    assert "--selection_seed 0 --seeds 1 2 3 5`: seeds 1, 2, 3, 5" in page
+    assert "| ohem | 0.002 | 0.05 | 35.0 (30.0 to 50.0) |" in page  # (3 * 30 + 50) / 4
+
+
+def test_a_row_that_is_not_of_the_best_setting_and_a_loss_without_one_are_named(tmp_path) -> None:
+    study = make_study(tmp_path, losses=("focal", "mining", "ohem"))
+    make_all(replace(study, losses=("focal", "mining")), {"focal": 0.3, "mining": 0.3})
+    (run, *_) = replace(study, losses=("focal",), box_weights=(1.0,)).weight_runs()
+    finish(run, 0.9)
+    finish(replace(run, loss="ohem"), 0.0, metrics={}, exit_code=6, is_finite=False)
+    page = page_of(tmp_path)
+    assert "Not at the best setting that was tried, with which no counting run was made: focal." in page
+    assert "No run that counts, so far or because none that chooses came to its end: ohem." in page
+
+
+def test_the_command_on_the_page_makes_the_same_runs(tmp_path, monkeypatch) -> None:
+    import compare_losses
+
+    study = make_study(tmp_path, precision="bf16-mixed", epochs=8, selection_seed=7, num_val=50)
+    make_all(study, {"focal": 0.3, "mining": 0.3})
+    (command,) = [line for line in page_of(tmp_path).splitlines() if line.startswith("`python")]
+    words = command.split("`")[1].split()[1:]
+    monkeypatch.setattr("sys.argv", [*words, "--folder", str(tmp_path)])
+    again = compare_losses._study(compare_losses._parse())
+    assert settings_of(again.choosing.weight_runs()) == settings_of(study.choosing.weight_runs())
+    assert again == study
+
+
+def test_an_interrupted_run_of_old_is_no_run_that_counts(tmp_path) -> None:
+    study = make_study(tmp_path)
+    make_all(study, {"focal": 0.3, "mining": 0.3})
+    (run, *_) = study.final_runs({"focal": study.weight_runs()[0]})
+    outcome = json.loads(run.outcome_file.read_text())
+    run.outcome_file.write_text(json.dumps(outcome | {"exit_code": 143, "metrics": {}, "is_finite": False}))
+    page = page_of(tmp_path)
+    assert "| focal | 0.002 | 0.05 | 30.0 (30.0 to 30.0) | 60.0 (60.0 to 60.0) | 75 |  | 0 of 2 |" in page
+    assert "--losses focal --precision" in page  # seeds 2 and 3 only
+
+
+def test_the_page_names_the_commits_and_machines_of_the_runs(tmp_path) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(tmp_path), *identity, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
+    head = subprocess.run(["git", "-C", str(tmp_path), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    study = make_study(tmp_path / "runs", losses=("focal",))
+    make_all(study, {"focal": 0.3})
+    page = page_of(tmp_path / "runs")
+    assert f"Commit: {head.stdout.strip()} (checked out now where the runs lie; they name none); machine: " in page
+    files = sorted((study.results_folder / "focal").glob(RUNS))
+    for number, file in enumerate(files):
+        origin = {"commit": "abc1234-dirty" if number else "def5678", "machine": "a GPU", "versions": {"torch": "9.0"}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | origin))
+    page = page_of(tmp_path / "runs")
+    assert (
+        f"Commit: abc1234-dirty in {len(files) - 1} runs, def5678 in 1 run; machine: a GPU; versions: torch 9.0."
+        in page
+    )
+
+
+def test_a_dirty_tree_is_named_so(tmp_path) -> None:
+    from comparison import origin
+
+    assert origin.commit(tmp_path) is None
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "file").write_text("1")
+    subprocess.run(["git", "-C", str(tmp_path), "add", "file"], check=True)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(tmp_path), *identity, "commit", "-q", "-m", "a"], check=True)
+    assert origin.commit(tmp_path) == origin.head(tmp_path)
+    (tmp_path / "file").write_text("2")
+    assert origin.commit(tmp_path) == f"{origin.head(tmp_path)}-dirty"
+
+
+def test_step_times_have_seconds_and_are_relative_to_the_first_loss_without_mining(tmp_path) -> None:
+    from comparison import step_time
+
+    step_time.measure(("focal", "cross_entropy"), tmp_path / "step_times.json", rounds=1)
+    times = step_time.read_step_times(tmp_path / "step_times.json")
+    assert times.cell("focal") == f"x1.00 ({times.seconds['focal']:.3f} s)"
+    assert times.seconds["cross_entropy"] > 0
+    assert times.cell("mining") == ""
+    assert (
+        "the median of 1 rounds, as a multiple of a step with focal in the same round, and in seconds"
+        in times.explanation
+    )
+
+
+def test_step_times_of_old_are_ratios_alone(tmp_path) -> None:
+    from comparison import step_time
+
+    (tmp_path / "step_times.json").write_text('{"focal": 0.96, "mining": 1.0}')
+    make_all(make_study(tmp_path), {"focal": 0.3, "mining": 0.3})
+    page = page_of(tmp_path)
+    assert "| 75 | x0.96 | 0 of 3 |" in page
+    assert "in bfloat16 autocast on one CPU thread: the median, as a multiple of a step with mining in the same" in page
+    (tmp_path / "step_times.json").write_text('{"ohem": 1.0, "focal": 0.96}')
+    assert step_time.read_step_times(tmp_path / "step_times.json").reference == "ohem"
+
+
+def test_another_configuration_has_a_folder_and_a_name_of_its_own(tmp_path) -> None:
+    from comparison import plan
+
+    study = make_study(tmp_path)
+    other = replace(study, config=plan.CONFIGS / "voc_ssd300.yaml")
+    assert other.results_folder.name == "8_and_3_images_2_epochs_voc_ssd300"
+    make_all(study, {"focal": 0.3, "mining": 0.3})
+    make_all(other, {"focal": 0.5, "mining": 0.5})
+    page = page_of(tmp_path)
+    assert (
+        "## shapes, 32-true, 2 epochs\n\nThe detector and its training are those of `configs/shapes_ssd.yaml`." in page
+    )
+    assert "## shapes, 32-true, 2 epochs, voc_ssd300\n" in page
+    assert "those of `configs/voc_ssd300.yaml`." in page
+    assert "--num_val 3 --config configs/voc_ssd300.yaml --losses" in page
