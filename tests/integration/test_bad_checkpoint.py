@@ -1,9 +1,13 @@
 """Checkpoints that are damaged, foreign or hostile: named, refused, and never run."""
 
+import inspect
+import json
 import os
 import pickle
+import re
 import shutil
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +17,10 @@ import pytest
 import torch
 from command_line import run
 
+import onestage.data
 from onestage.errors import CheckpointError
-from onestage.training.checkpoint_files import config_of, read_checkpoint
+from onestage.training import checkpoint_files
+from onestage.training.checkpoint_files import config_of, needs_config, read_checkpoint
 
 
 @pytest.fixture
@@ -131,6 +137,166 @@ def test_row_69_a_configuration_inside_a_checkpoint_names_trusted_classes_only(
         config_of(checkpoint)
     assert run("validate", "--ckpt_path", str(checkpoint)) == 2
     assert not canary.exists()
+
+
+def canary_module(canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `evil` importable, which touches the canary when it is."""
+    (canary.parent / "evil.py").write_text("open('canary', 'w').close()\n")
+    (canary.parent / "evil.yaml").write_text("class_path: evil.Model\n")
+    (canary.parent / "evil").write_text("class_path: evil.Model\n")
+    monkeypatch.syspath_prepend(str(canary.parent))
+    sys.modules.pop("evil", None)
+
+
+def put(saved: dict[str, Any], key: str, value: object) -> None:
+    *parents, last = key.split(".")
+    node = saved["onestage"]
+    for name in parents:
+        node = node[name]
+    node[last] = value
+
+
+DETECTOR, DATA = "config.model.detector.init_args", "config.data.init_args"
+CLASS_PLACES = [
+    "config.model.detector",
+    f"{DETECTOR}.classification_loss",
+    f"{DETECTOR}.box_loss",
+    f"{DETECTOR}.anchors",
+    "config.model.optimizer",
+    "config.model.schedule",
+    "config.data",
+    f"{DATA}.train_transforms",
+    f"{DATA}.sampling",
+]
+CLASS_TEXTS = {
+    "name": "evil.Model",
+    "name and space": " evil.Model\n",
+    "YAML": "{class_path: evil.Model}",
+    "YAML in lines": "class_path: evil.Model\ninit_args: {}\n",
+    "JSON": '{"class_path": "evil.Model"}',
+    "list": "[{class_path: evil.Model}]",
+    "path": "evil.yaml",
+    "path of one word": "evil",
+}
+
+
+@pytest.mark.parametrize("text", CLASS_TEXTS)
+@pytest.mark.parametrize("place", CLASS_PLACES)
+def test_row_69_a_text_where_a_class_goes_is_refused_and_not_read(
+    checkpoint: Path, canary: Path, monkeypatch: pytest.MonkeyPatch, place: str, text: str
+) -> None:
+    """The parser would take it for a class, import that and call it."""
+    canary_module(canary, monkeypatch)
+    saved = torch.load(checkpoint, weights_only=True)
+    put(saved, place, CLASS_TEXTS[text])
+    torch.save(saved, checkpoint)
+    with pytest.raises(CheckpointError, match=r"If you trust the file|holds no configuration"):
+        config_of(checkpoint)
+    assert not canary.exists()
+
+
+HIDDEN = [
+    (f"{DATA}.train_transforms", ["evil.Model"]),
+    (f"{DATA}.train_transforms", [{"class_path": "evil.Model"}]),
+    (f"{DATA}.train_transforms", ["{class_path: evil.Model}"]),
+    (f"{DATA}.init_args", {"class_path": "evil.Model"}),
+    ("config.model.detector.dict_kwargs", {"box_loss": "evil.Model"}),
+    ("config.model.detector.class_path", "onestage.models.SSD160\n"),
+    ("config.model.optimizer.init_args", "{class_path: evil.Model}"),
+    ("config.model.schedule.kind", {"class_path": "evil.Model"}),
+    ("config.model", {"detector.class_path": "evil.Model", "detector.init_args.box_loss": "evil.Model"}),
+    ("config.model.unknown", "evil.Model"),
+    (f"{DETECTOR}.classification_loss.init_args.class_weights", "evil.Model"),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), HIDDEN)
+def test_row_69_a_class_is_found_wherever_it_hides(
+    checkpoint: Path, canary: Path, monkeypatch: pytest.MonkeyPatch, place: str, value: object
+) -> None:
+    canary_module(canary, monkeypatch)
+    saved = torch.load(checkpoint, weights_only=True)
+    put(saved, place, value)
+    torch.save(saved, checkpoint)
+    with pytest.raises(CheckpointError, match="If you trust the file"):
+        config_of(checkpoint)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "losses", "export"])
+def test_row_69_no_command_imports_what_a_text_in_a_checkpoint_names(
+    checkpoint: Path, canary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    canary_module(canary, monkeypatch)
+    saved = torch.load(checkpoint, weights_only=True)
+    put(saved, f"{DETECTOR}.classification_loss", "{class_path: evil.Model}")
+    torch.save(saved, checkpoint)
+    assert run(command, "--ckpt_path", str(checkpoint)) == 2
+    message = capsys.readouterr().err
+    assert f"checkpoint {checkpoint} has '{{class_path: evil.Model}}' as model.detector.classification_loss" in message
+    assert not canary.exists()
+
+
+def test_row_69_the_description_beside_exported_weights_is_no_way_in(
+    checkpoint: Path, canary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    canary_module(canary, monkeypatch)
+    shared = canary.parent / "shared"
+    assert run("export", "--ckpt_path", str(checkpoint), "--output", str(shared)) == 0
+    description = json.loads((shared / "model.json").read_text())
+    description["config"]["model"]["optimizer"] = "{class_path: evil.Model}"
+    (shared / "model.json").write_text(json.dumps(description))
+    assert run("validate", "--ckpt_path", str(shared / "model.safetensors")) == 2
+    assert "as model.optimizer" in capsys.readouterr().err
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("text", CLASS_TEXTS)
+def test_row_69_what_the_first_wall_would_overlook_the_parser_does_not_import(
+    checkpoint: Path, canary: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    canary_module(canary, monkeypatch)
+    monkeypatch.setattr(checkpoint_files, "refusals", lambda config: iter(()))
+    saved = torch.load(checkpoint, weights_only=True)
+    put(saved, f"{DETECTOR}.classification_loss", CLASS_TEXTS[text])
+    torch.save(saved, checkpoint)
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        config_of(checkpoint)
+    assert not canary.exists()
+
+
+def test_row_69_text_that_only_looks_like_a_class_is_kept_where_text_belongs(checkpoint: Path, tmp_path: Path) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    names = ["a: b", "[x]", "{class_path: evil.Model}", "evil.Model", "null", "1", "instances.json"]
+    put(saved, "class_names", names)
+    put(saved, "category_ids", list(range(7)))
+    put(saved, f"{DATA}.class_names", names)
+    put(saved, f"{DATA}.predict_dir", "photos: [of.June]")
+    put(saved, f"{DETECTOR}.backbone_weights", "weights/vgg.v1.pth")
+    put(saved, f"{DATA}.root", "data.v2")
+    torch.save(saved, checkpoint)
+    config = config_of(checkpoint)
+    assert config["data"]["init_args"]["class_names"] == names
+    assert config["data"]["init_args"]["root"] == "data.v2"
+    assert needs_config(checkpoint) is None
+    assert run("export", "--ckpt_path", str(checkpoint), "--output", str(tmp_path / "shared")) == 0
+    shared = tmp_path / "shared" / "model.safetensors"
+    assert config_of(shared)["data"]["init_args"]["class_names"] == names
+
+
+@pytest.mark.parametrize("factory", ["onestage.data.COCODataModule", "onestage.data.VOCDataModule"])
+def test_row_69_every_text_of_the_data_modules_has_a_place(checkpoint: Path, factory: str) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    arguments = inspect.signature(getattr(onestage.data, factory.rpartition(".")[2])).parameters
+    texts = {
+        name: "a.b"
+        for name, argument in arguments.items()
+        if {"str", "Path"} & set(re.findall(r"\w+", str(argument.annotation)))
+    }
+    assert "root" in texts
+    put(saved, "config.data", {"class_path": factory, "init_args": texts})
+    torch.save(saved, checkpoint)
+    assert needs_config(checkpoint) is None
 
 
 def test_row_69_a_configuration_of_a_checkpoint_does_not_override_the_command_line_of_fit(

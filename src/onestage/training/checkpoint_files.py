@@ -1,8 +1,8 @@
 """Reading checkpoints without trusting them: are they whole, ours, of this model? Nothing in them is ever run."""
 
-import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,8 @@ import torch
 from onestage.errors import CheckpointError
 from onestage.training.module import CHECKPOINT_KEY, CHECKPOINT_SCHEMA, DetectionModule
 from onestage.training.shared_weights import read_safetensors
+from onestage.training.stored_config import TRUSTED, parsing_error, refusals
 from onestage.types import JSONDict
-
-# What a configuration inside a checkpoint may name. One of the user's own may name anything: it is a program, as the
-# user knows; a checkpoint is a file from somewhere.
-TRUSTED_CLASS_PATHS = ("onestage.", "torch.optim.", "torch.nn.", "albumentations.")
-IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
@@ -174,17 +170,17 @@ def config_of(path: str | Path) -> JSONDict:
     """
     saved = read_checkpoint(path)[CHECKPOINT_KEY]
     config = _stored_config(saved, path)
-    for name in _untrusted(config):
-        raise CheckpointError(
-            f"the configuration inside checkpoint {path} names {name!r}, which is not in {_trusted_words()}.\n"
-            "If you trust the file, give the run's own config.yaml with --config."
-        )
+    for refusal in refusals(config):
+        raise _unusable_config(path, str(refusal))
     detector = config["model"].get("detector", {}).get("init_args", {})
     for source in ("backbone_weights", "pretrained"):  # the weights are in the checkpoint: nothing is to be fetched
         if source in detector:
             detector[source] = None
     init_args = config["data"].setdefault("init_args", {})
     init_args["class_names"], init_args["category_ids"] = saved["class_names"], saved["category_ids"]
+    problem = parsing_error(deepcopy(config))
+    if problem is not None:
+        raise _unusable_config(path, f"cannot be used: {problem}")
     return config
 
 
@@ -194,43 +190,23 @@ def needs_config(path: str | Path) -> str | None:
     Raises:
         CheckpointError: the checkpoint is unreadable, or its configuration is malformed.
     """
-    names = sorted(set(_untrusted(_stored_config(read_checkpoint(path)[CHECKPOINT_KEY], path))))
-    return f"it names {', '.join(names)}, not in {_trusted_words()}" if names else None
+    found = list(refusals(_stored_config(read_checkpoint(path)[CHECKPOINT_KEY], path)))
+    for refusal in found:
+        if not refusal.is_name:
+            raise _unusable_config(path, str(refusal))
+    names = sorted({repr(refusal.value).strip("'") for refusal in found})
+    return f"it names {', '.join(names)}, not in {', '.join(TRUSTED)}" if names else None
 
 
 def _stored_config(saved: JSONDict, path: str | Path) -> JSONDict:
-    config: JSONDict = {key: saved.get("config", {}).get(key) for key in ("model", "data")}
+    config: JSONDict = {key: (saved.get("config") or {}).get(key) for key in ("model", "data")}
     if not all(isinstance(part, dict) for part in config.values()):
         raise CheckpointError(f"checkpoint {path} holds no configuration. Give the run's config.yaml with --config.")
     return config
 
 
-def _untrusted(config: JSONDict) -> Iterator[str]:
-    return (name for name in _import_paths(config) if not name.startswith(TRUSTED_CLASS_PATHS))
-
-
-def _trusted_words() -> str:
-    return ", ".join(prefix.rstrip(".") for prefix in TRUSTED_CLASS_PATHS)
-
-
-def _import_paths(config: JSONDict) -> Iterator[str]:
-    """Every string that the parser might take for a class or function to import.
-
-    Plain values of the data module's arguments are exempt: `instances.json` looks like an import path and is none.
-    """
-    arguments = config["data"].get("init_args")
-    plain = {key: value for key, value in arguments.items() if not isinstance(value, str)} if arguments else {}
-    yield from _strings_like_imports({**config, "data": {**config["data"], "init_args": plain}})
-
-
-def _strings_like_imports(node: object) -> Iterator[str]:
-    if isinstance(node, dict):
-        if "class_path" in node:
-            yield str(node["class_path"])
-        for value in node.values():
-            yield from _strings_like_imports(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _strings_like_imports(value)
-    elif isinstance(node, str) and IMPORT_PATH.fullmatch(node):
-        yield node
+def _unusable_config(path: str | Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"the configuration inside checkpoint {path} {problem}.\n"
+        "If you trust the file, give the run's own config.yaml with --config."
+    )
