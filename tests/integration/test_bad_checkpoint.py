@@ -21,6 +21,7 @@ import onestage.data
 from onestage.errors import CheckpointError
 from onestage.training import checkpoint_files
 from onestage.training.checkpoint_files import config_of, needs_config, read_checkpoint
+from onestage.training.resume import newest_checkpoint
 
 
 @pytest.fixture
@@ -73,6 +74,34 @@ def test_row_68_one_flipped_bit_of_a_weight_is_found(checkpoint: Path) -> None:
     checkpoint.write_bytes(content)
     torch.load(checkpoint, weights_only=True)  # torch itself sees nothing
     assert "the checksum of" in refused(checkpoint)
+
+
+def test_row_68_one_flipped_bit_of_an_archives_directory_is_damage_whichever_it_is(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.ckpt"
+    torch.save({"state_dict": {}, "global_step": 0, "onestage": {"schema": 99}}, whole)
+    with zipfile.ZipFile(whole) as archive:
+        begin, member = archive.start_dir, archive.infolist()[0].header_offset
+    content = whole.read_bytes()
+    for place in (*range(member, member + 40), *range(begin, begin + 80), *range(len(content) - 40, len(content))):
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << bit
+            whole.write_bytes(damaged)
+            refused(whole)  # for the damage, or for the schema where the bit means nothing
+
+
+def test_row_68_an_archive_that_says_it_is_encrypted_is_passed_over_by_resume_auto(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copy(checkpoint, tmp_path / "previous.ckpt")
+    with zipfile.ZipFile(checkpoint) as archive:
+        flags = archive.start_dir + 8
+    content = bytearray(checkpoint.read_bytes())
+    content[flags] ^= 1
+    checkpoint.rename(tmp_path / "last.ckpt")
+    (tmp_path / "last.ckpt").write_bytes(content)
+    assert "is truncated or damaged" in refused(tmp_path / "last.ckpt")
+    assert newest_checkpoint(tmp_path)[0] == tmp_path / "previous.ckpt"
 
 
 class Payload:

@@ -82,7 +82,9 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             _require_stored(path, archive)
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile, struct and zlib raise a dozen kinds between them, by which bit is wrong
         raise CheckpointError(
             f"checkpoint {path} is truncated or damaged ({size:,} bytes; {_first_line(error)}).{_nearby(path)}"
         ) from error
