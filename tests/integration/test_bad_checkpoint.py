@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, foreign or hostile: named, refused, and never run."""
 
+import copy
 import inspect
 import json
 import os
@@ -20,7 +21,7 @@ from command_line import run
 import onestage.data
 from onestage.errors import CheckpointError
 from onestage.training import checkpoint_files
-from onestage.training.checkpoint_files import config_of, needs_config, read_checkpoint
+from onestage.training.checkpoint_files import config_of, needs_config, read_checkpoint, stored_step
 from onestage.training.resume import newest_checkpoint
 
 
@@ -350,6 +351,34 @@ def test_row_70_a_compressed_archive_is_refused_before_it_is_unpacked(checkpoint
     message = refused(bomb)
     assert "is compressed" in message
     assert "would become" in message
+
+
+def test_row_70_what_is_compressed_is_not_unpacked_to_look_for_its_step(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stored_step(checkpoint) > 0
+    with zipfile.ZipFile(checkpoint) as whole:
+        members = {member.filename: whole.read(member) for member in whole.infolist()}
+    with zipfile.ZipFile(checkpoint, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in members.items():
+            packed.writestr(name, content)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+    assert stored_step(checkpoint) == -1
+
+
+def test_row_70_an_archive_whose_members_are_the_same_bytes_many_times_is_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    bomb = tmp_path / "bomb.ckpt"
+    shutil.copy(checkpoint, bomb)
+    with zipfile.ZipFile(bomb, "a") as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        for number in range(5):
+            again = copy.copy(largest)
+            again.filename = f"archive/data/9{number}"
+            archive.filelist.append(again)
+        archive._didModify = True
+    assert "would become" in refused(bomb)
 
 
 def change(saved: dict[str, Any], what: str) -> None:

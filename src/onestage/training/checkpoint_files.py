@@ -62,6 +62,8 @@ def _of_our_schema(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 def stored_step(file: Path) -> int:
     """The step inside a file without reading its tensors; -1 if it cannot be told."""
     try:
+        with zipfile.ZipFile(file) as archive:
+            _require_stored(file, archive)
         return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception:  # whatever is wrong with it, `read_checkpoint` will say when it is this file's turn
         return -1
@@ -93,12 +95,13 @@ def _check_archive(path: Path) -> None:
 
 
 def _require_stored(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse compressed members, which torch never writes: a few kilobytes of them can hold gigabytes."""
-    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-        declared = sum(member.file_size for member in archive.infolist())
+    """Refuse compressed and overlapping members, which torch never writes: kilobytes of them can hold gigabytes."""
+    members = archive.infolist()
+    declared, size = sum(member.file_size for member in members), path.stat().st_size
+    if declared > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise CheckpointError(
-            f"checkpoint {path} is compressed: {path.stat().st_size:,} bytes that would become {declared:,}. torch "
-            "writes none like that.\nIt was not unpacked. Use the file that `onestage fit` wrote."
+            f"checkpoint {path} is compressed: {size:,} bytes that would become {declared:,}. torch writes none like "
+            "that.\nIt was not unpacked. Use the file that `onestage fit` wrote."
         )
 
 
