@@ -442,3 +442,131 @@ def test_row_71_the_archive_of_another_byte_order_is_an_error_and_no_other_weigh
         for name, content in members.items():
             broken.writestr(name, content)
     assert "cannot be loaded" in refused(checkpoint)
+
+
+def recursive() -> list[Any]:
+    items: list[Any] = []
+    items.append(items)
+    return items
+
+
+def doubled(levels: int) -> list[Any]:
+    items: list[Any] = [1]
+    for _ in range(levels):
+        items = [items, items]
+    return items
+
+
+GONE = object()
+MALFORMED = [
+    ("onestage", [1]),
+    ("onestage.config", [1]),
+    ("onestage.config.model.box_loss_weight", torch.ones(1)),
+    ("onestage.config.model.box_loss_weight", recursive()),
+    ("onestage.config.model.box_loss_weight", doubled(40)),
+    ("onestage.class_names", GONE),
+    ("onestage.class_names", 5),
+    ("onestage.class_names", [1, 2]),
+    ("onestage.category_ids", GONE),
+    ("onestage.image_size", "big"),
+    ("onestage.versions", ["torch"]),
+    ("state_dict", [1, 2]),
+    ("state_dict.detector", "hello"),
+    ("current_model_state", {"detector": "hello"}),
+    ("global_step", GONE),
+    ("global_step", "many"),
+    ("epoch", GONE),
+    ("optimizer_states", [1]),
+    ("optimizer_states", []),
+    ("optimizer_states", 5),
+    ("optimizer_states", [{"state": {}, "param_groups": [{"lr": 0.1}]}]),
+    ("lr_schedulers", GONE),
+    ("lr_schedulers", []),
+    ("callbacks", GONE),
+    ("callbacks", {"BestCheckpoint{}": {}}),
+    ("pytorch-lightning_version", GONE),
+    ("pytorch-lightning_version", "x"),
+    ("pytorch-lightning_version", "0.0.1"),
+    ("loops", GONE),
+    ("loops.fit_loop", GONE),
+    ("loops.fit_loop", {}),
+    ("loops.fit_loop.epoch_progress", {"total": {}, "current": {}}),
+    ("ShapesDataModule", {"batches": 3}),
+    ("ShapesDataModule.batch_size", 0),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), MALFORMED)
+def test_row_71_a_checkpoint_that_is_not_in_shape_names_the_place(
+    checkpoint: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, value: object
+) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    *parents, last = place.split(".")
+    node = saved
+    for name in parents:
+        node = node[name]
+    if value is GONE:
+        del node[last]
+    else:
+        node[last] = value
+    torch.save(saved, checkpoint)
+    message = refused(checkpoint)
+    assert f"`{place.split('.')[0]}" in message
+    runs = ["--config", str(trained / "config.yaml"), "--runs_dir", str(tmp_path / "runs")]
+    assert run("fit", "--resume", str(checkpoint), *runs) == 2
+    assert run("export", "--ckpt_path", str(checkpoint), "--output", str(tmp_path / "shared")) == 2
+    assert not (tmp_path / "runs").exists()
+    assert capsys.readouterr().err.count(message) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("config", None),
+        ("config.model", None),
+        ("config.model.detector", "onestage.models.SSD160"),
+        ("config.model.detector", 5),
+        ("config.model.detector.init_args", [1]),
+        ("config.data.init_args", [1]),
+        ("config.data", {}),
+        ("config.model.renamed", 1),
+        ("config.model.optimizer.class_path", 5),
+    ],
+)
+def test_row_71_a_configuration_that_is_not_in_shape_is_named_and_one_by_hand_used(
+    checkpoint: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, value: object
+) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    put(saved, place, value)
+    torch.save(saved, checkpoint)
+    assert run("validate", "--ckpt_path", str(checkpoint)) == 2
+    message = capsys.readouterr().err
+    assert str(checkpoint) in message
+    assert "--config" in message
+    options = ["--config", str(trained / "config.yaml"), "--runs_dir", str(tmp_path / "runs"), "--drawn_images", "0"]
+    assert run("validate", "--ckpt_path", str(checkpoint), *options) == 0
+
+
+@pytest.mark.parametrize("key", ["optimizer_states", "callbacks", "loops"])
+def test_row_71_weights_without_the_state_of_a_training_are_enough_to_evaluate(checkpoint: Path, key: str) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    for name in ("optimizer_states", key):
+        saved.pop(name, None)
+    torch.save(saved, checkpoint)
+    assert read_checkpoint(checkpoint)["global_step"] > 0
+
+
+def test_row_71_an_infinite_number_in_a_configuration_is_no_json(checkpoint: Path, tmp_path: Path) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    put(saved, "config.data.init_args.worker_timeout_seconds", float("inf"))
+    torch.save(saved, checkpoint)
+    assert config_of(checkpoint)["data"]["init_args"]["worker_timeout_seconds"] == float("inf")
+    assert run("export", "--ckpt_path", str(checkpoint), "--output", str(tmp_path / "shared")) == 2
+    assert not (tmp_path / "shared").exists()
+
+
+def test_row_71_a_data_module_without_arguments_gets_the_classes_of_the_checkpoint(checkpoint: Path) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    put(saved, "config.data.init_args", None)
+    torch.save(saved, checkpoint)
+    assert config_of(checkpoint)["data"]["init_args"]["class_names"] == saved["onestage"]["class_names"]

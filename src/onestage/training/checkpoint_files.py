@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from onestage.errors import CheckpointError
+from onestage.training.checkpoint_shape import shape_problem
 from onestage.training.module import CHECKPOINT_KEY, CHECKPOINT_SCHEMA, DetectionModule
 from onestage.training.shared_weights import read_safetensors
 from onestage.training.stored_config import TRUSTED, parsing_error, refusals
@@ -50,12 +51,16 @@ def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
 
 
 def _of_our_schema(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    schema = checkpoint[CHECKPOINT_KEY].get("schema")
+    ours = checkpoint[CHECKPOINT_KEY]
+    schema = ours.get("schema") if isinstance(ours, dict) else CHECKPOINT_SCHEMA
     if schema != CHECKPOINT_SCHEMA:
         raise CheckpointError(
-            f"checkpoint {path} has schema {schema}; this version of onestage reads schema {CHECKPOINT_SCHEMA}.\n"
+            f"checkpoint {path} has schema {schema!r:.99}; this version of onestage reads schema {CHECKPOINT_SCHEMA}.\n"
             "Use the version of onestage that wrote it (its number is in the run's results.json)."
         )
+    problem = shape_problem(checkpoint)
+    if problem is not None:
+        raise CheckpointError(f"checkpoint {path} {problem}.\n`onestage fit` writes none like that.{_nearby(path)}")
     return checkpoint
 
 
@@ -177,12 +182,12 @@ def config_of(path: str | Path) -> JSONDict:
     config = _stored_config(saved, path)
     for refusal in refusals(config):
         raise _unusable_config(path, str(refusal))
-    detector = config["model"].get("detector", {}).get("init_args", {})
+    detector = config["model"]["detector"].get("init_args") or {}
     for source in ("backbone_weights", "pretrained"):  # the weights are in the checkpoint: nothing is to be fetched
         if source in detector:
             detector[source] = None
-    init_args = config["data"].setdefault("init_args", {})
-    init_args["class_names"], init_args["category_ids"] = saved["class_names"], saved["category_ids"]
+    classes = {key: saved[key] for key in ("class_names", "category_ids")}
+    config["data"]["init_args"] = {**(config["data"].get("init_args") or {}), **classes}
     problem = parsing_error(deepcopy(config))
     if problem is not None:
         raise _unusable_config(path, f"cannot be used: {problem}")

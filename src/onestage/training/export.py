@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from safetensors.torch import save_file
 
-from onestage.errors import ConfigError
+from onestage.errors import CheckpointError, ConfigError
 from onestage.training.checkpoint_files import needs_config, read_checkpoint
 from onestage.training.checkpoint_io import whole_file
 from onestage.training.module import CHECKPOINT_KEY
@@ -54,10 +54,17 @@ def export_safetensors(checkpoint: Path, folder: Path) -> Path:
     """
     content = read_checkpoint(checkpoint)
     ours = {key: value for key, value in content[CHECKPOINT_KEY].items() if key in SHARED}
+    try:
+        description = json.dumps({**ours, "global_step": content["global_step"]}, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise CheckpointError(
+            f"the configuration inside checkpoint {checkpoint} has an infinite number or NaN, for which JSON has no "
+            "word.\nTrain with a finite one."
+        ) from error
     weights = {name: value.contiguous().clone() for name, value in content["state_dict"].items()}
     target = folder / "model.safetensors"
     with whole_file(target) as temporary:
         save_file(weights, temporary, metadata={"format": "pt"})
     with whole_file(target.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps({**ours, "global_step": content["global_step"]}, indent=2, allow_nan=False))
+        temporary.write_text(description)
     return target

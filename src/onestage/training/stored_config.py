@@ -44,7 +44,7 @@ class Refusal(NamedTuple):
     def __str__(self) -> str:
         if self.is_name:
             return f"names {self.value!r} as {self.place}, which is not in {', '.join(TRUSTED)}"
-        return f"has {self.value!r:.200} as {self.place}, where `onestage fit` stores no text"
+        return f"has {self.value!r:.200} as {self.place}, which is nothing that `onestage fit` stores there"
 
 
 def refusals(config: JSONDict) -> Iterator[Refusal]:
@@ -54,10 +54,10 @@ def refusals(config: JSONDict) -> Iterator[Refusal]:
         config: of plain values, not nested in itself.
     """
     yield from _refused(config["model"], (DetectionModule,), "model")
-    if "class_path" in config["data"]:
-        yield from _refused(config["data"], (LightningDataModule,), "data")
-    else:
-        yield Refusal("data", config["data"], False)
+    yield from _refused(config["data"], (LightningDataModule,), "data")
+    for place, node in (("model.detector", config["model"].get("detector")), ("data", config["data"])):
+        if not isinstance(node, dict) or "class_path" not in node:
+            yield Refusal(place, node, False)
 
 
 def parsing_error(config: JSONDict) -> str | None:
