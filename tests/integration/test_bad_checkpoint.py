@@ -381,6 +381,38 @@ def test_row_70_an_archive_whose_members_are_the_same_bytes_many_times_is_refuse
     assert "would become" in refused(bomb)
 
 
+@pytest.mark.parametrize("command", ["validate", "export", "fit"])
+@pytest.mark.parametrize("size", [100_000_000, 10**13])
+def test_row_70_a_tensor_larger_than_what_is_stored_of_it_is_refused_unallocated(
+    checkpoint: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    size: int,
+) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    name = next(iter(saved["state_dict"]))
+    saved["state_dict"][name] = torch.zeros(1).expand(size)
+    torch.save(saved, checkpoint)
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda _: pytest.fail("its values were looked at"))
+    options = {"fit": ["--config", str(trained / "config.yaml"), "--runs_dir", str(tmp_path / "runs")]}
+    assert run(command, "--ckpt_path", str(checkpoint), *options.get(command, [])) == 2
+    assert f"a tensor of {4 * size:,} bytes as `state_dict.{name}`, of which 4 are stored" in capsys.readouterr().err
+    assert not (tmp_path / "export").exists()
+
+
+def test_row_70_a_sparse_tensor_and_an_endless_list_are_refused(checkpoint: Path) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    name = next(iter(saved["state_dict"]))
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.tensor([1.0]), (10**9,))
+    torch.save({**saved, "state_dict": {name: sparse}}, checkpoint)
+    refused(checkpoint)
+    torch.save({**saved, "more": recursive()}, checkpoint)
+    assert "more than 1,000,000 values" in refused(checkpoint)
+
+
 def change(saved: dict[str, Any], what: str) -> None:
     weights, ours = saved["state_dict"], saved["onestage"]
     name = next(iter(weights))

@@ -4,6 +4,7 @@ import reprlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
@@ -110,6 +111,9 @@ def shape_problem(checkpoint: dict[str, Any]) -> str | None:
     """
     if not _is_plain(checkpoint.get("onestage")):
         return "has something else than plain values by keys as `onestage`, or too many of them"
+    swollen = _first_swollen(checkpoint)
+    if swollen is not None:
+        return swollen
     rules = [*OURS, *(rule for rule in WHERE_GIVEN if _at(checkpoint, rule.place) is not MISSING)]
     if "optimizer_states" in checkpoint:
         rules += [*OF_TRAINING, *_positions(checkpoint)]
@@ -118,6 +122,28 @@ def shape_problem(checkpoint: dict[str, Any]) -> str | None:
         if value is MISSING or not rule.holds(value):
             what = "nothing" if value is MISSING else reprlib.repr(value)
             return f"has {what} as `{'.'.join(rule.place)}`, where {rule.wanted} must stand"
+    return None
+
+
+def _first_swollen(checkpoint: dict[str, Any]) -> str | None:
+    """Find a tensor that is larger than what is stored of it, before anything of its size is allocated."""
+    waiting: list[tuple[str, Any]] = list(checkpoint.items())
+    seen = 0
+    while waiting:
+        place, node = waiting.pop()
+        seen += 1
+        if seen > MAX_VALUES:
+            return f"has more than {MAX_VALUES:,} values"
+        if isinstance(node, dict):
+            waiting += [(f"{place}.{key}"[-200:], value) for key, value in node.items()]
+        elif isinstance(node, list | tuple):
+            waiting += [(f"{place}.{index}"[-200:], value) for index, value in enumerate(node)]
+        elif isinstance(node, Tensor):
+            if node.layout != torch.strided or node.device.type != "cpu" or node.is_quantized:
+                return f"has a tensor as `{place}` that is not simply its values one after the other"
+            size, stored = node.numel() * node.element_size(), node.untyped_storage().nbytes()
+            if size > stored:
+                return f"has a tensor of {size:,} bytes as `{place}`, of which {stored:,} are stored, again and again"
     return None
 
 
