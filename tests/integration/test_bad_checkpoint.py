@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, foreign or hostile: named, refused, and never run."""
 
 import copy
+import errno
 import inspect
 import json
 import os
@@ -64,6 +65,39 @@ def test_row_67_a_file_that_is_no_whole_checkpoint_says_what_it_is(
 ) -> None:
     checkpoint.write_bytes(damage(checkpoint.read_bytes()))
     assert named in refused(checkpoint)
+
+
+@pytest.mark.parametrize("command", ["validate", "fit", "export"])
+@pytest.mark.parametrize("call", ["is_file", "open"])
+def test_row_67_a_file_that_may_not_be_read_is_no_full_disk(
+    checkpoint: Path,
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    call: str,
+    command: str,
+) -> None:
+    """As for who may not enter the folder, or not read the file. root may everything, so the call refuses."""
+    allowed = getattr(Path, call)
+
+    def refuse(self: Path, *arguments: Any, **named: Any) -> Any:
+        if self == checkpoint:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return allowed(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, call, refuse)
+    options = {"fit": ["--config", str(trained / "config.yaml"), "--runs_dir", str(checkpoint.parent / "runs")]}
+    assert run(command, "--ckpt_path", str(checkpoint), *options.get(command, [])) == 2
+    message = capsys.readouterr().err
+    assert f"checkpoint {checkpoint} cannot be read: Permission denied" in message
+
+
+@pytest.mark.parametrize("command", ["validate", "losses", "export"])
+def test_row_67_a_name_too_long_for_a_file_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert run(command, "--ckpt_path", f"{tmp_path}/{'x' * 5000}.ckpt") == 2
+    assert "cannot be read: File name too long" in capsys.readouterr().err
 
 
 def test_row_68_one_flipped_bit_of_a_weight_is_found(checkpoint: Path) -> None:

@@ -1,12 +1,15 @@
 """Weights that are exported are those of the checkpoint, and are enough to predict with."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import run
 from safetensors.torch import load_file
+
+from onestage.training.export import _default_folder
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +62,22 @@ def test_exported_weights_that_are_damaged_are_named(
 def test_an_export_that_cannot_be_says_why(capsys: pytest.CaptureFixture[str], options: list[str], named: str) -> None:
     assert run("export", *options) == 2
     assert named in capsys.readouterr().err
+
+
+def test_an_export_goes_into_the_run_or_where_there_is_none_beside_the_file(trained: Path, tmp_path: Path) -> None:
+    for file in ("run/checkpoints/best.ckpt", "downloads/best.ckpt"):
+        copy = tmp_path / file
+        copy.parent.mkdir(parents=True)
+        shutil.copy(trained / "checkpoints" / "best.ckpt", copy)
+        assert run("export", "--ckpt_path", str(copy)) == 0
+    written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors"))
+    assert written == ["downloads/export/model.safetensors", "run/export/model.safetensors"]
+
+
+def test_a_file_in_the_root_folder_has_a_default_folder_too() -> None:
+    assert _default_folder(Path("/best.ckpt")) == Path("/export")
+
+
+def test_exporting_an_unreadable_path_is_one_message(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run("export", "--ckpt_path", str(tmp_path / ("x" * 300))) == 2
+    assert "cannot be read: File name too long" in capsys.readouterr().err

@@ -29,12 +29,16 @@ def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
             which and what to do.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"checkpoint {path} {what}.{_nearby(path)}")
-    if path.suffix == ".safetensors":
-        return _of_our_schema(read_safetensors(path), path)
-    _check_archive(path)
+    try:
+        _require_file(path)
+        if path.suffix == ".safetensors":
+            return _of_our_schema(read_safetensors(path), path)
+        _check_archive(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {str(path)[:300]} cannot be read: {error.strerror or error}.\n"
+            "Check that path, and that this user may read the file and enter its folder."
+        ) from error
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises half a dozen kinds here, pickle's own among them
@@ -48,6 +52,12 @@ def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
             "For weights of other origin see model.detector.init_args.backbone_weights and pretrained."
         )
     return _of_our_schema(checkpoint, path)
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {what}.{_nearby(path)}")
 
 
 def _of_our_schema(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -89,7 +99,7 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             _require_stored(path, archive)
             damaged = archive.testzip()
-    except CheckpointError:
+    except (CheckpointError, PermissionError):
         raise
     except Exception as error:  # zipfile, struct and zlib raise a dozen kinds between them, by which bit is wrong
         raise CheckpointError(

@@ -33,13 +33,20 @@ def run_export_command(words: Sequence[str]) -> None:
     parser = _Parser(prog="onestage export", description=__doc__, allow_abbrev=False)
     parser.add_argument("--ckpt_path", required=True, help="the checkpoint, runs/.../checkpoints/best.ckpt")
     parser.add_argument("--format", choices=FORMATS, default="safetensors", help="of the weights")
-    parser.add_argument("--output", type=Path, help="folder for the two files; default: export/ of the run")
+    parser.add_argument(
+        "--output", type=Path, help="folder for the two files; default: export/ of the run or beside the file"
+    )
     given = parser.parse_args(list(words))
     checkpoint = Path(given.ckpt_path)
     reason = needs_config(checkpoint)  # whoever gets the files has nothing but the configuration in them
-    print(f"exported: {export_safetensors(checkpoint, given.output or checkpoint.absolute().parents[1] / 'export')}")
+    print(f"exported: {export_safetensors(checkpoint, given.output or _default_folder(checkpoint))}")
     if reason is not None:
         print(f"Share the run's config.yaml and the code as well: it is not read by itself, as {reason}.")
+
+
+def _default_folder(checkpoint: Path) -> Path:
+    folder = checkpoint.absolute().parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "export"  # of the run, where it lies in one
 
 
 def export_safetensors(checkpoint: Path, folder: Path) -> Path:
