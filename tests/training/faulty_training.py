@@ -51,6 +51,8 @@ class FaultyDetector(Detector):
         classification = F.softplus(logits).mean()
         if fault == "nan loss":
             classification = classification * torch.nan
+        if fault == "inf loss, finite gradient":
+            classification = classification + torch.inf
         if fault == "nan weights":
             with torch.no_grad():
                 self.box_head.bias[0] = torch.nan
@@ -103,13 +105,13 @@ def tiny_batch(indices: torch.Tensor) -> Batch:
 
 def train(
     folder: Path, faults: Mapping[int, str] | None = None, num_steps: int = 4, guard: NonFiniteGuard | None = None,
-    callbacks: tuple[pl.Callback, ...] = (), detector: FaultyDetector | None = None, **settings,
+    callbacks: tuple[pl.Callback, ...] = (), detector: FaultyDetector | None = None, is_fused: bool = False, **settings,
 ) -> DetectionModule:  # fmt: skip
     """Train for a few steps with SGD and momentum; the trainer is the module's."""
     torch.manual_seed(0)
     module = DetectionModule(
         detector or FaultyDetector(faults),
-        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01),
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01, fused=is_fused),
         schedule=WarmupSchedule(kind="constant", warmup_steps=0),
     )
     defaults = {"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_checkpointing": False}
@@ -132,8 +134,7 @@ class FailsInSecondProcess(FaultyDetector):
 
 if __name__ == "__main__":
     own_guard = NonFiniteGuard()
-    trained = train(
-        Path(sys.argv[1]), detector=FailsInSecondProcess(), guard=own_guard, devices=2, strategy="ddp", num_steps=3
-    )
+    settings = {"precision": sys.argv[2], "devices": 2, "strategy": "ddp", "num_steps": 3}
+    trained = train(Path(sys.argv[1]), detector=FailsInSecondProcess(), guard=own_guard, **settings)
     state = {"skipped": own_guard.num_skipped, "weights": trained.state_dict()}
     torch.save(state, Path(sys.argv[1]) / f"process_{trained.trainer.global_rank}.pt")

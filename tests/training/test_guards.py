@@ -221,9 +221,34 @@ def test_a_loss_scaler_that_finds_no_scale_ends_the_run(tmp_path: Path, monkeypa
         scaled(range(12), 12, tmp_path)
 
 
-def test_a_fault_of_one_process_is_skipped_by_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_under_fp16_a_bad_loss_with_finite_gradients_changes_nothing_either(tmp_path: Path, is_fused: bool) -> None:
+    recorder, guard, scaler = Recorder(), NonFiniteGuard(), torch.amp.GradScaler("cpu", init_scale=128.0)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+    faults = {1: "inf loss, finite gradient"}
+    train(tmp_path, faults, 3, guard, (recorder,), is_fused=is_fused, precision=None, plugins=plugins)
+    states = recorder.states
+    assert [is_same(before, after) for before, after in pairwise(states)] == [False, True, False]
+    assert guard.num_skipped == 1
+    assert scaler.get_scale() == 128  # it has seen no gradient that overflowed
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_under_fp16_a_bad_loss_with_bad_gradients_is_counted_and_lowers_the_scale(
+    tmp_path: Path, is_fused: bool
+) -> None:
+    recorder, guard, scaler = Recorder(), NonFiniteGuard(), torch.amp.GradScaler("cpu", init_scale=128.0)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+    train(tmp_path, {1: "nan loss"}, 3, guard, (recorder,), is_fused=is_fused, precision=None, plugins=plugins)
+    assert is_same(*recorder.states[1:3])
+    assert guard.num_skipped == 1
+    assert scaler.get_scale() == 64
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_a_fault_of_one_process_is_skipped_by_both(tmp_path: Path, precision: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(Path(__file__).with_name("faulty_training.py")), str(tmp_path)]
+    command = [sys.executable, str(Path(__file__).with_name("faulty_training.py")), str(tmp_path), precision]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"process_{rank}.pt", weights_only=True) for rank in (0, 1))

@@ -31,6 +31,7 @@ from onestage.training.diagnosis import (
     prediction_facts,
 )
 from onestage.training.module import DetectionModule
+from onestage.training.optimization import is_fused
 from onestage.types import Batch
 
 # fp16's loss scaler starts at 2^16 and halves at each overflow: after 16 in a row the scale is 1 and not the reason.
@@ -120,29 +121,30 @@ class NonFiniteGuard(Callback):
             return
         gradients = [one.grad for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        loss, gradient_norm, is_bad = _look(trainer, window.loss, norm)
+        loss, gradient_norm, is_loss_bad, is_norm_bad = _look(trainer, window.loss, norm)
         scaler = _scaler(trainer)
+        is_scaled = scaler is not None and is_fused(optimizer)  # such an optimizer unscales inside its step
         if scaler is not None:
             loss /= scaler.get_scale()
-            if any(group.get("fused") for group in optimizer.param_groups):
-                gradient_norm /= scaler.get_scale()  # such an optimizer unscales inside its step
+            gradient_norm /= scaler.get_scale() if is_scaled else 1.0
         window.is_stepped = True
         window.numbers = StepNumbers(trainer.global_step, loss, gradient_norm)
         window.learning_rates = [float(group["lr"]) for group in optimizer.param_groups]
-        if not is_bad:
+        if not is_loss_bad and not is_norm_bad:
             self._num_in_row = self._num_scaler_skips = 0
             self._steps_before.append(window.numbers)
             pl_module.log("train/gradient_norm", gradient_norm)
             return
         self._restore(pl_module, window)
         window.bad_gradients = non_finite_names((name, one.grad) for name, one in pl_module.named_parameters())
-        if scaler is not None and math.isfinite(loss):
-            self._num_scaler_skips += 1  # the scaler does not step with these gradients either, and lowers its scale
+        if scaler is None or is_loss_bad:
+            window.is_skipped = True
+        else:
+            self._num_scaler_skips += 1  # its own affair: it lowers its scale
             window.is_skipped = self._num_scaler_skips > MAX_SCALER_SKIPS
-            return
-        window.is_skipped = True
-        if scaler is None:
-            optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left out by every optimizer
+        if scaler is not None and is_scaled:
+            scaler.unscale_(optimizer)  # now, as its update fails if it has seen no gradients
+        optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left out by every optimizer
 
     @staticmethod
     def _restore(module: pl.LightningModule, window: Window) -> None:
@@ -240,19 +242,19 @@ class NonFiniteGuard(Callback):
             )
 
 
-def _look(trainer: pl.Trainer, loss: Tensor, norm: Tensor) -> tuple[float, float, bool]:
-    """Return loss and norm, and whether either is not finite in any process. Waits for the device, once."""
+def _look(trainer: pl.Trainer, loss: Tensor, norm: Tensor) -> tuple[float, float, bool, bool]:
+    """Return loss and norm, and of each whether it is not finite in any process. Waits for the device, once."""
     norm = norm.to(loss.device, torch.float32)
     if isinstance(trainer.strategy, FSDPStrategy):  # each process holds a piece of every gradient
         norm = norm.square()
         dist.all_reduce(norm)
         norm = norm.sqrt()
     values = torch.stack((loss.float(), norm))
-    is_bad = (~values.isfinite()).any().float()
+    are_bad = (~values.isfinite()).float()
     if trainer.world_size > 1:  # gradients are the same everywhere; a loss that gives none is not
-        dist.all_reduce(is_bad, dist.ReduceOp.MAX)
-    loss_value, norm_value, bad = torch.cat((values, is_bad[None])).tolist()
-    return loss_value, norm_value, bool(bad)
+        dist.all_reduce(are_bad, dist.ReduceOp.MAX)
+    loss_value, norm_value, is_loss_bad, is_norm_bad = torch.cat((values, are_bad)).tolist()
+    return loss_value, norm_value, bool(is_loss_bad), bool(is_norm_bad)
 
 
 def _is_any(trainer: pl.Trainer, names: list[str]) -> bool:
