@@ -71,6 +71,42 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert len(rows(resumed)) >= len(rows(whole)) - 1  # the row of the step it stopped after is written by neither
 
 
+def bad_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    step = DetectionModule.training_step
+
+    def broken(self: DetectionModule, *arguments: object) -> dict[str, object]:
+        outputs = step(self, *arguments)
+        return {**outputs, "loss": outputs["loss"] * float("nan")} if self.global_step in steps else outputs
+
+    monkeypatch.setattr(DetectionModule, "training_step", broken)
+
+
+@pytest.mark.parametrize(("steps", "stop", "code"), [((3, 4, 5, 6, 7), 6, 6), ((3, 4, 9, 10), 5, 0)])
+def test_skipped_steps_are_counted_on_as_without_the_stop(
+    steps: tuple[int, ...], stop: int, code: int, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    bad_at(monkeypatch, *steps)
+    assert tiny_run.onestage(*tiny_run.words(drawn, whole)) == code
+    command = tiny_run.words(drawn, broken, "--resume", "auto")
+    with monkeypatch.context() as patch:
+        interrupt = tiny_run.at_call(stop, lambda: tiny_run.send(signal.SIGTERM), DetectionModule.training_step)
+        patch.setattr(DetectionModule, "training_step", interrupt)
+        assert tiny_run.onestage(*command) == 143
+    assert tiny_run.onestage(*command) == code
+    folders = whole / "tiny" / "version_0", broken / "tiny" / "version_0"
+    texts = [(folder / "skipped_steps.json").read_text() for folder in folders]
+    assert texts[0] == texts[1]
+    counts = [
+        {row["step"]: row["train/skipped_steps"] for row in rows(folder) if row["train/skipped_steps"]}
+        for folder in folders
+    ]
+    assert counts[1].items() <= counts[0].items()
+    assert len(counts[1]) >= len(counts[0]) - 1  # as above
+    if code == 0:
+        assert tiny_run.differences(*map(tiny_run.final_state, folders)) == []
+
+
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open(newline="") as file:
         return [dict(row) for row in csv.DictReader(file)]

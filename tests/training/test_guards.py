@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -125,6 +126,39 @@ def test_a_gradient_alone_names_the_parameters_it_shows_in(tmp_path: Path) -> No
         "the loss is finite and its gradient is not, in 6 parameters from detector.conv.weight to "
         "detector.class_head.bias"
     )
+
+
+def test_a_full_disk_for_the_diagnosis_is_said_once_and_costs_no_training(tmp_path: Path, monkeypatch) -> None:
+    replace, guard = os.replace, NonFiniteGuard()
+
+    def refuse(source, target) -> None:
+        if Path(target).name == "skipped_steps.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.warns(UserWarning, match="is skipped") as warned:
+        train(tmp_path, {1: "nan loss", 2: "nan loss"}, num_steps=4, guard=guard)
+    said = [str(one.message) for one in warned if "Training goes on without" in str(one.message)]
+    assert len(said) == 1
+    assert "the disk or the quota is full" in said[0]
+    assert guard.num_skipped == 2
+    assert list(tmp_path.glob("*skipped*")) == []
+    with pytest.raises(NonFiniteError, match=r"skipped_steps\.json, which could not be written"):
+        train(tmp_path, {1: "nan loss"}, guard=NonFiniteGuard(max_skipped_steps=0))
+
+
+def test_the_state_in_a_checkpoint_goes_on_counting_with_all_records(tmp_path: Path) -> None:
+    guard, resumed = NonFiniteGuard(), NonFiniteGuard()
+    train(tmp_path / "first", {1: "nan loss", 2: "nan loss"}, num_steps=3, guard=guard)
+    torch.save(guard.state_dict(), tmp_path / "state.pt")
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    with pytest.raises(NonFiniteError, match="4 times in a row"):
+        train(tmp_path / "second", dict.fromkeys(range(4), "nan loss"), num_steps=4, guard=resumed)
+    diagnosis = diagnosis_in(tmp_path / "second")
+    assert diagnosis["num_skipped"] == 4
+    assert [step["step"] for step in diagnosis["latest"]] == [1, 2, 0, 1]
+    assert [one["step"] for one in diagnosis["latest"][-1]["processes"][0]["steps_before"]] == [0]
 
 
 def test_no_step_may_be_skipped_if_so_configured(tmp_path: Path) -> None:

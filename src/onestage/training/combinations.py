@@ -4,7 +4,7 @@ import os
 import shutil
 
 import lightning.pytorch as pl
-from lightning.pytorch.plugins.precision import MixedPrecision
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -88,7 +88,7 @@ def check_optimizer(trainer: pl.Trainer, optimizer: Optimizer) -> None:
         )
 
 
-def scaler_of(trainer: pl.Trainer) -> object | None:
+def scaler_of(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
     """Return what scales the loss under fp16; None where nothing does."""
-    plugin = trainer.precision_plugin
-    return plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    # The precision of one device has it under this name, and so has that of FSDP.
+    return getattr(trainer.precision_plugin, "scaler", None)

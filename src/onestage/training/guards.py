@@ -3,7 +3,7 @@
 import json
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,9 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from onestage.errors import ConfigError, NonFiniteError
+from onestage.errors import ConfigError, NonFiniteError, ResourceError
+from onestage.training.checkpoint_io import whole_file
+from onestage.training.combinations import scaler_of
 from onestage.training.diagnosis import (
     SkippedStep,
     StepNumbers,
@@ -71,13 +73,32 @@ class NonFiniteGuard(Callback):
             raise ConfigError(f"guard.max_skipped_steps is {max_skipped_steps}; it must be 0 or more.")
         self.max_skipped_steps = max_skipped_steps
         self.num_skipped = 0
-        self._num_in_row = 0
-        self._num_scaler_skips = 0
+        self._num_in_row = self._num_scaler_skips = 0
         self._folder = Path()
         self._window: Window | None = None
         self._persistent: frozenset[str] = frozenset()
         self._steps_before: deque[StepNumbers] = deque(maxlen=NUM_STEPS_KEPT)
         self._records: deque[dict[str, Any]] = deque(maxlen=NUM_STEPS_KEPT)
+        self._is_refused = False  # the file of the diagnosis
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run that goes on has to know of the steps so far: numbers and text."""
+        return {
+            "num_skipped": self.num_skipped,
+            "num_in_row": self._num_in_row,
+            "num_scaler_skips": self._num_scaler_skips,
+            "steps_before": [astuple(one) for one in self._steps_before],
+            "records": list(self._records),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting. A checkpoint of before there was this state begins at 0."""
+        self.num_skipped = state_dict["num_skipped"]
+        self._num_in_row = state_dict["num_in_row"]
+        self._num_scaler_skips = state_dict["num_scaler_skips"]
+        self._records = deque(state_dict["records"], maxlen=NUM_STEPS_KEPT)
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined] # the losses are those of the process that saved
+            self._steps_before = deque((StepNumbers(*one) for one in state_dict["steps_before"]), maxlen=NUM_STEPS_KEPT)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the weights and, when a run goes on, at the optimizer's state.
@@ -122,7 +143,7 @@ class NonFiniteGuard(Callback):
         gradients = [one.grad for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         loss, gradient_norm, is_loss_bad, is_norm_bad = _look(trainer, window.loss, norm)
-        scaler = _scaler(trainer)
+        scaler = scaler_of(trainer)
         is_scaled = scaler is not None and is_fused(optimizer)  # such an optimizer unscales inside its step
         if scaler is not None:
             loss /= scaler.get_scale()
@@ -137,11 +158,9 @@ class NonFiniteGuard(Callback):
             return
         self._restore(pl_module, window)
         window.bad_gradients = non_finite_names((name, one.grad) for name, one in pl_module.named_parameters())
-        if scaler is None or is_loss_bad:
-            window.is_skipped = True
-        else:
-            self._num_scaler_skips += 1  # its own affair: it lowers its scale
-            window.is_skipped = self._num_scaler_skips > MAX_SCALER_SKIPS
+        is_the_scalers = scaler is not None and not is_loss_bad  # it lowers its scale and does not step either
+        self._num_scaler_skips += int(is_the_scalers)
+        window.is_skipped = not is_the_scalers or self._num_scaler_skips > MAX_SCALER_SKIPS
         if scaler is not None and is_scaled:
             scaler.unscale_(optimizer)  # now, as its update fails if it has seen no gradients
         optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left out by every optimizer
@@ -201,26 +220,32 @@ class NonFiniteGuard(Callback):
         worst = next((one for one in steps if not math.isfinite(one.loss)), steps[0])
         is_end = self._num_in_row > self.max_skipped_steps or self._num_scaler_skips > MAX_SCALER_SKIPS
         self._records.append({"step": step.step, "processes": [as_json(one) for one in steps]})
-        path = self._folder / DIAGNOSIS_FILE
-        self._write(path, is_end)
+        self._write(is_end)
+        where = str(self._folder / DIAGNOSIS_FILE) + (", which could not be written" if self._is_refused else "")
         if is_end:
             num = max(self._num_in_row, self._num_scaler_skips)
             raise NonFiniteError(
                 f"training ends at step {step.step} of epoch {step.epoch}: loss or gradient was not finite {num} "
                 f"times in a row. None of these steps changed the weights.\n{describe(worst)}\n"
-                f"All of it: {path}\nWhat was written to {self._folder / 'checkpoints'} before is sound."
+                f"All of it: {where}\nWhat was written to {self._folder / 'checkpoints'} before is sound."
             )
         rank_zero_warn(
             f"step {step.step} of epoch {step.epoch} is skipped ({self._num_in_row} in a row, training ends after "
             f"{self.max_skipped_steps}; {self.num_skipped} in all): loss {worst.loss:.4g}, gradient norm "
-            f"{worst.gradient_norm:.4g}. Likely cause: {likely_cause(worst)[0]}. See {path}"
+            f"{worst.gradient_norm:.4g}. Likely cause: {likely_cause(worst)[0]}. See {where}"
         )
 
     @rank_zero_only
-    def _write(self, path: Path, is_end: bool) -> None:
+    def _write(self, is_end: bool) -> None:
+        is_first, self._is_refused = not self._is_refused, False
         content = {"num_skipped": self.num_skipped, "ended_training": is_end, "latest": list(self._records)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        try:
+            with whole_file(self._folder / DIAGNOSIS_FILE) as temporary:
+                temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        except ResourceError as error:  # not worth a training that is well
+            if is_first:
+                rank_zero_warn(f"{str(error).splitlines()[0]} Training goes on without.")
+            self._is_refused = True
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -272,8 +297,3 @@ def _of_all_processes(trainer: pl.Trainer, step: SkippedStep) -> list[SkippedSte
     steps: list[Any] = [None] * trainer.world_size
     dist.all_gather_object(steps, step)
     return cast(list[SkippedStep], steps)
-
-
-def _scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
-    """Return the loss scaler of fp16. The precision of one device has it under this name, and so has that of FSDP."""
-    return getattr(trainer.precision_plugin, "scaler", None)
