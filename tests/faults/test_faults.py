@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_run
@@ -160,15 +161,30 @@ def test_f03_a_second_sigterm_and_one_inside_the_save_change_nothing(
     assert newest_checkpoint(folder_of(tmp_path) / "checkpoints")[1] == 3
 
 
-def test_f04_a_second_ctrl_c_ends_the_process_at_once_and_files_stay_whole(drawn: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_f04_ctrl_c_while_stopping_ends_the_process_at_once_and_files_stay_whole(
+    first: int, drawn: Path, tmp_path: Path
+) -> None:
     child = os.fork()
     if child == 0:
-        twice = [tiny_run.send, tiny_run.send]
-        tiny_run.break_at("step", 4, lambda: [send(signal.SIGINT) for send in twice])
+        tiny_run.break_at("step", 4, lambda: [tiny_run.send(number) for number in (first, signal.SIGINT)])
         tiny_run.onestage(*tiny_run.words(drawn, tmp_path))
         os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
     assert newest_checkpoint(folder_of(tmp_path) / "checkpoints")[1] == 3  # the fourth step was not finished
+
+
+def test_f03_a_signal_that_comes_while_the_processes_agree_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = stopping.StopOnSignal(None)
+
+    def least(_: object, value: int) -> int:
+        stop._note(signal.SIGTERM, None)
+        return value
+
+    monkeypatch.setattr(stop, "_least", least)
+    assert not stop._agreed(SimpleNamespace())
+    assert stop.received == signal.SIGTERM  # the next step asks again
+    assert stop._agreed(SimpleNamespace())
 
 
 def test_f03_a_signal_in_the_evaluation_after_training_is_no_success(

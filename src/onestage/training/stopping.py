@@ -27,7 +27,7 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
     """Ends a run at the next moment that can be resumed, with a checkpoint and the exit code of the signal.
 
     A handler only notes the signal. After every batch the processes agree whether one of them has got any, so that all
-    stop after the same step, whichever was told. Ctrl-C a second time ends the process at once; files stay whole.
+    stop after the same step, whichever was told. Ctrl-C after any signal ends the process at once; files stay whole.
 
     Under SLURM, SIGUSR1 (`#SBATCH --signal=SIGUSR1@90`) also puts the job back into the queue.
 
@@ -62,8 +62,10 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
             signal.signal(signal.SIGUSR1, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            os.write(2, b"\nerror: interrupted twice; the last checkpoint is whole. Go on with --resume auto.\n")
+        if number == signal.SIGINT and self.received is not None:
+            os.write(
+                2, b"\nerror: interrupted while stopping; the last checkpoint is whole. Go on with --resume auto.\n"
+            )
             os._exit(CancelledError.exit_code)
         if self.received is None:
             self.received = number
@@ -103,7 +105,8 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
     def _agreed(self, trainer: pl.Trainer) -> bool:
         """Whether any process has received a signal; all of them get the same answer."""
         number = -self._least(trainer, -(self.received or 0))
-        self.received = number or None
+        if number:  # otherwise one may have come in the meantime
+            self.received = number
         return bool(number)
 
     def _least(self, trainer: pl.Trainer, value: int) -> int:
