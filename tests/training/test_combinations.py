@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from tiny_training import TinyData, TinyDetector, TinyDetectorWithBatchNorm, quiet_trainer
 
 from onestage.errors import ConfigError
@@ -191,6 +192,47 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, envir
     check_processes(SimpleNamespace(world_size=8, num_devices=4, num_nodes=2))
     with pytest.raises(ConfigError, match=rf"{launcher} has started 8 .*\n.*devices 4 --trainer\.num_nodes 2"):
         quiet_trainer(DetectionTrainer, None, devices=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"accumulate_grad_batches": 0}, r"accumulate_grad_batches is 0; .* at least one batch\.\nSet it to 1"),
+        ({"accumulate_grad_batches": -2}, "accumulate_grad_batches is -2"),
+        ({"gradient_clip_val": -1}, r"gradient_clip_val is -1; it must be 0 or more.*\nSet it to null"),
+        ({"gradient_clip_val": float("nan")}, "gradient_clip_val is nan"),
+    ],
+)
+def test_numbers_that_no_step_can_be_taken_with_are_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        quiet_trainer(DetectionTrainer, None, **settings)
+
+
+def test_no_clipping_has_two_names():
+    for value in (None, 0, 0.0):
+        assert not quiet_trainer(DetectionTrainer, None, gradient_clip_val=value).gradient_clip_val
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "ddp_spawn",
+        "ddp_fork",
+        "ddp_notebook",
+        "ddp_spawn_find_unused_parameters_true",
+        "ddp_fork_find_unused_parameters_false",
+        "ddp_notebook_find_unused_parameters_true",
+        DDPStrategy(start_method="spawn"),
+    ],
+)
+def test_processes_inside_the_command_are_refused(strategy):
+    with pytest.raises(ConfigError, match=r"'(spawn|fork)' inside the command.*\nSet trainer\.strategy: ddp,"):
+        quiet_trainer(DetectionTrainer, None, strategy=strategy, devices=2)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true"])
+def test_processes_of_their_own_are_not(strategy):
+    assert quiet_trainer(DetectionTrainer, None, strategy=strategy, devices=2).world_size == 2
 
 
 def test_a_process_alone_may_start_others(monkeypatch):

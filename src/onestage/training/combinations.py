@@ -5,6 +5,7 @@ import shutil
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -38,6 +39,41 @@ def check_processes(trainer: pl.Trainer) -> None:
             f"{launcher} has started {processes} processes, {per_node} on each machine, but trainer.devices x "
             f"trainer.num_nodes is {trainer.num_devices} x {trainer.num_nodes}.\n"
             f"Give --trainer.devices {per_node} --trainer.num_nodes {processes // per_node}"
+        )
+
+
+def check_values(trainer: pl.Trainer) -> None:
+    """Refuse numbers of the trainer that Lightning takes without a look.
+
+    Raises:
+        ConfigError: fewer than one batch makes a step, or gradients would be clipped to a negative length.
+    """
+    batches, clip = trainer.accumulate_grad_batches, trainer.gradient_clip_val
+    if batches < 1:
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches is {batches}; a step needs at least one batch.\n"
+            "Set it to 1 for a step after every batch."
+        )
+    if clip is not None and not clip >= 0:
+        raise ConfigError(
+            f"trainer.gradient_clip_val is {clip}; it must be 0 or more: a negative one would turn gradients round.\n"
+            "Set it to null for no clipping."
+        )
+
+
+def check_launcher(trainer: pl.Trainer) -> None:
+    """Refuse processes that are forked or spawned inside the command.
+
+    What they leave behind ends with them: the command would go on with the module and the callbacks of before.
+
+    Raises:
+        ConfigError: `trainer.strategy` starts such processes.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        method = trainer.strategy.launcher._start_method
+        raise ConfigError(
+            f"trainer.strategy starts processes by {method!r} inside the command, which does not get back what they "
+            "have trained or found.\nSet trainer.strategy: ddp, which starts the command itself once more for each process."
         )
 
 

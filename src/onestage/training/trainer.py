@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 
 from onestage.evaluation.loss_curves import FIGURE_GAMMAS, LossDistribution
-from onestage.training.combinations import check_processes
+from onestage.training.combinations import check_launcher, check_processes, check_values
 from onestage.training.loss_collector import LossCollector, report_losses
 from onestage.training.module import DetectionModule
 from onestage.training.precision import DecidedPrecision, Precision, choose_precision
@@ -73,6 +73,8 @@ class DetectionTrainer(Trainer):
             sync_batchnorm=sync_batchnorm,
             **kwargs,
         )
+        check_values(self)
+        check_launcher(self)
         check_processes(self)
 
     def losses(
