@@ -1,5 +1,8 @@
 """The batch size finder: its search on made-up memory, and a real one that leaves no trace but the number."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -171,6 +174,28 @@ def test_a_larger_batch_is_measured_as_more_memory(tmp_path):
     # The 504 images more are, as floats alone, 504 x 3 x 64 x 64 x 4 bytes = 24.8 MB.
     assert large - small > 24e6
     assert small < free_bytes(torch.device("cpu"))
+
+
+def test_processes_of_one_cpu_share_what_is_free(monkeypatch):
+    kilobytes = {"MemAvailable": 12 * 2**20, "VmRSS": 2**20}  # 12 GiB free, 1 in use
+    monkeypatch.setattr(batch_size, "_kilobytes", lambda _, key: kilobytes[key])
+    monkeypatch.setattr(batch_size, "CGROUP", Path("/nowhere"))
+    cpu = torch.device("cpu")
+    assert [free_bytes(cpu, number) / GIB for number in (1, 2, 4)] == [13, 7, 4]
+
+
+@pytest.mark.parametrize(("limit", "gib"), [(None, 0.9 * 3), (2 * GIB, 0.9 * 2)])
+def test_the_finder_takes_its_share_of_the_machine_or_what_it_was_given(monkeypatch, limit, gib):
+    limits = []
+    monkeypatch.setattr(batch_size, "free_bytes", lambda _, num_processes: 6 * GIB // num_processes)
+    monkeypatch.setattr(batch_size, "largest_batch", lambda _, limit, most: limits.append(limit) or 1)
+    module = module_with()
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), barrier=lambda _: None)
+    data = CountedData(num_images=4, batch_size=1)
+    module._trainer = SimpleNamespace(strategy=strategy, world_size=4, num_devices=2, datamodule=data)
+    AutoBatch(limit, False, print).setup(module.trainer, module, "fit")
+    weights = sum(parameter.nbytes for parameter in module.detector.parameters())
+    assert limits == [int(gib * GIB) - weights]  # of DDP's buckets
 
 
 def test_a_device_without_a_meter_is_refused():

@@ -21,6 +21,7 @@ from onestage.types import Batch, Targets
 GIB = 2**30
 SHARE = 0.9  # of the memory; the rest is for fragmentation, the loader's batches and the evaluation
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CGROUP = Path("/sys/fs/cgroup")
 PeakBytes = Callable[[int], int | None]  # of a step with so many images; None where the device ran out of memory
 
 
@@ -82,8 +83,8 @@ class AutoBatch(Callback):
     so that the run is the one that `data.batch_size` with the found number gives.
 
     Args:
-        limit: bytes that this process may use, of the device or, on a CPU, of the machine; None: what is free. A step
-            gets 0.9 of it.
+        limit: bytes that this process may use, of the device or, on a CPU, of the machine; None: what is free, on a
+            CPU in equal shares with the other processes of the machine. A step gets 0.9 of it.
         averages_weights: whether an average of the weights will be kept.
         on_choice: told the number.
 
@@ -107,7 +108,7 @@ class AutoBatch(Callback):
                 f"auto_batch measures the whole model on one device, which {type(trainer.strategy).__name__} splits.\n"
                 "Set auto_batch: false and data.batch_size, or trainer.strategy: ddp."
             )
-        limit = int(SHARE * (self.limit or free_bytes(device)))
+        limit = int(SHARE * (self.limit or self._free_bytes(trainer)))
         most = max(1, len(pl_module.data.annotations("train")) // trainer.world_size)
         pl_module.lay_out()
         with _as_it_was(pl_module.detector, device):
@@ -125,6 +126,12 @@ class AutoBatch(Callback):
             f"auto_batch: data.batch_size {batch} of each process within {limit / GIB:.2f} GiB on {device}"
             + (" (as many as there are training images)" if batch == most else "")
         )
+
+    @staticmethod
+    def _free_bytes(trainer: pl.Trainer) -> int:
+        free = free_bytes(trainer.strategy.root_device, trainer.num_devices)
+        trainer.strategy.barrier("auto_batch")  # before the first of them takes what another counts as free
+        return free
 
     def _extra_bytes(self, trainer: pl.Trainer, module: DetectionModule) -> int:
         weights = sum(parameter.nbytes for parameter in module.detector.parameters())
@@ -183,8 +190,12 @@ def _crowded_batch(module: DetectionModule, num_images: int, device: torch.devic
     return Batch(images, Targets(box.expand(num_images, rows, 4), labels), labels[:, 0], sizes)
 
 
-def free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device, num_processes: int = 1) -> int:
     """Return what this process may still use, with what it uses now.
+
+    Args:
+        device: of this process.
+        num_processes: of this run on this machine, which on a CPU share what is free.
 
     Raises:
         ConfigError: there is no way to find out.
@@ -195,8 +206,9 @@ def free_bytes(device: torch.device) -> int:
         free = [int(_kilobytes(Path("/proc/meminfo"), "MemAvailable")) * 1024]
         for name in ("memory.max", "memory.current"):
             with contextlib.suppress(OSError, ValueError):  # "max": no limit
-                free.append(int((Path("/sys/fs/cgroup") / name).read_text()))
-        return (min(free[0], max(0, free[1] - free[2])) if len(free) == 3 else free[0]) + _resident_bytes()
+                free.append(int((CGROUP / name).read_text()))
+        all_free = min(free[0], max(0, free[1] - free[2])) if len(free) == 3 else free[0]
+        return all_free // num_processes + _resident_bytes()
     raise ConfigError(f"auto_batch cannot measure memory on {device}.\nSet auto_batch: false and data.batch_size.")
 
 

@@ -73,7 +73,7 @@ def check_launcher(trainer: pl.Trainer) -> None:
         method = trainer.strategy.launcher._start_method
         raise ConfigError(
             f"trainer.strategy starts processes by {method!r} inside the command, which does not get back what they "
-            "have trained or found.\nSet trainer.strategy: ddp, which starts the command itself once more for each process."
+            "have trained or found.\nSet trainer.strategy: ddp, which starts the command anew for each process."
         )
 
 
