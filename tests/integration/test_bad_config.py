@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import yaml
 from command_line import run
 
 from onestage.errors import ConfigError
+from onestage.training.checkpoints import BestCheckpoint
 from onestage.training.messages import check_config_file
+from onestage.training.module import DetectionModule
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str:
@@ -52,6 +55,9 @@ def test_row_60_a_misspelt_key_is_named_with_the_one_that_was_meant(
         (["--model.detector.score_threshold", "2"], "score_threshold"),
         (["--last_checkpoint.every_n_steps", "-1"], "last_checkpoint.every_n_steps is -1"),
         (["--ema.decay", "1"], "ema.decay"),
+        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches is 0"),
+        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val is -1"),
+        (["--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], "Set trainer.strategy: ddp"),
     ],
 )
 def test_row_61_a_value_of_the_wrong_type_or_range_stops_before_anything_is_trained(
@@ -191,6 +197,23 @@ def test_row_65_what_is_not_there_is_named(
     capsys: pytest.CaptureFixture[str], fast_options: list[str], tmp_path: Path, options: list[str], named: str
 ) -> None:
     assert named in complaint(capsys, "fit", *fast_options, *options, "--runs_dir", str(tmp_path / "runs"))
+
+
+def test_row_65_a_metric_that_no_validation_logs_is_named_before_an_epoch_is_trained(
+    capsys: pytest.CaptureFixture[str], fast_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DetectionModule, "training_step", lambda *_: pytest.fail("trained"))
+    options = ["--best_checkpoint.monitor", "val/map", "--runs_dir", str(tmp_path / "runs")]
+    text = complaint(capsys, "fit", *fast_options, *options)
+    assert "best_checkpoint.monitor is val/map, which the validation does not log" in text
+    assert ", val/mAP," in text
+    assert "val/loss" in text
+
+
+@pytest.mark.parametrize("monitor", ["val/AP50", "train/loss", "val/my_own"])
+def test_row_65_a_metric_of_the_validation_or_of_the_users_own_is_not_refused(monitor: str) -> None:
+    trainer = SimpleNamespace(callback_metrics={"val/AP50": 0.0, "val/my_own": 0.0, "lr": 0.0})
+    BestCheckpoint(monitor).on_sanity_check_end(trainer, None)
 
 
 def test_row_66_a_run_folder_that_is_a_file_is_named(

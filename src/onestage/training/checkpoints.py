@@ -40,6 +40,20 @@ class BestCheckpoint(ModelCheckpoint):
     def __init__(self, monitor: str = "val/mAP", mode: str = "max", dirpath: str | None = None) -> None:
         super().__init__(dirpath=dirpath, filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
 
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look for the metric where it costs no epoch: the validation before training logs all there are.
+
+        Raises:
+            ConfigError: it is one of the validation and was not logged.
+        """
+        logged = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+        if logged and str(self.monitor).startswith("val/") and self.monitor not in logged:
+            raise ConfigError(
+                f"best_checkpoint.monitor is {self.monitor}, which the validation does not log.\n"
+                f"Set it to one of {', '.join(logged)}. For one that is logged only once training has begun, set "
+                "trainer.num_sanity_val_steps: 0."
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the best checkpoint of the run that is resumed, as a copy in this run's folder.
 
