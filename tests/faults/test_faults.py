@@ -303,7 +303,7 @@ def small_disk() -> Iterator[Path]:
 
 
 def checkpoint_of(megabytes: float, step: int = 1) -> dict[str, object]:
-    ours = {"schema": 1, "class_names": ["a"], "category_ids": [1]}
+    ours = {"schema": 1, "detector": "any", "image_size": 64, "class_names": ["a"], "category_ids": [1]}
     return {"state_dict": {"weight": torch.zeros(int(megabytes * 250_000))}, "global_step": step, "onestage": ours}
 
 
