@@ -74,6 +74,18 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file so that `target` stands for all of it at every moment.
+
+    Raises:
+        ResourceError: the disk is full, or the folder refuses; the file that had this name is untouched.
+    """
+    with whole_file(target) as temporary, source.open("rb") as original, temporary.open("wb") as copy:
+        shutil.copyfileobj(original, copy)
+        copy.flush()
+        os.fsync(copy.fileno())
+
+
 def keep_previous(path: Path, previous: Path) -> None:
     """Give the file at `path` a second name before a newer one takes its first. At no time is there none."""
     if not path.is_file():

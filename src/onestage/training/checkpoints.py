@@ -1,16 +1,17 @@
 """Which checkpoints a run keeps, and what is in them beside Lightning's own."""
 
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
-from onestage.errors import ConfigError, DataError
+from onestage.errors import CheckpointError, ConfigError, DataError
 from onestage.evaluation.report import installed_versions
-from onestage.training.checkpoint_io import keep_previous, require_writable
+from onestage.training.checkpoint_files import read_checkpoint
+from onestage.training.checkpoint_io import copy_whole, keep_previous, require_writable
 from onestage.training.fingerprint import fingerprints
 from onestage.training.module import CHECKPOINT_KEY, DetectionModule
 from onestage.training.save_points import (
@@ -25,7 +26,7 @@ from onestage.training.save_points import (
 )
 from onestage.types import JSONDict
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -38,7 +39,22 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, monitor: str = "val/mAP", mode: str = "max", dirpath: str | None = None) -> None:
-        super().__init__(dirpath=dirpath, filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
+        super().__init__(
+            dirpath=dirpath, filename=Path(BEST).stem, monitor=monitor, mode=mode, enable_version_counter=False
+        )
+        self._inherited: Path | None = None  # the best checkpoint of the run that is resumed
+        self._copies = False
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Look for the best checkpoint of the run that is resumed; all processes go by what the first one finds."""
+        self._copies = trainer.is_global_zero
+        best = None
+        if trainer.is_global_zero and is_training(trainer):
+            state = checkpoint["callbacks"].get(self.state_key)
+            best = _stored_best(state, Path(str(trainer.ckpt_path)).parent, Path(str(self.dirpath)))
+        self._inherited = trainer.strategy.broadcast(best)
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look for the metric where it costs no epoch: the validation before training logs all there are.
@@ -59,13 +75,11 @@ class BestCheckpoint(ModelCheckpoint):
 
         Lightning forgets the best score when the folder changes: the first validation after a resume would win.
         """
-        best = Path(state_dict["best_model_path"])
-        if self.dirpath is None or not best.is_file():
-            return  # its file is gone, so its score is nothing to go by
-        copy = Path(self.dirpath) / best.name
-        if rank_zero_only.rank == 0 and copy.resolve() != best.resolve():  # type: ignore[attr-defined]
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(best, copy)
+        if self._inherited is None:
+            return  # without its file, its score is nothing to go by
+        copy = Path(str(self.dirpath)) / BEST
+        if self._copies and copy.resolve() != self._inherited.resolve():
+            copy_whole(self._inherited, copy)
         score = state_dict["best_model_score"]
         ours = {
             "dirpath": str(self.dirpath),
@@ -76,7 +90,31 @@ class BestCheckpoint(ModelCheckpoint):
             "last_model_path": "",
         }
         super().load_state_dict({**state_dict, **ours})
-        self.current_score = state_dict["current_score"]  # which Lightning leaves out
+        self.current_score = state_dict.get("current_score")  # which Lightning leaves out
+
+
+def _stored_best(state: object, beside: Path, own: Path) -> Path | None:
+    """Return the best checkpoint that a run knew of, in the folder of the checkpoint that is resumed or in our own.
+
+    The stored path is that of the machine and the day on which it was written, and a checkpoint from somewhere may
+    name any file that this user can read: it is followed into these two folders only.
+    """
+    score = state.get("best_model_score") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not isinstance(score, Tensor) or score.numel() != 1:
+        return None  # nothing was validated before it was written
+    stored = Path(str(state.get("best_model_path") or ""))
+    best = stored if stored.parent in (beside, own) else beside / BEST
+    try:
+        if stored.name != BEST:
+            raise CheckpointError(f"a path to {BEST} is expected, not {str(stored)!r}.")
+        read_checkpoint(best)
+    except (CheckpointError, OSError) as error:
+        said = str(error).partition("\n")[0]
+        rank_zero_info(
+            f"resume: the best checkpoint so far is not taken over, so the next one will be the best: {said}"
+        )
+        return None
+    return best
 
 
 class LastCheckpoint(Checkpoint):
@@ -115,6 +153,18 @@ class LastCheckpoint(Checkpoint):
         writes = stage == "fit" and trainer.is_global_zero and not is_dry(trainer)
         if writes and (self.every_n_epochs or self.every_n_steps):
             require_writable(self.path.parent)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Begin with the state of another run that is gone on from: killed before its first save, this one has that.
+
+        Every callback is asked this before `BestCheckpoint` brings an older state into the folder.
+        """
+        resumed = Path(str(trainer.ckpt_path))
+        if trainer.is_global_zero and is_training(trainer) and resumed.resolve().parent != self.path.resolve().parent:
+            keep_previous(self.path, self.path.with_name(PREVIOUS))
+            copy_whole(resumed, self.path)
 
     def save(self, trainer: pl.Trainer, *, before_validation: bool = False) -> None:
         """Write the state of this moment, which must be one of those of `save_points`, unless it has been written.
