@@ -115,3 +115,17 @@ def test_what_lies_beside_a_checkpoint_and_is_none_is_left_there_with_a_message(
     assert "the best checkpoint so far is not taken over" in capsys.readouterr().err
     _, state = and_its_best(tmp_path / "runs" / "tiny" / "version_0" / "checkpoints" / "last.ckpt")
     assert state["best_model_path"] == ""
+
+
+def test_a_run_with_weights_alone_has_nothing_to_go_on_from(drawn: Path, tmp_path: Path) -> None:
+    """They are written by a callback of the user's own; the first last.ckpt was to come after step 8."""
+    own = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.save_weights_only"]
+    options = [*own, "true", "--trainer.callbacks.every_n_train_steps", "1", "--last_checkpoint.every_n_steps", "0"]
+    command = tiny_run.words(drawn, tmp_path, *options, "--resume", "auto", "--trainer.max_steps", "9")
+    killed_at("step", 3, command)
+    (killed,) = tmp_path.glob("tiny/version_*")
+    assert list((killed / "checkpoints").glob("*.ckpt")) != []
+    assert tiny_run.onestage(*command) == 0
+    assert (tmp_path / "tiny" / "version_1" / "checkpoints" / "last.ckpt").is_file()
+    words = tiny_run.words(drawn, tmp_path / "other", "--resume", str(killed))
+    assert tiny_run.onestage(*words) == 2

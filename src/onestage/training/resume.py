@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -64,8 +65,10 @@ def find_checkpoint(resume: str, ckpt_path: str | None, config: JSONDict) -> Res
         return _find_run(Path(config["runs_dir"]) / config["experiment"], config)
     folder = Path(word) / "checkpoints"
     if folder.is_dir():
-        checkpoint, step = newest_checkpoint(folder)
-        return Resumed(checkpoint, None, step)
+        newest = newest_checkpoint(folder)
+        if newest is None:
+            raise CheckpointError(f"{folder} has no checkpoint to go on from.\nBegin again with --resume none.")
+        return Resumed(newest[0], None, newest[1])
     return Resumed(Path(word), None, int(read_checkpoint(word)["global_step"]))
 
 
@@ -74,8 +77,9 @@ def _find_run(experiment_folder: Path, config: JSONDict) -> Resumed | None:
     folders = [path for path in experiment_folder.glob("version_*") if version_of(path) >= 0]
     for folder in sorted(folders, key=version_of, reverse=True):
         difference = _difference(folder / "config.yaml", config)
-        if difference is None and any((folder / "checkpoints").glob("*.ckpt")):
-            checkpoint, step = newest_checkpoint(folder / "checkpoints")
+        newest = newest_checkpoint(folder / "checkpoints") if difference is None else None
+        if newest is not None:
+            checkpoint, step = newest
             rank_zero_info(f"resume auto: going on in {folder} from {checkpoint.name} (optimizer step {step})")
             return Resumed(checkpoint, folder, step)
         rank_zero_info(f"resume auto: not {folder}, because {difference or 'it has no checkpoint'}")
@@ -83,15 +87,18 @@ def _find_run(experiment_folder: Path, config: JSONDict) -> Resumed | None:
     return None
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, int]:
+def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
     """Return the whole checkpoint with the highest step and that step; name the damaged ones that would have been it.
 
-    By the step that is stored inside: the time of a file says when it was copied or what a wrong clock showed.
+    By the step that is stored inside: the time of a file says when it was copied or what a wrong clock showed. None
+    if there is none, those aside that hold weights alone, as a ModelCheckpoint of the user's own may write them.
 
     Raises:
         CheckpointError: none is whole.
     """
-    files = sorted(folder.glob("*.ckpt"), key=_preference)
+    files = sorted((file for file in folder.glob("*.ckpt") if not _holds_weights_alone(file)), key=_preference)
+    if not files:
+        return None
     steps = {file: stored_step(file) for file in files}
     problems = []
     unread = [file for file in files if steps[file] < 0]  # first, only to be named
@@ -105,6 +112,13 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int]:
     raise CheckpointError(
         f"no checkpoint in {folder} can be used:\n  " + "\n  ".join(problems) + "\nBegin again with --resume none."
     )
+
+
+def _holds_weights_alone(file: Path) -> bool:
+    try:
+        return "optimizer_states" not in torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # whatever is wrong with it, `read_checkpoint` will say when it is this file's turn
+        return False
 
 
 def require_resumable(
