@@ -52,7 +52,13 @@ def and_its_best(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.mark.parametrize(("where", "count"), [("replace", 3), ("step", 1)])
 def test_a_kill_before_the_first_save_in_a_new_folder_loses_no_step(
-    where: str, count: int, stopped: Path, drawn: Path, uninterrupted: Callable[..., Path], tmp_path: Path
+    where: str,
+    count: int,
+    stopped: Path,
+    drawn: Path,
+    uninterrupted: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Before best.ckpt has its name (the third one taken, after the trial of the folder and last.ckpt), or after."""
     killed_at(where, count, tiny_run.words(drawn, tmp_path, "--resume", str(stopped)))
@@ -60,6 +66,7 @@ def test_a_kill_before_the_first_save_in_a_new_folder_loses_no_step(
     files = {file.name: step(file) for file in (folder / "checkpoints").glob("*.ckpt")}
     assert files == ({"last.ckpt": 12} if where == "replace" else {"last.ckpt": 12, "best.ckpt": 8})
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--resume", "auto")) == 0
+    assert "the optimizer takes" not in capsys.readouterr().err
     assert list(tmp_path.glob("tiny/version_*")) == [folder]
     assert list(folder.rglob("*.tmp")) == []
     whole, resumed = tiny_run.final_state(uninterrupted()), tiny_run.final_state(folder)
@@ -129,3 +136,31 @@ def test_a_run_with_weights_alone_has_nothing_to_go_on_from(drawn: Path, tmp_pat
     assert (tmp_path / "tiny" / "version_1" / "checkpoints" / "last.ckpt").is_file()
     words = tiny_run.words(drawn, tmp_path / "other", "--resume", str(killed))
     assert tiny_run.onestage(*words) == 2
+
+
+def rates(group: dict[str, Any]) -> tuple[float, ...]:
+    return tuple(group[key] for key in ("initial_lr", "lr", "weight_decay"))
+
+
+def test_the_optimizer_of_a_checkpoint_does_not_override_the_configuration(
+    stopped: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a warm-up of 3 steps, step 12 is half of the way to step 21, where the cosine is 1/2."""
+    words = tiny_run.words(drawn, tmp_path, "--resume", str(stopped), "--trainer.max_steps", "21")
+    new = ["--model.optimizer.init_args.lr=0.5", "--model.optimizer.init_args.weight_decay=0.3"]
+    seen: list[list[tuple[float, ...]]] = []
+
+    def see(module: DetectionModule, *_: object) -> None:
+        seen.append([rates(group) for group in module.trainer.optimizers[0].param_groups])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DetectionModule, "on_train_batch_start", see)
+        assert tiny_run.onestage(*words, *new, "--model.schedule.kind", "cosine", "--trainer.max_epochs", "3") == 0
+    lr = pytest.approx(0.5 * 0.5)
+    assert seen[0] == [(0.5, lr, 0.3), (0.5, lr, 0.0)]
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "the optimizer takes" in line)
+    assert "lr 0.002 -> 0.5, lr at step 12" in line
+    assert "weight_decay 0.01 -> 0.3" in line
+    last = torch.load(tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert [rates(group)[::2] for group in last["optimizer_states"][0]["param_groups"]] == [(0.5, 0.3), (0.5, 0.0)]
+    assert last["lr_schedulers"][0]["base_lrs"] == [0.5, 0.5]

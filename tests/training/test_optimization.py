@@ -1,5 +1,6 @@
 """What an optimizer is given, the learning rate of a larger batch, and what accumulated batches add up to."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from onestage.errors import ConfigError
 from onestage.training.module import DetectionModule
-from onestage.training.optimization import decayed_parameters, parameter_groups, scale_learning_rate
+from onestage.training.optimization import decayed_parameters, hyper_parameters, parameter_groups, scale_learning_rate
 from onestage.training.schedule import WarmupSchedule
 from onestage.training.trainer import DetectionTrainer
 
@@ -86,6 +87,39 @@ def test_the_schedule_starts_from_the_scaled_learning_rate(tmp_path) -> None:
     (group, _) = trainer.optimizers[0].param_groups
     assert group["initial_lr"] == pytest.approx(0.03)
     assert group["lr"] == pytest.approx(0.03 * 0.75)  # step 1 of a warm-up from 0.5 to 1 in 2 steps
+
+
+class OneCycle(DetectionModule):
+    """A user's own, whose schedule drives the momentum too."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()["optimizer"]
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def groups_of(module: DetectionModule) -> list[dict[str, object]]:
+    (optimizer,) = module.trainer.optimizers
+    return hyper_parameters(optimizer)
+
+
+@pytest.mark.parametrize("kind", [DetectionModule, OneCycle])
+def test_a_resumed_run_of_the_same_configuration_has_the_hyper_parameters_of_the_step_it_stopped_at(
+    tmp_path, kind: type[DetectionModule]
+) -> None:
+    def module() -> DetectionModule:
+        optimizer = partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=0.1)
+        return kind(TinyDetector(num_classes=2), optimizer, WarmupSchedule(kind="constant", warmup_steps=7))
+
+    stopped, resumed, seen = module(), module(), []
+    trainer = quiet_trainer(DetectionTrainer, tmp_path, max_epochs=1)
+    trainer.fit(stopped, datamodule=TinyData(num_images=6, batch_size=2))
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    resumed.on_train_batch_start = lambda *_: seen.append(groups_of(resumed))
+    other = quiet_trainer(DetectionTrainer, tmp_path, max_epochs=2)
+    other.fit(resumed, datamodule=TinyData(num_images=6, batch_size=2), ckpt_path=tmp_path / "stopped.ckpt")
+    assert seen[0] == groups_of(stopped)
+    assert seen[0][0]["lr"] != 0.02
 
 
 class Micro(TinyData):

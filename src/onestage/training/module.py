@@ -13,7 +13,14 @@ from torch.optim import Optimizer
 from onestage.errors import ConfigError
 from onestage.evaluation.coco import CocoEvaluator, in_original_pixels
 from onestage.training.combinations import check_batch_norm, check_compiler, check_optimizer
-from onestage.training.optimization import clip_gradients, decayed_parameters, parameter_groups, scale_learning_rate
+from onestage.training.optimization import (
+    clip_gradients,
+    decayed_parameters,
+    hold_to,
+    hyper_parameters,
+    parameter_groups,
+    scale_learning_rate,
+)
 from onestage.training.schedule import WarmupSchedule
 from onestage.training.strategies import clips_by_itself, shards_parameters
 from onestage.training.weighted_mean import WeightedMean
@@ -69,6 +76,8 @@ class DetectionModule(pl.LightningModule):
         self.compile_detector = compile
         self.reference_batch_size = reference_batch_size
         self._decayed = decayed_parameters(detector)
+        self._configured: list[dict[str, Any]] = []  # the hyper-parameters of the optimizer as it was built
+        self._scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
         self.loss_means = nn.ModuleDict({name: WeightedMean() for name in ("loss", "classification_loss", "box_loss")})
         self.evaluator: CocoEvaluator | None = None
         self.metrics: Metrics = {}
@@ -204,8 +213,16 @@ class DetectionModule(pl.LightningModule):
         check_optimizer(self.trainer, optimizer)
         if self.reference_batch_size is not None:
             scale_learning_rate(optimizer, self.trainer, self.data.batch_size, self.reference_batch_size)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        self._configured = hyper_parameters(optimizer)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Hold to the configured optimizer and schedule where a checkpoint has brought along those of its own run."""
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        # One of a subclass may drive the momentum, or keep what it needs in the groups: that is left as it was saved.
+        if self._scheduler is not None and self.trainer.ckpt_path is not None and schedulers == [self._scheduler]:
+            hold_to(self._configured, self._scheduler)
 
     def make_optimizer(self) -> Optimizer:
         """Return the configured optimizer over the detector's parameters, with its learning rate as configured.

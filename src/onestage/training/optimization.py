@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Iterable
+from copy import deepcopy
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 WRAPPERS = re.compile(r"_(fsdp_wrapped|checkpoint_wrapped)_module\.")  # what torch's wrappers add to a name
 
@@ -54,6 +57,39 @@ def scale_learning_rate(optimizer: Optimizer, trainer: pl.Trainer, batch_size: i
         f"learning rate: {before:g} x {images} / {reference} = {before * factor:g} "
         f"({parts}; model.reference_batch_size: {reference})"
     )
+
+
+def hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return what each parameter group holds beside its parameters."""
+    groups = optimizer.param_groups
+    return [{key: deepcopy(value) for key, value in group.items() if key != "params"} for group in groups]
+
+
+def hold_to(configured: list[dict[str, Any]], scheduler: LambdaLR) -> None:
+    """Undo what a checkpoint has changed in an optimizer and its schedule beside their state, and say what that was.
+
+    torch stores the hyper-parameters of an optimizer with its momentum, and the rates of a schedule with its step. Once
+    loaded they would stand in the place of those that the run was told to have. The same ones are left alone.
+
+    Args:
+        configured: `hyper_parameters` of the optimizer as it was built.
+        scheduler: of that optimizer, at the step where the run goes on.
+    """
+    optimizer, step = scheduler.optimizer, scheduler.last_epoch
+    names = {"initial_lr": "lr", "lr": f"lr at step {step}"}
+    changes: dict[str, str] = {}
+    for group, built, factor in zip(optimizer.param_groups, configured, scheduler.lr_lambdas, strict=True):
+        wanted = {"initial_lr": built["lr"], **built, "lr": built["lr"] * factor(step)}
+        for key, value in wanted.items():
+            if key not in group or group[key] != value:
+                changes[f"{names.get(key, key)} {group.get(key)} -> {value}"] = key
+                group[key] = value
+    if changes:
+        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+        rank_zero_info(f"resume: the optimizer takes these values of the configuration: {', '.join(changes)}")
+    if {"fused", "capturable"} & set(changes.values()):  # which want the counts of steps on another device
+        optimizer.load_state_dict(optimizer.state_dict())
 
 
 def clip_gradients(trainer: pl.Trainer, optimizer: Optimizer, limit: float, algorithm: str | None) -> None:
