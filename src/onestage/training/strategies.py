@@ -14,6 +14,10 @@ def clips_by_itself(strategy: Strategy) -> bool:
 
 
 def writes_whole_files(strategy: object) -> bool:
-    """Say whether the strategy leaves the writing of a checkpoint to one process: the others write parts in folders."""
+    """Say whether the strategy leaves the writing of a checkpoint to one process: the others write parts in folders.
+
+    strategy: as configured, a name or an object. FSDP gathers the weights in one file, unless it is told not to.
+    """
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    return not any(word in name.lower() for word in ("fsdp", "deepspeed", "modelparallel"))
+    in_parts = getattr(strategy, "_state_dict_type", "full") == "sharded"
+    return not in_parts and not any(word in name.lower() for word in ("deepspeed", "modelparallel"))
