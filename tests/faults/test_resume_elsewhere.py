@@ -164,3 +164,26 @@ def test_the_optimizer_of_a_checkpoint_does_not_override_the_configuration(
     last = torch.load(tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
     assert [rates(group)[::2] for group in last["optimizer_states"][0]["param_groups"]] == [(0.5, 0.3), (0.5, 0.0)]
     assert last["lr_schedulers"][0]["base_lrs"] == [0.5, 0.5]
+
+
+def test_a_run_goes_on_with_its_data_in_another_folder(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(root: Path) -> list[str]:
+        options = ["--data.class_path", "onestage.data.COCODataModule"]
+        for split in ("train", "val"):
+            options += [f"--data.{split}_annotations", str(root / "annotations" / f"instances_{split}.json")]
+            options += [f"--data.{split}_images", str(root / "JPEGImages")]
+        drop = {"--data.num_train", "--data.num_val", "--data.draw_seed"}
+        words = iter(tiny_run.words(root, tmp_path / "runs", *options, "--resume", "auto", "--trainer.max_steps", "4"))
+        return [word for word in words if word not in drop or not next(words)]
+
+    killed_at("step", 3, command(drawn))
+    moved = tmp_path / "moved"
+    shutil.copytree(drawn, moved)
+    assert tiny_run.onestage(*command(moved)) == 0
+    (folder,) = (tmp_path / "runs").glob("tiny/version_*")
+    assert step(folder / "checkpoints" / "last.ckpt") == 4
+    shutil.copy(moved / "annotations" / "instances_val.json", moved / "annotations" / "instances_train.json")
+    assert tiny_run.onestage(*command(moved)) == 2
+    assert "--allow_data_change true, or begin a new run by --resume none" in capsys.readouterr().err

@@ -28,7 +28,9 @@ DECISIVE_IN_TRAINER = (
     "check_val_every_n_epoch", "val_check_interval",
 )  # fmt: skip
 BATCH_SIZE = "data.init_args.batch_size"
-INDECISIVE_IN_DATA = ("num_workers", "prefetch_factor", "predict_dir", "worker_timeout_seconds")
+# Where the data lies is left out: whether it is the same the fingerprints in the checkpoint tell.
+INDECISIVE_IN_DATA = ("root", "num_workers", "prefetch_factor", "predict_dir", "worker_timeout_seconds")
+PATHS_IN_DATA = ("_annotations", "_images")  # keys with these ends: of the path, only the last name counts
 
 
 class Resumed(NamedTuple):
@@ -178,7 +180,8 @@ def _require_same_data(path: Path, saved: JSONDict, now: dict[str, str]) -> None
         if then != now[key]:
             raise CheckpointError(
                 f"the training {problem.format(path)} (fingerprint {now[key]}, then {then}).\n"
-                "Put them back, or go on with the new ones by --allow_data_change true."
+                "Put them back, or go on with the new ones by --allow_data_change true, or begin a new run by --resume "
+                "none."
             )
 
 
@@ -216,7 +219,9 @@ def _decisive(config: JSONDict) -> JSONDict:
     chosen["trainer"] = {key: (config.get("trainer") or {}).get(key) for key in DECISIVE_IN_TRAINER}
     data: dict[str, Any] = dict(config.get("data") or {})
     data["init_args"] = {
-        key: value for key, value in (data.get("init_args") or {}).items() if key not in INDECISIVE_IN_DATA
+        key: Path(value).name if key.endswith(PATHS_IN_DATA) and isinstance(value, str) else value
+        for key, value in (data.get("init_args") or {}).items()
+        if key not in INDECISIVE_IN_DATA
     }
     return {**chosen, "data": data}
 
