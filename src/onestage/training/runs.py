@@ -1,6 +1,7 @@
 """Where a run writes: runs/<experiment>/version_<n>/, and that nobody else does."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -10,10 +11,11 @@ from typing import IO
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from onestage.errors import ConfigError, RunInUseError
-from onestage.training.checkpoint_io import sweep
+from onestage.errors import ConfigError, ResourceError, RunInUseError
+from onestage.training.checkpoint_io import OUT_OF_SPACE, sweep
 
 LOCK_FILE = ".lock"
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, *OUT_OF_SPACE)  # by the machine; anything else is a wrong path
 
 _held: dict[Path, IO[str]] = {}  # the lock of a folder goes when its file is closed, and that is when the process ends
 
@@ -25,7 +27,8 @@ def new_run_folder(runs_dir: str, experiment: str, *, num_nodes: int = 1) -> Pat
     process asks the first one for its folder when they are connected.
 
     Raises:
-        ConfigError: the folder cannot be made or written.
+        ResourceError: the folder may not be made or written, or the disk is full.
+        ConfigError: there can be no folder of that name.
     """
     folder = Path(runs_dir) / experiment
     if not _is_first_process(num_nodes):
@@ -40,6 +43,7 @@ def take_run_folder(folder: Path, *, num_nodes: int = 1) -> None:
 
     Raises:
         RunInUseError: it has not ended.
+        ResourceError: it may not be written.
     """
     if _is_first_process(num_nodes):
         _lock(folder)
@@ -64,15 +68,23 @@ def _claim(experiment_folder: Path) -> Path:
             except FileExistsError:
                 version += 1
     except OSError as error:
-        raise ConfigError(
-            f"the run folder {experiment_folder} cannot be written: {error.strerror or error}.\n"
-            "Set --runs_dir to a folder where you may write."
-        ) from error
+        raise _refusal(experiment_folder, error) from error
+
+
+def _refusal(folder: Path, error: OSError) -> ResourceError | ConfigError:
+    kind = ResourceError if error.errno in REFUSED else ConfigError
+    return kind(
+        f"the run folder {folder} cannot be written: {error.strerror or error}.\n"
+        "Set --runs_dir to a folder where you may write."
+    )
 
 
 def _lock(folder: Path) -> None:
     """Hold the folder until this process ends, however it ends: the system takes the lock back, so none gets stale."""
-    file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+    try:
+        file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise _refusal(folder, error) from error
     try:
         # Not flock: a worker process of the loader would inherit that one and hold it beyond its parent's death.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
