@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -28,6 +27,7 @@ DECISIVE_IN_TRAINER = (
     "check_val_every_n_epoch", "val_check_interval",
 )  # fmt: skip
 BATCH_SIZE = "data.init_args.batch_size"
+OPTIMIZER = "optimizer_states"  # Lightning's key, in every checkpoint but those of weights alone
 # Where the data lies is left out: whether it is the same the fingerprints in the checkpoint tell.
 INDECISIVE_IN_DATA = ("root", "num_workers", "prefetch_factor", "predict_dir", "worker_timeout_seconds")
 PATHS_IN_DATA = ("_annotations", "_images")  # keys with these ends: of the path, only the last name counts
@@ -98,29 +98,25 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
     Raises:
         CheckpointError: none is whole.
     """
-    files = sorted((file for file in folder.glob("*.ckpt") if not _holds_weights_alone(file)), key=_preference)
-    if not files:
-        return None
+    files = sorted(folder.glob("*.ckpt"), key=_preference)
     steps = {file: stored_step(file) for file in files}
     problems = []
     unread = [file for file in files if steps[file] < 0]  # first, only to be named
     by_step = sorted(set(files) - set(unread), key=lambda one: (-steps[one], _preference(one)))
     for file in [*unread, *by_step]:
         try:
-            return file, int(read_checkpoint(file)["global_step"])
+            checkpoint = read_checkpoint(file)
         except CheckpointError as error:
             problems.append(str(error).partition("\n")[0])
             rank_zero_info(f"resume: {problems[-1]} Falling back to the one before it.")
+            continue
+        if OPTIMIZER in checkpoint:
+            return file, int(checkpoint["global_step"])
+    if not problems:
+        return None
     raise CheckpointError(
         f"no checkpoint in {folder} can be used:\n  " + "\n  ".join(problems) + "\nBegin again with --resume none."
     )
-
-
-def _holds_weights_alone(file: Path) -> bool:
-    try:
-        return "optimizer_states" not in torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # whatever is wrong with it, `read_checkpoint` will say when it is this file's turn
-        return False
 
 
 def require_resumable(
@@ -135,7 +131,7 @@ def require_resumable(
     """
     load_weights(module, path, data.class_names)
     checkpoint = read_checkpoint(path)
-    if "optimizer_states" not in checkpoint:
+    if OPTIMIZER not in checkpoint:
         raise CheckpointError(
             f"{path} holds weights alone, without the optimizer and the progress of a run.\n"
             "Resume from a last.ckpt; to begin a new run from weights see model.detector.init_args.pretrained."
@@ -157,7 +153,7 @@ def _require_same_kind(path: Path, checkpoint: JSONDict, strategy: Strategy) -> 
 
     It is numbered through our two parameter groups, but under a strategy that splits weights through the model.
     """
-    groups = [group["params"] for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
+    groups = [group["params"] for state in checkpoint[OPTIMIZER] for group in state["param_groups"]]
     numbers = [number for group in groups for number in group]
     is_split = numbers != sorted(numbers)
     if sum(map(bool, groups)) > 1 and is_split != shards_parameters(strategy):  # of one group the order is the same
