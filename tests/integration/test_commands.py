@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import cv2
@@ -102,6 +103,7 @@ def test_resuming_keeps_the_best_checkpoint_until_a_better_one_comes(trained: Pa
     (best,) = [state for state in checkpoint["callbacks"].values() if state.get("monitor") == "val/mAP"]
     best["best_model_score"] = torch.tensor(0.99)  # nothing that this run finds is better
     torch.save(checkpoint, last)
+    shutil.copy(trained / "checkpoints" / "best.ckpt", tmp_path)
     options = ["--ckpt_path", str(last), "--trainer.max_epochs", "2", "--runs_dir", str(tmp_path / "runs")]
     assert run("fit", "--config", str(trained / "config.yaml"), *options) == 0
     (kept,) = tmp_path.glob("runs/*/*/checkpoints/best.ckpt")
