@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import golden
 import pytest
 import tiny_run
 import torch
@@ -303,8 +304,9 @@ def small_disk() -> Iterator[Path]:
 
 
 def checkpoint_of(megabytes: float, step: int = 1) -> dict[str, object]:
-    ours = {"schema": 1, "detector": "any", "image_size": 64, "class_names": ["a"], "category_ids": [1]}
-    return {"state_dict": {"weight": torch.zeros(int(megabytes * 250_000))}, "global_step": step, "onestage": ours}
+    """The state of a training, of the size that is asked for."""
+    whole = torch.load(golden.GOLDEN / "0.1.0.ckpt", weights_only=True)
+    return {**whole, "state_dict": {"weight": torch.zeros(int(megabytes * 250_000))}, "global_step": step}
 
 
 def test_f08_a_full_disk_is_named_and_the_previous_checkpoint_is_whole(small_disk: Path) -> None:
