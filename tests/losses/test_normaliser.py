@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.distributed as dist
 from torch.testing import assert_close
 
 from onestage.errors import ConfigError
@@ -30,6 +31,43 @@ def test_evaluation_divides_by_its_own_number_and_leaves_the_mean_alone() -> Non
     normaliser(positives(10), is_training=True)
     assert normaliser(positives(3), is_training=False) == 3
     assert normaliser.running_mean == 10
+
+
+def of_processes(
+    monkeypatch: pytest.MonkeyPatch, numbers: tuple[int, ...], momentum: float = 0.0, steps: int = 1
+) -> list[torch.Tensor]:
+    """What each of so many processes, with these numbers of positives, divides by in the last of some equal steps."""
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: True)
+        patch.setattr(dist, "get_world_size", lambda: len(numbers))
+        patch.setattr(dist, "all_reduce", lambda count: count.fill_(sum(numbers)))
+        found = []
+        for number in numbers:
+            normaliser = PositiveNormaliser(momentum)
+            found.append([normaliser(positives(number), is_training=True) for _ in range(steps)][-1])
+        return found
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [((3, 1), 2.0), ((1, 0), 0.5), ((0, 0), 0.5), ((1, 0, 0, 0), 0.25), ((0, 0, 2, 1), 0.75)],
+)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_processes_divide_by_their_share_of_all_positives_of_which_there_is_at_least_one(
+    monkeypatch: pytest.MonkeyPatch, numbers: tuple[int, ...], expected: float, momentum: float
+) -> None:
+    for count in of_processes(monkeypatch, numbers, momentum, steps=2):
+        assert_close(count, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("numbers", [(4, 2), (1, 0), (0, 0)])
+def test_two_processes_average_to_the_loss_of_one_with_the_images_of_both(
+    monkeypatch: pytest.MonkeyPatch, numbers: tuple[int, int]
+) -> None:
+    costs = 3.0, 5.0  # sums over the anchors of each half
+    halves = [cost / count for cost, count in zip(costs, of_processes(monkeypatch, numbers), strict=True)]
+    alone = PositiveNormaliser()(positives(sum(numbers)), is_training=True)
+    assert_close(sum(halves) / 2, sum(costs) / alone)
 
 
 def test_bad_momentum_is_refused() -> None:

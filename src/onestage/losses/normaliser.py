@@ -8,7 +8,10 @@ from onestage.errors import ConfigError
 
 
 class PositiveNormaliser(nn.Module):
-    """The number of positive anchors of a batch, averaged over processes, at least 1; or its running mean.
+    """The number of positive anchors of a batch, averaged over processes; or its running mean.
+
+    All processes together have at least one: what their averaged gradients are divided by is then that of one process
+    with all their images, whatever the number of processes.
 
     A batch with few objects weighs each of them more, one with many less. The running mean of detectron2's RetinaNet
     weighs objects alike: with momentum 0.9 a batch moves it by a tenth. It starts at the first batch of training.
@@ -34,22 +37,22 @@ class PositiveNormaliser(nn.Module):
 
     @torch.no_grad()
     def forward(self, is_positive: Tensor, is_training: bool) -> Tensor:
-        """Return the number to divide by, a scalar >= 1, without waiting for the device.
+        """Return the number to divide by, a scalar >= 1 / number of processes, without waiting for the device.
 
         Args:
             is_positive: [B, A] bool.
             is_training: whether this is a step of training. Evaluation makes no collective call, for processes may
-                have unequal numbers of batches, and divides by its own batch's number.
+                have unequal numbers of batches, and divides by its own batch's number, at least 1.
         """
         count = is_positive.sum().float()
         if not is_training:
             return count.clamp(min=1)
-        count = sum_over_processes(count) / _num_processes()
+        count = sum_over_processes(count).clamp(min=1) / _num_processes()
         if self.momentum > 0:
-            started = torch.where(self.running_mean > 0, self.running_mean, count.clamp(min=1))
-            count = self.momentum * started + (1 - self.momentum) * count.clamp(min=1)
+            started = torch.where(self.running_mean > 0, self.running_mean, count)
+            count = self.momentum * started + (1 - self.momentum) * count
             self.running_mean.copy_(count)
-        return count.clamp(min=1)
+        return count
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""
