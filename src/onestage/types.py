@@ -136,7 +136,11 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
-        """Return the scalar terms `classification` and `box`, and `num_positives`, which both are divided by."""
+        """Return the scalar terms `classification` and `box`, and `num_positives`, how many anchors are positive.
+
+        In evaluation both terms are divided by this number, or by 1 if it is 0; in training a detector may divide by
+        another one, as by the mean over processes.
+        """
 
     @abstractmethod
     def detect(self, predictions: Predictions) -> Detections:

@@ -128,9 +128,10 @@ class SSD(Detector):
         return (images.float() - self.pixel_mean) / PIXEL_SCALE
 
     def loss(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
-        """Return the two terms of SSD eq. 1, each a sum divided by the number of positive anchors, and that number.
+        """Return the two terms of SSD eq. 1, each a sum divided by the number of positive anchors, and `num_positives`.
 
-        It is at least 1, and in training mode averaged over the processes of a distributed run, as the gradients are.
+        The terms are divided by what `PositiveNormaliser` makes of that number, in training mode averaged over the
+        processes of a distributed run, as the gradients are. `num_positives` is this batch's own, 0 without objects.
         Images without objects count in `classification`. Nothing here waits for the device, and B and M do not change
         the number of operations.
         """
@@ -142,7 +143,8 @@ class SSD(Detector):
             box_quality = self._box_quality(predictions, gt_boxes, is_positive)
         classification = self.classification_loss(class_logits, labels, box_quality)
         box = self.box_loss(box_deltas, gt_boxes, anchors.boxes, self.box_coder, is_positive)
-        return {"classification": classification / normaliser, "box": box / normaliser, "num_positives": normaliser}
+        terms = {"classification": classification / normaliser, "box": box / normaliser}
+        return {**terms, "num_positives": is_positive.sum()}
 
     @torch.no_grad()
     def _box_quality(self, predictions: Predictions, gt_boxes: Tensor, is_positive: Tensor) -> Tensor | None:

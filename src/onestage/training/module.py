@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from onestage.errors import ConfigError
 from onestage.evaluation.coco import CocoEvaluator, in_original_pixels
 from onestage.training.combinations import check_batch_norm, check_compiler, check_optimizer
+from onestage.training.mean_per_positive import MeanPerPositive
 from onestage.training.optimization import (
     clip_gradients,
     decayed_parameters,
@@ -23,7 +24,6 @@ from onestage.training.optimization import (
 )
 from onestage.training.schedule import WarmupSchedule
 from onestage.training.strategies import clips_by_itself, shards_parameters
-from onestage.training.weighted_mean import WeightedMean
 from onestage.types import Batch, DetectionData, Detections, Detector, Metrics, Predictions, Stage
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -31,6 +31,8 @@ OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 # The one schema of what this module adds to a checkpoint, under the key `onestage`.
 CHECKPOINT_KEY = "onestage"
 CHECKPOINT_SCHEMA = 1
+
+LOSSES = ("loss", "classification_loss", "box_loss")  # what is logged of each stage
 
 
 class DetectionModule(pl.LightningModule):
@@ -78,7 +80,7 @@ class DetectionModule(pl.LightningModule):
         self._decayed = decayed_parameters(detector)
         self._configured: list[dict[str, Any]] = []  # the hyper-parameters of the optimizer as it was built
         self._scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
-        self.loss_means = nn.ModuleDict({name: WeightedMean() for name in ("loss", "classification_loss", "box_loss")})
+        self.loss_means = nn.ModuleDict({name: MeanPerPositive() for name in LOSSES})
         self.evaluator: CocoEvaluator | None = None
         self.metrics: Metrics = {}
         self.evaluation_seconds = 0.0
@@ -154,7 +156,7 @@ class DetectionModule(pl.LightningModule):
     def _start_evaluation(self, stage: Stage) -> None:
         self.evaluator = CocoEvaluator(self.data.annotations(stage))
         for mean in self.loss_means.values():
-            cast(WeightedMean, mean).reset()
+            cast(MeanPerPositive, mean).reset()
         self._start = time.perf_counter()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -170,9 +172,8 @@ class DetectionModule(pl.LightningModule):
         terms = self.detector.loss(predictions, batch.targets)
         losses = self._total(terms)
         for name, mean in self.loss_means.items():
-            # By what each loss was divided by: that makes it the loss of one batch of all images, however they are
-            # shared among batches and processes.
-            cast(WeightedMean, mean).update(losses[name], weight=terms["num_positives"])
+            # That makes it the loss of one batch of all images, however they are shared among batches and processes.
+            cast(MeanPerPositive, mean).update(losses[name], terms["num_positives"])
         return self._collect(batch, self.detector.detect(predictions))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -199,7 +200,7 @@ class DetectionModule(pl.LightningModule):
         self.evaluation_seconds = time.perf_counter() - self._start
         for name, mean in self.loss_means.items():
             # As metric objects, because Lightning's own averaging is wrong where processes hold different counts.
-            self.log(f"{prefix}/{name}", cast(WeightedMean, mean))
+            self.log(f"{prefix}/{name}", cast(MeanPerPositive, mean))
         for name, value in self.metrics.items():
             # NaN says "undefined on this data"; loggers and ModelCheckpoint have no word for that, 0 comes nearest.
             in_bar = name in ("mAP", "AP50")
