@@ -64,6 +64,23 @@ def test_weights_are_1_until_counts_are_known_and_come_back_from_a_checkpoint() 
     assert torch.equal(other.class_weights(labels), loss.class_weights(labels))
 
 
+@pytest.mark.parametrize("number", [2, 3])
+def test_weights_of_this_run_stay_when_a_checkpoint_is_loaded(number: int) -> None:
+    by_hand, counted = ClassWeights([2.0, 3.0]), EffectiveNumberWeights()
+    counted.set_class_counts(torch.tensor([10, 1000]))
+    for weights in (by_hand, counted):
+        values, saved = weights.values.clone(), {"values": torch.ones(number)}
+        if number == 2:
+            weights.load_state_dict(saved)
+        else:
+            with pytest.raises(RuntimeError, match="size mismatch for values"):
+                weights.load_state_dict(saved)
+        assert torch.equal(weights.values, values)
+        assert (saved["values"] == 1).all()
+        with pytest.raises(RuntimeError, match="Missing key"):
+            weights.load_state_dict({})
+
+
 def test_a_loss_without_weights_adds_nothing_to_the_checkpoint() -> None:
     assert not SigmoidFocalLoss().state_dict()
 

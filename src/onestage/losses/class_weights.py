@@ -12,6 +12,9 @@ from onestage.errors import ConfigError
 class ClassWeights(nn.Module):
     """Weights given by hand.
 
+    Weights are configuration, not learnt: those given by hand, or found in the training set of this run, stay when a
+    checkpoint is loaded. Its own serve where there is no training set to find them in.
+
     Args:
         weights: [K], >= 0, in the order of the classes.
 
@@ -30,6 +33,7 @@ class ClassWeights(nn.Module):
                 "To have them computed: class_weights: {class_path: onestage.losses.EffectiveNumberWeights}"
             )
         self.register_buffer("values", values)
+        self.are_decided = len(values) > 0
 
     def set_class_counts(self, class_counts: Tensor) -> None:
         """Learn how many objects of each class the training set has, [K].
@@ -50,10 +54,12 @@ class ClassWeights(nn.Module):
         return torch.where(labels >= 0, self.values[labels.clamp(min=0)], 1.0)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Take weights of any number, as a checkpoint has them: it may be read where there is no training set."""
+        """Take the weights of a checkpoint, of any number, unless there are some; then look only at their number."""
         saved = state_dict.get(f"{prefix}values")
-        if isinstance(saved, Tensor):
+        if isinstance(saved, Tensor) and not self.are_decided:
             self.values = torch.empty_like(saved, device=self.values.device)
+        elif isinstance(saved, Tensor) and len(saved) in (0, len(self.values)):
+            state_dict = {**state_dict, f"{prefix}values": self.values}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -87,6 +93,7 @@ class EffectiveNumberWeights(ClassWeights):
         if weight_of_objects > 0:
             weights = weights * counts.sum() / weight_of_objects
         self.values = weights.to(self.values.device, torch.float32)
+        self.are_decided = True
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""

@@ -157,5 +157,6 @@ class ExponentialMovingAverage(Callback):
         if self.decay is None:
             rank_zero_info("ema: the checkpoint's average of the weights is left behind, because ema.decay is null.")
         else:
-            self._loaded = {name: value.clone() for name, value in checkpoint["state_dict"].items()}
+            # Not from the file, for what the module does not take of it, such as class weights, is not averaged either.
+            self._loaded = {name: value.clone() for name, value in pl_module.state_dict().items()}
         pl_module.load_state_dict(raw)  # Lightning has loaded `state_dict`
