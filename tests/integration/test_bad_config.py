@@ -68,6 +68,56 @@ def test_row_61_a_value_of_the_wrong_type_or_range_stops_before_anything_is_trai
     assert list((tmp_path / "runs").rglob("*.ckpt")) == []
 
 
+LOSS = "model.detector.init_args.classification_loss"
+EFFECTIVE = "{class_path: onestage.losses.EffectiveNumberWeights, init_args: {beta: 2}}"
+BAD_LOSSES = [
+    (
+        [f"--{LOSS}.init_args.alpha", "2"],
+        f"{LOSS}.init_args.alpha is 2.0; the weight of positives lies in 0..1.\n"
+        "RetinaNet's is alpha: 0.25; alpha: null weighs positives and negatives alike",
+    ),
+    (
+        [f"--{LOSS}.init_args.class_weights", EFFECTIVE],  # not the first type of its union
+        f"{LOSS}.init_args.class_weights.init_args.beta is 2.0; it must be in 0..1, without 1.\n"
+        "The paper's are 0.9, 0.99, 0.999 and 0.9999",
+    ),
+    (
+        [f"--{LOSS}.init_args.class_weights", "[1,2,3,4,5,-1]"],
+        f"{LOSS}.init_args.class_weights is [1.0, 2.0, 3.0, 4.0, 5.0, -1.0]; each must be a number >= 0, and one of "
+        "them more than 0.\nTo have them computed: class_weights: {class_path: onestage.losses.EffectiveNumberWeights}",
+    ),
+    (
+        [f"--{LOSS}.init_args.class_weights", "[1,2,3,4,5,.nan]"],
+        f"--{LOSS}.init_args.class_weights: nan is no finite number or Not a valid subclass of ClassWeights; got "
+        "[1.0, 2.0, 3.0, 4.0, 5.0, 'nan'] (all keys: onestage fit --help)",
+    ),
+    (
+        [f"--{LOSS}", "onestage.losses.FocalLoss"],
+        "classification_loss: there is no class onestage.losses.FocalLoss; there are AutomatedFocalLoss, "
+        "MinedCrossEntropy, OHEMCrossEntropy, QualityFocalLoss, SigmoidCrossEntropy, SigmoidFocalLoss, "
+        "SoftmaxCrossEntropy, SoftmaxFocalLoss, VarifocalLoss (all keys: onestage fit --help)",
+    ),
+    (
+        ["--model.detector.box_loss", "onestage.losses.IoU"],
+        "box_loss: there is no class onestage.losses.IoU; there are CIoULoss, DIoULoss, GIoULoss, L1Loss, SmoothL1Loss "
+        "(all keys: onestage fit --help)",
+    ),
+    (
+        ["--model.detector.box_loss", "onestage.losses.SmoothL1Loss", "--model.detector.box_loss.init_args.beta", "-1"],
+        "model.detector.init_args.box_loss.init_args.beta is -1.0; it must be at least 0.\nSSD's is beta: 1.0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_LOSSES)
+def test_row_61_of_a_loss_that_cannot_be_the_reason_comes_alone_with_its_key(
+    capsys: pytest.CaptureFixture[str], fast_options: list[str], tmp_path: Path, options: list[str], message: str
+) -> None:
+    text = complaint(capsys, "fit", *fast_options, *options, "--runs_dir", str(tmp_path / "runs"))
+    assert text == f"error: {message}\n"
+    assert not (tmp_path / "runs").exists()
+
+
 def printed_config(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, dict[str, object]]:
     with pytest.raises(SystemExit):
         run("fit", *words, "--print_config")

@@ -40,7 +40,10 @@ def test_the_loss_of_some_images_is_the_same_in_any_batches(sizes: list[int], la
     detector = SSD160(3).eval()
     images = torch.randint(0, 256, (4, 3, 160, 160), dtype=torch.uint8)
     boxes, labels = torch.zeros(4, 16, 4), torch.full((4, 16), PADDING)
-    boxes[0, 0], labels[0, 0] = torch.tensor([16.0, 16, 60, 50]), labels_of_object  # of four images, at most one has one
+    boxes[0, 0], labels[0, 0] = (
+        torch.tensor([16.0, 16, 60, 50]),
+        labels_of_object,
+    )  # of four images, at most one has one
     with torch.no_grad():
         whole = detector.loss(detector(images), Targets(boxes, labels))["classification"]
         mean = MeanPerPositive()

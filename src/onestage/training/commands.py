@@ -23,7 +23,7 @@ from onestage.training.endings import named_endings
 from onestage.training.guards import NonFiniteGuard
 from onestage.training.loggers import run_loggers
 from onestage.training.loss_collector import CURVES_FILE
-from onestage.training.messages import check_config_file, config_files, explain, files_first, option_values
+from onestage.training.messages import check_config_file, config_files, explain, files_first, option_values, refusal
 from onestage.training.module import DetectionModule
 from onestage.training.monitors import DetectionImages, LossBar, PredictionWriter, ResultsWriter, print_report
 from onestage.training.parser import (
@@ -161,8 +161,8 @@ class DetectionCLI(LightningCLI):
         """Build data, model and trainer; a value that a constructor refuses is the user's, not a bug."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
-            raise ConfigError(f"the configuration cannot be built: {error}") from error
+        except (ConfigError, ValueError, TypeError, ImportError, FileNotFoundError) as error:
+            raise ConfigError(refusal(error, self.settings)) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         self.run_folder = self._new_run_folder()  # only now, when data and model are known to be sound

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -20,6 +21,12 @@ UNKNOWN_KEY = (
     re.compile(r"Key '(?P<key>[\w.]+)' is not expected"),
 )
 MAX_CONFIG_NODES = 100_000  # the largest configuration of this project has 200
+# Of a union, what says nothing about the value: its other types, and what classes can be written as.
+NOISE = re.compile(r"NoneType|^Parser key |^Does not validate|^Expected a path |^a class path \(str\)|^a dict with")
+UNKNOWN_CLASS = re.compile(
+    r"Problem with given class_path '(?P<path>[\w.]+)':\s+(module '[\w.]+' has no attribute|No module named)"
+)
+REFUSED = re.compile(r"(?:(?P<owner>\w+): )?(?P<argument>\w+) is ")  # how our constructors begin
 CLASS_PATH = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
 
 
@@ -32,7 +39,7 @@ def explain(message: str, command: str, options: Sequence[str], known_keys: Iter
         options: the words after it.
         known_keys: all keys of the command's parser.
     """
-    reason = _reason(message)
+    reason = _reason(message, options)
     missing = re.search(r"arguments are required: (.*)", reason)
     if missing:
         keys = " and ".join(key.strip().removeprefix(f"{command}.") for key in missing[1].split(","))
@@ -47,6 +54,43 @@ def explain(message: str, command: str, options: Sequence[str], known_keys: Iter
     return f"{reason} (all keys: onestage {command} --help)"
 
 
+def refusal(error: Exception, settings: Any) -> str:
+    """Return what a constructor says of a value, alone and with the key that the value stands under.
+
+    Args:
+        error: as jsonargparse raises it: with a paragraph for each type of a union.
+        settings: the parsed configuration.
+    """
+    reason = next((str(one) for one in _causes(error) if isinstance(one, ConfigError)), None)
+    if reason is None:  # it was not the first type of its union
+        bullets = re.finditer(r"^( *)- (.*(?:\n\1  (?! *- ).*)*)", str(error), re.MULTILINE)
+        texts = [re.sub(r"\n +", "\n", bullet[2]) for bullet in bullets]
+        reason = next((text for text in texts if REFUSED.match(text)), None)
+    if reason is None:
+        return f"the configuration cannot be built: {error}"
+    refused = REFUSED.match(reason)
+    keys = _keys_of(refused["owner"], refused["argument"], settings.as_dict()) if refused else iter(())
+    key = next(keys, None)
+    return reason if refused is None or key is None else f"{key} is {reason[refused.end() :]}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _keys_of(owner: str | None, argument: str, node: Any, place: str = "") -> Iterator[str]:
+    """Where a configuration has an argument: of the class of this name, or of any."""
+    if not isinstance(node, dict):
+        return
+    arguments = node.get("init_args") or {}
+    if argument in arguments and owner in (None, str(node.get("class_path")).rpartition(".")[2]):
+        yield f"{place}init_args.{argument}"
+    for key, value in node.items():
+        yield from _keys_of(owner, argument, value, f"{place}{key}.")
+
+
 def _meant(key: str, candidates: list[str]) -> str | None:
     """The known key that is spelt most alike: as a whole, then by its first or last part."""
     first, last = key.partition(".")[0], key.rpartition(".")[2]
@@ -59,12 +103,19 @@ def _meant(key: str, candidates: list[str]) -> str | None:
     return None
 
 
-def _reason(message: str) -> str:
+def _reason(message: str, options: Sequence[str]) -> str:
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    key = re.search(r'Parser key "([\w.]+)"', lines[0])
+    keys = re.findall(r'Parser key "([\w.]+)"', message)
+    key = keys[0] if keys and f'"{keys[0]}"' in lines[0] else None
+    if key and len(keys) > 1:  # an argument of an object: the inner key is the one that was typed
+        written = _written_as(f".{keys[-1]}", options)
+        key = written if written.startswith("--") else ".".join(keys)
+    wrong_class = UNKNOWN_CLASS.search(message)
     bullets = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
-    if bullets:
-        details = [line for line in bullets if "NoneType" not in line]
+    if wrong_class:
+        text = f"there is no class {wrong_class['path']}{_existing_classes(wrong_class['path'])}"
+    elif bullets:
+        details = [line for line in bullets if not NOISE.search(line)]
         following = lines[lines.index(f"- {details[0]}") + 1] if details and details[0].endswith(":") else ""
         details[:1] = [f"{details[0]} {following}".strip()] if details else []
         given = next((line for line in lines if line.startswith("Given value: ")), "")
@@ -73,8 +124,24 @@ def _reason(message: str) -> str:
     else:
         text = " ".join(lines[1:] if key and len(lines) > 1 else lines)
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    text = re.sub(r"Expected a float\. Got value: ([+-]?(?:nan|inf))\b", r"\1 is no finite number", text)
     text = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"value of \1", text)
-    return f"{key.group(1)}: {text}" if key else text
+    return f"{key}: {text}" if key else text
+
+
+def _existing_classes(class_path: str) -> str:
+    """Which classes of that module can have been meant: all of a kind, or the one spelt most alike."""
+    module_name, _, name = class_path.rpartition(".")
+    module = sys.modules.get(module_name)
+    members = {known: getattr(module, known, None) for known in getattr(module, "__all__", ())}
+    classes = {known: one for known, one in members.items() if inspect.isclass(one) and not inspect.isabstract(one)}
+    close = get_close_matches(name, classes, n=1, cutoff=0.4)
+    if not close:
+        return ""
+    kinds = [kind for kind in classes[close[0]].__mro__ if inspect.isabstract(kind)]
+    if not kinds:
+        return f"; did you mean {close[0]}?"
+    return f"; there are {', '.join(known for known, one in classes.items() if issubclass(one, kinds[-1]))}"
 
 
 def _written_as(key: str, options: Sequence[str]) -> str:
