@@ -8,6 +8,7 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 
+from onestage.errors import ConfigError
 from onestage.evaluation.loss_curves import (
     FIGURE_GAMMAS,
     LossDistribution,
@@ -90,3 +91,9 @@ def test_file_and_figure_hold_the_curves(tmp_path: Path, labels: list[int]) -> N
     table = format_loss_shares(curves, distribution.gammas).splitlines()
     assert len(table) == 5
     assert ("10.0% of positives" in table[2]) == (0 in labels)
+
+
+@pytest.mark.parametrize("gamma", [math.inf, math.nan, -1.0, 101.0])
+def test_a_gamma_that_cannot_be_is_refused(gamma: float) -> None:
+    with pytest.raises(ConfigError, match=rf"gammas is \[0.0, {gamma}\]; each must be a number in 0..100"):
+        LossDistribution([0.0, gamma])

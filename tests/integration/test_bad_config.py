@@ -58,6 +58,8 @@ def test_row_60_a_misspelt_key_is_named_with_the_one_that_was_meant(
         (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches is 0"),
         (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val is -1"),
         (["--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], "Set trainer.strategy: ddp"),
+        (["--model.box_loss_weight", ".nan"], "model.box_loss_weight is nan; it must be a number, 0 or more"),
+        (["--model.box_loss_weight", ".inf"], "model.box_loss_weight is inf"),
     ],
 )
 def test_row_61_a_value_of_the_wrong_type_or_range_stops_before_anything_is_trained(
@@ -104,7 +106,8 @@ BAD_LOSSES = [
     ),
     (
         ["--model.detector.box_loss", "onestage.losses.SmoothL1Loss", "--model.detector.box_loss.init_args.beta", "-1"],
-        "model.detector.init_args.box_loss.init_args.beta is -1.0; it must be at least 0.\nSSD's is beta: 1.0",
+        "model.detector.init_args.box_loss.init_args.beta is -1.0; it must be a number, at least 0.\n"
+        "SSD's is beta: 1.0",
     ),
 ]
 

@@ -10,9 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from onestage.errors import ConfigError
 from onestage.types import BACKGROUND
 
 FIGURE_GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # the four of the figure, and the largest that the paper trains with
+LARGEST_GAMMA = 100.0  # as of the losses
 GROUPS = ("positives", "negatives")
 LARGEST_LOGIT = 17.0  # of p_t: float32 knows no probability between 1 - 6e-8 and 1
 BINS_PER_LOGIT = 64
@@ -46,10 +48,18 @@ class LossDistribution:
     logit, 1/64 wide, and the curves are exact at the edges of the bins.
 
     Args:
-        gammas: G of them, each at least 0.
+        gammas: G of them, each 0..100.
+
+    Raises:
+        ConfigError: a gamma is out of its range.
     """
 
     def __init__(self, gammas: Sequence[float] = FIGURE_GAMMAS) -> None:
+        if not all(0 <= gamma <= LARGEST_GAMMA for gamma in gammas):
+            raise ConfigError(
+                f"gammas is {list(gammas)}; each must be a number in 0..{LARGEST_GAMMA:g}, above which hardly anything "
+                "counts any more.\nThe paper's figure has --gammas [0, 0.5, 1, 2]"
+            )
         self.gammas = tuple(gammas)
         self.counts = torch.zeros(len(GROUPS), NUM_BINS, dtype=torch.float64)
         self.losses = torch.zeros(len(GROUPS), len(self.gammas), NUM_BINS, dtype=torch.float64)

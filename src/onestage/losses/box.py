@@ -1,5 +1,6 @@
 """Box losses: how far the predicted boxes are from their objects."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Protocol, cast
 
@@ -56,13 +57,13 @@ class SmoothL1Loss(BoxLoss):
         beta: where the parabola |d|^2 / (2 beta) meets the line |d| - beta / 2, at least 0; 0 is plain L1.
 
     Raises:
-        ConfigError: if beta is negative.
+        ConfigError: if beta is negative or not finite.
     """
 
     def __init__(self, beta: float = 1.0) -> None:
         super().__init__()
-        if not beta >= 0:
-            raise ConfigError(f"SmoothL1Loss: beta is {beta}; it must be at least 0.\nSSD's is beta: 1.0")
+        if not 0 <= beta < math.inf:
+            raise ConfigError(f"SmoothL1Loss: beta is {beta}; it must be a number, at least 0.\nSSD's is beta: 1.0")
         self.beta = beta
 
     def total(

@@ -1,6 +1,5 @@
 """Focal loss (arXiv:1708.02002) with sigmoids and with a softmax, and cross-entropy, which it is at gamma = 0."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onestage.errors import ConfigError
+from onestage.losses.arguments import require_focal_arguments
 from onestage.losses.class_weights import ClassWeights
 from onestage.losses.classification import SigmoidClassificationLoss, SoftmaxClassificationLoss, true_column
 
@@ -24,7 +23,7 @@ class SigmoidFocalLoss(SigmoidClassificationLoss):
 
     Args:
         alpha: weight of positives, 0..1; negatives weigh 1 - alpha. None: both weigh 1, eq. 4.
-        gamma: how much less easy examples count, at least 0; 0 is cross-entropy.
+        gamma: how much less easy examples count, 0..100; 0 is cross-entropy.
         label_smoothing: share of doubt in the targets of positive anchors, 0..1.
         class_weights: see `ClassificationLoss`.
 
@@ -81,7 +80,7 @@ class SoftmaxFocalLoss(SoftmaxClassificationLoss):
 
     Args:
         alpha: weight of positive anchors, 0..1; background weighs 1 - alpha. None: both weigh 1.
-        gamma: how much less easy examples count, at least 0; 0 is softmax cross-entropy.
+        gamma: how much less easy examples count, 0..100; 0 is softmax cross-entropy.
         label_smoothing: share of doubt in the targets of positive anchors, 0..1.
         class_weights: see `ClassificationLoss`.
 
@@ -154,37 +153,6 @@ class SoftmaxCrossEntropy(SoftmaxFocalLoss):
         class_weights: Sequence[float] | ClassWeights | None = None,
     ) -> None:
         super().__init__(alpha, 0.0, label_smoothing, class_weights)
-
-
-def require_focal_arguments(name: str, alpha: float | None, gamma: float, label_smoothing: float) -> None:
-    """Check what the members of the family share.
-
-    Raises:
-        ConfigError: if an argument is out of its range.
-    """
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise ConfigError(
-            f"{name}: alpha is {alpha}; the weight of positives lies in 0..1.\n"
-            "RetinaNet's is alpha: 0.25; alpha: null weighs positives and negatives alike"
-        )
-    if not 0 <= gamma < math.inf:
-        raise ConfigError(
-            f"{name}: gamma is {gamma}; it must be at least 0.\nRetinaNet's is gamma: 2.0; gamma: 0.0 is cross-entropy"
-        )
-    require_smoothing(name, label_smoothing)
-
-
-def require_smoothing(name: str, label_smoothing: float) -> None:
-    """Check a share of doubt.
-
-    Raises:
-        ConfigError: unless it lies in 0..1, without 1.
-    """
-    if not 0 <= label_smoothing < 1:
-        raise ConfigError(
-            f"{name}: label_smoothing is {label_smoothing}; the share of doubt lies in 0..1, without 1.\n"
-            "The usual one is label_smoothing: 0.1; label_smoothing: 0.0 is none"
-        )
 
 
 def negative_costs(class_logits: Tensor, labels: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:

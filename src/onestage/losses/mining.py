@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from onestage.errors import ConfigError
+from onestage.losses.arguments import require_count
 from onestage.losses.class_weights import ClassWeights
 from onestage.losses.focal import SoftmaxCrossEntropy
 from onestage.types import BACKGROUND, IGNORE
@@ -36,16 +36,9 @@ class MinedCrossEntropy(SoftmaxCrossEntropy):
         class_weights: Sequence[float] | ClassWeights | None = None,
     ) -> None:
         super().__init__(None, label_smoothing, class_weights)
-        if negatives_per_positive < 1:
-            raise ConfigError(
-                f"MinedCrossEntropy: negatives_per_positive is {negatives_per_positive}; it must be at least 1.\n"
-                "SSD's is negatives_per_positive: 3"
-            )
-        if min_negatives < 0:
-            raise ConfigError(
-                f"MinedCrossEntropy: min_negatives is {min_negatives}; it must be at least 0.\n"
-                "min_negatives: 3 lets an image without objects count like one with a single positive anchor"
-            )
+        require_count("MinedCrossEntropy: negatives_per_positive", negatives_per_positive, 1, "SSD's is 3")
+        remedy = "min_negatives: 3 lets an image without objects count like one with a single positive anchor"
+        require_count("MinedCrossEntropy: min_negatives", min_negatives, 0, remedy)
         self.negatives_per_positive = negatives_per_positive
         self.min_negatives = min_negatives
 
@@ -87,11 +80,8 @@ class OHEMCrossEntropy(SoftmaxCrossEntropy):
         class_weights: Sequence[float] | ClassWeights | None = None,
     ) -> None:
         super().__init__(None, label_smoothing, class_weights)
-        if anchors_per_image < 1:
-            raise ConfigError(
-                f"OHEMCrossEntropy: anchors_per_image is {anchors_per_image}; it must be at least 1.\n"
-                "RetinaNet's comparison has 128, 256 and 512"
-            )
+        remedy = "RetinaNet's comparison has 128, 256 and 512"
+        require_count("OHEMCrossEntropy: anchors_per_image", anchors_per_image, 1, remedy)
         self.anchors_per_image = anchors_per_image
 
     def costs(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onestage.errors import ConfigError
+from onestage.losses.arguments import LARGEST_GAMMA, require_gamma
 from onestage.losses.class_weights import ClassWeights
 from onestage.losses.classification import SigmoidClassificationLoss
 from onestage.losses.focal import negative_cost, negative_costs
@@ -18,19 +19,22 @@ class QualityFocalLoss(SigmoidClassificationLoss):
     """QFL = -|y - p|^beta ((1 - y) log(1 - p) + y log(p)), y the IoU of the predicted box. arXiv:2006.04388, eq. 2.
 
     Args:
-        beta: how much less easy examples count, at least 1: below, the slope at p = y is infinite. The paper's is 2.
+        beta: how much less easy examples count, 1..100: below, the slope at p = y is infinite. The paper's is 2.
         class_weights: see `ClassificationLoss`.
 
     Raises:
-        ConfigError: if beta is less than 1.
+        ConfigError: if beta is out of its range.
     """
 
     uses_box_quality: ClassVar[bool] = True
 
     def __init__(self, beta: float = 2.0, class_weights: Sequence[float] | ClassWeights | None = None) -> None:
         super().__init__(class_weights)
-        if not 1 <= beta < math.inf:
-            raise ConfigError(f"QualityFocalLoss: beta is {beta}; it must be at least 1.\nThe paper's is beta: 2.0")
+        if not 1 <= beta <= LARGEST_GAMMA:
+            raise ConfigError(
+                f"QualityFocalLoss: beta is {beta}; it must be at least 1, and at most {LARGEST_GAMMA:g}, where hardly "
+                "anything counts any more.\nThe paper's is beta: 2.0"
+            )
         self.beta = beta
 
     def costs(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
@@ -52,7 +56,7 @@ class VarifocalLoss(SigmoidClassificationLoss):
 
     Args:
         alpha: weight of negatives, at least 0. The paper's is 0.75.
-        gamma: how much less easy negatives count, at least 0. The paper's is 2.
+        gamma: how much less easy negatives count, 0..100. The paper's is 2.
         class_weights: see `ClassificationLoss`.
 
     Raises:
@@ -65,11 +69,11 @@ class VarifocalLoss(SigmoidClassificationLoss):
         self, alpha: float = 0.75, gamma: float = 2.0, class_weights: Sequence[float] | ClassWeights | None = None
     ) -> None:
         super().__init__(class_weights)
-        if not (0 <= alpha < math.inf and 0 <= gamma < math.inf):
+        if not 0 <= alpha < math.inf:
             raise ConfigError(
-                f"VarifocalLoss: alpha is {alpha} and gamma is {gamma}; both must be at least 0.\n"
-                "The paper's are alpha: 0.75 and gamma: 2.0"
+                f"VarifocalLoss: alpha is {alpha}; it must be a number, at least 0.\nThe paper's is alpha: 0.75"
             )
+        require_gamma("VarifocalLoss", gamma)
         self.alpha = alpha
         self.gamma = gamma
 

@@ -1,5 +1,6 @@
 """The Lightning module: any detector, trained and evaluated. It names no model and no data set."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -64,8 +65,11 @@ class DetectionModule(pl.LightningModule):
         reference_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if box_loss_weight < 0:
-            raise ConfigError(f"model.box_loss_weight is {box_loss_weight}; it must be 0 or more.")
+        if not 0 <= box_loss_weight < math.inf:
+            raise ConfigError(
+                f"model.box_loss_weight is {box_loss_weight}; it must be a number, 0 or more.\n"
+                "SSD's is 1; with focal loss try 0.05 to 1, docs/focal_loss.md."
+            )
         if reference_batch_size is not None and reference_batch_size < 1:
             raise ConfigError(
                 f"model.reference_batch_size is {reference_batch_size}; it must be 1 or more images, or null."
