@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from loss_references import random_anchors
 from torch.testing import assert_close
 
@@ -41,6 +42,15 @@ def test_batches_without_objects_and_evaluation_leave_gamma_alone() -> None:
     with torch.no_grad():
         loss(torch.zeros(1, 1, 1), torch.tensor([[0]]))
     assert torch.equal(loss.current_gamma(), gamma)
+
+
+def test_the_mean_is_over_the_positives_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = AutomatedFocalLoss()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    # The other process has three positives, with 1.5 together: (0.1 + 1.5) / 4, and not (0.1 + 0.5) / 2.
+    monkeypatch.setattr(dist, "all_reduce", lambda values: values.add_(torch.tensor([1.5, 3.0])))
+    step(loss, 0.1)
+    assert_close(loss.current_gamma(), torch.tensor(-math.log(0.4)))
 
 
 def test_loss_is_the_focal_loss_of_that_gamma() -> None:

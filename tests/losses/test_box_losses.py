@@ -105,13 +105,31 @@ def test_perfect_boxes_cost_nothing(loss) -> None:
 @pytest.mark.filterwarnings("ignore:Input #0 requires gradient")
 def test_gradient_is_the_derivative(loss) -> None:
     box_deltas = torch.tensor([[[0.3, -0.5, 0.7, -0.2], [0.1, 0.2, 0.3, 0.4]]], dtype=torch.float64)
-    if isinstance(loss, CIoULoss):  # the paper holds CIoU's weight constant, so it is no derivative; with v = 0 it is
+    if isinstance(loss, CIoULoss):  # its weight is held constant, so only at v = 0 is its gradient the derivative
         box_deltas[..., 3] = box_deltas[..., 2]
-        loss = DIoULoss()
     box_deltas.requires_grad_()
     gt_boxes, anchors = SHIFTED.double(), ANCHORS.double()
     coder = DeltaBoxCoder()
     assert torch.autograd.gradcheck(lambda x: loss(x, gt_boxes, anchors, coder, ANCHOR_0_ALONE), box_deltas)
+
+
+def test_ciou_of_another_aspect_ratio_has_the_value_and_gradient_of_the_paper_with_its_weight_held_constant() -> None:
+    box_deltas = torch.tensor([[[0.3, -0.5, 2.0, -1.0], [0.1, 0.2, 0.3, 0.4]]], dtype=torch.float64, requires_grad=True)
+    gt_boxes, anchors, coder = SHIFTED.double(), ANCHORS.double(), DeltaBoxCoder()
+    (gradient,) = torch.autograd.grad(CIoULoss()(box_deltas, gt_boxes, anchors, coder, ANCHOR_0_ALONE), box_deltas)
+
+    box, (left, top, right, bottom) = coder.decode(box_deltas, anchors)[0, 0], gt_boxes[0, 0]
+    width, height = box[2] - box[0], box[3] - box[1]
+    shared = (box[2].minimum(right) - box[0].maximum(left)) * (box[3].minimum(bottom) - box[1].maximum(top))
+    iou = shared / (width * height + (right - left) * (bottom - top) - shared)
+    distance = ((box[0] + box[2] - left - right) ** 2 + (box[1] + box[3] - top - bottom) ** 2) / 4
+    diagonal = (box[2].maximum(right) - box[0].minimum(left)) ** 2 + (box[3].maximum(bottom) - box[1].minimum(top)) ** 2
+    v = 4 / math.pi**2 * (torch.atan((right - left) / (bottom - top)) - torch.atan(width / height)) ** 2
+    weight = (v / (1 - iou + v)).detach()
+    expected = 1 - iou + distance / diagonal + weight * v
+    assert v > 0.01
+    assert_close(CIoULoss()(box_deltas, gt_boxes, anchors, coder, ANCHOR_0_ALONE), expected)
+    assert_close(gradient, torch.autograd.grad(expected, box_deltas)[0])
 
 
 @pytest.mark.parametrize("loss", [L1Loss(), GIoULoss(), DIoULoss(), CIoULoss()])

@@ -4,41 +4,12 @@ import math
 
 import pytest
 import torch
-from loss_references import random_anchors
+from loss_references import FAMILY, random_anchors
 from torch.testing import assert_close
 
-from onestage.losses import (
-    AutomatedFocalLoss,
-    EffectiveNumberWeights,
-    MinedCrossEntropy,
-    OHEMCrossEntropy,
-    QualityFocalLoss,
-    SigmoidCrossEntropy,
-    SigmoidFocalLoss,
-    SoftmaxClassificationLoss,
-    SoftmaxCrossEntropy,
-    SoftmaxFocalLoss,
-    VarifocalLoss,
-)
+from onestage.losses import EffectiveNumberWeights, SigmoidFocalLoss, SoftmaxClassificationLoss, SoftmaxFocalLoss
 from onestage.types import BACKGROUND, IGNORE
 
-FAMILY = {
-    "focal": lambda: SigmoidFocalLoss(),
-    "focal, gamma 0.5": lambda: SigmoidFocalLoss(None, 0.5),
-    "focal, smoothed": lambda: SigmoidFocalLoss(label_smoothing=0.1),
-    "focal, weighted": lambda: SigmoidFocalLoss(class_weights=[0.5, 2.0, 1.0]),
-    "softmax focal": lambda: SoftmaxFocalLoss(),
-    "softmax focal, gamma 0.5": lambda: SoftmaxFocalLoss(None, 0.5),
-    "softmax focal, smoothed": lambda: SoftmaxFocalLoss(gamma=0.5, label_smoothing=0.1),
-    "cross-entropy": lambda: SigmoidCrossEntropy(),
-    "balanced": lambda: SigmoidCrossEntropy(0.25),
-    "softmax cross-entropy": lambda: SoftmaxCrossEntropy(label_smoothing=0.1),
-    "mining": lambda: MinedCrossEntropy(),
-    "OHEM": lambda: OHEMCrossEntropy(8),
-    "adaptive": lambda: AutomatedFocalLoss(),
-    "quality": lambda: QualityFocalLoss(),
-    "varifocal": lambda: VarifocalLoss(),
-}
 every_loss = pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
 
 
@@ -157,6 +128,18 @@ def test_compiled_loss_has_the_same_value_and_gradient(make) -> None:
     expected = loss(logits, labels)
     assert_close(compiled, expected)
     assert_close(torch.autograd.grad(compiled, logits), torch.autograd.grad(expected, logits))
+
+
+@every_loss
+def test_every_loss_is_traced_whole_for_a_compiler_with_the_same_value_and_gradient(make) -> None:
+    loss, other = make(), make()  # two, as the adaptive gamma follows what it is shown
+    logits, labels = anchors_of(loss)
+    quality = torch.rand(labels.shape, generator=torch.Generator().manual_seed(2))
+    torch._dynamo.reset()
+    traced = torch.compile(loss, fullgraph=True, backend="aot_eager")(logits, labels, quality)
+    expected = other(logits, labels, quality)
+    assert_close(traced, expected)
+    assert_close(torch.autograd.grad(traced, logits), torch.autograd.grad(expected, logits))
 
 
 def test_weights_found_in_the_training_set_are_a_part_of_the_module() -> None:
