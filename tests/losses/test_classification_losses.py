@@ -142,6 +142,14 @@ def test_every_loss_is_traced_whole_for_a_compiler_with_the_same_value_and_gradi
     assert_close(torch.autograd.grad(traced, logits), torch.autograd.grad(expected, logits))
 
 
+@every_loss
+def test_second_derivatives_which_nobody_wrote_down_are_refused(make) -> None:
+    loss = make().double().eval()
+    logits, labels = anchors_of(loss, torch.float64)
+    with pytest.raises(RuntimeError, match="can be differentiated once only; leave out create_graph=True"):
+        torch.autograd.grad(loss(logits, labels), logits, create_graph=True)
+
+
 def test_weights_found_in_the_training_set_are_a_part_of_the_module() -> None:
     loss = SigmoidFocalLoss(class_weights=EffectiveNumberWeights())
     assert isinstance(loss.get_submodule("class_weights"), EffectiveNumberWeights)

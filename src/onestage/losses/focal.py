@@ -198,6 +198,15 @@ def _focal_terms(logits: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]
     return cross_entropy.mul_(modulation), gradient
 
 
+def _refuse_second_derivatives() -> None:
+    """Raise where a derivative is to be differentiated: it was saved as a number, and the second would be wrong.
+
+    torch's `once_differentiable` sees that only where the incoming gradient has a graph, which that of a sum has not.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("the focal losses can be differentiated once only; leave out create_graph=True")
+
+
 class _NegativeCost(torch.autograd.Function):
     """`negative_cost`, with the derivative written out."""
 
@@ -209,6 +218,7 @@ class _NegativeCost(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_cost: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         (gradient,) = ctx.saved_tensors
         return grad_cost * gradient, None
 
@@ -229,6 +239,7 @@ class _NegativeCosts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_costs: Tensor, grad_true_logits: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         gradient, class_of_anchor, is_positive = ctx.saved_tensors
         gradient = gradient * grad_costs[..., None]
         own = torch.where(is_positive, grad_true_logits[..., None], gradient.gather(2, class_of_anchor))
@@ -252,5 +263,6 @@ class _FocalOfLogProbability(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_cost: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         (gradient,) = ctx.saved_tensors
         return grad_cost * gradient, None
