@@ -81,7 +81,7 @@ def count(loss, batch_size: int) -> OperationCounter:
         (SoftmaxFocalLoss(), 150),
         (MinedCrossEntropy(), 150),
         (OHEMCrossEntropy(), 150),
-        (SigmoidFocalLoss(label_smoothing=0.1, class_weights=[1.0, 2.0, 3.0]), 200),  # a second pass, at positives
+        (SigmoidFocalLoss(label_smoothing=0.1, class_weights=[1.0, 2.0, 3.0]), 200),  # a second pass, over all anchors
         (AutomatedFocalLoss(), 200),  # follows p_t
         (QualityFocalLoss(), 200),  # decodes the boxes once more
         (VarifocalLoss(), 200),

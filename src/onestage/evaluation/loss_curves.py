@@ -43,6 +43,9 @@ class LossCurve(NamedTuple):
 class LossDistribution:
     """Collects p_t of any number of anchors in constant memory, and tells how each gamma shares the loss among them.
 
+    One p_t stands for an anchor. Of K sigmoids that is the one of the object's class, or of a background the one most
+    wrongly believed in; the other K - 1, which RetinaNet's figure counts as examples of their own, are left out.
+
     The loss is FL = -(1 - p_t)^gamma log(p_t), RetinaNet eq. 4; alpha is a factor within each group and shares nothing.
     It falls with p_t whatever gamma is, so that one order of the anchors serves all: they are counted in bins of p_t's
     logit, 1/64 wide, and the curves are exact at the edges of the bins.
@@ -124,7 +127,7 @@ def draw_loss_curves(path: Path, curves: dict[str, LossCurve], gammas: Sequence[
         for gamma, losses in zip(gammas, curve.fraction_of_loss.T, strict=True):
             axes.plot(anchors, np.concatenate(([0.0], losses)), label=f"γ = {gamma:g}")
         axes.set(
-            title=f"{curve.num_anchors:,} {name}",
+            title=f"{curve.num_anchors:,} {name[:-1]} anchors, by one p_t each",
             xlabel=f"fraction of {name}, easiest first",
             ylabel="cumulative normalised loss",
             xlim=(0, 1),
