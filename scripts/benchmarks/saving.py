@@ -47,10 +47,10 @@ def checkpoint_of(megabytes: int) -> dict[str, object]:
     numbers = megabytes * 250_000 // 120
     weights = {f"layer{number}.weight": torch.randn(numbers) for number in range(60)}
     momentum = {number: {"momentum_buffer": torch.randn(numbers)} for number in range(60)}
-    ours = {"schema": CHECKPOINT_SCHEMA, "class_names": ["a"], "category_ids": [1]}
+    ours = {"schema": CHECKPOINT_SCHEMA, "detector": "", "image_size": 1, "class_names": ["a"], "category_ids": [1]}
     return {
         "state_dict": weights,
-        "optimizer_states": [{"state": momentum}],
+        "momentum": momentum,  # `optimizer_states` would have to come with all else that a training goes on from
         "global_step": 1,
         CHECKPOINT_KEY: ours,
     }
