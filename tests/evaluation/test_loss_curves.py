@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose
 from PIL import Image
 
 from onestage.errors import ConfigError
+from onestage.evaluation import loss_curves
 from onestage.evaluation.loss_curves import (
     FIGURE_GAMMAS,
     LossDistribution,
@@ -16,7 +17,12 @@ from onestage.evaluation.loss_curves import (
     format_loss_shares,
     write_loss_curves,
 )
+from onestage.losses import arguments
 from onestage.types import BACKGROUND, IGNORE
+
+
+def test_the_curves_take_the_gammas_that_the_losses_take() -> None:
+    assert loss_curves.LARGEST_GAMMA == arguments.LARGEST_GAMMA
 
 
 def test_four_examples_share_the_loss_as_computed_by_hand() -> None:

@@ -165,6 +165,28 @@ def test_the_optimizer_of_a_checkpoint_does_not_override_the_configuration(
     assert last["lr_schedulers"][0]["base_lrs"] == [0.5, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("path", "options", "said"),
+    [
+        (None, ("--model.optimizer", "SGD", "--model.optimizer.lr", "0.01"), "model.optimizer is SGD"),
+        ("x" * 300, (), "cannot be read: File name too long"),
+    ],
+)
+def test_what_cannot_be_gone_on_from_is_one_message(
+    path: str | None,
+    options: tuple[str, ...],
+    said: str,
+    stopped: Path,
+    drawn: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--resume", path or str(stopped), *options)) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert "Traceback" not in message
+
+
 def test_a_run_goes_on_with_its_data_in_another_folder(
     drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,12 +66,19 @@ def find_checkpoint(resume: str, ckpt_path: str | None, config: JSONDict) -> Res
     if word == "auto":
         return _find_run(Path(config["runs_dir"]) / config["experiment"], config)
     folder = Path(word) / "checkpoints"
-    if folder.is_dir():
+    if _is_folder(folder):
         newest = newest_checkpoint(folder)
         if newest is None:
             raise CheckpointError(f"{folder} has no checkpoint to go on from.\nBegin again with --resume none.")
         return Resumed(newest[0], None, newest[1])
     return Resumed(Path(word), None, int(read_checkpoint(word)["global_step"]))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # of a name that is too long, say: `read_checkpoint` has a message for that
+        return False
 
 
 def _find_run(experiment_folder: Path, config: JSONDict) -> Resumed | None:
@@ -127,7 +134,7 @@ def require_resumable(
     Lightning loads it; of the configuration in it nothing is: that of the file and the command line holds.
 
     Raises:
-        CheckpointError: it is of another model, of other classes or another kind of strategy, or the data has changed.
+        CheckpointError: it is of another model, optimizer, set of classes or kind of strategy, or the data has changed.
     """
     load_weights(module, path, data.class_names)
     checkpoint = read_checkpoint(path)
@@ -138,6 +145,7 @@ def require_resumable(
         )
     _require_same_kind(path, checkpoint, strategy)
     saved = checkpoint[CHECKPOINT_KEY]
+    _require_same_optimizer(path, saved, module)
     if not allow_data_change:
         _require_same_data(path, saved, fingerprints(data.annotations("train")))
     versions = installed_versions()
@@ -161,6 +169,20 @@ def _require_same_kind(path: Path, checkpoint: JSONDict, strategy: Strategy) -> 
         raise CheckpointError(
             f"{path} was written by a strategy with {kinds[is_split]}; this run's has {kinds[not is_split]}, and "
             "the state of the optimizer does not go from one to the other.\nSet trainer.strategy as it was then."
+        )
+
+
+def _require_same_optimizer(path: Path, saved: JSONDict, module: DetectionModule) -> None:
+    """Refuse another of torch's optimizers, whose state has other names. A factory of the user's own is not judged."""
+    stored = ((saved.get("config") or {}).get("model") or {}).get("optimizer") or {}
+    then = str(stored.get("class_path"))
+    now = type(module.make_optimizer())
+    is_torch = then.startswith("torch.optim.") and now.__module__.startswith("torch.optim.")
+    if is_torch and then.rpartition(".")[2] != now.__name__:
+        raise CheckpointError(
+            f"{path} has the state of {then}; this run's model.optimizer is {now.__name__}, which has no use for it.\n"
+            f"Set model.optimizer: {then}, or begin a new run from these weights by "
+            "model.detector.init_args.pretrained."
         )
 
 
