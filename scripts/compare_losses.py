@@ -38,7 +38,7 @@ def main() -> int:
         arguments.report = arguments.report or arguments.folder
         exit_code = _compare(arguments)
         if exit_code == 0 and not is_page_kept:
-            print((arguments.folder / "loss_comparison.md").read_text(encoding="utf-8"))
+            print((arguments.folder / f"{arguments.page}.md").read_text(encoding="utf-8"))
         return exit_code
 
 
@@ -59,7 +59,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.report is not None:
         from comparison import report
 
-        report.write(study.folder, arguments.report)
+        report.write(study.folder, arguments.report, arguments.page)
     return 0
 
 
@@ -131,7 +131,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes")
     parser.add_argument("--time_steps", action="store_true", help="time a step with each loss; makes no runs")
-    parser.add_argument("--report", type=Path, help="folder of the page and the plot; makes no runs")
+    parser.add_argument("--report", type=Path, help="folder of the page, its plot and its table; makes no runs")
+    parser.add_argument("--page", default="loss_comparison", help="name of the three")
     parser.add_argument("--quick", action="store_true", help="two losses, a tiny budget, nothing kept")
     arguments = parser.parse_args()
     if arguments.quick:

@@ -7,16 +7,16 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from comparison import origin, plan, plot
+from comparison import origin, plan, plot, run_table
 from comparison.rows import Row, losses_in, losses_never_finished, read_rows, read_settings
 from comparison.step_time import StepTimes, read_step_times
 from onestage.evaluation.report import installed_versions
 
-PAGE, PLOT = "loss_comparison.md", "images/loss_comparison.png"
+PAGE = "loss_comparison"
 
 
-def write(folder: Path, target: Path) -> None:
-    """Write the page and its plot below `target` from all runs below `folder`."""
+def write(folder: Path, target: Path, page: str = PAGE) -> None:
+    """Write `<page>.md`, `images/<page>.png` and `<page>.csv` below `target` from all runs below `folder`."""
     times = read_step_times(folder / "step_times.json")
     sections, plots = [], []
     for file in sorted(folder.glob("*/*/*/study.json")):
@@ -29,22 +29,25 @@ def write(folder: Path, target: Path) -> None:
     if not sections:
         print(f"no finished runs below {folder}")
         return
-    plot.draw(plots, target / PLOT)
-    (target / PAGE).write_text("\n\n".join([_header(folder, times), *sections]) + "\n", encoding="utf-8")
-    print(f"report: {target / PAGE}")
+    plot.draw(plots, target / "images" / f"{page}.png")
+    run_table.write(folder, target / f"{page}.csv")
+    (target / f"{page}.md").write_text("\n\n".join([_header(folder, times, page), *sections]) + "\n", encoding="utf-8")
+    print(f"report: {target / f'{page}.md'}")
 
 
-def _header(folder: Path, times: StepTimes | None) -> str:
+def _header(folder: Path, times: StepTimes | None, page: str) -> str:
+    call = "--report docs" if page == PAGE else f"--report docs --page {page}"
     return (
         "# The losses compared: the numbers\n\n"
-        "Written by `python scripts/compare_losses.py --report docs`; what they mean stands in "
-        "[focal_loss.md](focal_loss.md).\n\n"
+        f"Written by `python scripts/compare_losses.py {call}`; what they mean stands in "
+        f"[focal_loss.md](focal_loss.md). Every run, also of those that chose, is a line of "
+        f"[{page}.csv]({page}.csv).\n\n"
         f"{_origins(folder)}\n\n"
         "Every loss: the same images in the same order, the same weights at the start, its own best of the box "
         "loss weights and learning rates that are named, chosen on a seed that is not among those shown. mAP and AP50 "
         "are of the last weights, mean over seeds (lowest to highest), in percent. A non-finite run is one with a "
         f"loss, gradient or weight that is NaN or infinite at any step.{f' {times.explanation}' if times else ''}\n\n"
-        f"![mAP of every loss and seed]({PLOT})"
+        f"![mAP of every loss and seed](images/{page}.png)"
     )
 
 

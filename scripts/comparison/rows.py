@@ -46,7 +46,7 @@ def read_rows(folder: Path, settings: Mapping[str, Any]) -> list[Row]:
     rows = []
     for loss in losses_in(folder):
         counting: dict[Setting, dict[int, Outcome]] = defaultdict(dict)
-        for setting, seed, outcome in _read(folder / loss):
+        for setting, seed, outcome in read_runs(folder / loss):
             if seed != settings["selection_seed"]:
                 counting[setting][seed] = outcome
         if counting:
@@ -65,7 +65,7 @@ def _tried(loss: str, folder: Path, settings: Mapping[str, Any]) -> dict[Setting
     """Return the score of every setting that was tried on the seed that chooses."""
     return {
         setting: outcomes.score(outcome)
-        for setting, seed, outcome in _read(_chosen_folder(folder, settings) / loss)
+        for setting, seed, outcome in read_runs(_chosen_folder(folder, settings) / loss)
         if seed == settings["selection_seed"]
     }
 
@@ -81,7 +81,7 @@ def _chosen_folder(folder: Path, settings: Mapping[str, Any]) -> Path:
     return folder.parent.parent / settings["chosen_precision"] / name
 
 
-def _read(folder: Path) -> list[tuple[Setting, int, Outcome]]:
+def read_runs(folder: Path) -> list[tuple[Setting, int, Outcome]]:
     """Return setting, seed and outcome of every run that was made."""
     found = []
     for file in sorted(folder.glob("lr_*_box_*_seed_*/outcome.json")):

@@ -167,7 +167,7 @@ def test_a_quick_comparison_keeps_nothing_and_shows_its_page(monkeypatch, capsys
     folders = []
     monkeypatch.setattr(step_time, "measure", lambda losses, file, rounds: None)
     monkeypatch.setattr(compare_losses, "_make_runs", lambda study, jobs, deadline: folders.append(study.folder) or 0)
-    monkeypatch.setattr(report, "write", lambda folder, target: (target / report.PAGE).write_text("the page"))
+    monkeypatch.setattr(report, "write", lambda folder, target, page: (target / f"{page}.md").write_text("the page"))
     assert call(monkeypatch, "--quick") == 0
     assert "the page" in capsys.readouterr().out
     assert not folders[0].exists()

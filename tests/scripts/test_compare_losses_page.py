@@ -67,6 +67,29 @@ def test_the_page_has_means_spread_noise_and_failures(tmp_path) -> None:
     assert (tmp_path / "docs" / "images" / "loss_comparison.png").stat().st_size > 1000
 
 
+def test_the_table_has_a_line_for_every_run_and_another_page_its_own_three_files(tmp_path) -> None:
+    from comparison import report, settings
+
+    study = make_study(tmp_path)
+    settings.write_settings(study)
+    choosing, counting = study.weight_runs()[0], next(iter(study.final_runs(best_of(study))))
+    finish(choosing, 0.25)
+    finish(counting, 0.5, is_finite=False)
+    report.write(tmp_path, tmp_path / "docs", "long_runs")
+    lines = (tmp_path / "docs" / "long_runs.csv").read_text().splitlines()
+    settings_read = "data,precision,budget,loss,learning_rate,box_weight,seed"
+    assert lines[0] == f"{settings_read},mAP,AP50,AP75,finite,commit"
+    place = "shapes,32-true,8_and_3_images_2_epochs,focal"
+    assert lines[1:] == [
+        f"{place},0.001,0.05,1,50.000,100.000,,no,",
+        f"{place},0.002,0.05,0,25.000,50.000,,yes,",
+    ]
+    page = (tmp_path / "docs" / "long_runs.md").read_text()
+    assert "--report docs --page long_runs" in page
+    assert "(images/long_runs.png)" in page
+    assert (tmp_path / "docs" / "images" / "long_runs.png").is_file()
+
+
 def test_only_seeds_that_count_are_on_the_page(tmp_path) -> None:
     from comparison import rows, settings
 
