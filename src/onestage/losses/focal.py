@@ -214,7 +214,8 @@ class _NegativeCost(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, gamma: float | Tensor) -> Tensor:
         cost, gradient = _focal_terms(logits, gamma)
         ctx.save_for_backward(gradient)
-        return cost
+        # A copy: compiled by torch 2.11, an output that was written in place has a gradient of 0, without a word.
+        return cost.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_cost: Tensor) -> tuple[Tensor | None, ...]:
