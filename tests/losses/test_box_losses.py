@@ -142,6 +142,18 @@ def test_extreme_deltas_and_empty_boxes_give_finite_values_and_gradients(loss, s
     assert box_deltas.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("loss", [GIoULoss(), DIoULoss(), CIoULoss()])
+@pytest.mark.parametrize("shift", [1e4, -1e4, 6e4, 1e10])
+def test_a_flat_box_far_away_gives_finite_values_and_gradients(loss, shift) -> None:
+    # Of the size of float16's largest numbers and more: there the edges of a box of e^-100 px are one number.
+    for flat in ([-500.0, -500.0], [1.0, -500.0], [-500.0, 1.0]):
+        box_deltas = torch.tensor([[[shift, shift, *flat], [0.0, 0.0, 0.0, 0.0]]], requires_grad=True)
+        total = loss(box_deltas, SHIFTED, ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE)
+        total.backward()
+        assert total.isfinite()
+        assert box_deltas.grad.isfinite().all()
+
+
 def test_l1_is_smooth_l1_without_its_bend() -> None:
     gt_boxes = torch.tensor([[[40.0, 30.0, 60.0, 70.0], [6.0, 6.0, 14.0, 14.0]]])
     box_deltas = torch.tensor([[[0.5, -0.25, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]]])

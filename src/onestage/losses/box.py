@@ -11,7 +11,8 @@ from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, genera
 
 from onestage.errors import ConfigError
 
-MIN_SIDE = 1e-3  # px, of a decoded box; float32 tells 1000 and 1000.001 apart
+MIN_SIDE = 1e-3  # px, of a decoded box
+EDGE_PRECISION = 1e-6  # of an edge far away, px per px: eight times what float32 tells apart
 
 
 class BoxCoder(Protocol):
@@ -107,7 +108,9 @@ class IoUBoxLoss(BoxLoss):
         is_positive = is_positive[..., None]
         boxes, gt_boxes = torch.where(is_positive, boxes, whole), torch.where(is_positive, gt_boxes, whole)
         # A wild delta can mean a box whose edges round to one number, and then CIoU's ratio of sides is 0 / 0.
-        boxes = torch.cat([boxes[..., :2], torch.maximum(boxes[..., 2:], boxes[..., :2] + MIN_SIDE)], dim=-1)
+        low, high = boxes[..., :2], boxes[..., 2:]
+        min_sides = (EDGE_PRECISION * low.detach().abs()).clamp(min=MIN_SIDE)
+        boxes = torch.cat([low, torch.maximum(high, low + min_sides)], dim=-1)
         losses = self.losses(boxes.flatten(0, 1), gt_boxes.to(boxes.dtype).flatten(0, 1))
         return torch.where(is_positive.flatten(), losses, 0.0).sum()
 
