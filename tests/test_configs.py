@@ -1,11 +1,13 @@
 """Every shipped configuration parses, and builds the data module and the detector it names."""
 
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import yaml
 from lightning.pytorch.callbacks import Checkpoint
 
+from onestage import losses
 from onestage.training.commands import DetectionCLI
 from onestage.training.ema import ExponentialMovingAverage
 from onestage.types import DetectionData, Detector
@@ -53,6 +55,13 @@ def test_every_loss_lies_over_an_experiment(loss: Path, experiment: str, tmp_pat
         if name != "class_weights":
             assert getattr(built, name) == value
     assert (built.class_weights is None) == (written["init_args"]["class_weights"] is None)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda path: path.stem)
+def test_every_loss_names_all_arguments_so_that_none_of_the_loss_below_is_kept(loss: Path) -> None:
+    written = yaml.safe_load(loss.read_text())["model"]["detector"]["init_args"]["classification_loss"]
+    constructor = getattr(losses, written["class_path"].rpartition(".")[2])
+    assert written["init_args"].keys() == signature(constructor).parameters.keys()
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS + LOSSES, ids=lambda path: path.stem)
