@@ -8,7 +8,7 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 
-from onestage.errors import ConfigError
+from onestage.errors import CheckpointError, ConfigError
 from onestage.evaluation import loss_curves
 from onestage.evaluation.loss_curves import (
     FIGURE_GAMMAS,
@@ -103,3 +103,11 @@ def test_file_and_figure_hold_the_curves(tmp_path: Path, labels: list[int]) -> N
 def test_a_gamma_that_cannot_be_is_refused(gamma: float) -> None:
     with pytest.raises(ConfigError, match=rf"gammas is \[0.0, {gamma}\]; each must be a number in 0..100"):
         LossDistribution([0.0, gamma])
+
+
+def test_a_nan_is_refused_unless_its_anchor_is_ignored() -> None:
+    distribution = LossDistribution()
+    distribution.update(torch.tensor([[0, IGNORE]]), torch.tensor([[0.5, torch.nan]]))
+    assert distribution.counts.sum() == 1
+    with pytest.raises(CheckpointError, match=r"p_t of 1 of a batch's 2 anchors is NaN.*\n.*precision 32-true"):
+        distribution.update(torch.tensor([[0, BACKGROUND]]), torch.tensor([[0.5, torch.nan]]))

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from onestage.errors import ConfigError
-from onestage.types import BACKGROUND
+from onestage.errors import CheckpointError, ConfigError
+from onestage.types import BACKGROUND, IGNORE
 
 FIGURE_GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # the four of the figure, and the largest that the paper trains with
 LARGEST_GAMMA = 100.0  # as of the losses
@@ -73,8 +73,18 @@ class LossDistribution:
         Args:
             labels: [B, A] int64: 0..K-1, BACKGROUND, or IGNORE, which is not counted.
             true_probabilities: [B, A] p_t, 0..1.
+
+        Raises:
+            CheckpointError: a p_t that counts is NaN.
         """
         labels, p_t = labels.cpu(), true_probabilities.detach().cpu().double()
+        num_nan = int((p_t.isnan() & (labels != IGNORE)).sum())
+        if num_nan:
+            raise CheckpointError(
+                f"the detector's p_t of {num_nan:,} of a batch's {p_t.numel():,} anchors is NaN, which has no place on "
+                "a curve.\nWith --trainer.precision 32-true nothing overflows; if it stays, the weights are not to be "
+                "used: take an earlier checkpoint."
+            )
         for group, members in enumerate((labels >= 0, labels == BACKGROUND)):
             p = p_t[members].clamp(min=torch.finfo(torch.float32).tiny)
             logits = torch.logit(p, eps=1e-15).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
