@@ -1,5 +1,6 @@
 """What an optimizer is given, the learning rate of a larger batch, and what accumulated batches add up to."""
 
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -87,6 +88,17 @@ def test_the_schedule_starts_from_the_scaled_learning_rate(tmp_path) -> None:
     (group, _) = trainer.optimizers[0].param_groups
     assert group["initial_lr"] == pytest.approx(0.03)
     assert group["lr"] == pytest.approx(0.03 * 0.75)  # step 1 of a warm-up from 0.5 to 1 in 2 steps
+
+
+@pytest.mark.parametrize(("warmup_steps", "warned"), [(3, True), (2, False)])
+def test_a_warmup_of_most_of_the_run_is_said(tmp_path, warmup_steps: int, warned: bool) -> None:
+    module = module_with(WarmupSchedule(kind="step", warmup_steps=warmup_steps))
+    trainer = quiet_trainer(DetectionTrainer, tmp_path, max_epochs=2)  # 2 x 4 images / 2 = 4 steps
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, datamodule=TinyData(num_images=4, batch_size=2))
+    said = [str(one.message) for one in caught if "warmup_steps is 3, but the run has 4 steps" in str(one.message)]
+    assert bool(said) is warned
 
 
 class OneCycle(DetectionModule):

@@ -22,6 +22,7 @@ from onestage.training.optimization import (
     hyper_parameters,
     parameter_groups,
     scale_learning_rate,
+    warn_of_long_warmup,
 )
 from onestage.training.schedule import WarmupSchedule
 from onestage.training.strategies import clips_by_itself, shards_parameters
@@ -223,10 +224,13 @@ class DetectionModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Hold to the configured optimizer and schedule where a checkpoint has brought along those of its own run."""
+        """Look at the length of the warm-up, and hold to what was configured where a checkpoint brought its own."""
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         # One of a subclass may drive the momentum, or keep what it needs in the groups: that is left as it was saved.
-        if self._scheduler is not None and self.trainer.ckpt_path is not None and schedulers == [self._scheduler]:
+        if self._scheduler is None or schedulers != [self._scheduler]:
+            return
+        warn_of_long_warmup(self.schedule.warmup_steps, float(self.trainer.estimated_stepping_batches))
+        if self.trainer.ckpt_path is not None:
             hold_to(self._configured, self._scheduler)
 
     def make_optimizer(self) -> Optimizer:

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -57,6 +57,19 @@ def scale_learning_rate(optimizer: Optimizer, trainer: pl.Trainer, batch_size: i
         f"learning rate: {before:g} x {images} / {reference} = {before * factor:g} "
         f"({parts}; model.reference_batch_size: {reference})"
     )
+
+
+def warn_of_long_warmup(warmup_steps: int, total_steps: float) -> None:
+    """Say so where most of a run is warm-up, as when the schedule of a large data set meets a small one.
+
+    Nothing else would tell: such a run never or hardly trains at its learning rate, and only ends with a low mAP.
+    """
+    if warmup_steps > 0.5 * total_steps:
+        rank_zero_warn(
+            f"model.schedule.warmup_steps is {warmup_steps}, but the run has {total_steps:g} steps: for most of it the "
+            "learning rate is below the one that is set.\nSet model.schedule.warmup_steps to a tenth of the steps or "
+            "less, or train for more epochs."
+        )
 
 
 def hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
