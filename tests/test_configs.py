@@ -8,6 +8,7 @@ import yaml
 from lightning.pytorch.callbacks import Checkpoint
 
 from onestage import losses
+from onestage.cli import main
 from onestage.training.commands import DetectionCLI
 from onestage.training.ema import ExponentialMovingAverage
 from onestage.types import DetectionData, Detector
@@ -26,6 +27,23 @@ class Built(DetectionCLI):
 
 def build(options: list[str], tmp_path: Path, command: str = "fit") -> Built:
     return Built(command, [*options, "--runs_dir", str(tmp_path / "runs"), "--trainer.accelerator", "cpu"])
+
+
+def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        main(words)
+    return capsys.readouterr().out
+
+
+def test_the_help_of_a_command_says_how_to_see_the_keys_of_a_data_set_and_a_detector(capsys) -> None:
+    shown = " ".join(help_of(["fit", "--help"], capsys).split())
+    for option, key in [
+        ("--data.help onestage.data.COCODataModule", "--data.batch_size"),
+        ("--model.detector.help onestage.models.SSD300", "--model.detector.score_threshold"),
+    ]:
+        assert key not in shown
+        assert option in shown
+        assert key in help_of(["fit", *option.split()], capsys)
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)

@@ -36,7 +36,9 @@ commands:
 {chr(10).join(f"  {name:<10}{what}" for name, what in COMMANDS.items())}
 
 options:
-  --help      this text; after a command, all of its keys
+  --help      this text; after a command, its keys; those of a data set or a detector:
+              onestage fit --data.help onestage.data.COCODataModule
+              onestage fit --model.detector.help onestage.models.SSD300
   --version   the version
   --debug     show the traceback of an error
 

@@ -27,8 +27,9 @@ class VOCDataModule(DetectionDataModule):
 
     Args:
         root: the folder of the data set.
-        train_splits: the lists that make up the training set; null: the default above.
-        val_splits: the lists that make up the validation set; null: the default above.
+        train_splits: the lists that make up the training set; null: `[train]`, or `[2007_trainval, 2012_trainval]`
+            where `root` holds both years.
+        val_splits: the lists that make up the validation set; null: `[val]`, or `[2007_test]` where `root` holds both.
         test_splits: the lists that make up the test set; null: testing uses the validation set.
         train_difficult: whether objects flagged as difficult are trained on, as in the SSD paper's own code. If not,
             the loss leaves their regions out. Evaluation counts them neither found nor missed.

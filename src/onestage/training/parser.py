@@ -22,6 +22,11 @@ NEVER_NAMED = sorted(
 )
 NAMED_ALL_THE_SAME = ["datetime.timedelta"]  # the type of trainer.max_time and others
 
+CLASS_KEYS = (
+    "a class of onestage.data: COCODataModule, VOCDataModule, YOLODataModule, ShapesDataModule, or your own. Its "
+    "keys: --data.help onestage.data.COCODataModule; a detector's: --model.detector.help onestage.models.SSD300"
+)
+
 
 class DetectionParser(LightningArgumentParser):
     """Lightning's parser, which raises instead of printing a page of usage."""
@@ -42,6 +47,9 @@ def restrict_imports() -> None:
 
 def add_run_keys(parser: LightningArgumentParser) -> None:
     """Add the keys that belong to no class. Every command takes all, so that any config.yaml fits any command."""
+    assert parser.groups is not None
+    data = parser.groups["data"]  # Lightning's text for it says neither what there is nor where its keys are explained
+    data.title, data.description = "The data set", CLASS_KEYS
     parser.add_argument(
         "--experiment",
         type=str | None,
