@@ -188,6 +188,25 @@ def test_row_18_corners_written_as_corner_and_size_stop(tmp_path: Path) -> None:
     assert_refused(write_coco(tmp_path, content), "this looks like xyxy", "Write bbox as")
 
 
+def test_row_18_fractions_of_the_image_stop(tmp_path: Path) -> None:
+    content = coco_content()
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [0.1, 0.2, 0.25, 0.5]
+    assert_refused(write_coco(tmp_path, content), "8 boxes lie in 0..1", "fractions", "in pixels")
+
+
+def test_row_18_outlines_alone_stop_and_are_said_not_to_be_read(tmp_path: Path) -> None:
+    content = coco_content()
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = [[0, 0, 40, 0, 40, 30]]
+        del annotation["bbox"]
+    file = write_coco(tmp_path, content)
+    assert_refused(file, "outlines are not read")
+    with pytest.raises(AnnotationError) as caught:
+        parse(file)
+    assert str(caught.value).endswith("\nCorrect them.")  # to allow more would not help
+
+
 def test_row_19_box_partly_outside_is_clipped_and_one_outside_left_out(tmp_path: Path) -> None:
     annotations = assert_goes_on(spoiled_box(tmp_path, [90, 70, 40, 40]), "box clipped")
     assert annotations.boxes[3].tolist() == [90, 70, 100, 80]
@@ -282,6 +301,18 @@ def test_row_25_missing_image_is_left_out_and_all_missing_stop(tmp_path: Path) -
     for path in (tmp_path / "train").iterdir():
         path.unlink()
     assert_refused(file, "none of the 4 images", "Give the folder")
+
+
+def test_row_25_images_that_are_named_from_the_folder_above_are_found_for_the_message(tmp_path: Path) -> None:
+    content = coco_content()
+    file = write_coco(tmp_path, content)
+    for image in content["images"]:
+        image["file_name"] = f"train/{image['file_name']}"
+    file.write_text(json.dumps(content))
+    with pytest.raises(AnnotationError) as caught:
+        parse(file)
+    remedy = f"They are in {tmp_path}: give that as data.train_images or data.val_images."
+    assert str(caught.value).splitlines()[-1] == remedy
 
 
 def test_row_26_images_without_objects_stay_and_are_counted(tmp_path: Path) -> None:

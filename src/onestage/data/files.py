@@ -73,6 +73,11 @@ def find_files(source: str, names: Sequence[object], root: Path) -> list[str | N
         paths.append(path)
     if names and not any(paths):
         problem = f"none of the {len(names)} images is in {printable(root)} (the first is {names[0]!r})"
+        first = _checked(source, names[0])
+        parents = root.resolve().parents[:2]
+        above = [folder for folder in parents if Path(first).name in list_files((folder / first).parent)]
+        if above:
+            remedy = f"They are in {printable(above[0])}: give that as data.train_images or data.val_images."
         raise AnnotationError(f"{source}: {problem}.\n{remedy}")
     return paths
 

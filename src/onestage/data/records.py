@@ -161,7 +161,8 @@ def require_few_bad(source: str, noun: str, bad: Sequence[str], total: int, max_
     allowed = max(max_bad_fraction * total, ALWAYS_ALLOWED) if max_bad_fraction > 0 else 0
     if len(bad) > allowed + 1e-6:  # 0.29 * 100 is 28.999999999999996
         problem = f"{len(bad)} of {total} {noun} cannot be used; at most {max_bad_fraction:.4g} of them may be left out"
-        remedy = f"Correct them, or allow more: data.max_bad_fraction: {_next_fraction(len(bad), total)}"
+        more = f", or allow more: data.max_bad_fraction: {_next_fraction(len(bad), total)}"
+        remedy = f"Correct them{more if len(bad) < total else ''}."
         _refuse(source, problem, bad, remedy)
 
 
