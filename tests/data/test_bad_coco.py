@@ -192,7 +192,7 @@ def test_row_18_fractions_of_the_image_stop(tmp_path: Path) -> None:
     content = coco_content()
     for annotation in content["annotations"]:
         annotation["bbox"] = [0.1, 0.2, 0.25, 0.5]
-    assert_refused(write_coco(tmp_path, content), "8 boxes lie in 0..1", "fractions", "in pixels")
+    assert_refused(write_coco(tmp_path, content), "8 boxes lie within 0..1", "like fractions", "Multiply them")
 
 
 def test_row_18_outlines_alone_stop_and_are_said_not_to_be_read(tmp_path: Path) -> None:

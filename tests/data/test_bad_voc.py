@@ -179,6 +179,20 @@ def test_row_38_difficult_may_be_missing_or_empty(tmp_path: Path, extra: str) ->
     assert not annotations.is_difficult.any()
 
 
+def test_fractions_of_the_image_stop(tmp_path: Path) -> None:
+    root = write_voc(tmp_path)
+    for stem in "abc":
+        (root / "Annotations" / f"{stem}.xml").write_text(xml(obj(box="0.1 0.25 0.5 0.75"), stem=stem))
+    with pytest.raises(AnnotationError, match=r"all of the 3 boxes lie within 0\.\.1, like fractions"):
+        parse(root)
+
+
+def test_a_list_of_file_names_is_told_from_missing_images(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, xml(obj()), lines="a.jpg\nb.jpg\nc.jpg\n")
+    with pytest.raises(AnnotationError, match=r"JPEGImages/a\.jpg: the list names it with its suffix"):
+        parse(root)
+
+
 def test_row_39_image_without_xml_is_a_negative_and_xml_without_image_is_left_out(tmp_path: Path) -> None:
     annotations = assert_goes_on(write_voc(tmp_path / "a", None), "image without XML", [])
     assert [finding.num_items for finding in annotations.findings] == [1]

@@ -198,7 +198,6 @@ def _read_objects(
     problems |= {int(row): "the file lists no image of that id" for row in np.flatnonzero(rows == unlisted)}
     rows = np.maximum(rows, 0)
     _refuse_xyxy(source, boxes, images.sizes[rows])
-    _refuse_fractions(source, boxes)
     areas = _read_areas(source, kept, boxes[:, 2] * boxes[:, 3], findings)
     boxes[:, 2:] += boxes[:, :2]
     objects = ObjectColumns(
@@ -267,11 +266,3 @@ def _refuse_xyxy(source: str, boxes: npt.NDArray[np.float64], sizes: npt.NDArray
     problem = f"{np.count_nonzero(leaves)} of {len(boxes)} boxes leave their image as [x, y, width, height]"
     remedy = "Write bbox as [x1, y1, x2 - x1, y2 - y1], in pixels."
     raise malformed(source, f"{problem}, and nearly all fit as [x1, y1, x2, y2]: this looks like xyxy", remedy)
-
-
-def _refuse_fractions(source: str, boxes: npt.NDArray[np.float64]) -> None:
-    """Stop where boxes are shares of their image: as pixels all are too small to be trained on. boxes: as written."""
-    boxes = boxes[np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)]
-    if len(boxes) and (np.abs(boxes) <= 1).all():
-        problem = f"all of the {len(boxes)} boxes lie in 0..1: these look like fractions of the width and the height"
-        raise malformed(source, problem, "Write bbox as [x, y, width, height], in pixels.")

@@ -70,14 +70,14 @@ def build_annotation_set(
     """
     num_images = len(images.paths)
     require_images(source, num_images, findings, max_bad_fraction)
+    _refuse_fractions(source, objects.boxes)
     boxes, clipped = _clip(source, objects, images.sizes)
     broken_rules = _broken_rules(boxes, objects)
     bad_boxes = [rule.broken(describe(row), problem) for row, (rule, problem) in sorted(broken_rules.items())]
     skipped_objects = [finding.line for finding in bad_boxes]
     require_few_bad(source, "boxes", skipped_objects, len(boxes), max_bad_fraction)
 
-    is_valid = np.ones(len(boxes), dtype=np.bool_)
-    is_valid[list(broken_rules)] = False
+    is_valid = ~np.isin(np.arange(len(boxes)), list(broken_rules))
     if len(boxes) and not is_valid.any():
         _refuse(source, f"none of the {len(boxes)} boxes can be used", skipped_objects, "Correct the boxes.")
     rows = np.flatnonzero(is_valid)
@@ -196,6 +196,16 @@ def require_objects(annotations: AnnotationSet) -> AnnotationSet:
             "do not count.\nIs it the annotation file of this data set, and the training split?"
         )
     return annotations
+
+
+def _refuse_fractions(source: str, boxes: npt.NDArray[np.float64]) -> None:
+    """Stop where boxes are shares of their image: as pixels each is too small, and nothing would be trained on."""
+    boxes = boxes[np.isfinite(boxes).all(axis=1)]
+    if len(boxes) and boxes.max() <= 1 and (boxes % 1 > 0).any():
+        raise AnnotationError(
+            f"{source}: all of the {len(boxes)} boxes lie within 0..1, like fractions of the width and height of an "
+            "image; they must be in pixels.\nMultiply them by the size of their image."
+        )
 
 
 def _clip(

@@ -18,6 +18,7 @@ from onestage.types import AnnotationSet, Finding
 
 SPLIT_FOLDER = Path("ImageSets", "Main")
 NO_IMAGE = "there is no such image"
+LISTED_WITH_SUFFIX = "the list names it with its suffix; lists of VOC have names without"
 
 
 class ListedImage(NamedTuple):
@@ -135,7 +136,9 @@ def _read_images(source: str, listed: list[ListedImage]) -> tuple[ImageColumns, 
         name = image_of_stem[image.folder].get(image.stem)
         has_xml = image.xml.name in xml_names[image.folder]
         if name is None:
-            findings.append(IMAGE_MISSING.broken(printable(image.folder / "JPEGImages" / image.stem), NO_IMAGE))
+            has_suffix = image.stem in image_of_stem[image.folder].values()
+            problem = LISTED_WITH_SUFFIX if has_suffix else NO_IMAGE
+            findings.append(IMAGE_MISSING.broken(printable(image.folder / "JPEGImages" / image.stem), problem))
             continue
         try:
             records.append(read_record(image.xml) if has_xml else VOCRecord((0, 0), []))

@@ -24,6 +24,7 @@ from onestage.training.optimization import (
     scale_learning_rate,
     warn_of_long_warmup,
 )
+from onestage.training.save_points import is_dry
 from onestage.training.schedule import WarmupSchedule
 from onestage.training.strategies import clips_by_itself, shards_parameters
 from onestage.types import Batch, DetectionData, Detections, Detector, Metrics, Predictions, Stage
@@ -229,7 +230,8 @@ class DetectionModule(pl.LightningModule):
         # One of a subclass may drive the momentum, or keep what it needs in the groups: that is left as it was saved.
         if self._scheduler is None or schedulers != [self._scheduler]:
             return
-        warn_of_long_warmup(self.schedule.warmup_steps, float(self.trainer.estimated_stepping_batches))
+        if not is_dry(self.trainer):
+            warn_of_long_warmup(self.schedule.warmup_steps, float(self.trainer.estimated_stepping_batches))
         if self.trainer.ckpt_path is not None:
             hold_to(self._configured, self._scheduler)
 
