@@ -29,6 +29,12 @@ def test_row_43_line_of_other_columns_or_words_is_left_out_with_its_number(tmp_p
     assert boxes == [EDGES]
     assert len(skipped) == 1
     assert "a.txt:2: " in skipped[0]
+    assert "nan" not in skipped[0]  # what was written, not what it was read as
+
+
+def test_row_43_line_of_words_is_quoted(tmp_path: Path) -> None:
+    _, skipped, _ = parse_label(tmp_path, f"{GOOD}0,0.5,0.5,0.25,0.5\n")
+    assert "a.txt:2: '0,0.5,0.5,0.25,0.5': a line must hold numbers with spaces between" in skipped[0]
 
 
 def test_row_43_polygon_becomes_a_box_and_is_counted(tmp_path: Path) -> None:
@@ -61,7 +67,7 @@ def test_row_44_rounding_is_clipped(tmp_path: Path) -> None:
 def test_row_45_class_that_is_none_is_left_out(tmp_path: Path, index: str) -> None:
     boxes, skipped, _ = parse_label(tmp_path, f"{index} 0.5 0.5 0.25 0.5\n")
     assert boxes == []
-    assert "the class must be a whole number in 0..1" in skipped[0]
+    assert "the class must be a whole number in 0..1; the first one is 0" in skipped[0]
 
 
 def test_row_45_class_written_with_a_point_is_read(tmp_path: Path) -> None:

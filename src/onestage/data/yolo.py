@@ -83,7 +83,7 @@ def parse_yolo(
         _object_columns(source, files, columns.sizes, [wanted.index(name) for name in names]),
         wanted,
         range(1, len(wanted) + 1),
-        describe=lambda row: f"{places[row]}: {_written(lines[row])}",
+        describe=lambda row: places[row] if lines[row].problem else f"{places[row]}: {_written(lines[row])}",
         findings=findings,
         max_bad_fraction=max_bad_fraction,
     )
@@ -163,7 +163,8 @@ def _read_line(number: int, words: Sequence[str], num_keypoint_values: int) -> L
     try:
         class_index, *values = map(float, words)
     except ValueError:
-        return LabelLine(number, float("nan"), NAN_BOX, "a line must hold numbers only", False)
+        problem = f"{' '.join(words)!r:.80}: a line must hold numbers with spaces between, class cx cy width height"
+        return LabelLine(number, float("nan"), NAN_BOX, problem, False)
     if len(words) == BOX_COLUMNS + num_keypoint_values:
         return LabelLine(number, class_index, tuple(values[:4]), None, False)
     if len(values) >= 6 and len(values) % 2 == 0 and not num_keypoint_values:
@@ -192,7 +193,7 @@ def _object_columns(
         is_class = (classes >= 0) & (classes < num_classes) & (classes == np.floor(classes))
     _refuse_pixels(source, is_beyond, fractions)
     problems = {int(row): "cx, cy, width, height must be in 0..1" for row in np.flatnonzero(is_beyond)}
-    rule = f"the class must be a whole number in 0..{num_classes - 1}"
+    rule = f"the class must be a whole number in 0..{num_classes - 1}; the first one is 0"
     problems |= {int(row): rule for row in np.flatnonzero(~is_class)}
     problems |= {row: line.problem for row, line in enumerate(lines) if line.problem}
     labels = np.array(label_of_index, dtype=np.int64)[np.where(is_class, classes, 0).astype(np.int64)]
