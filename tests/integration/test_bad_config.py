@@ -60,6 +60,8 @@ def test_row_60_a_misspelt_key_is_named_with_the_one_that_was_meant(
         (["--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], "Set trainer.strategy: ddp"),
         (["--model.box_loss_weight", ".nan"], "model.box_loss_weight is nan; it must be a number, 0 or more"),
         (["--model.box_loss_weight", ".inf"], "model.box_loss_weight is inf"),
+        (["--data.batch_size", "four"], "error: --data.batch_size: Expected a int. Got value: four"),
+        (["--data.cache", "disc"], "error: --data.cache: Expected a value of 'none', 'disk', 'ram'. Got value: disc"),
     ],
 )
 def test_row_61_a_value_of_the_wrong_type_or_range_stops_before_anything_is_trained(
@@ -68,6 +70,20 @@ def test_row_61_a_value_of_the_wrong_type_or_range_stops_before_anything_is_trai
     text = complaint(capsys, "fit", *fast_options, *options, "--runs_dir", str(tmp_path / "runs"))
     assert named in text
     assert list((tmp_path / "runs").rglob("*.ckpt")) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["fit", "--data.root", "mine"], "data"),
+        (["predict", "--data.predict_dir=photos"], "data"),
+        (["fit", "--model.detector.prior", "0.1"], "model.detector"),
+    ],
+)
+def test_a_key_of_a_class_that_nothing_names_asks_for_the_class(
+    capsys: pytest.CaptureFixture[str], words: list[str], key: str
+) -> None:
+    assert complaint(capsys, *words).startswith(f"error: nothing says which {key} to use. Give an experiment")
 
 
 LOSS = "model.detector.init_args.classification_loss"

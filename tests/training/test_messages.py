@@ -34,6 +34,26 @@ def test_a_union_is_reported_by_its_reason_not_by_all_its_types() -> None:
     assert explain(message, "fit", [], KEYS).startswith("trainer.max_epochs: Expected a int; got x (")
 
 
+def test_a_key_beside_a_class_path_is_told_where_it_belongs() -> None:
+    text = explain("Parser key \"data\":\n  Errors:\n    - Option 'class_path' is not accepted", "fit", [], KEYS)
+    assert text.startswith("the keys of a class stand under init_args: ")
+
+
+def test_a_value_inside_a_class_is_given_once() -> None:
+    message = """Parser key "data":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'lightning.pytorch.core.datamodule.LightningDataModule'>, <class 'NoneType'>]
+  Errors:
+    - Parser key "batch_size":
+        Expected a <class 'int'>. Got value: four
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>
+  Given value: {'class_path': 'onestage.data.VOCDataModule', 'init_args': {'batch_size': 'four'}}"""
+    assert explain(message, "fit", [], KEYS) == (
+        "data.batch_size: Expected a int. Got value: four (all keys: onestage fit --help)"
+    )
+
+
 def test_option_values_reads_both_ways_of_writing() -> None:
     assert option_values(["--config", "a", "--x", "1", "--config=b"], "--config", "-c") == ["a", "b"]
     assert option_values(["--config"], "--config") == []

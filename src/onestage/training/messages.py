@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,31 @@ def explain(message: str, command: str, options: Sequence[str], known_keys: Iter
         known_keys: all keys of the command's parser.
     """
     reason = _reason(message, options)
-    missing = re.search(r"arguments are required: (.*)", reason)
-    if missing:
-        keys = " and ".join(key.strip().removeprefix(f"{command}.") for key in missing[1].split(","))
+    unnamed = [key.removeprefix(f"{command}.") for key in _keys_without_class(reason, options)]
+    if unnamed:
         return (
-            f"nothing says which {keys} to use. Give an experiment (--config configs/shapes_ssd.yaml), or for "
-            "all commands but fit a checkpoint (--ckpt_path runs/.../checkpoints/best.ckpt)"
+            f"nothing says which {' and '.join(unnamed)} to use. Give an experiment (--config configs/shapes_ssd.yaml)"
+            ", or for all commands but fit a checkpoint (--ckpt_path runs/.../checkpoints/best.ckpt)"
         )
     unknown = next((match["key"] for match in map(lambda rule: rule.search(reason), UNKNOWN_KEY) if match), None)
-    if unknown is not None:
+    if "Option 'class_path' is not accepted" in reason:
+        reason = "the keys of a class stand under init_args: {class_path: ..., init_args: {key: value}}"
+    elif unknown is not None:
         meant = _meant(unknown, [*known_keys, *_constructor_arguments(options)])
         reason = f"there is no key {_written_as(unknown, options)}" + (f"; did you mean {meant}?" if meant else "")
     return f"{reason} (all keys: onestage {command} --help)"
+
+
+def _keys_without_class(reason: str, options: Sequence[str]) -> list[str]:
+    """The keys that take a class, of which no configuration or option names one."""
+    missing = re.search(r"arguments are required: (.*)", reason)
+    if missing:
+        return [key.strip() for key in missing[1].split(",")]
+    if "onestage.types.Detector is abstract" in reason:
+        return ["model.detector"]
+    is_of_data = any(option.startswith("--data.") for option in options)
+    is_named = config_files(options) or any(re.match(r"--data(\.class_path)?(=|$)", option) for option in options)
+    return ["data"] if "is not accepted" in reason and is_of_data and not is_named else []
 
 
 def refusal(error: Exception, settings: Any) -> str:
@@ -111,7 +124,9 @@ def _reason(message: str, options: Sequence[str]) -> str:
         written = _written_as(f".{keys[-1]}", options)
         key = written if written.startswith("--") else ".".join(keys)
     wrong_class = UNKNOWN_CLASS.search(message)
-    bullets = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    # Of a key inside a class the next line says what is wrong with it.
+    said = [after if line.startswith("- Parser key ") else line for line, after in pairwise([*lines, ""])]
+    bullets = [line.removeprefix("- ") for line, own in zip(said, lines, strict=True) if own.startswith("- ")]
     if wrong_class:
         text = f"there is no class {wrong_class['path']}{_existing_classes(wrong_class['path'])}"
     elif bullets:
@@ -119,11 +134,12 @@ def _reason(message: str, options: Sequence[str]) -> str:
         following = lines[lines.index(f"- {details[0]}") + 1] if details and details[0].endswith(":") else ""
         details[:1] = [f"{details[0]} {following}".strip()] if details else []
         given = next((line for line in lines if line.startswith("Given value: ")), "")
-        given = "" if "NestedArg" in given else given.replace("Given value: ", "; got ")
+        is_whole_class = given.startswith(("Given value: NestedArg", "Given value: {'class_path'"))
+        given = "" if is_whole_class else given.replace("Given value: ", "; got ")
         text = " or ".join(dict.fromkeys(details)) + given
     else:
         text = " ".join(lines[1:] if key and len(lines) > 1 else lines)
-    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text).replace("collections.abc.Sequence", "list")
     text = re.sub(r"Expected a float\. Got value: ([+-]?(?:nan|inf))\b", r"\1 is no finite number", text)
     text = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"value of \1", text)
     return f"{key}: {text}" if key else text
