@@ -21,6 +21,18 @@ def test_a_run_folder_holds_all_it_promises(trained: Path) -> None:
     assert len(list((trained / "predictions").glob("*.jpg"))) == 3
 
 
+def test_a_logger_of_ones_own_leaves_the_configuration_in_the_run_folder(
+    fast_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = ["--runs_dir", str(tmp_path / "runs"), "--trainer.logger.save_dir", str(tmp_path / "logs")]
+    options = [*fast_options, "--trainer.logger", "lightning.pytorch.loggers.CSVLogger", *folders]
+    for _ in range(2):
+        assert run("fit", *options, "--trainer.max_epochs", "1", "--resume", "auto") == 0
+    (folder,) = tmp_path.glob("runs/*/version_*")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["runs_dir"] == str(tmp_path / "runs")
+    assert f"going on in {folder}" in "".join(capsys.readouterr())
+
+
 def test_results_hold_finite_numbers_by_name(trained: Path) -> None:
     results = json.loads((trained / "results.json").read_text())
     assert results["stage"] == "validate"

@@ -37,7 +37,7 @@ from onestage.training.parser import (
     shared_configs,
 )
 from onestage.training.resume import Resumed, find_checkpoint, require_resumable, saved_batch_size
-from onestage.training.runs import new_run_folder, take_run_folder
+from onestage.training.runs import RunConfig, new_run_folder, take_run_folder
 from onestage.training.seeding import SeededSteps
 from onestage.training.stopping import StopOnSignal
 from onestage.training.strategies import shards_parameters, writes_whole_files
@@ -91,7 +91,6 @@ class DetectionCLI(LightningCLI):
 
     def __init__(self, command: str, options: list[str]) -> None:
         self.command = command
-        defaults = [str(path) for path in shared_configs()[:1]]
         super().__init__(
             model_class=DetectionModule,
             datamodule_class=LightningDataModule,
@@ -100,9 +99,10 @@ class DetectionCLI(LightningCLI):
             parser_class=DetectionParser,
             parser_kwargs={
                 "allow_abbrev": False,
-                command: {"allow_abbrev": False, "default_config_files": defaults},
+                command: {"allow_abbrev": False, "default_config_files": [*map(str, shared_configs()[:1])]},
             },
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=42,

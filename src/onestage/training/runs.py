@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import IO
 
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.errors import ConfigError, ResourceError, RunInUseError
@@ -18,6 +20,16 @@ LOCK_FILE = ".lock"
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, *OUT_OF_SPACE)  # by the machine; anything else is a wrong path
 
 _held: dict[Path, IO[str]] = {}  # the lock of a folder goes when its file is closed, and that is when the process ends
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes config.yaml into the run folder. Lightning's goes where the first logger writes, perhaps elsewhere."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write all settings, for `--config` and `--resume auto`."""
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
 def new_run_folder(runs_dir: str, experiment: str, *, num_nodes: int = 1) -> Path:
