@@ -187,16 +187,14 @@ def _focal_terms(logits: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]
 
     With p = sigmoid(x) and s = softplus(x) = -log(1 - p), RetinaNet appendix B:
         FL = p^gamma s       dFL/dx = p^gamma (gamma (1 - p) s + p)
-    The sum is an interpolation from gamma s to 1: multiplied out, gamma s - p gamma s would swallow the p of logits
-    above 1e7, and leave them without a gradient.
-
     Written out rather than left to autograd also because the derivative of p^gamma alone is infinite at p = 0 for
     gamma < 1.
     """
     probability = logits.sigmoid()
     cross_entropy = F.softplus(logits)
     modulation = probability.pow(gamma)
-    gradient = (cross_entropy * gamma).lerp_(probability.new_ones(()), probability).mul_(modulation)
+    scaled = cross_entropy * gamma
+    gradient = probability.addcmul_(probability, scaled, value=-1).add_(scaled).mul_(modulation)
     return cross_entropy.mul_(modulation), gradient
 
 
