@@ -386,5 +386,10 @@ def test_help_of_the_data_commands_and_their_mistakes_import_nothing_heavy(words
     assert heavy_modules_after(run + f"    with contextlib.suppress(SystemExit): onestage.cli.main({words})") == []
 
 
+def test_a_child_that_decodes_images_imports_the_decoder_alone() -> None:
+    """With torch it would take twelve times as long to start, and three of its four gigabytes of address space."""
+    assert heavy_modules_after("import onestage.data.decoder_child") == ["cv2"]
+
+
 def test_an_import_that_is_listed_as_heavy_is_seen() -> None:
     assert heavy_modules_after("import decimal", heavy=("decimal", "torch")) == ["decimal"]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from onestage.data.files import printable, read_file
-from onestage.data.worker_watch import note_reading
+from onestage.data.reading_note import note_reading
 from onestage.errors import ImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")

@@ -12,19 +12,15 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from onestage.data.reading_note import NOTE_BYTES, take_note
 from onestage.errors import DataError, ResourceError
 
 LOOK_SECONDS = 1.0
-NOTE_BYTES = 1024
 
 Item = TypeVar("Item")
-Note = npt.NDArray[np.uint8]
 
-_note: Note | None = None  # in a worker: where it writes down what it reads
 _started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # by this process; multiprocessing holds them while alive
 
 
@@ -36,14 +32,6 @@ def _end_workers() -> None:
     for worker in list(_started):
         if worker.is_alive():
             worker.kill()
-
-
-def note_reading(path: str) -> None:
-    """Write down, in a worker process, which file is about to be read. Elsewhere this does nothing."""
-    if _note is not None:
-        name = path.encode(errors="surrogateescape")[:NOTE_BYTES]
-        _note[: len(name)] = np.frombuffer(name, dtype=np.uint8)
-        _note[len(name) :] = 0
 
 
 class WorkerWatch:
@@ -148,13 +136,12 @@ class WorkerWatch:
 
 
 def _start_worker(notes: torch.Tensor, then: Callable[[int], None] | None, number: int) -> None:
-    global _note
     # Ctrl-C and a SIGTERM to the whole group reach the workers too. When they end is for the training to decide.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if then is not None:
         then(number)
-    _note = notes[number].numpy()
+    take_note(notes[number].numpy())
 
 
 def _keep_deaths_for_later() -> None:
