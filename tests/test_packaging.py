@@ -260,7 +260,7 @@ def test_a_signal_to_make_reaches_the_training(fresh_folder: Path) -> None:
         while run.stdout.readline().strip() != "up":
             assert run.poll() is None
         run.terminate()
-        run.wait(timeout=20)
+        run.wait(timeout=120)
     assert (fresh_folder / "saved").exists()
 
 

@@ -17,7 +17,7 @@ from onestage.data.installation import Part, install
 from onestage.errors import DataError
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-IMPATIENT = Patience(attempts=1, wait_seconds=0.01, timeout_seconds=5)
+ONE_ATTEMPT = Patience(attempts=1, wait_seconds=0.01, timeout_seconds=60)
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -73,7 +73,7 @@ WHOLE = ["VOC2007/JPEGImages/1.jpg", "VOC2007/JPEGImages/2.jpg", "val2017/3.jpg"
 
 def run(parts: tuple[Part, ...], root: Path, **options: object) -> list[str]:
     lines: list[str] = []
-    install(parts, root, patience=IMPATIENT, report=lines.append, **options)
+    install(parts, root, patience=ONE_ATTEMPT, report=lines.append, **options)
     return lines
 
 
@@ -176,7 +176,7 @@ def test_script_ends_with_the_exit_code_of_the_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     gone = RemoteFile("a.tar", ("http://127.0.0.1:9/a.tar",), "0" * 32, 1)
-    monkeypatch.setattr(installation, "install", partial(install, patience=IMPATIENT))
+    monkeypatch.setattr(installation, "install", partial(install, patience=ONE_ATTEMPT))
     monkeypatch.setattr(sys, "argv", ["download", "--root", str(tmp_path)])
     assert installation.run_installation("", (Part("x", (gone,), "x"),), "data/x", str) == 3
     assert "a.tar cannot be downloaded" in capsys.readouterr().out

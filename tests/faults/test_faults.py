@@ -32,7 +32,7 @@ from onestage.training.resume import newest_checkpoint
 from onestage.training.runs import take_run_folder
 
 pytestmark = pytest.mark.fault
-SECONDS = 120  # no test waits longer for a process; how fast it was is not asserted but in F6 and F7
+SECONDS = 300  # no test waits longer for a process; how fast it was is not asserted but in F6 and F7
 
 
 def start(command: list[str], fault: str = "", launcher: list[str] | None = None) -> subprocess.Popen[str]:
@@ -54,6 +54,13 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
     finally:
         process.kill()
     return process.returncode, err
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def folder_of(runs: Path) -> Path:
@@ -248,10 +255,7 @@ def test_f06_f07_a_killed_or_hung_process_ends_all_within_30_seconds(
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=0"]
     process = start(tiny_run.words(drawn, tmp_path, *TWO), f"{rank}:step:3:{number}", torchrun)
     checkpoint = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + SECONDS
-    while not (checkpoint.exists() and read_checkpoint(checkpoint)["global_step"] == 2):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: checkpoint.exists() and read_checkpoint(checkpoint)["global_step"] == 2)
     stopped = time.monotonic()
     code, err = end_of(process)
     assert code != 0
@@ -440,8 +444,7 @@ def test_f11_a_killed_worker_is_named_with_its_file_and_the_run_goes_on_exactly(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    names = sorted(path.name for path in (drawn / "JPEGImages").iterdir())
-    (name,) = [one for one in names if one.endswith(image_of_step(5)[-10:])]
+    name = image_of_step(5)
     flag = tmp_path / "once"
 
     def die() -> None:
@@ -467,12 +470,24 @@ def test_f12_a_hung_worker_is_ended_and_named_with_its_file(
     drawn: Path,
     tmp_path: Path,
     fault_in_a_worker: Callable[[str, Callable[[], object]], None],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    names = sorted(path.name for path in (drawn / "JPEGImages").iterdir())
-    (name,) = [one for one in names if one.endswith(image_of_step(2)[-10:])]
-    fault_in_a_worker(name, lambda: time.sleep(600))
-    options = ("--data.num_workers", "1", "--data.prefetch_factor", "1", "--data.worker_timeout_seconds", "1")
+    name, flag = image_of_step(2), tmp_path / "hangs"
+    fault_in_a_worker(name, lambda: [flag.touch(), time.sleep(600)])
+    step = DetectionModule.training_step
+
+    def impatient_once_it_hangs(self: DetectionModule, batch: object, batch_idx: int) -> object:
+        """A second is short for a busy machine: it counts from when the worker, one batch ahead, is where it stays."""
+        if batch_idx == 1:
+            wait_until(flag.exists)
+            watch = self.trainer.datamodule._train_loader.watch
+            assert watch.timeout_seconds == SECONDS
+            watch.timeout_seconds = 1.0
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DetectionModule, "training_step", impatient_once_it_hangs)
+    options = ("--data.num_workers=1", "--data.prefetch_factor=1", f"--data.worker_timeout_seconds={SECONDS}")
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, *options)) == 3
     message = capsys.readouterr().err
     assert "stood still for 1 s" in message
@@ -485,14 +500,11 @@ def test_f13_full_shared_memory_says_which_option_makes_it_larger(
     fault_in_a_worker: Callable[[str, Callable[[], object]], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    names = sorted(path.name for path in (drawn / "JPEGImages").iterdir())
-    (name,) = [one for one in names if one.endswith(image_of_step(1)[-10:])]
-
     def bus_error() -> None:
         signal.signal(signal.SIGBUS, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGBUS)  # what writing to a full /dev/shm ends in
 
-    fault_in_a_worker(name, bus_error)
+    fault_in_a_worker(image_of_step(1), bus_error)
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--data.num_workers", "1")) == 5
     assert "--shm-size" in capsys.readouterr().err
 
@@ -560,11 +572,8 @@ def test_f17_resuming_a_run_that_is_going_on_is_refused_with_code_4(drawn: Path,
     going_on = start(command)
     try:
         checkpoints = tmp_path / "tiny" / "version_0" / "checkpoints"
-        deadline = time.monotonic() + SECONDS
-        while not list(checkpoints.glob("*.ckpt")):
-            assert time.monotonic() < deadline
-            assert going_on.poll() is None, going_on.stderr.read()[-2000:]
-            time.sleep(0.1)
+        wait_until(lambda: list(checkpoints.glob("*.ckpt")) or going_on.poll() is not None)
+        assert going_on.poll() is None, going_on.stderr.read()[-2000:]
         assert tiny_run.onestage(*command) == 4
         going_on.send_signal(signal.SIGTERM)
         assert end_of(going_on)[0] == 143

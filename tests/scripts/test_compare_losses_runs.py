@@ -135,12 +135,12 @@ def comparison(folder: Path, *words: str) -> subprocess.Popen:
 )
 def test_a_signal_ends_the_comparison_with_its_runs_and_records_nothing(number, exit_code, whom, tmp_path) -> None:
     process = comparison(tmp_path)
-    until = time.time() + 120
+    until = time.time() + 300
     while time.time() < until and not list(tmp_path.rglob("metrics.csv")):  # the training has its handlers by then
         time.sleep(0.1)
     assert list(tmp_path.rglob("metrics.csv"))
     whom(process.pid, number)
-    _, told = process.communicate(timeout=40)
+    _, told = process.communicate(timeout=120)
     assert process.returncode == exit_code
     assert "the same command goes on" in told
     assert not list(tmp_path.rglob("outcome.json"))

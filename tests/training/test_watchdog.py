@@ -26,7 +26,7 @@ def child() -> int:
 
 
 def wait_for(process: int, states: str) -> str:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while process_state(process) not in states and time.monotonic() < deadline:
         time.sleep(0.01)
     return process_state(process)
