@@ -360,6 +360,8 @@ def test_command_reports_what_cannot_be_used(tmp_path: Path, capsys: pytest.Capt
         (["in", "--to", "voc"], 2, "--out"),
         ([], 2, "source"),
         (["gone", "--to", "voc", "--out", "x"], 3, "gone"),
+        (["gone", "--to", "voc", "--out", "x", "--max-bad-fraction", "5"], 2, "--max-bad-fraction is 5; it must be in"),
+        (["gone", "--to", "voc", "--out", "x", "--max-bad-fraction", "nan"], 2, "--max-bad-fraction is nan"),
     ],
 )
 def test_command_words_that_cannot_be_used_end_with_their_code(

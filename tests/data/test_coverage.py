@@ -1,5 +1,6 @@
 """Coverage and proposals of anchors, against the anchors that the models tile and the matcher that trains them."""
 
+import inspect
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from onestage.boxes.matchers import IoUMatcher
 from onestage.cli import main
 from onestage.data.anchor_proposal import cluster_shapes, propose_anchors
 from onestage.data.anchor_table import find_anchors, write_yaml
+from onestage.data.class_table import MAX_DETECTIONS
 from onestage.data.coverage import (
     IMAGE_SIZES,
     TABLES,
@@ -80,10 +82,11 @@ def test_coverage_agrees_with_the_tiled_anchors_and_the_matcher(detector: str) -
 
 
 @pytest.mark.parametrize("model", [SSD160, SSD300, SSD512])
-def test_the_tables_are_those_of_the_models(model: type) -> None:
+def test_the_tables_and_the_most_detections_are_those_of_the_models(model: type) -> None:
     assert IMAGE_SIZES[model.__name__] == model.image_size
     for name, levels in model.anchor_tables.items():
         assert TABLES[model.__name__, name] == levels
+    assert inspect.signature(model).parameters["max_detections"].default == MAX_DETECTIONS
 
 
 def test_the_commands_know_the_same_detectors() -> None:

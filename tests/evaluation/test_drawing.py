@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from onestage.errors import ConfigError
+from onestage.errors import ResourceError
 from onestage.evaluation.drawing import class_colour, draw_boxes, save_jpeg
 from onestage.types import PADDING, Detections
 
@@ -104,5 +104,5 @@ def test_jpeg_is_written_whole_and_leaves_no_temporary_file(tmp_path):
 
 def test_jpeg_that_cannot_be_written_names_the_file(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match=r"file/drawn\.jpg cannot be written"):
+    with pytest.raises(ResourceError, match=r"file/drawn\.jpg cannot be written"):
         save_jpeg(tmp_path / "file" / "drawn.jpg", grey(30, 40))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from onestage.errors import ConfigError
+from onestage.errors import ResourceError
 from onestage.evaluation.average_precision import choose_backend
 from onestage.evaluation.report import format_table, write_coco_results, write_file, write_results
 
@@ -45,7 +45,7 @@ def test_failed_write_keeps_the_old_file_and_no_temporary_one(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(ConfigError, match=r"results\.json cannot be written: No space left on device"):
+    with pytest.raises(ResourceError, match=r"results\.json cannot be written: No space left on device"):
         write(path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

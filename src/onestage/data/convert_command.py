@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from onestage.errors import ConfigError
+from onestage.data.command_parser import CommandParser, require_fraction
 
 if TYPE_CHECKING:
     from onestage.data.conversion import Conversion
@@ -29,13 +29,6 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises what the other commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"onestage convert: {message}.\nSee: onestage convert --help")
-
-
 def run_convert(words: Sequence[str]) -> int:
     """Run the command and return its exit code, 0.
 
@@ -47,6 +40,7 @@ def run_convert(words: Sequence[str]) -> int:
         DataError: the data set cannot be read, or not be written.
     """
     arguments = _parser().parse_args(words)
+    require_fraction("--max-bad-fraction", arguments.max_bad_fraction)
 
     from onestage.data.conversion import convert  # torch, numpy, opencv
     from onestage.data.sources import find_sources
@@ -64,8 +58,8 @@ def run_convert(words: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="onestage convert",
         description=DESCRIPTION,
         epilog=EPILOG,

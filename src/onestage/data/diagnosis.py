@@ -151,9 +151,8 @@ def _too_many(annotations: AnnotationSet, findings: Sequence[Finding], max_bad_f
     bad = [finding for finding in findings if finding.effect == "left out"]
     bad_boxes = [finding.line for finding in bad if finding.rule in BOX_RULES]
     bad_images = [finding.line for finding in bad if finding.rule not in BOX_RULES]
-    num_images = len(annotations) + len(
-        set(annotations.skipped) & set(bad_images)
-    )  # with those that the parser left out
+    num_left_out = len(set(annotations.skipped) & set(bad_images))  # by the parser: they are not in the set any more
+    num_images = len(annotations) + num_left_out
     stops = []
     totals = (("boxes", bad_boxes, len(annotations.boxes) + len(bad_boxes)), ("images", bad_images, num_images))
     for noun, lines, total in totals:

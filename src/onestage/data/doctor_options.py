@@ -3,9 +3,8 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from onestage.errors import ConfigError
+from onestage.data.command_parser import CommandParser, require_fraction
 
 DETECTORS = ("SSD300", "SSD512", "SSD160")
 PATHS = "a COCO JSON file or its folder, a VOC folder, or a YOLO data.yaml or its folder; several are splits of one set"
@@ -27,14 +26,6 @@ examples:
 """
 
 
-class CommandParser(argparse.ArgumentParser):
-    """A parser that raises instead of printing a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Stop with what cannot be used."""
-        raise ConfigError(f"{self.prog}: {message}.\nSee: {self.prog} --help")
-
-
 def doctor_options(words: Sequence[str]) -> argparse.Namespace:
     """Return the options of `onestage doctor`.
 
@@ -42,8 +33,7 @@ def doctor_options(words: Sequence[str]) -> argparse.Namespace:
         ConfigError: they cannot be used.
     """
     options = _doctor_parser().parse_args(words)
-    if not 0 <= options.max_bad_fraction <= 1:
-        raise ConfigError(f"--max_bad_fraction is {options.max_bad_fraction:g}; it must be in 0..1.\nTry: 0.01")
+    require_fraction("--max_bad_fraction", options.max_bad_fraction)
     return options
 
 

@@ -1,5 +1,6 @@
 """Downloads one large file: resumed where it was cut off, from the first server that has it, and checked."""
 
+import errno
 import hashlib
 import http.client
 import shutil
@@ -161,14 +162,12 @@ def _append(remote: RemoteFile, url: str, part: Path, timeout_seconds: float, re
             with part.open("ab" if is_resumed else "wb") as file:
                 _receive(remote, response, file, report)
     except urllib.error.HTTPError as reason:
-        if (
-            reason.code == 416 and have
-        ):  # nothing is missing, or the part is longer than the file: the checksum will tell
+        if reason.code == 416 and have:  # nothing is missing, or the part is longer than the file: the checksum tells
             return
         is_final = 400 <= reason.code < 500 and reason.code not in (408, 425, 429)
         raise _AttemptError(f"the server answers {reason.code} {reason.reason}", is_final=is_final) from None
     except (OSError, http.client.HTTPException, ValueError) as reason:
-        if isinstance(reason, OSError) and getattr(reason, "errno", None) == 28:
+        if isinstance(reason, OSError) and reason.errno == errno.ENOSPC:
             raise DataError(f"{printable(part)}: the disk is full.\nMake room, and run the command again.") from None
         raise _AttemptError(_words(reason)) from None
 

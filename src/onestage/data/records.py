@@ -12,9 +12,7 @@ from onestage.data.rules import BOX_CLIPPED, BOX_EMPTY, BOX_NOT_FINITE, BOX_OUTS
 from onestage.errors import AnnotationError
 from onestage.types import AnnotationSet, Finding
 
-ALWAYS_ALLOWED = (
-    2  # bad items that never stop a run, unless max_bad_fraction is 0: in a set of ten, one is already 10 %
-)
+ALWAYS_ALLOWED = 2  # so many bad items stop no run, unless max_bad_fraction is 0: in a set of ten, one is already 10 %
 NUM_EXAMPLES = 5  # bad items that an error message quotes
 CLIP_NOTICE = 1.0  # px; a box that reaches out further than rounding explains is worth a warning
 

@@ -71,7 +71,7 @@ def save_jpeg(path: Path, image: npt.NDArray[np.uint8]) -> None:
     """Write a [H, W, 3] RGB image as JPEG, whole or not at all.
 
     Raises:
-        ConfigError: if the file cannot be written.
+        ResourceError: if the file cannot be written.
     """
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="JPEG", quality=JPEG_QUALITY)

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from onestage.errors import ConfigError
+from onestage.errors import ResourceError
 from onestage.evaluation.average_precision import choose_backend
 from onestage.types import JSONDict, Metrics
 
@@ -37,7 +37,7 @@ def write_results(
         images_per_second: of the evaluation.
 
     Raises:
-        ConfigError: if the file cannot be written.
+        ResourceError: if the file cannot be written.
     """
     results = {
         "stage": stage,
@@ -56,7 +56,7 @@ def write_coco_results(path: Path, records: Sequence[JSONDict]) -> None:
     """Write COCO result records as one JSON list, a record a line, whole or not at all.
 
     Raises:
-        ConfigError: if the file cannot be written.
+        ResourceError: if the file cannot be written.
     """
     lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records)
     write_file(path, f"[\n{lines}\n]\n".encode())
@@ -92,7 +92,7 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part of it.
 
     Raises:
-        ConfigError: if that is impossible.
+        ResourceError: if that is impossible: the disk is full, or the folder refuses.
     """
     # In the same folder, because os.replace is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -101,7 +101,7 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        raise ConfigError(
+        raise ResourceError(
             f"{path} cannot be written: {error.strerror or error}.\n"
             "Make room there, or choose a folder that this user may write to."
         ) from error

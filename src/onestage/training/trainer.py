@@ -4,6 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse.typing import NonNegativeFloat
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -121,8 +122,6 @@ def resolve_precision(precision: Precision, accelerator: object) -> DecidedPreci
 
 
 def _device(accelerator: object) -> str:
-    import torch
-
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "cuda"
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
