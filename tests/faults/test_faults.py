@@ -7,6 +7,7 @@ with the guard that looks for them.
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -569,32 +570,41 @@ def test_f17_the_second_run_in_a_folder_refuses_and_a_dead_owner_does_not_count(
 
 def test_f17_resuming_a_run_that_is_going_on_is_refused_with_code_4(drawn: Path, tmp_path: Path) -> None:
     command = tiny_run.words(drawn, tmp_path, "--resume", "auto", "--trainer.max_epochs", "500")
-    going_on = start(command)
+    going_on = os.fork()
+    if going_on == 0:
+        os._exit(tiny_run.onestage(*command))
     try:
-        checkpoints = tmp_path / "tiny" / "version_0" / "checkpoints"
-        wait_until(lambda: list(checkpoints.glob("*.ckpt")) or going_on.poll() is not None)
-        assert going_on.poll() is None, going_on.stderr.read()[-2000:]
+        wait_until(lambda: list(tmp_path.glob("tiny/version_0/checkpoints/*.ckpt")))
         assert tiny_run.onestage(*command) == 4
-        going_on.send_signal(signal.SIGTERM)
-        assert end_of(going_on)[0] == 143
+        os.kill(going_on, signal.SIGTERM)
+    except BaseException:
+        os.kill(going_on, signal.SIGKILL)
+        raise
     finally:
-        going_on.kill()
+        _, status = os.waitpid(going_on, 0)
+    assert os.waitstatus_to_exitcode(status) == 143
+
+
+@pytest.fixture(scope="module")
+def stopped(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 16 steps that was stopped after step 6, to be copied by who goes on with it."""
+    runs = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        break_method(patch, "training_step", 6, lambda: tiny_run.send(signal.SIGTERM))
+        assert tiny_run.onestage(*tiny_run.words(drawn, runs)) == 143
+    return folder_of(runs)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped byte", "deleted", "empty"])
 def test_f18_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     damage: str,
+    stopped: Path,
     drawn: Path,
     uninterrupted: Callable[..., Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = tiny_run.words(drawn, tmp_path, "--resume", "auto")
-    with monkeypatch.context() as patch:
-        break_method(patch, "training_step", 6, lambda: tiny_run.send(signal.SIGTERM))
-        assert tiny_run.onestage(*command) == 143
-    folder = folder_of(tmp_path)
+    folder = shutil.copytree(stopped, tmp_path / "tiny" / "version_0")
     last = folder / "checkpoints" / "last.ckpt"
     content = last.read_bytes()
     middle = len(content) // 2
@@ -608,8 +618,7 @@ def test_f18_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     )
     if damage == "deleted":
         last.unlink()
-    capsys.readouterr()
-    assert tiny_run.onestage(*command) == 0
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--resume", "auto")) == 0
     said = capsys.readouterr().err
     assert "previous.ckpt (optimizer step 5)" in said
     assert damage == "deleted" or str(last) in said
@@ -652,14 +661,11 @@ def test_f19_another_schema_is_refused_and_other_packages_are_said(
 
 
 def test_f19_other_numbers_of_workers_give_the_same_bits(
-    drawn: Path, uninterrupted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: Path, drawn: Path, uninterrupted: Callable[..., Path], tmp_path: Path
 ) -> None:
-    command = tiny_run.words(drawn, tmp_path, "--resume", "auto")
-    with monkeypatch.context() as patch:
-        break_method(patch, "training_step", 5, lambda: tiny_run.send(signal.SIGTERM))
-        assert tiny_run.onestage(*command) == 143
-    assert tiny_run.onestage(*command, "--data.num_workers", "2") == 0
-    assert same_end(uninterrupted(), folder_of(tmp_path))
+    folder = shutil.copytree(stopped, tmp_path / "tiny" / "version_0")
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--resume", "auto", "--data.num_workers", "2")) == 0
+    assert same_end(uninterrupted(), folder)
 
 
 def edit_a_box(data: Path) -> None:
@@ -686,8 +692,6 @@ def test_f20_changed_data_is_refused_unless_the_change_is_meant(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(drawn, data)
     options = [
