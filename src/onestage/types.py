@@ -70,7 +70,7 @@ class Detections(NamedTuple):
     labels: Tensor  # [B, D] int64
 
 
-Effect = Literal["error", "left out", "warning", "note"]  # what a finding does to a training: stop it, ... nothing
+Effect = Literal["error", "left out", "warning", "note"]  # what a finding does to a training, from stop it to nothing
 
 
 class Finding(NamedTuple):

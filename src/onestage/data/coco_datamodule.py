@@ -19,8 +19,7 @@ class COCODataModule(DetectionDataModule):
     """Reads `<root>/annotations/instances_<split>.json` and the images in `<root>/<split>/`.
 
     Where COCO's own train2017 and val2017 are not there, train and val are the names by default. Each of the paths can
-    be given instead, relative to `root` or absolute. All other arguments are those of
-    `DetectionDataModule`.
+    be given instead, relative to `root` or absolute. All other arguments are those of `DetectionDataModule`.
 
     Args:
         root: the folder of the data set.

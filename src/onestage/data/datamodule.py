@@ -171,7 +171,8 @@ class DetectionDataModule(AnnotatedDataModule):
         for name, minimum in (("image_size", 32), ("batch_size", 1), ("prefetch_factor", 1), ("seed", 0)):
             require_at_least(name, getattr(self, name), minimum)
         require_at_least("num_workers", 0 if self.num_workers == "auto" else self.num_workers, 0)
-        require_positive("worker_timeout_seconds", self.worker_timeout_seconds)
+        remedy = "Set data.worker_timeout_seconds: 300."
+        require_positive("worker_timeout_seconds", self.worker_timeout_seconds, remedy)
         for name, value in (("mosaic", self.mosaic), ("mixup", self.mixup)):
             require_fraction(name, value, f"Set data.{name}: 0.5 to do so with every second image, or 0.")
 

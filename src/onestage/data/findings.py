@@ -1,12 +1,14 @@
 """What was found in a data set, put into few words."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import get_args
 
 import numpy as np
 
 from onestage.data.rules import BOX_TINY
-from onestage.types import AnnotationSet, Finding
+from onestage.types import AnnotationSet, Effect, Finding
 
+EFFECTS = get_args(Effect)  # the gravest first
 NUM_QUOTED = 3  # lines of what was left out that a training quotes
 
 
@@ -41,6 +43,3 @@ def grouped(findings: Iterable[Finding]) -> dict[tuple[str, str], list[Finding]]
     for finding in sorted(findings, key=lambda finding: EFFECTS.index(finding.effect)):
         groups.setdefault((finding.effect, finding.rule), []).append(finding)
     return groups
-
-
-EFFECTS: Sequence[str] = ("error", "left out", "warning", "note")

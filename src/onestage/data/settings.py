@@ -16,14 +16,14 @@ def require_at_least(name: str, value: int, minimum: int) -> None:
         )
 
 
-def require_positive(name: str, value: float) -> None:
+def require_positive(name: str, value: float, remedy: str) -> None:
     """Check a length of time.
 
     Raises:
         ConfigError: `data.<name>` is not more than 0.
     """
     if not value > 0:  # also where it is not a number
-        raise ConfigError(f"data.{name} is {value:g}; it must be more than 0.\nSet data.{name}: 300.")
+        raise ConfigError(f"data.{name} is {value:g}; it must be more than 0.\n{remedy}")
 
 
 def require_fraction(name: str, value: float, remedy: str) -> None:

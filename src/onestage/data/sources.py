@@ -14,10 +14,10 @@ import numpy as np
 from onestage.data.coco import parse_coco
 from onestage.data.files import printable
 from onestage.data.rules import FILE, UNKNOWN_CLASS
-from onestage.data.voc import SPLIT_FOLDER, parse_voc
+from onestage.data.voc import SPLIT_FOLDER, NoClassesError, parse_voc
 from onestage.data.yolo import parse_yolo
 from onestage.data.yolo_layout import SETTINGS_FILES, read_settings
-from onestage.errors import AnnotationError, DataError
+from onestage.errors import DataError
 from onestage.types import AnnotationSet, Finding
 
 SPLITS = ("train", "val", "test")
@@ -170,9 +170,7 @@ def _voc_sources(root: Path) -> list[Source]:
 def _read_voc(root: Path, splits: list[str], max_bad_fraction: float) -> AnnotationSet:
     try:
         return parse_voc(root, splits, max_bad_fraction=max_bad_fraction)
-    except AnnotationError as reason:
-        if "so there are no classes" not in str(reason):
-            raise
+    except NoClassesError:
         return parse_voc(root, splits, class_names=["object"], max_bad_fraction=max_bad_fraction)
 
 

@@ -21,6 +21,10 @@ NO_IMAGE = "there is no such image"
 LISTED_WITH_SUFFIX = "the list names it with its suffix; lists of VOC have names without"
 
 
+class NoClassesError(AnnotationError):
+    """The images hold no object that the classes could be taken from."""
+
+
 class ListedImage(NamedTuple):
     """One line of a split list."""
 
@@ -55,6 +59,7 @@ def parse_voc(
 
     Raises:
         AnnotationError: a list is missing, empty or malformed, a class is unknown, or too much cannot be used.
+        NoClassesError: no names are given, and there is no object.
     """
     source = f"{printable(root)} ({' + '.join(splits)})"
     listed = _read_splits(root, splits)
@@ -189,7 +194,7 @@ def _sorted_names(source: str, objects: list[VOCObject]) -> tuple[str, ...]:
     """Return the class names that occur."""
     names = sorted({item.class_name for item in objects if item.class_name})
     if not names:
-        raise AnnotationError(f"{source}: holds no object, so there are no classes.\nGive data.class_names.")
+        raise NoClassesError(f"{source}: holds no object, so there are no classes.\nGive data.class_names.")
     return tuple(names)
 
 

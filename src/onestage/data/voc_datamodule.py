@@ -22,8 +22,7 @@ class VOCDataModule(DetectionDataModule):
 
     `root` is one such folder, with splits named like the lists (by default `[train]` and `[val]`); or it holds VOC2007,
     VOC2012 and so on, with splits named by year and list (by default `[2007_trainval, 2012_trainval]` and
-    `[2007_test]`). All other arguments are those of
-    `DetectionDataModule`.
+    `[2007_test]`). All other arguments are those of `DetectionDataModule`.
 
     Args:
         root: the folder of the data set.
