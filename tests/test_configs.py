@@ -136,7 +136,6 @@ def test_every_key_can_be_overridden_from_the_command_line(tmp_path: Path) -> No
     built = build(options, tmp_path)
     assert built.model.detector.classification_loss.gamma == 1.5
     assert built.model.schedule.warmup_steps == 3
-    assert built.model.configure_optimizers is not None
     assert built.datamodule.batch_size == 5
     assert built.trainer.max_epochs == 2
     assert built.run_folder.parent.name == "mine"

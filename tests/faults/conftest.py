@@ -11,8 +11,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny_run
 
-sys.modules.setdefault("tests_tiny_run", tiny_run)
-
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
