@@ -104,7 +104,7 @@ def test_row_68_one_flipped_bit_of_a_weight_is_found(checkpoint: Path) -> None:
     content = bytearray(checkpoint.read_bytes())
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]
     largest = max(weights.values(), key=lambda value: value.numel())
-    place = bytes(content).index(bytes(largest.untyped_storage())[:256])
+    place = bytes(content).index(bytes(largest.untyped_storage()[:256]))
     content[place] ^= 1
     checkpoint.write_bytes(content)
     torch.load(checkpoint, weights_only=True)  # torch itself sees nothing
