@@ -572,7 +572,11 @@ def test_f17_resuming_a_run_that_is_going_on_is_refused_with_code_4(drawn: Path,
     command = tiny_run.words(drawn, tmp_path, "--resume", "auto", "--trainer.max_epochs", "500")
     going_on = os.fork()
     if going_on == 0:
-        os._exit(tiny_run.onestage(*command))
+        code = 99
+        try:
+            code = tiny_run.onestage(*command)
+        finally:
+            os._exit(code)  # never back into the tests
     try:
         wait_until(lambda: list(tmp_path.glob("tiny/version_0/checkpoints/*.ckpt")))
         assert tiny_run.onestage(*command) == 4
