@@ -182,8 +182,10 @@ def negative_cost(logits: Tensor, gamma: float | Tensor) -> Tensor:
     return cost
 
 
-def _focal_terms(logits: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return the focal loss of negatives and its derivative, elementwise; finite for logits of up to 1e36 in size.
+def _focal_terms(logits: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return s and p^gamma, the factors of the focal loss of negatives, and the derivative of their product.
+
+    Elementwise; finite for logits of up to 1e36 in size.
 
     With p = sigmoid(x) and s = softplus(x) = -log(1 - p), RetinaNet appendix B:
         FL = p^gamma s       dFL/dx = p^gamma (gamma (1 - p) s + p)
@@ -195,7 +197,7 @@ def _focal_terms(logits: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]
     modulation = probability.pow(gamma)
     scaled = cross_entropy * gamma
     gradient = probability.addcmul_(probability, scaled, value=-1).add_(scaled).mul_(modulation)
-    return cross_entropy.mul_(modulation), gradient
+    return cross_entropy, modulation, gradient
 
 
 def _refuse_second_derivatives() -> None:
@@ -212,10 +214,10 @@ class _NegativeCost(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, gamma: float | Tensor) -> Tensor:
-        cost, gradient = _focal_terms(logits, gamma)
+        cross_entropy, modulation, gradient = _focal_terms(logits, gamma)
         ctx.save_for_backward(gradient)
-        # A copy: compiled by torch 2.11, an output that was written in place has a gradient of 0, without a word.
-        return cost.clone()
+        # Not in place: compiled by torch 2.11, an output that was written in place has a gradient of 0, without a word.
+        return cross_entropy * modulation
 
     @staticmethod
     def backward(ctx: Any, grad_cost: Tensor) -> tuple[Tensor | None, ...]:
@@ -231,7 +233,8 @@ class _NegativeCosts(torch.autograd.Function):
     def forward(ctx: Any, class_logits: Tensor, labels: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
         is_positive = (labels >= 0)[..., None]  # [B, A, 1]
         class_of_anchor = labels.clamp(min=0)[..., None]  # [B, A, 1]
-        costs, gradient = _focal_terms(class_logits, gamma)
+        cross_entropy, modulation, gradient = _focal_terms(class_logits, gamma)
+        costs = cross_entropy.mul_(modulation)
         # One logit of each anchor is written, so that no two writes meet: the same result on every run.
         for terms in (costs, gradient):
             terms.scatter_(2, class_of_anchor, terms.gather(2, class_of_anchor).masked_fill_(is_positive, 0))
