@@ -20,6 +20,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "average": ("--ema.decay", "0.9"),
     "fp16": ("--trainer.precision", "16-mixed"),
     "validation inside epochs": ("--trainer.val_check_interval", "0.5"),
+    "validation between accumulated batches": (
+        "--trainer.accumulate_grad_batches=3",
+        "--trainer.val_check_interval=0.5",
+    ),
     "sgd": (
         "--model.optimizer",
         "torch.optim.SGD",
@@ -37,6 +41,8 @@ STOPS = [
     ("fp16", STEP, 5),
     *[("validation inside epochs", STEP, count) for count in (4, 8)],
     ("validation inside epochs", VALIDATION, 1),
+    ("validation between accumulated batches", STEP, 4),  # whose validation the signal is first seen in
+    ("validation between accumulated batches", VALIDATION, 1),
     ("sgd", STEP, 10),
 ]
 MORE_STOPS = [  # the same moments of a later epoch, or beside them

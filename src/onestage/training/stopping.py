@@ -93,8 +93,12 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop inside a validation; the resumed run begins it again."""
-        if batch_idx < self._num_common_batches and self._agreed(trainer):
+        """Stop inside a validation, which the resumed run begins again.
+
+        Not between accumulated batches: their gradients are in no checkpoint, so the next optimizer step is waited for.
+        """
+        is_moment = is_after_step(trainer) or not is_training(trainer)
+        if is_moment and batch_idx < self._num_common_batches and self._agreed(trainer):
             self._stop(trainer, before_validation=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
