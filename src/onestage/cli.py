@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from onestage import __version__
-from onestage.errors import ConfigError, OnestageError
+from onestage.errors import CancelledError, ConfigError, OnestageError
 
 TRAINER_COMMANDS = {
     "fit": "train, evaluate the best checkpoint, write runs/<experiment>/<version>/",
@@ -68,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if str(error):  # of several processes that end for one reason, one tells it
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # before there is anything to end in order: while packages are imported, files read
+        if debug:
+            raise
+        print("error: interrupted.", file=sys.stderr)
+        return CancelledError.exit_code
     except BrokenPipeError:  # `onestage fit --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

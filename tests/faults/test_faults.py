@@ -22,6 +22,7 @@ import pytest
 import tiny_run
 import torch
 
+from onestage import cli
 from onestage.data import loader as loader_module
 from onestage.data import worker_watch
 from onestage.errors import DataError, ResourceError, RunInUseError
@@ -181,6 +182,16 @@ def test_f04_ctrl_c_while_stopping_ends_the_process_at_once_and_files_stay_whole
         os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
     assert newest_checkpoint(folder_of(tmp_path) / "checkpoints")[1] == 3  # the fourth step was not finished
+
+
+@pytest.mark.parametrize("command", ["fit", "doctor"])
+def test_f04_ctrl_c_before_anything_has_begun_is_one_line(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As while packages are imported, which takes seconds."""
+    monkeypatch.setattr(cli, "run", lambda _: fail_with(KeyboardInterrupt())())
+    assert cli.main([command]) == 130
+    assert capsys.readouterr().err == "error: interrupted.\n"
 
 
 def test_f03_a_signal_that_comes_while_the_processes_agree_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
