@@ -100,6 +100,20 @@ def test_row_67_a_name_too_long_for_a_file_is_one_message(
     assert "cannot be read: File name too long" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("inside", ["", "checkpoints", "version_0/checkpoints"])
+def test_row_67_a_folder_in_place_of_a_file_names_the_checkpoints_in_it(checkpoint: Path, inside: str) -> None:
+    folder = checkpoint.parent / "folder"
+    (folder / inside).mkdir(parents=True)
+    moved = checkpoint.rename(folder / inside / "last.ckpt")
+    assert f"{folder} is a folder.\nOther checkpoints there: {moved}" in refused(folder)
+
+
+def test_row_67_a_pipe_in_place_of_a_file_is_not_waited_for(checkpoint: Path) -> None:
+    pipe = checkpoint.with_name("pipe.ckpt")
+    os.mkfifo(pipe)
+    assert newest_checkpoint(checkpoint.parent)[0] == checkpoint
+
+
 def test_row_68_one_flipped_bit_of_a_weight_is_found(checkpoint: Path) -> None:
     content = bytearray(checkpoint.read_bytes())
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]

@@ -77,6 +77,7 @@ def _of_our_schema(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 def stored_step(file: Path) -> int:
     """The step inside a file without reading its tensors; -1 if it cannot be told."""
     try:
+        _require_file(file)  # a pipe would be waited for
         with zipfile.ZipFile(file) as archive:
             _require_stored(file, archive)
         return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])
@@ -121,7 +122,9 @@ def _require_stored(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 def _nearby(path: Path) -> str:
-    others = sorted(str(other) for other in path.parent.glob("*.ckpt") if other != path) if path.parent.is_dir() else []
+    patterns = ("*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")  # in a run's folder, or an experiment's
+    files = [file for one in patterns for file in path.glob(one)] if path.is_dir() else path.parent.glob("*.ckpt")
+    others = sorted(str(file) for file in files if file != path)
     if others:
         return "\nOther checkpoints there: " + ", ".join(others[:5])
     return "\nTo make one: make train. To list those of finished runs: ls runs/*/*/checkpoints/"
