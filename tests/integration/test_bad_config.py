@@ -62,6 +62,9 @@ def test_row_60_a_misspelt_key_is_named_with_the_one_that_was_meant(
         (["--model.box_loss_weight", ".inf"], "model.box_loss_weight is inf"),
         (["--data.batch_size", "four"], "error: --data.batch_size: Expected a int. Got value: four"),
         (["--data.cache", "disc"], "error: --data.cache: Expected a value of 'none', 'disk', 'ram'. Got value: disc"),
+        (["--seed_everything=-1"], "error: seed_everything is -1; it must be a whole number"),
+        (["--seed_everything", "4294967296"], "error: seed_everything is 4294967296; it must be a whole number"),
+        (["--seed_everything", "true"], "error: seed_everything is True; it must be a whole number"),
     ],
 )
 def test_row_61_a_value_of_the_wrong_type_or_range_stops_before_anything_is_trained(

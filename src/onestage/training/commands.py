@@ -31,6 +31,7 @@ from onestage.training.parser import (
     DetectionParser,
     ParsingError,
     add_run_keys,
+    checked_seed,
     experiment_name,
     require_classes_of_the_data,
     restrict_imports,
@@ -124,7 +125,7 @@ class DetectionCLI(LightningCLI):
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
-        parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=checked_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say in one line what is wrong."""
@@ -145,12 +146,11 @@ class DetectionCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Decide what `auto` means, so that config.yaml says what was run."""
         settings = self.settings
-        if self.command == "fit":
-            evaluate_at_least_once(settings.trainer)
         settings.trainer.precision = resolve_precision(settings.trainer.precision, settings.trainer.accelerator)
         settings.experiment = settings.experiment or experiment_name(settings.config or [], settings.ckpt_path)
         require_classes_of_the_data(settings.model.detector)
         if self.command == "fit":
+            evaluate_at_least_once(settings.trainer)
             config = yaml.safe_load(self._parser(self.command).dump(settings, skip_none=False))
             self.resumed = find_checkpoint(settings.resume, settings.ckpt_path, config)
             if self.resumed is not None and self.resumed.folder is not None and settings.auto_batch is not False:

@@ -23,6 +23,7 @@ UNKNOWN_KEY = (
 MAX_CONFIG_NODES = 100_000  # the largest configuration of this project has 200
 # Of a union, what says nothing about the value: its other types, and what classes can be written as.
 NOISE = re.compile(r"NoneType|^Parser key |^Does not validate|^Expected a path |^a class path \(str\)|^a dict with")
+FAILED_LINK = re.compile(r"Call to compute_fn of link .* failed: (?P<reason>.*)")  # which has said it in our words
 UNKNOWN_CLASS = re.compile(
     r"Problem with given class_path '(?P<path>[\w.]+)':\s+(module '[\w.]+' has no attribute|No module named)"
 )
@@ -39,7 +40,8 @@ def explain(message: str, command: str, options: Sequence[str], known_keys: Iter
         options: the words after it.
         known_keys: all keys of the command's parser.
     """
-    reason = _reason(message, options)
+    link = FAILED_LINK.search(message)
+    reason = link["reason"] if link else _reason(message, options)
     unnamed = [key.removeprefix(f"{command}.") for key in _keys_without_class(reason, options)]
     if unnamed:
         return (

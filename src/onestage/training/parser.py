@@ -86,6 +86,17 @@ def add_run_keys(parser: LightningArgumentParser) -> None:
     )
 
 
+def checked_seed(seed: int) -> int:
+    """Return the seed that the data is to share, if it is one.
+
+    Raises:
+        ConfigError: it is true or false, or outside of what NumPy takes, 0..2^32 - 1.
+    """
+    if isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ConfigError(f"seed_everything is {seed}; it must be a whole number from 0 to 4294967295, such as 42.")
+    return seed
+
+
 def shared_configs() -> list[Path]:
     """configs/trainer.yaml of the working directory, or of the source tree this package was installed from."""
     source_tree = Path(__file__).resolve().parents[3]
