@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -120,3 +122,21 @@ def test_a_lost_connection_that_nobody_explains_ends_with_the_code_of_a_lost_pro
     monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.0)
     with pytest.raises(ProcessLostError, match="--resume auto"):
         wait_to_be_named()
+
+
+@pytest.mark.parametrize(("rank", "is_launcher_alive", "code"), [("1", True, 0), ("1", False, 7), ("0", False, 0)])
+def test_a_process_that_lightning_has_started_ends_with_the_one_that_started_it(
+    rank: str, is_launcher_alive: bool, code: int
+) -> None:
+    """Process 0 of several is started by nobody of ours: the variable is what a run around it has left."""
+    program = (
+        "import time; from onestage.training import watchdog; watchdog.LOOK_SECONDS = 0.1\n"
+        "with watchdog.launcher_watched(): time.sleep(3)"
+    )
+    launcher = str(os.getpid() if is_launcher_alive else 2**22 + 1)  # more than Linux numbers processes up to
+    environment = {**os.environ, watchdog.LAUNCHER: launcher, "LOCAL_RANK": rank}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert ("died, which started this one" in done.stderr) == (code != 0)

@@ -43,7 +43,7 @@ from onestage.training.seeding import SeededSteps
 from onestage.training.stopping import StopOnSignal
 from onestage.training.strategies import shards_parameters, writes_whole_files
 from onestage.training.trainer import DetectionTrainer, evaluate_at_least_once, resolve_precision
-from onestage.training.watchdog import Watchdog
+from onestage.training.watchdog import Watchdog, launcher_watched
 
 HARMLESS = (
     "Experiment logs directory .* exists and is not empty",  # ours: it was just made for this run
@@ -62,7 +62,7 @@ def run_trainer_command(words: list[str]) -> None:
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message=message)
     restrict_imports()
-    with named_endings():
+    with named_endings(), launcher_watched():
         _run(command, options)
 
 

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -26,7 +27,10 @@ RESTARTS = {"fit": "The last checkpoint is whole: go on with --resume auto."}
 RESTART = "Checkpoints are as they were; begin the evaluation again."
 SILENT_SECONDS = 120.0  # one of another machine that says nothing; a long call into C keeps a process from speaking
 
+LAUNCHER = "ONESTAGE_LAUNCHER"  # in the environment: the process that starts the others of its machine
+
 _generation = 0  # of watchdogs in this process; every process starts them in the same order
+_has_company = threading.Event()  # a watchdog has begun; before it, only who started this process is known
 
 
 class Peer(NamedTuple):
@@ -79,6 +83,7 @@ class Watchdog(Callback):
         self._thread = _Watch(store, trainer.global_rank, trainer.world_size, RESTARTS.get(stage, RESTART))
         self._thread.patience_seconds = self.patience_seconds
         self._thread.start()
+        _has_company.set()
         _relieve_observer(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -94,6 +99,31 @@ class Watchdog(Callback):
         if self._thread is not None:
             self._thread.leave()
             self._thread = None
+
+
+@contextlib.contextmanager
+def launcher_watched() -> Iterator[None]:
+    """End a process that Lightning has started when the one that started it is gone, until a watchdog watches all.
+
+    It would look for the others for half an hour. Lightning observes those it has started, but they do not observe it.
+    """
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is not None and os.environ.get("LOCAL_RANK", "0") != "0":
+        threading.Thread(target=_follow, args=(int(launcher),), name="launcher watch", daemon=True).start()
+        yield
+        return
+    os.environ[LAUNCHER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[LAUNCHER]
+
+
+def _follow(launcher: int) -> None:
+    while not _has_company.wait(LOOK_SECONDS):
+        if os.getppid() != launcher:
+            os.write(2, f"error: process {launcher} died, which started this one, so this one ends too.\n".encode())
+            os._exit(ProcessLostError.exit_code)
 
 
 def _relieve_observer(trainer: pl.Trainer) -> None:
