@@ -11,8 +11,8 @@ https://cocodataset.org/#termsofuse for what one may do with the images.
 import sys
 from pathlib import Path
 
-from onestage.data.download import RemoteFile
-from onestage.data.installation import ANNOTATION_SHARE, Part, run_installation
+from onestage.download.download import RemoteFile
+from onestage.download.installation import ANNOTATION_SHARE, Part, run_installation
 
 # The first is the same bucket over TLS; the certificate of the second does not match its name, so it is http.
 SERVERS = ("https://s3.amazonaws.com/images.cocodataset.org", "http://images.cocodataset.org")

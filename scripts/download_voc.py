@@ -11,8 +11,8 @@ see https://thor.robots.ox.ac.uk/pascal/VOC/ for what one may do with them.
 import sys
 from pathlib import Path
 
-from onestage.data.download import RemoteFile
-from onestage.data.installation import Part, run_installation
+from onestage.download.download import RemoteFile
+from onestage.download.installation import Part, run_installation
 
 # The second is the older name of the same server, which redirects.
 SERVERS = ("https://thor.robots.ox.ac.uk/pascal/VOC", "http://host.robots.ox.ac.uk/pascal/VOC")

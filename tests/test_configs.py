@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from onestage import losses
 from onestage.cli import main
-from onestage.training.commands import DetectionCLI
+from onestage.cli.commands import DetectionCLI
 from onestage.training.ema import ExponentialMovingAverage
 from onestage.types import DetectionData, Detector
 

@@ -239,8 +239,8 @@ def modules_that_call(function: str, source_by_module: dict[str, str]) -> set[st
 def test_checkpoints_and_published_weights_are_each_loaded_in_one_module() -> None:
     sources = {module_of(path): path.read_text(encoding="utf-8") for path in SOURCES}
     assert modules_that_call("torch.load", sources) <= {
-        "onestage.training.checkpoint_files",
-        "onestage.models.pretrained",
+        "onestage.reliability.checkpoint_files",
+        "onestage.models.weights",
     }
 
 
@@ -278,7 +278,7 @@ def test_a_wrong_import_is_caught(module: str, source: str) -> None:
     [
         ("onestage.models.ssd", "from onestage.boxes.anchors import SSD300_VOC\nfrom onestage.types import Detector"),
         ("onestage.models.__init__", "from .ssd import SSD300"),
-        ("onestage.evaluation.report", "from onestage import __version__"),
+        ("onestage.evaluation.results", "from onestage import __version__"),
         ("onestage.training.module", "from ..evaluation import coco\nimport lightning"),
     ],
 )
@@ -388,7 +388,7 @@ def test_help_of_the_data_commands_and_their_mistakes_import_nothing_heavy(words
 
 def test_a_child_that_decodes_images_imports_the_decoder_alone() -> None:
     """With torch it would take twelve times as long to start, and three of its four gigabytes of address space."""
-    assert heavy_modules_after("import onestage.data.decoder_child") == ["cv2"]
+    assert heavy_modules_after("import onestage.doctor.decoder_child") == ["cv2"]
 
 
 def test_an_import_that_is_listed_as_heavy_is_seen() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onestage.cli import DATA_COMMANDS, main
+from onestage.cli.main import DATA_COMMANDS, main
 from onestage.data.shapes import draw_shapes
 
 REPOSITORY = Path(__file__).resolve().parents[1]

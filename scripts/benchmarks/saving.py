@@ -7,7 +7,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from benchmarks.timing import compare
-from onestage.training.checkpoint_io import WholeFileIO
+from onestage.reliability.checkpoint_io import WholeFileIO
 from onestage.training.module import CHECKPOINT_KEY, CHECKPOINT_SCHEMA
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from comparison import origin, plan, plot, run_table
 from comparison.rows import Row, losses_in, losses_never_finished, read_rows, read_settings
 from comparison.step_time import StepTimes, read_step_times
-from onestage.evaluation.report import installed_versions
+from onestage.evaluation.results import installed_versions
 
 PAGE = "loss_comparison"
 

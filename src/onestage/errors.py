@@ -1,7 +1,7 @@
-"""What a user can get wrong, each with the exit code of its kind.
+"""Error kinds, their exit codes, and `require`, the one check of argument values.
 
-Every message names the place, the value, the rule and a remedy that exists. `onestage` prints the message alone;
-`--debug` adds the traceback.
+Every message names the place, the problem, the expected and actual value, and a remedy that exists. The command line
+prints the message alone; `--debug` adds the traceback.
 """
 
 
@@ -18,56 +18,76 @@ class ConfigError(OnestageError):
 
 
 class DataError(OnestageError):
-    """A file of a data set (annotations, split list, image) is missing, unreadable or breaks a rule."""
+    """A file of a data set (annotations, split list, image) is missing, unreadable or invalid."""
 
     exit_code = 3
 
 
 class AnnotationError(DataError):
-    """An annotation file cannot be read as what it should be."""
+    """An annotation file is malformed or violates a rule of its format."""
 
 
 class ImageError(DataError):
-    """An image file cannot be decoded whole."""
+    """An image file cannot be decoded completely."""
 
 
 class CheckpointError(OnestageError):
-    """A checkpoint is missing, torn, foreign, or belongs to another model."""
+    """A checkpoint is missing, damaged, foreign, or belongs to another model."""
 
     exit_code = 2  # a file named on the command line that cannot be used
 
 
 class RunInUseError(OnestageError):
-    """Another process is writing the run folder."""
+    """Another process is writing to the run folder."""
 
     exit_code = 4
 
 
 class ResourceError(OnestageError):
-    """The machine ran out of something: disk space, permission to write, memory, shared memory."""
+    """The machine ran out of disk space, memory or shared memory, or denied permission."""
 
     exit_code = 5
 
 
 class NonFiniteError(OnestageError):
-    """Training met a loss, gradient or weight that is NaN or infinite, and went on meeting it."""
+    """Training produced non-finite losses, gradients or weights too many times in a row."""
 
     exit_code = 6
 
 
 class ProcessLostError(OnestageError):
-    """Another process of the run died or stopped answering."""
+    """Another process of the run died or stopped responding."""
 
     exit_code = 7
 
 
 class CancelledError(OnestageError):
-    """Ctrl-C ended the run, in order; the shell's code for SIGINT."""
+    """Ctrl-C stopped the run cleanly; the exit code is the shell's for SIGINT."""
 
     exit_code = 130
 
 
 class TerminatedError(OnestageError):
-    """SIGTERM ended the run, in order; the shell's code for SIGTERM, by which schedulers know a preempted job."""
+    """SIGTERM stopped the run cleanly; the exit code is the shell's for SIGTERM, which schedulers recognise."""
 
     exit_code = 143
+
+
+def require(condition: bool, name: str, value: object, rule: str, remedy: str = "") -> None:
+    """Check an argument: `require(0 <= alpha <= 1, "SigmoidFocalLoss: alpha", alpha, "in [0, 1]")`.
+
+    Write the condition so that NaN fails it: `not x < 0` would accept NaN, `x >= 0` does not.
+
+    Args:
+        condition: whether the value is allowed.
+        name: the key as the user writes it, after its class or group if that is needed to find it.
+        value: the actual value.
+        rule: completes "must be ...".
+        remedy: a sentence with a value or command that works; may be empty.
+
+    Raises:
+        ConfigError: `<name> must be <rule>, got <value>.`, then the remedy on a line of its own.
+    """
+    if not condition:
+        message = f"{name} must be {rule}, got {value!r}."
+        raise ConfigError(f"{message}\n{remedy}" if remedy else message)

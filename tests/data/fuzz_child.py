@@ -16,15 +16,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from onestage.data.anchor_table import find_anchors
 from onestage.data.coco import parse_coco
-from onestage.data.diagnosis import Depth, examine
-from onestage.data.doctor_report import as_json, as_text
 from onestage.data.image_headers import check_header
 from onestage.data.images import read_image
-from onestage.data.sources import find_sources, read_splits
+from onestage.data.layouts import find_sources, read_splits
 from onestage.data.voc import parse_voc
 from onestage.data.yolo import parse_yolo
+from onestage.doctor.anchor_table import find_anchors
+from onestage.doctor.checks import Depth, examine
+from onestage.doctor.report import as_json, as_text
 from onestage.errors import OnestageError
 
 DOCTOR_EVERY = 5  # mutations

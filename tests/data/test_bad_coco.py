@@ -19,7 +19,7 @@ from bad_data import (
 )
 
 from onestage.data import COCODataModule
-from onestage.data.records import require_objects
+from onestage.data.annotations import require_objects
 from onestage.data.transforms import SeededTransform
 from onestage.errors import AnnotationError
 

@@ -6,9 +6,9 @@ import torch
 from evaluation_data import annotation_set, coco_numbers, detections, random_evaluation
 
 from onestage.errors import ConfigError
-from onestage.evaluation import average_precision
-from onestage.evaluation.average_precision import METRIC_NAMES, choose_backend
+from onestage.evaluation import voc as average_precision
 from onestage.evaluation.coco import CocoEvaluator, in_original_pixels
+from onestage.evaluation.voc import METRIC_NAMES, choose_backend
 from onestage.types import Detections
 
 BACKENDS = ["faster_coco_eval", "pycocotools"]

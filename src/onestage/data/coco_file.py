@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.files import printable, read_file
 from onestage.data.rules import IDS_AS_TEXT
 from onestage.errors import AnnotationError
+from onestage.files import printable, read_file
 from onestage.types import Finding, JSONDict
 
 TABLES = ("images", "annotations", "categories")

@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from onestage.data.files import printable
 from onestage.data.image_reader import FileReader, ReadImage, copy_size, resized, written_bytes
 from onestage.errors import ConfigError, ImageError
+from onestage.files import printable
 from onestage.types import AnnotationSet
 
 JPEG_QUALITY = 90  # decodes in a third of the time of a file from a camera

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from onestage.data.files import printable
 from onestage.data.images import IMAGE_SUFFIXES
 from onestage.data.rules import IMAGE_UNREADABLE
 from onestage.errors import DataError
+from onestage.files import printable
 from onestage.types import AnnotationSet
 
 

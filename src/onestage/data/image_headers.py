@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from onestage.data.files import open_at_once, printable, read_file
+from onestage.data.annotations import require_images, select_images
 from onestage.data.findings import tiny_boxes
 from onestage.data.images import (
     JPEG_END,
@@ -23,7 +23,6 @@ from onestage.data.images import (
     orientation_to_apply,
     read_header,
 )
-from onestage.data.records import require_images, select_images
 from onestage.data.rules import (
     EXTREME_SHAPE,
     FIRST_FRAME,
@@ -34,6 +33,7 @@ from onestage.data.rules import (
     TURNED,
 )
 from onestage.errors import ImageError
+from onestage.files import open_at_once, printable, read_file
 from onestage.types import AnnotationSet, Finding
 
 HEAD_BYTES = 64 << 10  # holds the header of nearly every photograph, its EXIF data included

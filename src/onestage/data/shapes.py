@@ -9,9 +9,9 @@ from pathlib import Path
 
 import cv2
 
-from onestage.data.files import printable
 from onestage.data.scenes import SHAPE_NAMES, Scene, draw_scene
 from onestage.errors import ConfigError, DataError
+from onestage.files import printable
 from onestage.types import JSONDict
 
 __all__ = ["SHAPE_CATEGORY_IDS", "SHAPE_NAMES", "draw_shapes"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.records import select_images
+from onestage.data.annotations import select_images
 from onestage.errors import ConfigError
 from onestage.types import AnnotationSet
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from onestage.data.findings import start_messages
-from onestage.data.leakage import same_files
+from onestage.doctor.leakage import same_files
 from onestage.types import AnnotationSet
 
 logger = logging.getLogger(__name__)

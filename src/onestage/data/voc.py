@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.files import list_files, printable, read_file
+from onestage.data.annotations import NUM_EXAMPLES, ImageColumns, ObjectColumns, build_annotation_set, require_images
 from onestage.data.images import IMAGE_SUFFIXES
-from onestage.data.records import NUM_EXAMPLES, ImageColumns, ObjectColumns, build_annotation_set, require_images
 from onestage.data.rules import IMAGE_MISSING, NO_XML, OTHER_FILE_NAME, XML_MALFORMED, ZERO_BASED
 from onestage.data.voc_record import CORNERS, MalformedRecordError, VOCObject, VOCRecord, read_record
 from onestage.errors import AnnotationError
+from onestage.files import list_files, printable, read_file
 from onestage.types import AnnotationSet, Finding
 
 SPLIT_FOLDER = Path("ImageSets", "Main")

@@ -8,9 +8,9 @@ import numpy as np
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from onestage.data.files import printable, read_file
 from onestage.data.rules import XML_ENTITIES, XML_MALFORMED, Rule
 from onestage.errors import AnnotationError
+from onestage.files import printable, read_file
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 MAX_XML_BYTES = 16 << 20  # some 50,000 objects; a record of VOC has a few kB

@@ -9,18 +9,18 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.files import list_files, printable, read_file
-from onestage.data.image_headers import NUM_THREADS, HeaderCheck, check_header
-from onestage.data.records import (
+from onestage.data.annotations import (
     ImageColumns,
     ObjectColumns,
     build_annotation_set,
     require_images,
     require_same_names,
 )
+from onestage.data.image_headers import NUM_THREADS, HeaderCheck, check_header
 from onestage.data.rules import BOX_REPEATED, LABEL_MALFORMED, NO_LABEL, POLYGON
 from onestage.data.yolo_layout import LabelledImage, YOLOSettings, list_split, read_settings
 from onestage.errors import AnnotationError
+from onestage.files import list_files, printable, read_file
 from onestage.types import AnnotationSet, Finding
 
 BLANK_BYTES = 64  # a label file without objects is empty, or holds a line end or two

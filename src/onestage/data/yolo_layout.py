@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
-from onestage.data.files import is_path, printable, read_file
 from onestage.data.folder import find_images
 from onestage.data.images import IMAGE_SUFFIXES
 from onestage.errors import AnnotationError
+from onestage.files import is_path, printable, read_file
 
 SETTINGS_FILES = ("data.yaml", "data.yml", "dataset.yaml", "yolo.yaml")
 NAMES_FILE = "classes.txt"  # as labelImg writes it

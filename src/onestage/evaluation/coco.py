@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onestage.boxes.postprocess import rescale_boxes
+from onestage.boxes.nms import rescale_boxes
 from onestage.errors import ConfigError
-from onestage.evaluation.average_precision import Backend, average_precision, choose_backend
+from onestage.evaluation.voc import Backend, average_precision, choose_backend
 from onestage.types import PADDING, AnnotationSet, Detections, JSONDict, Metrics
 
 # COCO defines AP and AR100 on the 100 best detections of an image; pycocotools has that number built in.

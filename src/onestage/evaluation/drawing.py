@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from onestage.evaluation.report import write_file
+from onestage.evaluation.results import write_file
 from onestage.types import PADDING, Detections
 
 Colour = tuple[int, int, int]

@@ -11,7 +11,7 @@ from onestage.boxes.anchors import SSD300_COCO, SSD300_VOC, SSD512_COCO, SSD512_
 from onestage.boxes.coders import DeltaBoxCoder
 from onestage.boxes.iou import paired_iou
 from onestage.boxes.matchers import IoUMatcher, assign
-from onestage.boxes.postprocess import select_detections
+from onestage.boxes.nms import select_detections
 from onestage.errors import ConfigError
 from onestage.losses import (
     BoxLoss,
@@ -23,8 +23,8 @@ from onestage.losses import (
 )
 from onestage.models.extras import ExtraLayer, extra_block
 from onestage.models.heads import AnchorHead
-from onestage.models.pretrained import PIXEL_MEAN, PIXEL_SCALE, load_imagenet_weights, load_torchvision_ssd300
 from onestage.models.vgg import VGG
+from onestage.models.weights import PIXEL_MEAN, PIXEL_SCALE, load_imagenet_weights, load_torchvision_ssd300
 from onestage.types import AnchorLosses, Anchors, Detections, Detector, Predictions, Targets
 
 AnchorTable = Literal["voc", "coco"]

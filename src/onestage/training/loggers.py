@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from onestage.evaluation.report import write_file
+from onestage.evaluation.results import write_file
 
 METRICS_FILE = "metrics.csv"
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from onestage.errors import ConfigError
 from onestage.evaluation.coco import CocoEvaluator, in_original_pixels
+from onestage.reliability.save_points import is_dry
 from onestage.training.combinations import check_batch_norm, check_compiler, check_optimizer
 from onestage.training.mean_per_positive import MeanPerPositive
 from onestage.training.optimization import (
@@ -24,7 +25,6 @@ from onestage.training.optimization import (
     scale_learning_rate,
     warn_of_long_warmup,
 )
-from onestage.training.save_points import is_dry
 from onestage.training.schedule import WarmupSchedule
 from onestage.training.strategies import clips_by_itself, shards_parameters
 from onestage.types import Batch, DetectionData, Detections, Detector, Metrics, Predictions, Stage

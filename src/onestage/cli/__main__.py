@@ -1,0 +1,8 @@
+"""Run the command line: python -m onestage.cli."""
+
+import sys
+
+from onestage.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Convert data sets between COCO, VOC and YOLO."""

@@ -1,0 +1,1 @@
+"""Check a data set and fit anchors to it."""

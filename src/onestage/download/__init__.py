@@ -1,0 +1,1 @@
+"""Fetch, check and unpack public data sets."""

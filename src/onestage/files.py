@@ -1,0 +1,271 @@
+"""Read files safely, write them atomically, and find the files that annotations name."""
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from onestage.errors import AnnotationError, ConfigError, DataError, ResourceError
+
+HEAD_BYTES = 256  # enough to recognise a web page or a pointer file
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000  # what Linux, macOS and Windows have in common, less what stands before it
+MAX_FILE_BYTES = 4 << 30  # ten times COCO's largest annotation file; a path that leads to an archive is a mistake
+TEMPORARY_SUFFIX = ".tmp"  # of unfinished files and folders; their names start with a dot
+ABANDONED_SECONDS = 3600.0  # an unfinished folder this old belongs to a killed process
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def read_file(path: Path, error: type[DataError], noun: str, remedy: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """Read a regular file, and never wait for a pipe.
+
+    Args:
+        path: the file.
+        error: what to raise.
+        noun: what the file should be, for the message: "a COCO annotation file".
+        remedy: what to do when it is missing or is something else.
+        max_bytes: a longer file is refused before it is read.
+
+    Raises:
+        DataError: as `error`: the file is missing, unreadable, not a regular file, empty, too long, a web page or a
+            Git LFS pointer.
+    """
+    try:
+        with open(path, "rb", opener=open_at_once) as file:
+            status = os.fstat(file.fileno())
+            content = file.read() if stat.S_ISREG(status.st_mode) and status.st_size <= max_bytes else None
+    except (OSError, ValueError) as reason:  # ValueError: a NUL in the path
+        text = reason.strerror if isinstance(reason, OSError) else str(reason)
+        raise error(f"{printable(path)}: cannot be read: {text}. It must be {noun}.\n{remedy}") from None
+    if content is None:
+        problem = f"has {status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "is not a regular file"
+        raise error(f"{printable(path)}: {problem}; {noun} is a file of at most {max_bytes} bytes.\n{remedy}")
+    _check_head(content, path, error, noun, remedy)
+    return content
+
+
+def find_files(source: str, names: Sequence[object], root: Path) -> list[str | None]:
+    """Find the files that an annotation names. Each folder is listed once; no file is opened.
+
+    Args:
+        source: the annotation file, for messages.
+        names: what it gives as file names, relative to `root`, with "/" between folders.
+        root: the folder that no name may leave, not even through a link.
+
+    Returns:
+        For each name its path, or None where there is no such regular file.
+
+    Raises:
+        AnnotationError: `root` is not a folder, a name leaves it, or none of the files exists.
+    """
+    remedy = "Give the folder that the names are relative to: data.root, data.train_images, or --images of doctor."
+    if not root.is_dir():
+        raise AnnotationError(f"{printable(root)}: is not a folder; it must hold the images of {source}.\n{remedy}")
+    listings: dict[str, dict[str, bool]] = {}
+    folders: dict[str, str] = {}
+    paths: list[str | None] = []
+    for name in names:
+        folder, _, file_name = _checked(source, name).rpartition("/")
+        if folder not in listings:
+            listings[folder] = list_files(root / folder)
+            _require_inside(source, root, root / folder)
+            folders[folder] = str(root / folder)
+        path = f"{folders[folder]}{os.sep}{file_name}" if file_name in listings[folder] else None
+        if path and listings[folder][file_name]:
+            _require_inside(source, root, Path(path))
+        paths.append(path)
+    if names and not any(paths):
+        problem = f"none of the {len(names)} images is in {printable(root)} (the first is {names[0]!r})"
+        first = _checked(source, names[0])
+        parents = root.resolve().parents[:2]
+        above = [folder for folder in parents if Path(first).name in list_files((folder / first).parent)]
+        if above:
+            remedy = f"They are in {printable(above[0])}: give that as data.train_images or data.val_images."
+        raise AnnotationError(f"{source}: {problem}.\n{remedy}")
+    return paths
+
+
+def list_files(folder: Path) -> dict[str, bool]:
+    """Return the names of the regular files in a folder -> whether each is a link. Empty if there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
+    except OSError:
+        return {}
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` at the end, or leave `path` as it was.
+
+    The content reaches the disk before the rename, so that neither a kill nor a power cut leaves a partial file.
+
+    Raises:
+        ResourceError: the folder cannot be written, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)  # noqa: PTH105 # tests interrupt this system call by its name
+        sync(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise write_error(path, error, _size(temporary)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_new_file(path: Path, content: bytes) -> None:
+    """Write a file that does not exist yet, atomically.
+
+    Raises:
+        ConfigError: the file exists, or cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.link(temporary, path)  # unlike a rename, a link never replaces an existing file
+    except FileExistsError:
+        raise ConfigError(f"{printable(path)}: already exists; nothing is overwritten. Give a new name.") from None
+    except OSError as reason:
+        problem = f"cannot be written: {reason.strerror or reason}"
+        raise ConfigError(f"{printable(path)}: {problem}. Choose a folder that you may write to.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; rename it to `folder` at the end, or remove it on an error.
+
+    `folder` must be missing or empty at the end; otherwise the rename raises OSError. Folders that killed processes
+    left behind are removed once they are an hour old.
+    """
+    prefix = f".{folder.name}.unfinished-"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(abandoned, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp creates it for the owner alone
+        yield temporary
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_error(path: Path, error: OSError | RuntimeError, num_written: int = 0) -> Exception:
+    """Return a ResourceError if the disk or its permissions caused `error`, else `error` itself."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and not any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
+        return error
+    untouched = "An earlier file of that name is unchanged."
+    if number in OUT_OF_SPACE or number is None:
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        return ResourceError(
+            f"{path}: cannot be written: the disk or the quota is full after {num_written / 1e6:,.1f} MB, with "
+            f"{free / 1e6:,.1f} MB free in {path.parent}.\n{untouched} Free some space, or set --runs_dir to another "
+            "disk; then continue with --resume auto."
+        )
+    reason = error.strerror if isinstance(error, OSError) else error
+    return ResourceError(
+        f"{path}: cannot be written: {reason}.\n{untouched} Make {path.parent} writable for this user, or set "
+        "--runs_dir to a folder that is; then continue with --resume auto."
+    )
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk; some file systems do not support this for folders."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def printable(name: str | Path) -> str:
+    """Return a name without the characters that would break a line or colour a terminal."""
+    text = str(name)
+    return text if text.isprintable() else repr(text)
+
+
+def _checked(source: str, name: object) -> str:
+    """Return the name, without "." and "//", if it can only lead to a file under the root."""
+    if isinstance(name, str) and name and "\\" not in name and is_path(name):
+        if "/" not in name and name not in (".", ".."):
+            return name
+        path = PurePosixPath(name)
+        if path.name and not path.is_absolute() and ".." not in path.parts:
+            return str(path)
+    raise AnnotationError(
+        f"{source}: file_name {name!r:.200} is not a path below the image folder; it must be relative, with '/' "
+        "between folders and without '..'.\nCorrect the file_name, and data.root if the images lie elsewhere."
+    )
+
+
+def is_path(name: str) -> bool:
+    """Tell whether a file system can hold the name: asking for one that it cannot raises, and not always the same."""
+    return (
+        is_encodable(name)
+        and "\0" not in name
+        and len(name) < MAX_PATH_BYTES
+        and all(len(part.encode()) <= MAX_NAME_BYTES for part in name.split("/"))
+    )
+
+
+def is_encodable(name: str) -> bool:
+    """Tell whether a report can hold the name; half a surrogate pair it cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _require_inside(source: str, root: Path, path: Path) -> None:
+    """Refuse a link that leads out of the root: an unpacked archive must not open files elsewhere."""
+    target = path.resolve()
+    if not target.is_relative_to(root.resolve()):
+        problem = f"{printable(path)} is a link to {printable(target)}, outside the image folder"
+        raise AnnotationError(f"{source}: {problem}.\nCorrect data.root, so that it leads to the files themselves.")
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """Open without waiting for the writer of a FIFO."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _check_head(content: bytes, path: Path, error: type[DataError], noun: str, remedy: str) -> None:
+    """Raise for an empty file, a web page, and a pointer that Git LFS left in a file's place."""
+    head = content[:HEAD_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not content.strip(b"\0 \t\r\n") if len(content) <= HEAD_BYTES else not content:
+        raise error(f"{printable(path)}: is empty ({len(content)} bytes); it must be {noun}.\n{remedy}")
+    if head.startswith(b"version https://git-lfs"):
+        problem = f"is a Git LFS pointer, not {noun}"
+        raise error(f"{printable(path)}: {problem}.\nFetch the file itself: git lfs pull")
+    if head.startswith((b"<!doctype html", b"<html")):
+        raise error(f"{printable(path)}: is a web page, not {noun}.\nDownload the file again, then check its size.")

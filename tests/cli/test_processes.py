@@ -1,0 +1,316 @@
+"""Several processes on the CPU, started as a user starts them: the numbers, the weights and the files of one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from command_line import run
+
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+NUM_TRAIN, NUM_VAL, NUM_STEPS = 40, 7, 20  # 10 batches of 4 images an epoch
+TIME = {"seconds", "images_per_second"}  # of a results file, beside which everything is to be equal
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def start(
+    words: list[str], launcher: list[str] | None = None, more_environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        **(more_environment or {}),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": f"{SUPPORT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    command = [sys.executable, *(launcher or []), "-m", "onestage.cli", *words]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str], exit_code: int = 0) -> tuple[str, str]:
+    """Return what was printed to stdout and stderr."""
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == exit_code, err[-4000:]
+    return out, err
+
+
+def results_of(runs: Path) -> dict[str, object]:
+    (path,) = runs.glob("*/*/results.json")
+    assert [folder.name for folder in path.parent.parent.iterdir()] == ["version_0"]
+    return dict(json.loads(path.read_text()))
+
+
+def without_time(results: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in results.items() if name not in TIME}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment of 20 steps on 40 drawn images of 64 px, with an average of the weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    experiment = {
+        "data": {
+            "class_path": "onestage.data.ShapesDataModule",
+            "init_args": {
+                "root": str(folder / "shapes"), "num_train": NUM_TRAIN, "num_val": NUM_VAL,
+                "image_size": 64, "batch_size": 2, "num_workers": 0,
+            },
+        },
+        "model": {
+            "detector": {"class_path": "tiny_training.TinyDetector"},
+            "optimizer": {
+                "class_path": "torch.optim.SGD", "init_args": {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1},
+            },
+            "schedule": {"kind": "cosine", "warmup_steps": 5},
+        },
+        "trainer": {
+            "max_epochs": 2, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False,
+            "enable_model_summary": False, "log_every_n_steps": 1, "gradient_clip_val": 1.0,
+        },
+        "ema": {"decay": 0.9},
+        "drawn_images": 0,
+    }  # fmt: skip
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(experiment))
+    return path
+
+
+def fit_words(config: Path, runs: Path, *more: str) -> list[str]:
+    recorder = ["--trainer.callbacks+=recording.Recorder", f"--trainer.callbacks.folder={runs}/recorded"]
+    return ["fit", "--config", str(config), "--runs_dir", str(runs / "runs"), *recorder, *more]
+
+
+@pytest.fixture(scope="module")
+def one(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of one process with 4 images a batch."""
+    folder = tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SUPPORT))
+        assert run(*fit_words(config, folder, "--data.batch_size=4")) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of two processes with 2 images a batch each, started by torchrun."""
+    folder = tmp_path_factory.mktemp("two")
+    words = fit_words(config, folder, "--trainer.devices=2", "--trainer.strategy=ddp")
+    out, _ = finish(start(words, TORCHRUN))
+    assert out.strip().splitlines()[-1].startswith("results: ")
+    return folder
+
+
+def recorded(folder: Path) -> list[list[dict[str, object]]]:
+    files = sorted((folder / "recorded").iterdir())
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+def checkpoint(folder: Path, name: str) -> dict[str, object]:
+    (path,) = folder.glob(f"runs/*/version_0/checkpoints/{name}.ckpt")
+    return dict(torch.load(path, weights_only=True))
+
+
+def test_two_processes_write_one_run_folder(two: Path) -> None:
+    (folder,) = two.glob("runs/*/*")
+    assert folder.name == "version_0"
+    assert {"best.ckpt", "last.ckpt"} <= {path.name for path in (folder / "checkpoints").iterdir()}
+    assert {"config.yaml", "metrics.csv", "results.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_each_image_comes_once_an_epoch_and_each_step_has_those_of_one_process(one: Path, two: Path) -> None:
+    (alone,), shares = recorded(one), recorded(two)
+    assert [len(share) for share in shares] == [NUM_STEPS, NUM_STEPS]
+    for step, batches in enumerate(zip(*shares, strict=True)):
+        together = [image for batch in batches for image in batch["images"]]
+        assert sorted(together) == sorted(alone[step]["images"])
+    for epoch in (0, 1):
+        images = [image for share in shares for batch in share if batch["epoch"] == epoch for image in batch["images"]]
+        assert sorted(images) == list(range(NUM_TRAIN))
+    assert [batch["images"] for batch in alone[:10]] != [batch["images"] for batch in alone[10:]]
+
+
+def test_two_processes_train_as_one_with_a_batch_twice_as_large(one: Path, two: Path) -> None:
+    (alone,), (first, second) = recorded(one), recorded(two)
+    mean = [(left["loss"] + right["loss"]) / 2 for left, right in zip(first, second, strict=True)]
+    torch.testing.assert_close(torch.tensor(mean), torch.tensor([step["loss"] for step in alone]), rtol=1e-4, atol=1e-5)
+    ours, theirs = checkpoint(two, "last"), checkpoint(one, "last")
+    assert ours["global_step"] == theirs["global_step"] == NUM_STEPS
+    for key in ("state_dict", "current_model_state", "optimizer_states"):  # the average, the weights, the momentum
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)
+    start_of_run = torch.tensor([step["loss"] for step in alone])
+    assert start_of_run[-5:].mean() < 0.8 * start_of_run[:5].mean()  # and something was learnt in these steps
+
+
+def test_two_processes_evaluate_an_odd_number_of_images_as_one_does(config: Path, two: Path, tmp_path: Path) -> None:
+    (best,) = two.glob("runs/*/version_0/checkpoints/best.ckpt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SUPPORT))
+        assert run("validate", "--config", str(config), "--ckpt_path", str(best), "--runs_dir", str(tmp_path)) == 0
+    alone, together = results_of(tmp_path), results_of(two / "runs")
+    assert without_time(alone) == without_time(together)
+    assert together["metrics"]["mAP"] > 0
+
+
+def test_validation_losses_are_those_of_one_process(one: Path, two: Path) -> None:
+    """Weighted by positives, the mean does not depend on how images are shared among batches and processes."""
+
+    def last_losses(folder: Path) -> list[float]:
+        (path,) = folder.glob("runs/*/version_0/metrics.csv")
+        header, *rows = [line.split(",") for line in path.read_text().splitlines()]
+        names = ("val/loss", "val/classification_loss", "val/box_loss")
+        (*_, row) = [row for row in rows if row[header.index("val/loss")]]
+        return [float(row[header.index(name)]) for name in names]
+
+    assert last_losses(two) == pytest.approx(last_losses(one), rel=1e-4)
+
+
+def test_the_found_batch_and_its_learning_rate_are_said_and_recorded(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SUPPORT))
+        options = ["--auto_batch", "64", "--model.reference_batch_size", "4", "--trainer.max_epochs", "1"]
+        assert run(*fit_words(config, tmp_path, *options)) == 0
+    said = capsys.readouterr().err
+    assert f"auto_batch: data.batch_size {NUM_TRAIN} of each process within 57.60 GiB on cpu" in said
+    assert "learning rate: 0.02 x 40 / 4 = 0.2 (processes 1 x batch_size 40 x accumulate_grad_batches 1" in said
+    (saved,) = tmp_path.glob("runs/*/version_0/config.yaml")
+    settings = yaml.safe_load(saved.read_text())
+    assert settings["data"]["init_args"]["batch_size"] == NUM_TRAIN
+    assert settings["auto_batch"] is False
+    assert checkpoint(tmp_path, "best")["onestage"]["config"]["data"]["init_args"]["batch_size"] == NUM_TRAIN
+
+
+def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_machines_of_one_process_are_one_machine_of_two(config: Path, two: Path, tmp_path: Path) -> None:
+    words = fit_words(config, tmp_path, "--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp")
+    meet = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    nodes = [start(words, ["-m", "torch.distributed.run", f"--node_rank={node}", *meet]) for node in (0, 1)]
+    for node in nodes:
+        finish(node)
+    ours, theirs = checkpoint(tmp_path, "last"), checkpoint(two, "last")
+    assert same_bits(ours["state_dict"], theirs["state_dict"])
+    assert same_bits(ours["current_model_state"], theirs["current_model_state"])
+    assert without_time(results_of(tmp_path / "runs")) == without_time(results_of(two / "runs"))
+
+
+@pytest.mark.slow
+def test_srun_on_two_machines_is_one_machine_of_two(config: Path, two: Path, tmp_path: Path) -> None:
+    """No SLURM is needed: srun starts the command on each machine with these variables set."""
+    words = fit_words(config, tmp_path, "--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp")
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
+    job |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_NNODES": "2", "SLURM_LOCALID": "0"}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    tasks = [
+        start(words, more_environment={**job, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)}) for rank in (0, 1)
+    ]
+    for task in tasks:
+        finish(task)
+    assert same_bits(checkpoint(tmp_path, "last")["state_dict"], checkpoint(two, "last")["state_dict"])
+    assert [folder.name for folder in (tmp_path / "runs" / "tiny").iterdir()] == ["version_0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_any_number_of_processes_evaluates_as_one_does(
+    config: Path, two: Path, tmp_path: Path, num_processes: int
+) -> None:
+    """Started by Lightning; seven images are 4 + 3, or 3 + 2 + 2."""
+    (best,) = two.glob("runs/*/version_0/checkpoints/best.ckpt")
+    words = ["validate", "--config", str(config), "--ckpt_path", str(best), "--runs_dir", str(tmp_path)]
+    out, _ = finish(start([*words, f"--trainer.devices={num_processes}", "--trainer.strategy=ddp"]))
+    assert out.strip().splitlines()[-1].startswith("results: ")
+    assert without_time(results_of(tmp_path)) == without_time(results_of(two / "runs"))
+
+
+@pytest.mark.slow
+def test_fewer_images_than_processes_end_at_once_with_the_remedy(config: Path, tmp_path: Path) -> None:
+    few = ["--data.root", str(tmp_path / "shapes"), "--data.num_val=1"]
+    process = start(fit_words(config, tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp", *few))
+    _, err = finish(process, exit_code=3)
+    assert "has 1 images for 2 processes" in err
+    assert "trainer.devices to at most 1" in err
+
+
+@pytest.mark.slow
+def test_fsdp_takes_the_steps_of_ddp(config: Path, two: Path, tmp_path: Path) -> None:
+    """On CPUs by a class for tests: Lightning's own asks for GPUs. Weight decay shows who is taken for a bias."""
+    strategy = "--trainer.strategy={class_path: cpu_fsdp.CPUFSDP}"
+    out, _ = finish(start(fit_words(config, tmp_path, "--trainer.devices=2", strategy, "--ema.decay=null"), TORCHRUN))
+    assert out.strip().splitlines()[-1].startswith("results: ")
+    ours = checkpoint(tmp_path, "last")["state_dict"]
+    torch.testing.assert_close(ours, checkpoint(two, "last")["current_model_state"], rtol=1e-4, atol=1e-6)
+
+    # The momentum is numbered through the model here, and there through our parameter groups.
+    (split,) = tmp_path.glob("runs/*/version_0/checkpoints/last.ckpt")
+    _, err = finish(start(fit_words(config, tmp_path, "--resume", str(split))), exit_code=2)
+    assert "by a strategy with split weights" in err
+    (whole,) = two.glob("runs/*/version_0/checkpoints/last.ckpt")
+    words = fit_words(config, tmp_path, "--trainer.devices=2", strategy, "--ema.decay=null", "--resume", str(whole))
+    _, err = finish(start(words, TORCHRUN), exit_code=1)  # torchrun's own
+    assert "by a strategy with whole weights" in err
+
+
+@pytest.mark.slow
+def test_a_resumed_run_under_fsdp_ends_with_the_bits_of_an_uninterrupted_one(config: Path, tmp_path: Path) -> None:
+    strategy = ["--trainer.devices=2", "--trainer.strategy={class_path: cpu_fsdp.CPUFSDP}", "--ema.decay=null"]
+    constant = [*strategy, "--model.schedule.kind=constant"]  # a schedule that does not know the length of the run
+    finish(start(fit_words(config, tmp_path / "whole", *constant), TORCHRUN))
+    finish(start(fit_words(config, tmp_path / "part", *constant, "--trainer.max_epochs=1"), TORCHRUN))
+    (last,) = (tmp_path / "part").glob("runs/*/version_0/checkpoints/last.ckpt")
+    finish(start(fit_words(config, tmp_path / "rest", *constant, "--resume", str(last)), TORCHRUN))
+    whole, rest = checkpoint(tmp_path / "whole", "last"), checkpoint(tmp_path / "rest", "last")
+    assert whole["global_step"] == rest["global_step"] == NUM_STEPS
+    assert same_bits(whole["state_dict"], rest["state_dict"])
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_batch_that_was_found(config: Path, tmp_path: Path) -> None:
+    words = fit_words(config, tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp", "--auto_batch", "64")
+    finish(start(words, TORCHRUN))
+    first, second = recorded(tmp_path)
+    assert [len(batch["images"]) for batch in first] == [len(batch["images"]) for batch in second] == [20, 20]
+    (saved,) = tmp_path.glob("runs/*/version_0/config.yaml")
+    assert yaml.safe_load(saved.read_text())["data"]["init_args"]["batch_size"] == 20
+
+
+@pytest.mark.slow
+def test_torchrun_with_another_number_of_devices_is_refused(config: Path, tmp_path: Path) -> None:
+    _, err = finish(start(fit_words(config, tmp_path, "--trainer.devices=1"), TORCHRUN), exit_code=1)
+    assert "torchrun has started 2 processes" in err
+    assert "--trainer.devices 2 --trainer.num_nodes 1" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--trainer.strategy=fsdp", "--ema.decay=null"], "requires a GPU"),
+        (["--trainer.strategy=deepspeed", "--ema.decay=null"], "DeepSpeed installed"),
+        (["--trainer.strategy=dpp"], "'dpp'"),
+    ],
+)
+def test_a_strategy_that_cannot_run_here_is_one_message(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SUPPORT))
+        assert run("fit", "--config", str(config), "--runs_dir", str(tmp_path), *options) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,203 @@
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from onestage.data.annotations import (
+    ImageColumns,
+    ObjectColumns,
+    build_annotation_set,
+    require_objects,
+    require_same_names,
+    select_images,
+)
+from onestage.data.rules import BOX_CLIPPED, IMAGE_MISSING, IMAGE_UNREADABLE
+from onestage.errors import AnnotationError
+from onestage.types import AnnotationSet
+
+
+def build(
+    boxes: list[list[float]],
+    image_rows: list[int] | None = None,
+    sizes: list[tuple[int, int]] | None = None,
+    areas: list[float] | None = None,
+    problems: dict[int, str] | None = None,
+    **options: object,
+) -> AnnotationSet:
+    """Images a.jpg, b.jpg ... of 100 x 200 px (height x width), all objects in the first unless said otherwise."""
+    image_rows = [0] * len(boxes) if image_rows is None else image_rows
+    sizes = [(100, 200)] * (max(image_rows, default=0) + 1) if sizes is None else sizes
+    images = ImageColumns(
+        paths=[f"{chr(97 + n)}.jpg" for n in range(len(sizes))],
+        ids=np.arange(10, 10 + len(sizes), dtype=np.int64),
+        sizes=np.array(sizes, dtype=np.int32).reshape(-1, 2),
+    )
+    objects = ObjectColumns(
+        image_rows=np.array(image_rows, dtype=np.int64),
+        boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        labels=np.arange(len(boxes), dtype=np.int64) % 2,
+        areas=np.array(areas if areas is not None else [np.nan] * len(boxes), dtype=np.float64),
+        is_crowd=np.zeros(len(boxes), dtype=np.bool_),
+        is_difficult=np.zeros(len(boxes), dtype=np.bool_),
+        problems=problems or {},
+    )
+    return build_annotation_set(
+        "set.json",
+        images,
+        objects,
+        ("cat", "dog"),
+        (3, 7),
+        describe=lambda row: f"object {row} {boxes[row]}",
+        **options,
+    )
+
+
+def test_objects_are_grouped_by_image_in_the_order_of_the_file() -> None:
+    annotations = build([[0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 3, 3], [0, 0, 4, 4]], image_rows=[2, 0, 2, 0])
+    assert annotations.box_offsets.tolist() == [0, 2, 2, 4]  # image b has none, and stays
+    assert annotations.boxes[:, 2].tolist() == [2, 4, 1, 3]
+    assert annotations.labels.tolist() == [1, 1, 0, 0]
+    assert annotations.objects(2) == slice(2, 4)
+    assert annotations.image_ids.tolist() == [10, 11, 12]
+
+
+def test_a_box_that_reaches_out_is_clipped_to_its_image() -> None:
+    annotations = build([[-5, -5, 300, 50], [150, 50, 250, 150]])
+    assert annotations.boxes.tolist() == [[0, 0, 200, 50], [150, 50, 200, 100]]
+    assert annotations.areas.tolist() == [10000, 2500]
+    assert annotations.skipped == ()
+    (finding,) = annotations.findings
+    assert finding.rule == BOX_CLIPPED.name
+    assert "2 of 2 boxes" in finding.problem
+    assert finding.num_items == 2
+
+
+def test_where_the_size_is_unknown_only_left_and_top_clip() -> None:
+    annotations = build([[-5, 2, 3000, 50]], sizes=[(0, 0)])
+    assert annotations.boxes.tolist() == [[0, 2, 3000, 50]]
+
+
+@pytest.mark.parametrize(
+    ("box", "rule"),
+    [
+        ([10, 10, 10, 20], "must be > 0"),
+        ([10, 10, 20, 5], "must be > 0"),
+        ([200, 0, 210, 10], "must overlap"),
+        ([-20, 0, -10, 10], "must overlap"),
+        ([0, 0, float("nan"), 10], "finite"),
+        ([0, 0, float("inf"), 10], "finite"),
+    ],
+)
+def test_a_box_that_cannot_be_an_object_is_left_out_and_named(box: list[float], rule: str) -> None:
+    annotations = build([[0, 0, 10, 10], box])
+    assert annotations.boxes.tolist() == [[0, 0, 10, 10]]
+    (line,) = annotations.skipped
+    assert line.startswith(f"object 1 {box}: ")
+    assert rule in line
+
+
+def test_a_coordinate_beyond_float32_is_not_finite() -> None:
+    assert "finite" in build([[0, 0, 1e300, 10], [0, 0, 1, 1]], sizes=[(0, 0)]).skipped[0]
+
+
+def test_what_the_parser_saw_broken_goes_before_the_values() -> None:
+    annotations = build([[0, 0, 1, 1], [0, 0, 2, 2]], problems={0: "has no name"})
+    assert annotations.skipped == ("object 0 [0, 0, 1, 1]: has no name",)
+    assert annotations.boxes[:, 2].tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("num_good", "num_bad", "fraction", "passes"),
+    [
+        (8, 2, 0.01, True),  # two always may
+        (7, 3, 0.01, False),
+        (297, 3, 0.01, True),  # 1 % of 300
+        (296, 4, 0.01, False),
+        (6, 4, 0.4, True),
+        (9, 1, 0.0, False),  # 0 means none
+    ],
+)
+def test_too_many_bad_boxes_are_an_error(num_good: int, num_bad: int, fraction: float, passes: bool) -> None:
+    boxes = [[0.0, 0, 10, 10]] * num_good + [[5.0, 5, 5, 9]] * num_bad
+    if passes:
+        assert len(build(boxes, max_bad_fraction=fraction).skipped) == num_bad
+        return
+    with pytest.raises(AnnotationError, match=r"set\.json.* boxes cannot be used(.|\n)*data\.max_bad_fraction: 0\.\d"):
+        build(boxes, max_bad_fraction=fraction)
+
+
+def test_the_error_quotes_the_first_five_and_a_fraction_that_lets_them_pass() -> None:
+    boxes = [[0.0, 0, 10, 10]] * 93 + [[5.0, 5, 5, 9]] * 7
+    with pytest.raises(AnnotationError) as caught:
+        build(boxes)
+    text = str(caught.value)
+    assert text.count("object 9") == 5  # 93..97
+    assert "and 2 more" in text
+    assert "data.max_bad_fraction: 0.07" in text
+    assert len(build(boxes, max_bad_fraction=0.07).skipped) == 7
+
+
+def test_left_out_images_count_on_their_own() -> None:
+    torn = [IMAGE_UNREADABLE.broken(f"image {n}", "is torn") for n in range(3)]
+    with pytest.raises(AnnotationError, match="3 of 4 images"):
+        build([[0, 0, 1, 1]], findings=torn)
+    annotations = build([[0, 0, 1, 1], [1, 1, 1, 1]], findings=torn, max_bad_fraction=0.8)
+    assert annotations.skipped[:3] == ("image 0: is torn", "image 1: is torn", "image 2: is torn")
+    assert len(annotations.skipped) == 4
+
+
+def test_no_usable_box_or_image_is_an_error() -> None:
+    with pytest.raises(AnnotationError, match="none of the 1 boxes"):
+        build([[1, 1, 1, 1]])
+    with pytest.raises(AnnotationError, match="none of its images"):
+        build([], sizes=[], findings=[IMAGE_MISSING.broken("a.jpg", "is missing")])
+
+
+def test_a_set_without_objects_is_a_set() -> None:
+    annotations = build([], sizes=[(1, 2), (3, 4)])
+    assert annotations.box_offsets.tolist() == [0, 0, 0]
+    assert annotations.boxes.shape == (0, 4)
+    assert annotations.labels.dtype == np.int64
+
+
+def test_a_given_area_is_kept_and_an_impossible_one_is_the_box() -> None:
+    annotations = build([[0, 0, 10, 10]] * 4, areas=[55.5, np.nan, -3, 0])
+    assert annotations.areas.tolist() == [55.5, 100, 100, 100]
+
+
+def test_the_arrays_have_the_promised_types_and_survive_pickling() -> None:
+    annotations = pickle.loads(pickle.dumps(build([[0, 0, 1, 1]])))
+    types = {name: getattr(annotations, name).dtype for name in ("boxes", "labels", "areas", "sizes", "box_offsets")}
+    assert types == {
+        "boxes": np.float32,
+        "labels": np.int64,
+        "areas": np.float32,
+        "sizes": np.int32,
+        "box_offsets": np.int64,
+    }
+    assert annotations.image_paths.tolist() == ["a.jpg"]
+
+
+def test_a_training_set_needs_an_object_that_is_no_crowd() -> None:
+    annotations = build([[0, 0, 1, 1]])
+    assert require_objects(annotations) is annotations
+    with pytest.raises(AnnotationError, match="has an object to learn from"):
+        require_objects(replace(annotations, is_crowd=np.array([True])))
+
+
+def test_class_names_may_change_places_and_nothing_else() -> None:
+    require_same_names("set.json", ["cat", "dog"], ["dog", "cat"])
+    with pytest.raises(AnnotationError) as caught:
+        require_same_names("set.json", ["cat", "dog"], ["cat", "cow"])
+    for part in ("set.json", "cat, dog", "cat, cow", "only here: dog", "only expected: cow"):
+        assert part in str(caught.value)
+
+
+def test_selected_images_keep_their_objects_in_the_order_asked_for() -> None:
+    annotations = build([[0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 3, 3], [0, 0, 4, 4]], image_rows=[2, 0, 2, 0])
+    selected = select_images(annotations, np.array([2, 1]))  # two objects, then none
+    assert selected.image_ids.tolist() == [12, 11]
+    assert selected.box_offsets.tolist() == [0, 2, 2]
+    assert selected.boxes[:, 2].tolist() == [1, 3]
+    assert selected.labels.tolist() == [0, 0]

@@ -1,0 +1,186 @@
+"""torchvision's ssd300_vgg16 is the second implementation: same weights, same images, same outputs."""
+
+from collections import OrderedDict
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torchvision.models import VGG16_Weights
+from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
+from torchvision.ops import box_convert
+
+from onestage.boxes.anchors import SSD300_COCO, make_anchors
+from onestage.errors import CheckpointError, ConfigError
+from onestage.losses import MinedCrossEntropy, SigmoidFocalLoss
+from onestage.models import SSD300
+from onestage.models.vgg import VGG
+from onestage.models.weights import load_imagenet_weights
+from onestage.types import Predictions
+
+
+def ssd300(num_classes: int, **changes) -> SSD300:
+    settings = {"classification_loss": MinedCrossEntropy(), "anchors": "coco"}
+    return SSD300(num_classes, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def torchvision_model():
+    torch.manual_seed(0)
+    return ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21).eval()
+
+
+@pytest.fixture(scope="module")
+def weights_file(torchvision_model, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "ssd300.pth"
+    torch.save(torchvision_model.state_dict(), path)
+    return str(path)
+
+
+def background_last(class_logits):
+    return torch.cat([class_logits[..., 1:], class_logits[..., :1]], dim=-1)
+
+
+def test_logits_and_deltas_equal_torchvision(torchvision_model, weights_file) -> None:
+    images = torch.randint(0, 256, (2, 3, 300, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    detector = ssd300(20, pretrained=weights_file).eval()
+    with torch.no_grad():
+        transformed, _ = torchvision_model.transform([image / 255 for image in images])
+        expected = torchvision_model.head(list(torchvision_model.backbone(transformed.tensors).values()))
+        predictions = detector(images)
+    assert expected["cls_logits"].abs().max() > 1  # the comparison is of something
+    assert_close(predictions.class_logits, background_last(expected["cls_logits"]), atol=1e-4, rtol=0)
+    assert_close(predictions.box_deltas, expected["bbox_regression"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("num_columns", [2, 21, 91])
+@pytest.mark.parametrize("spread", [1.5, 0.02])  # as of a trained and of an untrained network
+def test_detections_equal_torchvision_on_the_same_outputs(num_columns, spread) -> None:
+    with torch.device("meta"):
+        theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_columns)
+        detector = ssd300(num_columns - 1)
+    generator = torch.Generator().manual_seed(num_columns)
+    # float64, so that no two scores are equal: torchvision leaves the order of equal ones to chance.
+    class_logits = torch.randn(1, 8732, num_columns, generator=generator, dtype=torch.float64) * spread
+    class_logits[..., 0] += 4 * (spread > 1)
+    box_deltas = torch.randn(1, 8732, 4, generator=generator, dtype=torch.float64) * 0.7
+    anchors = make_anchors(SSD300_COCO, 300)
+    outputs = {"cls_logits": class_logits, "bbox_regression": box_deltas}
+    (expected,) = theirs.postprocess_detections(outputs, [box_convert(anchors.boxes, "cxcywh", "xyxy")], [(300, 300)])
+    found = detector.detect(Predictions(background_last(class_logits), box_deltas, anchors))
+    assert len(expected["scores"]) == 200
+    assert_close(found.scores[0].double(), expected["scores"], atol=1e-6, rtol=0)
+    assert (found.labels[0] + 1).tolist() == expected["labels"].tolist()
+    assert_close(found.boxes[0].double(), expected["boxes"], atol=1e-3, rtol=0)
+
+
+def test_coco_weights_of_91_columns_give_the_80_labels_in_order_of_their_ids(tmp_path) -> None:
+    with torch.device("meta"):
+        state = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=91).state_dict()
+    # Zeros that take no space on disk; the head's biases are the category ids of their columns.
+    state = {key: torch.zeros(1).expand(value.shape) for key, value in state.items()}
+    for level, anchors in enumerate((4, 6, 6, 6, 4, 4)):
+        state[f"head.classification_head.module_list.{level}.bias"] = torch.arange(91.0).repeat(anchors)
+    torch.save(state, tmp_path / "coco.pth")
+    detector = ssd300(80, pretrained=str(tmp_path / "coco.pth"))
+    names = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
+    used = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]  # ids that COCO leaves out
+    for conv in detector.class_head.levels:
+        ids = conv.bias.view(-1, 81).long()
+        assert all(row == [*used, 0] for row in ids.tolist())
+    assert [names[used[label]] for label in (0, 11, 12, 79)] == ["person", "stop sign", "parking meter", "toothbrush"]
+
+
+def test_weights_for_another_number_of_classes_are_refused(weights_file) -> None:
+    with pytest.raises(ConfigError, match="trained on 20 classes, the data have 6") as error:
+        ssd300(6, pretrained=weights_file)
+    assert "pretrained: null, backbone_weights: IMAGENET1K_FEATURES" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classification_loss": SigmoidFocalLoss()}, "now SigmoidFocalLoss"),
+        ({"classification_loss": None}, "now SigmoidFocalLoss"),
+        ({"anchors": "voc"}, "now voc"),
+    ],
+)
+def test_pretrained_needs_a_softmax_and_coco_anchors(changes, message) -> None:
+    with torch.device("meta"), pytest.raises(ConfigError, match=message) as error:
+        ssd300(80, pretrained="torchvision_coco", **changes)
+    assert "MinedCrossEntropy" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["pretrained", "backbone_weights"])
+@pytest.mark.parametrize("content", ["missing", "empty", "truncated", "text", "list", "object", "other model"])
+def test_unusable_weight_files_give_one_message(content, key, tmp_path) -> None:
+    path = tmp_path / "weights.pth"
+    if content == "empty":
+        path.write_bytes(b"")
+    elif content == "text":
+        path.write_text("not weights\n" * 100)
+    elif content == "list":
+        torch.save([torch.zeros(1)], path)
+    elif content == "object":
+        torch.save({"weight": nn.Linear(1, 1)}, path)  # needs code to load
+    elif content != "missing":
+        torch.save(nn.Linear(100, 100).state_dict(), path)
+    if content == "truncated":
+        path.write_bytes(path.read_bytes()[:5000])
+    with torch.device("meta"):  # no need for 25 million random numbers
+        settings = {key: str(path)}
+        with pytest.raises(CheckpointError) as error:
+            ssd300(20, **settings)
+    assert str(error.value).startswith(f"{key}: {path}")
+    assert f"Set {key} to one of" in str(error.value)
+
+
+def test_unreachable_weights_name_the_choices(monkeypatch) -> None:
+    def fail(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(VGG16_Weights, "get_state_dict", fail)
+    monkeypatch.setattr(SSD300_VGG16_Weights, "get_state_dict", fail)
+    with torch.device("meta"):
+        with pytest.raises(CheckpointError, match="no network") as error:
+            ssd300(20, backbone_weights="IMAGENET1K_FEATURES")
+        assert all(choice in str(error.value) for choice in ("IMAGENET1K_FEATURES", "path", "null"))
+        with pytest.raises(CheckpointError, match="no network"):
+            ssd300(80, pretrained="torchvision_coco")
+
+
+def narrow_vgg() -> VGG:
+    return VGG(widths=(2, 2, 4, 4, 4), fc_width=8)
+
+
+def narrow_weights(prefix: str, with_fc: bool):
+    """What a file of a published VGG16 holds, with torchvision's indices, at the widths of narrow_vgg."""
+    source = narrow_vgg()
+    convs = [m for m in source.modules() if isinstance(m, nn.Conv2d)]
+    indices = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28, 31, 33]
+    state = OrderedDict()
+    for index, conv in list(zip(indices, convs, strict=True))[: 15 if with_fc else 13]:
+        state[f"{prefix}{index}.weight"], state[f"{prefix}{index}.bias"] = conv.weight.detach(), conv.bias.detach()
+    return source, state
+
+
+@pytest.mark.parametrize(("prefix", "with_fc"), [("features.", False), ("", True)])
+def test_backbone_weights_give_the_same_features_on_images_divided_by_64(prefix, with_fc, tmp_path) -> None:
+    source, state = narrow_weights(prefix, with_fc)
+    torch.save(state | {"classifier.0.weight": torch.zeros(1)}, tmp_path / "vgg.pth")
+    backbone = narrow_vgg()
+    load_imagenet_weights(backbone, str(tmp_path / "vgg.pth"))
+    images = torch.randn(1, 3, 40, 40) * 50
+    with torch.no_grad():
+        conv4, fc7 = backbone(images / 64)
+        expected_conv4, expected_fc7 = source(images)
+    assert torch.equal(conv4, expected_conv4)  # to the last bit: 64 is a power of two
+    assert torch.equal(fc7, expected_fc7) == with_fc
+
+
+def test_backbone_weights_of_other_widths_are_refused(tmp_path) -> None:
+    _, state = narrow_weights("features.", with_fc=False)
+    torch.save(state, tmp_path / "vgg.pth")
+    with torch.device("meta"), pytest.raises(CheckpointError, match=r"conv1_1.weight has shape \(2, 3, 3, 3\)"):
+        ssd300(20, backbone_weights=str(tmp_path / "vgg.pth"))

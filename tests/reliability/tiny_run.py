@@ -1,0 +1,170 @@
+"""A whole `onestage fit` that takes seconds: a tiny detector with dropout on a drawn set, with faults on demand.
+
+As a program it is `onestage` with the fault that the variable ONESTAGE_FAULT names (see `FAULTS`); the processes that
+Lightning starts run this same file.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+from tiny_training import TinyDetector
+
+from onestage.types import Predictions
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class ForgetfulDetector(TinyDetector):
+    """A tiny detector with dropout, so that a resumed run that draws other random numbers ends with other weights."""
+
+    dropout: ClassVar = 0.2
+
+    def forward(self, images: Tensor) -> Predictions:
+        predictions = super().forward(images)
+        logits = torch.nn.functional.dropout(predictions.class_logits, self.dropout, self.training)
+        return predictions._replace(class_logits=logits)
+
+
+def words(data: Path, runs: Path, *options: str, epochs: int = 2) -> list[str]:
+    """The command line of a run of 8 steps an epoch, saved at every step."""
+    return [
+        "fit", "--config", str(REPOSITORY / "configs" / "shapes_ssd.yaml"), "--experiment", "tiny",
+        "--data.root", str(data), "--data.num_train", "32", "--data.num_val", "7", "--data.draw_seed", "0",
+        "--data.num_workers", "0", "--data.batch_size", "4", "--data.image_size", "64",
+        "--model.detector.class_path", "tiny_run.ForgetfulDetector", "--model.schedule.warmup_steps", "3",
+        "--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", "1", "--trainer.accelerator", "cpu",
+        "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false", "--trainer.precision", "32-true",
+        "--trainer.enable_model_summary", "false", "--trainer.num_sanity_val_steps", "0", "--drawn_images", "0",
+        "--last_checkpoint.every_n_steps", "1", "--runs_dir", str(runs), *options,
+    ]  # fmt: skip
+
+
+def onestage(*command: str) -> int:
+    """Run a command in this process, with log lines that go to today's stderr."""
+    import logging
+
+    from onestage.cli import main
+
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler) is logging.StreamHandler:  # not one of pytest's own
+                handler.stream = sys.stderr  # pytest gives each test a stream of its own and closes it
+    return main(list(command))
+
+
+def send(number: int) -> None:
+    """Send this process a signal, and let Python see it before going on."""
+    os.kill(os.getpid(), number)
+    time.sleep(0)
+
+
+def at_call(count: int, action: object, function: object) -> object:
+    """Wrap a method so that its call number `count`, from 1, runs `action` first."""
+    calls = 0
+
+    def wrapped(*arguments: object, **named: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            action()
+        return function(*arguments, **named)
+
+    return wrapped
+
+
+def differences(one: object, other: object, path: str = "") -> list[str]:
+    """Where two checkpoints differ, bit by bit; names of files and times aside."""
+    if path.endswith(("dirpath", "_path", "best_k_models", "versions", "config", "/Timer")):
+        return []
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = sorted(one.keys() | other.keys(), key=str)
+        missing = [f"{path}/{key} is in one only" for key in keys if (key in one) != (key in other)]
+        both = [key for key in keys if key in one and key in other]
+        return missing + [line for key in both for line in differences(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        pairs = zip(one, other, strict=True)
+        return [line for index, (a, b) in enumerate(pairs) for line in differences(a, b, f"{path}/{index}")]
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return [] if torch.equal(one, other) else [f"{path}: tensors differ"]
+    return [] if one == other or (one != one and other != other) else [f"{path}: {one!r} and {other!r}"]
+
+
+def final_state(folder: Path) -> dict[str, object]:
+    """What a run has ended with: the last checkpoint, weights to progress, and the numbers of its evaluation."""
+    import json
+
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    results = json.loads((folder / "results.json").read_text())
+    return {
+        **{key: state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")},
+        **{key: value for key, value in state.items() if key in ("current_model_state", "MixedPrecision")},
+        "callbacks": state["callbacks"],
+        "position": state["ShapesDataModule"]["batches"] % 8,  # of an epoch of 8
+        "best": {key: best[key] for key in ("state_dict", "global_step")},
+        "metrics": results["metrics"],
+        "per_class": results["per_class"],
+    }
+
+
+class CutFile:
+    """A file whose write number `count` does half of its work and is the last thing the process does."""
+
+    def __init__(self, file: object, count: int, action: object) -> None:
+        self.file = file
+        self.count = count
+        self.action = action
+
+    def write(self, content: object) -> int:
+        self.count -= 1
+        if self.count == 0:
+            self.file.write(bytes(content)[: len(content) // 2])
+            self.file.flush()
+            self.action()
+        return self.file.write(content)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.file, name)
+
+
+def break_at(where: str, count: int, action: object) -> None:
+    """Let `action` happen at call number `count` of a moment: step, validation, write, sync, replace, renamed."""
+    from onestage.training.module import DetectionModule
+
+    if where in ("step", "validation"):
+        name = {"step": "training_step", "validation": "validation_step"}[where]
+        setattr(DetectionModule, name, at_call(count, action, getattr(DetectionModule, name)))
+    elif where == "write":
+        save = torch.save
+        calls = iter(range(1, 10**9))
+        torch.save = lambda checkpoint, file: save(checkpoint, CutFile(file, 4 if next(calls) == count else 0, action))
+    elif where == "sync":
+        os.fsync = at_call(count, action, os.fsync)
+    elif where == "replace":
+        os.replace = at_call(count, action, os.replace)
+    else:
+        raise ValueError(where)
+
+
+def break_as_told() -> None:
+    """Obey ONESTAGE_FAULT, for example `1:step:3:SIGKILL`: in process 1, at the third step."""
+    told = os.environ.get("ONESTAGE_FAULT", "")
+    rank, where, count, what = told.split(":") if told else ("", "", "0", "")
+    if rank == os.environ.get("LOCAL_RANK", "0"):
+        action = (lambda: time.sleep(1000)) if what == "sleep" else lambda: send(getattr(signal, what))
+        break_at(where, int(count), action)
+
+
+if __name__ == "__main__":
+    sys.modules["tiny_run"] = sys.modules["__main__"]
+    break_as_told()
+    sys.exit(onestage(*sys.argv[1:]))
