@@ -111,9 +111,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        sync(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)  # noqa: PTH105 # tests interrupt this system call by its name
-        sync(path.parent)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise write_error(path, error, _size(temporary)) from error
     finally:
@@ -184,10 +185,10 @@ def write_error(path: Path, error: OSError | RuntimeError, num_written: int = 0)
     )
 
 
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk; some file systems do not support this for folders."""
+def _sync_folder(folder: Path) -> None:
+    """Make the new name itself survive a power cut; some file systems do not support this."""
     with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

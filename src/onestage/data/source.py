@@ -1,0 +1,57 @@
+"""Sources: where a data set's files lie, which splits they hold, and how a split is read."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from onestage.types import AnnotationSet
+
+Split = Literal["train", "val", "test"]
+
+
+class Source(ABC):
+    """A data set on disk. A new format is one file with one subclass; see docs/add_a_dataset.md.
+
+    Constructing a source reads no annotations; `splits` only looks at which files exist.
+
+    Attributes:
+        path: the file or folder of the data set.
+        train_difficult: whether objects flagged as difficult are training targets; if not, the loss ignores them.
+    """
+
+    format: ClassVar[str]  # for messages: "COCO"
+    path: Path
+    train_difficult: bool = True
+
+    @property
+    @abstractmethod
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that exist, in the order train, val, test."""
+
+    @abstractmethod
+    def read(
+        self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
+    ) -> AnnotationSet:
+        """Read the annotations of a split.
+
+        Args:
+            split: one of `splits`.
+            class_names: [K] names in label order; None takes those of the annotations.
+            max_bad_fraction: fraction of the images, and of the boxes, that may be skipped, in [0, 1].
+
+        Raises:
+            AnnotationError: the annotations are missing, malformed, or of other classes.
+        """
+
+    @abstractmethod
+    def describe(self, split: Split) -> str:
+        """Return the files that a split is read from, for messages: `annotations/instances_train.json`."""
+
+    @property
+    def known_classes(self) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
+        """Class names and category ids that are known without reading annotations, or None."""
+        return None
+
+    def prepare(self) -> None:
+        """Create the files if the source can; called once, by one process, before `splits`."""
