@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onestage.cli.main import DATA_COMMANDS, main
+from onestage.cli.main import COMMANDS as TABLE
+from onestage.cli.main import TRAINER, main
 from onestage.data.shapes import draw_shapes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+DATA_COMMANDS = {name for name, (target, _) in TABLE.items() if target != TRAINER}
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line.strip()]
 

@@ -1,62 +1,59 @@
-"""The command `onestage`: a dispatcher so light that its help answers at once."""
+"""The command `onestage`: a light dispatcher, so that its help answers at once."""
 
 import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib import import_module
 
 from onestage import __version__
 from onestage.errors import CancelledError, ConfigError, OnestageError
 
-TRAINER_COMMANDS = {
-    "fit": "train, evaluate the best checkpoint, write runs/<experiment>/<version>/",
-    "validate": "evaluate a checkpoint on the validation split",
-    "test": "evaluate a checkpoint on the test split",
-    "predict": "detect on a folder of images: drawn images and a COCO results file",
-    "losses": "draw how unequally a checkpoint's anchors share the loss, for each gamma",
-}
+TRAINER = "onestage.cli.commands:run_trainer_command"
 
-# These answer at once: neither Lightning nor a model is imported.
-DATA_COMMANDS = {
-    "doctor": "check a data set: files, boxes, classes, leakage, and what the anchors can learn",
-    "anchors": "fit a detector's anchors to a data set",
-    "convert": "convert a data set between COCO, VOC and YOLO",
+# The command table: name -> what runs it, and its line in the help. A function's signature is its command line.
+COMMANDS = {
+    "fit": (TRAINER, "train, evaluate the best checkpoint, write runs/<experiment>/<version>/"),
+    "validate": (TRAINER, "evaluate a checkpoint on the validation split"),
+    "test": (TRAINER, "evaluate a checkpoint on the test split"),
+    "predict": (TRAINER, "detect on a folder of images: drawn images and a COCO results file"),
+    "losses": (TRAINER, "plot how the loss is shared among the anchors of a checkpoint, for each gamma"),
+    "doctor": ("onestage.doctor.doctor:doctor", "check a data set: files, boxes, classes, leakage, anchor coverage"),
+    "anchors": ("onestage.doctor.doctor:anchors", "fit a detector's anchors to a data set"),
+    "convert": ("onestage.convert.convert_command:run_convert", "convert a data set between COCO, VOC and YOLO"),
+    "download": ("onestage.download.download:download", "download, check and unpack PASCAL VOC or COCO"),
+    "export": ("onestage.deploy.export:run_export_command", "write the weights of a checkpoint for sharing"),
 }
-
-FILE_COMMANDS = {
-    "export": "write the weights of a checkpoint to be shared: model.safetensors and model.json",
-}
-COMMANDS = {**TRAINER_COMMANDS, **FILE_COMMANDS, **DATA_COMMANDS}
 
 HELP = f"""onestage {__version__}: train one-stage object detectors
 
 usage: onestage COMMAND [options]
 
 commands:
-{chr(10).join(f"  {name:<10}{what}" for name, what in COMMANDS.items())}
+{chr(10).join(f"  {name:<10}{line}" for name, (_, line) in COMMANDS.items())}
 
 options:
-  --help      this text; after a command, its keys; those of a data set or a detector:
-              onestage fit --data.help onestage.data.COCODataModule
+  --help      print this text; after a command, its keys; after a class key, the keys of a class:
+              onestage fit --data.source.help onestage.data.COCO
               onestage fit --model.detector.help onestage.models.SSD300
-  --version   the version
+  --version   print the version
   --debug     show the traceback of an error
 
 examples:
   onestage fit --config configs/shapes_ssd.yaml
-  onestage fit --config configs/voc_ssd300.yaml --data.root data/voc --trainer.max_epochs 1
+  onestage fit --config configs/voc_ssd300.yaml --data.path mine --trainer.max_epochs 50
   onestage validate --ckpt_path runs/shapes_ssd/version_0/checkpoints/best.ckpt
   onestage predict --ckpt_path runs/shapes_ssd/version_0/checkpoints/best.ckpt --data.predict_dir photos/
   onestage fit --config configs/shapes_ssd.yaml --print_config
-  onestage doctor data/voc
+  onestage doctor mine
   onestage convert data/voc --to coco --out data/voc_coco
 
-configs/trainer.yaml is read first for every command; later files and options override earlier ones.
+Every command of the trainer reads configs/trainer.yaml first; later files and options override earlier ones.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or that of the kind of error (see onestage/errors.py)."""
+    """Run one command; return 0 or the exit code of the error kind (see onestage/errors.py)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -65,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OnestageError as error:
         if debug:
             raise
-        if str(error):  # of several processes that end for one reason, one tells it
+        if str(error):  # if several processes stop for the same reason, only one has the message
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:  # before there is anything to end in order: while packages are imported, files read
+    except KeyboardInterrupt:  # while packages are imported or files are read: there is nothing to clean up
         if debug:
             raise
         print("error: interrupted.", file=sys.stderr)
@@ -79,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(words: list[str]) -> int:
-    """Dispatch on the first word.
+    """Dispatch on the first word; return the exit code.
 
     Raises:
-        ConfigError: it is no command.
+        ConfigError: the first word is no command.
     """
     if not words or words[0] in ("--help", "-h", "help"):
         print(HELP, end="")
@@ -93,31 +90,13 @@ def run(words: list[str]) -> int:
     if words[0] not in COMMANDS:
         close = get_close_matches(words[0], COMMANDS, n=1)
         hint = f"Did you mean: onestage {close[0]}" if close else "See: onestage --help"
-        raise ConfigError(f"{words[0]!r} is not a command; there are {', '.join(COMMANDS)}. {hint}")
-    if words[0] == "convert":
-        from onestage.convert.convert_command import run_convert
-
-        return run_convert(words[1:])
-    if words[0] in ("doctor", "anchors"):
-        return _run_on_data(words)
-    if words[0] == "export":
-        from onestage.deploy.export import run_export_command
-
-        run_export_command(words[1:])
+        raise ConfigError(f"unknown command {words[0]!r}; the commands are {', '.join(COMMANDS)}. {hint}")
+    target = COMMANDS[words[0]][0]
+    module, _, function = target.partition(":")
+    command = getattr(import_module(module), function)  # seconds of imports
+    if target == TRAINER:
+        command(words)
         return 0
+    from onestage.cli.signature import run_function
 
-    from onestage.cli.commands import run_trainer_command  # seconds of imports
-
-    run_trainer_command(words)
-    return 0
-
-
-def _run_on_data(words: list[str]) -> int:
-    """Read the options before anything is imported that they may not need."""
-    from onestage.doctor.doctor_options import anchors_options, doctor_options
-
-    is_doctor = words[0] == "doctor"
-    options = doctor_options(words[1:]) if is_doctor else anchors_options(words[1:])
-    from onestage.doctor.doctor import run_anchors, run_doctor  # a second, for torch
-
-    return run_doctor(options) if is_doctor else run_anchors(options)
+    return run_function(words[0], command, words[1:])

@@ -53,5 +53,5 @@ class Source(ABC):
         """Class names and category ids that are known without reading annotations, or None."""
         return None
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 # a source may have nothing to prepare
         """Create the files if the source can; called once, by one process, before `splits`."""

@@ -100,3 +100,17 @@ def _print(text: str) -> None:
     """Print what a terminal's encoding may not hold."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def doctor(words: Sequence[str]) -> int:
+    """Check a data set."""
+    from onestage.doctor.doctor_options import doctor_options
+
+    return run_doctor(doctor_options(words))
+
+
+def anchors(words: Sequence[str]) -> int:
+    """Fit anchors to a data set."""
+    from onestage.doctor.doctor_options import anchors_options
+
+    return run_anchors(anchors_options(words))

@@ -1,0 +1,86 @@
+"""Command lines made from the signatures and docstrings of functions."""
+
+import inspect
+import re
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from onestage.errors import ConfigError
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keep the line breaks of the description; print defaults."""
+
+
+class CommandParser(ArgumentParser):
+    """A parser that raises ConfigError instead of printing its usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise with the reason in one line."""
+        text = re.sub(r'Parser key "(\w+)":\s*', r"--\1: ", message).replace("typing.", "")
+        text = re.sub(r"\s+", " ", re.sub(r"<class '([\w.]+)'>", r"\1", text)).strip()
+        raise ConfigError(f"{self.prog}: {text}.\nSee: {self.prog} --help") from ex
+
+
+def run_function(command: str, function: Callable[..., int], words: Sequence[str]) -> int:
+    """Call a function with arguments read from the command line; return its result, the exit code.
+
+    Positional-or-keyword parameters without a default become positionals, keyword-only ones become options, booleans
+    become flags, and lists take several values. The docstring is the help: its summary and description, and the lines
+    of `Args`.
+
+    Raises:
+        ConfigError: the words do not fit the signature.
+    """
+    if list(inspect.signature(function).parameters) == ["words"]:  # until the last command is a typed function
+        return function(words) or 0
+    arguments = command_parser(command, function).parse_args(list(words))
+    values = {name: _plain(value) for name, value in vars(arguments).items()}
+    return function(**values)
+
+
+def command_parser(command: str, function: Callable[..., int]) -> CommandParser:
+    """Return the parser of a command, made from a function's signature and docstring."""
+    description, help_by_name = _parse_docstring(inspect.getdoc(function) or "")
+    parser = CommandParser(
+        prog=f"onestage {command}", description=description, formatter_class=_HelpFormatter, allow_abbrev=False
+    )
+    hints = get_type_hints(function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        is_required = parameter.default is inspect.Parameter.empty
+        settings: dict[str, Any] = {"help": help_by_name.get(name, ""), "type": hints[name]}
+        items = _list_item(hints[name])
+        if items is not None:
+            settings |= {"nargs": "+", "type": items}
+        if hints[name] is bool:
+            settings |= {"nargs": "?", "const": True}
+        if is_required and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            parser.add_argument(name, **settings)
+        elif is_required:
+            parser.add_argument(f"--{name}", required=True, **settings)
+        else:
+            parser.add_argument(f"--{name}", default=parameter.default, **settings)
+    return parser
+
+
+def _list_item(hint: Any) -> Any:
+    """Return T of list[T] and list[T] | None, else None."""
+    for option in (hint, *get_args(hint)):
+        if get_origin(option) is list:
+            return get_args(option)[0]
+    return None
+
+
+def _parse_docstring(text: str) -> tuple[str, dict[str, str]]:
+    """Return what stands before the sections, and the entries of `Args` by name."""
+    description = re.split(r"^(?:Args|Returns|Raises):\s*$", text, maxsplit=1, flags=re.MULTILINE)[0].strip()
+    section = re.search(r"^Args:\s*\n((?:[ ]+.*\n?|\n)*)", text, flags=re.MULTILINE)
+    entries = re.findall(r"^ {4}(\w+): ((?:.*\n?)(?:^ {6,}.*\n?)*)", section[1] if section else "", flags=re.MULTILINE)
+    return description, {name: re.sub(r"\s+", " ", entry).strip() for name, entry in entries}
+
+
+def _plain(value: Any) -> Any:
+    return value.as_dict() if isinstance(value, Namespace) else value
