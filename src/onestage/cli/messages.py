@@ -1,4 +1,4 @@
-"""What to tell a user whose configuration or command line cannot be parsed: one line."""
+"""Errors of the configuration and the command line in one line: three rewrites of jsonargparse's messages."""
 
 import inspect
 import re
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,70 +14,110 @@ import yaml
 
 from onestage.errors import ConfigError
 
-UNKNOWN_KEY = (
-    re.compile(r"Option '(?P<key>[\w.]+)' is not accepted"),
-    re.compile(r"does not accept option '(?P<key>[\w.]+)'"),
-    re.compile(r"unrecognized arguments: --(?P<key>[\w.]+)"),
-    re.compile(r"Key '(?P<key>[\w.]+)' is not expected"),
-)
 MAX_CONFIG_NODES = 100_000  # the largest configuration of this project has 200
-# Of a union, what says nothing about the value: its other types, and what classes can be written as.
-NOISE = re.compile(r"NoneType|^Parser key |^Does not validate|^Expected a path |^a class path \(str\)|^a dict with")
-FAILED_LINK = re.compile(r"Call to compute_fn of link .* failed: (?P<reason>.*)")  # which has said it in our words
-UNKNOWN_CLASS = re.compile(
-    r"Problem with given class_path '(?P<path>[\w.]+)':\s+(module '[\w.]+' has no attribute|No module named)"
+MODULES_OF_CLASSES = (  # whose public classes a short or misspelt name can mean
+    "onestage.models", "onestage.losses", "onestage.data", "lightning.pytorch.loggers",
+    "lightning.pytorch.callbacks", "torch.optim", "albumentations",
+)  # fmt: skip
+UNKNOWN_KEY = re.compile(
+    r"Option '(?P<a>[\w.]+)' is not accepted|does not accept option '(?P<b>[\w.]+)'|"
+    r"unrecognized arguments: --(?P<c>[\w.]+)|Key '(?P<d>[\w.]+)' is not expected"
 )
-REFUSED = re.compile(r"(?:(?P<owner>\w+): )?(?P<argument>\w+) is ")  # how our constructors begin
+UNKNOWN_CLASS = re.compile(
+    r"Problem with given class_path '(?P<a>[\w.]+)':\s+(?:module '[\w.]+' has no attribute|No module named)|"
+    r"Expected a dot import path string: (?P<b>\w+)"
+)
+MISSING = re.compile(r"arguments? (?:is|are) required: (?P<names>[\w., ]+?)(?:\n|\.?$|$)", re.MULTILINE)
+FAILED_LINK = re.compile(r"Call to compute_fn of link .* failed: (?P<reason>.*)", re.DOTALL)  # the reason is ours
+# Lines that say nothing about the value: the other types of a union, and the ways to write a class.
+NOISE = re.compile(
+    r"NoneType|^Parser key |^Does not validate|^Expected a path |^a class path|^a dict with|^Not a valid sub"
+)
+REFUSED = re.compile(r"(?:(?P<owner>\w+): )?(?P<argument>\w+) (?:must be|is) ")  # how our constructors begin
 CLASS_PATH = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
 
 
 def explain(message: str, command: str, options: Sequence[str], known_keys: Iterable[str]) -> str:
-    """Shorten jsonargparse's message to the reason and name the place and the key that was probably meant.
+    """Return the reason of a parsing error, with the key as typed and the one that was probably meant.
+
+    Unknown keys, unknown classes and wrong types are rewritten; other messages are jsonargparse's own.
 
     Args:
-        message: as jsonargparse words it, with a paragraph for each type of a union.
+        message: jsonargparse's message, which has a paragraph for each type of a union.
         command: the subcommand.
         options: the words after it.
         known_keys: all keys of the command's parser.
     """
-    link = FAILED_LINK.search(message)
-    reason = link["reason"] if link else _reason(message, options)
-    unnamed = [key.removeprefix(f"{command}.") for key in _keys_without_class(reason, options)]
-    if unnamed:
+    hint = f"(all keys: onestage {command} --help)"
+    if link := FAILED_LINK.search(message):
+        return f"{link['reason'].strip()} {hint}"
+    key = _typed_key(message, options)
+    place = f"{key}: " if key else ""
+    if "onestage.types.Detector is abstract" in message or (not key and MISSING.search(message)):
+        missing = MISSING.search(message)
+        names = missing["names"].replace(f"{command}.", "") if missing else "model.detector"
         return (
-            f"nothing says which {' and '.join(unnamed)} to use. Give an experiment (--config configs/shapes_ssd.yaml)"
-            ", or for all commands but fit a checkpoint (--ckpt_path runs/.../checkpoints/best.ckpt)"
+            f"{names}: missing. Give an experiment (--config configs/shapes_ssd.yaml), or for all commands but fit a "
+            "checkpoint (--ckpt_path runs/.../checkpoints/best.ckpt)"
         )
-    unknown = next((match["key"] for match in map(lambda rule: rule.search(reason), UNKNOWN_KEY) if match), None)
-    if "Option 'class_path' is not accepted" in reason:
-        reason = "the keys of a class stand under init_args: {class_path: ..., init_args: {key: value}}"
-    elif unknown is not None:
-        meant = _meant(unknown, [*known_keys, *_constructor_arguments(options)])
-        reason = f"there is no key {_written_as(unknown, options)}" + (f"; did you mean {meant}?" if meant else "")
-    return f"{reason} (all keys: onestage {command} --help)"
+    if "Option 'class_path' is not accepted" in message:
+        return (
+            f"{place}the keys of a class stand under init_args: {{class_path: ..., init_args: {{key: value}}}} {hint}"
+        )
+    if unknown := UNKNOWN_KEY.search(message):
+        name = next(filter(None, unknown.groups()))
+        meant = _nearest_key(name, [*known_keys, *_constructor_arguments(options)])
+        return f"unknown key {_as_typed(name, options)}" + (f"; did you mean {meant}?" if meant else "") + f" {hint}"
+    if unknown := UNKNOWN_CLASS.search(message):
+        name = next(filter(None, unknown.groups()))
+        return f"{place}unknown class {name}{_existing_classes(name)} {hint}"
+    if missing := MISSING.search(message):
+        owner = re.findall(r"class_path='([\w.]+)'", message)
+        names = missing["names"].strip()
+        return f"{place}{owner[-1] if owner else 'the class'} needs {names}. Set {key}.{names.split(',')[0]} {hint}"
+    return f"{place}{_wrong_type(message)} {hint}"
 
 
-def _keys_without_class(reason: str, options: Sequence[str]) -> list[str]:
-    """The keys that take a class, of which no configuration or option names one."""
-    missing = re.search(r"arguments are required: (.*)", reason)
-    if missing:
-        return [key.strip() for key in missing[1].split(",")]
-    if "onestage.types.Detector is abstract" in reason:
-        return ["model.detector"]
-    is_of_data = any(option.startswith("--data.") for option in options)
-    is_named = config_files(options) or any(re.match(r"--data(\.class_path)?(=|$)", option) for option in options)
-    return ["data"] if "is not accepted" in reason and is_of_data and not is_named else []
+def _typed_key(message: str, options: Sequence[str]) -> str | None:
+    """Return the key that a message is about, as typed on the command line if it stands there."""
+    keys = re.findall(r'Parser key "([\w.]+)"', message)
+    if not keys or f'"{keys[0]}"' not in message.strip().splitlines()[0]:
+        return None
+    if len(keys) > 1 or "NestedArg" in message:  # the argument of an object: the innermost key was typed
+        nested = re.findall(r"NestedArg\(key='([\w.]+)'", message)
+        typed = _as_typed(f".{keys[-1] if len(keys) > 1 else nested[0]}", options)
+        return typed if typed.startswith("--") else ".".join(keys)
+    typed = _as_typed(f".{keys[0]}", options)
+    return typed.removeprefix("--") if typed.startswith("--") else str(keys[0])
+
+
+def _wrong_type(message: str) -> str:
+    """Return the lines that concern the value, without the other types of a union."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    bullets = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    details = [line for line in bullets if not NOISE.search(line)] or [
+        line for line in lines[1:] if line.startswith(("Expected", "Not of type"))
+    ]
+    given = next((line for line in lines if line.startswith("Given value: ")), "")
+    is_object = re.match(r"Given value: (NestedArg|\[?Namespace|\[?\{)", given)
+    text = " or ".join(dict.fromkeys(details)) if details else " ".join(lines[1:] or lines)
+    text += "" if is_object or "Got value" in text else given.replace("Given value: ", ", got ")
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text).replace("collections.abc.Sequence", "list")
+    text = re.sub(r"Expected a float\. Got value: ([+-]?(?:nan|inf))\b", r"must be a finite number, got \1", text)
+    text = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"value of \1", text)
+    text = text.replace("Expected a", "must be a").replace(". Got value: ", ", got ")
+    return re.sub(r"\ba (?=int\b|iterable)", "an ", text)
 
 
 def refusal(error: Exception, settings: Any) -> str:
-    """Return what a constructor says of a value, alone and with the key that the value stands under.
+    """Return the message of a constructor that rejected a value, with the key of that value.
 
     Args:
-        error: as jsonargparse raises it: with a paragraph for each type of a union.
+        error: as jsonargparse raises it, with a paragraph for each type of a union.
         settings: the parsed configuration.
     """
-    reason = next((str(one) for one in _causes(error) if isinstance(one, ConfigError)), None)
-    if reason is None:  # it was not the first type of its union
+    reason = next((str(cause) for cause in _causes(error) if isinstance(cause, ConfigError)), None)
+    if reason is None:  # the value's type was not the first of its union
         bullets = re.finditer(r"^( *)- (.*(?:\n\1  (?! *- ).*)*)", str(error), re.MULTILINE)
         texts = [re.sub(r"\n +", "\n", bullet[2]) for bullet in bullets]
         reason = next((text for text in texts if REFUSED.match(text)), None)
@@ -86,7 +126,7 @@ def refusal(error: Exception, settings: Any) -> str:
     refused = REFUSED.match(reason)
     keys = _keys_of(refused["owner"], refused["argument"], settings.as_dict()) if refused else iter(())
     key = next(keys, None)
-    return reason if refused is None or key is None else f"{key} is {reason[refused.end() :]}"
+    return reason if refused is None or key is None else f"{key} {reason[refused.end('argument') + 1 :]}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -96,7 +136,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _keys_of(owner: str | None, argument: str, node: Any, place: str = "") -> Iterator[str]:
-    """Where a configuration has an argument: of the class of this name, or of any."""
+    """Yield the keys under which a configuration gives an argument to the class `owner`, or to any class."""
     if not isinstance(node, dict):
         return
     arguments = node.get("init_args") or {}
@@ -106,8 +146,8 @@ def _keys_of(owner: str | None, argument: str, node: Any, place: str = "") -> It
         yield from _keys_of(owner, argument, value, f"{place}{key}.")
 
 
-def _meant(key: str, candidates: list[str]) -> str | None:
-    """The known key that is spelt most alike: as a whole, then by its first or last part."""
+def _nearest_key(key: str, candidates: list[str]) -> str | None:
+    """Return the known key with the most similar spelling: as a whole, then by its last or first part."""
     first, last = key.partition(".")[0], key.rpartition(".")[2]
     leaves = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
     roots = {candidate.partition(".")[0]: candidate.partition(".")[0] for candidate in candidates}
@@ -118,68 +158,43 @@ def _meant(key: str, candidates: list[str]) -> str | None:
     return None
 
 
-def _reason(message: str, options: Sequence[str]) -> str:
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    keys = re.findall(r'Parser key "([\w.]+)"', message)
-    key = keys[0] if keys and f'"{keys[0]}"' in lines[0] else None
-    if key and len(keys) > 1:  # an argument of an object: the inner key is the one that was typed
-        written = _written_as(f".{keys[-1]}", options)
-        key = written if written.startswith("--") else ".".join(keys)
-    wrong_class = UNKNOWN_CLASS.search(message)
-    # Of a key inside a class the next line says what is wrong with it.
-    said = [after if line.startswith("- Parser key ") else line for line, after in pairwise([*lines, ""])]
-    bullets = [line.removeprefix("- ") for line, own in zip(said, lines, strict=True) if own.startswith("- ")]
-    if wrong_class:
-        text = f"there is no class {wrong_class['path']}{_existing_classes(wrong_class['path'])}"
-    elif bullets:
-        details = [line for line in bullets if not NOISE.search(line)]
-        following = lines[lines.index(f"- {details[0]}") + 1] if details and details[0].endswith(":") else ""
-        details[:1] = [f"{details[0]} {following}".strip()] if details else []
-        given = next((line for line in lines if line.startswith("Given value: ")), "")
-        is_whole_class = given.startswith(("Given value: NestedArg", "Given value: {'class_path'"))
-        given = "" if is_whole_class else given.replace("Given value: ", "; got ")
-        text = " or ".join(dict.fromkeys(details)) + given
-    else:
-        text = " ".join(lines[1:] if key and len(lines) > 1 else lines)
-    text = re.sub(r"<class '([\w.]+)'>", r"\1", text).replace("collections.abc.Sequence", "list")
-    text = re.sub(r"Expected a float\. Got value: ([+-]?(?:nan|inf))\b", r"\1 is no finite number", text)
-    text = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"value of \1", text)
-    return f"{key}: {text}" if key else text
-
-
 def _existing_classes(class_path: str) -> str:
-    """Which classes of that module can have been meant: all of a kind, or the one spelt most alike."""
+    """Suggest the class with the most similar name and, if it implements an interface, the others that do."""
     module_name, _, name = class_path.rpartition(".")
-    module = sys.modules.get(module_name)
-    members = {known: getattr(module, known, None) for known in getattr(module, "__all__", ())}
-    classes = {known: one for known, one in members.items() if inspect.isclass(one) and not inspect.isabstract(one)}
+    classes: dict[str, type] = {}
+    for module in map(sys.modules.get, [module_name] if module_name else MODULES_OF_CLASSES):
+        members = {known: getattr(module, known, None) for known in getattr(module, "__all__", ())}
+        classes |= {known: value for known, value in members.items() if inspect.isclass(value)}
     close = get_close_matches(name, classes, n=1, cutoff=0.4)
     if not close:
         return ""
     kinds = [kind for kind in classes[close[0]].__mro__ if inspect.isabstract(kind)]
-    if not kinds:
-        return f"; did you mean {close[0]}?"
-    return f"; there are {', '.join(known for known, one in classes.items() if issubclass(one, kinds[-1]))}"
+    others = [known for known, value in classes.items() if kinds and issubclass(value, kinds[-1])]
+    alternatives = [known for known in others if known != close[0] and not inspect.isabstract(classes[known])]
+    return f"; did you mean {close[0]}?" + (f" There are also {', '.join(alternatives)}" if alternatives else "")
 
 
-def _written_as(key: str, options: Sequence[str]) -> str:
-    """The key as the user wrote it, where it stands on the command line."""
+def _as_typed(key: str, options: Sequence[str]) -> str:
+    """Return the key as the user typed it, if it stands on the command line."""
     for word in options:
-        written = word.partition("=")[0]
-        if written.startswith("--") and written.endswith(key):
-            return written
-    return key
+        typed = word.partition("=")[0].removesuffix("+")
+        if typed.startswith("--") and typed.endswith(key):
+            return typed
+    return key.removeprefix(".")
 
 
 def _constructor_arguments(options: Sequence[str]) -> Iterator[str]:
-    """Argument names of every class that the given configuration files name."""
-    for file in config_files(options):
-        for class_path in _class_paths(yaml.safe_load(Path(file).read_text(encoding="utf-8"))):
-            module, _, name = class_path.rpartition(".")
-            try:
-                yield from inspect.signature(getattr(import_module(module), name)).parameters
-            except (ImportError, AttributeError, TypeError, ValueError):
-                continue  # that it cannot be imported is for the parser to say
+    """Yield the argument names of every class that the given configuration files and options name."""
+    given = [yaml.safe_load(Path(file).read_text(encoding="utf-8")) for file in config_files(options)]
+    words = [word.rpartition("=")[2] for word in options]
+    short_names = [f"{module}.{word}" for module in MODULES_OF_CLASSES for word in words if word.isidentifier()]
+    paths = [*(path for content in given for path in _class_paths(content)), *filter(CLASS_PATH.match, words)]
+    for class_path in [*paths, *short_names]:
+        module, _, name = class_path.rpartition(".")
+        try:
+            yield from inspect.signature(getattr(import_module(module), name)).parameters
+        except (ImportError, AttributeError, TypeError, ValueError):
+            continue  # the parser reports classes that cannot be imported
 
 
 def _class_paths(node: Any) -> Iterator[str]:
@@ -191,12 +206,12 @@ def _class_paths(node: Any) -> Iterator[str]:
 
 
 def config_files(options: Sequence[str]) -> list[str]:
-    """The values of all --config options, in order."""
+    """Return the values of all --config options, in order."""
     return option_values(options, "--config", "-c")
 
 
 def option_values(options: Sequence[str], *names: str) -> list[str]:
-    """The values of an option given as `--name value` or `--name=value`, in order."""
+    """Return the values of an option given as `--name value` or `--name=value`, in order."""
     values = []
     for word, following in zip_longest(options, options[1:]):
         name, equals, value = word.partition("=")
@@ -206,10 +221,10 @@ def option_values(options: Sequence[str], *names: str) -> list[str]:
 
 
 def files_first(options: Sequence[str]) -> list[str]:
-    """Move every --config before the other options, which then override files wherever they stand.
+    """Move every --config before the other options, so that options always override files.
 
-    The parser lets a file override the options before it: a saved config.yaml, which has a value for every key, would
-    silently take back a --ckpt_path typed in front of it.
+    The parser lets a file override the options before it: a saved config.yaml has a value for every key and would
+    silently reset a --ckpt_path typed before it.
     """
     files: list[str] = []
     others: list[str] = []
@@ -223,7 +238,7 @@ def files_first(options: Sequence[str]) -> list[str]:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML without the rule that of two equal keys the last one wins silently."""
+    """YAML that rejects duplicate keys instead of keeping the last one silently."""
 
 
 def _mapping_without_duplicates(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -231,9 +246,7 @@ def _mapping_without_duplicates(loader: StrictLoader, node: yaml.MappingNode) ->
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} stands here twice", key_node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
         seen.add(key)
     mapping: dict[Any, Any] = loader.construct_mapping(node, deep=True)
     return mapping
@@ -243,10 +256,10 @@ StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _ma
 
 
 def check_config_file(file: str) -> None:
-    """Read a configuration file once before the parser does, for messages with file and line.
+    """Validate a configuration file before it is parsed, for messages with file and line.
 
     Raises:
-        ConfigError: it is missing, unreadable, empty, no YAML, no mapping, or has a key twice.
+        ConfigError: the file is missing, unreadable, empty, no YAML mapping, or has a duplicate key.
     """
     path = Path(file)
     if not path.is_file():
@@ -266,7 +279,7 @@ def check_config_file(file: str) -> None:
         raise ConfigError(f"--config {file} is not YAML: {str(error).splitlines()[0]}") from error
     if _expanded_size(content, {}) > MAX_CONFIG_NODES:
         raise ConfigError(
-            f"--config {file} becomes more than {MAX_CONFIG_NODES:,} values when its aliases are written out.\n"
+            f"--config {file} expands to more than {MAX_CONFIG_NODES:,} values through its aliases.\n"
             "Write the values themselves instead of nested & and * marks."
         )
     if not isinstance(content, dict):
@@ -275,12 +288,12 @@ def check_config_file(file: str) -> None:
 
 
 def _expanded_size(node: object, known: dict[int, float]) -> float:
-    """How many values a tree has with each alias counted every time; infinite if it holds itself."""
+    """Return the number of values with aliases expanded; infinite if a value contains itself."""
     children = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
     if not children:
         return 1
     if id(node) not in known:
-        known[id(node)] = float("inf")  # until it is known; whoever asks now is inside it
+        known[id(node)] = float("inf")  # a lookup before the line below comes from inside this node
         known[id(node)] = 1 + sum(_expanded_size(child, known) for child in children)
     return known[id(node)]
 
