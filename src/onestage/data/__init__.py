@@ -9,27 +9,37 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 if TYPE_CHECKING:
+    from onestage.data.coco import COCO
     from onestage.data.coco_datamodule import COCODataModule
     from onestage.data.crops import ScaleJitter, SSDMinIoUCrop, SSDZoomOut
     from onestage.data.datamodule import DetectionDataModule
     from onestage.data.dataset import DetectionDataset, Sample, collate
+    from onestage.data.folder import ImageFolder
     from onestage.data.loader import DetectionLoader
     from onestage.data.photometric import SSDPhotometricDistort
     from onestage.data.samplers import EvaluationSampler, TrainingSampler
     from onestage.data.sampling import ClassBalancedSampling, RepeatFactorSampling, Sampling
+    from onestage.data.shapes import Shapes
     from onestage.data.shapes_datamodule import ShapesDataModule
+    from onestage.data.source import Source
     from onestage.data.ssd_augmentation import SSDAugmentation
     from onestage.data.transforms import SeededTransform, resize_transforms, ssd_transforms
+    from onestage.data.voc import VOC
     from onestage.data.voc_datamodule import VOCDataModule
+    from onestage.data.yolo import YOLO
     from onestage.data.yolo_datamodule import YOLODataModule
 
 __all__ = [
+    "COCO",
+    "VOC",
+    "YOLO",
     "COCODataModule",
     "ClassBalancedSampling",
     "DetectionDataModule",
     "DetectionDataset",
     "DetectionLoader",
     "EvaluationSampler",
+    "ImageFolder",
     "RepeatFactorSampling",
     "SSDAugmentation",
     "SSDMinIoUCrop",
@@ -39,7 +49,9 @@ __all__ = [
     "Sampling",
     "ScaleJitter",
     "SeededTransform",
+    "Shapes",
     "ShapesDataModule",
+    "Source",
     "TrainingSampler",
     "VOCDataModule",
     "YOLODataModule",
@@ -50,6 +62,12 @@ __all__ = [
 
 # Lightning and albumentations take seconds to import, so that happens when one of these is first asked for.
 _MODULE_OF_NAME = {
+    "COCO": "coco",
+    "ImageFolder": "folder",
+    "Shapes": "shapes",
+    "Source": "source",
+    "VOC": "voc",
+    "YOLO": "yolo",
     "COCODataModule": "coco_datamodule",
     "ClassBalancedSampling": "sampling",
     "DetectionDataModule": "datamodule",

@@ -1,5 +1,7 @@
 """Reads COCO instance annotations (arXiv:1405.0312; the "object detection" format) into an `AnnotationSet`."""
 
+import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +13,133 @@ import numpy.typing as npt
 from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set, require_same_names
 from onestage.data.coco_file import FRESH_COPY, integer_column, load_tables, malformed
 from onestage.data.rules import AREA_WRONG, ID_ZERO, IDS_REPEATED, IMAGE_MISSING, ROOT_CATEGORY
+from onestage.data.source import Source, Split, role_of
 from onestage.files import find_files, is_encodable, printable
 from onestage.types import AnnotationSet, Finding, JSONDict
 
 XYXY_FRACTION = 0.2  # more boxes than this that leave their image as [x, y, width, height] are no accident
 AREA_TOLERANCE = 0.01  # of the box's area, and 1 px^2; more is no rounding
+ROBOFLOW_FILE = "_annotations.coco.json"
+HEAD_BYTES = 4 << 20  # of a JSON file, searched for the first file name
+FIRST_FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
 XYXY_MINIMUM = 4  # and so many must do so, or one careless box would condemn a small file
+
+
+class COCO(Source):
+    """COCO JSON files: `annotations/instances_<split>.json`, `<split>/_annotations.coco.json`, or one file.
+
+    Args:
+        path: the folder of the data set, or its only JSON file, which is then the training split.
+        train: name of the training split (of `instances_<name>.json`), or a JSON file, relative to `path` or absolute;
+            null: found by name (train2017, train).
+        val: the validation split; null: found by name (val2017, val, valid, validation).
+        test: the test split; null: found by name.
+        train_images: image folder of the training split, relative to `path` or absolute; null: where its images are.
+        val_images: image folder of the validation split.
+        test_images: image folder of the test split.
+    """
+
+    format = "COCO"
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        train: str | Path | None = None,
+        val: str | Path | None = None,
+        test: str | Path | None = None,
+        train_images: str | Path | None = None,
+        val_images: str | Path | None = None,
+        test_images: str | Path | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._given: dict[Split, str | Path | None] = {"train": train, "val": val, "test": test}
+        self._image_folders: dict[Split, str | Path | None] = {
+            "train": train_images,
+            "val": val_images,
+            "test": test_images,
+        }
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that were named or found."""
+        found = self._found()
+        return tuple(split for split, given in self._given.items() if given is not None or split in found)
+
+    def read(
+        self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
+    ) -> AnnotationSet:
+        """Read the JSON file of a split."""
+        return parse_coco(
+            self.annotation_file(split),
+            self.image_folder(split),
+            class_names=class_names,
+            max_bad_fraction=max_bad_fraction,
+        )
+
+    def describe(self, split: Split) -> str:
+        """Return the JSON file of a split."""
+        return printable(self.annotation_file(split))
+
+    def annotation_file(self, split: Split) -> Path:
+        """Return the JSON file of a split; the usual name where there is none."""
+        given = self._given[split]
+        if given is None:
+            return self._found().get(split, self._root / "annotations" / f"instances_{split}.json")
+        if str(given).endswith(".json"):
+            return self._root / given
+        return self._root / "annotations" / f"instances_{given}.json"
+
+    def image_folder(self, split: Split) -> Path:
+        """Return the folder that the file names of a split are relative to."""
+        given, file = self._image_folders[split], self.annotation_file(split)
+        return self._root / given if given is not None else find_image_folder(file, self._root)
+
+    @property
+    def _root(self) -> Path:
+        return self.path.parent if self.path.suffix.lower() == ".json" else self.path
+
+    def _found(self) -> dict[Split, Path]:
+        """Return the files of the folder by role. Of several for one role, that of 2017 counts, or the last."""
+        if self.path.suffix.lower() == ".json":
+            return {"train": self.path}
+        files = list_annotation_files(self.path)
+        by_role: dict[Split, Path] = {}
+        for file in sorted(files, key=lambda file: ("2017" in file.name, file.name)):
+            role = role_of(split_name(file))
+            if role is not None:
+                by_role[role] = file
+        return by_role or ({"train": files[0]} if len(files) == 1 else {})
+
+
+def list_annotation_files(folder: Path) -> list[Path]:
+    """Return the COCO annotation files of a folder: instances, or else Roboflow's, or else any JSON files."""
+    patterns = ("annotations/instances_*.json", f"*/{ROBOFLOW_FILE}", "annotations/*.json", "*.json")
+    return next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
+
+
+def split_name(file: Path) -> str:
+    """Return what a COCO file calls its split: `train2017`, or the folder of Roboflow's file."""
+    return file.parent.name if file.name == ROBOFLOW_FILE else file.stem.removeprefix("instances_")
+
+
+def find_image_folder(file: Path, root: Path | None = None) -> Path:
+    """Return the first likely folder that holds the first image of a COCO file."""
+    above, name = file.parent.parent, split_name(file)
+    likely = [
+        *([root / name, root / "images" / name] if root else []), above / name, file.parent / name,
+        above / "images" / name, above / "images", file.parent / "images", file.parent, above / "JPEGImages", above,
+    ]  # fmt: skip
+    present = [folder for folder in likely if folder.is_dir()] or likely
+    if not file.is_file():
+        return present[0]
+    try:
+        with file.open("rb") as stream:
+            found = FIRST_FILE_NAME.search(stream.read(HEAD_BYTES))
+        first = str(json.loads(found[1])) if found else ""
+        return next((folder for folder in present if first and (folder / first).is_file()), present[0])
+    except (OSError, ValueError):  # the parser reports it
+        return present[0]
 
 
 class Categories(NamedTuple):

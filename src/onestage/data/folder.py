@@ -8,9 +8,39 @@ import numpy as np
 
 from onestage.data.images import IMAGE_SUFFIXES
 from onestage.data.rules import IMAGE_UNREADABLE
+from onestage.data.source import Source, Split
 from onestage.errors import DataError
 from onestage.files import printable
 from onestage.types import AnnotationSet
+
+
+class ImageFolder(Source):
+    """Images without annotations, for predicting: the only split is test.
+
+    Args:
+        path: a folder of images, or one image.
+    """
+
+    format = "images"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Only test."""
+        return ("test",)
+
+    def read(
+        self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
+    ) -> AnnotationSet:
+        """List the images; `class_names` are those of the model."""
+        names = class_names or ()
+        return list_images(self.path, names, range(1, len(names) + 1))
+
+    def describe(self, split: Split) -> str:
+        """Return the folder."""
+        return printable(self.path)
 
 
 def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence[int]) -> AnnotationSet:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.coco import parse_coco
+from onestage.data.coco import COCO, list_annotation_files, parse_coco
 from onestage.data.rules import FILE, UNKNOWN_CLASS
-from onestage.data.voc import SPLIT_FOLDER, NoClassesError, parse_voc
-from onestage.data.yolo import parse_yolo
+from onestage.data.source import Source as DetectionSource
+from onestage.data.voc import SPLIT_FOLDER, VOC, NoClassesError, find_lists, parse_voc
+from onestage.data.yolo import YOLO, parse_yolo
 from onestage.data.yolo_layout import SETTINGS_FILES, read_settings
 from onestage.errors import DataError
 from onestage.files import printable
@@ -27,6 +28,37 @@ KNOWN = (
     "a COCO JSON file, a folder with annotations/*.json, a VOC folder (with ImageSets/Main), or a YOLO data.yaml or "
     "the folder that holds it"
 )
+
+
+def recognise(path: str | Path, image_root: Path | None = None) -> DetectionSource:
+    """Return the source of a path by what lies there.
+
+    Args:
+        path: a COCO file or folder, a VOC folder, or a YOLO file or folder.
+        image_root: the image folder of COCO files; None: found by their first image.
+
+    Raises:
+        DataError: the path is missing, or of an unknown format.
+    """
+    path = Path(path)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return YOLO(path)
+    if path.suffix.lower() == ".json":
+        return COCO(path, train_images=image_root)
+    if find_lists(path) or (path / SPLIT_FOLDER).is_dir():
+        return VOC(path)
+    if any((path / name).is_file() for name in (*SETTINGS_FILES, "classes.txt")):
+        return YOLO(path)
+    if list_annotation_files(path):
+        return COCO(path, train_images=image_root, val_images=image_root, test_images=image_root)
+    problem = "is no data set that is known here" if path.is_dir() else "there is no such file or folder"
+    raise DataError(f"{printable(path)}: {problem}.\nGive {KNOWN}.")
+
+
+def describe_source(source: DetectionSource) -> list[str]:
+    """Return the lines that a training prints: the format, and the files of each split."""
+    lines = [f"{split}: {source.describe(split)}" for split in source.splits]
+    return [f"{source.format} data set {printable(source.path)}", *(f"  {line}" for line in lines)]
 
 
 class Source(NamedTuple):

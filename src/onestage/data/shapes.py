@@ -4,23 +4,84 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import cv2
 
+from onestage.data.coco import parse_coco
 from onestage.data.scenes import SHAPE_NAMES, Scene, draw_scene
+from onestage.data.source import Source, Split
+from onestage.data.voc import parse_voc
 from onestage.errors import ConfigError, DataError
 from onestage.files import printable
-from onestage.types import JSONDict
+from onestage.types import AnnotationSet, JSONDict
 
-__all__ = ["SHAPE_CATEGORY_IDS", "SHAPE_NAMES", "draw_shapes"]
+__all__ = ["SHAPE_CATEGORY_IDS", "SHAPE_NAMES", "Shapes", "draw_shapes"]
 
 SHAPE_CATEGORY_IDS = (1, 3, 4, 7, 9, 12)  # with gaps, as in COCO, so that a mixed-up mapping shows
 JPEG_QUALITY = 92
 SETTINGS_FILE = "shapes.json"  # lies in a finished folder only, and says what was drawn
 DRAWING_VERSION = 1  # raise it when scenes.py draws other pictures, and folders of the older kind are drawn anew
 ABANDONED_SECONDS = 3600.0  # a drawing takes less than a minute
+
+
+class Shapes(Source):
+    """The embedded data set: images of shapes, drawn into `path` once, then read as COCO or VOC files.
+
+    Args:
+        path: the folder to draw into.
+        num_train: number of training images, >= 1.
+        num_val: number of validation images, >= 1; an odd number exercises uneven sharing among processes.
+        draw_seed: seed of the drawings, >= 0.
+        format: which of the two annotation formats is read.
+    """
+
+    format = "shapes"
+
+    def __init__(
+        self,
+        path: str | Path = "data/shapes",
+        *,
+        num_train: int = 1000,
+        num_val: int = 201,
+        draw_seed: int = 0,
+        format: Literal["coco", "voc"] = "coco",
+    ) -> None:
+        self.path = Path(path)
+        self.num_train = num_train
+        self.num_val = num_val
+        self.draw_seed = draw_seed
+        self._annotation_format = format
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Always train and val."""
+        return ("train", "val")
+
+    def prepare(self) -> None:
+        """Draw the images, unless the folder holds exactly these."""
+        draw_shapes(self.path, num_train=self.num_train, num_val=self.num_val, seed=self.draw_seed)
+
+    def read(
+        self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
+    ) -> AnnotationSet:
+        """Read what was drawn for a split."""
+        if self._annotation_format == "voc":
+            return parse_voc(self.path, [split], class_names=class_names, max_bad_fraction=max_bad_fraction)
+        file, images = self.path / "annotations" / f"instances_{split}.json", self.path / "JPEGImages"
+        return parse_coco(file, images, class_names=class_names, max_bad_fraction=max_bad_fraction)
+
+    def describe(self, split: Split) -> str:
+        """Return the folder and the number of images."""
+        return f"{printable(self.path)} ({self.num_train if split == 'train' else self.num_val} drawn images)"
+
+    @property
+    def known_classes(self) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
+        """The six shapes; known before anything is drawn."""
+        is_coco = self._annotation_format == "coco"
+        return SHAPE_NAMES, SHAPE_CATEGORY_IDS if is_coco else tuple(range(1, len(SHAPE_NAMES) + 1))
 
 
 def draw_shapes(folder: Path, *, num_train: int, num_val: int, seed: int) -> None:

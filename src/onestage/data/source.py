@@ -55,3 +55,9 @@ class Source(ABC):
 
     def prepare(self) -> None:  # noqa: B027 # a source may have nothing to prepare
         """Create the files if the source can; called once, by one process, before `splits`."""
+
+
+def role_of(name: str) -> Split | None:
+    """Return the role of a split by its name: train2017 and trainval are train; val2017, valid, validation are val."""
+    words: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "minival", "dev"), "test": ("test",)}
+    return next((role for role, starts in words.items() if name.lower().startswith(starts)), None)

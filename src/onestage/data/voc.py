@@ -11,14 +11,99 @@ import numpy as np
 from onestage.data.annotations import NUM_EXAMPLES, ImageColumns, ObjectColumns, build_annotation_set, require_images
 from onestage.data.images import IMAGE_SUFFIXES
 from onestage.data.rules import IMAGE_MISSING, NO_XML, OTHER_FILE_NAME, XML_MALFORMED, ZERO_BASED
+from onestage.data.source import Source, Split
 from onestage.data.voc_record import CORNERS, MalformedRecordError, VOCObject, VOCRecord, read_record
-from onestage.errors import AnnotationError
+from onestage.errors import AnnotationError, require
 from onestage.files import list_files, printable, read_file
 from onestage.types import AnnotationSet, Finding
 
 SPLIT_FOLDER = Path("ImageSets", "Main")
 NO_IMAGE = "there is no such image"
 LISTED_WITH_SUFFIX = "the list names it with its suffix; lists of VOC have names without"
+
+
+class VOC(Source):
+    """PASCAL VOC: XML files in `Annotations` for the images that the lists in `ImageSets/Main` name.
+
+    `path` is such a folder, or it holds VOC2007, VOC2012 ... (also below VOCdevkit).
+
+    Args:
+        path: the folder of the data set.
+        train: lists that make up the training split; above year folders with the year, such as `2007_trainval`; null:
+            train (or trainval), or the trainval lists of all years where one of them has a test list.
+        val: lists of the validation split; null: val (valid, validation), or the test lists beside trainval.
+        test: lists of the test split; null: test, unless it is the validation split.
+        train_difficult: whether objects flagged as difficult are training targets, as in the SSD paper's own code. If
+            not, the loss ignores their regions. Evaluation counts them neither found nor missed.
+    """
+
+    format = "VOC"
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        train: Sequence[str] | None = None,
+        val: Sequence[str] | None = None,
+        test: Sequence[str] | None = None,
+        train_difficult: bool = True,
+    ) -> None:
+        self.path = Path(path)
+        self.train_difficult = train_difficult
+        self._given: dict[Split, Sequence[str] | None] = {"train": train, "val": val, "test": test}
+        for split, lists in self._given.items():
+            require(lists is None or len(lists) > 0, f"data.source.{split}", lists, "a list of at least one name")
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that were named or found."""
+        return tuple(split for split in self._given if self.lists(split))
+
+    def read(
+        self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
+    ) -> AnnotationSet:
+        """Read the XML files of a split."""
+        lists = self.lists(split) or (split,)
+        return parse_voc(self.path, lists, class_names=class_names, max_bad_fraction=max_bad_fraction)
+
+    def describe(self, split: Split) -> str:
+        """Return the lists of a split."""
+        return f"{printable(self.path)} ({' + '.join(self.lists(split))})"
+
+    def lists(self, split: Split) -> tuple[str, ...]:
+        """Return the names of the lists of a split; empty if there are none."""
+        given = self._given[split]
+        return tuple(given) if given is not None else find_lists(self.path).get(split, ())
+
+
+def find_lists(root: Path) -> dict[Split, tuple[str, ...]]:
+    """Return the lists of each split by role. Without lists named train, val or test, the only list is train."""
+    folders = [root] if (root / SPLIT_FOLDER).is_dir() else sorted(root.glob("VOC????"))
+    folders = folders or sorted(root.glob("VOCdevkit/VOC????"))
+    prefixes = {folder: "" if folder == root else f"{folder.name[3:]}_" for folder in folders}
+    stems = {
+        f"{prefix}{file.stem}": file.stem
+        for folder, prefix in prefixes.items()
+        for file in sorted((folder / SPLIT_FOLDER).glob("*.txt"))
+    }
+
+    def named(*words: str) -> tuple[str, ...]:
+        return next((found for word in words if (found := tuple(n for n, s in stems.items() if s == word))), ())
+
+    found: dict[Split, tuple[str, ...]] = {
+        "train": named("train", "trainval"),
+        "val": named("val", "valid", "validation"),
+        "test": named("test"),
+    }
+    if root not in folders and named("trainval") and found["test"]:
+        found = {"train": named("trainval"), "val": found["test"], "test": ()}  # the papers' sets, such as 07+12
+    elif found["train"] == named("trainval") and found["test"] and not found["val"]:
+        found = found | {"val": found["test"], "test": ()}
+    # Beside the splits VOC has lists of each class, such as dog_train.
+    others = [name for name, stem in stems.items() if not re.search(r"_(train|val|trainval|test)$", stem)]
+    if not any(found.values()) and len(others) == 1:
+        found["train"] = (others[0],)
+    return {split: lists for split, lists in found.items() if lists}
 
 
 class NoClassesError(AnnotationError):

@@ -18,7 +18,8 @@ from onestage.data.annotations import (
 )
 from onestage.data.image_headers import NUM_THREADS, HeaderCheck, check_header
 from onestage.data.rules import BOX_REPEATED, LABEL_MALFORMED, NO_LABEL, POLYGON
-from onestage.data.yolo_layout import LabelledImage, YOLOSettings, list_split, read_settings
+from onestage.data.source import Source, Split
+from onestage.data.yolo_layout import LabelledImage, YOLOSettings, find_splits, list_split, read_settings
 from onestage.errors import AnnotationError
 from onestage.files import list_files, printable, read_file
 from onestage.types import AnnotationSet, Finding
@@ -29,6 +30,51 @@ TOLERANCE = 1e-3  # of rounding, in fractions of the image
 PIXELS_FRACTION = 0.2  # more boxes than this beyond 0..1 are no accident
 PIXELS_MINIMUM = 4  # and so many must be, or one careless box would condemn a small file
 NAN_BOX = (float("nan"),) * 4
+
+
+class YOLO(Source):
+    """YOLO txt labels: the splits that data.yaml names, or images/<split> and labels/<split>.
+
+    Args:
+        path: data.yaml, or the folder of the data set; see `read_settings`.
+        train: name of the training split.
+        val: name of the validation split; val also finds valid and validation.
+        test: name of the test split.
+    """
+
+    format = "YOLO"
+
+    def __init__(self, path: str | Path, *, train: str = "train", val: str = "val", test: str = "test") -> None:
+        self.path = Path(path)
+        self._names: dict[Split, str] = {"train": train, "val": val, "test": test}
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that data.yaml names or whose folders exist."""
+        try:
+            settings = read_settings(self.path)
+        except AnnotationError:  # `read` reports it
+            return ("train",)
+        return tuple(split for split, name in self._names.items() if find_splits(settings, name))
+
+    def read(
+        self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
+    ) -> AnnotationSet:
+        """Read the label files of a split."""
+        return parse_yolo(self.path, self._names[split], class_names=class_names, max_bad_fraction=max_bad_fraction)
+
+    def describe(self, split: Split) -> str:
+        """Return the settings file and the name of a split."""
+        return f"{printable(self.path)} ({self._names[split]})"
+
+    @property
+    def known_classes(self) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
+        """The names of data.yaml or classes.txt."""
+        try:
+            names = read_settings(self.path).class_names
+        except AnnotationError:
+            return None
+        return names, tuple(range(1, len(names) + 1))
 
 
 class LabelLine(NamedTuple):

@@ -56,6 +56,14 @@ def read_settings(data: Path) -> YOLOSettings:
     return YOLOSettings(printable(data), data, _checked_names(printable(data / NAMES_FILE), names, None), {}, 0)
 
 
+def find_splits(settings: YOLOSettings, split: str) -> bool:
+    """Tell whether data.yaml, or without it a folder, holds a split."""
+    if settings.entries:
+        return any(settings.entries.get(word) for word in _words(split))
+    folders = (settings.root / folder for word in _words(split) for folder in (f"{IMAGES}/{word}", f"{word}/{IMAGES}"))
+    return any(folder.is_dir() for folder in folders)
+
+
 def list_split(settings: YOLOSettings, split: str) -> list[LabelledImage]:
     """Return the images of a split, each once, in order of path.
 
