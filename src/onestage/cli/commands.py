@@ -1,15 +1,16 @@
-"""The commands of the trainer, fit to losses: Lightning's command line over our module, with our run folder."""
+"""The trainer commands: Lightning's command line over our module, data and run folder."""
 
 import tempfile
 import warnings
 from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.cli.messages import check_config_file, config_files, explain, files_first, option_values, refusal
@@ -24,17 +25,7 @@ from onestage.cli.parser import (
     restrict_imports,
     shared_configs,
 )
-from onestage.errors import CheckpointError, ConfigError
-from onestage.reliability.checkpoint_files import config_of, load_weights, read_checkpoint
-from onestage.reliability.checkpoint_io import WholeFileIO
-from onestage.reliability.checkpoints import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint
-from onestage.reliability.endings import named_endings
-from onestage.reliability.non_finite import NonFiniteGuard
-from onestage.reliability.resume import Resumed, find_checkpoint, require_resumable, saved_batch_size
-from onestage.reliability.runs import RunConfig, new_run_folder, take_run_folder
-from onestage.reliability.seeding import SeededSteps
-from onestage.reliability.stopping import StopOnSignal
-from onestage.reliability.watchdog import Watchdog, launcher_watched
+from onestage.errors import ConfigError
 from onestage.training.anchor_monitor import AnchorMonitor
 from onestage.training.batch_size import GIB, AutoBatch
 from onestage.training.callbacks import DetectionImages, LossBar, PredictionWriter, ResultsWriter, print_report
@@ -42,11 +33,17 @@ from onestage.training.ema import ExponentialMovingAverage
 from onestage.training.loggers import run_loggers
 from onestage.training.loss_collector import CURVES_FILE
 from onestage.training.module import DetectionModule
-from onestage.training.strategies import shards_parameters, writes_whole_files
+from onestage.training.run import RunAddOn
+from onestage.training.strategies import shards_parameters
 from onestage.training.trainer import DetectionTrainer, evaluate_at_least_once, resolve_precision
+from onestage.types import JSONDict
 
-HARMLESS = (
-    "Experiment logs directory .* exists and is not empty",  # ours: it was just made for this run
+# The add-on that makes runs crash-safe. Without its line, Lightning saves its own checkpoints and nothing is resumed.
+RUN_ADD_ONS = (
+    "onestage.reliability.add_on:Reliability",
+)  # fmt: skip
+HARMLESS_WARNINGS = (
+    "Experiment logs directory .* exists and is not empty",  # it was just created for this run
     ".*isinstance.treespec, LeafSpec.",  # between Lightning and torch
     "It is recommended to use .self.log.*sync_dist=True",  # every process logs the numbers of all
     "The '.*_dataloader' does not have many workers",  # num_workers: auto has counted the cores
@@ -59,39 +56,54 @@ def run_trainer_command(words: list[str]) -> None:
     options = files_first(options)
     for file in config_files(options):
         check_config_file(file)
-    for message in HARMLESS:
+    for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     restrict_imports()
-    with named_endings(), launcher_watched():
-        _run(command, options)
+    add_on = make_add_on()
+    with add_on.command():
+        _run(command, options, add_on)
 
 
-def _run(command: str, options: list[str]) -> None:
+def make_add_on() -> RunAddOn:
+    """Return the run add-on of the table, or the hooks that do nothing."""
+    for path in RUN_ADD_ONS:
+        module, _, name = path.partition(":")
+        add_on: RunAddOn = getattr(import_module(module), name)()
+        return add_on
+    return RunAddOn()
+
+
+def _run(command: str, options: list[str], add_on: RunAddOn) -> None:
     checkpoint = next((path for path in reversed(option_values(options, "--ckpt_path")) if path != "null"), None)
-    if command == "fit" or checkpoint is None:
-        DetectionCLI(command, options)
-        return
-    with tempfile.TemporaryDirectory(prefix="onestage-") as folder:
-        stored = Path(folder) / STORED_CONFIG
-        try:
-            stored.write_text(yaml.safe_dump(config_of(checkpoint)), encoding="utf-8")
-        except CheckpointError:
-            read_checkpoint(checkpoint)  # unreadable: nothing can help
-            if not config_files(options):
-                raise
-            DetectionCLI(command, options)  # readable, but only the user's own configuration is to be trusted
-        else:
-            DetectionCLI(command, ["--config", str(stored), *options])  # first, so that everything else overrides it
+    if command != "fit" and checkpoint is not None:
+        config = add_on.stored_config(checkpoint, bool(config_files(options)))
+        if config is not None:
+            with tempfile.TemporaryDirectory(prefix="onestage-") as folder:
+                file = Path(folder) / STORED_CONFIG
+                file.write_text(yaml.safe_dump(config), encoding="utf-8")
+                DetectionCLI(command, ["--config", str(file), *options], add_on)  # first: the user's options override
+            return
+    DetectionCLI(command, options, add_on)
+
+
+class RunConfig(SaveConfigCallback):
+    """Write config.yaml into the run folder. Lightning writes it into the folder of the first logger."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write all settings, for `--config` and `--resume auto`."""
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
 class DetectionCLI(LightningCLI):
     """LightningCLI with one run folder, exact evaluation and messages for people."""
 
     run_folder: Path
-    resumed: Resumed | None = None
 
-    def __init__(self, command: str, options: list[str]) -> None:
+    def __init__(self, command: str, options: list[str], add_on: RunAddOn | None = None) -> None:
         self.command = command
+        self.add_on = add_on or make_add_on()
         super().__init__(
             model_class=DetectionModule,
             datamodule_class=LightningDataModule,
@@ -120,10 +132,7 @@ class DetectionCLI(LightningCLI):
         """Add the keys of the run folder and link what the data knows into the model."""
         add_run_keys(parser)
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
-        parser.add_lightning_class_args(NonFiniteGuard, "guard")
-        parser.add_lightning_class_args(Watchdog, "watchdog")
-        parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
-        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+        self.add_on.add_arguments(parser)
         parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=checked_seed)
 
@@ -152,10 +161,7 @@ class DetectionCLI(LightningCLI):
         if self.command == "fit":
             evaluate_at_least_once(settings.trainer)
             config = yaml.safe_load(self._parser(self.command).dump(settings, skip_none=False))
-            self.resumed = find_checkpoint(settings.resume, settings.ckpt_path, config)
-            if self.resumed is not None and self.resumed.folder is not None and settings.auto_batch is not False:
-                settings.data.init_args.batch_size = saved_batch_size(self.resumed.folder)
-                settings.auto_batch = False
+            self.add_on.before_instantiate(settings, config)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; a value that a constructor refuses is the user's, not a bug."""
@@ -165,31 +171,20 @@ class DetectionCLI(LightningCLI):
             raise ConfigError(refusal(error, self.settings)) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        self.run_folder = self._new_run_folder()  # only now, when data and model are known to be sound
+        self.run_folder = self._make_run_folder()  # only now, when data and model are known to be valid
         config["default_root_dir"] = str(self.run_folder)
         if config.get("logger") in (None, True):
-            config["logger"] = run_loggers(self.run_folder, self.resumed.step_in_folder if self.resumed else None)
-        own = self._showing_callbacks(config)
+            config["logger"] = run_loggers(self.run_folder, self.add_on.resumed_step)
+        own = self._reporting_callbacks(config)
         if self.command == "fit":
             self._dump_config()
-            stored = ConfigInCheckpoint({key: self.config_dump[key] for key in ("model", "data")})
-            own += [*self._auto_batch(stored), stored]
-        for callback in callbacks:
-            if isinstance(callback, ModelCheckpoint | LastCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(self.run_folder / "checkpoints")
-        if config.get("enable_checkpointing") is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
-            config["enable_checkpointing"] = self.command == "fit"  # StopOnSignal counts as one, and keeps none
-        if self.command == "fit":
-            last = next((one for one in callbacks if isinstance(one, LastCheckpoint)), None)
-            callbacks = [SeededSteps(int(self.settings.seed_everything)), *callbacks, StopOnSignal(last)]
-            if writes_whole_files(config.get("strategy")):
-                plugins = config.get("plugins") or []
-                config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFileIO()]
+            stored = {key: self.config_dump[key] for key in ("model", "data")}
+            own += self._auto_batch(stored)
+            callbacks = self.add_on.callbacks(self.settings, config, callbacks, stored)
         return super()._instantiate_trainer(config, [*own, *callbacks])
 
-    def _showing_callbacks(self, config: dict[str, Any]) -> list[Callback]:
-        """Return what shows a run to its user: files, curves, the progress bar."""
+    def _reporting_callbacks(self, config: dict[str, Any]) -> list[Callback]:
+        """Return the callbacks that write results, log curves and draw the progress bar."""
         settings = self.settings
         own: list[Callback] = [ResultsWriter(self.results_path)] if self.command != "losses" else []
         if settings.drawn_images > 0 and self.command != "losses":
@@ -201,53 +196,44 @@ class DetectionCLI(LightningCLI):
         if self.command == "fit" and settings.anchor_statistics:
             own.append(AnchorMonitor())
         given = config.get("callbacks") or []
-        given = given if isinstance(given, list) else [given]
-        if config.get("enable_progress_bar") is not False and not any(isinstance(one, ProgressBar) for one in given):
-            # Refreshing reads the loss from the device, so not at every step.
-            own.append(LossBar(refresh_rate=10))
+        has_bar = any(isinstance(callback, ProgressBar) for callback in (given if isinstance(given, list) else [given]))
+        if config.get("enable_progress_bar") is not False and not has_bar:
+            own.append(LossBar(refresh_rate=10))  # refreshing reads the loss from the device, so not at every step
         return own
 
-    def _auto_batch(self, stored: ConfigInCheckpoint) -> list[Callback]:
+    def _auto_batch(self, stored: JSONDict) -> list[Callback]:
         settings = self.settings
         if settings.auto_batch is False:
             return []
 
-        def record(batch_size: int) -> None:  # so that config.yaml and the checkpoints repeat the run
-            settings.data.init_args.batch_size = stored.config["data"]["init_args"]["batch_size"] = batch_size
+        def record(batch_size: int) -> None:  # config.yaml and the checkpoints must repeat the run
+            settings.data.init_args.batch_size = stored["data"]["init_args"]["batch_size"] = batch_size
             settings.auto_batch = False
 
         limit = None if settings.auto_batch is True else int(settings.auto_batch * GIB)
         return [AutoBatch(limit, settings.ema.decay is not None, record)]
 
-    def _new_run_folder(self) -> Path:
+    def _make_run_folder(self) -> Path:
         settings = self.settings
         if settings.trainer.fast_dev_run:
             return Path(str(settings.runs_dir)) / str(settings.experiment) / "fast_dev_run"
-        num_nodes = settings.trainer.num_nodes
-        if self.resumed is not None and self.resumed.folder is not None:
-            take_run_folder(self.resumed.folder, num_nodes=num_nodes)
-            return self.resumed.folder
-        return new_run_folder(settings.runs_dir, settings.experiment, num_nodes=num_nodes)
+        return self.add_on.run_folder(settings)
 
     @property
     def results_path(self) -> Path:
-        """Of the file that the last printed line names."""
+        """Return the results file, which the last printed line names."""
         files = {"predict": "predictions.json", "losses": CURVES_FILE}
         return self.run_folder / files.get(self.command, "results.json")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Read checkpoints ourselves: checked, never running code, with messages for people."""
+        """Load the weights through the add-on, which checks the file first."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit":
-            if self.resumed is not None:
-                checkpoint = self.resumed.checkpoint
-                allow_data_change = self.settings.allow_data_change
-                require_resumable(checkpoint, self.model, self.datamodule, self.trainer.strategy, allow_data_change)
-                kwargs["ckpt_path"] = str(checkpoint)
-            return kwargs
+            resumed = self.add_on.checkpoint_to_resume(self.settings, self.model, self.datamodule, self.trainer)
+            return {**kwargs, "ckpt_path": resumed}
         checkpoint = kwargs.pop("ckpt_path", None)
         if checkpoint is not None:
-            load_weights(self.model, checkpoint, self.datamodule.class_names)
+            self.add_on.load_weights(self.model, checkpoint, self.datamodule.class_names)
         elif not self.settings.model.detector.init_args.get("pretrained"):
             raise ConfigError(
                 f"nothing says which weights to {subcommand} with; random ones would only look like a bad model.\n"
@@ -267,31 +253,19 @@ class DetectionCLI(LightningCLI):
         """Evaluate the best checkpoint, or the last weights if there is none, and say where everything is."""
         if self.settings.trainer.fast_dev_run:
             return
-        best = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)]
-        if best and best[0].best_model_path:
+        best = getattr(self._get(self.config_init, "best_checkpoint"), "best_model_path", "")
+        if best:
             self.model.detector = self._whole
-            load_weights(self.model, best[0].best_model_path, self.datamodule.class_names)
+            self.add_on.load_weights(self.model, best, self.datamodule.class_names)
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        self._say_results()
 
-    def after_validate(self) -> None:
-        """Say where the numbers are."""
-        self._say_results()
-
-    def after_test(self) -> None:
-        """Say where the numbers are."""
-        self._say_results()
-
-    def after_predict(self) -> None:
-        """Say where the detections are."""
-        self._say_results()
-
-    def after_losses(self) -> None:
-        """Say where the curves are."""
-        self._say_results()
+    def _run_subcommand(self, subcommand: str) -> None:
+        super()._run_subcommand(subcommand)
+        if subcommand != "fit" or not self.settings.trainer.fast_dev_run:
+            self._print_results()
 
     @rank_zero_only
-    def _say_results(self) -> None:
+    def _print_results(self) -> None:
         if self.command != "predict" and self.model.metrics:
             print_report(self.model)
         if self.results_path.is_file():

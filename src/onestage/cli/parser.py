@@ -74,16 +74,6 @@ def add_run_keys(parser: LightningArgumentParser) -> None:
         default=False,
         help="fit with the largest data.batch_size that goes into 0.9 of the free memory, or of so many GiB",
     )
-    parser.add_argument(
-        "--resume",
-        type=str,
-        default="none",
-        help="fit auto: go on with the newest run of this experiment and configuration, in its folder; "
-        "PATH: from that checkpoint, in a new folder; none: begin a new run",
-    )
-    parser.add_argument(
-        "--allow_data_change", type=bool, default=False, help="resume although annotations or images are not the same"
-    )
 
 
 def checked_seed(seed: int) -> int:

@@ -13,8 +13,8 @@ from onestage.evaluation.results import installed_versions
 from onestage.reliability.checkpoint_files import load_weights, read_checkpoint, stored_step
 from onestage.reliability.checkpoints import LAST, PREVIOUS
 from onestage.reliability.fingerprint import fingerprints
-from onestage.reliability.runs import version_of
 from onestage.training.module import CHECKPOINT_KEY, DetectionModule
+from onestage.training.run import version_of
 from onestage.training.strategies import shards_parameters
 from onestage.types import JSONDict
 

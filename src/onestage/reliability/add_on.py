@@ -1,0 +1,123 @@
+"""The add-on as the command line sees it: exact resume, atomic checkpoints, clean stops."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.cli import LightningArgumentParser
+
+from onestage.errors import CheckpointError
+from onestage.reliability.checkpoint_files import config_of, load_weights, read_checkpoint
+from onestage.reliability.checkpoint_io import WholeFileIO
+from onestage.reliability.checkpoints import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint
+from onestage.reliability.endings import named_endings
+from onestage.reliability.non_finite import NonFiniteGuard
+from onestage.reliability.resume import Resumed, find_checkpoint, require_resumable, saved_batch_size
+from onestage.reliability.runs import new_locked_folder, take_run_folder
+from onestage.reliability.seeding import SeededSteps
+from onestage.reliability.stopping import StopOnSignal
+from onestage.reliability.watchdog import Watchdog, launcher_watched
+from onestage.training.module import DetectionModule
+from onestage.training.run import RunAddOn, is_first_process
+from onestage.training.strategies import writes_whole_files
+from onestage.types import JSONDict
+
+
+class Reliability(RunAddOn):
+    """Crash safety for `fit`, checked checkpoints for every command."""
+
+    def __init__(self) -> None:
+        self._resumed: Resumed | None = None
+
+    @contextmanager
+    def command(self) -> Iterator[None]:
+        """Map exceptions to onestage errors; end with the process that started this one."""
+        with named_endings(), launcher_watched():
+            yield
+
+    def stored_config(self, checkpoint: str, is_optional: bool) -> JSONDict | None:
+        """Return the checked configuration in a checkpoint, or None if it must not be used and the user gave one.
+
+        Raises:
+            CheckpointError: the checkpoint is unreadable, or its configuration is needed and is not allowed.
+        """
+        try:
+            return config_of(checkpoint)
+        except CheckpointError:
+            read_checkpoint(checkpoint)  # an unreadable file is an error in any case
+            if not is_optional:
+                raise
+            return None
+
+    def add_arguments(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks and the keys of a resume."""
+        parser.add_lightning_class_args(NonFiniteGuard, "guard")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
+        parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+        parser.add_argument(
+            "--resume",
+            type=str,
+            default="none",
+            help="auto: continue the newest run of this experiment and configuration, in its folder; "
+            "PATH: continue from that checkpoint, in a new folder; none: start a new run",
+        )
+        parser.add_argument(
+            "--allow_data_change", type=bool, default=False, help="resume although annotations or images have changed"
+        )
+
+    def before_instantiate(self, settings: Any, config: JSONDict) -> None:
+        """Find the checkpoint to resume from; a run continued in place keeps its batch size."""
+        self._resumed = find_checkpoint(settings.resume, settings.ckpt_path, config)
+        self.resumed_step = self._resumed.step_in_folder if self._resumed else None
+        if self._resumed is not None and self._resumed.folder is not None and settings.auto_batch is not False:
+            settings.data.init_args.batch_size = saved_batch_size(self._resumed.folder)
+            settings.auto_batch = False
+
+    def run_folder(self, settings: Any) -> Path:
+        """Return the locked folder of the run: a new one, or that of the resumed run."""
+        is_writer = is_first_process(settings)
+        if self._resumed is not None and self._resumed.folder is not None:
+            take_run_folder(self._resumed.folder, is_writer=is_writer)
+            return self._resumed.folder
+        return new_locked_folder(settings.runs_dir, settings.experiment, is_writer=is_writer)
+
+    def callbacks(self, settings: Any, config: JSONDict, callbacks: list[Callback], stored: JSONDict) -> list[Callback]:
+        """Add what makes a run resumable; write checkpoints atomically where one process writes them."""
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+            config["enable_checkpointing"] = True  # for StopOnSignal, a Checkpoint that writes none
+        for callback in callbacks:
+            if isinstance(callback, BestCheckpoint | LastCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(Path(config["default_root_dir"]) / "checkpoints")
+        if writes_whole_files(config.get("strategy")):
+            plugins = config.get("plugins") or []
+            config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFileIO()]
+        last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
+        seeded = SeededSteps(int(settings.seed_everything))
+        return [ConfigInCheckpoint(stored), seeded, *callbacks, StopOnSignal(last)]
+
+    def checkpoint_to_resume(
+        self, settings: Any, module: DetectionModule, data: LightningDataModule, trainer: Trainer
+    ) -> str | None:
+        """Return the checkpoint to continue from, once it is known to fit this run.
+
+        Raises:
+            CheckpointError: it belongs to another model, optimizer, strategy or data set.
+        """
+        if self._resumed is None:
+            return None
+        checkpoint = self._resumed.checkpoint
+        require_resumable(checkpoint, module, data, trainer.strategy, settings.allow_data_change)
+        return str(checkpoint)
+
+    def load_weights(self, module: DetectionModule, checkpoint: str, class_names: Sequence[str]) -> None:
+        """Load the weights of a checked checkpoint.
+
+        Raises:
+            CheckpointError: it is unreadable or belongs to another model or other classes.
+        """
+        load_weights(module, checkpoint, class_names)

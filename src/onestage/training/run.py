@@ -1,0 +1,105 @@
+"""The run folder, and the hooks through which an add-on makes runs crash-safe."""
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+
+from onestage.errors import require
+from onestage.training.module import DetectionModule
+from onestage.types import JSONDict
+
+
+class RunAddOn:
+    """Hooks that the command line calls around a trainer command. The defaults are Lightning's own behaviour."""
+
+    resumed_step: int | None = None  # optimizer step up to which the files of a continued run folder are kept
+
+    def command(self) -> AbstractContextManager[None]:
+        """Wrap a whole command, for example to map exceptions to exit codes."""
+        return nullcontext()
+
+    def stored_config(self, checkpoint: str, is_optional: bool) -> JSONDict | None:
+        """Return the configuration in a checkpoint; None: use the user's. is_optional: the user gave one."""
+        return None
+
+    def add_arguments(self, parser: LightningArgumentParser) -> None:
+        """Add configurable callbacks and keys."""
+        parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
+        parser.set_defaults({"best_checkpoint.filename": "best", "best_checkpoint.save_last": True})
+
+    def before_instantiate(self, settings: Any, config: JSONDict) -> None:
+        """Prepare `fit`; may change `settings`, the parsed arguments. config: the same as config.yaml will hold it."""
+
+    def run_folder(self, settings: Any) -> Path:
+        """Create and return the folder of the run."""
+        return new_run_folder(settings.runs_dir, settings.experiment, is_writer=is_first_process(settings))
+
+    def callbacks(self, settings: Any, config: JSONDict, callbacks: list[Callback], stored: JSONDict) -> list[Callback]:
+        """Return the callbacks of `fit`.
+
+        Args:
+            settings: the parsed arguments.
+            config: the trainer's arguments; may be changed.
+            callbacks: those of `add_arguments` and the average of the weights.
+            stored: the `model` and `data` configuration.
+        """
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(Path(config["default_root_dir"]) / "checkpoints")
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        return callbacks
+
+    def checkpoint_to_resume(
+        self, settings: Any, module: DetectionModule, data: LightningDataModule, trainer: Trainer
+    ) -> str | None:
+        """Return the checkpoint that `fit` continues from; None: start anew."""
+        return settings.ckpt_path  # type: ignore[no-any-return]
+
+    def load_weights(self, module: DetectionModule, checkpoint: str, class_names: Sequence[str]) -> None:
+        """Load the weights of a checkpoint for evaluation."""
+        module.load_state_dict(TorchCheckpointIO().load_checkpoint(checkpoint, weights_only=True)["state_dict"])
+
+
+def new_run_folder(runs_dir: str, experiment: str, *, is_writer: bool = True) -> Path:
+    """Create the next free folder runs_dir/experiment/version_<n>. Other processes get a path that is never written.
+
+    Raises:
+        ConfigError: `experiment` is not a plain folder name.
+        OSError: the folder cannot be created.
+    """
+    is_plain = experiment.isprintable() and experiment == Path(experiment).name and experiment not in ("", "..")
+    require(is_plain, "experiment", experiment, "one folder name", "Set --runs_dir to write somewhere else.")
+    parent = Path(runs_dir) / experiment
+    if not is_writer:
+        return parent / "folder_of_the_first_process"
+    parent.mkdir(parents=True, exist_ok=True)
+    version = 1 + max((version_of(path) for path in parent.iterdir()), default=-1)
+    while True:
+        folder = parent / f"version_{version}"
+        try:
+            folder.mkdir()  # atomic: two runs that start together get different numbers
+            return folder
+        except FileExistsError:
+            version += 1
+
+
+def version_of(path: Path) -> int:
+    """Return n of a folder called version_<n>, or -1."""
+    name, _, number = path.name.partition("_")
+    return int(number) if name == "version" and number.isdecimal() else -1
+
+
+def is_first_process(settings: Any) -> bool:
+    """Tell whether this process writes the files of the run, before the processes are connected."""
+    # The rank is the local one where Lightning starts the processes; NODE_RANK distinguishes the machines.
+    is_first_node = settings.trainer.num_nodes == 1 or os.environ.get("NODE_RANK", "0") == "0"
+    return is_first_node and rank_zero_only.rank == 0  # type: ignore[attr-defined] # Lightning sets it when imported
