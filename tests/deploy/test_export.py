@@ -1,4 +1,4 @@
-"""Weights that are exported are those of the checkpoint, and are enough to predict with."""
+"""Exported weights equal the checkpoint's and are enough to predict with."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model.safetensors"
 
 
-def test_exported_weights_are_those_of_the_checkpoint_bit_for_bit(trained: Path, exported: Path) -> None:
+def test_exported_weights_equal_the_checkpoint_bit_for_bit(trained: Path, exported: Path) -> None:
     saved = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
     weights = load_file(exported)
     assert weights.keys() == saved["state_dict"].keys()
@@ -31,7 +31,9 @@ def test_exported_weights_are_those_of_the_checkpoint_bit_for_bit(trained: Path,
     assert exported.stat().st_size < (trained / "checkpoints" / "best.ckpt").stat().st_size / 2  # no optimizer in it
 
 
-def test_exported_weights_validate_to_the_numbers_of_the_run(trained: Path, exported: Path, tmp_path: Path) -> None:
+def test_validating_exported_weights_reproduces_the_metrics_of_the_run(
+    trained: Path, exported: Path, tmp_path: Path
+) -> None:
     options = ["--runs_dir", str(tmp_path), "--trainer.accelerator=cpu"]
     assert run("validate", "--ckpt_path", str(exported), *options) == 0
     (results,) = tmp_path.glob("*/*/results.json")
@@ -40,7 +42,7 @@ def test_exported_weights_validate_to_the_numbers_of_the_run(trained: Path, expo
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no description", "another description"])
-def test_exported_weights_that_are_damaged_are_named(
+def test_damaged_export_is_named_with_the_command_that_writes_it(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     copy = tmp_path / "model.safetensors"
@@ -56,28 +58,26 @@ def test_exported_weights_that_are_damaged_are_named(
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
-    [([], "--ckpt_path"), (["--ckpt_path", "x.ckpt", "--format", "pickle"], "pickle"), (["--ckpt_path", "x"], "exist")],
+    ("options", "message"),
+    [
+        ([], "ckpt_path"),
+        (["--ckpt_path", "x.ckpt", "--format", "pickle"], "pickle"),
+        (["--ckpt_path", "x"], "does not exist"),
+        (["--ckpt_path", "x" * 300], "cannot be read: File name too long"),
+    ],
 )
-def test_an_export_that_cannot_be_says_why(capsys: pytest.CaptureFixture[str], options: list[str], named: str) -> None:
+def test_impossible_export_ends_with_one_message(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
     assert run("export", *options) == 2
-    assert named in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_an_export_goes_into_the_run_or_where_there_is_none_beside_the_file(trained: Path, tmp_path: Path) -> None:
-    for file in ("run/checkpoints/best.ckpt", "downloads/best.ckpt"):
-        copy = tmp_path / file
-        copy.parent.mkdir(parents=True)
-        shutil.copy(trained / "checkpoints" / "best.ckpt", copy)
-        assert run("export", "--ckpt_path", str(copy)) == 0
-    written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors"))
-    assert written == ["downloads/export/model.safetensors", "run/export/model.safetensors"]
-
-
-def test_a_file_in_the_root_folder_has_a_default_folder_too() -> None:
+def test_default_folder_is_in_the_run_or_beside_the_file(trained: Path, tmp_path: Path) -> None:
     assert _default_folder(Path("/best.ckpt")) == Path("/export")
-
-
-def test_exporting_an_unreadable_path_is_one_message(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert run("export", "--ckpt_path", str(tmp_path / ("x" * 300))) == 2
-    assert "cannot be read: File name too long" in capsys.readouterr().err
+    assert _default_folder(Path("/downloads/best.ckpt")) == Path("/downloads/export")
+    copy = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    copy.parent.mkdir(parents=True)
+    shutil.copy(trained / "checkpoints" / "best.ckpt", copy)
+    assert run("export", "--ckpt_path", str(copy)) == 0
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()

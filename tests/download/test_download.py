@@ -1,301 +1,254 @@
+"""Installation of a data set from a local server, and unpacking of hostile archives."""
+
 import hashlib
-import multiprocessing
-import threading
-import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import io
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
+from onestage.cli import main
 from onestage.download import download as download_module
-from onestage.download.download import Patience, RemoteFile, download, locked, require_space, with_mirrors
+from onestage.download.archives import extract
+from onestage.download.download import PARTS, Part, install
+from onestage.download.fetch import Patience, RemoteFile
 from onestage.errors import ConfigError, DataError
 
-CONTENT = bytes(range(256)) * 800  # 200 KB
-# A busy machine may keep the server of a test from answering for seconds: only where it is to be silent, that is short.
-EAGER = Patience(attempts=3, wait_seconds=0.01, timeout_seconds=60.0)
-IMPATIENT = EAGER._replace(timeout_seconds=1.0)
-Behaviour = Callable[["Handler"], None]
+ONE_ATTEMPT = Patience(attempts=1, wait_seconds=0.01, timeout_seconds=60)
+WHOLE = ["VOC2007/JPEGImages/1.jpg", "VOC2007/JPEGImages/2.jpg", "val2017/3.jpg"]
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers each request with the next of the server's behaviours, the last one for ever."""
-
-    def do_GET(self) -> None:
-        self.server.requests.append((self.path, self.headers.get("Range")))
-        behaviours = self.server.behaviours
-        behaviour = behaviours.pop(0) if len(behaviours) > 1 else behaviours[0]
-        behaviour(self)
-
+class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
 
-def begin(handler: Handler, status: int, num_bytes: int | None, **headers: str) -> None:
-    handler.send_response(status)
-    if num_bytes is not None:
-        handler.send_header("Content-Length", str(num_bytes))
-    for name, value in headers.items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.end_headers()
-
-
-def send_all(handler: Handler, content: bytes = CONTENT) -> None:
-    asked = handler.headers.get("Range")
-    start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-    if asked and start >= len(content):
-        begin(handler, 416, 0)
-        return
-    end = len(content) - 1
-    headers = {"Content_Range": f"bytes {start}-{end}/{len(content)}"} if asked else {}
-    begin(handler, 206 if asked else 200, len(content) - start, **headers)
-    handler.wfile.write(content[start:])
-
-
-def cut_after(num_bytes: int) -> Behaviour:
-    def behave(handler: Handler) -> None:
-        asked = handler.headers.get("Range")
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-        headers = {"Content_Range": f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}"} if asked else {}
-        begin(handler, 206 if asked else 200, len(CONTENT) - start, **headers)
-        handler.wfile.write(CONTENT[start : start + num_bytes])
-
-    return behave
-
-
-def answer(status: int) -> Behaviour:
-    return lambda handler: begin(handler, status, 0)
-
-
-def stall(handler: Handler) -> None:
-    begin(handler, 200, len(CONTENT))
-    handler.wfile.write(CONTENT[:1000])
-    handler.server.released.wait(60)
-
-
-def without_ranges(handler: Handler) -> None:
-    begin(handler, 200, len(CONTENT))
-    handler.wfile.write(CONTENT)
-
-
-def wrong_range(handler: Handler) -> None:
-    begin(handler, 206, 10, Content_Range=f"bytes 5-14/{len(CONTENT)}")
-    handler.wfile.write(CONTENT[5:15])
-
-
-def web_page(handler: Handler) -> None:
-    text = b"<!DOCTYPE html><html>Log in first</html>"
-    begin(handler, 200, len(text))
-    handler.wfile.write(text)
-
-
-def endless(handler: Handler) -> None:
-    begin(handler, 200, None)
-    try:
-        while True:
-            handler.wfile.write(b"x" * 100_000)
-    except OSError:
-        pass
-
-
-def redirect_to(place: str) -> Behaviour:
-    return lambda handler: begin(handler, 302, 0, Location=place)
-
-
-def corrupt(handler: Handler) -> None:
-    send_all(handler, CONTENT[:-1] + b"?")
-
-
 @pytest.fixture
-def server() -> Iterator[ThreadingHTTPServer]:
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.requests, httpd.behaviours, httpd.released = [], [send_all], threading.Event()
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder and the URL under which a web server offers it."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield httpd
-    httpd.released.set()
+    yield folder, f"http://127.0.0.1:{httpd.server_address[1]}"
     httpd.shutdown()
     httpd.server_close()
     thread.join()
 
 
-def remote(server: ThreadingHTTPServer, *paths: str) -> RemoteFile:
-    urls = tuple(f"http://127.0.0.1:{server.server_address[1]}/{path}" for path in paths or ("data.tar",))
-    return RemoteFile("data.tar", urls, hashlib.md5(CONTENT).hexdigest(), len(CONTENT))
+def make_archive(path: Path, files: dict[str, bytes], kind: bytes = tarfile.REGTYPE) -> Path:
+    """Write a zip or tar file by its suffix. kind: of a tar's members."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in files.items():
+                info = zipfile.ZipInfo("placeholder")
+                info.filename = name  # the constructor would clean it
+                archive.writestr(info, content, zipfile.ZIP_DEFLATED)
+        return path
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.size, info.linkname = kind, len(content), "/etc/passwd"
+            archive.addfile(info, io.BytesIO(content))
+    return path
 
 
-def fetch(server: ThreadingHTTPServer, folder: Path, *paths: str, patience: Patience = EAGER) -> bytes:
-    return download(remote(server, *paths), folder, patience=patience, report=lambda _: None).read_bytes()
+def offer(served: tuple[Path, str], name: str, files: dict[str, bytes]) -> RemoteFile:
+    content = make_archive(served[0] / name, files).read_bytes()
+    return RemoteFile(name, (served[1],), hashlib.md5(content).hexdigest(), len(content))
 
 
-def ranges(server: ThreadingHTTPServer) -> list[str | None]:
-    return [asked for _, asked in server.requests]
+@pytest.fixture
+def parts(served: tuple[Path, str]) -> tuple[Part, ...]:
+    """A folder from two tar files, as in VOC, and one from a zip file, as in COCO."""
+    first = offer(served, "trainval.tar", {"VOCdevkit/VOC2007/JPEGImages/1.jpg": b"one"})
+    second = offer(served, "test.tar", {"VOCdevkit/VOC2007/JPEGImages/2.jpg": b"two"})
+    third = offer(served, "val2017.zip", {"val2017/3.jpg": b"three"})
+    return (Part("VOC2007", "VOCdevkit/VOC2007", (first, second)), Part("val2017", "val2017", (third,)))
 
 
-def test_file_arrives_whole_and_is_not_asked_for_again(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    assert fetch(server, tmp_path / "new") == CONTENT
-    assert fetch(server, tmp_path / "new") == CONTENT
-    assert ranges(server) == [None]
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [".lock", "data.tar"]
+def found(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_cut_connections_go_on_where_they_stopped(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    server.behaviours = [*[cut_after(30_000)] * 5, send_all]  # more cuts than attempts: each brought something
-    assert fetch(server, tmp_path) == CONTENT
-    assert ranges(server) == [None, *(f"bytes={30_000 * n}-" for n in range(1, 6))]
+def run(parts: tuple[Part, ...], root: Path, **options: object) -> list[str]:
+    lines: list[str] = []
+    install(parts, root, patience=ONE_ATTEMPT, report=lines.append, **options)
+    return lines
 
 
-def test_next_run_goes_on_where_the_last_one_gave_up(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    server.behaviours = [cut_after(50_000), answer(500)]
-    with pytest.raises(DataError, match=r"(?s)500.*goes on where it stopped"):
-        fetch(server, tmp_path)
-    assert (tmp_path / "data.tar.part").stat().st_size == 50_000
-    assert not (tmp_path / "data.tar").exists()
-    server.behaviours = [send_all]
-    assert fetch(server, tmp_path) == CONTENT
-    assert ranges(server)[-1] == "bytes=50000-"
-
-
-def test_silent_server_is_given_up_and_asked_again(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    server.behaviours = [stall, send_all]
-    assert fetch(server, tmp_path, patience=IMPATIENT) == CONTENT
-    assert ranges(server) == [None, "bytes=1000-"]
-
-
-def test_always_silent_server_ends_with_a_message(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    server.behaviours = [lambda handler: handler.server.released.wait(60)]
-    with pytest.raises(DataError, match="silent for too long"):
-        download(remote(server), tmp_path, patience=Patience(2, 0.01, 0.2), report=lambda _: None)
-
-
-@pytest.mark.parametrize("behaviour", [without_ranges, wrong_range])
-def test_server_that_cannot_resume_starts_anew(
-    server: ThreadingHTTPServer, tmp_path: Path, behaviour: Behaviour
+def test_archives_are_merged_removed_and_not_fetched_again(
+    parts: tuple[Part, ...], served: tuple[Path, str], tmp_path: Path
 ) -> None:
-    (tmp_path / "data.tar.part").write_bytes(CONTENT[:100])
-    server.behaviours = [behaviour, without_ranges]
-    assert fetch(server, tmp_path) == CONTENT
+    run(parts, tmp_path / "data" / "set")
+    assert found(tmp_path / "data" / "set") == WHOLE
+    for archive in served[0].iterdir():
+        archive.unlink()
+    assert run(parts, tmp_path / "data" / "set") == ["VOC2007: exists, skipped", "val2017: exists, skipped"]
 
 
-@pytest.mark.parametrize("part", [CONTENT, CONTENT + b"more", b"other" * 40_000, b"other"])
-def test_part_of_another_file_is_thrown_away(server: ThreadingHTTPServer, tmp_path: Path, part: bytes) -> None:
-    (tmp_path / "data.tar.part").write_bytes(part)
-    assert fetch(server, tmp_path) == CONTENT
+def test_kept_archives_are_used_again(parts: tuple[Part, ...], served: tuple[Path, str], tmp_path: Path) -> None:
+    run(parts, tmp_path / "set", keep_archives=True)
+    for archive in served[0].iterdir():
+        archive.unlink()
+    (tmp_path / "set" / "val2017" / "3.jpg").unlink()
+    (tmp_path / "set" / "val2017").rmdir()
+    run(parts, tmp_path / "set", keep_archives=True)
+    assert found(tmp_path / "set")[-3:] == WHOLE
 
 
-def test_damaged_file_is_fetched_once_more(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    server.behaviours = [corrupt, send_all]
-    assert fetch(server, tmp_path) == CONTENT
-    assert ranges(server) == [None, None]
-
-
-def test_always_damaged_file_leaves_nothing(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    server.behaviours = [corrupt]
-    with pytest.raises(DataError, match="the checksum is wrong"):
-        fetch(server, tmp_path)
-    assert len(server.requests) == 2
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_complete_file_with_a_wrong_checksum_is_replaced(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    (tmp_path / "data.tar").write_bytes(b"what was here before")
-    assert fetch(server, tmp_path) == CONTENT
+def test_failed_download_keeps_complete_folders(
+    parts: tuple[Part, ...], served: tuple[Path, str], tmp_path: Path
+) -> None:
+    (served[0] / "val2017.zip").unlink()
+    with pytest.raises(DataError, match=r"(?s)val2017\.zip cannot be downloaded.*404"):
+        run(parts, tmp_path / "set")
+    assert [name for name in found(tmp_path / "set") if not name.startswith(".downloads")] == WHOLE[:2]
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "message", "num_requests"),
-    [
-        (answer(404), "answers 404", 1),
-        (answer(403), "answers 403", 1),
-        (answer(500), "answers 500", 3),
-        (answer(503), "answers 503", 3),
-        (answer(429), "answers 429", 3),
-        (answer(204), "answers 204", 3),
-        (web_page, "a web page, not the file", 1),
-        (endless, "far more than the file has", 1),
-        (cut_after(0), "the connection was cut after 0 of", 3),
-        (redirect_to("file:///etc/passwd"), "answers 302", 3),
-    ],
+    ("files", "message"), [({"../evil": b"c"}, "not safe to unpack"), ({"readme.txt": b"c"}, "VOC2007 is missing")]
 )
-def test_answers_that_are_no_file(
-    server: ThreadingHTTPServer, tmp_path: Path, behaviour: Behaviour, message: str, num_requests: int
+def test_failed_unpacking_leaves_no_folder(
+    served: tuple[Path, str], tmp_path: Path, files: dict[str, bytes], message: str
 ) -> None:
-    server.behaviours = [behaviour]
     with pytest.raises(DataError, match=message):
-        fetch(server, tmp_path)
-    assert len(server.requests) == num_requests
-    assert not (tmp_path / "data.tar").exists()
+        run((Part("VOC2007", "VOCdevkit/VOC2007", (offer(served, "a.tar", files),)),), tmp_path / "set")
+    assert [path.name for path in (tmp_path / "set").iterdir()] == [".downloads"]
+    assert not (tmp_path / "evil").exists()
 
 
-def test_redirect_is_followed_and_keeps_the_range(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    (tmp_path / "data.tar.part").write_bytes(CONTENT[:10])
-    server.behaviours = [redirect_to("/elsewhere"), send_all]
-    assert fetch(server, tmp_path) == CONTENT
-    assert server.requests == [("/data.tar", "bytes=10-"), ("/elsewhere", "bytes=10-")]
+def test_full_disk_is_reported_before_the_download(
+    parts: tuple[Part, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100})())
+    with pytest.raises(DataError, match=r"(?s)GB are needed.*--root"):
+        run(parts, tmp_path / "set")
+    assert found(tmp_path / "set") in ([], [".downloads/.lock"])
 
 
-def test_redirects_without_end_are_given_up(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    server.behaviours = [redirect_to("/data.tar")]
-    with pytest.raises(DataError, match="302"):
-        fetch(server, tmp_path)
+def test_mirror_is_tried_first_and_must_be_a_url(
+    parts: tuple[Part, ...], served: tuple[Path, str], tmp_path: Path
+) -> None:
+    away = tuple(
+        part._replace(archives=tuple(one._replace(servers=("http://127.0.0.1:9",)) for one in part.archives))
+        for part in parts
+    )
+    run(away, tmp_path / "set", mirrors=[f"{served[1]}/"])
+    assert found(tmp_path / "set") == WHOLE
+    with pytest.raises(ConfigError, match="mirrors must be URLs that start with"):
+        run(parts, tmp_path / "other", mirrors=["file:///etc"])
 
 
-def test_second_server_takes_over_where_the_first_fails(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    server.behaviours = [cut_after(500), answer(404), send_all]
-    assert fetch(server, tmp_path, "first/data.tar", "second/data.tar") == CONTENT
-    assert server.requests[-1] == ("/second/data.tar", "bytes=500-")
+def test_second_process_is_refused_until_the_first_one_dies(parts: tuple[Part, ...], tmp_path: Path) -> None:
+    (tmp_path / "set" / ".downloads").mkdir(parents=True)
+    program = "import filelock, sys\nwith filelock.FileLock(sys.argv[1]): print('held', flush=True), sys.stdin.read()"
+    words = [sys.executable, "-c", program, str(tmp_path / "set" / ".downloads" / ".lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(DataError, match="another process is downloading into it"):
+            run(parts, tmp_path / "set")
+        other.kill()
+        other.wait()
+    run(parts, tmp_path / "set")
+    assert found(tmp_path / "set") == WHOLE
 
 
-def test_no_server_at_all_names_every_url_and_the_remedy(tmp_path: Path) -> None:
-    gone = RemoteFile("a.zip", ("http://127.0.0.1:9/a.zip", "http://127.0.0.1:9/b.zip"), "0" * 32, 100)
-    with pytest.raises(DataError, match=r"(?s)9/a\.zip: .*refused.*9/b\.zip: .*put a\.zip into"):
-        download(gone, tmp_path, patience=EAGER, report=lambda _: None)
+@pytest.mark.parametrize(
+    ("name", "folders"), [("voc", ["VOC2007", "VOC2012"]), ("coco", ["annotations", "val2017", "train2017"])]
+)
+def test_command_knows_servers_and_checksums_and_prints_the_next_command(
+    name: str, folders: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert [part.folder for part in PARTS[name]] == folders
+    for remote in (remote for part in PARTS[name] for remote in part.archives):
+        assert (len(remote.md5), len(remote.servers)) == (32, 2)
+        assert remote.servers[0].startswith("https://")
+    asked = []
+    monkeypatch.setattr(download_module, "install", lambda parts, root, **options: asked.append((parts, root, options)))
+    assert main(["download", name, "--root", str(tmp_path), "--mirrors", "http://mirror.example"]) == 0
+    assert asked == [(PARTS[name], tmp_path, {"mirrors": ["http://mirror.example"], "keep_archives": False})]
+    printed = capsys.readouterr().out
+    assert f"onestage fit --config configs/{name}_ssd300.yaml --data.source.path {tmp_path}" in printed
+    assert f"onestage doctor {tmp_path}" in printed
+    assert main(["download", "imagenet"]) == 2
 
 
-def test_mirrors_come_first_and_must_be_urls(server: ThreadingHTTPServer) -> None:
-    urls = with_mirrors(remote(server), ["https://mirror.example/data/"]).urls
-    assert urls == ("https://mirror.example/data/data.tar", *remote(server).urls)
-    with pytest.raises(ConfigError, match="no URL of a web server"):
-        with_mirrors(remote(server), ["file:///etc"])
+def test_failed_command_ends_with_the_exit_code_of_the_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    gone = RemoteFile("a.tar", ("http://127.0.0.1:9",), "0" * 32, 1)
+    monkeypatch.setattr(download_module, "install", partial(install, patience=ONE_ATTEMPT))
+    monkeypatch.setitem(PARTS, "voc", [Part("x", "x", (gone,))])
+    assert main(["download", "voc", "--root", str(tmp_path)]) == 3
+    assert "a.tar cannot be downloaded" in capsys.readouterr().err
 
 
-def test_progress_is_reported(server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download_module, "REPORT_SECONDS", -1.0)
-    lines: list[str] = []
-    download(remote(server), tmp_path, patience=EAGER, report=lines.append)
-    assert lines[-1].startswith("data.tar: 100%, ")
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "a" / "out").mkdir(parents=True)
+    return tmp_path / "a" / "out"
 
 
-def hold_lock(folder: Path, is_held: object, may_end: object) -> None:
-    with locked(folder):
-        is_held.set()
-        may_end.wait(120)
+@pytest.mark.parametrize("name", ["archive.tar", "archive.zip"])
+def test_files_and_folders_are_unpacked_within_the_limit(name: str, folder: Path, tmp_path: Path) -> None:
+    files = {path: b"content" for path in ("x/a.txt", "x/y/b.txt", "./c.txt")}  # 21 bytes
+    archive = make_archive(tmp_path / name, files)
+    with pytest.raises(DataError, match="unpacks to"):
+        extract(archive, folder, max_bytes=20)
+    assert found(folder) == []
+    extract(archive, folder, max_bytes=21)
+    assert found(folder) == ["c.txt", "x/a.txt", "x/y/b.txt"]
+    assert (folder / "x/y/b.txt").read_bytes() == b"content"
 
 
-def test_second_process_is_refused_until_the_first_ends(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    is_held, may_end = context.Event(), context.Event()
-    process = context.Process(target=hold_lock, args=(tmp_path, is_held, may_end))
-    process.start()
-    assert is_held.wait(120)
-    with pytest.raises(DataError, match="another process is downloading"):
-        fetch(server, tmp_path)
-    process.kill()  # the lock goes with its process, however that ends
-    process.join()
-    assert fetch(server, tmp_path) == CONTENT
+@pytest.mark.parametrize("suffix", ["tar", "zip"])
+@pytest.mark.parametrize("name", ["../evil", "x/../../evil", "/tmp/onestage_evil", "..\\evil"])
+def test_member_never_leaves_the_folder(suffix: str, name: str, folder: Path, tmp_path: Path) -> None:
+    archive = make_archive(tmp_path / f"archive.{suffix}", {name: b"evil"})
+    try:
+        extract(archive, folder, max_bytes=100)
+    except DataError as reason:
+        assert "not safe to unpack" in str(reason)
+    inside = {str(path) for path in folder.rglob("*")}
+    assert {str(path) for path in folder.parent.rglob("*")} - inside == {str(folder)}
+    assert not Path("/tmp/onestage_evil").exists()
 
 
-def test_full_disk_is_said_beforehand(tmp_path: Path) -> None:
-    require_space(tmp_path, 1)
-    with pytest.raises(DataError, match=r"(?s)about 1000000000.0 GB are needed.*--root"):
-        require_space(tmp_path, 10**18)
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_out_of_the_folder_and_devices_are_refused(kind: bytes, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not safe to unpack"):
+        extract(make_archive(tmp_path / "archive.tar", {"evil": b""}, kind), folder, max_bytes=100)
+    assert list(folder.iterdir()) == []
 
 
-def test_waits_grow(server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    server.behaviours = [answer(500)]
+def test_zip_with_a_false_size_writes_no_more_than_it_declares(folder: Path, tmp_path: Path) -> None:
+    archive = make_archive(tmp_path / "archive.zip", {"bomb": b"\0" * 1_000_000})
+    archive.write_bytes(archive.read_bytes().replace(struct.pack("<I", 1_000_000), struct.pack("<I", 1000)))
     with pytest.raises(DataError):
-        download(remote(server), tmp_path, patience=Patience(5, 2.0, 60.0), report=lambda _: None)
-    assert waits == [2, 4, 8, 16]
+        extract(archive, folder, max_bytes=10_000)
+    assert sum(path.stat().st_size for path in folder.rglob("*")) <= 1000
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"<html>", b"\x1f\x8b\x08 gzip"])
+def test_other_files_are_not_archives(content: bytes, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "archive").write_bytes(content)
+    with pytest.raises(DataError, match="is damaged, not an archive"):
+        extract(tmp_path / "archive", folder, max_bytes=100)
+
+
+@pytest.mark.parametrize(("name", "end"), [("archive.tar", 700), ("archive.zip", -30)])
+def test_truncated_archive_is_refused(name: str, end: int, folder: Path, tmp_path: Path) -> None:
+    archive = make_archive(tmp_path / name, {"a.txt": b"content" * 100, "b.txt": b"content"})
+    archive.write_bytes(archive.read_bytes()[:end])
+    with pytest.raises(DataError, match="is damaged"):
+        extract(archive, folder, max_bytes=10_000)

@@ -22,7 +22,7 @@ COMMANDS = {
     "anchors": ("onestage.doctor.doctor:anchors", "fit a detector's anchors to a data set"),
     "convert": ("onestage.convert.convert_command:run_convert", "convert a data set between COCO, VOC and YOLO"),
     "download": ("onestage.download.download:download", "download, check and unpack PASCAL VOC or COCO"),
-    "export": ("onestage.deploy.export:run_export_command", "write the weights of a checkpoint for sharing"),
+    "export": ("onestage.deploy.export:export", "write the weights of a checkpoint for sharing"),
 }
 
 HELP = f"""onestage {__version__}: train one-stage object detectors

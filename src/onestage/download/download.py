@@ -1,239 +1,148 @@
-"""Downloads one large file: resumed where it was cut off, from the first server that has it, and checked."""
+"""The command `onestage download`: public data sets, checked and unpacked."""
 
-import errno
-import hashlib
-import http.client
 import shutil
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Literal, NamedTuple
 
-from onestage import __version__
-from onestage.errors import ConfigError, DataError
+from filelock import FileLock, Timeout
+
+from onestage.download.archives import extract
+from onestage.download.fetch import Patience, RemoteFile, Report, fetch
+from onestage.errors import DataError, require
 from onestage.files import printable
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two downloads apart there
-    fcntl = None  # type: ignore[assignment]
-
-CHUNK_BYTES = 1 << 20
-REPORT_SECONDS = 10.0
-OVERLONG = 1.25  # times the size expected, from which on something else is being sent
-WEB_PAGE = (b"<!doctype", b"<html")
-UNFINISHED = ".part"
+MAX_GROWTH = 20.0  # unpacked size of an archive at most, in multiples of its own
+DOWNLOADS = ".downloads"
 
 
-class RemoteFile(NamedTuple):
-    """A file to download."""
+class Part(NamedTuple):
+    """A folder of a data set and the archives that hold it."""
 
-    name: str
-    urls: tuple[str, ...]  # the same file on several servers, tried in order
-    md5: str
-    about_bytes: int  # for the check of the free disk; the checksum decides
-
-
-class Patience(NamedTuple):
-    """How long to wait for a server, and how often to come back."""
-
-    attempts: int = 5  # for each URL, as long as nothing arrives; what arrives is kept and starts them anew
-    wait_seconds: float = 2.0  # after the first failure; twice as long after each other
-    timeout_seconds: float = 60.0  # without a byte
+    folder: str  # name below the root
+    path_in_archive: str
+    archives: tuple[RemoteFile, ...]
+    growth: float = 1.15  # expected unpacked size in multiples of the archive's; images are compressed already
 
 
-class _AttemptError(Exception):
-    """A download that may work the next time; or, if `is_final`, not from this URL."""
+# The second server is the older name of the first. MD5 as in torchvision.datasets.voc (0.29).
+VOC = ("https://thor.robots.ox.ac.uk/pascal/VOC", "http://host.robots.ox.ac.uk/pascal/VOC")
+VOC2007 = (
+    RemoteFile("voc2007/VOCtrainval_06-Nov-2007.tar", VOC, "c52e279531787c972589f7e41ab4ae64", 460_000_000),
+    RemoteFile("voc2007/VOCtest_06-Nov-2007.tar", VOC, "b6e924de25625d8de591ea690078ad9f", 451_000_000),
+)
+VOC2012 = RemoteFile("voc2012/VOCtrainval_11-May-2012.tar", VOC, "6cd6e144f989b92b3379bac3b3de84fd", 2_000_000_000)
+# The same bucket twice; the second server's certificate does not match its name, hence http. COCO publishes no
+# checksums: these are the ones that other tools agree on.
+COCO = ("https://s3.amazonaws.com/images.cocodataset.org", "http://images.cocodataset.org")
+LABELS2017 = RemoteFile(
+    "annotations/annotations_trainval2017.zip", COCO, "f4bbac642086de4f52a3fdda2de5fa2c", 253_000_000
+)
+VAL2017 = RemoteFile("zips/val2017.zip", COCO, "442b8da7639aecaf257c1dceb8ba8c80", 816_000_000)
+TRAIN2017 = RemoteFile("zips/train2017.zip", COCO, "cced6f7f71b7629ddf16f17bbcfab6b2", 19_340_000_000)
 
-    def __init__(self, problem: str, *, is_final: bool = False) -> None:
-        super().__init__(problem)
-        self.is_final = is_final
+PARTS = {
+    "voc": [Part("VOC2007", "VOCdevkit/VOC2007", VOC2007), Part("VOC2012", "VOCdevkit/VOC2012", (VOC2012,))],
+    "coco": [
+        Part("annotations", "annotations", (LABELS2017,), growth=5.0),
+        Part("val2017", "val2017", (VAL2017,)),
+        Part("train2017", "train2017", (TRAIN2017,)),
+    ],
+}
 
 
 def download(
-    remote: RemoteFile, folder: Path, *, patience: Patience | None = None, report: Callable[[str], None] = print
-) -> Path:
-    """Download a file, unless it is there already, and return its path.
+    dataset: Literal["voc", "coco"],
+    *,
+    root: Path | None = None,
+    mirrors: list[str] | None = None,
+    keep_archives: bool = False,
+) -> int:
+    """Download, check and unpack a public data set.
 
-    It is called `<name>.part` until its checksum is right, and goes on from there the next time.
+    voc: PASCAL VOC 2007 trainval and test, 2012 trainval, 2.9 GB. coco: COCO 2017 train and val, 20.4 GB. Unpacking
+    takes as much again. The same command continues a download that was stopped. Terms of use of the images:
+    https://thor.robots.ox.ac.uk/pascal/VOC/ and https://cocodataset.org/#termsofuse
 
     Args:
-        remote: what, from where.
-        folder: where to; created if needed.
-        patience: with the servers.
-        report: takes a line of text.
-
-    Raises:
-        DataError: no server sends the right file, another process is downloading into the folder, or the disk is full.
+        dataset: the data set.
+        root: destination; default: data/voc or data/coco.
+        mirrors: URLs of folders that hold the archives; tried before the official servers.
+        keep_archives: keep the archives in ROOT/.downloads.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / remote.name
-    with locked(folder):
-        if target.exists() and _md5(target) == remote.md5:
-            return target
-        part = target.with_name(target.name + UNFINISHED)
-        problems = []
-        for url in remote.urls:
-            try:
-                _from_url(remote, url, part, patience or Patience(), report)
-            except _AttemptError as reason:
-                problems.append(f"  {url}: {reason}")
-                report(problems[-1])
-                continue
-            part.replace(target)
-            return target
-    raise DataError(
-        f"{remote.name} cannot be downloaded:\n" + "\n".join(problems) + "\n"
-        f"Run the command again later, which goes on where it stopped; or put {remote.name} into {printable(folder)}."
-    )
+    root = root or Path("data") / dataset
+    install(PARTS[dataset], root, mirrors=mirrors or [], keep_archives=keep_archives)
+    print(f"\n{dataset.upper()} is in {root}. Next:\n\n  onestage doctor {root}")
+    print(f"  onestage fit --config configs/{dataset}_ssd300.yaml --data.source.path {root}")
+    return 0
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from downloading into a folder. The lock ends with the process, however that ends.
-
-    Raises:
-        DataError: another process has it.
-    """
-    with (folder / ".lock").open("w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise DataError(
-                    f"{printable(folder)}: another process is downloading into it.\nWait for it, or end it."
-                ) from None
-        yield
-
-
-def require_space(folder: Path, num_bytes: int) -> None:
-    """Check the free disk.
-
-    Raises:
-        DataError: there is less than `num_bytes`.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise DataError(
-            f"{printable(folder)}: about {num_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free.\n"
-            "Make room, or give another folder: --root"
-        )
-
-
-def _from_url(remote: RemoteFile, url: str, part: Path, patience: Patience, report: Callable[[str], None]) -> None:
-    """Complete the part from one URL, with a check at the end. A file with a wrong checksum is begun anew once."""
-    failures = num_wrong = 0
-    while True:
-        have = part.stat().st_size if part.exists() else 0
-        try:
-            _append(remote, url, part, patience.timeout_seconds, report)
-            if _md5(part) == remote.md5:
-                return
-            part.unlink()
-            num_wrong += 1
-            problem = "the checksum is wrong: the file is damaged, or another"
-            raise _AttemptError(problem, is_final=num_wrong > 1)
-        except _AttemptError as reason:
-            is_longer = part.exists() and part.stat().st_size > have
-            failures = 1 if is_longer else failures + 1
-            if reason.is_final or failures >= patience.attempts:
-                raise
-            wait_seconds = patience.wait_seconds * 2 ** (failures - 1)
-            report(f"{remote.name}: {reason}; again in {wait_seconds:g} s")
-            time.sleep(wait_seconds)
-
-
-def _append(remote: RemoteFile, url: str, part: Path, timeout_seconds: float, report: Callable[[str], None]) -> None:
-    """Request what is missing and append it to the part."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": f"onestage/{__version__}", "Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    try:
-        request = urllib.request.Request(url, headers=headers)  # the opener knows http and https alone
-        with _opener().open(request, timeout=timeout_seconds) as response:
-            is_resumed = response.status == 206 and _starts_at(response.headers.get("Content-Range", ""), have)
-            if response.status not in (200, 206) or (response.status == 206 and not is_resumed):
-                part.unlink(missing_ok=True)
-                raise _AttemptError(f"the server answers {response.status} with another part than asked for")
-            with part.open("ab" if is_resumed else "wb") as file:
-                _receive(remote, response, file, report)
-    except urllib.error.HTTPError as reason:
-        if reason.code == 416 and have:  # nothing is missing, or the part is longer than the file: the checksum tells
-            return
-        is_final = 400 <= reason.code < 500 and reason.code not in (408, 425, 429)
-        raise _AttemptError(f"the server answers {reason.code} {reason.reason}", is_final=is_final) from None
-    except (OSError, http.client.HTTPException, ValueError) as reason:
-        if isinstance(reason, OSError) and reason.errno == errno.ENOSPC:
-            raise DataError(f"{printable(part)}: the disk is full.\nMake room, and run the command again.") from None
-        raise _AttemptError(_words(reason)) from None
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """Return an opener that follows redirects, and opens nothing but http and https."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
-def _receive(
-    remote: RemoteFile, response: http.client.HTTPResponse, file: BinaryIO, report: Callable[[str], None]
+def install(
+    parts: Sequence[Part],
+    root: Path,
+    *,
+    mirrors: Sequence[str] = (),
+    keep_archives: bool = False,
+    patience: Patience | None = None,
+    report: Report = print,
 ) -> None:
-    """Write what the server sends, as long as it can be the file."""
-    expected = response.length  # what the server says is to come; None where it says nothing
-    received, start = 0, file.tell()
-    last_report = began = time.monotonic()
-    while chunk := response.read1(CHUNK_BYTES):
-        if start + received == 0 and chunk.lstrip()[:9].lower().startswith(WEB_PAGE):
-            raise _AttemptError("the server sends a web page, not the file", is_final=True)
-        received += len(chunk)
-        if start + received > OVERLONG * remote.about_bytes + CHUNK_BYTES:
-            raise _AttemptError("the server sends far more than the file has", is_final=True)
-        file.write(chunk)
-        if time.monotonic() - last_report > REPORT_SECONDS:
-            last_report = time.monotonic()
-            share = min((start + received) / max(remote.about_bytes, 1), 1)
-            report(f"{remote.name}: {share:.0%}, {received / (last_report - began) / 1e6:.1f} MB/s")
-    if expected is not None and received < expected:
-        raise _AttemptError(f"the connection was cut after {received} of {expected} bytes")
-
-
-def _starts_at(content_range: str, have: int) -> bool:
-    """Tell whether `bytes 100-199/200` starts at byte `have`."""
-    return content_range.replace("bytes", "").strip().split("-")[0] == str(have)
-
-
-def _words(reason: Exception) -> str:
-    inner = getattr(reason, "reason", reason)
-    return (
-        "the server was silent for too long" if isinstance(inner, TimeoutError) else str(inner) or type(inner).__name__
-    )
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def with_mirrors(remote: RemoteFile, mirrors: Sequence[str]) -> RemoteFile:
-    """Return the file with mirrors that are tried first; each is a URL below which the file has its own name.
+    """Download and unpack the missing folders of a data set; each appears complete or not at all.
 
     Raises:
-        ConfigError: a mirror is no such URL.
+        ConfigError: a mirror is not an http(s) URL.
+        DataError: an archive cannot be downloaded or unpacked, another process downloads into `root`, or the disk is
+            too small. Complete folders and partial downloads are kept.
     """
     for mirror in mirrors:
-        if not mirror.startswith(("https://", "http://")):
-            raise ConfigError(f"--mirror {mirror!r:.200} is no URL of a web server.\nGive https://... or http://...")
-    return remote._replace(urls=(*(f"{mirror.rstrip('/')}/{remote.name}" for mirror in mirrors), *remote.urls))
+        require(mirror.startswith(("https://", "http://")), "mirrors", mirror, "URLs that start with http(s)://")
+    for part in parts:
+        if (root / part.folder).exists():
+            report(f"{part.folder}: exists, skipped")
+    parts = [part for part in parts if not (root / part.folder).exists()]
+    downloads = root / DOWNLOADS
+    downloads.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(downloads / ".lock", timeout=0):  # the system releases it when the process ends
+            _require_space(parts, root)
+            for part in parts:
+                archives = [fetch(remote, downloads, mirrors, patience, report) for remote in part.archives]
+                report(f"{part.folder}: unpacking")
+                _unpack(part, archives, root)
+                for archive in [] if keep_archives else archives:
+                    archive.unlink()
+            if not keep_archives:
+                shutil.rmtree(downloads, ignore_errors=True)
+    except Timeout:
+        remedy = "Wait until it ends, or stop it."
+        raise DataError(f"{printable(root)}: another process is downloading into it.\n{remedy}") from None
+
+
+def _require_space(parts: Sequence[Part], root: Path) -> None:
+    """Check that the disk holds what is still to be downloaded and unpacked."""
+    needed = 0.0
+    for part in parts:
+        for remote in part.archives:
+            present = max((file.stat().st_size for file in (root / DOWNLOADS).glob(f"{remote.name}*")), default=0)
+            needed += max(remote.about_bytes - present, 0) + part.growth * remote.about_bytes
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        problem = f"about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+        raise DataError(f"{printable(root)}: {problem}.\nFree some space, or set another folder: --root")
+
+
+def _unpack(part: Part, archives: Sequence[Path], root: Path) -> None:
+    """Unpack into a temporary folder, then rename the part's folder."""
+    temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=root))
+    try:
+        for archive in archives:
+            extract(archive, temporary, round(MAX_GROWTH * archive.stat().st_size) + (1 << 20))
+        folder = temporary / part.path_in_archive
+        if not folder.is_dir():
+            names = ", ".join(archive.name for archive in archives)
+            raise DataError(f"{names}: the folder {part.path_in_archive} is missing.\nDelete the archive; run again.")
+        folder.rename(root / part.folder)
+    except OSError as reason:
+        raise DataError(f"{printable(root)}: cannot be unpacked there: {reason.strerror or reason}.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from onestage.deploy.shared_weights import read_safetensors
 from onestage.errors import CheckpointError
 from onestage.reliability.checkpoint_shape import shape_problem
+from onestage.reliability.shared_weights import read_safetensors
 from onestage.reliability.stored_config import TRUSTED, parsing_error, refusals
 from onestage.training.module import CHECKPOINT_KEY, CHECKPOINT_SCHEMA, DetectionModule
 from onestage.types import JSONDict

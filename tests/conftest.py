@@ -1,4 +1,4 @@
-"""One short run on a small drawn set, shared by the tests of the commands."""
+"""A short run on a small drawn set, shared by the tests of commands."""
 
 from pathlib import Path
 
