@@ -70,11 +70,11 @@ class Detections(NamedTuple):
     labels: Tensor  # [B, D] int64
 
 
-Effect = Literal["error", "left out", "warning", "note"]  # what a finding does to a training, from stop it to nothing
+Effect = Literal["error", "skipped", "warning", "note"]  # what a finding does to a training, from stop it to nothing
 
 
 class Finding(NamedTuple):
-    """Something in a data set that breaks a rule (`onestage.data.rules`), or that its owner should know."""
+    """Something in a data set that breaks a rule (`onestage.data.annotations`), or that its owner should know."""
 
     rule: str
     effect: Effect
@@ -113,7 +113,7 @@ class AnnotationSet:
     @property
     def skipped(self) -> tuple[str, ...]:
         """One line for each object or image that was left out, and why."""
-        return tuple(finding.line for finding in self.findings if finding.effect == "left out")
+        return tuple(finding.line for finding in self.findings if finding.effect == "skipped")
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 
 from onestage.data.annotations import (
+    BOX_CLIPPED,
+    IMAGE_MISSING,
+    IMAGE_UNREADABLE,
     ImageColumns,
     ObjectColumns,
     build_annotation_set,
@@ -12,7 +15,6 @@ from onestage.data.annotations import (
     require_same_names,
     select_images,
 )
-from onestage.data.rules import BOX_CLIPPED, IMAGE_MISSING, IMAGE_UNREADABLE
 from onestage.errors import AnnotationError
 from onestage.types import AnnotationSet
 

@@ -40,7 +40,7 @@ def assert_left_out(file: Path, image: Path, rule: str, *expected: str, options:
     """S: doctor names the image, exits with 3; the decoder names it; where headers show it, training starts without."""
     code, report = doctor(file, *options)
     (finding,) = found(report, rule)
-    assert (code, finding["effect"], finding["place"]) == (3, "left out", str(image))
+    assert (code, finding["effect"], finding["place"]) == (3, "skipped", str(image))
     assert finding["remedy"]
     for words in expected:
         assert words in f"{finding['problem']}\n{finding['remedy']}"
@@ -112,7 +112,7 @@ def test_row_52_bomb_is_refused_before_anything_is_allocated(tmp_path: Path, siz
     image.write_bytes(png_of(*size))
     assert len(image.read_bytes()) < 100
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert check_header(str(image)).findings[0].effect == "left out"
+    assert check_header(str(image)).findings[0].effect == "skipped"
     with pytest.raises(ImageError, match=r"a1\.png"):
         read_image(image)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -190,7 +190,7 @@ def test_row_58_what_is_no_regular_file_is_left_out_and_never_waited_for(tmp_pat
     thread.join(60)
     assert not thread.is_alive()
     code, findings = results[0][0], found(results[0][1], "image missing")
-    assert (code, [finding["effect"] for finding in findings]) == (3, ["left out"])
+    assert (code, [finding["effect"] for finding in findings]) == (3, ["skipped"])
     assert "'a1.jpg' is not in" in findings[0]["problem"]
     with pytest.raises(ImageError, match=r"a1\.jpg"):
         read_image(image)

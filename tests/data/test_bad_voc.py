@@ -52,7 +52,7 @@ def assert_left_out(root: Path, rule: str, num_images: int, num_boxes: int, *exp
     assert len(annotations.skipped) == 1
     code, report = doctor(root)
     (finding,) = found(report, rule)
-    assert (code, finding["effect"]) == (3, "left out")
+    assert (code, finding["effect"]) == (3, "skipped")
     assert finding["place"].startswith(str(root))
     assert finding["remedy"]
     for words in expected:

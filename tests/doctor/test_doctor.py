@@ -15,8 +15,8 @@ from bad_data import HEIGHT, WIDTH, coco_content, doctor, found, write_coco
 from PIL import Image
 
 from onestage.cli import main
+from onestage.data.annotations import RULES
 from onestage.data.coco import parse_coco
-from onestage.data.rules import RULES
 from onestage.doctor import decoding
 from onestage.doctor.decoder_child import Task
 from onestage.errors import ConfigError
@@ -122,7 +122,7 @@ def test_the_cleaned_copy_holds_what_a_training_uses(tmp_path: Path) -> None:
     assert content["annotations"][1]["bbox"] == [90, 70, 10, 10]
     assert [entry["id"] for entry in content["annotations"]] == list(range(1, 46))
     changes = [json.loads(line) for line in (tmp_path / "clean.changes.jsonl").read_text().splitlines()]
-    left_out = [change for change in changes if change["change"] == "left out"]
+    left_out = [change for change in changes if change["change"] == "skipped"]
     assert [change.get("file_name", change.get("annotation")) for change in left_out] == ["a5.jpg", 3, 11, 12]
     assert {"annotation": 2, "image": 1, "change": "corrected"}.items() <= changes[1].items()
     assert doctor(new, "--images", tmp_path / "train")[0] == 0

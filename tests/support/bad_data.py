@@ -105,7 +105,7 @@ def assert_left_out(file: Path, rule: str, num_boxes: int, *expected: str, num_i
     findings = found(report, rule)
     assert len(findings) == num_items
     for finding in findings:
-        assert finding["effect"] == "left out"
+        assert finding["effect"] == "skipped"
         assert str(file) in finding["place"]
         assert finding["remedy"]
         for words in expected:

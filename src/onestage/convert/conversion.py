@@ -12,10 +12,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import select_images
+from onestage.data.annotations import require_same_categories, select_images
 from onestage.data.image_headers import check_headers
 from onestage.data.layouts import Source, read_splits
-from onestage.data.settings import require_same_categories
 from onestage.data.writers import Losses, WritableSplit, write_coco, write_voc, write_yolo
 from onestage.errors import AnnotationError, ConfigError, DataError
 from onestage.files import printable

@@ -93,7 +93,7 @@ def _report(conversion: "Conversion", format: str, out: Path) -> str:
     for name, annotations, _ in conversion.splits:
         num_images, num_boxes = len(annotations), len(annotations.boxes)
         lines.append(f"{name}: {num_images} images, {num_boxes} boxes, {len(annotations.class_names)} classes")
-    left_out = [finding.line for finding in conversion.findings if finding.effect == "left out"]
+    left_out = [finding.line for finding in conversion.findings if finding.effect == "skipped"]
     if left_out:
         more = [f"and {len(left_out) - NUM_SHOWN} more"] if len(left_out) > NUM_SHOWN else []
         lines += ["", f"left out, because it cannot be used ({len(left_out)}):"]

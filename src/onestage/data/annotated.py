@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch import LightningDataModule
 
-from onestage.data.annotations import require_objects
+from onestage.data.annotations import require_objects, require_same_categories
 from onestage.data.folder import list_images
 from onestage.data.image_headers import check_before_start
 from onestage.data.images import read_image
-from onestage.data.settings import require_classes, require_fraction, require_same_categories, require_split
+from onestage.data.settings import require_classes, require_fraction, require_split
 from onestage.data.splits import split_by_fold, split_by_fraction
 from onestage.data.start_report import report_shared_images, report_skipped
 from onestage.types import AnnotationSet, Stage

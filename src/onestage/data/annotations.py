@@ -1,20 +1,84 @@
-"""From parsed columns to an `AnnotationSet`: the checks that every annotation format shares. No file is read here."""
+"""Rules of annotations, and the checks that turn parsed columns into an `AnnotationSet`. No file is read here."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.rules import BOX_CLIPPED, BOX_EMPTY, BOX_NOT_FINITE, BOX_OUTSIDE, OBJECT_MALFORMED, Rule
 from onestage.errors import AnnotationError
-from onestage.types import AnnotationSet, Finding
+from onestage.types import AnnotationSet, Effect, Finding
 
-ALWAYS_ALLOWED = 2  # so many bad items stop no run, unless max_bad_fraction is 0: in a set of ten, one is already 10 %
+ALWAYS_ALLOWED = 2  # bad items stop no run, unless max_bad_fraction is 0: in a set of ten, one is already 10 %
 NUM_EXAMPLES = 5  # bad items that an error message quotes
-CLIP_NOTICE = 1.0  # px; a box that reaches out further than rounding explains is worth a warning
+NUM_QUOTED = 3  # skipped items that a training quotes when it starts
+CLIP_NOTICE = 1.0  # px; rounding explains less
+
+
+class Rule(NamedTuple):
+    """A kind of finding: its effect on a training, and a remedy."""
+
+    name: str
+    effect: Effect
+    remedy: str
+
+    def broken(self, place: str, problem: str, num_items: int = 1) -> Finding:
+        """Return the finding. place: a file, and an item in it; problem: the actual and the expected value."""
+        return Finding(self.name, self.effect, place, problem, self.remedy, num_items)
+
+
+# Errors stop a training. Most errors of a file are raised by its parser, with a remedy of their own.
+FILE = Rule("annotation file", "error", "Correct the file.")
+CLASSES_DIFFER = Rule("classes differ", "error", "Give every split the same categories: ids, names and order.")
+UNKNOWN_CLASS = Rule("class unknown in training", "error", "Correct the names, or set data.class_names to all classes.")
+NO_OBJECTS = Rule("no objects", "error", "Check that this is the annotation file of the training split.")
+LEAKED_COPY = Rule("copy in two splits", "error", "Remove it from one split, or scores are too high.")
+
+# One box is skipped. `onestage convert --to coco` writes a copy without these.
+BOX_NOT_FINITE = Rule("box not finite", "skipped", "Correct the box, or remove it from the file.")
+BOX_EMPTY = Rule("box without size", "skipped", "Draw the box again, or remove it from the file.")
+BOX_OUTSIDE = Rule("box outside", "skipped", "Correct the box, or the image's width and height.")
+OBJECT_MALFORMED = Rule("object malformed", "skipped", "Correct the object, or remove it from the file.")
+
+# One image is skipped.
+IMAGE_MISSING = Rule("image missing", "skipped", "Put the image there, or remove it from the annotations or the list.")
+XML_MALFORMED = Rule("XML malformed", "skipped", "Export the file again.")
+XML_ENTITIES = Rule("XML with entities", "skipped", "Entities can read other files and fill memory: check its origin.")
+LABEL_MALFORMED = Rule("label file malformed", "skipped", "Export the file again, as UTF-8 text.")
+IMAGE_UNREADABLE = Rule("image unreadable", "skipped", "Replace the file, or remove it from the data set.")
+IMAGE_TOO_SMALL = Rule("image too small", "skipped", "Replace the file, or remove it from the data set.")
+IMAGE_SIZE_DIFFERS = Rule("image size", "skipped", "Restore the original image, or annotate this one again.")
+
+# Training continues as the problem says.
+IDS_REPEATED = Rule("ids repeated", "warning", "Give every annotation its own id; other tools lose objects otherwise.")
+IDS_AS_TEXT = Rule("ids as text", "warning", "Write ids as integers; other tools compare them with numbers.")
+ID_ZERO = Rule("id 0 or none", "note", "Number annotations from 1; COCO's own tools lose the object with id 0.")
+ROOT_CATEGORY = Rule("root category", "note", "Nothing needs to be done.")
+AREA_WRONG = Rule("area wrong", "note", "Nothing needs to be done: it only decides the size range of an object.")
+BOX_CLIPPED = Rule("box clipped", "warning", "Check the width and height of these images.")
+BOX_REPEATED = Rule("box repeated", "warning", "Remove the copies; each is one more object to find.")
+BOX_TINY = Rule("box under 1 px", "warning", "Train at a larger image_size, or in tiles.")
+ZERO_BASED = Rule("zero-based boxes", "warning", "Export boxes as VOC has them, counted from 1.")
+NO_XML = Rule("image without XML", "note", "They are trained on as images without objects; check that this is meant.")
+NO_LABEL = NO_XML._replace(name="image without label file")
+POLYGON = Rule("outline", "note", "Nothing needs to be done: the box around it is used.")
+OTHER_FILE_NAME = Rule("other file name", "note", "Nothing needs to be done: the name of the XML file decides.")
+NO_OBJECT_IMAGES = Rule("image without objects", "note", "They are trained on as background; check that this is meant.")
+MANY_OBJECTS = Rule("many objects", "warning", "Raise the detector's max_detections above it.")
+SIMILAR_NAMES = Rule("similar class names", "warning", "Write the class in one way.")
+ONE_SPLIT_CLASS = Rule("class in one split", "warning", "Split again, by class: a class in one split is not measured.")
+RARE_CLASS = Rule("rare class", "warning", "Collect more, or drop the class; its score will be mostly chance.")
+SAME_SPLIT = Rule("same images in two splits", "warning", "Give each split its own images.")
+LEAKED_LIKENESS = Rule("near copy in two splits", "warning", "Compare the pair; remove one if it is one scene.")
+FIRST_FRAME = Rule("animation", "warning", "Only the first frame is used; save the others as separate images.")
+OTHER_SUFFIX = Rule("suffix of another format", "note", "Nothing needs to be done: the content decides.")
+TURNED = Rule("turned by EXIF", "note", "Nothing needs to be done: it is turned as the annotated size says.")
+EXTREME_SHAPE = Rule("extreme shape", "warning", "It is squeezed into a square: cut it into tiles.")
+UNREACHED_BOX = Rule("box no anchor reaches", "warning", "Try `onestage anchors`, a larger image_size, or tiles.")
+
+RULES = {rule.name: rule for rule in tuple(globals().values()) if isinstance(rule, Rule)}
 
 
 class ImageColumns(NamedTuple):
@@ -34,7 +98,7 @@ class ObjectColumns(NamedTuple):
     areas: npt.NDArray[np.float64]  # [T] px^2; NaN where the file gives none
     is_crowd: npt.NDArray[np.bool_]  # [T]
     is_difficult: npt.NDArray[np.bool_]  # [T]
-    problems: Mapping[int, str]  # row -> rule that the parser saw broken; the row's other values are then not used
+    problems: Mapping[int, str]  # row -> rule that the parser saw broken; the row's other values are not used
 
 
 def build_annotation_set(
@@ -48,39 +112,37 @@ def build_annotation_set(
     findings: Sequence[Finding] = (),
     max_bad_fraction: float = 0.01,
 ) -> AnnotationSet:
-    """Check every box, clip it to its image, leave out what cannot be an object, and group the rest by image.
+    """Check every box, clip it to its image, skip boxes that cannot be objects, and group the rest by image.
 
-    A box is left out when a coordinate is not finite, when it has no width or height, or when it lies outside its
-    image. Each gives a line in `AnnotationSet.skipped`. Images without objects stay.
+    A box is skipped if a coordinate is not finite, if its width or height is <= 0, or if it does not overlap its image.
+    Each gives a line in `AnnotationSet.skipped`. Images without objects stay.
 
     Args:
         source: file or folder, for messages.
-        images: N images; those that were left out are not among them.
+        images: N images, without those that the parser skipped.
         objects: T objects of these images.
-        class_names: the K names, in label order.
-        category_ids: the data set's own K ids, in label order.
+        class_names: [K] in label order.
+        category_ids: [K] the data set's own ids, in label order.
         describe: row of an object -> its file, image, id and values as written, for messages.
-        findings: what the parser found; those that are "left out" stand for one image each.
-        max_bad_fraction: 0..1; see `require_few_bad`.
+        findings: the parser's; each with the effect "skipped" stands for one image.
+        max_bad_fraction: in [0, 1]; see `require_few_bad`.
 
     Raises:
-        AnnotationError: too many bad boxes or images, or objects of which none can be used.
+        AnnotationError: too many bad boxes or images, or no usable box among some.
     """
-    num_images = len(images.paths)
-    require_images(source, num_images, findings, max_bad_fraction)
+    require_images(source, len(images.paths), findings, max_bad_fraction)
     _refuse_fractions(source, objects.boxes)
     boxes, clipped = _clip(source, objects, images.sizes)
     broken_rules = _broken_rules(boxes, objects)
     bad_boxes = [rule.broken(describe(row), problem) for row, (rule, problem) in sorted(broken_rules.items())]
-    skipped_objects = [finding.line for finding in bad_boxes]
-    require_few_bad(source, "boxes", skipped_objects, len(boxes), max_bad_fraction)
-
-    is_valid = ~np.isin(np.arange(len(boxes)), list(broken_rules))
-    if len(boxes) and not is_valid.any():
-        _refuse(source, f"none of the {len(boxes)} boxes can be used", skipped_objects, "Correct the boxes.")
-    rows = np.flatnonzero(is_valid)
+    skipped = [finding.line for finding in bad_boxes]
+    require_few_bad(source, "boxes", skipped, len(boxes), max_bad_fraction)
+    rows = np.setdiff1d(np.arange(len(boxes)), list(broken_rules)).astype(np.int64)
+    if len(boxes) and not len(rows):
+        _refuse(source, f"none of the {len(boxes)} boxes can be used", skipped, "Correct the boxes.")
     rows = rows[np.argsort(objects.image_rows[rows], kind="stable")]
-    counts = np.bincount(objects.image_rows[rows], minlength=num_images)
+    counts = np.bincount(objects.image_rows[rows], minlength=len(images.paths))
+    box_areas, areas = np.prod(boxes[rows, 2:] - boxes[rows, :2], axis=1), objects.areas[rows]
     return AnnotationSet(
         source=source,
         image_paths=np.array(images.paths, dtype=np.str_),
@@ -89,7 +151,7 @@ def build_annotation_set(
         box_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         boxes=boxes[rows],
         labels=objects.labels[rows],
-        areas=_areas(objects.areas[rows], boxes[rows]),
+        areas=np.where(np.isfinite(areas) & (areas > 0), areas, box_areas).astype(np.float32),
         is_crowd=objects.is_crowd[rows],
         is_difficult=objects.is_difficult[rows],
         class_names=tuple(class_names),
@@ -99,105 +161,124 @@ def build_annotation_set(
 
 
 def select_images(annotations: AnnotationSet, rows: npt.NDArray[np.int64]) -> AnnotationSet:
-    """Return the set of only these images, in this order, with their objects.
-
-    Args:
-        annotations: N images.
-        rows: [n] of 0..N-1.
-    """
+    """Return the images `rows` ([n] of 0..N-1), in this order, with their objects."""
     counts = np.diff(annotations.box_offsets)[rows]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     objects = np.repeat(annotations.box_offsets[rows] - offsets[:-1], counts) + np.arange(offsets[-1])
-    return replace(
-        annotations,
-        image_paths=annotations.image_paths[rows],
-        image_ids=annotations.image_ids[rows],
-        sizes=annotations.sizes[rows],
-        box_offsets=offsets,
-        boxes=annotations.boxes[objects],
-        labels=annotations.labels[objects],
-        areas=annotations.areas[objects],
-        is_crowd=annotations.is_crowd[objects],
-        is_difficult=annotations.is_difficult[objects],
-    )
+    per_image = {name: getattr(annotations, name)[rows] for name in ("image_paths", "image_ids", "sizes")}
+    names = ("boxes", "labels", "areas", "is_crowd", "is_difficult")
+    per_object = {name: getattr(annotations, name)[objects] for name in names}
+    return replace(annotations, box_offsets=offsets, **per_image, **per_object)
 
 
 def require_images(source: str, num_images: int, findings: Sequence[Finding], max_bad_fraction: float) -> None:
-    """Stop when no image is left, or when too many were left out; see `require_few_bad`.
+    """Raise AnnotationError if no image is left, or too many were skipped; see `require_few_bad`.
 
     Args:
         source: file or folder, for the message.
-        num_images: those that are left.
-        findings: those that are "left out" stand for one image each.
-        max_bad_fraction: 0..1.
-
-    Raises:
-        AnnotationError: so it is.
+        num_images: number of images left.
+        findings: each with the effect "skipped" stands for one image.
+        max_bad_fraction: in [0, 1].
     """
-    skipped_images = [finding.line for finding in findings if finding.effect == "left out"]
-    require_few_bad(source, "images", skipped_images, num_images + len(skipped_images), max_bad_fraction)
+    skipped = [finding.line for finding in findings if finding.effect == "skipped"]
+    require_few_bad(source, "images", skipped, num_images + len(skipped), max_bad_fraction)
     if not num_images:
-        _refuse(source, "none of its images can be used", skipped_images, "Correct them, or data.root.")
+        _refuse(source, "none of its images can be used", skipped, "Correct them, or data.path.")
 
 
 def require_few_bad(source: str, noun: str, bad: Sequence[str], total: int, max_bad_fraction: float) -> None:
-    """Stop when more than `max_bad_fraction` of all images or boxes would be left out.
+    """Raise AnnotationError if more than `max_bad_fraction` of all images or boxes would be skipped.
 
-    Two bad ones always pass, because in a small set they say nothing about the rest. `max_bad_fraction=0` lets none
-    pass.
+    Two bad items always pass, because in a small set they say nothing about the rest; with max_bad_fraction = 0 none
+    passes.
 
     Args:
         source: file or folder, for the message.
-        noun: what is counted, in the plural.
-        bad: one line for each item that would be left out.
-        total: all items, good and bad.
-        max_bad_fraction: 0..1.
-
-    Raises:
-        AnnotationError: too many are bad; it quotes the first few.
+        noun: "images" or "boxes".
+        bad: one line for each bad item; the message quotes the first few.
+        total: number of items, good and bad.
+        max_bad_fraction: in [0, 1].
     """
     allowed = max(max_bad_fraction * total, ALWAYS_ALLOWED) if max_bad_fraction > 0 else 0
     if len(bad) > allowed + 1e-6:  # 0.29 * 100 is 28.999999999999996
-        problem = f"{len(bad)} of {total} {noun} cannot be used; at most {max_bad_fraction:.4g} of them may be left out"
-        more = f", or allow more: data.max_bad_fraction: {_next_fraction(len(bad), total)}"
-        remedy = f"Correct them{more if len(bad) < total else ''}."
-        _refuse(source, problem, bad, remedy)
+        problem = f"{len(bad)} of {total} {noun} cannot be used; at most {max_bad_fraction:.4g} of them may be skipped"
+        enough = min(math.ceil(100 * len(bad) / max(total, 1)) / 100, 1.0)
+        more = f", or allow more: data.max_bad_fraction: {enough}" if len(bad) < total else ""
+        _refuse(source, problem, bad, f"Correct them{more}.")
 
 
 def require_same_names(source: str, found: Sequence[str], expected: Sequence[str]) -> None:
-    """Check that a file has exactly the classes that are expected, in any order.
-
-    Raises:
-        AnnotationError: a name is in one list only; it gives both lists and the difference.
-    """
+    """Raise AnnotationError if the class names of a file are not the expected ones; their order may differ."""
     if sorted(found) == sorted(expected):
         return
-    only_found = sorted(set(found) - set(expected))
-    only_expected = sorted(set(expected) - set(found))
+    only_found, only_expected = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
     raise AnnotationError(
-        f"{source}: the classes differ from those expected; both must hold the same names.\n"
-        f"  here:     {', '.join(found)}\n  expected: {', '.join(expected)}\n"
+        f"{source}: the classes differ from the expected ones.\n"
+        f"  here: {', '.join(found)}\n  expected: {', '.join(expected)}\n"
         f"  only here: {', '.join(only_found) or 'none'}; only expected: {', '.join(only_expected) or 'none'}\n"
         "Give every split, and the checkpoint, the same list of classes."
     )
 
 
-def require_objects(annotations: AnnotationSet) -> AnnotationSet:
-    """Return the training set as it is.
+def require_same_categories(train: AnnotationSet, other: AnnotationSet) -> None:
+    """Raise AnnotationError, with both tables, if two splits have different class names or category ids."""
 
-    Raises:
-        AnnotationError: it holds no object, or nothing but crowds.
-    """
-    if annotations.is_crowd.all():  # also where there is none at all
+    def written(annotations: AnnotationSet) -> str:
+        pairs = zip(annotations.category_ids, annotations.class_names, strict=True)
+        return f"{annotations.source}: " + ", ".join(f"{category} {name}" for category, name in pairs)
+
+    if (train.class_names, train.category_ids) != (other.class_names, other.category_ids):
+        raise AnnotationError(
+            f"The splits have different categories; ids and names must be the same in all.\n{written(train)}\n"
+            f"{written(other)}\nCorrect the 'categories' of one of the files."
+        )
+
+
+def require_objects(annotations: AnnotationSet) -> AnnotationSet:
+    """Return the training set; raise AnnotationError if it holds no object, or only crowds."""
+    if annotations.is_crowd.all():  # also true for an empty array
         raise AnnotationError(
             f"{annotations.source}: none of its {len(annotations)} training images has an object to learn from; crowds "
-            "do not count.\nIs it the annotation file of this data set, and the training split?"
+            "do not count.\nCheck that this is the annotation file of the training split."
         )
     return annotations
 
 
+def start_messages(annotations: AnnotationSet) -> list[str]:
+    """Return what a training prints about a split when it starts: skipped items, and each other warning."""
+    skipped = annotations.skipped
+    messages = [finding.line for finding in annotations.findings if finding.effect == "warning"]
+    if skipped:
+        more = len(skipped) - NUM_QUOTED
+        lines = [*skipped[:NUM_QUOTED], *([f"and {more} more"] if more > 0 else [])]
+        found = f"{annotations.source}: {len(skipped)} boxes or images were skipped:"
+        messages.append("\n  ".join([found, *lines]))
+    return messages
+
+
+def tiny_boxes(annotations: AnnotationSet, image_size: int) -> list[Finding]:
+    """Count the objects under 1 px wide or high once their image is stretched to a square of `image_size` px.
+
+    Training skips them (`onestage.data.transforms`); evaluation counts them.
+    """
+    sizes = annotations.sizes[:, ::-1].repeat(np.diff(annotations.box_offsets), axis=0)  # [T, 2] (width, height)
+    scale = np.where(sizes > 0, image_size / np.maximum(sizes, 1), 1.0)
+    sides = (annotations.boxes[:, 2:] - annotations.boxes[:, :2]) * scale
+    num_tiny = int(np.count_nonzero((sides < 1).any(axis=1)))
+    problem = f"{num_tiny} of {len(sides)} boxes are less than 1 px wide or high at {image_size} px: not trained on"
+    return [BOX_TINY.broken(annotations.source, problem, num_tiny)] if num_tiny else []
+
+
+def grouped(findings: Iterable[Finding]) -> dict[tuple[str, str], list[Finding]]:
+    """Group findings by effect and rule, most severe first, in the order in which they were found."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in sorted(findings, key=lambda finding: get_args(Effect).index(finding.effect)):
+        groups.setdefault((finding.effect, finding.rule), []).append(finding)
+    return groups
+
+
 def _refuse_fractions(source: str, boxes: npt.NDArray[np.float64]) -> None:
-    """Stop where boxes are shares of their image: as pixels each is too small, and nothing would be trained on."""
+    """Raise if all boxes are fractions of their image: as pixels each would be too small to train on."""
     boxes = boxes[np.isfinite(boxes).all(axis=1)]
     if len(boxes) and boxes.max() <= 1 and (boxes % 1 > 0).any():
         raise AnnotationError(
@@ -209,7 +290,7 @@ def _refuse_fractions(source: str, boxes: npt.NDArray[np.float64]) -> None:
 def _clip(
     source: str, objects: ObjectColumns, sizes: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.float32], list[Finding]]:
-    """Clip each box to its image where the size is known, else to the left and top edge alone; say how many moved."""
+    """Clip boxes to their image where its size is known, else only at 0; report how many moved."""
     height_width = sizes[objects.image_rows].astype(np.float64)
     limits = np.where(height_width > 0, height_width, np.inf)[:, [1, 0, 1, 0]]
     clipped = np.clip(objects.boxes, 0.0, limits)  # NaN stays NaN
@@ -219,40 +300,30 @@ def _clip(
     num_far = int(np.count_nonzero(np.isfinite(moved) & (moved > CLIP_NOTICE) & overlaps))
     problem = f"{num_far} of {len(clipped)} boxes reach out of their image and are clipped to it"
     findings = [BOX_CLIPPED.broken(source, problem, num_far)] if num_far else []
-    with np.errstate(over="ignore"):  # a coordinate beyond float32 becomes infinite and is left out below
+    with np.errstate(over="ignore"):  # a coordinate beyond float32 becomes infinite; its box is skipped below
         return clipped.astype(np.float32), findings
 
 
 def _broken_rules(clipped: npt.NDArray[np.float32], objects: ObjectColumns) -> dict[int, tuple[Rule, str]]:
-    """Row of every box that cannot be used -> the rule it breaks, in words."""
+    """Return row -> broken rule and its text, for every box that cannot be used."""
     written = objects.boxes
-    is_finite = np.all(np.isfinite(written) & np.isfinite(clipped), axis=1).astype(np.bool_)
-    has_size = np.all(written[:, 2:] > written[:, :2], axis=1).astype(np.bool_)
-    is_inside = np.all(clipped[:, 2:] > clipped[:, :2], axis=1).astype(np.bool_)
+    checks = (  # the last broken rule counts
+        (BOX_OUTSIDE, "the box must overlap its image", (clipped[:, 2:] > clipped[:, :2]).all(axis=1)),
+        (BOX_EMPTY, "width and height must be > 0", (written[:, 2:] > written[:, :2]).all(axis=1)),
+        (
+            BOX_NOT_FINITE,
+            "every coordinate must be a finite number",
+            (np.isfinite(written) & np.isfinite(clipped)).all(axis=1),
+        ),
+    )
     rules: dict[int, tuple[Rule, str]] = {}
-    for row in np.flatnonzero(~(is_finite & has_size & is_inside)).tolist():
-        if not is_finite[row]:
-            rules[row] = BOX_NOT_FINITE, "every coordinate must be a finite number"
-        elif not has_size[row]:
-            rules[row] = BOX_EMPTY, "width and height must be > 0"
-        else:
-            rules[row] = BOX_OUTSIDE, "the box must overlap its image"
+    for rule, problem, holds in checks:
+        rules |= dict.fromkeys(np.flatnonzero(~holds).tolist(), (rule, problem))
     return rules | {row: (OBJECT_MALFORMED, problem) for row, problem in objects.problems.items()}
 
 
-def _areas(areas: npt.NDArray[np.float64], boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Fill in the box's area where the file gives none that an object can have."""
-    box_areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    return np.where(np.isfinite(areas) & (areas > 0), areas, box_areas).astype(np.float32)
-
-
-def _next_fraction(num_bad: int, total: int) -> float:
-    """Return the smallest fraction of two digits that would let `num_bad` of `total` pass."""
-    return min(math.ceil(100 * num_bad / max(total, 1)) / 100, 1.0)
-
-
 def _refuse(source: str, problem: str, lines: Sequence[str], remedy: str) -> NoReturn:
-    """Raise an error that quotes the first few lines."""
+    """Raise AnnotationError, quoting the first few lines."""
     examples = "".join(f"\n  {line}" for line in lines[:NUM_EXAMPLES])
     more = f"\n  and {len(lines) - NUM_EXAMPLES} more; see all: onestage doctor" if len(lines) > NUM_EXAMPLES else ""
     raise AnnotationError(f"{source}: {problem}.{examples}{more}\n{remedy}")

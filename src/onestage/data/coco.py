@@ -10,9 +10,18 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set, require_same_names
+from onestage.data.annotations import (
+    AREA_WRONG,
+    ID_ZERO,
+    IDS_REPEATED,
+    IMAGE_MISSING,
+    ROOT_CATEGORY,
+    ImageColumns,
+    ObjectColumns,
+    build_annotation_set,
+    require_same_names,
+)
 from onestage.data.coco_file import FRESH_COPY, integer_column, load_tables, malformed
-from onestage.data.rules import AREA_WRONG, ID_ZERO, IDS_REPEATED, IMAGE_MISSING, ROOT_CATEGORY
 from onestage.data.source import Source, Split, role_of
 from onestage.files import find_files, is_encodable, printable
 from onestage.types import AnnotationSet, Finding, JSONDict

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.rules import IDS_AS_TEXT
+from onestage.data.annotations import IDS_AS_TEXT
 from onestage.errors import AnnotationError
 from onestage.files import printable, read_file
 from onestage.types import Finding, JSONDict

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from onestage.data.annotations import IMAGE_UNREADABLE
 from onestage.data.images import IMAGE_SUFFIXES
-from onestage.data.rules import IMAGE_UNREADABLE
 from onestage.data.source import Source, Split
 from onestage.errors import DataError
 from onestage.files import printable

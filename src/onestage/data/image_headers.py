@@ -10,8 +10,18 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from onestage.data.annotations import require_images, select_images
-from onestage.data.findings import tiny_boxes
+from onestage.data.annotations import (
+    EXTREME_SHAPE,
+    FIRST_FRAME,
+    IMAGE_SIZE_DIFFERS,
+    IMAGE_TOO_SMALL,
+    IMAGE_UNREADABLE,
+    OTHER_SUFFIX,
+    TURNED,
+    require_images,
+    select_images,
+    tiny_boxes,
+)
 from onestage.data.images import (
     JPEG_END,
     MAX_IMAGE_BYTES,
@@ -22,15 +32,6 @@ from onestage.data.images import (
     open_header,
     orientation_to_apply,
     read_header,
-)
-from onestage.data.rules import (
-    EXTREME_SHAPE,
-    FIRST_FRAME,
-    IMAGE_SIZE_DIFFERS,
-    IMAGE_TOO_SMALL,
-    IMAGE_UNREADABLE,
-    OTHER_SUFFIX,
-    TURNED,
 )
 from onestage.errors import ImageError
 from onestage.files import open_at_once, printable, read_file
@@ -59,7 +60,7 @@ class HeaderCheck(NamedTuple):
     @property
     def is_usable(self) -> bool:
         """Whether the image stays in the set."""
-        return all(finding.effect != "left out" for finding in self.findings)
+        return all(finding.effect != "skipped" for finding in self.findings)
 
 
 def check_headers(annotations: AnnotationSet, rows: Sequence[int] | None = None) -> list[HeaderCheck]:

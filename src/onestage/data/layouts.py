@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from onestage.data.annotations import FILE, UNKNOWN_CLASS
 from onestage.data.coco import COCO, list_annotation_files, parse_coco
-from onestage.data.rules import FILE, UNKNOWN_CLASS
 from onestage.data.source import Source as DetectionSource
 from onestage.data.voc import SPLIT_FOLDER, VOC, NoClassesError, find_lists, parse_voc
 from onestage.data.yolo import YOLO, parse_yolo

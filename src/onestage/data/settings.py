@@ -1,7 +1,6 @@
 """The checks of what a user may set on a data module: ranges, class tables, and that splits agree on their classes."""
 
-from onestage.errors import AnnotationError, ConfigError
-from onestage.types import AnnotationSet
+from onestage.errors import ConfigError
 
 
 def require_at_least(name: str, value: int, minimum: int) -> None:
@@ -78,22 +77,4 @@ def require_split(val_fraction: float | None, num_folds: int | None, fold: int) 
         raise ConfigError(
             f"data.fold is {fold}; with data.num_folds: {num_folds or 'null'} it must be in 0..{last}.\n"
             "Set data.num_folds to the number of parts, and data.fold to the one to validate on."
-        )
-
-
-def require_same_categories(train: AnnotationSet, other: AnnotationSet) -> None:
-    """Check that two splits have the same classes with the same ids.
-
-    Raises:
-        AnnotationError: they differ; it gives both tables.
-    """
-
-    def written(annotations: AnnotationSet) -> str:
-        pairs = zip(annotations.category_ids, annotations.class_names, strict=True)
-        return f"{annotations.source}: " + ", ".join(f"{category} {name}" for category, name in pairs)
-
-    if (train.class_names, train.category_ids) != (other.class_names, other.category_ids):
-        raise AnnotationError(
-            f"The splits have different categories; ids and names must be the same in all.\n{written(train)}\n"
-            f"{written(other)}\nCorrect the 'categories' of one of the files."
         )

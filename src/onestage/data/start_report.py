@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from onestage.data.findings import start_messages
+from onestage.data.annotations import start_messages
 from onestage.doctor.leakage import same_files
 from onestage.types import AnnotationSet
 

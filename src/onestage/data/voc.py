@@ -8,9 +8,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import NUM_EXAMPLES, ImageColumns, ObjectColumns, build_annotation_set, require_images
+from onestage.data.annotations import (
+    IMAGE_MISSING,
+    NO_XML,
+    NUM_EXAMPLES,
+    OTHER_FILE_NAME,
+    XML_MALFORMED,
+    ZERO_BASED,
+    ImageColumns,
+    ObjectColumns,
+    build_annotation_set,
+    require_images,
+)
 from onestage.data.images import IMAGE_SUFFIXES
-from onestage.data.rules import IMAGE_MISSING, NO_XML, OTHER_FILE_NAME, XML_MALFORMED, ZERO_BASED
 from onestage.data.source import Source, Split
 from onestage.data.voc_record import CORNERS, MalformedRecordError, VOCObject, VOCRecord, read_record
 from onestage.errors import AnnotationError, require

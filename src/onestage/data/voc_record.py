@@ -8,7 +8,7 @@ import numpy as np
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from onestage.data.rules import XML_ENTITIES, XML_MALFORMED, Rule
+from onestage.data.annotations import XML_ENTITIES, XML_MALFORMED, Rule
 from onestage.errors import AnnotationError
 from onestage.files import printable, read_file
 

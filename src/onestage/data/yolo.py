@@ -10,6 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from onestage.data.annotations import (
+    BOX_REPEATED,
+    LABEL_MALFORMED,
+    NO_LABEL,
+    POLYGON,
     ImageColumns,
     ObjectColumns,
     build_annotation_set,
@@ -17,7 +21,6 @@ from onestage.data.annotations import (
     require_same_names,
 )
 from onestage.data.image_headers import NUM_THREADS, HeaderCheck, check_header
-from onestage.data.rules import BOX_REPEATED, LABEL_MALFORMED, NO_LABEL, POLYGON
 from onestage.data.source import Source, Split
 from onestage.data.yolo_layout import LabelledImage, YOLOSettings, find_splits, list_split, read_settings
 from onestage.errors import AnnotationError
@@ -147,7 +150,7 @@ def _read_images(
     num_missing = 0
     for (image, label), header in zip(listed, _read_headers(listed), strict=True):
         is_missing = label.name not in label_names[label.parent]
-        bad = [finding for finding in header.findings if finding.effect == "left out"][:1]
+        bad = [finding for finding in header.findings if finding.effect == "skipped"][:1]
         try:
             file = LabelFile(label, [], 0) if is_missing else _read_label(label, settings.num_keypoint_values)
         except AnnotationError as reason:

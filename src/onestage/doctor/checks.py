@@ -8,11 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import require_few_bad, select_images
-from onestage.data.findings import tiny_boxes
+from onestage.data.annotations import (
+    BOX_EMPTY,
+    BOX_NOT_FINITE,
+    BOX_OUTSIDE,
+    OBJECT_MALFORMED,
+    require_few_bad,
+    select_images,
+    tiny_boxes,
+)
 from onestage.data.image_headers import check_headers
 from onestage.data.layouts import Split, as_finding
-from onestage.data.rules import BOX_EMPTY, BOX_NOT_FINITE, BOX_OUTSIDE, OBJECT_MALFORMED
 from onestage.doctor.coverage import Coverage, DetectorAnchors, about_coverage, measure_coverage
 from onestage.doctor.decoding import decode_all
 from onestage.doctor.leakage import find_leakage
@@ -68,7 +74,7 @@ class Diagnosis(NamedTuple):
     @property
     def exit_code(self) -> int:
         """Return 3 where something stops a training or is left out of it, else 0."""
-        return 3 if any(finding.effect in ("error", "left out") for finding in self.findings) else 0
+        return 3 if any(finding.effect in ("error", "skipped") for finding in self.findings) else 0
 
 
 def examine(
@@ -148,7 +154,7 @@ def _without(annotations: AnnotationSet, places: set[str]) -> AnnotationSet:
 
 def _too_many(annotations: AnnotationSet, findings: Sequence[Finding], max_bad_fraction: float) -> list[Finding]:
     """Say where a training would not accept that so much is left out."""
-    bad = [finding for finding in findings if finding.effect == "left out"]
+    bad = [finding for finding in findings if finding.effect == "skipped"]
     bad_boxes = [finding.line for finding in bad if finding.rule in BOX_RULES]
     bad_images = [finding.line for finding in bad if finding.rule not in BOX_RULES]
     num_left_out = len(set(annotations.skipped) & set(bad_images))  # by the parser: they are not in the set any more

@@ -57,7 +57,7 @@ def write_cleaned(annotation_file: Path, annotations: AnnotationSet, new_file: P
         if int(image["id"]) in kept_ids:
             content["images"].append(image | {"id": int(image["id"])})
         else:
-            changes.append({"image": image["id"], "file_name": image.get("file_name"), "change": "left out"})
+            changes.append({"image": image["id"], "file_name": image.get("file_name"), "change": "skipped"})
     content["annotations"] = list(_clean_objects(objects, annotations, changes))
     content["categories"] = [
         category | {"id": int(category["id"])}
@@ -88,7 +88,7 @@ def _clean_objects(objects: list[JSONDict], annotations: AnnotationSet, changes:
         row = -1 if image is None else int(next_row[image])
         is_kept = image is not None and row < annotations.box_offsets[image + 1]
         if not is_kept or not _is_box(entry.get("bbox"), annotations.boxes[row], annotations.sizes[image]):
-            changes.append({**place, "bbox": str(entry.get("bbox")), "change": "left out"})
+            changes.append({**place, "bbox": str(entry.get("bbox")), "change": "skipped"})
             continue
         next_row[image] += 1
         number += 1

@@ -15,7 +15,7 @@ from onestage.boxes.anchors import (
     AnchorLevel,
     anchors_of_cell,
 )
-from onestage.data.rules import UNREACHED_BOX
+from onestage.data.annotations import UNREACHED_BOX
 from onestage.doctor.statistics import SIDES, size_bin
 from onestage.types import Finding
 

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
+from onestage.data.annotations import IMAGE_UNREADABLE
 from onestage.data.image_headers import image_finding
-from onestage.data.rules import IMAGE_UNREADABLE
 from onestage.doctor.decoder_child import READY, Task, decode_each
 from onestage.errors import ImageError
 from onestage.files import printable

@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from onestage.data.annotations import LEAKED_COPY, LEAKED_LIKENESS, SAME_SPLIT
 from onestage.data.images import MAX_IMAGE_BYTES, MAX_PIXELS, REMEDY
-from onestage.data.rules import LEAKED_COPY, LEAKED_LIKENESS, SAME_SPLIT
 from onestage.errors import ImageError
 from onestage.files import printable, read_file
 from onestage.types import AnnotationSet, Finding

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from onestage import __version__
-from onestage.data.findings import grouped
+from onestage.data.annotations import grouped
 from onestage.doctor.checks import Diagnosis
 from onestage.doctor.coverage import POSITIVE_IOU
 from onestage.doctor.statistics import RATIOS, SIDES
@@ -17,7 +17,7 @@ NUM_SHOWN = 20  # findings of one rule, and nowhere more in the text
 NUM_CLASSES_SHOWN = 100
 TITLES = {
     "error": "ERROR     stops a training",
-    "left out": "ERROR     left out of a training",
+    "skipped": "ERROR     left out of a training",
     "warning": "WARNING   training goes on",
     "note": "NOTE      nothing needs to be done",
 }
@@ -155,7 +155,7 @@ def _time_line(diagnosis: Diagnosis) -> str:
 
 def _verdict(findings: Sequence[Finding]) -> str:
     counts = {effect: sum(1 for finding in findings if finding.effect == effect) for effect in TITLES}
-    errors = counts["error"] + counts["left out"]
+    errors = counts["error"] + counts["skipped"]
     if not errors and not counts["warning"]:
         return "clean"
     rest = _counted(counts["warning"], "warning") if counts["warning"] else "the rest is clean"

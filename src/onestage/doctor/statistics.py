@@ -6,8 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.annotations import require_objects
-from onestage.data.rules import (
+from onestage.data.annotations import (
     BOX_REPEATED,
     CLASSES_DIFFER,
     MANY_OBJECTS,
@@ -16,6 +15,7 @@ from onestage.data.rules import (
     ONE_SPLIT_CLASS,
     RARE_CLASS,
     SIMILAR_NAMES,
+    require_objects,
 )
 from onestage.errors import AnnotationError
 from onestage.types import AnnotationSet, Finding
