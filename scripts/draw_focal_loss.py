@@ -121,7 +121,8 @@ def print_first_losses() -> None:
             torch.manual_seed(0)
             detector = SSD300(20, loss, prior=prior).eval()
             with torch.no_grad():
-                found.append(detector.loss(detector(images), Targets(boxes, labels))["classification"].item())
+                losses = detector.loss(detector(images), Targets(boxes, labels))
+                found.append(losses.terms["classification"].item())
         print(f"{name:<33}{found[0]:<13.3f}{found[1]:.1f}")
 
 

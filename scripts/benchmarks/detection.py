@@ -43,7 +43,7 @@ def run(rounds: int, quick: bool) -> None:
         for candidates in (20,) if quick else (20, 200, None):
             logits, deltas = synthetic_outputs(batch_size, len(anchors), candidates)
             outputs = {"cls_logits": logits, "bbox_regression": deltas}
-            predictions = Predictions(logits, deltas, Anchors(centres, torch.ones(len(anchors))))
+            predictions = Predictions(logits, deltas, Anchors(centres, torch.ones(len(anchors)), (len(anchors),)))
 
             def with_torchvision(outputs: dict[str, Tensor] = outputs) -> list[dict[str, Tensor]]:
                 count = len(outputs["cls_logits"])

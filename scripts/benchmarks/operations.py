@@ -19,7 +19,7 @@ from torchvision.models.detection import ssd300_vgg16
 from benchmarks.training_data import IMAGE_SIZE, NUM_CLASSES, as_torchvision, synthetic_batch
 from onestage.losses import ClassificationLoss, MinedCrossEntropy, SigmoidFocalLoss
 from onestage.models import SSD300
-from onestage.types import Anchors, Predictions
+from onestage.types import Predictions
 
 NUM_ANCHORS = 8732
 FEATURE_SIDES = (38, 19, 10, 5, 3, 1)
@@ -129,13 +129,13 @@ def onestage_bookkeeping(batch_size: int, device: torch.device, loss: Classifica
     num_logits = loss.num_logits(NUM_CLASSES)
     logits = torch.randn(batch_size, NUM_ANCHORS, num_logits, device=device, requires_grad=True)
     deltas = torch.randn(batch_size, NUM_ANCHORS, 4, device=device, requires_grad=True)
-    predictions = Predictions(logits, deltas, Anchors(model.anchor_boxes, model.anchor_strides))
+    predictions = Predictions(logits, deltas, model.anchor_grid([(side, side) for side in FEATURE_SIDES]))
     images, targets = synthetic_batch(batch_size, device)
     assert images.shape[-1] == IMAGE_SIZE == model.image_size
 
     def bookkeeping() -> None:
-        model.normalise(images)
-        losses = model.loss(predictions, targets)
-        (losses["classification"] + losses["box"]).backward()
+        model.backbone.normalise(images)
+        terms = model.loss(predictions, targets).terms
+        (terms["classification"] + terms["box"]).backward()
 
     return bookkeeping

@@ -10,21 +10,16 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 
-from onestage.boxes.anchors import AnchorLevel
 from onestage.cli import main
-from onestage.models.extras import ExtraLayer
-from onestage.models.ssd import SSD
+from onestage.models.heads import ExtraLayer
+from onestage.models.ssd import SSD, ssd_levels
 from onestage.models.vgg import VGG
 
 MAX_MEGABYTES = 1.0  # per 1,000 steps
 WARM_UP = 0.25  # of the samples: allocators and caches fill in the beginning
 
 
-LEVELS = (
-    AnchorLevel(side=8, stride=8, size=12, next_size=20, aspect_ratios=(2,)),
-    AnchorLevel(side=4, stride=16, size=20, next_size=36, aspect_ratios=(2,)),
-    AnchorLevel(side=2, stride=32, size=36, next_size=56, aspect_ratios=(2,)),
-)
+LEVELS = ssd_levels((8, 16, 32), (12, 20, 36, 56), ((2,), (2,), (2,)))
 
 
 class SmallDetector(SSD):

@@ -91,8 +91,8 @@ def onestage_step(model: SSD300, images: Tensor, targets: Targets, dtype: torch.
 
     def step() -> None:
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-            losses = model.loss(model(images), targets)
-        _update(optimizer, losses["classification"] + losses["box"])
+            terms = model.loss(model(images), targets).terms
+        _update(optimizer, terms["classification"] + terms["box"])
 
     return step
 

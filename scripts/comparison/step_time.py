@@ -99,7 +99,7 @@ def _make_loss(loss: str) -> ClassificationLoss:
 def _step(loss: ClassificationLoss) -> Callable[[], None]:
     torch.manual_seed(0)
     detector = SSD160(NUM_CLASSES, loss).to(memory_format=torch.channels_last).train()
-    detector.use_class_counts(torch.arange(1, NUM_CLASSES + 1))
+    detector.set_class_counts(torch.arange(1, NUM_CLASSES + 1))
     optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-5)
     images = torch.randint(0, 256, (BATCH_SIZE, 3, 160, 160), dtype=torch.uint8).contiguous(
         memory_format=torch.channels_last
@@ -110,9 +110,9 @@ def _step(loss: ClassificationLoss) -> Callable[[], None]:
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            losses = detector.loss(detector(images), targets)
+            terms = detector.loss(detector(images), targets).terms
         optimizer.zero_grad()
-        (losses["classification"] + 0.2 * losses["box"]).backward()
+        (terms["classification"] + 0.2 * terms["box"]).backward()
         optimizer.step()
 
     return step

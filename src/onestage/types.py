@@ -9,11 +9,13 @@ Sizes are (height, width). Labels are 0..K-1; a data set's own category ids stay
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
+
+from onestage.errors import require
 
 PADDING = -1  # label of a row that holds no object or no detection
 BACKGROUND = -1  # match of an anchor that answers for no object
@@ -30,35 +32,44 @@ class Targets(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the loader hands to a step."""
+    """One batch as the loader returns it."""
 
     images: Tensor  # [B, 3, H, W] uint8, RGB; normalised on the device, inside the detector
     targets: Targets
     image_indices: Tensor  # [B] int64: row of the image in its split's AnnotationSet
     original_sizes: Tensor  # [B, 2] int64 (height, width) of the decoded file
+    placements: Tensor  # [B, 4] float32 (scale_x, scale_y, left, top): network px = original px * scale + offset
 
 
 class Anchors(NamedTuple):
-    """The default boxes of all levels, first level first, row-major, all anchors of a cell together."""
+    """The anchors of all levels: finest level first, then rows, columns and the anchors of a cell."""
 
     boxes: Tensor  # [A, 4] float32 cxcywh, px
     strides: Tensor  # [A] float32, px
+    level_sizes: tuple[int, ...]  # [L] number of anchors of each level
 
 
 class Predictions(NamedTuple):
-    """What a detector says about every anchor, before any threshold."""
+    """Outputs of a detector for every anchor, before any threshold."""
 
     class_logits: Tensor  # [B, A, C'] float32, C' = classification_loss.num_logits(K)
-    box_deltas: Tensor  # [B, A, 4] float32, in the units of the model's box coder
+    box_outputs: Tensor  # [B, A, N] float32, N = box_coder.num_outputs
     anchors: Anchors
-    objectness_logits: Tensor | None = None  # [B, A] float32; YOLO family only
+    quality_logits: Tensor | None = None  # [B, A] float32: objectness or centerness, of detectors that predict it
+
+
+class Losses(NamedTuple):
+    """The loss of one batch by term."""
+
+    terms: dict[str, Tensor]  # scalars, one for each of the detector's `loss_terms`
+    num_positives: Tensor  # scalar int64: positive anchors of this batch
 
 
 class AnchorLosses(NamedTuple):
-    """What the classification loss makes of every anchor of a batch. For diagnostics: it has no gradient."""
+    """The classification loss of every anchor of a batch, without gradient, for diagnostics."""
 
     labels: Tensor  # [B, A] int64: 0..K-1, BACKGROUND or IGNORE
-    losses: Tensor  # [B, A] float32, not divided by the number of positives; 0 where an anchor has no part in the loss
+    losses: Tensor  # [B, A] float32, not divided by the number of positives; 0 where an anchor is ignored
     true_probabilities: Tensor  # [B, A] float32, 0..1: p_t of RetinaNet eq. 2
 
 
@@ -124,50 +135,89 @@ class AnnotationSet:
         return slice(int(self.box_offsets[index]), int(self.box_offsets[index + 1]))
 
 
-class Detector(nn.Module, ABC):
-    """A one-stage detector: three verbs, one return type each, the same in training and in evaluation."""
+class BoxCoder(Protocol):
+    """Link between the outputs of a box head and the boxes they describe."""
 
-    image_size: int  # side of the square input, px
+    num_outputs: int  # N, numbers per anchor
+
+    def encode(self, gt_boxes: Tensor, anchors: Anchors) -> Tensor:
+        """Return the outputs [..., A, N] that describe boxes [..., A, 4] xyxy, px."""
+
+    def decode(self, box_outputs: Tensor, anchors: Anchors) -> Tensor:
+        """Return the boxes [..., A, 4] xyxy, px, that outputs [..., A, N] describe."""
+
+
+class Detector(nn.Module, ABC):
+    """A one-stage detector: three verbs with the same return types in training and evaluation."""
+
+    loss_terms: ClassVar[tuple[str, ...]] = ("classification", "box")
     num_classes: int  # K
+    image_size: int | None = None  # side of the only square canvas it takes, px; None: any canvas
+    size_multiple: int = 1  # divides the sides of every canvas it takes
+
+    def require_canvas(self, canvas: tuple[int, int]) -> None:
+        """Raise ConfigError unless the detector takes images of (height, width) `canvas`."""
+        name, side = type(self).__name__, self.image_size
+        require(
+            side is None or tuple(canvas) == (side, side),
+            f"data.image_size: the (height, width) of images for {name}",
+            tuple(canvas),
+            f"({side}, {side})",
+            f"Set data.image_size: {side}, or choose another model.detector.class_path.",
+        )
+        multiple = self.size_multiple
+        require(
+            all(length > 0 and length % multiple == 0 for length in canvas),
+            f"data.image_size: the (height, width) of images for {name}",
+            tuple(canvas),
+            f"> 0 and multiples of {multiple}",
+            f"Set data.image_size: {max(1, -(-max(canvas) // multiple)) * multiple}.",
+        )
 
     @abstractmethod
     def forward(self, images: Tensor) -> Predictions:
-        """Predict for every anchor. images: [B, 3, H, W] uint8 RGB, H = W = image_size."""
+        """Predict for every anchor. images: [B, 3, H, W] uint8 RGB of a canvas that `require_canvas` accepts."""
 
     @abstractmethod
-    def loss(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
-        """Return the scalar terms `classification` and `box`, and `num_positives`, how many anchors are positive.
+    def loss(self, predictions: Predictions, targets: Targets) -> Losses:
+        """Return the terms of the loss.
 
-        In evaluation both terms are divided by this number, or by 1 if it is 0; in training a detector may divide by
-        another one, as by the mean over processes.
+        In evaluation each term is a sum over the batch divided by `num_positives`, or by 1 if that is 0; in training
+        a detector may divide by another number, such as the mean over processes.
         """
 
     @abstractmethod
-    def detect(self, predictions: Predictions) -> Detections:
-        """Decode, threshold and suppress. Boxes are in network-input pixels, clipped to the image."""
+    def detect(self, predictions: Predictions, content_sizes: Tensor | None = None) -> Detections:
+        """Decode, threshold and suppress; boxes are in network-input pixels.
+
+        content_sizes: [B, 2] (height, width) to clip the boxes of each image to, px; None: the canvas.
+        """
 
     def anchor_losses(self, predictions: Predictions, targets: Targets) -> AnchorLosses | None:
-        """Return the parts of `classification`, without gradient, or None where a detector does not tell them.
+        """Return the loss of every anchor in the term that all anchors share, or None if not available.
 
-        What is shown about positives and negatives, during training and by `onestage losses`, comes from here.
+        The anchor statistics of a training and `onestage losses` are computed from it.
         """
         return None
 
     @property
-    def weighs_classes(self) -> bool:
-        """Whether `use_class_counts` is to be called before training."""
+    def uses_class_weights(self) -> bool:
+        """Whether `set_class_counts` must be called before training."""
         return False
 
-    def use_class_counts(self, class_counts: Tensor) -> None:
-        """Learn, once before training, how many objects of each class the training set has, [K]."""
+    def set_class_counts(self, class_counts: Tensor) -> None:
+        """Receive the number of training objects of each class, [K], once before training."""
 
 
 @runtime_checkable
 class DetectionData(Protocol):
-    """What training asks of a data module beside its loaders."""
+    """Attributes of a data module that training reads, beside its loaders."""
 
-    image_size: int  # side of the square images it delivers, px
     batch_size: int  # images per process and batch
+
+    @property
+    def canvases(self) -> tuple[tuple[int, int], ...]:
+        """The (height, width) of the images it delivers, px."""
 
     @property
     def num_classes(self) -> int:

@@ -2,15 +2,15 @@ import pytest
 import torch
 from torchvision.ops import box_convert, box_iou
 
-from onestage.boxes.anchors import SSD160, make_anchors
 from onestage.boxes.matchers import IoUMatcher, assign
 from onestage.errors import ConfigError
+from onestage.models import SSD160
 from onestage.types import BACKGROUND, IGNORE, PADDING, Anchors, Targets
 
 
 def anchors_of(*boxes_xyxy) -> Anchors:
     boxes = box_convert(torch.tensor(boxes_xyxy, dtype=torch.float32), "xyxy", "cxcywh")
-    return Anchors(boxes, torch.ones(len(boxes)))
+    return Anchors(boxes, torch.ones(len(boxes)), (len(boxes),))
 
 
 def targets_of(*rows) -> Targets:
@@ -81,7 +81,7 @@ def test_padding_and_boxes_without_area_are_never_matched() -> None:
 
 
 def test_no_objects_in_the_batch_gives_background_everywhere() -> None:
-    anchors = make_anchors(SSD160, 160)
+    anchors = SSD160(1).anchor_grid([(side, side) for side in (20, 10, 5, 3, 1)])
     targets = Targets(torch.zeros(2, 16, 4), torch.full((2, 16), PADDING))
     match = IoUMatcher()(targets, anchors)
     assert match.shape == (2, len(anchors.boxes))
@@ -109,7 +109,7 @@ def test_an_anchor_is_assigned_the_label_and_the_box_of_its_object() -> None:
 
 def test_batched_match_equals_a_loop_over_images_and_objects() -> None:
     generator = torch.Generator().manual_seed(0)
-    anchors = make_anchors(SSD160, 160)
+    anchors = SSD160(1).anchor_grid([(side, side) for side in (20, 10, 5, 3, 1)])
     low = torch.rand(6, 16, 2, generator=generator) * 120
     boxes = torch.cat([low, low + 8 + torch.rand(6, 16, 2, generator=generator) * 60], dim=-1)
     labels = torch.where(torch.arange(16) < torch.tensor([0, 1, 2, 5, 11, 16])[:, None], 1, PADDING)
@@ -149,5 +149,5 @@ def loop_match(boxes, anchors) -> list[int]:
 
 @pytest.mark.parametrize(("positive", "negative"), [(0.4, 0.5), (0.5, 0.0), (1.5, 0.5), (0.5, -1.0)])
 def test_thresholds_out_of_order_are_refused(positive, negative) -> None:
-    with pytest.raises(ConfigError, match="negative_iou"):
+    with pytest.raises(ConfigError, match="_iou"):
         IoUMatcher(positive, negative)

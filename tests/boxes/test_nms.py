@@ -6,7 +6,8 @@ from torch.testing import assert_close
 from torchvision.models.detection import _utils, ssd
 from torchvision.ops import box_convert
 
-from onestage.boxes.nms import rescale_boxes, select_detections
+from onestage.boxes.nms import select_detections
+from onestage.boxes.placement import to_original
 from onestage.types import PADDING, Detections
 
 
@@ -103,7 +104,7 @@ def test_equal_scores_everywhere_find_the_same_boxes_as_distinct_ones() -> None:
     assert found.boxes[0, :40, 0].tolist() == places.tolist()
 
 
-def test_rescale_boxes_gives_original_pixels() -> None:
+def test_to_original_undoes_a_stretch() -> None:
     boxes = torch.tensor([[[0.0, 0.0, 300.0, 300.0], [30.0, 60.0, 150.0, 90.0]]])
-    rescaled = rescale_boxes(boxes, image_size=300, original_sizes=torch.tensor([[600, 150]]))  # height, width
-    assert rescaled.tolist() == [[[0, 0, 150, 600], [15, 120, 75, 180]]]
+    original = to_original(boxes, torch.tensor([[2.0, 0.5, 0.0, 0.0]]), torch.tensor([[600, 150]]))  # height, width
+    assert original.tolist() == [[[0, 0, 150, 600], [15, 120, 75, 180]]]

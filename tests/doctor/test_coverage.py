@@ -10,7 +10,7 @@ import torch
 import yaml
 from bad_data import coco_content, write_coco
 
-from onestage.boxes.anchors import AnchorLevel, make_anchors
+from onestage.boxes.anchors import AnchorGrid, AnchorShapes
 from onestage.boxes.matchers import IoUMatcher
 from onestage.cli import main
 from onestage.doctor.anchor_table import find_anchors, write_yaml
@@ -18,10 +18,12 @@ from onestage.doctor.anchors import cluster_shapes, propose_anchors
 from onestage.doctor.coverage import (
     IMAGE_SIZES,
     TABLES,
+    AnchorLevel,
     DetectorAnchors,
     best_overlaps,
     count_positives,
     measure_coverage,
+    ssd_level,
 )
 from onestage.doctor.doctor_options import DETECTORS
 from onestage.doctor.statistics import MAX_DETECTIONS
@@ -30,6 +32,11 @@ from onestage.models import SSD160, SSD300, SSD512
 from onestage.types import Targets
 
 ONE_LEVEL = DetectorAnchors("toy", 40, (AnchorLevel(side=4, stride=10, size=10, next_size=40, aspect_ratios=()),))
+
+
+def tile(levels, image_size: int):
+    grid = AnchorGrid([level.as_shapes for level in levels], max_side=image_size)
+    return grid([(level.side, level.side) for level in levels])
 
 
 def random_boxes(num: int, side: float, seed: int = 0) -> np.ndarray:
@@ -68,7 +75,7 @@ def test_coverage_counts_by_size_and_class() -> None:
 def test_coverage_agrees_with_the_tiled_anchors_and_the_matcher(detector: str) -> None:
     anchors = find_anchors(detector, "coco")
     boxes = random_boxes(60, anchors.image_size)
-    tiled = make_anchors(anchors.levels, anchors.image_size)
+    tiled = tile(anchors.levels, anchors.image_size)
     low, high = tiled.boxes[:, :2] - tiled.boxes[:, 2:] / 2, tiled.boxes[:, :2] + tiled.boxes[:, 2:] / 2
     gt = torch.from_numpy(boxes).float()[:, None]
     overlap = (torch.minimum(gt[..., 2:], high) - torch.maximum(gt[..., :2], low)).clamp(min=0).prod(dim=-1)
@@ -85,7 +92,7 @@ def test_coverage_agrees_with_the_tiled_anchors_and_the_matcher(detector: str) -
 def test_the_tables_and_the_most_detections_are_those_of_the_models(model: type) -> None:
     assert IMAGE_SIZES[model.__name__] == model.image_size
     for name, levels in model.anchor_tables.items():
-        assert TABLES[model.__name__, name] == levels
+        assert TABLES[model.__name__, name] == tuple(ssd_level(level, model.image_size) for level in levels)
     assert inspect.signature(model).parameters["max_detections"].default == MAX_DETECTIONS
 
 
@@ -129,14 +136,11 @@ def test_the_command_writes_a_table_that_detector_and_doctor_take(
     assert "# after: " in text
     detector = yaml.safe_load(out.read_text())["model"]["detector"]
     assert detector["class_path"] == "onestage.models.SSD160"
-    levels = [AnchorLevel(**row) for row in detector["init_args"]["anchors"]]
+    levels = [AnchorShapes(**row) for row in detector["init_args"]["anchors"]]
     model = SSD160(num_classes=2, anchors=levels)
-    assert torch.equal(model.anchor_boxes, make_anchors(levels, 160).boxes)
     predictions = model(torch.zeros(1, 3, 160, 160, dtype=torch.uint8))
-    assert predictions.class_logits.shape[1] == len(model.anchor_boxes)
-    assert find_anchors("SSD160", str(out)).levels == tuple(
-        level._replace(aspect_ratios=tuple(map(float, level.aspect_ratios))) for level in levels
-    )
+    assert predictions.class_logits.shape[1] == len(predictions.anchors.boxes)
+    assert find_anchors("SSD160", str(out)).levels == tuple(ssd_level(level, 160) for level in levels)
     assert main(["doctor", str(file), "--detector", "SSD160", "--anchors", str(out)]) == 0
     assert main(["anchors", str(file), "--detector", "SSD160", "--out", str(out)]) == 2  # nothing is overwritten
 
@@ -160,8 +164,8 @@ def test_the_written_table_goes_over_a_config_and_keeps_the_rest(tmp_path: Path)
     parser.add_subclass_arguments(Detector, "model.detector")
     config = parser.parse_args(["--config", str(shared), "--config", str(out)])
     model = parser.instantiate_classes(config).model.detector
-    assert model.score_threshold == 0.2
-    assert model.anchor_boxes[0, 2:].tolist() == [12.5, 12.5]
+    assert model.selection.score_threshold == 0.2
+    assert model.anchor_grid.shapes[0].tolist() == [12.5, 12.5]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +184,6 @@ def test_a_table_of_another_detector_is_refused_by_doctor_and_by_the_model(tmp_p
     with pytest.raises(ConfigError, match="not those of SSD300"):
         find_anchors("SSD300", str(file))
     with pytest.raises(ConfigError, match="a level for each feature map"):
-        SSD300(num_classes=2, anchors=list(TABLES["SSD160", "voc"]))
-    with pytest.raises(ConfigError, match="positive sizes"):
-        SSD160(num_classes=2, anchors=[level._replace(size=-1) for level in TABLES["SSD160", "voc"]])
+        SSD300(num_classes=2, anchors=list(SSD160.anchor_tables["voc"]))
+    with pytest.raises(ConfigError, match="> 0, px"):
+        SSD160(num_classes=2, anchors=[level._replace(shapes=((-1, 1),)) for level in SSD160.anchor_tables["voc"]])

@@ -7,47 +7,46 @@ from torch.testing import assert_close
 from onestage.boxes.coders import DeltaBoxCoder
 from onestage.errors import ConfigError
 from onestage.losses import CIoULoss, DIoULoss, GIoULoss, L1Loss, SmoothL1Loss
+from onestage.types import Anchors
 
-ANCHORS = torch.tensor([[50.0, 50.0, 20.0, 40.0], [10.0, 10.0, 8.0, 8.0]])  # cxcywh
+ANCHORS = Anchors(torch.tensor([[50.0, 50.0, 20.0, 40.0], [10.0, 10.0, 8.0, 8.0]]), torch.ones(2), (2,))
 
 
 def test_smooth_l1_of_one_positive_is_hand_computed() -> None:
     # The object of anchor 0 has deltas (5, 5, 0, 5 ln 2), see the coder's test; anchor 1 is background.
     gt_boxes = torch.tensor([[[50.0, 30.0, 70.0, 110.0], [0.0, 0.0, 0.0, 0.0]]])
-    box_deltas = torch.tensor([[[4.5, 5.0, 3.0, 5 * math.log(2)], [9.0, 9.0, 9.0, 9.0]]], requires_grad=True)
-    is_positive = torch.tensor([[True, False]])
-    loss = SmoothL1Loss(beta=1.0)(box_deltas, gt_boxes, ANCHORS, DeltaBoxCoder(), is_positive)
+    box_outputs = torch.tensor([[[4.5, 5.0, 3.0, 5 * math.log(2)], [9.0, 9.0, 9.0, 9.0]]], requires_grad=True)
+    weights = torch.tensor([[1.0, 0.0]])
+    loss = SmoothL1Loss(beta=1.0)(box_outputs, gt_boxes, ANCHORS, DeltaBoxCoder(), weights)
     # differences -0.5, 0, 3, 0: 0.5^2 / 2 + (3 - 1/2)
     assert_close(loss, torch.tensor(0.125 + 2.5))
     loss.backward()
-    assert_close(box_deltas.grad, torch.tensor([[[-0.5, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]]))
+    assert_close(box_outputs.grad, torch.tensor([[[-0.5, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]]))
 
 
 def test_beta_moves_the_bend() -> None:
     gt_boxes = torch.tensor([[[40.0, 30.0, 60.0, 70.0], [6.0, 6.0, 14.0, 14.0]]])  # the anchors themselves
-    box_deltas = torch.tensor([[[0.5, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
-    is_positive = torch.tensor([[True, True]])
+    box_outputs = torch.tensor([[[0.5, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
+    weights = torch.tensor([[1.0, 1.0]])
     for beta, expected in [(0.0, 0.5), (0.25, 0.5 - 0.125), (1.0, 0.125)]:
-        loss = SmoothL1Loss(beta)(box_deltas, gt_boxes, ANCHORS, DeltaBoxCoder(), is_positive)
+        loss = SmoothL1Loss(beta)(box_outputs, gt_boxes, ANCHORS, DeltaBoxCoder(), weights)
         assert_close(loss, torch.tensor(expected))
 
 
 def test_no_positives_give_zero_loss_and_zero_gradient_even_with_empty_boxes() -> None:
-    box_deltas = torch.ones(1, 2, 4, requires_grad=True)
-    loss = SmoothL1Loss()(
-        box_deltas, torch.zeros(1, 2, 4), ANCHORS, DeltaBoxCoder(), torch.zeros(1, 2, dtype=torch.bool)
-    )
+    box_outputs = torch.ones(1, 2, 4, requires_grad=True)
+    loss = SmoothL1Loss()(box_outputs, torch.zeros(1, 2, 4), ANCHORS, DeltaBoxCoder(), torch.zeros(1, 2))
     loss.backward()
     assert loss == 0
-    assert (box_deltas.grad == 0).all()
+    assert (box_outputs.grad == 0).all()
 
 
 def test_bfloat16_deltas_are_widened() -> None:
-    box_deltas = torch.ones(1, 2, 4, dtype=torch.bfloat16)
-    is_positive = torch.tensor([[True, True]])
+    box_outputs = torch.ones(1, 2, 4, dtype=torch.bfloat16)
+    weights = torch.tensor([[1.0, 1.0]])
     gt_boxes = torch.tensor([[[50.0, 30.0, 70.0, 110.0], [6.0, 6.0, 14.0, 14.0]]])
     with torch.autocast("cpu", torch.bfloat16):
-        loss = SmoothL1Loss()(box_deltas, gt_boxes, ANCHORS, DeltaBoxCoder(), is_positive)
+        loss = SmoothL1Loss()(box_outputs, gt_boxes, ANCHORS, DeltaBoxCoder(), weights)
     assert loss.dtype == torch.float32
 
 
@@ -57,7 +56,7 @@ def test_negative_beta_is_refused() -> None:
 
 
 SHIFTED = torch.tensor([[[50.0, 30.0, 70.0, 70.0], [0.0, 0.0, 0.0, 0.0]]])  # anchor 0 is 40, 30, 60, 70
-ANCHOR_0_ALONE = torch.tensor([[True, False]])
+ANCHOR_0_ALONE = torch.tensor([[1.0, 0.0]])
 
 
 @pytest.mark.parametrize(
@@ -70,12 +69,12 @@ ANCHOR_0_ALONE = torch.tensor([[True, False]])
     ],
 )
 def test_iou_losses_of_a_box_beside_its_object_are_hand_computed(loss, expected) -> None:
-    box_deltas = torch.zeros(1, 2, 4, requires_grad=True)
-    total = loss(box_deltas, SHIFTED, ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE)
+    box_outputs = torch.zeros(1, 2, 4, requires_grad=True)
+    total = loss(box_outputs, SHIFTED, ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE)
     total.backward()
     assert_close(total, torch.tensor(expected), rtol=1e-5, atol=0)
-    assert box_deltas.grad[0, 0, 0] < 0  # further right is better
-    assert (box_deltas.grad[0, 1] == 0).all()
+    assert box_outputs.grad[0, 0, 0] < 0  # further right is better
+    assert (box_outputs.grad[0, 1] == 0).all()
 
 
 def test_ciou_adds_what_another_aspect_ratio_costs() -> None:
@@ -97,28 +96,28 @@ def test_giou_falls_below_iou_for_boxes_apart() -> None:
 @pytest.mark.parametrize("loss", [L1Loss(), SmoothL1Loss(), GIoULoss(), DIoULoss(), CIoULoss()])
 def test_perfect_boxes_cost_nothing(loss) -> None:
     gt_boxes = torch.tensor([[[40.0, 30.0, 60.0, 70.0], [6.0, 6.0, 14.0, 14.0]]])
-    total = loss(torch.zeros(1, 2, 4), gt_boxes, ANCHORS, DeltaBoxCoder(), torch.ones(1, 2, dtype=torch.bool))
+    total = loss(torch.zeros(1, 2, 4), gt_boxes, ANCHORS, DeltaBoxCoder(), torch.ones(1, 2))
     assert_close(total, torch.tensor(0.0), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("loss", [L1Loss(), SmoothL1Loss(0.3), GIoULoss(), DIoULoss(), CIoULoss()])
 @pytest.mark.filterwarnings("ignore:Input #0 requires gradient")
 def test_gradient_is_the_derivative(loss) -> None:
-    box_deltas = torch.tensor([[[0.3, -0.5, 0.7, -0.2], [0.1, 0.2, 0.3, 0.4]]], dtype=torch.float64)
+    box_outputs = torch.tensor([[[0.3, -0.5, 0.7, -0.2], [0.1, 0.2, 0.3, 0.4]]], dtype=torch.float64)
     if isinstance(loss, CIoULoss):  # its weight is held constant, so only at v = 0 is its gradient the derivative
-        box_deltas[..., 3] = box_deltas[..., 2]
-    box_deltas.requires_grad_()
-    gt_boxes, anchors = SHIFTED.double(), ANCHORS.double()
+        box_outputs[..., 3] = box_outputs[..., 2]
+    box_outputs.requires_grad_()
+    gt_boxes, anchors = SHIFTED.double(), ANCHORS._replace(boxes=ANCHORS.boxes.double())
     coder = DeltaBoxCoder()
-    assert torch.autograd.gradcheck(lambda x: loss(x, gt_boxes, anchors, coder, ANCHOR_0_ALONE), box_deltas)
+    assert torch.autograd.gradcheck(lambda x: loss(x, gt_boxes, anchors, coder, ANCHOR_0_ALONE), box_outputs)
 
 
 def test_ciou_of_another_aspect_ratio_has_the_value_and_gradient_of_the_paper_with_its_weight_held_constant() -> None:
-    box_deltas = torch.tensor([[[0.3, -0.5, 2.0, -1.0], [0.1, 0.2, 0.3, 0.4]]], dtype=torch.float64, requires_grad=True)
-    gt_boxes, anchors, coder = SHIFTED.double(), ANCHORS.double(), DeltaBoxCoder()
-    (gradient,) = torch.autograd.grad(CIoULoss()(box_deltas, gt_boxes, anchors, coder, ANCHOR_0_ALONE), box_deltas)
+    box_outputs = torch.tensor([[[0.3, -0.5, 2.0, -1.0], [0.1, 0.2, 0.3, 0.4]]], dtype=torch.float64).requires_grad_()
+    gt_boxes, anchors, coder = SHIFTED.double(), ANCHORS._replace(boxes=ANCHORS.boxes.double()), DeltaBoxCoder()
+    (gradient,) = torch.autograd.grad(CIoULoss()(box_outputs, gt_boxes, anchors, coder, ANCHOR_0_ALONE), box_outputs)
 
-    box, (left, top, right, bottom) = coder.decode(box_deltas, anchors)[0, 0], gt_boxes[0, 0]
+    box, (left, top, right, bottom) = coder.decode(box_outputs, anchors)[0, 0], gt_boxes[0, 0]
     width, height = box[2] - box[0], box[3] - box[1]
     shared = (box[2].minimum(right) - box[0].maximum(left)) * (box[3].minimum(bottom) - box[1].maximum(top))
     iou = shared / (width * height + (right - left) * (bottom - top) - shared)
@@ -128,18 +127,18 @@ def test_ciou_of_another_aspect_ratio_has_the_value_and_gradient_of_the_paper_wi
     weight = (v / (1 - iou + v)).detach()
     expected = 1 - iou + distance / diagonal + weight * v
     assert v > 0.01
-    assert_close(CIoULoss()(box_deltas, gt_boxes, anchors, coder, ANCHOR_0_ALONE), expected)
-    assert_close(gradient, torch.autograd.grad(expected, box_deltas)[0])
+    assert_close(CIoULoss()(box_outputs, gt_boxes, anchors, coder, ANCHOR_0_ALONE), expected)
+    assert_close(gradient, torch.autograd.grad(expected, box_outputs)[0])
 
 
 @pytest.mark.parametrize("loss", [L1Loss(), GIoULoss(), DIoULoss(), CIoULoss()])
 @pytest.mark.parametrize("size", [100.0, -100.0])
 def test_extreme_deltas_and_empty_boxes_give_finite_values_and_gradients(loss, size) -> None:
-    box_deltas = torch.full((1, 2, 4), size, requires_grad=True)
-    total = loss(box_deltas, SHIFTED, ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE)
+    box_outputs = torch.full((1, 2, 4), size, requires_grad=True)
+    total = loss(box_outputs, SHIFTED, ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE)
     total.backward()
     assert total.isfinite()
-    assert box_deltas.grad.isfinite().all()
+    assert box_outputs.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("loss", [GIoULoss(), DIoULoss(), CIoULoss()])
@@ -147,15 +146,15 @@ def test_extreme_deltas_and_empty_boxes_give_finite_values_and_gradients(loss, s
 def test_a_flat_box_far_away_gives_finite_values_and_gradients(loss, shift) -> None:
     # Of the size of float16's largest numbers and more: there the edges of a box of e^-100 px are one number.
     for flat in ([-500.0, -500.0], [1.0, -500.0], [-500.0, 1.0]):
-        box_deltas = torch.tensor([[[shift, shift, *flat], [0.0, 0.0, 0.0, 0.0]]], requires_grad=True)
-        total = loss(box_deltas, SHIFTED, ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE)
+        box_outputs = torch.tensor([[[shift, shift, *flat], [0.0, 0.0, 0.0, 0.0]]], requires_grad=True)
+        total = loss(box_outputs, SHIFTED, ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE)
         total.backward()
         assert total.isfinite()
-        assert box_deltas.grad.isfinite().all()
+        assert box_outputs.grad.isfinite().all()
 
 
 def test_l1_is_smooth_l1_without_its_bend() -> None:
     gt_boxes = torch.tensor([[[40.0, 30.0, 60.0, 70.0], [6.0, 6.0, 14.0, 14.0]]])
-    box_deltas = torch.tensor([[[0.5, -0.25, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]]])
-    total = L1Loss()(box_deltas, gt_boxes, ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE)
+    box_outputs = torch.tensor([[[0.5, -0.25, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]]])
+    total = L1Loss()(box_outputs, gt_boxes, ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE)
     assert_close(total, torch.tensor(2.75))

@@ -52,7 +52,7 @@ def test_every_anchor_gets_logits_and_deltas(detector_class, anchors, num_anchor
         predictions = detector(torch.zeros(2, 3, side, side, dtype=torch.uint8))
     assert isinstance(detector, Detector)
     assert predictions.class_logits.shape == (2, num_anchors, loss.num_logits(7))
-    assert predictions.box_deltas.shape == (2, num_anchors, 4)
+    assert predictions.box_outputs.shape == (2, num_anchors, 4)
     assert predictions.anchors.boxes.shape == (num_anchors, 4)
     assert predictions.anchors.strides.shape == (num_anchors,)
 
@@ -86,15 +86,15 @@ def test_cells_of_the_head_are_in_the_order_of_the_anchors() -> None:
             conv.bias.zero_()
         detector.box_head.levels[0].weight[:, 0, 1, 1] = 1.0  # pass the cell's own first channel on
         deltas = detector.box_head([features, *others])[0]
-    lit = detector.anchor_boxes[deltas[:, 0] == 1]
+    lit = detector.anchor_grid([(20, 20), (10, 10), (5, 5), (3, 3), (1, 1)]).boxes[deltas[:, 0] == 1]
     assert lit[:, :2].tolist() == [[7.5 * 8, 3.5 * 8]] * 4
 
 
 def test_uint8_images_are_normalised_on_the_way_in() -> None:
     detector = SSD160(num_classes=1)
     grey = torch.tensor([123, 117, 104], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 160, 160)
-    assert detector.normalise(grey).abs().max() < 1e-3 / 64 * 2
-    white = detector.normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+    assert detector.backbone.normalise(grey).abs().max() < 1e-3 / 64 * 2
+    white = detector.backbone.normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
     assert_close(white[0, :, 0, 0], torch.tensor([132.0, 138.0, 151.0]) / 64, atol=1e-4, rtol=0)
 
 
@@ -103,7 +103,7 @@ def test_first_classification_loss_is_what_the_prior_makes_it() -> None:
     with torch.no_grad():
         for conv in detector.class_head.levels:
             conv.weight.zero_()
-        losses = detector.loss(detector(images_of(2)), no_objects(2))
+        losses = detector.loss(detector(images_of(2)), no_objects(2)).terms
     # 2 * 2390 anchors * 6 classes, all negative: 0.75 * 0.01^2 * -ln(0.99); divided by max(0, 1) positives
     assert_close(losses["classification"], torch.tensor(2 * 2390 * 6 * 0.75e-4 * -math.log(0.99)), atol=0, rtol=1e-3)
     assert losses["box"] == 0
@@ -111,7 +111,7 @@ def test_first_classification_loss_is_what_the_prior_makes_it() -> None:
 
 def test_first_classification_loss_with_its_noise_is_about_the_same() -> None:
     detector = SSD160(num_classes=6)
-    losses = detector.loss(detector(images_of(2)), no_objects(2))
+    losses = detector.loss(detector(images_of(2)), no_objects(2)).terms
     expected = 2 * 2390 * 6 * 0.75e-4 * -math.log(0.99)
     assert 0.5 * expected < float(losses["classification"].detach()) < 5 * expected
 
@@ -126,7 +126,7 @@ def test_loss_is_divided_by_the_number_of_positives() -> None:
     targets.labels[0, 0] = 1
     num_positives = int((detector.matcher(targets, predictions.anchors) >= 0).sum())
     assert num_positives > 1
-    losses = detector.loss(predictions, targets)
+    losses = detector.loss(predictions, targets).terms
     labels = torch.where(detector.matcher(targets, predictions.anchors) >= 0, 1, -1)
     expected = detector.classification_loss(predictions.class_logits, labels) / num_positives
     assert_close(losses["classification"], expected)
@@ -136,7 +136,7 @@ def test_loss_is_divided_by_the_number_of_positives() -> None:
 @pytest.mark.parametrize("loss", [SigmoidFocalLoss(), MinedCrossEntropy()])
 def test_a_batch_without_objects_has_a_finite_loss_that_teaches_the_classifier(loss, num_rows) -> None:
     detector = SSD160(num_classes=1, classification_loss=loss)
-    losses = detector.loss(detector(images_of(2)), no_objects(2, num_rows))
+    losses = detector.loss(detector(images_of(2)), no_objects(2, num_rows)).terms
     (losses["classification"] + losses["box"]).backward()
     assert losses["classification"] > 0
     assert losses["box"] == 0
@@ -147,7 +147,7 @@ def test_a_batch_without_objects_has_a_finite_loss_that_teaches_the_classifier(l
 def test_padding_does_not_change_the_loss() -> None:
     detector = SSD160(num_classes=3)
     predictions = detector(images_of(2))
-    short, long = (detector.loss(predictions, two_objects(2, num_rows)) for num_rows in (2, 32))
+    short, long = (detector.loss(predictions, two_objects(2, num_rows)).terms for num_rows in (2, 32))
     assert_close(short["classification"], long["classification"])
     assert_close(short["box"], long["box"])
 
@@ -158,8 +158,8 @@ def test_a_crowd_takes_its_anchors_out_of_the_loss() -> None:
     crowd = no_objects(1)
     crowd.boxes[0, 0] = torch.tensor([-200.0, -200.0, 400.0, 400.0])  # beyond the image: anchors are, too
     crowd.labels[0, 0] = IGNORE
-    assert detector.loss(predictions, crowd)["classification"] == 0
-    assert detector.loss(predictions, crowd)["box"] == 0
+    assert detector.loss(predictions, crowd).terms["classification"] == 0
+    assert detector.loss(predictions, crowd).terms["box"] == 0
 
 
 def test_bfloat16_autocast_gives_float32_predictions_and_losses() -> None:
@@ -167,9 +167,9 @@ def test_bfloat16_autocast_gives_float32_predictions_and_losses() -> None:
     images = images_of(2).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         predictions = detector(images)
-        losses = detector.loss(predictions, two_objects(2))
+        losses = detector.loss(predictions, two_objects(2)).terms
         detections = detector.detect(predictions)
-    assert predictions.class_logits.dtype == predictions.box_deltas.dtype == torch.float32
+    assert predictions.class_logits.dtype == predictions.box_outputs.dtype == torch.float32
     assert losses["classification"].dtype == losses["box"].dtype == torch.float32
     assert detections.boxes.dtype == torch.float32
     (losses["classification"] + losses["box"]).backward()
@@ -182,7 +182,7 @@ def test_few_steps_lower_the_loss() -> None:
     optimizer = torch.optim.Adam(detector.parameters(), lr=1e-3)
     totals = []
     for _ in range(6):
-        losses = detector.loss(detector(images), targets)
+        losses = detector.loss(detector(images), targets).terms
         total = losses["classification"] + losses["box"]
         optimizer.zero_grad()
         total.backward()
@@ -222,37 +222,37 @@ def test_the_number_of_positives_is_returned_and_nothing_is_none() -> None:
     detector = SSD160(num_classes=3)
     predictions = detector(images_of(2))
     losses = detector.loss(predictions, two_objects(2))
-    assert losses["num_positives"] == (detector.matcher(two_objects(2), predictions.anchors) >= 0).sum() > 0
-    assert detector.loss(predictions, no_objects(2))["num_positives"] == 0
+    assert losses.num_positives == (detector.matcher(two_objects(2), predictions.anchors) >= 0).sum() > 0
+    assert detector.loss(predictions, no_objects(2)).num_positives == 0
 
 
 def test_positives_are_averaged_over_processes_in_training_only(monkeypatch) -> None:
     detector = SSD160(num_classes=3)
     predictions, targets = detector(images_of(1)), two_objects(1)
     num_positives = int((detector.matcher(targets, predictions.anchors) >= 0).sum())
-    alone = detector.loss(predictions, targets)
+    alone = detector.loss(predictions, targets).terms
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda count: count.mul_(4))  # the other process has three times as many
-    together = detector.loss(predictions, targets)
+    together = detector.loss(predictions, targets).terms
     assert_close(together["box"] * (2 * num_positives), alone["box"] * num_positives)
 
     monkeypatch.setattr(dist, "all_reduce", lambda count: pytest.fail("a collective call in validation may hang"))
     with torch.no_grad():
-        assert_close(detector.loss(detector.eval()(images_of(1)), targets)["box"].isfinite(), torch.tensor(True))
+        assert_close(detector.loss(detector.eval()(images_of(1)), targets).terms["box"].isfinite(), torch.tensor(True))
 
 
 def test_loss_compiles_without_a_graph_break() -> None:
     detector = SSD160(num_classes=3)
     predictions, targets = detector(images_of(2)), two_objects(2)
 
-    def total(class_logits, box_deltas, boxes, labels):
-        outputs = Predictions(class_logits, box_deltas, predictions.anchors)
-        losses = detector.loss(outputs, Targets(boxes, labels))
+    def total(class_logits, box_outputs, boxes, labels):
+        outputs = Predictions(class_logits, box_outputs, predictions.anchors)
+        losses = detector.loss(outputs, Targets(boxes, labels)).terms
         return losses["classification"] + losses["box"]
 
-    arguments = (predictions.class_logits.detach(), predictions.box_deltas.detach(), *targets)
+    arguments = (predictions.class_logits.detach(), predictions.box_outputs.detach(), *targets)
     arguments[0].requires_grad_()
     compiled = torch.compile(total, fullgraph=True, backend="eager")
     assert_close(compiled(*arguments), total(*arguments))
@@ -266,12 +266,12 @@ def test_compiling_the_detector_compiles_its_network_and_its_classification_loss
         return graph.forward
 
     images, targets = images_of(2), two_objects(2)
-    expected = detector.eval().loss(detector(images), targets)
+    expected = detector.eval().loss(detector(images), targets).terms
     names = list(detector.state_dict())
     detector.compile(backend=backend, fullgraph=True)
     predictions = detector(images)
     assert len(graphs) == 1
-    losses = detector.loss(predictions, targets)
+    losses = detector.loss(predictions, targets).terms
     assert len(graphs) == 2
     assert_close(losses, expected)
     assert list(detector.state_dict()) == names
@@ -280,16 +280,16 @@ def test_compiling_the_detector_compiles_its_network_and_its_classification_loss
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_classes": 0}, "num_classes is 0"),
-        ({"anchors": "kitti"}, "anchors is 'kitti'"),
-        ({"prior": 0.0}, "prior is 0.0"),
-        ({"prior": 1.0}, "prior is 1.0"),
+        ({"num_classes": 0}, "num_classes must be >= 1, got 0"),
+        ({"anchors": "kitti"}, "anchors must be one of voc, coco, got 'kitti'"),
+        ({"prior": 0.0}, "got 0.0"),
+        ({"prior": 1.0}, "got 1.0"),
         ({"positive_iou": 0.4}, "negative_iou"),
-        ({"score_threshold": 1.0}, "score_threshold is 1.0"),
-        ({"score_threshold": float("nan")}, "score_threshold is nan"),
-        ({"nms_threshold": -0.1}, "nms_threshold is -0.1"),
-        ({"candidates_per_class": 0}, "candidates_per_class is 0"),
-        ({"max_detections": 0}, "max_detections is 0"),
+        ({"score_threshold": 1.0}, "score_threshold must be .*got 1.0"),
+        ({"score_threshold": float("nan")}, "got nan"),
+        ({"nms_threshold": -0.1}, "got -0.1"),
+        ({"candidates_per_class": 0}, "candidates_per_class must be >= 1, got 0"),
+        ({"max_detections": 0}, "max_detections must be >= 1, got 0"),
         ({"backbone_weights": "IMAGENET1K_FEATURES"}, "backbone_weights is IMAGENET1K_FEATURES"),
         ({"pretrained": "torchvision_coco"}, "pretrained is torchvision_coco"),
     ],
@@ -300,7 +300,7 @@ def test_arguments_out_of_range_are_refused(changes, message) -> None:
 
 
 def test_images_of_another_size_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"\(300, 300\); this detector takes 160 x 160"):
+    with pytest.raises(ConfigError, match=r"must be \(160, 160\), got \(300, 300\)"):
         SSD160(num_classes=3)(images_of(1, image_size=300))
 
 

@@ -63,7 +63,7 @@ def test_every_classification_loss_goes_down_from_scratch(loss, dtype) -> None:
     images, targets, totals = images_of(), one_object(), []
     for _ in range(6):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            losses = detector.loss(detector(images), targets)
+            losses = detector.loss(detector(images), targets).terms
         total = losses["classification"] + losses["box"]
         optimizer.zero_grad()
         total.backward()
@@ -80,7 +80,7 @@ def test_every_box_loss_goes_down(loss) -> None:
     optimizer = torch.optim.SGD(detector.box_head.parameters(), lr=1e-3)
     images, targets, totals = images_of(), one_object(), []
     for _ in range(4):
-        total = detector.loss(detector(images), targets)["box"]
+        total = detector.loss(detector(images), targets).terms["box"]
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -100,11 +100,11 @@ def test_quality_is_the_iou_of_the_predicted_box_at_positives() -> None:
     detector = SSD160(num_classes=3, classification_loss=Recorder()).eval()
     targets = one_object(1)
     predictions = detector(images_of(1))
-    perfect = detector.box_coder.encode(targets.boxes[:, :1], predictions.anchors.boxes)  # of every anchor
+    perfect = detector.box_coder.encode(targets.boxes[:, :1], predictions.anchors)  # of every anchor
     shifted = perfect + torch.tensor([0.0, 0.0, 5 * torch.log(torch.tensor(2.0)).item(), 0.0])  # twice as wide
-    detector.loss(predictions._replace(box_deltas=perfect), targets)
+    detector.loss(predictions._replace(box_outputs=perfect), targets)
     assert_close(detector.classification_loss.box_quality[detector.classification_loss.labels >= 0].min().item(), 1.0)
-    detector.loss(predictions._replace(box_deltas=shifted), targets)
+    detector.loss(predictions._replace(box_outputs=shifted), targets)
     quality, labels = detector.classification_loss.box_quality, detector.classification_loss.labels
     assert_close(quality[labels >= 0], torch.full_like(quality[labels >= 0], 0.5))
     assert (quality[labels < 0] == 0).all()
@@ -113,11 +113,11 @@ def test_quality_is_the_iou_of_the_predicted_box_at_positives() -> None:
 def test_class_counts_reach_the_weights() -> None:
     loss = SigmoidFocalLoss(class_weights=EffectiveNumberWeights())
     detector = SSD160(num_classes=3, classification_loss=loss)
-    detector.use_class_counts(torch.tensor([1000, 10, 10]))
+    detector.set_class_counts(torch.tensor([1000, 10, 10]))
     assert loss.class_weights.values[1] > loss.class_weights.values[0]
-    SSD160(num_classes=3).use_class_counts(torch.tensor([1, 1, 1]))  # a loss without weights does not mind
+    SSD160(num_classes=3).set_class_counts(torch.tensor([1, 1, 1]))  # a loss without weights does not mind
     with pytest.raises(ConfigError, match="2 numbers, but the data has 3 classes"):
-        SSD160(3, SigmoidFocalLoss(class_weights=[1.0, 2.0])).use_class_counts(torch.tensor([1, 1, 1]))
+        SSD160(3, SigmoidFocalLoss(class_weights=[1.0, 2.0])).set_class_counts(torch.tensor([1, 1, 1]))
 
 
 def test_running_normaliser_divides_by_the_mean_of_the_batches() -> None:
@@ -131,7 +131,7 @@ def test_running_normaliser_divides_by_the_mean_of_the_batches() -> None:
     detector.loss(predictions, nothing)
     assert_close(detector.normaliser.running_mean, (num_positives + 1) / 2)
     again = detector.loss(predictions, targets)
-    assert_close(again["box"] / first["box"], num_positives / detector.normaliser.running_mean)
+    assert_close(again.terms["box"] / first.terms["box"], num_positives / detector.normaliser.running_mean)
 
 
 def test_one_seed_gives_all_but_the_class_head_the_same_weights_for_any_loss() -> None:

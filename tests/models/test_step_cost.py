@@ -68,8 +68,8 @@ def count(loss, batch_size: int) -> OperationCounter:
     box_deltas = torch.randn(batch_size, 2390, 4, requires_grad=True)
     anchors = detector.eval()(images[:1]).anchors
     with OperationCounter() as counter:
-        detector.normalise(images)
-        losses = detector.loss(Predictions(class_logits, box_deltas, anchors), targets)
+        detector.backbone.normalise(images)
+        losses = detector.loss(Predictions(class_logits, box_deltas, anchors), targets).terms
         (losses["classification"] + losses["box"]).backward()
     return counter
 

@@ -24,7 +24,7 @@ from tiny_training import TinyDetector, tiny_batch
 
 import onestage
 from onestage.data.shapes import SHAPE_NAMES, draw_shapes
-from onestage.models.ssd import ExtraLayer
+from onestage.models.heads import ExtraLayer
 from onestage.models.vgg import VGG
 from onestage.reliability.checkpoint_files import read_checkpoint
 
@@ -54,7 +54,7 @@ def answer(checkpoint: Path) -> list[float]:
     detector.load_state_dict(own)
     with torch.no_grad():
         predictions = detector(tiny_batch([0]).images)
-    return [*predictions.class_logits[0, 0].tolist(), *predictions.box_deltas[0, 0].tolist()]
+    return [*predictions.class_logits[0, 0].tolist(), *predictions.box_outputs[0, 0].tolist()]
 
 
 def final_loss(runs: Path) -> float:

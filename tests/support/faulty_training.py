@@ -16,7 +16,7 @@ from onestage.reliability.non_finite import NonFiniteGuard
 from onestage.training.module import DetectionModule
 from onestage.training.schedule import WarmupSchedule
 from onestage.training.trainer import DetectionTrainer
-from onestage.types import AnnotationSet, Batch, Detector, Predictions, Targets
+from onestage.types import AnnotationSet, Batch, Detector, Losses, Predictions, Targets
 
 NUM_IMAGES = 24
 BATCH_SIZE = 2
@@ -45,7 +45,7 @@ class FaultyDetector(Detector):
     def loss(self, predictions, targets):
         fault = self.faults.get(self.num_calls, "")
         self.num_calls += 1
-        logits, deltas = predictions.class_logits, predictions.box_deltas
+        logits, deltas = predictions.class_logits, predictions.box_outputs
         if fault == "inf gradient":
             logits.register_hook(lambda gradient: gradient * torch.inf)
         classification = F.softplus(logits).mean()
@@ -57,9 +57,9 @@ class FaultyDetector(Detector):
             with torch.no_grad():
                 self.box_head.bias[0] = torch.nan
         self.running_loss.mul_(0.9).add_(0.1 * classification.detach())
-        return {"classification": classification, "box": deltas.square().mean()}
+        return Losses({"classification": classification, "box": deltas.square().mean()}, torch.tensor(1))
 
-    def detect(self, predictions):
+    def detect(self, predictions, content_sizes=None):
         raise NotImplementedError
 
 
@@ -67,6 +67,7 @@ class TinyData(pl.LightningDataModule):
     """Batches of two images of noise. Image i has the id 100 + i and one box of 2 + i / 10 by 3 px."""
 
     image_size = 8
+    canvases = ((8, 8),)
     num_classes = 1
     class_names: ClassVar = ["thing"]
     category_ids: ClassVar = [1]
@@ -100,7 +101,8 @@ def tiny_batch(indices: torch.Tensor) -> Batch:
     boxes[:, 0, 2], boxes[:, 0, 3] = 2 + indices / 10, 3.0
     labels = torch.full((len(indices), 16), -1)
     labels[:, 0] = 0
-    return Batch(images, Targets(boxes, labels), indices, torch.full((len(indices), 2), 8))
+    sizes, placements = torch.full((len(indices), 2), 8), torch.tensor([[1.0, 1.0, 0.0, 0.0]] * len(indices))
+    return Batch(images, Targets(boxes, labels), indices, sizes, placements)
 
 
 def train(
@@ -128,7 +130,7 @@ class FailsInSecondProcess(FaultyDetector):
     def loss(self, predictions, targets):
         losses = super().loss(predictions, targets)
         if self.num_calls == 2 and torch.distributed.get_rank() == 1:
-            losses["box"] = losses["box"] + torch.tensor(torch.nan)  # a constant: gradients stay finite
+            losses.terms["box"] = losses.terms["box"] + torch.tensor(torch.nan)  # a constant: gradients stay finite
         return losses
 
 

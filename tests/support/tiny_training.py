@@ -6,16 +6,12 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from onestage.boxes.anchors import AnchorLevel
-from onestage.models.ssd import SSD, ExtraLayer
+from onestage.models.heads import ExtraLayer
+from onestage.models.ssd import SSD, ssd_levels
 from onestage.models.vgg import VGG
 from onestage.types import Batch, Targets
 
-LEVELS = (
-    AnchorLevel(side=8, stride=8, size=12, next_size=20, aspect_ratios=(2,)),
-    AnchorLevel(side=4, stride=16, size=20, next_size=36, aspect_ratios=(2,)),
-    AnchorLevel(side=2, stride=32, size=36, next_size=56, aspect_ratios=(2,)),
-)
+LEVELS = ssd_levels((8, 16, 32), (12, 20, 36, 56), ((2,), (2,), (2,)))
 
 
 class TinyDetector(SSD):
@@ -44,8 +40,8 @@ def tiny_batch(indices: list[int]) -> Batch:
         images[row, index % 3, y : y + 24, x : x + 20] = 255
         boxes[row, 0] = torch.tensor([x, y, x + 20, y + 24])
         labels[row, 0] = index % 2
-    sizes = torch.full((len(indices), 2), 64)
-    return Batch(images, Targets(boxes, labels), torch.tensor(indices), sizes)
+    sizes, placements = torch.full((len(indices), 2), 64), torch.tensor([[1.0, 1.0, 0.0, 0.0]] * len(indices))
+    return Batch(images, Targets(boxes, labels), torch.tensor(indices), sizes, placements)
 
 
 def _noise(index: int) -> torch.Tensor:
@@ -57,6 +53,7 @@ class TinyData(pl.LightningDataModule):
     """`num_images` training images in their order, in batches that need no loader."""
 
     image_size = 64
+    canvases = ((64, 64),)
     num_classes = 2
     class_names: ClassVar = ["even", "odd"]
     category_ids: ClassVar = [1, 2]

@@ -45,11 +45,11 @@ def test_the_loss_of_some_images_is_the_same_in_any_batches(sizes: list[int], la
         labels_of_object,
     )  # of four images, at most one has one
     with torch.no_grad():
-        whole = detector.loss(detector(images), Targets(boxes, labels))["classification"]
+        whole = detector.loss(detector(images), Targets(boxes, labels)).terms["classification"]
         mean = MeanPerPositive()
         for rows in torch.arange(4).split(sizes):
-            terms = detector.loss(detector(images[rows]), Targets(boxes[rows], labels[rows]))
-            mean.update(terms["classification"], terms["num_positives"])
+            losses = detector.loss(detector(images[rows]), Targets(boxes[rows], labels[rows]))
+            mean.update(losses.terms["classification"], losses.num_positives)
     torch.testing.assert_close(mean.compute(), whole, rtol=1e-5, atol=0)
 
 

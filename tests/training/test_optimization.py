@@ -178,7 +178,7 @@ def test_accumulated_batches_are_each_divided_by_their_own_positives(tmp_path) -
     def gradient(indices: list[int]) -> torch.Tensor:
         module.zero_grad()
         batch = tiny_batch(indices)
-        module.detector.loss(module.detector(batch.images), batch.targets)["box"].backward()
+        module.detector.loss(module.detector(batch.images), batch.targets).terms["box"].backward()
         return module.detector.box_head.get_parameter("levels.0.bias").grad.clone()
 
     together = gradient([few, many])

@@ -1,117 +1,96 @@
-"""SSD's default boxes: the tables of the paper and of its Caffe code, and their tiling over the feature maps."""
+"""Anchor shapes and the grid that places them over feature maps."""
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from onestage.errors import require
 from onestage.types import Anchors
 
 
-class AnchorLevel(NamedTuple):
-    """The default boxes tiled over one feature map (SSD section 2.2). Lengths in network-input pixels."""
+class AnchorShapes(NamedTuple):
+    """The anchors of every cell of one feature map, in network-input pixels."""
 
-    side: int  # the feature map has side x side cells
-    stride: int  # between neighbouring anchor centres
-    size: float  # s_k, side of the square anchor
-    next_size: float  # s_(k+1); a second square has side sqrt(s_k * s_(k+1))
-    aspect_ratios: tuple[float, ...]  # each r adds r:1 and 1:r
-
-    @property
-    def anchors_per_cell(self) -> int:
-        """Return 2 squares and, for each aspect ratio, a wide and a tall box."""
-        return 2 + 2 * len(self.aspect_ratios)
+    stride: float  # distance of neighbouring cells, px
+    shapes: tuple[tuple[float, float], ...]  # (width, height) of each anchor of a cell, px
+    offset: float = 0.5  # of the anchor centre within its cell, in [0, 1]
 
 
-# Sizes of the 300 and 512 px tables: the Caffe code of the paper (examples/ssd/ssd_{pascal,coco}*.py) spaces s_k
-# evenly from s_min (VOC 0.20 at 300, 0.15 at 512; COCO 0.15, 0.10) to 0.90 of the image in whole percent, goes one
-# step beyond for the last next_size, and gives conv4_3 a size of its own below s_min.
-SSD300_VOC = (
-    AnchorLevel(side=38, stride=8, size=30, next_size=60, aspect_ratios=(2,)),  # conv4_3
-    AnchorLevel(side=19, stride=16, size=60, next_size=111, aspect_ratios=(2, 3)),  # fc7
-    AnchorLevel(side=10, stride=32, size=111, next_size=162, aspect_ratios=(2, 3)),
-    AnchorLevel(side=5, stride=64, size=162, next_size=213, aspect_ratios=(2, 3)),
-    AnchorLevel(side=3, stride=100, size=213, next_size=264, aspect_ratios=(2,)),
-    AnchorLevel(side=1, stride=300, size=264, next_size=315, aspect_ratios=(2,)),
-)
-SSD300_COCO = (
-    AnchorLevel(side=38, stride=8, size=21, next_size=45, aspect_ratios=(2,)),
-    AnchorLevel(side=19, stride=16, size=45, next_size=99, aspect_ratios=(2, 3)),
-    AnchorLevel(side=10, stride=32, size=99, next_size=153, aspect_ratios=(2, 3)),
-    AnchorLevel(side=5, stride=64, size=153, next_size=207, aspect_ratios=(2, 3)),
-    AnchorLevel(side=3, stride=100, size=207, next_size=261, aspect_ratios=(2,)),
-    AnchorLevel(side=1, stride=300, size=261, next_size=315, aspect_ratios=(2,)),
-)
-SSD512_VOC = (
-    AnchorLevel(side=64, stride=8, size=35.84, next_size=76.8, aspect_ratios=(2,)),
-    AnchorLevel(side=32, stride=16, size=76.8, next_size=153.6, aspect_ratios=(2, 3)),
-    AnchorLevel(side=16, stride=32, size=153.6, next_size=230.4, aspect_ratios=(2, 3)),
-    AnchorLevel(side=8, stride=64, size=230.4, next_size=307.2, aspect_ratios=(2, 3)),
-    AnchorLevel(side=4, stride=128, size=307.2, next_size=384.0, aspect_ratios=(2, 3)),
-    AnchorLevel(side=2, stride=256, size=384.0, next_size=460.8, aspect_ratios=(2,)),
-    AnchorLevel(side=1, stride=512, size=460.8, next_size=537.6, aspect_ratios=(2,)),
-)
-SSD512_COCO = (
-    AnchorLevel(side=64, stride=8, size=20.48, next_size=51.2, aspect_ratios=(2,)),
-    AnchorLevel(side=32, stride=16, size=51.2, next_size=133.12, aspect_ratios=(2, 3)),
-    AnchorLevel(side=16, stride=32, size=133.12, next_size=215.04, aspect_ratios=(2, 3)),
-    AnchorLevel(side=8, stride=64, size=215.04, next_size=296.96, aspect_ratios=(2, 3)),
-    AnchorLevel(side=4, stride=128, size=296.96, next_size=378.88, aspect_ratios=(2, 3)),
-    AnchorLevel(side=2, stride=256, size=378.88, next_size=460.8, aspect_ratios=(2,)),
-    AnchorLevel(side=1, stride=512, size=460.8, next_size=542.72, aspect_ratios=(2,)),
-)
-SSD160 = (  # ours, by the same rule with s_min 0.20 and 0.10 below it
-    AnchorLevel(side=20, stride=8, size=16, next_size=32, aspect_ratios=(2,)),
-    AnchorLevel(side=10, stride=16, size=32, next_size=68.8, aspect_ratios=(2, 3)),
-    AnchorLevel(side=5, stride=32, size=68.8, next_size=105.6, aspect_ratios=(2, 3)),
-    AnchorLevel(side=3, stride=53, size=105.6, next_size=142.4, aspect_ratios=(2,)),
-    AnchorLevel(side=1, stride=160, size=142.4, next_size=179.2, aspect_ratios=(2,)),
-)
+def ssd_shapes(size: float, next_size: float, aspect_ratios: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    """Return the (width, height) of a cell's anchors: two squares, then r:1 and 1:r of each aspect ratio.
 
-
-def anchors_of_cell(level: AnchorLevel) -> list[tuple[float, float]]:
-    """Return the (width, height) of a cell's anchors: s_k, sqrt(s_k s_(k+1)), then r:1 and 1:r of each ratio.
-
-    The order is torchvision's, so that its SSD heads load without a permutation.
-    """
-    geometric_mean = math.sqrt(level.size * level.next_size)
-    anchors = [(level.size, level.size), (geometric_mean, geometric_mean)]
-    for ratio in level.aspect_ratios:
-        long, short = level.size * math.sqrt(ratio), level.size / math.sqrt(ratio)
-        anchors += [(long, short), (short, long)]
-    return anchors
-
-
-def _tile(level: AnchorLevel, image_size: int) -> Tensor:
-    """Return the anchors of one level, cxcywh px, [side * side * anchors_per_cell, 4]: rows, columns, anchors."""
-    centres = (torch.arange(level.side, dtype=torch.float32) + 0.5) * level.stride
-    sizes = torch.tensor(anchors_of_cell(level)).clamp(max=image_size)  # [n, 2]
-    grid = (level.side, level.side, level.anchors_per_cell, 1)
-    return torch.cat(
-        [
-            centres.view(1, -1, 1, 1).expand(grid),
-            centres.view(-1, 1, 1, 1).expand(grid),
-            sizes.expand(level.side, level.side, -1, -1),
-        ],
-        dim=-1,
-    ).view(-1, 4)
-
-
-def make_anchors(levels: Sequence[AnchorLevel], image_size: int) -> Anchors:
-    """Tile the default boxes of all levels over a square image. SSD section 2.2 (arXiv:1512.02325).
-
-    Widths and heights are cut to the image's side: no object is larger, so the cut box overlaps the largest objects
-    better. torchvision does so too; the paper's Caffe code does not. It concerns two of SSD300's anchors.
+    SSD section 2.2 (arXiv:1512.02325); the order is torchvision's, so that its heads load without a permutation.
 
     Args:
-        levels: one row of a table above for each feature map, finest first.
-        image_size: side of the network input, px.
-
-    Returns:
-        Boxes [A, 4] cxcywh, px, and the stride of each, [A]: level, row, column, anchor of the cell, last fastest.
+        size: s_k, side of the first square, px.
+        next_size: s_(k+1); the second square has side sqrt(s_k s_(k+1)).
+        aspect_ratios: each > 0.
     """
-    boxes = torch.cat([_tile(level, image_size) for level in levels])
-    strides = [torch.full((level.side**2 * level.anchors_per_cell,), float(level.stride)) for level in levels]
-    return Anchors(boxes, torch.cat(strides))
+    geometric_mean = math.sqrt(size * next_size)
+    shapes = [(float(size), float(size)), (geometric_mean, geometric_mean)]
+    for ratio in aspect_ratios:
+        long, short = size * math.sqrt(ratio), size / math.sqrt(ratio)
+        shapes += [(long, short), (short, long)]
+    return tuple(shapes)
+
+
+class AnchorGrid(nn.Module):
+    """Anchors of feature maps of any size, cached by the sizes of the maps.
+
+    Args:
+        levels: shapes of each feature map, finest first.
+        max_side: upper limit of widths and heights, px; None: no limit. torchvision's SSD limits them to the image's
+            side, because no object is larger; the Caffe code of the paper does not.
+
+    Raises:
+        ConfigError: a stride, width or height is not > 0, or a level has no shape.
+    """
+
+    shapes: Tensor  # [sum of anchors per cell, 2] (width, height), px
+
+    def __init__(self, levels: Sequence[AnchorShapes], max_side: float | None = None) -> None:
+        super().__init__()
+        limit = math.inf if max_side is None else max_side
+        for level in levels:
+            lengths = [level.stride, *(side for shape in level.shapes for side in shape)]
+            is_valid = len(level.shapes) > 0 and all(0 < length < math.inf for length in lengths)
+            require(is_valid, "anchors", level, "a stride > 0 and at least one (width, height) > 0, px")
+        self.levels = tuple(
+            AnchorShapes(
+                float(level.stride),
+                tuple((min(float(w), limit), min(float(h), limit)) for w, h in level.shapes),
+                float(level.offset),
+            )
+            for level in levels
+        )
+        shapes = torch.tensor([shape for level in self.levels for shape in level.shapes])
+        self.register_buffer("shapes", shapes, persistent=False)
+        self._cache: dict[object, Anchors] = {}
+
+    def forward(self, grids: Sequence[tuple[int, int]]) -> Anchors:
+        """Return the anchors of feature maps with these (rows, columns), one pair per level, on the module's device."""
+        if torch.compiler.is_compiling():  # constants of the graph; a cache would hold tensors of one compiled call
+            return self._place(grids)
+        key = (tuple(grids), self.shapes.device)
+        if key not in self._cache:
+            with torch.inference_mode(False):  # anchors that a validation step makes serve later training steps
+                self._cache[key] = self._place(grids)
+        return self._cache[key]
+
+    def _place(self, grids: Sequence[tuple[int, int]]) -> Anchors:
+        device = self.shapes.device
+        boxes, strides, level_sizes = [], [], []
+        all_shapes = self.shapes.float()
+        for level, (rows, columns) in zip(self.levels, grids, strict=True):
+            shapes, all_shapes = all_shapes[: len(level.shapes)], all_shapes[len(level.shapes) :]
+            y = (torch.arange(rows, dtype=torch.float32, device=device) + level.offset) * level.stride
+            x = (torch.arange(columns, dtype=torch.float32, device=device) + level.offset) * level.stride
+            size = (rows, columns, len(level.shapes), 1)
+            centres = [x.view(1, -1, 1, 1).expand(size), y.view(-1, 1, 1, 1).expand(size)]
+            boxes.append(torch.cat([*centres, shapes.expand(rows, columns, -1, -1)], dim=-1).view(-1, 4))
+            level_sizes.append(rows * columns * len(level.shapes))
+            strides.append(torch.full((level_sizes[-1],), level.stride, device=device))
+        return Anchors(torch.cat(boxes), torch.cat(strides), tuple(level_sizes))

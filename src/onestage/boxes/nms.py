@@ -1,6 +1,6 @@
-"""From decoded boxes and scores to the few detections of an image: threshold, top-k, non-maximum suppression."""
+"""From scores of anchors to the detections of an image: threshold, top-k, non-maximum suppression."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,15 +8,7 @@ from torchvision.ops import nms
 
 from onestage.types import PADDING, Detections
 
-_SHORTLIST_FACTOR = 5  # candidates in the shortlist per wanted detection
-
-
-class _Candidates(NamedTuple):
-    """Boxes of one image above the threshold, at most so many of a class: by falling score, then label, then anchor."""
-
-    scores: Tensor  # [N]
-    labels: Tensor  # [N] int64
-    anchors: Tensor  # [N] int64
+CANDIDATE_FACTOR = 10  # candidates of an image per wanted detection
 
 
 @torch.no_grad()
@@ -26,140 +18,97 @@ def select_detections(
     *,
     score_threshold: float,
     iou_threshold: float,
-    candidates_per_class: int,
     max_detections: int,
+    candidates_per_class: int | None = None,
+    candidates_per_level: int | None = None,
+    level_sizes: Sequence[int] = (),
 ) -> Detections:
-    """Keep the best boxes of each image, as SSD section 2.2 and with the same result as torchvision's SSD.
+    """Keep the best boxes of each image, ordered by score, then label, then anchor.
 
-    For each class the boxes scoring above the threshold, of these the best `candidates_per_class`, of these the ones
-    that no better one overlaps by more than `iou_threshold`; of all classes together the best `max_detections`. Equal
-    scores are ordered by label, then by anchor.
-
-    A lower score never suppresses a higher one, so a shortlist of the highest scores is suppressed first; the rest is
-    looked at only for images where fewer than `max_detections` of the shortlist survive.
+    Candidates are (anchor, class) pairs above the threshold: the best `candidates_per_level` of each level
+    (RetinaNet), or the best `CANDIDATE_FACTOR * max_detections` of all levels, of each class at most
+    `candidates_per_class` (SSD section 2.2). A candidate survives unless a better survivor of its class overlaps it by
+    more than `iou_threshold`. All shapes are fixed, so the function exports.
 
     Args:
         boxes: [B, A, 4] xyxy, px, clipped to the image.
-        scores: [B, A, K], 0..1.
-        score_threshold: 0..1.
-        iou_threshold: 0..1.
-        candidates_per_class: at least 1.
-        max_detections: D, at least 1.
+        scores: [B, A, K], in [0, 1].
+        score_threshold: lowest score, exclusive.
+        iou_threshold: highest IoU of two detections of a class, inclusive.
+        max_detections: D, >= 1.
+        candidates_per_class: None: no limit.
+        candidates_per_level: None: levels share one limit.
+        level_sizes: [L] number of anchors of each level; needed for `candidates_per_level`.
 
     Returns:
         Detections of D rows, padded with score 0 and label PADDING.
     """
-    detections = _padding(boxes, max_detections)
-    shortlists, is_complete = _shortlist(scores, score_threshold, candidates_per_class, max_detections)
-    for image, candidates in enumerate(shortlists):
-        kept = _suppress(boxes[image], candidates, iou_threshold, max_detections)
-        if len(kept.scores) < max_detections and not is_complete[image]:
-            candidates = _best_of_each_class(scores[image], score_threshold, candidates_per_class)
-            kept = _suppress(boxes[image], candidates, iou_threshold, max_detections)
-        rows = slice(len(kept.scores))
-        detections.boxes[image, rows] = boxes[image, kept.anchors].float()
-        detections.scores[image, rows], detections.labels[image, rows] = kept.scores, kept.labels
-    return detections
+    if candidates_per_level is None:
+        level_sizes, candidates_per_level = (scores.shape[1],), CANDIDATE_FACTOR * max_detections
+    best, anchors, labels = _best_pairs(scores, level_sizes, candidates_per_level)
+    is_candidate = best > score_threshold
+    if candidates_per_class is not None:
+        is_candidate &= _rank_in_class(labels) < candidates_per_class
+    boxes = boxes.gather(1, anchors[..., None].expand(-1, -1, 4))  # [B, N, 4]
+    is_kept = is_candidate & _survives(boxes, labels, is_candidate, iou_threshold)
 
-
-def rescale_boxes(boxes: Tensor, image_size: int, original_sizes: Tensor) -> Tensor:
-    """Undo the resize to a square.
-
-    Args:
-        boxes: [B, D, 4] xyxy in network-input pixels.
-        image_size: side of the network input, px.
-        original_sizes: [B, 2] (height, width) of each image as decoded, px.
-
-    Returns:
-        [B, D, 4] xyxy in original pixels.
-    """
-    factors = original_sizes.flip(-1).to(boxes.dtype) / image_size  # [B, 2] (x, y)
-    return boxes * factors.repeat(1, 2)[:, None]
-
-
-def _padding(boxes: Tensor, max_detections: int) -> Detections:
-    batch_size = len(boxes)
+    order = (~is_kept).to(torch.int8).sort(dim=1, stable=True).indices[:, :max_detections]  # survivors first
+    is_kept, best, labels = (values.gather(1, order) for values in (is_kept, best, labels))
+    boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
+    missing = max_detections - order.shape[1]
     return Detections(
-        boxes.new_zeros(batch_size, max_detections, 4, dtype=torch.float32),
-        boxes.new_zeros(batch_size, max_detections, dtype=torch.float32),
-        boxes.new_full((batch_size, max_detections), PADDING, dtype=torch.int64),
+        torch.nn.functional.pad(torch.where(is_kept[..., None], boxes, 0.0).float(), (0, 0, 0, missing)),
+        torch.nn.functional.pad(torch.where(is_kept, best, 0.0).float(), (0, missing)),
+        torch.nn.functional.pad(torch.where(is_kept, labels, PADDING), (0, missing), value=PADDING),
     )
 
 
-def _shortlist(
-    scores: Tensor, score_threshold: float, candidates_per_class: int, max_detections: int
-) -> tuple[list[_Candidates], list[bool]]:
-    """Return the highest scores of each image, and whether they are all there is.
-
-    The N highest of [A, K] scores stand in the N rows with the highest maxima, so that only those rows are searched.
-    A shortlist holds every better candidate of each of its own, hence its ranks within a class are the final ones.
-    Only scores above the lowest of the N are taken: of those equal to it some may be missing.
-    """
-    num_images, num_anchors, num_classes = scores.shape
-    num_rows = min(_SHORTLIST_FACTOR * max_detections, num_anchors)
-    rows = scores.amax(dim=2).topk(num_rows, sorted=False).indices.sort().values  # [B, N] anchors
-    offsets = torch.arange(num_images, device=scores.device)[:, None] * num_anchors
-    by_label = scores.flatten(0, 1)[(rows + offsets).flatten()].view(num_images, num_rows, num_classes).mT  # [B, K, N]
-
-    size = min(_SHORTLIST_FACTOR * max_detections, num_rows * num_classes)
-    flat = by_label.flatten(1)
-    places = flat.topk(size, sorted=False).indices.sort().values  # by label, then anchor
-    best, order = flat.gather(1, places).sort(dim=1, descending=True, stable=True)
-    places = places.gather(1, order)
-    labels = places // num_rows
-    anchors = rows.gather(1, places % num_rows)
-
-    all_seen = size == num_anchors * num_classes
-    is_complete = (best[:, -1] <= score_threshold) | all_seen
-    lowest = best[:, -1:].masked_fill(is_complete[:, None], -torch.inf)
-    is_candidate = (best > score_threshold) & (best > lowest) & (_rank_in_class(labels) < candidates_per_class)
-    candidates = [
-        _Candidates(best[image, kept], labels[image, kept], anchors[image, kept])
-        for image, kept in enumerate(is_candidate)
-    ]
-    return candidates, is_complete.tolist()
+def _best_pairs(scores: Tensor, level_sizes: Sequence[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scores, anchors and labels of the best pairs of each level, [B, N] each, sorted as detections are."""
+    num_classes = scores.shape[2]
+    pairs, start = [], 0
+    for size in level_sizes:
+        flat = scores[:, start : start + size].flatten(1)  # [B, size * K]
+        places = flat.topk(min(count, flat.shape[1]), sorted=False).indices
+        pairs.append(places + start * num_classes)
+        start += size
+    places = torch.cat(pairs, dim=1)
+    # By label, then anchor, so that the stable sort by score leaves equal scores in that order.
+    by_label = (places % num_classes) * scores.shape[1] + places // num_classes
+    by_label = by_label.sort(dim=1).values
+    labels, anchors = by_label // scores.shape[1], by_label % scores.shape[1]
+    best = scores.flatten(1).gather(1, anchors * num_classes + labels)
+    best, order = best.sort(dim=1, descending=True, stable=True)
+    return best, anchors.gather(1, order), labels.gather(1, order)
 
 
 def _rank_in_class(labels: Tensor) -> Tensor:
-    """Return how many earlier entries of its row have the same label: [B, N] -> [B, N]."""
+    """Return the number of earlier entries of the same row with the same label: [B, N] -> [B, N]."""
     grouped, order = labels.sort(dim=1, stable=True)
     starts = torch.searchsorted(grouped, grouped)
     positions = torch.arange(labels.shape[1], device=labels.device)
     return torch.empty_like(labels).scatter_(1, order, positions - starts)
 
 
-def _best_of_each_class(scores: Tensor, score_threshold: float, candidates_per_class: int) -> _Candidates:
-    """Return all candidates of one image. scores: [A, K]."""
-    size = min(candidates_per_class, len(scores))
-    anchors = scores.mT.topk(size, sorted=False).indices.sort().values  # [K, N]
-    best, order = scores.mT.gather(1, anchors).flatten().sort(descending=True, stable=True)
-    order = order[best > score_threshold]
-    return _Candidates(best[: len(order)], order // size, anchors.flatten()[order])
+def _survives(boxes: Tensor, labels: Tensor, is_candidate: Tensor, iou_threshold: float) -> Tensor:
+    """Return whether a box, [B, N] best first, survives suppression by the better candidates of its class.
 
-
-def _suppress(boxes: Tensor, candidates: _Candidates, iou_threshold: float, max_detections: int) -> _Candidates:
-    """Return the best survivors of class-wise non-maximum suppression. boxes: [A, 4].
-
-    Beginnings of growing length are tried, since the cost is their length times their survivors.
-    """
-    length = 2 * max_detections
-    while True:
-        scores, labels, anchors = (column[:length] for column in candidates)
-        kept = _class_wise_nms(boxes[anchors], scores, labels, iou_threshold)
-        if len(kept) >= max_detections or length >= len(candidates.scores):
-            kept = kept[:max_detections]
-            return _Candidates(scores[kept], labels[kept], anchors[kept])
-        length *= 2
-
-
-def _class_wise_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
-    """Move each class to a place of its own, where only boxes of the same class meet, and suppress once.
-
+    Each class of each image moves to a place of its own, where no other boxes are, so that one pass suppresses all.
     In float64: far from the origin float32 would change the overlaps in the third decimal.
     """
-    if len(scores) == 0:
-        return labels  # empty, as is its list of survivors
+    num_images, num_boxes = labels.shape
+    ranks = torch.arange(num_boxes, device=labels.device)
+    order = -(ranks + num_boxes * ~is_candidate).double()  # after all candidates, what is none: it suppresses none
     boxes = boxes.double()
     step = boxes.max() - boxes.min() + 1
-    kept: Tensor = nms(boxes + (labels * step)[:, None], scores.double(), iou_threshold)
-    return kept
+    # The CPU's cost grows with the square of the boxes of one call; the GPU's with the number of calls, which wait.
+    images_per_call = 1 if boxes.device.type == "cpu" else num_images
+    kept = []
+    for start in range(0, num_images, images_per_call):
+        images = slice(start, start + images_per_call)
+        rows = torch.arange(len(labels[images]), device=labels.device)[:, None]
+        places = (labels[images] + (labels.max() + 1) * rows) * step
+        moved = (boxes[images] + places[..., None]).flatten(0, 1)
+        indices = nms(moved, order[images].flatten(), iou_threshold)
+        kept.append(torch.zeros(len(moved), dtype=torch.bool, device=labels.device).index_fill(0, indices, True))
+    return torch.cat(kept).view(num_images, num_boxes)

@@ -60,6 +60,11 @@ class AnnotatedDataModule(LightningDataModule, ABC):
         require_split(val_fraction, num_folds, fold)
         require_classes(class_names, category_ids)
 
+    @property
+    def canvases(self) -> tuple[tuple[int, int], ...]:
+        """The (height, width) of the images it delivers, px."""
+        return ((self.image_size, self.image_size),)
+
     @abstractmethod
     def parse(self, split: Split, class_names: Sequence[str] | None) -> AnnotationSet:
         """Read the annotations of a split.

@@ -184,9 +184,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     for row, sample in enumerate(samples):
         boxes[row, : len(sample.boxes)] = sample.boxes
         labels[row, : len(sample.labels)] = sample.labels
+    images = torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
+    original_sizes = torch.tensor([sample.original_size for sample in samples])
+    scales = torch.tensor([images.shape[3], images.shape[2]]) / original_sizes.flip(-1)  # (x, y) of a stretch
     return Batch(
-        images=torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
+        images=images,
         targets=Targets(boxes, labels),
         image_indices=torch.tensor([sample.image_index for sample in samples]),
-        original_sizes=torch.tensor([sample.original_size for sample in samples]),
+        original_sizes=original_sizes,
+        placements=torch.cat([scales, torch.zeros_like(scales)], dim=1),
     )

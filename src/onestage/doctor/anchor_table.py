@@ -6,9 +6,17 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from onestage.boxes.anchors import AnchorLevel
+from onestage.boxes.anchors import AnchorShapes
 from onestage.doctor.anchors import propose_anchors
-from onestage.doctor.coverage import IMAGE_SIZES, TABLES, Coverage, DetectorAnchors, measure_coverage
+from onestage.doctor.coverage import (
+    IMAGE_SIZES,
+    TABLES,
+    AnchorLevel,
+    Coverage,
+    DetectorAnchors,
+    measure_coverage,
+    ssd_level,
+)
 from onestage.doctor.statistics import stretched_boxes
 from onestage.errors import ConfigError, DataError
 from onestage.files import printable, read_file
@@ -42,11 +50,10 @@ def find_anchors(detector: str, table: str) -> DetectorAnchors:
 
 def write_yaml(anchors: DetectorAnchors) -> str:
     """Return the table as a part of a configuration: `onestage fit --config ... --config FILE`."""
-    rows = "".join(
-        f"        - {{side: {level.side}, stride: {level.stride}, size: {level.size:g}, "
-        f"next_size: {level.next_size:g}, aspect_ratios: [{', '.join(map('{:g}'.format, level.aspect_ratios))}]}}\n"
-        for level in anchors.levels
-    )
+    rows = ""
+    for level in anchors.levels:
+        shapes = ", ".join(f"[{width:.4f}, {height:.4f}]" for width, height in level.as_shapes.shapes)
+        rows += f"        - {{stride: {level.stride:g}, shapes: [{shapes}]}}\n"
     head = f"model:\n  detector:\n    class_path: onestage.models.{anchors.detector}\n    init_args:\n      anchors:\n"
     return head + rows
 
@@ -85,7 +92,7 @@ def _levels(file: str, content: bytes, detector: str) -> tuple[AnchorLevel, ...]
         rows = yaml.safe_load(content)
         for key in ("model", "detector", "init_args", "anchors"):
             rows = rows[key]
-        levels = tuple(_level(row) for row in rows)
+        levels = tuple(_level(row, IMAGE_SIZES[detector]) for row in rows)
     except (yaml.YAMLError, RecursionError, KeyError, TypeError, ValueError) as reason:
         problem = f"is no anchor table ({type(reason).__name__}: {str(reason).partition(chr(10))[0][:100]})"
         raise ConfigError(f"{printable(file)}: {problem}.\n{remedy}") from None
@@ -96,13 +103,14 @@ def _levels(file: str, content: bytes, detector: str) -> tuple[AnchorLevel, ...]
     return levels
 
 
-def _level(row: Mapping[str, object]) -> AnchorLevel:
+def _level(row: Mapping[str, object], image_size: int) -> AnchorLevel:
     """Return one row. Raises ValueError for what cannot be one."""
-    ratios = row["aspect_ratios"]
-    if not isinstance(ratios, list):
-        raise ValueError("aspect_ratios is no list")
-    numbers = [float(str(value)) for value in (row["side"], row["stride"], row["size"], row["next_size"], *ratios)]
+    shapes = row["shapes"]
+    if not isinstance(shapes, list):
+        raise ValueError("shapes is no list")
+    stride = float(str(row["stride"]))
+    pairs = tuple((float(str(width)), float(str(height))) for width, height in shapes)
+    numbers = [stride, *(side for pair in pairs for side in pair)]
     if not (np.isfinite(numbers).all() and min(numbers) > 0):
         raise ValueError("a number is not positive")
-    side, stride, size, next_size, *own_ratios = numbers
-    return AnchorLevel(int(side), int(stride), size, next_size, tuple(own_ratios))
+    return ssd_level(AnchorShapes(stride, pairs), image_size)

@@ -7,8 +7,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from onestage.boxes.anchors import AnchorLevel
-from onestage.doctor.coverage import POSITIVE_IOU, Boxes, DetectorAnchors, best_overlaps
+from onestage.doctor.coverage import POSITIVE_IOU, AnchorLevel, Boxes, DetectorAnchors, best_overlaps
 
 NUM_CLUSTERS = 24
 NUM_ROUNDS = 100  # of k-means, at most

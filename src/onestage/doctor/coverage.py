@@ -1,22 +1,16 @@
 """What a detector's anchors can learn of a set: the overlap of each box with its best anchor. SSD section 2.2."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from onestage.boxes.anchors import (
-    SSD160,
-    SSD300_COCO,
-    SSD300_VOC,
-    SSD512_COCO,
-    SSD512_VOC,
-    AnchorLevel,
-    anchors_of_cell,
-)
+from onestage.boxes.anchors import AnchorShapes, ssd_shapes
 from onestage.data.annotations import UNREACHED_BOX
 from onestage.doctor.statistics import SIDES, size_bin
+from onestage.models.ssd import SSD160, SSD300, SSD512
 from onestage.types import Finding
 
 POSITIVE_IOU = 0.5  # that makes an anchor positive
@@ -24,6 +18,36 @@ FORCED_SHARE = 0.05  # of boxes that only the forced match can learn; more is wo
 SAMPLE = 2_000  # boxes, evenly spaced, of which all positives are counted
 
 Boxes = npt.NDArray[np.float64]
+
+
+class AnchorLevel(NamedTuple):
+    """The anchors of one feature map in SSD's form. Lengths in network-input pixels."""
+
+    side: int  # the feature map has side x side cells
+    stride: float  # between neighbouring anchor centres
+    size: float  # s_k, side of the square anchor
+    next_size: float  # s_(k+1); a second square has side sqrt(s_k * s_(k+1))
+    aspect_ratios: tuple[float, ...]  # each r adds r:1 and 1:r
+
+    @property
+    def anchors_per_cell(self) -> int:
+        """Return 2 squares and, for each aspect ratio, a wide and a tall box."""
+        return 2 + 2 * len(self.aspect_ratios)
+
+    @property
+    def as_shapes(self) -> AnchorShapes:
+        """Return the level as a detector takes it."""
+        return AnchorShapes(self.stride, ssd_shapes(self.size, self.next_size, self.aspect_ratios))
+
+
+def ssd_level(level: AnchorShapes, image_size: int) -> AnchorLevel:
+    """Return a level that `ssd_shapes` made in SSD's form."""
+    (size, _), (geometric_mean, _), *pairs = level.shapes
+    ratios = tuple(round(width / height, 4) for width, height in pairs[::2])
+    side = math.ceil(image_size / level.stride - 0.05)
+    return AnchorLevel(side, level.stride, size, round(geometric_mean**2 / size, 4), ratios)
+
+
 Table = Sequence[AnchorLevel]
 
 
@@ -47,14 +71,11 @@ class Coverage(NamedTuple):
 
 
 # The published tables by detector and data set; tests/data/test_coverage.py holds them against the models.
-IMAGE_SIZES = {"SSD300": 300, "SSD512": 512, "SSD160": 160}
+IMAGE_SIZES = {model.__name__: model.image_size for model in (SSD300, SSD512, SSD160)}
 TABLES: dict[tuple[str, str], Table] = {
-    ("SSD300", "voc"): SSD300_VOC,
-    ("SSD300", "coco"): SSD300_COCO,
-    ("SSD512", "voc"): SSD512_VOC,
-    ("SSD512", "coco"): SSD512_COCO,
-    ("SSD160", "voc"): SSD160,
-    ("SSD160", "coco"): SSD160,
+    (model.__name__, name): tuple(ssd_level(level, model.image_size) for level in levels)
+    for model in (SSD300, SSD512, SSD160)
+    for name, levels in model.anchor_tables.items()
 }
 
 
@@ -124,8 +145,8 @@ def about_coverage(source: str, coverage: Coverage, num_boxes: int, anchors: Det
 
 
 def _shapes(level: AnchorLevel, image_size: int) -> Boxes:
-    """Return (width, height) of a cell's anchors, cut to the image's side as `make_anchors` does."""
-    return np.minimum(np.array(anchors_of_cell(level), dtype=np.float64), image_size)
+    """Return (width, height) of a cell's anchors, cut to the image's side as `AnchorGrid` does."""
+    return np.minimum(np.array(level.as_shapes.shapes, dtype=np.float64), image_size)
 
 
 def _overlap(low: Boxes, high: Boxes, centres: Boxes, shape: Boxes) -> Boxes:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onestage.boxes.nms import rescale_boxes
+from onestage.boxes.placement import to_original
 from onestage.errors import ConfigError
 from onestage.evaluation.voc import Backend, average_precision, choose_backend
 from onestage.types import PADDING, AnnotationSet, Detections, JSONDict, Metrics
@@ -25,15 +25,9 @@ COCO_MAX_DETECTIONS = 100
 Rows = npt.NDArray[np.float32]  # [n, 6]: x1, y1, x2, y2, score, label
 
 
-def in_original_pixels(detections: Detections, image_size: int, original_sizes: Tensor) -> Detections:
-    """Return the detections of a network of `image_size` x `image_size` px in pixels of the files.
-
-    Args:
-        detections: boxes [B, D, 4] xyxy in network-input pixels.
-        image_size: side of the network's input, px.
-        original_sizes: [B, 2] (height, width) of the decoded files, px.
-    """
-    return detections._replace(boxes=rescale_boxes(detections.boxes, image_size, original_sizes))
+def in_original_pixels(detections: Detections, placements: Tensor, original_sizes: Tensor) -> Detections:
+    """Return detections in network-input pixels with their boxes in original pixels; see `to_original`."""
+    return detections._replace(boxes=to_original(detections.boxes, placements, original_sizes))
 
 
 class CocoEvaluator:

@@ -1,7 +1,7 @@
 """The losses of a detector, and the seams that further ones are added at."""
 
 from onestage.losses.adaptive import AutomatedFocalLoss
-from onestage.losses.box import BoxCoder, BoxLoss, CIoULoss, DIoULoss, GIoULoss, IoUBoxLoss, L1Loss, SmoothL1Loss
+from onestage.losses.box import BoxLoss, CIoULoss, DIoULoss, GIoULoss, IoUBoxLoss, L1Loss, SmoothL1Loss
 from onestage.losses.class_weights import ClassWeights, EffectiveNumberWeights
 from onestage.losses.classification import ClassificationLoss, SigmoidClassificationLoss, SoftmaxClassificationLoss
 from onestage.losses.focal import SigmoidCrossEntropy, SigmoidFocalLoss, SoftmaxCrossEntropy, SoftmaxFocalLoss
@@ -11,7 +11,6 @@ from onestage.losses.quality import QualityFocalLoss, VarifocalLoss
 
 __all__ = [
     "AutomatedFocalLoss",
-    "BoxCoder",
     "BoxLoss",
     "CIoULoss",
     "ClassWeights",

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,19 +10,10 @@ from torch import Tensor, nn
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
 from onestage.errors import ConfigError
+from onestage.types import Anchors, BoxCoder
 
 MIN_SIDE = 1e-3  # px, of a decoded box
 EDGE_PRECISION = 1e-6  # of an edge far away, px per px: eight times what float32 tells apart
-
-
-class BoxCoder(Protocol):
-    """What a box loss asks of a box coder: one, `encode`, to compare deltas, or the other to compare boxes."""
-
-    def encode(self, gt_boxes: Tensor, anchors: Tensor) -> Tensor:
-        """Turn [..., 4] xyxy boxes into deltas relative to [..., 4] cxcywh anchors."""
-
-    def decode(self, box_deltas: Tensor, anchors: Tensor) -> Tensor:
-        """Turn deltas into xyxy boxes, the inverse of `encode`."""
 
 
 class BoxLoss(nn.Module, ABC):
@@ -30,25 +21,25 @@ class BoxLoss(nn.Module, ABC):
 
     @abstractmethod
     def total(
-        self, box_deltas: Tensor, gt_boxes: Tensor, anchors: Tensor, box_coder: BoxCoder, is_positive: Tensor
+        self, box_outputs: Tensor, gt_boxes: Tensor, anchors: Anchors, box_coder: BoxCoder, weights: Tensor
     ) -> Tensor:
         """Compute what `forward` returns, outside autocast, from deltas that are float32 or better."""
 
     def forward(
-        self, box_deltas: Tensor, gt_boxes: Tensor, anchors: Tensor, box_coder: BoxCoder, is_positive: Tensor
+        self, box_outputs: Tensor, gt_boxes: Tensor, anchors: Anchors, box_coder: BoxCoder, weights: Tensor
     ) -> Tensor:
         """Return the sum of the loss over positive anchors, a scalar; the caller divides by their number.
 
         Args:
-            box_deltas: [B, A, 4], in the units of `box_coder`.
-            gt_boxes: [B, A, 4] xyxy, px, the object that each anchor answers for; of others anything, also empty boxes.
-            anchors: [A, 4] cxcywh, px.
-            box_coder: turns boxes into deltas and back.
-            is_positive: [B, A] bool.
+            box_outputs: [B, A, N], in the units of `box_coder`.
+            gt_boxes: [B, A, 4] xyxy, px, the object of each anchor; arbitrary where the weight is 0.
+            anchors: of the batch.
+            box_coder: turns boxes into outputs and back.
+            weights: [B, A] float >= 0 of each anchor; 0: not positive.
         """
-        with torch.autocast(box_deltas.device.type, enabled=False):
-            box_deltas = box_deltas.to(torch.promote_types(box_deltas.dtype, torch.float32))
-            return self.total(box_deltas, gt_boxes, anchors, box_coder, is_positive)
+        with torch.autocast(box_outputs.device.type, enabled=False):
+            box_outputs = box_outputs.to(torch.promote_types(box_outputs.dtype, torch.float32))
+            return self.total(box_outputs, gt_boxes, anchors, box_coder, weights)
 
 
 class SmoothL1Loss(BoxLoss):
@@ -68,13 +59,14 @@ class SmoothL1Loss(BoxLoss):
         self.beta = beta
 
     def total(
-        self, box_deltas: Tensor, gt_boxes: Tensor, anchors: Tensor, box_coder: BoxCoder, is_positive: Tensor
+        self, box_outputs: Tensor, gt_boxes: Tensor, anchors: Anchors, box_coder: BoxCoder, weights: Tensor
     ) -> Tensor:
         """Sum the loss of the deltas of positive anchors."""
-        # Elsewhere the target is the prediction itself, so that the log of an empty box meets no arithmetic.
+        # Elsewhere the target is the prediction itself, so that log(0) never enters the graph.
         encoded = box_coder.encode(gt_boxes, anchors)
-        target_deltas = torch.where(is_positive[..., None], encoded, box_deltas.detach())
-        return F.smooth_l1_loss(box_deltas, target_deltas, reduction="sum", beta=self.beta)
+        target_deltas = torch.where((weights > 0)[..., None], encoded, box_outputs.detach())
+        losses = F.smooth_l1_loss(box_outputs, target_deltas, reduction="none", beta=self.beta).sum(dim=-1)
+        return (losses * weights).sum()
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""
@@ -99,20 +91,21 @@ class IoUBoxLoss(BoxLoss):
         """Return the loss of each pair, [N], of [N, 4] xyxy boxes with an area."""
 
     def total(
-        self, box_deltas: Tensor, gt_boxes: Tensor, anchors: Tensor, box_coder: BoxCoder, is_positive: Tensor
+        self, box_outputs: Tensor, gt_boxes: Tensor, anchors: Anchors, box_coder: BoxCoder, weights: Tensor
     ) -> Tensor:
         """Sum the loss of the decoded boxes of positive anchors."""
-        boxes = box_coder.decode(box_deltas, anchors)
+        boxes = box_coder.decode(box_outputs, anchors)
         # Elsewhere an anchor is compared with itself, so that the ratios of empty boxes meet no arithmetic.
-        whole = torch.cat([anchors[:, :2] - 0.5 * anchors[:, 2:], anchors[:, :2] + 0.5 * anchors[:, 2:]], dim=-1)
-        is_positive = is_positive[..., None]
+        centres, half_sizes = anchors.boxes[:, :2], 0.5 * anchors.boxes[:, 2:]
+        whole = torch.cat([centres - half_sizes, centres + half_sizes], dim=-1)
+        is_positive = (weights > 0)[..., None]
         boxes, gt_boxes = torch.where(is_positive, boxes, whole), torch.where(is_positive, gt_boxes, whole)
         # A wild delta can mean a box whose edges round to one number, and then CIoU's ratio of sides is 0 / 0.
         low, high = boxes[..., :2], boxes[..., 2:]
         min_sides = (EDGE_PRECISION * low.detach().abs()).clamp(min=MIN_SIDE)
         boxes = torch.cat([low, torch.maximum(high, low + min_sides)], dim=-1)
         losses = self.losses(boxes.flatten(0, 1), gt_boxes.to(boxes.dtype).flatten(0, 1))
-        return torch.where(is_positive.flatten(), losses, 0.0).sum()
+        return torch.where(is_positive.flatten(), losses * weights.flatten(), 0.0).sum()
 
 
 class GIoULoss(IoUBoxLoss):

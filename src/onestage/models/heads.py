@@ -1,13 +1,60 @@
-"""Prediction heads: one 3 x 3 convolution per feature map."""
+"""SSD's layers behind the backbone: extra feature maps and 3 x 3 prediction heads."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
+class ExtraLayer(NamedTuple):
+    """A 1 x 1 convolution that reduces the channels, then one that makes the next, smaller feature map."""
+
+    reduced_channels: int
+    out_channels: int
+    kernel_size: int = 3
+    stride: int = 2
+    padding: int = 1
+
+
+class ExtraLayers(nn.ModuleList):
+    """SSD's neck: append smaller and smaller feature maps (arXiv:1512.02325, section 2.1).
+
+    Args:
+        in_channels: channels of the backbone's maps.
+        layers: one per appended map.
+    """
+
+    def __init__(self, in_channels: Sequence[int], layers: Sequence[ExtraLayer]) -> None:
+        super().__init__()
+        self.out_channels = tuple(in_channels)
+        for layer in layers:
+            self.append(_extra_block(self.out_channels[-1], layer))
+            self.out_channels = (*self.out_channels, layer.out_channels)
+
+    def forward(self, feature_maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return the given maps [B, C, H, W] and one more for each layer."""
+        feature_maps = list(feature_maps)
+        for layer in self:
+            feature_maps.append(layer(feature_maps[-1]))
+        return feature_maps
+
+
+def _extra_block(in_channels: int, layer: ExtraLayer) -> nn.Sequential:
+    """Return the two convolutions of an extra layer; Xavier weights (SSD section 3)."""
+    reduce = nn.Conv2d(in_channels, layer.reduced_channels, kernel_size=1)
+    conv = nn.Conv2d(layer.reduced_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+    for new in (reduce, conv):
+        nn.init.xavier_uniform_(new.weight)
+        nn.init.zeros_(new.get_parameter("bias"))
+    # No batch norm: the last maps have 1 to 9 cells, too few values for its statistics.
+    layers = {"reduce": reduce, "reduce_relu": nn.ReLU(inplace=True), "conv": conv, "conv_relu": nn.ReLU(inplace=True)}
+    return nn.Sequential(OrderedDict(layers))
+
+
 class AnchorHead(nn.Module):
-    """Predict `num_outputs` numbers for every anchor of every level. SSD section 2.1 (arXiv:1512.02325).
+    """Predict `num_outputs` numbers for every anchor with one 3 x 3 convolution per level. SSD section 2.1.
 
     Weights start as Xavier's and biases at 0, as in all new layers of SSD (section 3).
 
@@ -26,11 +73,11 @@ class AnchorHead(nn.Module):
         ]
         for conv in convs:
             nn.init.xavier_uniform_(conv.weight)
-            nn.init.constant_(conv.get_parameter("bias"), 0)
+            nn.init.zeros_(conv.get_parameter("bias"))
         self.levels = nn.ModuleList(convs)
 
     def forward(self, feature_maps: Sequence[Tensor]) -> Tensor:
-        """Return [B, A, num_outputs] float32, in the order of `make_anchors`: level, row, column, anchor.
+        """Return [B, A, num_outputs] float32, in the order of `AnchorGrid`: level, row, column, anchor.
 
         feature_maps: [B, C_l, H_l, W_l] for each level.
         """
@@ -42,7 +89,7 @@ class AnchorHead(nn.Module):
 
     @torch.no_grad()
     def start_at_prior(self, prior_bias: Tensor) -> None:
-        """Let every anchor start with the same logits: weights N(0, 0.01^2), RetinaNet section 4.1 (arXiv:1708.02002).
+        """Give every anchor the same initial logits: weights N(0, 0.01^2), RetinaNet section 4.1 (arXiv:1708.02002).
 
         prior_bias: [num_outputs].
         """

@@ -1,74 +1,77 @@
-"""SSD: Single Shot MultiBox Detector (arXiv:1512.02325) on VGG16, with exchangeable losses."""
+"""SSD: Single Shot MultiBox Detector (arXiv:1512.02325), on VGG16 or any other backbone."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-
-from onestage.boxes.anchors import SSD160 as SSD160_ANCHORS
-from onestage.boxes.anchors import SSD300_COCO, SSD300_VOC, SSD512_COCO, SSD512_VOC, AnchorLevel, make_anchors
+from onestage.boxes.anchors import AnchorGrid, AnchorShapes, ssd_shapes
 from onestage.boxes.coders import DeltaBoxCoder
-from onestage.boxes.iou import paired_iou
-from onestage.boxes.matchers import IoUMatcher, assign
-from onestage.boxes.nms import select_detections
-from onestage.errors import ConfigError
-from onestage.losses import (
-    BoxLoss,
-    ClassificationLoss,
-    PositiveNormaliser,
-    SigmoidFocalLoss,
-    SmoothL1Loss,
-    SoftmaxClassificationLoss,
-)
-from onestage.models.extras import ExtraLayer, extra_block
-from onestage.models.heads import AnchorHead
+from onestage.boxes.matchers import IoUMatcher
+from onestage.errors import ConfigError, require
+from onestage.losses.box import BoxLoss, SmoothL1Loss
+from onestage.losses.classification import ClassificationLoss, SoftmaxClassificationLoss
+from onestage.losses.focal import SigmoidFocalLoss
+from onestage.losses.normaliser import PositiveNormaliser
+from onestage.models.backbone import Backbone
+from onestage.models.detector import AnchorDetector, Selection
+from onestage.models.heads import AnchorHead, ExtraLayer, ExtraLayers
 from onestage.models.vgg import VGG
-from onestage.models.weights import PIXEL_MEAN, PIXEL_SCALE, load_imagenet_weights, load_torchvision_ssd300
-from onestage.types import AnchorLosses, Anchors, Detections, Detector, Predictions, Targets
+from onestage.models.weights import load_imagenet_weights, load_torchvision_ssd300
 
 AnchorTable = Literal["voc", "coco"]
 
 
-class SSD(Detector):
-    """One shot over six or seven feature maps; the subclasses are the published sizes.
+def ssd_levels(
+    strides: Sequence[float], sizes: Sequence[float], aspect_ratios: Sequence[Sequence[float]]
+) -> tuple[AnchorShapes, ...]:
+    """Return a table of anchors: for each level its stride, and shapes of its size, the next size and its ratios.
+
+    sizes: one more than there are levels.
+    """
+    rows = zip(strides, sizes[:-1], sizes[1:], aspect_ratios, strict=True)
+    return tuple(AnchorShapes(float(stride), ssd_shapes(size, after, ratios)) for stride, size, after, ratios in rows)
+
+
+class SSD(AnchorDetector):
+    """Single-shot detector over six or seven feature maps; the subclasses are the published sizes.
 
     Args:
         num_classes: K, without the background.
         classification_loss: owns the link between logits and scores. None: SigmoidFocalLoss().
         box_loss: None: SmoothL1Loss().
-        anchors: which of the paper's tables of default boxes (COCO's objects are smaller); or a table of one's own, as
-            `onestage anchors` proposes it: a level for each feature map, finest first.
+        image_size: side of the square input, px; None, or the size that the class is published for.
+        anchors: a table of the paper (COCO's objects are smaller), or one `AnchorShapes` for each feature map, finest
+            first, as `onestage anchors` proposes them.
+        backbone: makes the maps of strides 8 and 16, such as onestage.models.TorchvisionBackbone; None: the paper's.
         backbone_weights: IMAGENET1K_FEATURES, the path of a VGG16's state dict, or None for random weights.
         pretrained: torchvision_coco or the path of a state dict of torchvision's ssd300_vgg16, for SSD300 with
             MinedCrossEntropy and anchors "coco"; it replaces all weights.
-        prior: score of every anchor before training, 0..1. RetinaNet's pi.
-        positive_iou: overlap that makes an anchor positive, 0..1.
-        negative_iou: overlap below which it is background, 0..positive_iou.
-        normaliser_momentum: of the mean of positive anchors that divides the losses; 0: each batch's own number. 0..1.
-        score_threshold: detections score more than this, 0..1.
-        nms_threshold: overlap by more than this suppresses the lower score of a class, 0..1.
-        candidates_per_class: boxes of a class that enter suppression, at least 1.
-        max_detections: D, at least 1.
+        prior: score of every anchor before training, in (0, 1). RetinaNet's pi.
+        positive_iou: overlap that makes an anchor positive, in (0, 1].
+        negative_iou: overlap below which it is background, in (0, positive_iou].
+        normaliser_momentum: of the running mean of positive anchors that divides the losses, in [0, 1); 0: the number
+            of each batch.
+        score_threshold: detections score more than this, in [0, 1).
+        nms_threshold: overlap by more than this suppresses the lower score of a class, in [0, 1].
+        candidates_per_class: boxes of a class that enter suppression, >= 1.
+        max_detections: D, >= 1.
 
     Raises:
-        ConfigError: if an argument is out of its range or does not go with another.
+        ConfigError: if an argument is out of its range or conflicts with another.
         CheckpointError: if weights cannot be fetched or read, or do not fit.
     """
 
-    anchor_tables: ClassVar[Mapping[AnchorTable, Sequence[AnchorLevel]]]
+    image_size: int
+    anchor_tables: ClassVar[Mapping[AnchorTable, Sequence[AnchorShapes]]]
     extra_layers: ClassVar[Sequence[ExtraLayer]]
-
-    pixel_mean: Tensor
-    anchor_boxes: Tensor
-    anchor_strides: Tensor
 
     def __init__(
         self,
         num_classes: int,
         classification_loss: ClassificationLoss | None = None,
         box_loss: BoxLoss | None = None,
-        anchors: AnchorTable | list[AnchorLevel] = "voc",
+        image_size: int | None = None,
+        anchors: AnchorTable | list[AnchorShapes] = "voc",
+        backbone: Backbone | None = None,
         backbone_weights: str | None = None,
         pretrained: str | None = None,
         prior: float = 0.01,
@@ -80,182 +83,92 @@ class SSD(Detector):
         candidates_per_class: int = 400,
         max_detections: int = 200,
     ) -> None:
-        super().__init__()
-        self._require(num_classes >= 1, "num_classes", num_classes, "at least 1")
+        name, size = type(self).__name__, type(self).image_size
+        remedy = f"Set data.image_size: {size}, or choose another model.detector.class_path."
+        require(image_size in (None, size), f"{name}: image_size", image_size, str(size), remedy)
+        require(num_classes >= 1, f"{name}: num_classes", num_classes, ">= 1")
+        require(0 < prior < 1, f"{name}: prior", prior, "in (0, 1)", "RetinaNet's is 0.01")
         levels = self._anchor_levels(anchors)
-        self._require(0 < prior < 1, "prior", prior, "between 0 and 1; RetinaNet's is 0.01")
-        self._require(0 <= score_threshold < 1, "score_threshold", score_threshold, "0 or more and less than 1")
-        self._require(0 <= nms_threshold <= 1, "nms_threshold", nms_threshold, "in 0..1; SSD's is 0.45")
-        self._require(candidates_per_class >= 1, "candidates_per_class", candidates_per_class, "at least 1")
-        self._require(max_detections >= 1, "max_detections", max_detections, "at least 1")
-        self.num_classes = num_classes
-        self.score_threshold = score_threshold
-        self.nms_threshold = nms_threshold
-        self.candidates_per_class = candidates_per_class
-        self.max_detections = max_detections
-        self.matcher = IoUMatcher(positive_iou, negative_iou)
-        self.box_coder = DeltaBoxCoder(variances=(0.1, 0.2))
-        self.classification_loss = classification_loss or SigmoidFocalLoss()
-        self.box_loss = box_loss or SmoothL1Loss()
-        self.normaliser = PositiveNormaliser(normaliser_momentum)
-
-        self._build_network(levels, prior)
+        classification_loss = classification_loss or SigmoidFocalLoss()
+        backbone = backbone or self.make_backbone()
+        require(tuple(backbone.strides) == (8, 16), f"{name}: strides of the backbone", backbone.strides, "(8, 16)")
+        neck = ExtraLayers(backbone.out_channels, self.extra_layers)
+        anchors_per_cell = [len(level.shapes) for level in levels]
+        box_coder = DeltaBoxCoder(variances=(0.1, 0.2))
+        class_head = AnchorHead(neck.out_channels, anchors_per_cell, classification_loss.num_logits(num_classes))
+        box_head = AnchorHead(neck.out_channels, anchors_per_cell, box_coder.num_outputs)
+        class_head.start_at_prior(classification_loss.prior_bias(num_classes, prior))
+        super().__init__(
+            num_classes,
+            backbone=backbone,
+            neck=neck,
+            class_head=class_head,
+            box_head=box_head,
+            anchor_grid=AnchorGrid(levels, max_side=size),
+            classification_loss=classification_loss,
+            box_loss=box_loss or SmoothL1Loss(),
+            box_coder=box_coder,
+            matcher=IoUMatcher(positive_iou, negative_iou),
+            normaliser=PositiveNormaliser(normaliser_momentum),
+            selection=Selection(score_threshold, nms_threshold, max_detections, candidates_per_class),
+        )
         self._load_weights(anchors, backbone_weights, pretrained)
 
-    def forward(self, images: Tensor) -> Predictions:
-        """Predict for every anchor. images: [B, 3, H, W] uint8 RGB, H = W = image_size."""
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            raise ConfigError(
-                f"{type(self).__name__}: the images have (height, width) {tuple(images.shape[-2:])}; this detector "
-                f"takes {self.image_size} x {self.image_size} px.\nSet the data's image_size to {self.image_size}"
-            )
-        feature_maps: list[Tensor] = self.backbone(self.normalise(images))
-        for extra in self.extras:
-            feature_maps.append(extra(feature_maps[-1]))
-        return Predictions(
-            class_logits=self.class_head(feature_maps),
-            box_deltas=self.box_head(feature_maps),
-            anchors=Anchors(self.anchor_boxes, self.anchor_strides),
-        )
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the network, which is `forward`, and the classification loss, which that does not call; in place."""
-        super().compile(*args, **kwargs)
-        self.classification_loss.compile(*args, **kwargs)
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Subtract the mean and divide by the scale: [B, 3, H, W] uint8, 0..255, to float32 around 0."""
-        return (images.float() - self.pixel_mean) / PIXEL_SCALE
-
-    def loss(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
-        """Return the two terms of SSD eq. 1, each a sum divided by the number of positive anchors, and `num_positives`.
-
-        The terms are divided by what `PositiveNormaliser` makes of that number, in training mode averaged over the
-        processes of a distributed run, as the gradients are. `num_positives` is this batch's own, 0 without objects.
-        Images without objects count in `classification`. Nothing here waits for the device, and B and M do not change
-        the number of operations.
-        """
-        class_logits, box_deltas, anchors, _ = predictions
-        with torch.autocast(box_deltas.device.type, enabled=False):
-            labels, gt_boxes = assign(self.matcher, targets, anchors)
-            is_positive = labels >= 0
-            normaliser = self.normaliser(is_positive, is_training=self.training)
-            box_quality = self._box_quality(predictions, gt_boxes, is_positive)
-        classification = self.classification_loss(class_logits, labels, box_quality)
-        box = self.box_loss(box_deltas, gt_boxes, anchors.boxes, self.box_coder, is_positive)
-        terms = {"classification": classification / normaliser, "box": box / normaliser}
-        return {**terms, "num_positives": is_positive.sum()}
-
-    @torch.no_grad()
-    def _box_quality(self, predictions: Predictions, gt_boxes: Tensor, is_positive: Tensor) -> Tensor | None:
-        """Return the IoU of positive anchors' predicted boxes with their objects, 0 elsewhere, if the loss asks."""
-        if not self.classification_loss.uses_box_quality:
-            return None
-        boxes = self.box_coder.decode(predictions.box_deltas.float(), predictions.anchors.boxes)
-        return torch.where(is_positive, paired_iou(boxes, gt_boxes), 0.0)
-
-    @torch.no_grad()
-    def anchor_losses(self, predictions: Predictions, targets: Targets) -> AnchorLosses:
-        """Return the parts of `classification`, anchor by anchor."""
-        class_logits, _, anchors, _ = predictions
-        with torch.autocast(class_logits.device.type, enabled=False):
-            labels, gt_boxes = assign(self.matcher, targets, anchors)
-            box_quality = self._box_quality(predictions, gt_boxes, labels >= 0)
-            losses = self.classification_loss.anchor_costs(class_logits, labels, box_quality)
-            return AnchorLosses(labels, losses, self.classification_loss.true_probability(class_logits, labels))
-
-    @torch.no_grad()
-    def detect(self, predictions: Predictions) -> Detections:
-        """Decode, threshold and suppress. Boxes are in network-input pixels, clipped to the image."""
-        class_logits, box_deltas, anchors, _ = predictions
-        with torch.autocast(box_deltas.device.type, enabled=False):
-            boxes = self.box_coder.decode(box_deltas.float(), anchors.boxes).clamp(min=0, max=self.image_size)
-            return select_detections(
-                boxes,
-                self.classification_loss.scores(class_logits),
-                score_threshold=self.score_threshold,
-                iou_threshold=self.nms_threshold,
-                candidates_per_class=self.candidates_per_class,
-                max_detections=self.max_detections,
-            )
-
-    @property
-    def weighs_classes(self) -> bool:
-        """Whether the loss does."""
-        return self.classification_loss.class_weights is not None
-
-    def use_class_counts(self, class_counts: Tensor) -> None:
-        """Hand the number of training objects of each class, [K], to a loss that weighs classes."""
-        if self.classification_loss.class_weights is not None:
-            self.classification_loss.class_weights.set_class_counts(class_counts)
-
-    def make_backbone(self) -> VGG:
+    def make_backbone(self) -> Backbone:
         """Return the network of the first two feature maps, with random weights."""
         return VGG()
 
-    def _anchor_levels(self, anchors: AnchorTable | list[AnchorLevel]) -> Sequence[AnchorLevel]:
+    def _anchor_levels(self, anchors: AnchorTable | list[AnchorShapes]) -> Sequence[AnchorShapes]:
         """Return the table of that name, or the given one, checked to fit the feature maps."""
+        name = f"{type(self).__name__}: anchors"
         if isinstance(anchors, str):
-            self._require(anchors in self.anchor_tables, "anchors", anchors, f"one of {', '.join(self.anchor_tables)}")
+            require(anchors in self.anchor_tables, name, anchors, f"one of {', '.join(self.anchor_tables)}")
             return self.anchor_tables[anchors]
-        maps = [(level.side, level.stride) for level in next(iter(self.anchor_tables.values()))]
-        given = [(level.side, level.stride) for level in anchors]
-        self._require(given == maps, "anchors", given, f"a level for each feature map, (side, stride) {maps}")
-        for level in anchors:
-            is_valid = level.size > 0 and level.next_size > 0 and all(ratio > 0 for ratio in level.aspect_ratios)
-            self._require(is_valid, "anchors", level, "of positive sizes and ratios")
+        strides = [level.stride for level in next(iter(self.anchor_tables.values()))]
+        given = [level.stride for level in anchors]
+        fits = len(given) == len(strides) and all(abs(a - b) < 0.01 for a, b in zip(given, strides, strict=True))
+        require(fits, name, given, f"a level for each feature map, of strides {strides}")
         return anchors
 
-    def _build_network(self, levels: Sequence[AnchorLevel], prior: float) -> None:
-        self.backbone = self.make_backbone()
-        channels = list(self.backbone.out_channels)
-        self.extras = nn.ModuleList()
-        for layer in self.extra_layers:
-            self.extras.append(extra_block(channels[-1], layer))
-            channels.append(layer.out_channels)
-        anchors_per_cell = [level.anchors_per_cell for level in levels]
-        num_logits = self.classification_loss.num_logits(self.num_classes)
-        # The box head first: so one seed gives all of the network but the class head the same weights for any loss.
-        self.box_head = AnchorHead(channels, anchors_per_cell, num_outputs=4)
-        self.class_head = AnchorHead(channels, anchors_per_cell, num_logits)
-        self.class_head.start_at_prior(self.classification_loss.prior_bias(self.num_classes, prior))
-
-        # Derived from the class, hence not in the state dict.
-        anchors = make_anchors(levels, self.image_size)
-        self.register_buffer("anchor_boxes", anchors.boxes, persistent=False)
-        self.register_buffer("anchor_strides", anchors.strides, persistent=False)
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
-
     def _load_weights(
-        self, anchors: AnchorTable | list[AnchorLevel], backbone_weights: str | None, pretrained: str | None
+        self, anchors: AnchorTable | list[AnchorShapes], backbone_weights: str | None, pretrained: str | None
     ) -> None:
+        name = type(self).__name__
+        is_vgg16 = isinstance(self.backbone, VGG) and not self.backbone.batch_norm
         if pretrained is not None:
             loss = self.classification_loss
-            if not (isinstance(self, SSD300) and anchors == "coco" and isinstance(loss, SoftmaxClassificationLoss)):
+            is_softmax = isinstance(loss, SoftmaxClassificationLoss)
+            if not (isinstance(self, SSD300) and is_vgg16 and anchors == "coco" and is_softmax):
                 raise ConfigError(
-                    f"{type(self).__name__}: pretrained is {pretrained}; torchvision's SSD is an SSD300 with COCO's "
+                    f"{name}: pretrained is {pretrained}; torchvision's SSD is an SSD300 on VGG16 with COCO's "
                     f"anchors (now {anchors}) and a softmax (now {type(loss).__name__}).\n"
                     "Set anchors: coco and classification_loss: onestage.losses.MinedCrossEntropy, or pretrained: null"
                 )
             load_torchvision_ssd300(self, pretrained, self.num_classes)
         elif backbone_weights is not None:
-            if self.backbone.batch_norm:
+            if not (isinstance(self.backbone, VGG) and is_vgg16):
                 raise ConfigError(
-                    f"{type(self).__name__}: backbone_weights is {backbone_weights}; published weights fit the plain "
-                    "VGG16 of SSD300 and SSD512 only.\nSet backbone_weights: null"
+                    f"{name}: backbone_weights is {backbone_weights}; published weights fit the plain VGG16 of SSD300 "
+                    "and SSD512 only.\nSet backbone_weights: null; a TorchvisionBackbone has weights of its own."
                 )
             load_imagenet_weights(self.backbone, backbone_weights)
 
-    def _require(self, is_met: bool, key: str, value: object, rule: str) -> None:
-        if not is_met:
-            raise ConfigError(f"{type(self).__name__}: {key} is {value!r}; it must be {rule}")
+
+# Sizes of the anchors: the Caffe code of the paper (examples/ssd/ssd_{pascal,coco}*.py) spaces s_k evenly from s_min
+# (VOC 0.20 at 300, 0.15 at 512; COCO 0.15, 0.10) to 0.90 of the image in whole percent, continues one step for the
+# last next size, and gives conv4_3 a size of its own below s_min.
 
 
 class SSD300(SSD):
     """SSD300: 8732 anchors on maps of 38, 19, 10, 5, 3 and 1 cells. VOC07 77.2 mAP, COCO 25.1 (SSD table 1 and 5)."""
 
     image_size = 300
-    anchor_tables: ClassVar = {"voc": SSD300_VOC, "coco": SSD300_COCO}
+    _strides = (8, 16, 32, 64, 100, 300)
+    _ratios = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
+    anchor_tables: ClassVar = {
+        "voc": ssd_levels(_strides, (30, 60, 111, 162, 213, 264, 315), _ratios),
+        "coco": ssd_levels(_strides, (21, 45, 99, 153, 207, 261, 315), _ratios),
+    }
     extra_layers: ClassVar = (
         ExtraLayer(256, 512),  # conv8_2
         ExtraLayer(128, 256),  # conv9_2
@@ -268,7 +181,12 @@ class SSD512(SSD):
     """SSD512: 24564 anchors on maps of 64, 32, 16, 8, 4, 2 and 1 cells. VOC07 79.8 mAP, COCO 28.8."""
 
     image_size = 512
-    anchor_tables: ClassVar = {"voc": SSD512_VOC, "coco": SSD512_COCO}
+    _strides = (8, 16, 32, 64, 128, 256, 512)
+    _ratios = ((2,), (2, 3), (2, 3), (2, 3), (2, 3), (2,), (2,))
+    anchor_tables: ClassVar = {
+        "voc": ssd_levels(_strides, (35.84, 76.8, 153.6, 230.4, 307.2, 384.0, 460.8, 537.6), _ratios),
+        "coco": ssd_levels(_strides, (20.48, 51.2, 133.12, 215.04, 296.96, 378.88, 460.8, 542.72), _ratios),
+    }
     extra_layers: ClassVar = (
         ExtraLayer(256, 512),
         ExtraLayer(128, 256),
@@ -285,7 +203,10 @@ class SSD160(SSD):
     """
 
     image_size = 160
-    anchor_tables: ClassVar = {"voc": SSD160_ANCHORS, "coco": SSD160_ANCHORS}
+    _levels = ssd_levels(  # by the rule of the paper with s_min 0.20 and 0.10 below it
+        (8, 16, 32, 53, 160), (16, 32, 68.8, 105.6, 142.4, 179.2), ((2,), (2, 3), (2, 3), (2,), (2,))
+    )
+    anchor_tables: ClassVar = {"voc": _levels, "coco": _levels}
     extra_layers: ClassVar = (
         ExtraLayer(64, 128),
         ExtraLayer(64, 128),
@@ -293,6 +214,6 @@ class SSD160(SSD):
     )
 
     def make_backbone(self) -> VGG:
-        """Return configuration A of the paper at a quarter of its widths: 60 img/s for training on one core in bf16."""
+        """Return configuration A of VGG at a quarter of its widths: 60 img/s for training on one core in bf16."""
         widths = (16, 32, 64, 128, 128)
         return VGG(depths=(1, 1, 2, 2, 2), widths=widths, fc_width=256, fc6_dilation=2, batch_norm=True)

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from onestage.models.backbone import Backbone
+
 VGG16_DEPTHS = (2, 2, 3, 3, 3)  # convolutions of the five stages, configuration D
+PIXEL_MEAN = (0.48235 * 255, 0.45882 * 255, 0.40784 * 255)  # RGB, of the Caffe VGG16: 123, 117, 104
+# The published VGG16 of SSD, from Caffe, divides by 1; ImageNet's standard deviation is 58. So that one normalisation
+# serves it and training from scratch, `models/weights.py` multiplies the published first layer by this power of two,
+# which leaves every bit of the features as it is.
+PIXEL_SCALE = 64.0
 
 
 class L2Norm(nn.Module):
@@ -23,7 +30,7 @@ class L2Norm(nn.Module):
         return (normalised * self.weight.float().view(1, -1, 1, 1)).to(features.dtype)
 
 
-class VGG(nn.Module):
+class VGG(Backbone):
     """The five stages of a VGG, then SSD's pool5 and the fully connected layers as dilated convolutions.
 
     With the default arguments VGG16 as in SSD section 3: conv1_1 to conv5_3, fc6 and fc7.
@@ -44,8 +51,7 @@ class VGG(nn.Module):
         fc6_dilation: int = 6,
         batch_norm: bool = False,
     ) -> None:
-        super().__init__()
-        self.out_channels = (widths[3], fc_width)  # of stage 4 and fc7
+        super().__init__((widths[3], fc_width), (8, 16), PIXEL_MEAN, (PIXEL_SCALE,) * 3)  # stage 4 and fc7
         self.batch_norm = batch_norm
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         in_channels = 3
@@ -68,7 +74,7 @@ class VGG(nn.Module):
         self.to_fc7 = nn.Sequential(OrderedDict((name, layers[name]) for name in names[split:]))
         self.conv4_norm = L2Norm(widths[3])
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def features(self, images: Tensor) -> list[Tensor]:
         """Return stage 4 (stride 8, L2-normalised) and fc7 (stride 16). images: [B, 3, H, W], normalised."""
         conv4 = self.to_conv4(images)
         return [self.conv4_norm(conv4), self.to_fc7(conv4)]

@@ -9,16 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onestage.errors import CheckpointError, ConfigError
-from onestage.models.vgg import VGG, VGG16_DEPTHS
-
-PIXEL_MEAN = (0.48235 * 255, 0.45882 * 255, 0.40784 * 255)  # RGB, of the Caffe VGG16: 123, 117, 104
-PIXEL_SCALE = 64.0
-"""What an image is divided by after the mean is subtracted; ImageNet's standard deviation is 58.
-
-The published VGG16 of SSD, from Caffe, divides by 1. So that one normalisation serves it and training from scratch
-alike, its first layer is multiplied by this factor on loading: a power of two, so that not one bit of the features
-changes.
-"""
+from onestage.models.vgg import PIXEL_SCALE, VGG, VGG16_DEPTHS
 
 IMAGENET = "IMAGENET1K_FEATURES"  # torchvision's name of its copy of the Caffe weights, 59 MB
 TORCHVISION_COCO = "torchvision_coco"  # torchvision's SSD300_VGG16_Weights.COCO_V1, 136 MB: 25.1 mAP on val2017
@@ -113,8 +104,8 @@ def _ssd300_name_map() -> dict[str, str]:
         names.setdefault(name, f"features.{index}")
     name_map = {f"backbone.{_vgg_module(ours)}": f"backbone.{theirs}" for ours, theirs in names.items()}
     for block in range(4):
-        name_map[f"extras.{block}.reduce"] = f"backbone.extra.{block + 1}.0"
-        name_map[f"extras.{block}.conv"] = f"backbone.extra.{block + 1}.2"
+        name_map[f"neck.{block}.reduce"] = f"backbone.extra.{block + 1}.0"
+        name_map[f"neck.{block}.conv"] = f"backbone.extra.{block + 1}.2"
     for level in range(6):
         name_map[f"class_head.levels.{level}"] = f"head.classification_head.module_list.{level}"
         name_map[f"box_head.levels.{level}"] = f"head.regression_head.module_list.{level}"

@@ -105,7 +105,8 @@ def tensor_facts(values: Tensor) -> TensorFacts:
 
 def prediction_facts(predictions: Predictions) -> dict[str, TensorFacts]:
     """Measure what the network said."""
-    return {name: tensor_facts(getattr(predictions, name).detach()) for name in ("class_logits", "box_deltas")}
+    tensors = {name: value for name, value in predictions._asdict().items() if isinstance(value, Tensor)}
+    return {name: tensor_facts(value.detach()) for name, value in tensors.items()}
 
 
 def non_finite_names(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:

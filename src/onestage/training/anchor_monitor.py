@@ -69,9 +69,10 @@ class AnchorMonitor(Callback):
 
 def _detached(predictions: Predictions) -> Predictions:
     """Cut off the gradient, by which a loss that follows the training knows the batches it has to count."""
-    return predictions._replace(
-        class_logits=predictions.class_logits.detach(), box_deltas=predictions.box_deltas.detach()
-    )
+    tensors: dict[str, Any] = {
+        name: value.detach() for name, value in predictions._asdict().items() if isinstance(value, Tensor)
+    }
+    return predictions._replace(**tensors)
 
 
 @torch.no_grad()

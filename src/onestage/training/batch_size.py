@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -163,8 +164,8 @@ def step_bytes(trainer: pl.Trainer, module: DetectionModule, num_images: int) ->
     try:
         batch = _crowded_batch(module, num_images, device)
         with trainer.precision_plugin.forward_context():
-            terms = module.detector.loss(module.detector(batch.images), batch.targets)
-        (terms["classification"] + terms["box"]).backward()  # type: ignore[no-untyped-call]
+            losses = module.detector.loss(module.detector(batch.images), batch.targets)
+        torch.stack(list(losses.terms.values())).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return _peak_bytes(device)
     except (torch.OutOfMemoryError, MemoryError):
@@ -181,13 +182,15 @@ def _crowded_batch(module: DetectionModule, num_images: int, device: torch.devic
     """Return a batch like those of training, each image with as many objects as the most crowded one."""
     objects = int(np.diff(module.data.annotations("train").box_offsets).max(initial=1))
     rows = -(-objects // 16) * 16  # as collate pads
-    side = module.detector.image_size
-    box = torch.tensor([0.25, 0.25, 0.75, 0.75], device=device) * side
+    height, width = max(module.data.canvases, key=math.prod)
+    box = torch.tensor([0.25, 0.25, 0.75, 0.75], device=device) * torch.tensor([width, height] * 2, device=device)
     layout = torch.channels_last if module.channels_last else torch.contiguous_format
-    images = torch.zeros(num_images, 3, side, side, dtype=torch.uint8, device=device).contiguous(memory_format=layout)
+    images = torch.zeros(num_images, 3, height, width, dtype=torch.uint8, device=device)
     labels = torch.zeros(num_images, rows, dtype=torch.int64, device=device)
-    sizes = torch.full((num_images, 2), side, device=device)
-    return Batch(images, Targets(box.expand(num_images, rows, 4), labels), labels[:, 0], sizes)
+    sizes = torch.tensor([[height, width]] * num_images, device=device)
+    placements = torch.tensor([[1.0, 1.0, 0.0, 0.0]] * num_images, device=device)
+    targets = Targets(box.expand(num_images, rows, 4), labels)
+    return Batch(images.contiguous(memory_format=layout), targets, labels[:, 0], sizes, placements)
 
 
 def free_bytes(device: torch.device, num_processes: int = 1) -> int:

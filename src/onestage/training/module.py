@@ -27,7 +27,7 @@ from onestage.training.optimization import (
 )
 from onestage.training.schedule import WarmupSchedule
 from onestage.training.strategies import clips_by_itself, shards_parameters
-from onestage.types import Batch, DetectionData, Detections, Detector, Metrics, Predictions, Stage
+from onestage.types import Batch, DetectionData, Detections, Detector, Losses, Metrics, Predictions, Stage
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
@@ -99,17 +99,12 @@ class DetectionModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that data and detector fit together, then lay out and compile the network."""
-        if self.data.image_size != self.detector.image_size:
-            name = type(self.detector).__name__
-            raise ConfigError(
-                f"data.image_size is {self.data.image_size}, but {name} takes {self.detector.image_size} x "
-                f"{self.detector.image_size} images.\nSet data.init_args.image_size: {self.detector.image_size}, "
-                "or choose another model.detector.class_path."
-            )
+        for canvas in self.data.canvases:
+            self.detector.require_canvas(canvas)
         self.lay_out()
         if stage == "fit":
-            if self.detector.weighs_classes:
-                self.detector.use_class_counts(self._class_counts())
+            if self.detector.uses_class_weights:
+                self.detector.set_class_counts(self._class_counts())
             check_batch_norm(self.trainer, self.detector)
             if self.compile_detector:
                 check_compiler()
@@ -141,7 +136,8 @@ class DetectionModule(pl.LightningModule):
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return cast(Predictions, self.detector(batch.images.contiguous(memory_format=layout)))
 
-    def _total(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _total(self, losses: Losses) -> dict[str, Tensor]:
+        terms = losses.terms
         loss = terms["classification"] + self.box_loss_weight * terms["box"]  # SSD eq. 1
         return {"loss": loss, "classification_loss": terms["classification"], "box_loss": terms["box"]}
 
@@ -179,15 +175,19 @@ class DetectionModule(pl.LightningModule):
         losses = self._total(terms)
         for name, mean in self.loss_means.items():
             # That makes it the loss of one batch of all images, however they are shared among batches and processes.
-            cast(MeanPerPositive, mean).update(losses[name], terms["num_positives"])
-        return self._collect(batch, self.detector.detect(predictions))
+            cast(MeanPerPositive, mean).update(losses[name], terms.num_positives)
+        return self._collect(batch, self._detect(batch, predictions))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the detections of one batch in original pixels."""
-        return self._collect(batch, self.detector.detect(self._predict(batch)))
+        return self._collect(batch, self._detect(batch, self._predict(batch)))
+
+    def _detect(self, batch: Batch, predictions: Predictions) -> Detections:
+        scales, offsets = batch.placements[:, :2].flip(-1), batch.placements[:, 2:].flip(-1)  # [B, 2] (y, x)
+        return self.detector.detect(predictions, content_sizes=batch.original_sizes * scales + offsets)
 
     def _collect(self, batch: Batch, detections: Detections) -> dict[str, Tensor]:
-        detections = in_original_pixels(detections, self.detector.image_size, batch.original_sizes)
+        detections = in_original_pixels(detections, batch.placements, batch.original_sizes)
         assert self.evaluator is not None
         self.evaluator.update(batch.image_indices, detections)
         return detections._asdict()
@@ -276,7 +276,7 @@ class DetectionModule(pl.LightningModule):
         ours = {
             "schema": CHECKPOINT_SCHEMA,
             "detector": type(self.detector).__name__,
-            "image_size": int(self.detector.image_size),
+            "image_size": max(map(max, self.data.canvases)),
             "class_names": list(self.data.class_names),
             "category_ids": [int(category) for category in self.data.category_ids],
         }
