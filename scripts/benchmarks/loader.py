@@ -24,7 +24,7 @@ from onestage.data.samplers import TrainingSampler
 from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.losses import SigmoidFocalLoss
 from onestage.models import SSD300
-from onestage.training.precision import choose_precision
+from onestage.training.trainer import choose_precision
 from onestage.types import AnnotationSet
 
 IMAGE_SIZE = 300

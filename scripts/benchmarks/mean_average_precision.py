@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from benchmarks.timing import compare
-from onestage.evaluation.coco import CocoEvaluator
-from onestage.evaluation.voc import TORCHMETRICS_NAMES
+from onestage.evaluation.coco import TORCHMETRICS_NAMES, CocoEvaluator
 from onestage.types import AnnotationSet, Detections
 
 NUM_CLASSES = 80

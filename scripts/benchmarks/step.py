@@ -15,7 +15,7 @@ from benchmarks.timing import compare
 from benchmarks.training_data import NUM_CLASSES, as_torchvision, synthetic_batch
 from onestage.losses import ClassificationLoss, MinedCrossEntropy, SigmoidFocalLoss
 from onestage.models import SSD300
-from onestage.training.precision import choose_precision
+from onestage.training.trainer import choose_precision
 from onestage.types import Targets
 
 

@@ -27,7 +27,7 @@ class Study:
     data: str  # `shapes`, or the folder of a data set in VOC format with the lists train and val
     losses: tuple[str, ...]  # file names in configs/compare, without .yaml
     rates: tuple[float, ...]  # learning rates to choose from; the box weight is chosen at the middle one
-    box_weights: tuple[float, ...]  # box_loss_weight to choose from, for the losses differ in size by ten times
+    box_weights: tuple[float, ...]  # loss_weights.box to choose from, for the losses differ in size by ten times
     selection_seed: int  # both are chosen for each loss on this one
     seeds: tuple[int, ...]  # and its results come from these
     epochs: int
@@ -114,7 +114,7 @@ class Run:
         options = {
             "seed_everything": self.seed,
             "model.optimizer.lr": self.rate,
-            "model.box_loss_weight": self.box_weight,
+            "model.loss_weights.box": self.box_weight,
             "trainer.max_epochs": study.epochs,
             "trainer.check_val_every_n_epoch": max(1, study.epochs // 4),
             "trainer.precision": study.precision,

@@ -55,11 +55,11 @@ def test_row_60_a_misspelt_key_is_named_with_the_one_that_was_meant(
         (["--model.detector.score_threshold", "2"], "score_threshold"),
         (["--last_checkpoint.every_n_steps", "-1"], "last_checkpoint.every_n_steps is -1"),
         (["--ema.decay", "1"], "ema.decay"),
-        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches is 0"),
-        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val is -1"),
+        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches must be >= 1"),
+        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val must be >= 0"),
         (["--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], "Set trainer.strategy: ddp"),
-        (["--model.box_loss_weight", ".nan"], "model.box_loss_weight is nan; it must be a number, 0 or more"),
-        (["--model.box_loss_weight", ".inf"], "model.box_loss_weight is inf"),
+        (["--model.loss_weights.box", ".nan"], "model.loss_weights.box must be finite and >= 0, got nan."),
+        (["--model.loss_weights.boxes", "1"], "model.loss_weights: a key must be a loss term of SSD160"),
         (["--data.batch_size", "four"], "error: --data.batch_size: Expected a int. Got value: four"),
         (["--data.cache", "disc"], "error: --data.cache: Expected a value of 'none', 'disk', 'ram'. Got value: disc"),
         (["--seed_everything=-1"], "error: seed_everything is -1; it must be a whole number"),
@@ -301,9 +301,9 @@ def test_row_66_resuming_with_another_configuration_begins_a_new_run_and_says_wh
     trained: Path, fast_options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = trained.parents[1]
-    options = ["--resume", "auto", "--model.box_loss_weight", "0.5", "--trainer.limit_train_batches", "1"]
+    options = ["--resume", "auto", "--model.loss_weights.box", "0.5", "--trainer.limit_train_batches", "1"]
     assert run("fit", *fast_options, *options, "--runs_dir", str(runs)) == 0
     said = capsys.readouterr().err
-    assert f"not {trained}, because it had model.box_loss_weight 0.2, now 0.5" in said
+    assert f"not {trained}, because it had model.loss_weights.box 0.2, now 0.5" in said
     assert {path.name for path in trained.parent.iterdir()} == {"version_0", "version_1"}
     shutil.rmtree(trained.parent / "version_1")

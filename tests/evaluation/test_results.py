@@ -1,32 +1,25 @@
 import json
-from pathlib import Path
+import os
 
 import pytest
 
 from onestage.errors import ResourceError
-from onestage.evaluation.results import format_table, write_coco_results, write_file, write_results
-from onestage.evaluation.voc import choose_backend
+from onestage.evaluation.coco import choose_backend
+from onestage.evaluation.results import format_table, write_coco_results, write_results
 
 METRICS = {"mAP": 0.25, "AP50": 0.5, "AP75": float("nan")}
 PER_CLASS = {"cat": 0.25, "Füchsin": float("nan")}
 
 
 def write(path):
-    write_results(
-        path,
-        stage="validate",
-        metrics=METRICS,
-        per_class=PER_CLASS,
-        class_names=["cat", "Füchsin"],
-        seconds=2.0,
-        images_per_second=50.0,
-    )
+    arguments = {"metrics": METRICS, "per_class": PER_CLASS, "class_names": ["cat", "Füchsin"]}
+    write_results(path, stage="validate", seconds=2.0, images_per_second=50.0, **arguments)
 
 
-def test_results_hold_every_number_with_null_for_undefined(tmp_path):
+def test_results_have_null_for_undefined_metrics(tmp_path):
     path = tmp_path / "run" / "results.json"
     write(path)
-    results = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)  # NaN is no JSON
+    results = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)  # NaN is not JSON
     assert results["metrics"] == {"mAP": 0.25, "AP50": 0.5, "AP75": None}
     assert results["per_class"] == {"cat": 0.25, "Füchsin": None}
     assert results["class_names"] == ["cat", "Füchsin"]
@@ -35,24 +28,22 @@ def test_results_hold_every_number_with_null_for_undefined(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 
 
-def test_failed_write_keeps_the_old_file_and_no_temporary_one(tmp_path, monkeypatch):
+def test_failed_write_keeps_old_file(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    write_file(path, b"old")
+    path.write_bytes(b"old")
 
-    def full_disk(self, content):
-        with self.open("wb") as file:
-            file.write(content[:10])
+    def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(ResourceError, match=r"results\.json cannot be written: No space left on device"):
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(ResourceError, match=r"results\.json"):
         write(path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_coco_results_read_back_as_they_were(tmp_path, count):
+def test_coco_results_round_trip(tmp_path, count):
     records = [
         {"image_id": index, "category_id": 7, "bbox": [1.0, 2.5, 3.0, 4.0], "score": 0.5} for index in range(count)
     ]
@@ -60,12 +51,9 @@ def test_coco_results_read_back_as_they_were(tmp_path, count):
     assert json.loads((tmp_path / "predictions.json").read_text()) == records
 
 
-def test_table_gives_percent_and_a_dash_for_undefined():
+def test_table_shows_percent_and_dash_for_undefined():
     lines = format_table(METRICS, PER_CLASS).splitlines()
     assert lines[0].split() == ["mAP", "25.0", "AP50", "50.0", "AP75", "-"]
     assert lines[-2].split() == ["cat", "25.0"]
     assert lines[-1].split() == ["Füchsin", "-"]
-
-
-def test_table_of_nothing_is_empty():
     assert format_table({}, {}) == ""

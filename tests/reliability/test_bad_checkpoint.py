@@ -381,12 +381,13 @@ def test_row_69_a_configuration_of_a_checkpoint_does_not_override_the_command_li
     checkpoint: Path, trained: Path, tmp_path: Path
 ) -> None:
     saved = torch.load(checkpoint, weights_only=True)
-    saved["onestage"]["config"]["model"]["box_loss_weight"] = 77.0
-    torch.save({**saved, "hyper_parameters": {"box_loss_weight": 77.0}}, checkpoint)
-    options = ["--config", str(trained / "config.yaml"), "--runs_dir", str(tmp_path), "--model.box_loss_weight", "0.25"]
+    saved["onestage"]["config"]["model"]["loss_weights"] = {"box": 77.0}
+    torch.save({**saved, "hyper_parameters": {"loss_weights": {"box": 77.0}}}, checkpoint)
+    options = ["--config", str(trained / "config.yaml"), "--runs_dir", str(tmp_path)]
+    options += ["--model.loss_weights.box", "0.25"]
     assert run("fit", "--resume", str(checkpoint), *options, "--trainer.max_epochs", "2") == 0
     (last,) = tmp_path.glob("*/*/checkpoints/last.ckpt")
-    assert torch.load(last, weights_only=True)["onestage"]["config"]["model"]["box_loss_weight"] == 0.25
+    assert torch.load(last, weights_only=True)["onestage"]["config"]["model"]["loss_weights"] == {"box": 0.25}
 
 
 def test_row_70_a_compressed_archive_is_refused_before_it_is_unpacked(checkpoint: Path, tmp_path: Path) -> None:
@@ -541,9 +542,9 @@ GONE = object()
 MALFORMED = [
     ("onestage", [1]),
     ("onestage.config", [1]),
-    ("onestage.config.model.box_loss_weight", torch.ones(1)),
-    ("onestage.config.model.box_loss_weight", recursive()),
-    ("onestage.config.model.box_loss_weight", doubled(40)),
+    ("onestage.config.model.loss_weights.box", torch.ones(1)),
+    ("onestage.config.model.loss_weights.box", recursive()),
+    ("onestage.config.model.loss_weights.box", doubled(40)),
     ("onestage.class_names", GONE),
     ("onestage.class_names", 5),
     ("onestage.class_names", [1, 2]),

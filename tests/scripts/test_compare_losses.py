@@ -65,7 +65,7 @@ def test_the_command_of_a_run_names_its_loss_rate_and_seed(tmp_path) -> None:
     assert [Path(file).name for file in files] == ["shapes_ssd.yaml", "cells.yaml", "focal.yaml"]
     assert yaml.safe_load(Path(files[1]).read_text())["data"]["init_args"]["root"] == str(tmp_path / "cells")
     assert words[words.index("--model.optimizer.lr") + 1] == "0.002"
-    assert words[words.index("--model.box_loss_weight") + 1] == "0.05"
+    assert words[words.index("--model.loss_weights.box") + 1] == "0.05"
     assert words[words.index("--seed_everything") + 1] == "0"
 
 

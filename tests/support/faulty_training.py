@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from onestage.reliability.non_finite import NonFiniteGuard
 from onestage.training.module import DetectionModule
-from onestage.training.schedule import WarmupSchedule
+from onestage.training.optimization import WarmupSchedule
 from onestage.training.trainer import DetectionTrainer
 from onestage.types import AnnotationSet, Batch, Detector, Losses, Predictions, Targets
 

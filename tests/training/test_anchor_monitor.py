@@ -7,7 +7,8 @@ from faulty_training import FaultyDetector, train
 from lightning.pytorch.loggers import CSVLogger
 from torch.testing import assert_close
 
-from onestage.training.anchor_monitor import AnchorMonitor, anchor_statistics, missing_prior
+from onestage.evaluation.analysis import anchor_statistics, missing_prior
+from onestage.training.callbacks import AnchorMonitor
 from onestage.types import BACKGROUND, IGNORE, AnchorLosses, Anchors
 
 # Two images of five anchors: three at stride 8, two at stride 16.

@@ -12,7 +12,7 @@ from onestage.errors import ConfigError
 from onestage.training import batch_size
 from onestage.training.batch_size import GIB, AutoBatch, free_bytes, largest_batch, step_bytes
 from onestage.training.module import DetectionModule
-from onestage.training.schedule import WarmupSchedule
+from onestage.training.optimization import WarmupSchedule
 from onestage.training.trainer import DetectionTrainer
 
 
@@ -29,7 +29,7 @@ def memory(constant, per_image, fails_at=10**9):
 def test_the_line_through_two_steps_leads_to_the_limit():
     peak_bytes, calls = memory(constant=100, per_image=10)
     # (1000 - 100) / 10 = 90 images fit; of eights 88
-    assert largest_batch(peak_bytes, limit=1000, most=10_000) == 88
+    assert largest_batch(peak_bytes, limit=1000, max_batch_size=10_000) == 88
     assert calls == [1, 2, 4, 8, 16, 32, 64, 88]  # 128 is beyond the line and is not tried
 
 
@@ -37,30 +37,30 @@ def test_memory_that_bends_is_backed_off_from():
     def peak_bytes(images):
         return 100 + 10 * images + (200 if images > 70 else 0)  # another algorithm, with a workspace, for large batches
 
-    assert largest_batch(peak_bytes, limit=1000, most=10_000) == 64  # 88 and 72 fail
+    assert largest_batch(peak_bytes, limit=1000, max_batch_size=10_000) == 64  # 88 and 72 fail
 
 
 def test_out_of_memory_far_below_the_line_ends_the_ascent():
     peak_bytes, calls = memory(constant=0, per_image=1, fails_at=21)
-    assert largest_batch(peak_bytes, limit=10**6, most=10_000) == 16
+    assert largest_batch(peak_bytes, limit=10**6, max_batch_size=10_000) == 16
     assert calls == [1, 2, 4, 8, 16, 32, 24]
 
 
 def test_never_more_than_there_are_images():
     for most in (1, 2, 3, 13):
-        assert largest_batch(memory(0, 1)[0], limit=10**6, most=most) == most
+        assert largest_batch(memory(0, 1)[0], limit=10**6, max_batch_size=most) == most
 
 
 @pytest.mark.parametrize(
     ("limit", "expected"), [(110, 1), (119, 1), (120, 2), (139, 3), (140, 4), (170, 7), (109, None)]
 )
 def test_small_memories_hold_few_images_or_none(limit, expected):
-    assert largest_batch(memory(constant=100, per_image=10)[0], limit=limit, most=100) == expected
+    assert largest_batch(memory(constant=100, per_image=10)[0], limit=limit, max_batch_size=100) == expected
 
 
 def test_every_answer_fits_and_the_next_eight_would_not():
     for per_image in (3, 7, 50, 111):
-        found = largest_batch(memory(1000, per_image)[0], limit=20_000, most=10_000)
+        found = largest_batch(memory(1000, per_image)[0], limit=20_000, max_batch_size=10_000)
         assert 1000 + per_image * found <= 20_000 < 1000 + per_image * (found + 8)
 
 

@@ -8,12 +8,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from tiny_training import TinyData, TinyDetector, TinyDetectorWithBatchNorm, quiet_trainer
 
 from onestage.errors import ConfigError
-from onestage.training.combinations import check_batch_norm, check_compiler, check_processes, scaler_of
 from onestage.training.ema import ExponentialMovingAverage
-from onestage.training.module import DetectionModule
-from onestage.training.optimization import clip_gradients
-from onestage.training.schedule import WarmupSchedule
-from onestage.training.trainer import DetectionTrainer
+from onestage.training.module import DetectionModule, check_batch_norm, check_compiler
+from onestage.training.optimization import WarmupSchedule, clip_gradients, scaler_of
+from onestage.training.trainer import DetectionTrainer, check_processes
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 OPTIMIZERS = {
@@ -171,7 +169,7 @@ def test_sync_batch_norm_is_refused_on_several_cpu_processes_only():
 )
 def test_sync_batch_norm_that_does_nothing_says_so(monkeypatch, world_size, detector, said):
     messages = []
-    monkeypatch.setattr("onestage.training.combinations.rank_zero_info", messages.append)
+    monkeypatch.setattr("onestage.training.module.rank_zero_info", messages.append)
     check_batch_norm(trainer_of(world_size), detector(num_classes=2))
     assert said in messages[0]
 

@@ -5,7 +5,7 @@ import torch
 from torchmetrics import Metric
 
 from onestage.models import SSD160
-from onestage.training.mean_per_positive import MeanPerPositive
+from onestage.training.module import MeanPerPositive
 from onestage.types import PADDING, Targets
 
 

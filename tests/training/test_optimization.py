@@ -12,8 +12,13 @@ from torch.utils.data import DataLoader
 
 from onestage.errors import ConfigError
 from onestage.training.module import DetectionModule
-from onestage.training.optimization import decayed_parameters, hyper_parameters, parameter_groups, scale_learning_rate
-from onestage.training.schedule import WarmupSchedule
+from onestage.training.optimization import (
+    WarmupSchedule,
+    decayed_parameters,
+    hyperparameters,
+    parameter_groups,
+    scale_learning_rate,
+)
 from onestage.training.trainer import DetectionTrainer
 
 
@@ -112,11 +117,11 @@ class OneCycle(DetectionModule):
 
 def groups_of(module: DetectionModule) -> list[dict[str, object]]:
     (optimizer,) = module.trainer.optimizers
-    return hyper_parameters(optimizer)
+    return hyperparameters(optimizer)
 
 
 @pytest.mark.parametrize("kind", [DetectionModule, OneCycle])
-def test_a_resumed_run_of_the_same_configuration_has_the_hyper_parameters_of_the_step_it_stopped_at(
+def test_a_resumed_run_of_the_same_configuration_has_the_hyperparameters_of_the_step_it_stopped_at(
     tmp_path, kind: type[DetectionModule]
 ) -> None:
     def module() -> DetectionModule:

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from onestage.errors import ConfigError
-from onestage.training.schedule import WarmupSchedule
+from onestage.training.optimization import WarmupSchedule
 
 
 def test_warmup_rises_linearly_from_its_start() -> None:

@@ -26,15 +26,21 @@ from onestage.cli.parser import (
     shared_configs,
 )
 from onestage.errors import ConfigError
-from onestage.training.anchor_monitor import AnchorMonitor
 from onestage.training.batch_size import GIB, AutoBatch
-from onestage.training.callbacks import DetectionImages, LossBar, PredictionWriter, ResultsWriter, print_report
+from onestage.training.callbacks import (
+    CURVES_FILE,
+    AnchorMonitor,
+    DetectionImages,
+    LossBar,
+    PredictionWriter,
+    ResultsWriter,
+    print_report,
+)
 from onestage.training.ema import ExponentialMovingAverage
 from onestage.training.loggers import run_loggers
-from onestage.training.loss_collector import CURVES_FILE
 from onestage.training.module import DetectionModule
+from onestage.training.optimization import shards_parameters
 from onestage.training.run import RunAddOn
-from onestage.training.strategies import shards_parameters
 from onestage.training.trainer import DetectionTrainer, evaluate_at_least_once, resolve_precision
 from onestage.types import JSONDict
 

@@ -1,17 +1,16 @@
-"""What an evaluation leaves behind: `results.json`, COCO result files, and a table for the terminal."""
+"""Results of an evaluation: `results.json`, COCO result files, and a table for the terminal."""
 
 import contextlib
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from onestage.errors import ResourceError
-from onestage.evaluation.voc import choose_backend
+from onestage.evaluation.coco import choose_backend
+from onestage.files import atomic_write
 from onestage.types import JSONDict, Metrics
 
 
@@ -25,19 +24,19 @@ def write_results(
     seconds: float,
     images_per_second: float,
 ) -> None:
-    """Write the numbers of one evaluation as JSON, whole or not at all. NaN becomes null.
+    """Write the metrics of one evaluation as JSON, atomically. NaN becomes null.
 
     Args:
-        path: of the file; its folder is made if it is missing.
-        stage: what was evaluated, such as `validate` or `test`.
-        metrics: by name, 0..1.
-        per_class: AP by class name, 0..1.
+        path: of the file; a missing folder is created.
+        stage: `validate` or `test`.
+        metrics: by name, in [0, 1].
+        per_class: AP by class name, in [0, 1].
         class_names: in the order of the labels.
-        seconds: that the evaluation took.
-        images_per_second: of the evaluation.
+        seconds: duration of the evaluation.
+        images_per_second: speed of the evaluation.
 
     Raises:
-        ResourceError: if the file cannot be written.
+        ResourceError: the file cannot be written.
     """
     results = {
         "stage": stage,
@@ -48,22 +47,36 @@ def write_results(
         "images_per_second": images_per_second,
         "versions": installed_versions(),
     }
-    content = json.dumps(_without_nan(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_file(path, content.encode())
+    with atomic_write(path) as temporary:
+        temporary.write_text(to_json(results, indent=2) + "\n", encoding="utf-8")
 
 
 def write_coco_results(path: Path, records: Sequence[JSONDict]) -> None:
-    """Write COCO result records as one JSON list, a record a line, whole or not at all.
+    """Write COCO result records as one JSON list, one record per line, atomically.
 
     Raises:
-        ResourceError: if the file cannot be written.
+        ResourceError: the file cannot be written.
     """
     lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records)
-    write_file(path, f"[\n{lines}\n]\n".encode())
+    with atomic_write(path) as temporary:
+        temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return JSON text with null for NaN and infinities, which JSON does not know."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the version of everything the numbers depend on; packages that are not installed are left out."""
+    """Return the version of every installed package that the metrics depend on."""
     versions = {"python": platform.python_version()}
     for package in ("onestage", "torch", "torchvision", "lightning", "torchmetrics", choose_backend()):
         with contextlib.suppress(PackageNotFoundError):
@@ -72,7 +85,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def format_table(metrics: Metrics, per_class: Mapping[str, float]) -> str:
-    """Return the twelve numbers in rows and the AP of each class, in percent, for the terminal."""
+    """Return the twelve metrics in rows and the AP of each class, in percent, for the terminal."""
     rows = (
         ("mAP", "AP50", "AP75"),
         ("mAP_small", "mAP_medium", "mAP_large"),
@@ -86,39 +99,6 @@ def format_table(metrics: Metrics, per_class: Mapping[str, float]) -> str:
         lines += ["", f"{'class':<{width}}    AP"]
         lines += [f"{name:<{width}} {_percent(value)}" for name, value in per_class.items()]
     return "\n".join(lines)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part of it.
-
-    Raises:
-        ResourceError: if that is impossible: the disk is full, or the folder refuses.
-    """
-    # In the same folder, because os.replace is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise ResourceError(
-            f"{path} cannot be written: {error.strerror or error}.\n"
-            "Make room there, or choose a folder that this user may write to."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no word for NaN and the infinities; null says that there is no number."""
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return value
 
 
 def _percent(value: float) -> str:

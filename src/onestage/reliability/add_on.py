@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from onestage.errors import CheckpointError
 from onestage.reliability.checkpoint_files import config_of, load_weights, read_checkpoint
-from onestage.reliability.checkpoint_io import WholeFileIO
+from onestage.reliability.checkpoint_io import WholeFileIO, writes_whole_files
 from onestage.reliability.checkpoints import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint
 from onestage.reliability.endings import named_endings
 from onestage.reliability.non_finite import NonFiniteGuard
@@ -22,7 +22,6 @@ from onestage.reliability.stopping import StopOnSignal
 from onestage.reliability.watchdog import Watchdog, launcher_watched
 from onestage.training.module import DetectionModule
 from onestage.training.run import RunAddOn, is_first_process
-from onestage.training.strategies import writes_whole_files
 from onestage.types import JSONDict
 
 

@@ -99,3 +99,14 @@ def require_writable(folder: Path) -> None:
     with atomic_write(folder / ".write_test") as temporary:
         temporary.write_bytes(b"onestage")
     (folder / ".write_test").unlink(missing_ok=True)
+
+
+def writes_whole_files(strategy: object) -> bool:
+    """Return whether one process writes each checkpoint as one file; other strategies write parts into folders.
+
+    strategy: as configured, a name or an object. FSDP gathers the weights in one file unless it is configured not to.
+    """
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    # Lightning has no public name for it; tests/reliability fail when it disappears.
+    in_parts = getattr(strategy, "_state_dict_type", "full") == "sharded"
+    return not in_parts and not any(word in name.lower() for word in ("deepspeed", "modelparallel"))

@@ -31,9 +31,8 @@ from onestage.reliability.diagnosis import (
     non_finite_names,
     prediction_facts,
 )
-from onestage.training.combinations import scaler_of
 from onestage.training.module import DetectionModule
-from onestage.training.optimization import is_fused
+from onestage.training.optimization import is_fused, scaler_of
 from onestage.types import Batch
 
 # fp16's loss scaler starts at 2^16 and halves at each overflow: after 16 in a row the scale is 1 and not the reason.

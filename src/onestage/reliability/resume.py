@@ -14,8 +14,8 @@ from onestage.reliability.checkpoint_files import load_weights, read_checkpoint,
 from onestage.reliability.checkpoints import LAST, PREVIOUS
 from onestage.reliability.fingerprint import fingerprints
 from onestage.training.module import CHECKPOINT_KEY, DetectionModule
+from onestage.training.optimization import shards_parameters
 from onestage.training.run import version_of
-from onestage.training.strategies import shards_parameters
 from onestage.types import JSONDict
 
 # The keys of a configuration that decide what a run computes. Two runs that agree on them are the same experiment, on

@@ -1,25 +1,41 @@
-"""Callbacks that show a run: drawn detections, the results file, written predictions, the progress bar."""
+"""Callbacks that report a run: images, results, anchor statistics, loss curves, the progress bar."""
 
+import time
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import Tensor
 
+from onestage.errors import ConfigError, DataError
+from onestage.evaluation.analysis import (
+    LossDistribution,
+    anchor_statistics,
+    draw_loss_curves,
+    format_loss_shares,
+    missing_prior,
+    write_loss_curves,
+)
 from onestage.evaluation.drawing import draw_boxes, save_jpeg
 from onestage.evaluation.results import format_table, write_coco_results, write_results
 from onestage.training.module import DetectionModule
 from onestage.types import AnnotationSet, Batch, Detections, Stage
 
+CURVES_FILE = "losses.csv"
+FIGURE_FILE = "losses.png"
+TIMED_STEPS = (5, 30)  # the run time is estimated from the steps between; the first ones are slower
+
 
 class DetectionImages(Callback):
-    """Draws ground truth and detections of the first images of every evaluation into `predictions/`.
+    """Draw ground truth and detections of the first images of every evaluation.
 
     Args:
-        folder: where the JPEGs go; files of an earlier evaluation are replaced.
-        num_images: how many images of each process are drawn.
-        score_threshold: detections below it are not drawn, 0..1.
+        folder: receives the JPEGs; those of an earlier evaluation are replaced.
+        num_images: number of images that each process draws.
+        score_threshold: detections below it are not drawn, in [0, 1].
     """
 
     def __init__(self, folder: Path, num_images: int, score_threshold: float) -> None:
@@ -29,15 +45,15 @@ class DetectionImages(Callback):
         self._num_drawn = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Agree on the folder of the first process."""
+        """Use the first process's folder in all processes."""
         self.folder = trainer.strategy.broadcast(self.folder)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin again with the first image."""
+        """Start again with the first image."""
         self._num_drawn = 0
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin again with the first image."""
+        """Start again with the first image."""
         self._num_drawn = 0
 
     def on_validation_batch_end(
@@ -49,9 +65,9 @@ class DetectionImages(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw what is still missing of the first images."""
+        """Draw the images of the batch until `num_images` are drawn."""
         if not trainer.sanity_checking:
-            self._draw(cast(DetectionModule, pl_module), "val", batch, Detections(**outputs))
+            self._draw(pl_module, "val", batch, outputs)
 
     def on_test_batch_end(
         self,
@@ -62,33 +78,27 @@ class DetectionImages(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw what is still missing of the first images."""
-        self._draw(cast(DetectionModule, pl_module), "test", batch, Detections(**outputs))
+        """Draw the images of the batch until `num_images` are drawn."""
+        self._draw(pl_module, "test", batch, outputs)
 
-    def _draw(self, module: DetectionModule, stage: Stage, batch: Batch, detections: Detections) -> None:
-        num_missing = self.num_images - self._num_drawn
-        if num_missing <= 0:
-            return
+    def _draw(self, module: pl.LightningModule, stage: Stage, batch: Batch, outputs: Any) -> None:
+        num_missing = max(0, self.num_images - self._num_drawn)
         for row, index in enumerate(batch.image_indices[:num_missing].tolist()):
-            draw_image(module, stage, index, _row(detections, row), self.folder, self.score_threshold)
+            detections = Detections(*(values[row].cpu() for values in Detections(**outputs)))
+            draw_image(cast(DetectionModule, module), stage, index, detections, self.folder, self.score_threshold)
             self._num_drawn += 1
 
 
-class PredictionWriter(Callback):
-    """Writes what `onestage predict` finds: a drawn JPEG of every image, and one COCO results file.
+class PredictionWriter(DetectionImages):
+    """Draw every image of `onestage predict`, and write one COCO results file.
 
     Args:
-        folder: the run folder; gets `predictions/*.jpg` and `predictions.json`.
-        score_threshold: detections below it are not drawn, 0..1. The JSON file holds the 100 best of each image.
+        folder: the run folder; receives `predictions/*.jpg` and `predictions.json`.
+        score_threshold: detections below it are not drawn, in [0, 1]. The JSON file holds the 100 best of each image.
     """
 
     def __init__(self, folder: Path, score_threshold: float) -> None:
-        self.folder = folder
-        self.score_threshold = score_threshold
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Agree on the folder of the first process."""
-        self.folder = trainer.strategy.broadcast(self.folder)
+        super().__init__(folder / "predictions", num_images=0, score_threshold=score_threshold)
 
     def on_predict_batch_end(
         self,
@@ -100,10 +110,8 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draw every image of the batch."""
-        module = cast(DetectionModule, pl_module)
-        for row, index in enumerate(batch.image_indices.tolist()):
-            image_folder = self.folder / "predictions"
-            draw_image(module, "predict", index, _row(Detections(**outputs), row), image_folder, self.score_threshold)
+        self.num_images += len(batch.image_indices)
+        self._draw(pl_module, "predict", batch, outputs)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the detections of all processes, in original pixels and with the data set's own category ids."""
@@ -111,7 +119,7 @@ class PredictionWriter(Callback):
         assert evaluator is not None
         records = evaluator.results()
         if trainer.is_global_zero:
-            write_coco_results(self.folder / "predictions.json", records)
+            write_coco_results(self.folder.with_suffix(".json"), records)
 
 
 def draw_image(
@@ -132,18 +140,14 @@ def draw_image(
 
 
 def _file_stem(annotations: AnnotationSet, index: int) -> str:
-    """A file name that cannot leave the folder, and that two images of one name do not share."""
+    """Return a file name that cannot leave the folder and is unique among images of one name."""
     stem = Path(str(annotations.image_paths[index])).stem
     safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in stem)[:100]
     return f"{int(annotations.image_ids[index]):06d}_{safe}"
 
 
-def _row(detections: Detections, row: int) -> Detections:
-    return Detections(*(tensor[row].cpu() for tensor in detections))
-
-
 class ResultsWriter(Callback):
-    """Writes `results.json` after every evaluation, so that a stopped run has its latest numbers.
+    """Write `results.json` after every evaluation, so that an interrupted run has its latest metrics.
 
     Args:
         path: of the results file.
@@ -153,16 +157,16 @@ class ResultsWriter(Callback):
         self.path = path
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the numbers of the validation split."""
+        """Write the metrics of the validation split."""
         if not trainer.sanity_checking:
-            self._write(trainer, cast(DetectionModule, pl_module), "validate")
+            self._write(cast(DetectionModule, pl_module), "validate")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the numbers of the test split."""
-        self._write(trainer, cast(DetectionModule, pl_module), "test")
+        """Write the metrics of the test split."""
+        self._write(cast(DetectionModule, pl_module), "test")
 
     @rank_zero_only
-    def _write(self, trainer: pl.Trainer, module: DetectionModule, stage: str) -> None:
+    def _write(self, module: DetectionModule, stage: str) -> None:
         assert module.evaluator is not None
         write_results(
             self.path,
@@ -175,19 +179,154 @@ class ResultsWriter(Callback):
         )
 
 
-class LossBar(TQDMProgressBar):
-    """A progress bar of the losses and the mAP; the version of the run stands in its folder's name."""
-
-    def get_metrics(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return what stands behind the bar."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
-
-
 def print_report(module: DetectionModule) -> None:
     """Print the table of the latest evaluation."""
     assert module.evaluator is not None
     print(format_table(module.metrics, module.evaluator.per_class()))
+
+
+class LossBar(TQDMProgressBar):
+    """Progress bar with losses and mAP; after 30 steps it prints how long the training will take."""
+
+    _start = 0.0
+
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return the metrics behind the bar, without the version: it is in the name of the run folder."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the bar; estimate the run time once."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        first, last = TIMED_STEPS
+        if batch_idx == first:
+            self._start = time.perf_counter()
+        elif batch_idx == last and self._start and trainer.current_epoch == 0:
+            steps = float(trainer.estimated_stepping_batches)
+            per_step = (time.perf_counter() - self._start) / (last - first) * trainer.accumulate_grad_batches
+            line = run_time(steps - trainer.global_step, per_step)
+            if line and steps > 10 * last:
+                rank_zero_info(line)
+
+
+def run_time(steps: float, seconds_per_step: float) -> str:
+    """Return "about 5 min for 3,927 steps", or an empty text for a run without end."""
+    if steps == float("inf"):
+        return ""
+    minutes = steps * seconds_per_step / 60
+    return f"about {f'{minutes:.0f} min' if minutes < 90 else f'{minutes / 60:.1f} h'} for {steps:,.0f} steps"
+
+
+class AnchorMonitor(Callback):
+    """Log `anchors/*` at every logged step, and check the first batch for a missing prior bias.
+
+    Uses the first process's batch that ends the step. A detector without `anchor_losses` is skipped.
+    """
+
+    def __init__(self) -> None:
+        self._is_first_batch = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the first batch unless the run continues from a checkpoint."""
+        self._is_first_batch = trainer.global_step == 0
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the composition of the loss of this batch."""
+        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined] # Lightning sets it
+        is_logged = bool(trainer.loggers) and ends_step and trainer.global_step % every == 0
+        if not (is_logged or self._is_first_batch):
+            return
+        predictions = outputs["predictions"]
+        # Without gradient, because adaptive losses count the batches that have one.
+        predictions = predictions._replace(
+            **{name: value.detach() for name, value in predictions._asdict().items() if isinstance(value, Tensor)}
+        )
+        detector = cast(DetectionModule, pl_module).detector
+        anchor_losses = detector.anchor_losses(predictions, cast(Batch, batch).targets)
+        if anchor_losses is None:
+            return
+        warning = missing_prior(anchor_losses) if self._is_first_batch else None
+        self._is_first_batch = False
+        if warning is not None:
+            rank_zero_warn(warning)
+        if is_logged:
+            statistics = anchor_statistics(anchor_losses, predictions.anchors.strides)
+            for logger in trainer.loggers:
+                logger.log_metrics(statistics, step=trainer.global_step - 1)  # the row of the loss of this step
+
+
+class LossCollector(pl.LightningModule):
+    """Run a trained detector over a split and collect the p_t of all anchors.
+
+    Args:
+        module: with the trained weights.
+        distribution: receives the anchors.
+
+    Raises:
+        ConfigError: the detector has no `anchor_losses`.
+    """
+
+    def __init__(self, module: DetectionModule, distribution: LossDistribution) -> None:
+        super().__init__()
+        self.module = module
+        self.distribution = distribution
+
+    def setup(self, stage: str) -> None:
+        """Check that data and detector fit together, as for an evaluation."""
+        self.module.setup(stage)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch of the validation split."""
+        self._add(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch of the test split."""
+        self._add(batch)
+
+    def _add(self, batch: Batch) -> None:
+        detector = self.module.detector
+        anchor_losses = detector.anchor_losses(self.module.predict_batch(batch), batch.targets)
+        if anchor_losses is None:
+            raise ConfigError(
+                f"{type(detector).__name__} does not return its classification loss per anchor.\n"
+                "Give it the method anchor_losses (onestage.types.Detector)."
+            )
+        self.distribution.update(anchor_losses.labels, anchor_losses.true_probabilities)
+
+    def on_validation_epoch_end(self) -> None:
+        """Sum over the processes."""
+        self._sum_over_processes()
+
+    def on_test_epoch_end(self) -> None:
+        """Sum over the processes."""
+        self._sum_over_processes()
+
+    def _sum_over_processes(self) -> None:
+        for tensor in (self.distribution.counts, self.distribution.losses):
+            if self.trainer.world_size > 1:
+                total = self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum")
+                tensor.copy_(torch.as_tensor(total))
+
+
+def report_losses(folder: Path, distribution: LossDistribution, title: str) -> None:
+    """Write the curves and their figure into `folder`, and print the loss share of the hardest examples.
+
+    Raises:
+        DataError: no anchor was seen.
+    """
+    curves = distribution.curves()
+    if not curves:
+        raise DataError("no image was seen, hence no loss. Raise trainer.limit_val_batches, or choose another --split.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_loss_curves(folder / CURVES_FILE, curves, distribution.gammas)
+    draw_loss_curves(folder / FIGURE_FILE, curves, distribution.gammas, title)
+    print(format_loss_shares(curves, distribution.gammas))

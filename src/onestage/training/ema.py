@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from onestage.errors import ConfigError
-from onestage.training.strategies import shards_parameters
+from onestage.training.optimization import shards_parameters
 
 # In a checkpoint `state_dict` holds the average, so that whoever reads the file gets the better weights without knowing
 # about this class, and this key the raw weights. Lightning's own WeightAveraging uses the same two names.
@@ -95,7 +96,8 @@ class ExponentialMovingAverage(Callback):
     def _update(self) -> None:
         assert self.decay is not None
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))  # a Python number: no device waits
-        torch._foreach_lerp_(self._other, [weight.data for weight in self._weights], 1 - decay)
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        average(self._other, [weight.data for weight in self._weights], self.num_updates)
         self.num_updates += 1
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

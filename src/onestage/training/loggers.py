@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from onestage.evaluation.results import write_file
+from onestage.files import atomic_write
 
 METRICS_FILE = "metrics.csv"
 
@@ -91,7 +91,8 @@ def _write_rows(file: Path, header: list[str], rows: list[dict[str, str]]) -> No
     writer = csv.DictWriter(text, fieldnames=header)
     writer.writeheader()
     writer.writerows(rows)
-    write_file(file, text.getvalue().encode())
+    with atomic_write(file) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
 
 
 _said: set[str] = set()

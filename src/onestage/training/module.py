@@ -1,59 +1,65 @@
-"""The Lightning module: any detector, trained and evaluated. It names no model and no data set."""
+"""The Lightning module that trains and evaluates any detector."""
 
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
-from onestage.errors import ConfigError
-from onestage.evaluation.coco import CocoEvaluator, in_original_pixels
-from onestage.reliability.save_points import is_dry
-from onestage.training.combinations import check_batch_norm, check_compiler, check_optimizer
-from onestage.training.mean_per_positive import MeanPerPositive
+from onestage.boxes.placement import to_original
+from onestage.errors import ConfigError, require
+from onestage.evaluation.coco import CocoEvaluator
+from onestage.training.memory_format import resolve_memory_format
 from onestage.training.optimization import (
+    WarmupSchedule,
+    check_clipping,
     clip_gradients,
+    clips_by_itself,
     decayed_parameters,
-    hold_to,
-    hyper_parameters,
+    hyperparameters,
     parameter_groups,
+    restore_configured_hyperparameters,
     scale_learning_rate,
+    shards_parameters,
     warn_of_long_warmup,
 )
-from onestage.training.schedule import WarmupSchedule
-from onestage.training.strategies import clips_by_itself, shards_parameters
-from onestage.types import Batch, DetectionData, Detections, Detector, Losses, Metrics, Predictions, Stage
+from onestage.types import Batch, DetectionData, Detector, Losses, Metrics, Predictions, Stage
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
-# The one schema of what this module adds to a checkpoint, under the key `onestage`.
+# Schema of the values that this module adds to a checkpoint under the key `onestage`.
 CHECKPOINT_KEY = "onestage"
 CHECKPOINT_SCHEMA = 1
 
-LOSSES = ("loss", "classification_loss", "box_loss")  # what is logged of each stage
+COMPILERS = ("c++", "g++", "clang++", "cl")  # torch.compile needs one of them
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class DetectionModule(pl.LightningModule):
-    """Trains a detector on `classification + box_loss_weight * box` and evaluates it as COCO does.
+    """Train a detector on the weighted sum of its loss terms; evaluate it with COCO's metrics.
 
     Args:
         detector: the model; `num_classes` comes from the data module.
         optimizer: makes the optimizer from parameter groups. Biases and normalisation parameters (one dimension) form
             a group of their own without weight decay, as in SSD's Caffe solver.
         schedule: warm-up and decay of the learning rate.
-        box_loss_weight: alpha of SSD eq. 1, >= 0.
-        channels_last: memory format of network and images; 1.1x faster in fp32, 1.2x in bf16 on CPUs, and what tensor
-            cores want.
+        loss_weights: weight >= 0 of each of the detector's loss terms, such as `{box: 0.2}` (alpha of SSD eq. 1). A
+            term that is not listed has weight 1.
+        channels_last: memory format of network and images. auto: the faster one on the device of the run.
         compile: compile the network and its classification loss in place with torch.compile on the first step of
             `fit`. Needs a C++ compiler; on a CPU it gains nothing and costs 40 s.
-        reference_batch_size: how many images a step had for which the optimizer's learning rate was chosen; that is
-            then multiplied by images per step / reference (arXiv:1706.02677). A step sees data.batch_size images of
-            each process and of each accumulated batch. null: the learning rate is taken as it stands.
+        reference_batch_size: images per step for which the optimizer's learning rate was chosen; the rate is
+            multiplied by images per step / reference (arXiv:1706.02677). One step sees data.batch_size images of each
+            process and each accumulated batch. null: the learning rate is used unchanged.
     """
 
     def __init__(
@@ -61,32 +67,27 @@ class DetectionModule(pl.LightningModule):
         detector: Detector,
         optimizer: OptimizerFactory = torch.optim.SGD,
         schedule: WarmupSchedule | None = None,
-        box_loss_weight: float = 1.0,
-        channels_last: bool = True,
+        loss_weights: dict[str, float] | None = None,
+        channels_last: bool | Literal["auto"] = "auto",
         compile: bool = False,
         reference_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= box_loss_weight < math.inf:
-            raise ConfigError(
-                f"model.box_loss_weight is {box_loss_weight}; it must be a number, 0 or more.\n"
-                "SSD's is 1; with focal loss try 0.05 to 1, docs/focal_loss.md."
-            )
-        if reference_batch_size is not None and reference_batch_size < 1:
-            raise ConfigError(
-                f"model.reference_batch_size is {reference_batch_size}; it must be 1 or more images, or null."
-            )
+        self.loss_weights = _checked_weights(loss_weights or {}, detector)
+        is_positive = reference_batch_size is None or reference_batch_size >= 1
+        require(is_positive, "model.reference_batch_size", reference_batch_size, ">= 1 image, or null")
         self.detector = detector
         self.optimizer = optimizer
         self.schedule = schedule or WarmupSchedule()
-        self.box_loss_weight = box_loss_weight
         self.channels_last = channels_last
         self.compile_detector = compile
         self.reference_batch_size = reference_batch_size
         self._decayed = decayed_parameters(detector)
-        self._configured: list[dict[str, Any]] = []  # the hyper-parameters of the optimizer as it was built
+        self._configured: list[dict[str, Any]] = []  # hyperparameters of the optimizer as it was built
         self._scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
-        self.loss_means = nn.ModuleDict({name: MeanPerPositive() for name in LOSSES})
+        self.loss_means = nn.ModuleDict(
+            {name: MeanPerPositive() for name in ("loss", *(f"{term}_loss" for term in self.loss_weights))}
+        )
         self.evaluator: CocoEvaluator | None = None
         self.metrics: Metrics = {}
         self.evaluation_seconds = 0.0
@@ -98,61 +99,74 @@ class DetectionModule(pl.LightningModule):
         return cast(DetectionData, self.trainer.datamodule)  # type: ignore[attr-defined] # Lightning sets it
 
     def setup(self, stage: str) -> None:
-        """Check that data and detector fit together, then lay out and compile the network."""
+        """Check that data and detector fit together, then apply the memory format and compile."""
         for canvas in self.data.canvases:
             self.detector.require_canvas(canvas)
-        self.lay_out()
+        self.apply_memory_format()
         if stage == "fit":
             if self.detector.uses_class_weights:
                 self.detector.set_class_counts(self._class_counts())
             check_batch_norm(self.trainer, self.detector)
             if self.compile_detector:
                 check_compiler()
-                self.detector.compile()  # in place, so that the names in the state dict stay as they are
+                self.detector.compile()  # in place, so that the names in the state dict do not change
 
-    def lay_out(self) -> None:
-        """Put the weights into the memory format of the run."""
-        # Not under FSDP: it flattens weights in the order of memory, but the optimizer state that it loads in the order
-        # of indices, so that a resumed run would go on with a permuted momentum.
+    def apply_memory_format(self) -> None:
+        """Convert the weights to the memory format of the run."""
+        self.channels_last = resolve_memory_format(self.channels_last, self.trainer.strategy.root_device.type)
+        # Not under FSDP: it flattens weights in memory order but loads optimizer state in index order, so that a
+        # resumed run would continue with a permuted momentum.
         if self.channels_last and not shards_parameters(self.trainer.strategy):
             self.detector.to(memory_format=torch.channels_last)
 
     def _class_counts(self) -> Tensor:
-        """Count the objects of each class that training learns from, [K]."""
+        """Count the training objects of each class, [K]."""
         annotations = self.data.annotations("train")
         labels = torch.from_numpy(annotations.labels[~annotations.is_crowd])
         return labels.bincount(minlength=self.data.num_classes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Return the `loss` of one batch, SSD eq. 1 with the classification loss of the detector, and its makings."""
-        predictions = self._predict(batch)
-        losses = self._total(self.detector.loss(predictions, batch.targets))
+        """Return the `loss` of one batch and its terms, and the predictions for the callbacks."""
+        predictions = self.predict_batch(batch)
+        losses = self.weighted_loss(self.detector.loss(predictions, batch.targets))
         named = {f"train/{name}": value for name, value in losses.items()}
         self.log_dict(named, prog_bar=True, batch_size=len(batch.images))
-        return {**losses, "predictions": predictions}  # what the callbacks that watch a run look at
+        return {**losses, "predictions": predictions}
 
-    def _predict(self, batch: Batch) -> Predictions:
-        # Laid out while they are still bytes, a quarter of what floats would move; nothing to do if they already are.
+    def predict_batch(self, batch: Batch) -> Predictions:
+        """Return the predictions of a batch, its images in the memory format of the run."""
+        # Converted while they are uint8: a quarter of the bytes of floats. A no-op if they have the format already.
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return cast(Predictions, self.detector(batch.images.contiguous(memory_format=layout)))
 
-    def _total(self, losses: Losses) -> dict[str, Tensor]:
-        terms = losses.terms
-        loss = terms["classification"] + self.box_loss_weight * terms["box"]  # SSD eq. 1
-        return {"loss": loss, "classification_loss": terms["classification"], "box_loss": terms["box"]}
+    def weighted_loss(self, losses: Losses) -> dict[str, Tensor]:
+        """Return `loss`, the weighted sum of the terms, and each unweighted term as `<term>_loss`.
 
-    # Evaluation: each step only collects; every number is computed once, at the end.
+        Raises:
+            ConfigError: the terms are not those that the detector declares.
+        """
+        terms = losses.terms
+        if terms.keys() != self.loss_weights.keys():
+            name = type(self.detector).__name__
+            raise ConfigError(
+                f"{name}.loss returned the terms {', '.join(sorted(terms))}, but {name}.loss_terms declares "
+                f"{', '.join(sorted(self.loss_weights))}.\nCorrect loss_terms of the class; no term is ignored."
+            )
+        loss = cast(Tensor, sum(weight * terms[name] for name, weight in self.loss_weights.items()))
+        return {"loss": loss, **{f"{name}_loss": terms[name] for name in self.loss_weights}}
+
+    # Evaluation: each step only collects; all metrics are computed once, at the end.
 
     def on_validation_epoch_start(self) -> None:
-        """Start a fresh evaluation of the validation split."""
+        """Start an evaluation of the validation split."""
         self._start_evaluation("val")
 
     def on_test_epoch_start(self) -> None:
-        """Start a fresh evaluation of the test split."""
+        """Start an evaluation of the test split."""
         self._start_evaluation("test")
 
     def on_predict_epoch_start(self) -> None:
-        """Start collecting the detections of the images to predict."""
+        """Start to collect the detections of the images to predict."""
         self._start_evaluation("predict")
 
     def _start_evaluation(self, stage: Stage) -> None:
@@ -162,32 +176,29 @@ class DetectionModule(pl.LightningModule):
         self._start = time.perf_counter()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Collect detections and losses; return the detections in original pixels."""
+        """Collect losses and detections; return the detections in original pixels."""
         return self._evaluation_step(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """As `validation_step`, on the test split."""
+        """Collect losses and detections; return the detections in original pixels."""
         return self._evaluation_step(batch)
 
     def _evaluation_step(self, batch: Batch) -> dict[str, Tensor]:
-        predictions = self._predict(batch)
-        terms = self.detector.loss(predictions, batch.targets)
-        losses = self._total(terms)
-        for name, mean in self.loss_means.items():
-            # That makes it the loss of one batch of all images, however they are shared among batches and processes.
-            cast(MeanPerPositive, mean).update(losses[name], terms.num_positives)
-        return self._collect(batch, self._detect(batch, predictions))
+        predictions = self.predict_batch(batch)
+        losses = self.detector.loss(predictions, batch.targets)
+        for name, value in self.weighted_loss(losses).items():
+            cast(MeanPerPositive, self.loss_means[name]).update(value, losses.num_positives)
+        return self._collect(batch, predictions)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the detections of one batch in original pixels."""
-        return self._collect(batch, self._detect(batch, self._predict(batch)))
+        return self._collect(batch, self.predict_batch(batch))
 
-    def _detect(self, batch: Batch, predictions: Predictions) -> Detections:
-        scales, offsets = batch.placements[:, :2].flip(-1), batch.placements[:, 2:].flip(-1)  # [B, 2] (y, x)
-        return self.detector.detect(predictions, content_sizes=batch.original_sizes * scales + offsets)
-
-    def _collect(self, batch: Batch, detections: Detections) -> dict[str, Tensor]:
-        detections = in_original_pixels(detections, batch.placements, batch.original_sizes)
+    def _collect(self, batch: Batch, predictions: Predictions) -> dict[str, Tensor]:
+        scales, offsets = batch.placements[:, :2].flip(1), batch.placements[:, 2:].flip(1)  # [B, 2] (y, x)
+        detections = self.detector.detect(predictions, batch.original_sizes * scales + offsets)
+        boxes = to_original(detections.boxes, batch.placements, batch.original_sizes)
+        detections = detections._replace(boxes=boxes)
         assert self.evaluator is not None
         self.evaluator.update(batch.image_indices, detections)
         return detections._asdict()
@@ -205,38 +216,38 @@ class DetectionModule(pl.LightningModule):
         self.metrics = self.evaluator.compute()
         self.evaluation_seconds = time.perf_counter() - self._start
         for name, mean in self.loss_means.items():
-            # As metric objects, because Lightning's own averaging is wrong where processes hold different counts.
+            # Metric objects, because Lightning averages wrongly where processes hold different numbers of images.
             self.log(f"{prefix}/{name}", cast(MeanPerPositive, mean))
         for name, value in self.metrics.items():
-            # NaN says "undefined on this data"; loggers and ModelCheckpoint have no word for that, 0 comes nearest.
+            # NaN means "undefined on this data", which loggers and ModelCheckpoint cannot handle; 0 comes nearest.
             in_bar = name in ("mAP", "AP50")
-            self.log(f"{prefix}/{name}", 0.0 if value != value else value, prog_bar=in_bar)
+            self.log(f"{prefix}/{name}", 0.0 if math.isnan(value) else value, prog_bar=in_bar)
 
     # Optimisation
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer over two parameter groups and the schedule that steps with it."""
         optimizer = self.make_optimizer()
-        check_optimizer(self.trainer, optimizer)
+        check_clipping(self.trainer, optimizer)
         if self.reference_batch_size is not None:
             scale_learning_rate(optimizer, self.trainer, self.data.batch_size, self.reference_batch_size)
-        self._configured = hyper_parameters(optimizer)
+        self._configured = hyperparameters(optimizer)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Look at the length of the warm-up, and hold to what was configured where a checkpoint brought its own."""
+        """Warn of a long warm-up; after a resume, restore the configured hyperparameters."""
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        # One of a subclass may drive the momentum, or keep what it needs in the groups: that is left as it was saved.
+        # A subclass's own scheduler may drive the momentum or keep state in the groups: left as it was saved.
         if self._scheduler is None or schedulers != [self._scheduler]:
             return
-        if not is_dry(self.trainer):
+        if not getattr(self.trainer, "fast_dev_run", False):
             warn_of_long_warmup(self.schedule.warmup_steps, float(self.trainer.estimated_stepping_batches))
         if self.trainer.ckpt_path is not None:
-            hold_to(self._configured, self._scheduler)
+            restore_configured_hyperparameters(self._configured, self._scheduler)
 
     def make_optimizer(self) -> Optimizer:
-        """Return the configured optimizer over the detector's parameters, with its learning rate as configured.
+        """Return the configured optimizer over the detector's parameters, with the learning rate unscaled.
 
         Raises:
             ConfigError: the optimizer refuses its arguments.
@@ -247,15 +258,15 @@ class DetectionModule(pl.LightningModule):
             raise ConfigError(f"model.optimizer cannot be built: {error}.") from error
 
     def _learning_rate_factor(self, step: int) -> float:
-        # The length of the run is asked for only when a step needs it: asking while the optimizers are being built
-        # makes Lightning set up the loaders before it has restored their position.
+        # Read the length of the run only when a step needs it: reading it while the optimizers are being built makes
+        # Lightning set up the loaders before it has restored their position.
         if step < max(1, self.schedule.warmup_steps) or not self.schedule.needs_total_steps:
-            return self.schedule.factor(step, total_steps=float("inf"))
+            return self.schedule.factor(step, total_steps=math.inf)
         total_steps = float(self.trainer.estimated_stepping_batches)
-        if total_steps == float("inf"):
+        if total_steps == math.inf:
             raise ConfigError(
-                f"model.schedule.kind is {self.schedule.kind!r}, which depends on the length of the run, but the run "
-                "has no end.\nSet trainer.max_epochs or trainer.max_steps, or model.schedule.kind: constant."
+                f"model.schedule.kind {self.schedule.kind!r} depends on the length of the run, but the run has no end."
+                "\nSet trainer.max_epochs or trainer.max_steps, or model.schedule.kind: constant."
             )
         return self.schedule.factor(step, total_steps)
 
@@ -265,19 +276,91 @@ class DetectionModule(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm or by value, with any optimizer and strategy that leaves it to us."""
+        """Clip by norm or by value, with any optimizer and any strategy that does not clip by itself."""
         if gradient_clip_val and not clips_by_itself(self.trainer.strategy):
             clip_gradients(self.trainer, optimizer, float(gradient_clip_val), gradient_clip_algorithm)
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a reader needs to use the weights without the data set. Primitives only, so that it loads safely."""
-        ours = {
+        """Add what a reader needs to use the weights without the data set, as primitives that load safely."""
+        values = {
             "schema": CHECKPOINT_SCHEMA,
             "detector": type(self.detector).__name__,
-            "image_size": max(map(max, self.data.canvases)),
+            "image_size": max(side for canvas in self.data.canvases for side in canvas),
             "class_names": list(self.data.class_names),
             "category_ids": [int(category) for category in self.data.category_ids],
         }
-        checkpoint.setdefault(CHECKPOINT_KEY, {}).update(ours)
+        checkpoint.setdefault(CHECKPOINT_KEY, {}).update(values)
+
+
+class MeanPerPositive(Metric):
+    """Sum of a loss over the number of positive anchors, or over 1 if there is none; NaN before the first update.
+
+    Each batch divides its loss by its own positives, or by 1. Undo that, sum losses and positives over all batches and
+    processes, and divide once: the value is the loss of one batch that holds all images.
+    """
+
+    full_state_update = False
+    total: Tensor
+    num_positives: Tensor
+    num_updates: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "num_positives", "num_updates"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, num_positives: Tensor) -> None:
+        """Add a batch: its loss, divided by its positives or by 1, and their number, scalars on the metric's device."""
+        self.total += loss * num_positives.clamp(min=1)
+        self.num_positives += num_positives
+        self.num_updates += 1
+
+    def compute(self) -> Tensor:
+        """Return the loss of all batches together."""
+        loss = self.total / self.num_positives.clamp(min=1)
+        return torch.where(self.num_updates > 0, loss, torch.nan)
+
+
+def _checked_weights(loss_weights: dict[str, float], detector: Detector) -> dict[str, float]:
+    """Return the weight of every loss term of the detector; 1 where none is given."""
+    terms, name = detector.loss_terms, type(detector).__name__
+    for term, weight in loss_weights.items():
+        require(term in terms, "model.loss_weights: a key", term, f"a loss term of {name}: {', '.join(terms)}")
+        remedy = "SSD's alpha is 1; with focal loss try 0.05 to 1 for box, docs/focal_loss.md."
+        require(0 <= weight < math.inf, f"model.loss_weights.{term}", weight, "finite and >= 0", remedy)
+    return {term: float(loss_weights.get(term, 1.0)) for term in terms}
+
+
+def check_compiler() -> None:
+    """Refuse `model.compile` on a machine without a C++ compiler.
+
+    Raises:
+        ConfigError: no C++ compiler is on the path.
+    """
+    named = os.environ.get("CXX")
+    if not any(shutil.which(name) for name in ([named] if named else COMPILERS)):
+        raise ConfigError(
+            f"model.compile is true, but there is no C++ compiler ({named or ', '.join(COMPILERS)}), and torch.compile "
+            "needs one.\nInstall g++, or set model.compile: false."
+        )
+
+
+def check_batch_norm(trainer: pl.Trainer, detector: nn.Module) -> None:
+    """Refuse `trainer.sync_batchnorm` where it cannot run; report where it has no effect.
+
+    Raises:
+        ConfigError: it is set for several processes on CPUs.
+    """
+    if not getattr(trainer, "sync_batchnorm", False):
+        return
+    if not any(isinstance(layer, BATCH_NORMS) for layer in detector.modules()):
+        rank_zero_info(f"sync_batchnorm: {type(detector).__name__} has no batch norm, so there is nothing to do.")
+    elif trainer.world_size == 1:
+        rank_zero_info("sync_batchnorm: there is one process, so there is nothing to do.")
+    elif trainer.strategy.root_device.type == "cpu":
+        raise ConfigError(
+            "trainer.sync_batchnorm is true, but torch's SyncBatchNorm runs on GPUs only.\n"
+            "Set trainer.sync_batchnorm: false; each process then normalises by its own images."
+        )

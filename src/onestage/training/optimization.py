@@ -1,41 +1,101 @@
-"""The optimizer of a run: which parameters decay, how large the batch of a step is, how its gradients are clipped."""
+"""Parameter groups, learning-rate schedule and gradient clipping."""
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import FSDPStrategy
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-WRAPPERS = re.compile(r"_(fsdp_wrapped|checkpoint_wrapped)_module\.")  # what torch's wrappers add to a name
+from onestage.errors import ConfigError, require
+
+WRAPPERS = re.compile(r"_(fsdp_wrapped|checkpoint_wrapped)_module\.")  # parts that torch's wrappers add to names
+
+
+@dataclass(frozen=True)
+class WarmupSchedule:
+    """Factor on the optimizer's learning rate as a function of the optimizer step.
+
+    In its first steps a detector sees box targets that its random heads are far from; a warm-up keeps SGD with momentum
+    from destroying the backbone's weights there (arXiv:1706.02677, section 2.2).
+
+    Args:
+        kind: `step` multiplies by `decay` at every milestone; `cosine` goes from 1 to `final` along half a cosine
+            (arXiv:1608.03983, eq. 5, without restarts); `constant` stays at 1 after the warm-up.
+        warmup_steps: optimizer steps of linear warm-up, 0 for none.
+        warmup_start: factor at step 0, in (0, 1].
+        milestones: for `step`, as fractions of the whole run in (0, 1), so that a shorter run keeps its shape.
+            The SSD paper's 80k and 100k of 120k iterations are 2/3 and 5/6.
+        decay: for `step`, the factor at every milestone, in (0, 1].
+        final: for `cosine`, the factor at the last step, in [0, 1].
+    """
+
+    kind: Literal["step", "cosine", "constant"] = "step"
+    warmup_steps: int = 1000
+    warmup_start: float = 0.001
+    milestones: Sequence[float] = field(default=(2 / 3, 5 / 6))
+    decay: float = 0.1
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        key, milestones = "model.schedule", list(self.milestones)
+        require(self.warmup_steps >= 0, f"{key}.warmup_steps", self.warmup_steps, ">= 0")
+        require(0 < self.warmup_start <= 1, f"{key}.warmup_start", self.warmup_start, "in (0, 1]")
+        require(0 < self.decay <= 1, f"{key}.decay", self.decay, "in (0, 1]")
+        require(0 <= self.final <= 1, f"{key}.final", self.final, "in [0, 1]")
+        is_valid = milestones == sorted(milestones) and all(0 < milestone < 1 for milestone in milestones)
+        require(is_valid, f"{key}.milestones", milestones, "fractions of the run in (0, 1), ascending")
+
+    @property
+    def needs_total_steps(self) -> bool:
+        """Whether the factor after the warm-up depends on the length of the run."""
+        return self.kind != "constant"
+
+    def factor(self, step: int, total_steps: float) -> float:
+        """Return the factor for optimizer step `step` (0 is the first) of a run of `total_steps`."""
+        if step < self.warmup_steps:
+            return self.warmup_start + (1 - self.warmup_start) * step / self.warmup_steps
+        if self.kind == "step":
+            return float(self.decay ** sum(step >= milestone * total_steps for milestone in self.milestones))
+        if self.kind == "cosine":
+            progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+            return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+        return 1.0
+
+
+def warn_of_long_warmup(warmup_steps: int, total_steps: float) -> None:
+    """Warn if most of the run is warm-up, as with the schedule of a large data set on a small one."""
+    if warmup_steps > 0.5 * total_steps:
+        rank_zero_warn(
+            f"model.schedule.warmup_steps is {warmup_steps}, but the run has {total_steps:g} steps: for most of it the "
+            "learning rate is below the configured one.\nSet model.schedule.warmup_steps to a tenth of the steps or "
+            "less, or train for more epochs."
+        )
 
 
 def decayed_parameters(detector: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters that weight decay is for: all but biases and the scales of normalisation.
+    """Return the names of the parameters with weight decay: all but biases and normalisation parameters.
 
-    To be asked of a detector as it was built. FSDP replaces each parameter by this process's piece of it, flattened,
-    and by the number of dimensions every one of those would be a bias.
+    Call it on the detector as it was built: FSDP flattens every parameter, so that all would have one dimension.
     """
     return frozenset(name for name, parameter in detector.named_parameters() if parameter.ndim > 1)
 
 
 def parameter_groups(detector: nn.Module, decayed: frozenset[str]) -> list[dict[str, object]]:
-    """Return two groups for an optimizer: with its weight decay, and without any, as in SSD's Caffe solver."""
+    """Return two groups for an optimizer, with and without weight decay, as in SSD's Caffe solver."""
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
             groups[WRAPPERS.sub("", name) not in decayed].append(parameter)
     return [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
-
-
-def images_per_step(trainer: pl.Trainer, batch_size: int) -> int:
-    """Return how many images one optimizer step sees: those of all processes and of all accumulated batches."""
-    return batch_size * trainer.world_size * trainer.accumulate_grad_batches
 
 
 def scale_learning_rate(optimizer: Optimizer, trainer: pl.Trainer, batch_size: int, reference: int) -> None:
@@ -44,49 +104,32 @@ def scale_learning_rate(optimizer: Optimizer, trainer: pl.Trainer, batch_size: i
     The mean gradient of k times as many images has k times less noise, and stands for k steps of the smaller batch.
     Found with SGD; it needs a warm-up, and fails where the batch is a large part of the data set.
     """
-    images = images_per_step(trainer, batch_size)
-    factor = images / reference
+    images = batch_size * trainer.world_size * trainer.accumulate_grad_batches
     before = optimizer.param_groups[0]["lr"]
     for group in optimizer.param_groups:
-        group["lr"] = group["lr"] * factor
-    parts = (
-        f"processes {trainer.world_size} x batch_size {batch_size} "
-        f"x accumulate_grad_batches {trainer.accumulate_grad_batches}"
-    )
+        group["lr"] *= images / reference
     rank_zero_info(
-        f"learning rate: {before:g} x {images} / {reference} = {before * factor:g} "
-        f"({parts}; model.reference_batch_size: {reference})"
+        f"learning rate: {before:g} x {images} / {reference} = {optimizer.param_groups[0]['lr']:g} "
+        f"(processes {trainer.world_size} x batch_size {batch_size} x accumulate_grad_batches "
+        f"{trainer.accumulate_grad_batches}; model.reference_batch_size: {reference})"
     )
 
 
-def warn_of_long_warmup(warmup_steps: int, total_steps: float) -> None:
-    """Say so where most of a run is warm-up, as when the schedule of a large data set meets a small one.
-
-    Nothing else would tell: such a run never or hardly trains at its learning rate, and only ends with a low mAP.
-    """
-    if warmup_steps > 0.5 * total_steps:
-        rank_zero_warn(
-            f"model.schedule.warmup_steps is {warmup_steps}, but the run has {total_steps:g} steps: for most of it the "
-            "learning rate is below the one that is set.\nSet model.schedule.warmup_steps to a tenth of the steps or "
-            "less, or train for more epochs."
-        )
-
-
-def hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return what each parameter group holds beside its parameters."""
+def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the values of each parameter group apart from its parameters."""
     groups = optimizer.param_groups
     return [{key: deepcopy(value) for key, value in group.items() if key != "params"} for group in groups]
 
 
-def hold_to(configured: list[dict[str, Any]], scheduler: LambdaLR) -> None:
-    """Undo what a checkpoint has changed in an optimizer and its schedule beside their state, and say what that was.
+def restore_configured_hyperparameters(configured: list[dict[str, Any]], scheduler: LambdaLR) -> None:
+    """Replace the hyperparameters that a checkpoint has loaded by the configured ones, and report the changes.
 
-    torch stores the hyper-parameters of an optimizer with its momentum, and the rates of a schedule with its step. Once
-    loaded they would stand in the place of those that the run was told to have. The same ones are left alone.
+    torch stores the hyperparameters of an optimizer with its momentum, and the rates of a schedule with its step. After
+    loading they override the configuration of the resumed run.
 
     Args:
-        configured: `hyper_parameters` of the optimizer as it was built.
-        scheduler: of that optimizer, at the step where the run goes on.
+        configured: `hyperparameters` of the optimizer as it was built.
+        scheduler: of that optimizer, at the step where the run continues.
     """
     optimizer, step = scheduler.optimizer, scheduler.last_epoch
     names = {"initial_lr": "lr", "lr": f"lr at step {step}"}
@@ -99,30 +142,55 @@ def hold_to(configured: list[dict[str, Any]], scheduler: LambdaLR) -> None:
                 group[key] = value
     if changes:
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
         rank_zero_info(f"resume: the optimizer takes these values of the configuration: {', '.join(changes)}")
-    if {"fused", "capturable"} & set(changes.values()):  # which want the counts of steps on another device
+    if {"fused", "capturable"} & set(changes.values()):  # they need the step counts on another device
         optimizer.load_state_dict(optimizer.state_dict())
 
 
-def clip_gradients(trainer: pl.Trainer, optimizer: Optimizer, limit: float, algorithm: str | None) -> None:
-    """Clip the gradients, also where Lightning refuses although nothing stands in the way.
-
-    That is a fused optimizer under bf16, where no scaler has changed the gradients, and a norm under FSDP, which FSDP
-    itself can compute over the pieces of all processes.
-    """
-    if algorithm == "value":
-        nn.utils.clip_grad_value_(_parameters(optimizer), limit)
-    elif isinstance(trainer.strategy, FSDPStrategy):
-        trainer.strategy.model.clip_grad_norm_(limit)  # type: ignore[union-attr,operator] # FSDP has wrapped it
-    else:
-        nn.utils.clip_grad_norm_(_parameters(optimizer), limit)
+def shards_parameters(strategy: Strategy) -> bool:
+    """Return whether each process holds only its part of every parameter."""
+    return isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy)
 
 
-def _parameters(optimizer: Optimizer) -> Iterable[nn.Parameter]:
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+def clips_by_itself(strategy: Strategy) -> bool:
+    """Return whether the strategy clips gradients inside its own step."""
+    return isinstance(strategy, DeepSpeedStrategy)
 
 
 def is_fused(optimizer: Optimizer) -> bool:
-    """Say whether the optimizer does its step in one kernel, which is also where it would undo a loss scale."""
+    """Return whether the optimizer steps in one kernel, which then also undoes the loss scale."""
     return any(group.get("fused") for group in optimizer.param_groups)
+
+
+def scaler_of(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
+    """Return the loss scaler of fp16 training, or None in other precisions."""
+    return getattr(trainer.precision_plugin, "scaler", None)  # same name in the plugins of one device and of FSDP
+
+
+def check_clipping(trainer: pl.Trainer, optimizer: Optimizer) -> None:
+    """Refuse gradient clipping where the gradients are only unscaled inside the optimizer's step.
+
+    Raises:
+        ConfigError: fp16, a fused optimizer and clipping come together.
+    """
+    if trainer.gradient_clip_val and is_fused(optimizer) and scaler_of(trainer) is not None:
+        raise ConfigError(
+            "trainer.gradient_clip_val needs unscaled gradients, but with trainer.precision 16-mixed a fused optimizer "
+            "unscales them only inside its step.\nSet model.optimizer.init_args.fused: false, or trainer.precision: "
+            "bf16-mixed, or trainer.gradient_clip_val: null."
+        )
+
+
+def clip_gradients(trainer: pl.Trainer, optimizer: Optimizer, limit: float, algorithm: str | None) -> None:
+    """Clip the gradients, also in the two valid cases that Lightning refuses.
+
+    These are a fused optimizer under bf16, where no scaler has changed the gradients, and a norm under FSDP, which FSDP
+    itself computes over all processes.
+    """
+    parameters: Iterable[nn.Parameter] = (one for group in optimizer.param_groups for one in group["params"])
+    if algorithm == "value":
+        nn.utils.clip_grad_value_(parameters, limit)
+    elif isinstance(trainer.strategy, FSDPStrategy):
+        trainer.strategy.model.clip_grad_norm_(limit)  # type: ignore[union-attr,operator] # FSDP has wrapped it
+    else:
+        nn.utils.clip_grad_norm_(parameters, limit)

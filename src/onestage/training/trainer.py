@@ -1,24 +1,27 @@
-"""Lightning's trainer with the settings a detector needs decided."""
+"""Lightning's Trainer with a detector's defaults, and checks of its settings before the first step."""
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from jsonargparse.typing import NonNegativeFloat
-from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 
-from onestage.evaluation.loss_curves import FIGURE_GAMMAS, LossDistribution
-from onestage.training.combinations import check_launcher, check_processes, check_values
-from onestage.training.loss_collector import LossCollector, report_losses
+from onestage.errors import ConfigError, require
+from onestage.evaluation.analysis import FIGURE_GAMMAS, LossDistribution
+from onestage.training.callbacks import LossCollector, report_losses
 from onestage.training.module import DetectionModule
-from onestage.training.precision import DecidedPrecision, Precision, choose_precision
+
+DecidedPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Precision = Literal["auto"] | DecidedPrecision
 
 
-class DetectionTrainer(Trainer):
-    """Lightning's Trainer; every other argument is Lightning's own.
+class DetectionTrainer(pl.Trainer):
+    """Lightning's Trainer with precision `auto` and exact distributed evaluation.
 
     The limits are repeated here for their types. Lightning writes them Optional[Union[int, float]], and typing keeps
     one object for both orders of a Union, the one that any module made first: `--trainer.limit_val_batches 1` would
@@ -26,15 +29,15 @@ class DetectionTrainer(Trainer):
 
     Args:
         args: Lightning's.
-        precision: `auto` takes what is faster on the device at hand, and says what that is.
+        precision: `auto` takes the faster precision of the device and reports it.
         use_distributed_sampler: stays false. The data module's samplers shard exactly; Lightning's would pad the
             evaluation with duplicates.
-        limit_train_batches: batches of an epoch: an int counts them, a float is their share, 0..1.
-        limit_val_batches: likewise, of a validation.
-        limit_test_batches: likewise, of a test.
-        limit_predict_batches: likewise, of a prediction.
-        overfit_batches: likewise, of both training and validation.
-        val_check_interval: between validations: steps, a share of an epoch, or a time as Lightning reads it.
+        limit_train_batches: batches per epoch: an int counts them, a float is a fraction in [0, 1].
+        limit_val_batches: the same, per validation.
+        limit_test_batches: the same, per test.
+        limit_predict_batches: the same, per prediction.
+        overfit_batches: the same, for both training and validation.
+        val_check_interval: between validations: steps, a fraction of an epoch, or a time in Lightning's format.
         sync_batchnorm: normalise by the images of all processes, for models with batch norm, on GPUs.
         kwargs: Lightning's.
     """
@@ -56,8 +59,8 @@ class DetectionTrainer(Trainer):
         self.sync_batchnorm = sync_batchnorm
         accelerator = kwargs.get("accelerator", "auto")
         decided: DecidedPrecision | None = resolve_precision(precision, accelerator)
-        if decided == "16-mixed" and _device(accelerator) == "cpu":
-            # Lightning would compute in bf16 instead. torch can do it, slowly: to try out what a GPU will do.
+        if decided == "16-mixed" and device_of(accelerator) == "cpu":
+            # Lightning would silently compute in bf16. torch can do fp16, slowly: to try out what a GPU will do.
             given = kwargs.get("plugins") or []
             given = given if isinstance(given, list) else [given]
             decided, kwargs["plugins"] = None, [*given, MixedPrecision("16-mixed", "cpu")]
@@ -81,30 +84,29 @@ class DetectionTrainer(Trainer):
     def losses(
         self,
         model: DetectionModule,
-        datamodule: LightningDataModule,
+        datamodule: pl.LightningDataModule,
         ckpt_path: str | None = None,
         split: Literal["val", "test"] = "val",
         gammas: list[NonNegativeFloat] | None = None,
     ) -> None:
-        """Write how unequally the anchors share the classification loss, as RetinaNet's figure 4: a table and curves.
+        """Write how the anchors share the classification loss, as RetinaNet's figure 4: a table and curves.
 
         Args:
-            model: with the weights to look at.
+            model: with the trained weights.
             datamodule: the data.
-            ckpt_path: of the checkpoint; the command reads it before this is called.
-            split: the images to look at.
-            gammas: of the focal loss, each at least 0. null: 0, 0.5, 1, 2 and 5.
+            ckpt_path: of the checkpoint; the command reads it before this method is called.
+            split: the images to use.
+            gammas: of the focal loss, each >= 0. null: 0, 0.5, 1, 2 and 5.
         """
         distribution = LossDistribution(gammas or FIGURE_GAMMAS)
-        collector = LossCollector(model, distribution)
         run = self.validate if split == "val" else self.test
-        run(collector, datamodule=datamodule, verbose=False)
+        run(LossCollector(model, distribution), datamodule=datamodule, verbose=False)
         if self.is_global_zero:
             report_losses(Path(self.default_root_dir), distribution, title=str(ckpt_path or "the configured weights"))
 
 
 def evaluate_at_least_once(settings: Any) -> None:
-    """Let a run that is shorter than the interval between validations, as for a first try, end with a number.
+    """Make a run that is shorter than the interval between validations end with a validation.
 
     settings: the parsed `trainer` group.
     """
@@ -113,17 +115,94 @@ def evaluate_at_least_once(settings: Any) -> None:
 
 
 def resolve_precision(precision: Precision, accelerator: object) -> DecidedPrecision:
-    """Replace `auto` by the faster precision of the accelerator, and say so once."""
+    """Replace `auto` by the faster precision of the accelerator, and report it once."""
     if precision != "auto":
         return precision
-    decided, reason = choose_precision(_device(accelerator))
-    rank_zero_info(f"precision: {decided} ({reason}); trainer.precision decides otherwise")
+    decided, reason = choose_precision(device_of(accelerator))
+    rank_zero_info(f"precision: {decided} ({reason}); override it with trainer.precision")
     return decided
 
 
-def _device(accelerator: object) -> str:
+def choose_precision(device: str) -> tuple[DecidedPrecision, str]:
+    """Return the faster precision of a device, and the reason in words.
+
+    Decided by the instructions of the device and not by a measurement, so that two runs on one machine agree.
+    To measure: python scripts/benchmark.py step.
+
+    Args:
+        device: type of the device that trains: `cpu`, `cuda` or another.
+    """
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed", "the GPU computes in bf16"
+        return "16-mixed", "the GPU has no bf16, so fp16 with a loss scaler"
+    if device == "cpu":
+        # With these instructions a training step of SSD300 is twice as fast in bf16; without them oneDNN emulates bf16
+        # and the step is slower than in fp32.
+        capabilities = torch.cpu.get_capabilities()
+        for instructions in ("amx_bf16", "avx512_bf16"):
+            if capabilities.get(instructions):
+                return "bf16-mixed", f"this CPU has {instructions}"
+        return "32-true", "this CPU has no instructions for bf16"
+    return "32-true", f"no other precision was tried on {device}"
+
+
+def device_of(accelerator: object) -> str:
+    """Return the type of the device that `trainer.accelerator` means on this machine."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "cuda"
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return "mps"
     return "cpu" if accelerator in ("auto", "cpu") else str(accelerator)
+
+
+def check_values(trainer: pl.Trainer) -> None:
+    """Check numbers of the trainer that Lightning does not validate.
+
+    Raises:
+        ConfigError: accumulate_grad_batches < 1, or gradient_clip_val < 0.
+    """
+    batches, clip = trainer.accumulate_grad_batches, trainer.gradient_clip_val
+    remedy = "Set it to 1 for a step after every batch."
+    require(batches >= 1, "trainer.accumulate_grad_batches", batches, ">= 1 batch per step", remedy)
+    require(clip is None or clip >= 0, "trainer.gradient_clip_val", clip, ">= 0", "Set it to null for no clipping.")
+
+
+def check_launcher(trainer: pl.Trainer) -> None:
+    """Refuse strategies that fork or spawn processes inside the command.
+
+    What such processes train stays in them: the command would continue with the old module and callbacks.
+
+    Raises:
+        ConfigError: `trainer.strategy` starts such processes.
+    """
+    if type(trainer.strategy.launcher).__module__.endswith("launchers.multiprocessing"):
+        raise ConfigError(
+            "trainer.strategy forks or spawns processes inside the command, which does not get back what they have "
+            "trained.\nSet trainer.strategy: ddp, which starts the command again for each process."
+        )
+
+
+def check_processes(trainer: pl.Trainer) -> None:
+    """Refuse to run as one of several processes that do not know of each other.
+
+    With `trainer.devices: 1` Lightning does not ask how many processes there are, and each would train by itself.
+
+    Raises:
+        ConfigError: torchrun or srun has started another number of processes than the trainer expects.
+    """
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        launcher, processes = "torchrun", int(environment["WORLD_SIZE"])
+        per_node = int(environment["LOCAL_WORLD_SIZE"])
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        launcher, processes = "srun", int(environment["SLURM_STEP_NUM_TASKS"])
+        per_node = processes // int(environment.get("SLURM_STEP_NUM_NODES", "1"))
+    else:
+        return
+    if processes != trainer.world_size:
+        raise ConfigError(
+            f"{launcher} has started {processes} processes, {per_node} on each machine, but trainer.devices x "
+            f"trainer.num_nodes is {trainer.num_devices} x {trainer.num_nodes}.\n"
+            f"Give --trainer.devices {per_node} --trainer.num_nodes {processes // per_node}"
+        )

@@ -9,8 +9,8 @@ from numpy.testing import assert_allclose
 from PIL import Image
 
 from onestage.errors import CheckpointError, ConfigError
-from onestage.evaluation import loss_curves
-from onestage.evaluation.loss_curves import (
+from onestage.evaluation import analysis
+from onestage.evaluation.analysis import (
     FIGURE_GAMMAS,
     LossDistribution,
     draw_loss_curves,
@@ -22,7 +22,7 @@ from onestage.types import BACKGROUND, IGNORE
 
 
 def test_the_curves_take_the_gammas_that_the_losses_take() -> None:
-    assert loss_curves.LARGEST_GAMMA == arguments.LARGEST_GAMMA
+    assert analysis.LARGEST_GAMMA == arguments.LARGEST_GAMMA
 
 
 def test_four_examples_share_the_loss_as_computed_by_hand() -> None:
