@@ -37,10 +37,10 @@ def test_row_01_missing_file_or_folder_stops(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "train.json"
     if kind == "folder":
         file.mkdir()
-        with pytest.raises(AnnotationError, match=r"(?s)train.json.*data.train_annotations"):
+        with pytest.raises(AnnotationError, match=r"(?s)train.json.*data.source.train"):
             parse(file)
     else:
-        assert_refused(file, "cannot be read", "data.train_annotations")
+        assert_refused(file, "cannot be read", "data.source.train")
 
 
 @pytest.mark.parametrize(

@@ -315,7 +315,7 @@ def test_a_missing_file_a_folder_and_a_pipe_are_refused(tmp_path: Path) -> None:
         with pytest.raises(AnnotationError, match=r"must be a COCO annotation file|is not a regular file") as caught:
             parse_coco(tmp_path / name, tmp_path)
         assert str(tmp_path / name) in str(caught.value)
-        assert "data.train_annotations" in str(caught.value)
+        assert "data.source.train" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, NoReturn, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -139,7 +139,7 @@ def build_annotation_set(
     require_few_bad(source, "boxes", skipped, len(boxes), max_bad_fraction)
     rows = np.setdiff1d(np.arange(len(boxes)), list(broken_rules)).astype(np.int64)
     if len(boxes) and not len(rows):
-        _refuse(source, f"none of the {len(boxes)} boxes can be used", skipped, "Correct the boxes.")
+        raise malformed(source, f"none of the {len(boxes)} boxes can be used", "Correct the boxes.", skipped)
     rows = rows[np.argsort(objects.image_rows[rows], kind="stable")]
     counts = np.bincount(objects.image_rows[rows], minlength=len(images.paths))
     box_areas, areas = np.prod(boxes[rows, 2:] - boxes[rows, :2], axis=1), objects.areas[rows]
@@ -183,7 +183,7 @@ def require_images(source: str, num_images: int, findings: Sequence[Finding], ma
     skipped = [finding.line for finding in findings if finding.effect == "skipped"]
     require_few_bad(source, "images", skipped, num_images + len(skipped), max_bad_fraction)
     if not num_images:
-        _refuse(source, "none of its images can be used", skipped, "Correct them, or data.path.")
+        raise malformed(source, "none of its images can be used", "Correct them, or data.path.", skipped)
 
 
 def require_few_bad(source: str, noun: str, bad: Sequence[str], total: int, max_bad_fraction: float) -> None:
@@ -204,7 +204,7 @@ def require_few_bad(source: str, noun: str, bad: Sequence[str], total: int, max_
         problem = f"{len(bad)} of {total} {noun} cannot be used; at most {max_bad_fraction:.4g} of them may be skipped"
         enough = min(math.ceil(100 * len(bad) / max(total, 1)) / 100, 1.0)
         more = f", or allow more: data.max_bad_fraction: {enough}" if len(bad) < total else ""
-        _refuse(source, problem, bad, f"Correct them{more}.")
+        raise malformed(source, problem, f"Correct them{more}.", bad)
 
 
 def require_same_names(source: str, found: Sequence[str], expected: Sequence[str]) -> None:
@@ -237,10 +237,8 @@ def require_same_categories(train: AnnotationSet, other: AnnotationSet) -> None:
 def require_objects(annotations: AnnotationSet) -> AnnotationSet:
     """Return the training set; raise AnnotationError if it holds no object, or only crowds."""
     if annotations.is_crowd.all():  # also true for an empty array
-        raise AnnotationError(
-            f"{annotations.source}: none of its {len(annotations)} training images has an object to learn from; crowds "
-            "do not count.\nCheck that this is the annotation file of the training split."
-        )
+        problem = f"none of its {len(annotations)} training images has an object to learn from; crowds do not count"
+        raise malformed(annotations.source, problem, "Check that this is the annotation file of the training split.")
     return annotations
 
 
@@ -281,10 +279,8 @@ def _refuse_fractions(source: str, boxes: npt.NDArray[np.float64]) -> None:
     """Raise if all boxes are fractions of their image: as pixels each would be too small to train on."""
     boxes = boxes[np.isfinite(boxes).all(axis=1)]
     if len(boxes) and boxes.max() <= 1 and (boxes % 1 > 0).any():
-        raise AnnotationError(
-            f"{source}: all of the {len(boxes)} boxes lie within 0..1, like fractions of the width and height of an "
-            "image; they must be in pixels.\nMultiply them by the size of their image."
-        )
+        problem = f"all of the {len(boxes)} boxes lie within 0..1, like fractions of an image; they must be in pixels"
+        raise malformed(source, problem, "Multiply them by the size of their image.")
 
 
 def _clip(
@@ -307,14 +303,11 @@ def _clip(
 def _broken_rules(clipped: npt.NDArray[np.float32], objects: ObjectColumns) -> dict[int, tuple[Rule, str]]:
     """Return row -> broken rule and its text, for every box that cannot be used."""
     written = objects.boxes
+    is_finite = (np.isfinite(written) & np.isfinite(clipped)).all(axis=1)
     checks = (  # the last broken rule counts
         (BOX_OUTSIDE, "the box must overlap its image", (clipped[:, 2:] > clipped[:, :2]).all(axis=1)),
         (BOX_EMPTY, "width and height must be > 0", (written[:, 2:] > written[:, :2]).all(axis=1)),
-        (
-            BOX_NOT_FINITE,
-            "every coordinate must be a finite number",
-            (np.isfinite(written) & np.isfinite(clipped)).all(axis=1),
-        ),
+        (BOX_NOT_FINITE, "every coordinate must be a finite number", is_finite),
     )
     rules: dict[int, tuple[Rule, str]] = {}
     for rule, problem, holds in checks:
@@ -322,8 +315,8 @@ def _broken_rules(clipped: npt.NDArray[np.float32], objects: ObjectColumns) -> d
     return rules | {row: (OBJECT_MALFORMED, problem) for row, problem in objects.problems.items()}
 
 
-def _refuse(source: str, problem: str, lines: Sequence[str], remedy: str) -> NoReturn:
-    """Raise AnnotationError, quoting the first few lines."""
+def malformed(place: str, problem: str, remedy: str, lines: Sequence[str] = ()) -> AnnotationError:
+    """Return the error to raise for bad annotations; it quotes the first few lines."""
     examples = "".join(f"\n  {line}" for line in lines[:NUM_EXAMPLES])
     more = f"\n  and {len(lines) - NUM_EXAMPLES} more; see all: onestage doctor" if len(lines) > NUM_EXAMPLES else ""
-    raise AnnotationError(f"{source}: {problem}.{examples}{more}\n{remedy}")
+    return AnnotationError(f"{place}: {problem}.{examples}{more}\n{remedy}")

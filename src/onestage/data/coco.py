@@ -1,11 +1,15 @@
-"""Reads COCO instance annotations (arXiv:1405.0312; the "object detection" format) into an `AnnotationSet`."""
+"""Read COCO instance annotations (arXiv:1405.0312, the "object detection" format)."""
 
+import gc
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,25 +17,33 @@ import numpy.typing as npt
 from onestage.data.annotations import (
     AREA_WRONG,
     ID_ZERO,
+    IDS_AS_TEXT,
     IDS_REPEATED,
     IMAGE_MISSING,
     ROOT_CATEGORY,
     ImageColumns,
     ObjectColumns,
     build_annotation_set,
+    malformed,
     require_same_names,
 )
-from onestage.data.coco_file import FRESH_COPY, integer_column, load_tables, malformed
 from onestage.data.source import Source, Split, role_of
-from onestage.files import find_files, is_encodable, printable
+from onestage.errors import AnnotationError
+from onestage.files import find_files, is_encodable, open_at_once, printable, read_file
 from onestage.types import AnnotationSet, Finding, JSONDict
 
-XYXY_FRACTION = 0.2  # more boxes than this that leave their image as [x, y, width, height] are no accident
-AREA_TOLERANCE = 0.01  # of the box's area, and 1 px^2; more is no rounding
+TABLES = ("images", "annotations", "categories")
 ROBOFLOW_FILE = "_annotations.coco.json"
 HEAD_BYTES = 4 << 20  # of a JSON file, searched for the first file name
 FIRST_FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
-XYXY_MINIMUM = 4  # and so many must do so, or one careless box would condemn a small file
+MANY_BYTES = 8 << 20  # smaller files are parsed with their outlines
+# A list of numbers and lists, up to the comma before the next key. Never part of a text: there a quote is escaped.
+OUTLINES = re.compile(rb'"segmentation"\s*:\s*\[[-+0-9eE.,\s\[\]]*\]\s*,(?=\s*")')
+XYXY_FRACTION = 0.2  # more boxes than this that leave their image as [x, y, width, height] are no accident
+XYXY_MINIMUM = 4  # and at least so many, or one careless box would condemn a small file
+AREA_TOLERANCE = 0.01  # of the box's area, and 1 px^2; more is no rounding
+FRESH_COPY = "Take a fresh copy of the file, or export it again as COCO JSON."
+OTHER_PATH = "Correct data.path (data.source.train, data.source.val), or take a fresh copy of the file."
 
 
 class COCO(Source):
@@ -62,12 +74,9 @@ class COCO(Source):
         test_images: str | Path | None = None,
     ) -> None:
         self.path = Path(path)
+        self._root = self.path.parent if self.path.suffix.lower() == ".json" else self.path
         self._given: dict[Split, str | Path | None] = {"train": train, "val": val, "test": test}
-        self._image_folders: dict[Split, str | Path | None] = {
-            "train": train_images,
-            "val": val_images,
-            "test": test_images,
-        }
+        self._images: dict[Split, str | Path | None] = {"train": train_images, "val": val_images, "test": test_images}
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -79,37 +88,28 @@ class COCO(Source):
         self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
     ) -> AnnotationSet:
         """Read the JSON file of a split."""
-        return parse_coco(
-            self.annotation_file(split),
-            self.image_folder(split),
-            class_names=class_names,
-            max_bad_fraction=max_bad_fraction,
-        )
+        file, images = self.annotation_file(split), self.image_folder(split)
+        return parse_coco(file, images, class_names=class_names, max_bad_fraction=max_bad_fraction)
 
     def describe(self, split: Split) -> str:
         """Return the JSON file of a split."""
         return printable(self.annotation_file(split))
 
     def annotation_file(self, split: Split) -> Path:
-        """Return the JSON file of a split; the usual name where there is none."""
+        """Return the JSON file of a split; the usual name if there is none."""
         given = self._given[split]
-        if given is None:
-            return self._found().get(split, self._root / "annotations" / f"instances_{split}.json")
         if str(given).endswith(".json"):
-            return self._root / given
-        return self._root / "annotations" / f"instances_{given}.json"
+            return self._root / str(given)
+        usual = self._root / "annotations" / f"instances_{given or split}.json"
+        return usual if given is not None else self._found().get(split, usual)
 
     def image_folder(self, split: Split) -> Path:
         """Return the folder that the file names of a split are relative to."""
-        given, file = self._image_folders[split], self.annotation_file(split)
+        given, file = self._images[split], self.annotation_file(split)
         return self._root / given if given is not None else find_image_folder(file, self._root)
 
-    @property
-    def _root(self) -> Path:
-        return self.path.parent if self.path.suffix.lower() == ".json" else self.path
-
     def _found(self) -> dict[Split, Path]:
-        """Return the files of the folder by role. Of several for one role, that of 2017 counts, or the last."""
+        """Return the files of the folder by role. Of several for one role, that of 2017 counts, or else the last."""
         if self.path.suffix.lower() == ".json":
             return {"train": self.path}
         files = list_annotation_files(self.path)
@@ -132,30 +132,20 @@ def split_name(file: Path) -> str:
     return file.parent.name if file.name == ROBOFLOW_FILE else file.stem.removeprefix("instances_")
 
 
-def find_image_folder(file: Path, root: Path | None = None) -> Path:
-    """Return the first likely folder that holds the first image of a COCO file."""
+def find_image_folder(file: Path, root: Path) -> Path:
+    """Return the first likely folder that holds the first image of a COCO file of the data set in `root`."""
     above, name = file.parent.parent, split_name(file)
     likely = [
-        *([root / name, root / "images" / name] if root else []), above / name, file.parent / name,
-        above / "images" / name, above / "images", file.parent / "images", file.parent, above / "JPEGImages", above,
+        root / name, root / "images" / name, above / name, file.parent / name, above / "images" / name,
+        above / "images", file.parent / "images", file.parent, above / "JPEGImages", above,
     ]  # fmt: skip
     present = [folder for folder in likely if folder.is_dir()] or likely
-    if not file.is_file():
-        return present[0]
-    try:
-        with file.open("rb") as stream:
+    with suppress(OSError, ValueError, StopIteration):  # the parser reports them
+        with open(file, "rb", opener=open_at_once) as stream:
             found = FIRST_FILE_NAME.search(stream.read(HEAD_BYTES))
-        first = str(json.loads(found[1])) if found else ""
-        return next((folder for folder in present if first and (folder / first).is_file()), present[0])
-    except (OSError, ValueError):  # the parser reports it
-        return present[0]
-
-
-class Categories(NamedTuple):
-    """The classes of a file, in label order."""
-
-    ids: list[int]  # [K]
-    names: list[str]  # [K]
+        if found:
+            return next(folder for folder in present if (folder / str(json.loads(found[1]))).is_file())
+    return present[0]
 
 
 def parse_coco(
@@ -165,31 +155,31 @@ def parse_coco(
     class_names: Sequence[str] | None = None,
     max_bad_fraction: float = 0.01,
 ) -> AnnotationSet:
-    """Read a COCO instances file. Images without objects stay.
+    """Read a COCO instances file. Images without objects stay; outlines are not read.
 
-    Labels are 0..K-1 in order of category id, or in the order of `class_names`. A box that cannot be used, and an
-    image that is not on disk, is left out and named in `AnnotationSet.skipped`. A category 0 that only names the
-    export (Roboflow's root category: the supercategory of the others, without boxes) is not a class.
+    Labels are 0..K-1 in order of category id, or in the order of `class_names`. Boxes that cannot be used, and images
+    that are not on disk, are skipped and named in `AnnotationSet.skipped`. A category 0 that only names the export
+    (Roboflow's root category: the supercategory of the others, without boxes) is not a class.
 
     Args:
         annotation_file: JSON with `images`, `annotations` and `categories`; `annotations` may be an empty list.
         image_root: the folder that `file_name` is relative to. No file outside it is ever opened.
         class_names: [K] names that the file must have, in any order: those of a checkpoint or of the training split.
-        max_bad_fraction: 0..1, the fraction of boxes, and of images, that may be left out; two always may, unless 0.
+        max_bad_fraction: in [0, 1], the fraction of boxes, and of images, that may be skipped.
 
     Raises:
-        AnnotationError: the file is not what it should be, or too much of it cannot be used.
+        AnnotationError: the file is malformed, or too much of it cannot be used.
     """
     source = printable(annotation_file)
-    images, annotations, categories = load_tables(annotation_file, with_outlines=False)
+    content = _load(annotation_file)
+    images, annotations, categories = (_table(source, content, name) for name in TABLES)
     findings = _check_ids(source, annotations)
-    category_of_object = integer_column(source, annotations, "category_id", "annotation", findings)
+    category_of_object = _integer_column(source, annotations, "category_id", "annotation", findings)
     classes = _read_categories(source, categories, set(category_of_object.tolist()), findings)
     if class_names is not None:
-        require_same_names(source, classes.names, class_names)
-        order = [classes.names.index(name) for name in class_names]
-        classes = Categories([classes.ids[i] for i in order], [classes.names[i] for i in order])
-    labels = _labels(source, annotations, category_of_object, classes)
+        require_same_names(source, list(classes), class_names)
+        classes = {name: classes[name] for name in class_names}
+    labels = _labels(source, annotations, category_of_object, list(classes.values()))
     columns, row_of_id = _read_images(source, images, image_root, findings)
     objects, numbers = _read_objects(source, annotations, labels, columns, row_of_id, findings)
 
@@ -202,90 +192,176 @@ def parse_coco(
         source,
         columns,
         objects,
-        classes.names,
-        classes.ids,
+        list(classes),
+        list(classes.values()),
         describe=describe,
         findings=findings,
         max_bad_fraction=max_bad_fraction,
     )
 
 
-def _check_ids(source: str, annotations: list[JSONDict]) -> list[Finding]:
-    """Say which annotation ids other tools would trip over. Nothing here depends on them."""
-    ids = [entry.get("id") for entry in annotations]
-    findings = []
-    num_none = sum(1 for value in ids if value is None or value == 0)
-    if num_none:
-        problem = f"{num_none} annotations have id 0 or none; ids are numbered anew"
-        findings.append(ID_ZERO.broken(source, problem, num_none))
-    given = [value for value in ids if value is not None]
+def _load(annotation_file: Path) -> JSONDict:
+    """Parse the file and check that its top level is an object.
+
+    Large files are parsed without outlines, in a third of the time and memory. If that fails, the whole file is parsed
+    again, so that the line and column of the message are right.
+    """
+    source = printable(annotation_file)
+    read = partial(read_file, annotation_file, AnnotationError, "a COCO annotation file (JSON)", OTHER_PATH)
+    content = read()
+    repeated = any(content.count(f'"{name}"'.encode()) > 1 for name in TABLES)
     try:
-        num_repeated = len(given) - len(set(given))
-    except TypeError:  # a list or an object for an id
-        num_repeated = len(given) - len(set(map(str, given)))
-    if num_repeated:
-        problem = f"{num_repeated} annotations have the id of an earlier one; ids are numbered anew"
-        findings.append(IDS_REPEATED.broken(source, problem, num_repeated))
-    return findings
+        without_outlines = len(content) >= MANY_BYTES and not repeated
+        content = OUTLINES.sub(b"", content) if without_outlines else content
+        parsed = _parse_json(source, content, repeated)
+    except AnnotationError:
+        parsed = _parse_json(source, read(), repeated)
+    if isinstance(parsed, list):
+        keys = sorted(parsed[0]) if parsed and isinstance(parsed[0], dict) else []
+        kind = "a detections (results) file" if "image_id" in keys else "another format"
+        problem = f"the top level is a list with the keys {', '.join(keys[:8]) or 'none'}, so this is {kind}"
+        raise malformed(source, f"{problem}; a COCO annotation file is an object with {', '.join(TABLES)}", OTHER_PATH)
+    if not isinstance(parsed, dict):
+        raise malformed(source, f"the top level is a {type(parsed).__name__}; it must be an object", FRESH_COPY)
+    return parsed
+
+
+def _parse_json(source: str, content: bytes, repeated: bool) -> Any:
+    """Parse JSON. repeated: a table's name occurs twice, so look for repeated keys too, which is slow."""
+    if content[:2] in (b"PK", b"\x1f\x8b"):
+        raise malformed(source, "is compressed; it must be JSON text", "Unpack it first (unzip, gunzip).")
+    was_enabled = gc.isenabled()
+    gc.disable()  # there is no garbage, and searching a million new objects for it doubles the time
+    try:
+        text = content.decode("utf-8-sig")
+        return json.loads(text, object_pairs_hook=_without_repeated_keys if repeated else None)
+    except UnicodeDecodeError as reason:
+        problem = f"is not UTF-8 text (byte {reason.start}); JSON must be"
+        error = malformed(source, problem, "Convert it (iconv -t UTF-8), or export it again.")
+    except RecursionError:
+        error = malformed(source, "is nested too deeply for an annotation file", FRESH_COPY)
+    except json.JSONDecodeError as reason:
+        is_cut = reason.msg.startswith("Unterminated") or len(text) - reason.pos < 16
+        cut = f"; the file ends there, after {len(text)} characters, so it was cut off" if is_cut else ""
+        error = malformed(f"{source}:{reason.lineno}:{reason.colno}", f"is not JSON: {reason.msg}{cut}", FRESH_COPY)
+    except ValueError as reason:  # a repeated key; an integer of thousands of digits
+        error = malformed(source, f"is not usable JSON: {reason}", FRESH_COPY)
+    finally:
+        if was_enabled:
+            gc.enable()
+    raise error
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> JSONDict:
+    ((key, count),) = Counter(key for key, _ in pairs).most_common(1) or [("", 0)]
+    if count > 1:
+        raise ValueError(f"the key {key!r} occurs twice in one object, and only one of them would count")
+    return dict(pairs)
+
+
+def _table(source: str, content: JSONDict, name: str) -> list[JSONDict]:
+    """Return one of the three lists, checked to hold objects."""
+    if name not in content:
+        keys = ", ".join(sorted(map(str, content))[:8]) or "none"
+        remedy = 'A set without boxes has "annotations": [].' if name == "annotations" else FRESH_COPY
+        raise malformed(source, f"has no {name!r}; it must have {', '.join(TABLES)}, got the keys {keys}", remedy)
+    table = content[name]
+    if not isinstance(table, list) or not set(map(type, table)) <= {dict}:
+        raise malformed(source, f"{name!r} must be a list of objects", FRESH_COPY)
+    if not table and name != "annotations":
+        raise malformed(source, f"{name!r} is empty", "Give a split that holds images and classes.")
+    return table
+
+
+def _integer_column(
+    source: str, table: list[JSONDict], key: str, noun: str, findings: list[Finding]
+) -> npt.NDArray[np.int64]:
+    """Return one key of every entry as int64. Strings of digits are read if all entries have them."""
+    values = [entry.get(key) for entry in table]
+    kinds = set(map(type, values))
+    with suppress(ValueError, OverflowError):
+        if kinds <= {int}:
+            return np.array(values, dtype=np.int64)
+        if kinds == {str}:
+            numbers = np.array([int(str(value)) for value in values], dtype=np.int64)
+            problem = f"every {key} of the {noun}s is a string; read as integers"
+            findings.append(IDS_AS_TEXT.broken(source, problem, len(numbers)))
+            return numbers
+    wanted = str if kinds == {str} else int
+    wrong = (n for n, value in enumerate(values) if type(value) is not wanted or not str(value).lstrip("-").isdigit())
+    number = next(wrong, 0)
+    problem = f"{noun} number {number} has {key} {values[number]!r:.80}; it must be a 64-bit integer"
+    raise malformed(source, problem, f"Write every {key} of the file as an integer.")
+
+
+def _check_ids(source: str, annotations: list[JSONDict]) -> list[Finding]:
+    """Report the annotation ids that confuse other tools. Nothing here depends on them."""
+    ids = [entry.get("id") for entry in annotations]
+    given = [str(value) for value in ids if value is not None]
+    counted = (
+        (ID_ZERO, "id 0 or none", sum(1 for value in ids if value is None or value == 0)),
+        (IDS_REPEATED, "the id of an earlier one", len(given) - len(set(given))),
+    )
+    return [
+        rule.broken(source, f"{count} annotations have {problem}; ids are numbered anew", count)
+        for rule, problem, count in counted
+        if count
+    ]
 
 
 def _read_categories(
     source: str, categories: list[JSONDict], used_ids: set[int], findings: list[Finding]
-) -> Categories:
-    """Return the classes in order of id."""
-    ids = integer_column(source, categories, "id", "category", findings).tolist()
-    names = [entry.get("name") for entry in categories]
-    for number, name in enumerate(names):
+) -> dict[str, int]:
+    """Return class name -> category id, in order of id."""
+    pairs = []
+    for category_id, entry in zip(
+        _integer_column(source, categories, "id", "category", findings).tolist(), categories, strict=True
+    ):
+        name = entry.get("name")
         if not isinstance(name, str) or not name.strip() or not is_encodable(name):
-            raise malformed(
-                source, f"category {ids[number]} has name {name!r:.80}; it must be text", "Name every category."
-            )
-    parents = {entry.get("supercategory") for entry in categories if entry.get("supercategory") != "none"}
-    rows = sorted(range(len(ids)), key=ids.__getitem__)
-    if len(rows) > 1 and ids[rows[0]] == 0 and 0 not in used_ids and parents == {names[rows[0]]}:
-        problem = f"category 0 ({names[rows[0]]!r}) only groups the others and has no boxes: no class"
+            problem = f"category {category_id} has name {name!r:.80}; it must be text"
+            raise malformed(source, problem, "Name every category.")
+        pairs.append((category_id, printable(name.strip())))
+    pairs.sort()
+    parents = {entry.get("supercategory") for entry in categories} - {"none"}
+    if len(pairs) > 1 and pairs[0][0] == 0 and 0 not in used_ids and parents == {pairs[0][1]}:
+        problem = f"category 0 ({pairs[0][1]!r}) only groups the others and has no boxes: no class"
         findings.append(ROOT_CATEGORY.broken(source, problem))
-        rows = rows[1:]
-    classes = Categories([ids[row] for row in rows], [str(names[row]).strip() for row in rows])
-    for key, values in (("id", list(map(str, classes.ids))), ("name", classes.names)):
-        repeated = ", ".join(sorted({value for value in values if values.count(value) > 1})[:5])
+        pairs = pairs[1:]
+    for key, values in zip(("id", "name"), zip(*pairs, strict=True), strict=True):
+        repeated = ", ".join(str(value) for value, count in Counter(values).items() if count > 1)
         if repeated:
-            raise malformed(
-                source, f"several categories have {key} {repeated}; each must be unique", f"Correct the {key}s."
-            )
-    return classes
+            raise malformed(source, f"several categories have {key} {repeated:.80}; each must be unique", FRESH_COPY)
+    return {name: category_id for category_id, name in pairs}
 
 
 def _labels(
-    source: str, annotations: list[JSONDict], category_of_object: npt.NDArray[np.int64], classes: Categories
+    source: str, annotations: list[JSONDict], category_of_object: npt.NDArray[np.int64], category_ids: Sequence[int]
 ) -> npt.NDArray[np.int64]:
     """Turn category ids into labels 0..K-1."""
-    known = np.array(classes.ids, dtype=np.int64)
-    order = np.argsort(known)
-    place = np.searchsorted(known[order], category_of_object).clip(max=len(known) - 1)
-    labels = order[place]
-    unknown = np.flatnonzero(known[labels] != category_of_object)
+    label_of_id = {category_id: label for label, category_id in enumerate(category_ids)}
+    labels = np.array([label_of_id.get(category_id, -1) for category_id in category_of_object.tolist()], dtype=np.int64)
+    unknown = np.flatnonzero(labels < 0)
     if len(unknown):
         annotation = annotations[unknown[0]]
         problem = f"annotation {annotation.get('id')} has category_id {annotation['category_id']}"
-        ids = ", ".join(map(str, classes.ids[:100]))
+        ids = ", ".join(map(str, category_ids[:100]))
         remedy = "Add the category to 'categories', or remove its annotations."
-        raise malformed(source, f"{problem} ({len(unknown)} such annotations); the file's categories are {ids}", remedy)
-    return np.asarray(labels, dtype=np.int64)
+        raise malformed(source, f"{problem} ({len(unknown)} such annotations); the categories are {ids}", remedy)
+    return labels
 
 
 def _read_images(
     source: str, images: list[JSONDict], image_root: Path, findings: list[Finding]
 ) -> tuple[ImageColumns, dict[int, int]]:
-    """Return the images that are on disk, and the row of every image id (-1: not on disk, which is a finding)."""
-    ids = integer_column(source, images, "id", "image", findings)
+    """Return the images that are on disk, and image id -> row (-1: not on disk, which is a finding)."""
+    ids = _integer_column(source, images, "id", "image", findings)
     values, counts = np.unique(ids, return_counts=True)
     if len(values) < len(ids):
         repeated = int(values[counts > 1][0])
         files = [str(images[n].get("file_name")) for n in np.flatnonzero(ids == repeated)[:2]]
-        raise malformed(
-            source, f"image id {repeated} belongs to {files[0]!r} and {files[1]!r}; ids must be unique", FRESH_COPY
-        )
+        problem = f"image id {repeated} belongs to {files[0]!r} and {files[1]!r}; ids must be unique"
+        raise malformed(source, problem, FRESH_COPY)
     sizes = np.array([[_side(source, image, key) for key in ("height", "width")] for image in images], dtype=np.int32)
     names = [image.get("file_name") for image in images]
     paths = find_files(source, names, image_root)
@@ -300,12 +376,12 @@ def _read_images(
 
 
 def _side(source: str, image: JSONDict, key: str) -> int:
-    """Return the image's height or width; 0 where the file gives none."""
+    """Return the image's height or width; 0 if the file gives none."""
     value = image.get(key) or 0
     if isinstance(value, int | float) and value == value and 0 <= value < 1 << 31 and int(value) == value:
         return int(value)
-    remedy = f"Give the {key} of the image file in pixels, or leave it out."
-    raise malformed(source, f"image {image.get('id')} has {key} {value!r:.80}; it must be a whole number >= 0", remedy)
+    problem = f"image {image.get('id')} has {key} {value!r:.80}; it must be a whole number >= 0"
+    raise malformed(source, problem, f"Give the {key} of the image file in pixels, or leave it out.")
 
 
 def _read_objects(
@@ -316,11 +392,11 @@ def _read_objects(
     row_of_id: Mapping[int, int],
     findings: list[Finding],
 ) -> tuple[ObjectColumns, npt.NDArray[np.int64]]:
-    """Return the objects of the images that are on disk, and the place of each in `annotations`.
+    """Return the objects of the images that are on disk, and the position of each in `annotations`.
 
-    An annotation whose image the file does not list is a bad box; one whose image is not on disk went with its image.
+    An annotation whose image the file does not list is a bad box; one whose image is not on disk is skipped with it.
     """
-    image_ids = integer_column(source, annotations, "image_id", "annotation", findings)
+    image_ids = _integer_column(source, annotations, "image_id", "annotation", findings)
     unlisted, missing = -2, -1
     rows = np.array([row_of_id.get(image_id, unlisted) for image_id in image_ids.tolist()], dtype=np.int64)
     numbers = np.flatnonzero(rows != missing)
@@ -345,7 +421,7 @@ def _read_objects(
 
 
 def _read_boxes(annotations: list[JSONDict]) -> tuple[npt.NDArray[np.float64], dict[int, str]]:
-    """Return [T, 4] (x, y, width, height), and the rows where the file has something else."""
+    """Return [T, 4] (x, y, width, height), and row -> problem where the file has something else."""
     problems: dict[int, str] = {}
     boxes: list[Sequence[float]] = []
     for row, annotation in enumerate(annotations):
@@ -362,17 +438,16 @@ def _read_boxes(annotations: list[JSONDict]) -> tuple[npt.NDArray[np.float64], d
 def _read_areas(
     source: str, annotations: list[JSONDict], box_areas: npt.NDArray[np.float64], findings: list[Finding]
 ) -> npt.NDArray[np.float64]:
-    """Return the areas [T] that an object of that box can have. The others become NaN: the box's own will be taken.
+    """Return the areas [T]; NaN, for the box's own, where an object of that box cannot have the given area.
 
-    A smaller area than the box's is its segment's, whether or not the file still has the segment.
+    An area smaller than the box's is that of the outline, whether or not the file still has it.
     """
     values = [entry.get("area") for entry in annotations]
     areas = _floats([value if isinstance(value, int | float) and value is not True else np.nan for value in values])
     with np.errstate(invalid="ignore"):
         is_wrong = (areas <= 0) | (areas > (1 + AREA_TOLERANCE) * box_areas + 1)
         is_wrong = is_wrong & (box_areas > 0)  # a bad box is a finding of its own
-    num_wrong = int(np.count_nonzero(is_wrong))
-    if num_wrong:
+    if num_wrong := int(np.count_nonzero(is_wrong)):
         problem = f"the area of {num_wrong} objects is 0 or more than their box's; the box's is used"
         findings.append(AREA_WRONG.broken(source, problem, num_wrong))
     areas[is_wrong] = np.nan
@@ -388,7 +463,7 @@ def _floats(numbers: list[float]) -> npt.NDArray[np.float64]:
 
 
 def _refuse_xyxy(source: str, boxes: npt.NDArray[np.float64], sizes: npt.NDArray[np.int32]) -> None:
-    """Stop where boxes make sense as two corners and not as corner and size. boxes: [T, 4] as written."""
+    """Raise if boxes ([T, 4] as written) make sense as two corners and not as corner and size."""
     is_known = (sizes > 0).all(axis=1) & np.isfinite(boxes).all(axis=1)
     boxes, limits = boxes[is_known], sizes[is_known][:, ::-1] + 1  # 1 px: rounding
     leaves = (boxes[:, :2] + boxes[:, 2:] > limits).any(axis=1)

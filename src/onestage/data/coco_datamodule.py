@@ -1,13 +1,11 @@
 """Data sets in COCO format: one JSON file and one folder of images for each split."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import albumentations as A
 
-from onestage.data.annotation_cache import parse_once
 from onestage.data.coco import parse_coco
 from onestage.data.datamodule import DetectionDataModule, Split
 from onestage.data.loader import StartMethod
@@ -113,11 +111,8 @@ class COCODataModule(DetectionDataModule):
         """Read the JSON file of a split."""
         annotation_file = self._annotation_file(split)
         image_root = self.root / (self._image_folders[split] or self._name(split) or "")
-        parse = partial(
-            parse_coco, annotation_file, image_root, class_names=class_names, max_bad_fraction=self.max_bad_fraction
-        )
-        names = list(class_names) if class_names is not None else None
-        return parse_once(annotation_file, image_root, [names, self.max_bad_fraction], parse)
+        fraction = self.max_bad_fraction
+        return parse_coco(annotation_file, image_root, class_names=class_names, max_bad_fraction=fraction)
 
     def _annotation_file(self, split: Split) -> Path:
         given = self._annotation_files[split]

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.coco_file import load_tables
 from onestage.errors import AnnotationError, ConfigError
 from onestage.files import printable, write_new_file
 from onestage.types import AnnotationSet, JSONDict
@@ -49,7 +48,7 @@ def write_cleaned(annotation_file: Path, annotations: AnnotationSet, new_file: P
         AnnotationError: the rest of the file cannot be written as JSON.
     """
     content = json.loads(annotation_file.read_bytes().decode("utf-8-sig"))
-    images, objects, _ = load_tables(annotation_file)
+    images, objects = content["images"], content["annotations"]
     changes: list[JSONDict] = []
     kept_ids = set(annotations.image_ids.tolist())
     content["images"] = []
