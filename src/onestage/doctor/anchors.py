@@ -1,176 +1,324 @@
-"""Proposes a table of anchors for a set of boxes: k-means on their shapes, then SSD's form of sizes and ratios."""
+"""Coverage of boxes by a detector's anchors, and anchors that cover them better."""
 
-import math
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator
+from functools import cache, reduce
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import yaml
+from torch import Tensor
 
-from onestage.doctor.coverage import POSITIVE_IOU, AnchorLevel, Boxes, DetectorAnchors, best_overlaps
+from onestage.boxes.anchors import AnchorGrid, AnchorShapes
+from onestage.boxes.iou import as_corners, paired_iou, pairwise_overlap
+from onestage.data.annotations import UNREACHED_BOX
+from onestage.doctor.statistics import SIDES, size_bin, stretched_boxes
+from onestage.errors import ConfigError, DataError, require
+from onestage.files import printable, read_file
+from onestage.types import AnnotationSet, Detector, Finding
 
-NUM_CLUSTERS = 24
-NUM_ROUNDS = 100  # of k-means, at most
-SAMPLE = 4_000  # boxes, drawn with a fixed seed, from which the table is made; all of them measure it
-STEPS = (1.25, 1.1, 1.04)  # factors by which a size or ratio is tried larger and smaller
-MIN_RATIO, MAX_RATIO = 1.2, 6.0  # of an anchor's sides; a square is there already
-MIN_SIZE = 4.0  # px, of the smallest anchor: half the finest stride
-MIN_GAIN = 1e-4  # of the fitness that a change must bring
-MEAN_WEIGHT = 0.2  # of the mean overlap against the share of boxes that are reached, when tables are compared
+POSITIVE_IOU = 0.5  # of a positive anchor
+MAX_UNREACHED = 0.05  # fraction of boxes with only their forced match; more is worth a warning
+COUNTED_BOXES = 2_000  # evenly spaced boxes whose positive anchors are counted, 64 at a time
+FITTED_BOXES = 4_000  # boxes, drawn with a fixed seed, that anchors are fitted to; all boxes measure the result
+MAX_ROUNDS = 100  # of k-means
+STEPS = (1.25, 1.1, 1.04)  # factors of width and height that the fit tries
+MIN_SIDE = 4.0  # px, of a fitted anchor
+MIN_GAIN = 1e-4  # of the fitness per accepted change
+MEAN_WEIGHT = 0.2  # of the mean IoU in the fitness, beside the fraction of reached boxes
+MAX_TABLE_BYTES = 1 << 20
+
+Shape = tuple[float, float]  # (width, height), px
 
 
-def propose_anchors(boxes: Boxes, anchors: DetectorAnchors, seed: int = 0) -> tuple[AnchorLevel, ...]:
-    """Return a table for the same feature maps, with as many anchors in each cell, that fits the boxes better.
+class DetectorAnchors(NamedTuple):
+    """The anchors of a detector for one canvas."""
 
-    YOLOv2 (arXiv:1612.08242, section 2) clusters the shapes of boxes with 1 - IoU as distance. SSD gives each feature
-    map one size, the next map's size, and ratios; so the clusters are dealt to the maps by size, and what a map takes
-    from its clusters is then moved in small steps as long as more boxes are reached. The result is never worse than
-    the table it started from, measured on the sample.
+    class_path: str
+    image_size: int  # side of the square canvas, px
+    levels: tuple[AnchorShapes, ...]  # empty for a detector without anchors
+    grids: tuple[tuple[int, int], ...]  # (rows, columns) of each level
+
+    @property
+    def detector(self) -> str:
+        """Return the class name."""
+        return self.class_path.rpartition(".")[2]
+
+
+class Coverage(NamedTuple):
+    """How well anchors fit the boxes of a data set."""
+
+    share: float  # of boxes whose best anchor has IoU >= 0.5
+    mean_best_iou: float
+    by_size: list[float]  # share per bin of `SIDES`; NaN without boxes
+    by_class: list[float]  # share per label; NaN without boxes
+    positives_per_object: float  # positive anchors of one object, at least its forced match
+    num_unreached: int  # boxes with only their forced match
+
+
+def find_anchors(detector: str, table: str | None = None, image_size: int | None = None) -> DetectorAnchors:
+    """Return the anchors of a detector class.
 
     Args:
-        boxes: [T, 4] xyxy in pixels of the network's input; T >= 1.
-        anchors: the detector's; its feature maps and the number of its ratios are kept.
+        detector: class path; a name without dots is a class of onestage.models.
+        table: value of the class's argument `anchors`, or a YAML file that `onestage anchors` wrote; None: its default.
+        image_size: side of the canvas, px; None: the only one that the detector takes.
+
+    Raises:
+        ConfigError: the class, the table or the canvas cannot be used.
+    """
+    is_file = table is not None and table.endswith((".yaml", ".yml"))
+    class_path = detector if "." in detector else f"onestage.models.{detector}"
+    return _place_anchors(class_path, _read_table(str(table)) if is_file else table, image_size)
+
+
+@cache
+def _place_anchors(
+    class_path: str, table: str | tuple[AnchorShapes, ...] | None, image_size: int | None
+) -> DetectorAnchors:
+    module, _, name = class_path.rpartition(".")
+    try:
+        detector_class = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as reason:
+        raise ConfigError(f"detector: {class_path} cannot be imported ({reason}).\nTry: --detector SSD300") from None
+    is_detector = isinstance(detector_class, type) and issubclass(detector_class, Detector)
+    require(is_detector, "detector", class_path, "the path of a Detector class", "Try: --detector SSD300")
+    arguments = {} if table is None else {"anchors": list(table) if isinstance(table, tuple) else table}
+    try:
+        with torch.device("meta"):  # only the shapes of its tensors matter
+            detector = detector_class(num_classes=1, **arguments)
+    except TypeError as reason:
+        raise ConfigError(f"detector: {class_path} cannot be built with num_classes and anchors ({reason}).") from None
+    side = image_size or detector.image_size
+    remedy = f"{name} takes images of any size. Try: --image_size 512"
+    require(side is not None and side > 0, "image_size", side, "> 0", remedy)
+    detector.require_canvas((side, side))
+    if not hasattr(detector, "anchor_summary"):
+        return DetectorAnchors(class_path, side, (), ())
+    summary = detector.anchor_summary((side, side))
+    return DetectorAnchors(class_path, side, summary.levels, summary.grids)
+
+
+def measure_coverage(
+    boxes: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], num_classes: int, anchors: DetectorAnchors
+) -> Coverage:
+    """Measure how well anchors fit boxes [T, 4] xyxy in pixels of the canvas, T >= 1, with labels [T] in [0, K)."""
+    best = best_ious(torch.from_numpy(boxes), anchors).numpy()
+    is_reached = best >= POSITIVE_IOU
+    rows = np.unique(np.linspace(0, len(boxes) - 1, min(len(boxes), COUNTED_BOXES)).round().astype(np.int64))
+    num_positives = count_positives(torch.from_numpy(boxes[rows]), anchors)
+    return Coverage(
+        share=float(is_reached.mean()),
+        mean_best_iou=float(best.mean()),
+        by_size=_shares(is_reached, size_bin(boxes), len(SIDES) + 1),
+        by_class=_shares(is_reached, labels, num_classes),
+        positives_per_object=float(num_positives.clamp(min=1).double().mean()),
+        num_unreached=int(np.count_nonzero(~is_reached)),
+    )
+
+
+def best_ious(boxes: Tensor, anchors: DetectorAnchors) -> Tensor:
+    """Return the IoU of each box with its best anchor, [T]. boxes: [T, 4] xyxy."""
+    rows = (_nearest_ious(boxes, level, grid, shape) for level, grid, shape in _slots(anchors))
+    return reduce(torch.maximum, rows, torch.zeros_like(boxes[:, 0]))
+
+
+def count_positives(boxes: Tensor, anchors: DetectorAnchors) -> Tensor:
+    """Return how many anchors have IoU >= 0.5 with each box, [T]. boxes: [T, 4] xyxy."""
+    placed = as_corners(AnchorGrid(anchors.levels)(anchors.grids).boxes)
+    ious = (pairwise_overlap(part.float(), placed)[1] for part in boxes.split(64))
+    return torch.cat([(iou >= POSITIVE_IOU).sum(dim=1) for iou in ious])
+
+
+def check_coverage(source: str, coverage: Coverage, num_boxes: int, anchors: DetectorAnchors) -> list[Finding]:
+    """Return a finding if more than 5 % of the boxes have only their forced match."""
+    if coverage.num_unreached <= MAX_UNREACHED * num_boxes:
+        return []
+    problem = (
+        f"{coverage.num_unreached} of {num_boxes} boxes have no anchor of {anchors.detector} with IoU >= "
+        f"{POSITIVE_IOU:g}; each trains one anchor that fits it badly"
+    )
+    return [UNREACHED_BOX.broken(source, problem, coverage.num_unreached)]
+
+
+def propose_anchors(boxes: npt.NDArray[np.float64], anchors: DetectorAnchors, seed: int = 0) -> DetectorAnchors:
+    """Return as many anchors per level that fit the boxes better, or as well.
+
+    The fit starts at the detector's anchors, and at the clusters of the boxes' shapes (YOLOv2, arXiv:1612.08242,
+    section 2) in the order of their area. Then widths and heights change in small steps while more boxes are reached.
+
+    Args:
+        boxes: [T, 4] xyxy in pixels of the canvas; T >= 1.
+        anchors: the detector's.
         seed: of the sample and of the clusters' start.
     """
     generator = np.random.default_rng(seed)
-    sample = boxes if len(boxes) <= SAMPLE else boxes[generator.choice(len(boxes), SAMPLE, replace=False)]
-    shapes, weights = cluster_shapes(sample[:, 2:] - sample[:, :2], NUM_CLUSTERS, generator)
-    started = [_table_of_clusters(shapes, weights, anchors), [_numbers(level) for level in anchors.levels]]
-    improved = [_improve(table, sample, anchors) for table in started]
-    best = max(improved, key=lambda table: _fitness(table, sample, anchors))
-    return _levels(best, anchors)
+    sample = boxes if len(boxes) <= FITTED_BOXES else boxes[generator.choice(len(boxes), FITTED_BOXES, replace=False)]
+    slots = list(_slots(anchors))
+    clusters = cluster_shapes(sample[:, 2:] - sample[:, :2], len(slots), generator)
+    starts = [[shape for _, _, shape in slots]]
+    if len(clusters) == len(slots):
+        starts.append([_enlarge(c, level.stride, anchors) for c, (level, _, _) in zip(clusters, slots, strict=True)])
+    fits = [_improve(start, anchors, torch.from_numpy(sample)) for start in starts]
+    fitted = iter(max(fits, key=lambda fit: fit[0])[1])
+    levels = [
+        level._replace(shapes=tuple((round(w, 2), round(h, 2)) for _, (w, h) in zip(level.shapes, fitted, strict=False)))
+        for level in anchors.levels
+    ]
+    return anchors._replace(levels=tuple(levels))
 
 
 def cluster_shapes(
     sides: npt.NDArray[np.float64], num_clusters: int, generator: np.random.Generator
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return k-means centres (width, height), [k, 2] px, small ones first, and the share of boxes of each, [k].
+) -> npt.NDArray[np.float64]:
+    """Return k-means centres (width, height), [k, 2] px, in the order of their area.
 
-    The distance is 1 - IoU of two boxes with the same centre; a centre is the median of its boxes.
+    The distance is 1 - IoU of two boxes with the same centre; a centre is the median of its boxes; the start is
+    k-means++.
 
     Args:
         sides: [T, 2] width and height of the boxes, px, > 0.
-        num_clusters: k, at most; no more than there are different shapes.
-        generator: draws the boxes that the centres start at.
+        num_clusters: k, limited by the number of different shapes.
+        generator: draws the start.
     """
-    centres = _first_centres(np.unique(sides, axis=0), num_clusters, generator)
+    different = np.unique(sides, axis=0)
+    centres = different[[generator.integers(len(different))]]
+    while len(centres) < min(num_clusters, len(different)):
+        chances = (1 - _shape_iou(different, centres).max(axis=1)).clip(min=0) ** 2
+        chosen = generator.choice(len(different), p=chances / chances.sum())
+        centres = np.concatenate([centres, different[[chosen]]])
     owner = np.full(len(sides), -1)
-    for _ in range(NUM_ROUNDS):
+    for _ in range(MAX_ROUNDS):
         nearest = _shape_iou(sides, centres).argmax(axis=1)
         if (nearest == owner).all():
             break
         owner = nearest
-        centres = np.array(
-            [np.median(sides[owner == k], axis=0) if (owner == k).any() else centres[k] for k in range(len(centres))]
+        for k in np.unique(owner):
+            centres[k] = np.median(sides[owner == k], axis=0)
+    return centres[np.argsort(centres.prod(axis=1))]
+
+
+def compare_anchors(annotations: AnnotationSet, anchors: DetectorAnchors) -> str:
+    """Fit anchors to the boxes of a split; return them as YAML, with the coverage before and after as comments.
+
+    Raises:
+        ConfigError: the detector has no anchors.
+        DataError: the split holds no box.
+    """
+    require(bool(anchors.levels), "detector", anchors.class_path, "a detector with anchors")
+    is_object = ~annotations.is_crowd
+    boxes, labels = stretched_boxes(annotations, anchors.image_size)[is_object], annotations.labels[is_object]
+    if not len(boxes):
+        raise DataError(f"{annotations.source}: holds no object to fit anchors to.\nGive the training split.")
+    fitted = propose_anchors(boxes, anchors)
+    text = f"# {len(boxes)} boxes of {printable(annotations.source)}\n"
+    for name, table in (("before", anchors), ("after", fitted)):
+        coverage = measure_coverage(boxes, labels, len(annotations.class_names), table)
+        text += (
+            f"# {name}: {100 * coverage.share:.1f} % of the boxes have an anchor with IoU >= {POSITIVE_IOU:g}, mean "
+            f"best IoU {coverage.mean_best_iou:.3f}, {coverage.positives_per_object:.1f} anchors per object\n"
         )
-    shares = np.bincount(owner, minlength=len(centres)) / len(sides)
-    order = np.argsort(centres.prod(axis=1))
-    return centres[order], shares[order]
+    return text + write_table(fitted)
 
 
-def _first_centres(
-    different: npt.NDArray[np.float64], num_clusters: int, generator: np.random.Generator
-) -> npt.NDArray[np.float64]:
-    """Draw centres one by one, far from those before: with chances as the distance squared (k-means++)."""
-    chosen = [int(generator.integers(len(different)))]
-    distance = np.full(len(different), np.inf)
-    while len(chosen) < min(num_clusters, len(different)):
-        distance = np.minimum(distance, 1 - _shape_iou(different, different[chosen[-1:]])[:, 0])
-        chances = distance.clip(min=0) ** 2
-        if not chances.sum() > 0:
-            break
-        chosen.append(int(generator.choice(len(different), p=chances / chances.sum())))
-    return different[chosen]
+def write_table(anchors: DetectorAnchors) -> str:
+    """Return the anchors as YAML for `onestage fit --config ... --config FILE`."""
+    head = f"model:\n  detector:\n    class_path: {anchors.class_path}\n    init_args:\n      anchors:\n"
+    rows = ""
+    for level in anchors.levels:
+        shapes = ", ".join(f"[{width:g}, {height:g}]" for width, height in level.shapes)
+        offset = "" if level.offset == AnchorShapes._field_defaults["offset"] else f", offset: {level.offset:g}"
+        rows += f"        - {{stride: {level.stride:.8g}, shapes: [{shapes}]{offset}}}\n"
+    return head + rows
 
 
-def _shape_iou(sides: npt.NDArray[np.float64], centres: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the IoU of boxes with one centre, [T, k]."""
-    overlap = np.minimum(sides[:, None], centres).prod(axis=2)
-    return np.asarray(overlap / (sides.prod(axis=1)[:, None] + centres.prod(axis=1) - overlap))
+def _read_table(file: str) -> tuple[AnchorShapes, ...]:
+    """Read a file of `write_table`."""
+    remedy = "Give a file that `onestage anchors` wrote."
+    try:
+        content = read_file(Path(file), DataError, "a YAML file of `onestage anchors`", remedy, MAX_TABLE_BYTES)
+        rows = yaml.safe_load(content)["model"]["detector"]["init_args"]["anchors"]
+        return tuple(
+            AnchorShapes(
+                float(row["stride"]),
+                tuple((float(width), float(height)) for width, height in row["shapes"]),
+                **{key: float(row[key]) for key in ("offset",) if key in row},
+            )
+            for row in rows
+        )
+    except DataError as reason:
+        raise ConfigError(str(reason)) from None
+    except (yaml.YAMLError, RecursionError, KeyError, TypeError, ValueError) as reason:
+        problem = f"is not an anchor table ({type(reason).__name__}: {str(reason).partition(chr(10))[0][:100]})"
+        raise ConfigError(f"{printable(file)}: {problem}.\n{remedy}") from None
 
 
-# A table in the making: for each level [size, ratio, ...], and one last [next_size].
-Numbers = list[list[float]]
+def _slots(anchors: DetectorAnchors) -> Iterator[tuple[AnchorShapes, tuple[int, int], Shape]]:
+    """Yield level, grid and shape of each anchor of a cell."""
+    for level, grid in zip(anchors.levels, anchors.grids, strict=True):
+        yield from ((level, grid, shape) for shape in level.shapes)
 
 
-def _numbers(level: AnchorLevel) -> list[float]:
-    return [float(level.size), *map(float, level.aspect_ratios)]
+def _nearest_ious(boxes: Tensor, level: AnchorShapes, grid: tuple[int, int], shape: Shape) -> Tensor:
+    """Return the IoU of each box with the anchor of one shape whose centre is nearest, [T].
+
+    No other anchor of that shape overlaps more, because the overlap along each axis only falls with the distance.
+    """
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    last_cell = boxes.new_tensor([grid[1] - 1, grid[0] - 1])
+    cells = (centres / level.stride - level.offset).round().clamp(min=0).minimum(last_cell)
+    nearest = (cells + level.offset) * level.stride
+    half = boxes.new_tensor(shape) / 2
+    return paired_iou(boxes, torch.cat([nearest - half, nearest + half], dim=-1))
 
 
-def _table_of_clusters(
-    shapes: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], anchors: DetectorAnchors
-) -> Numbers:
-    """Deal the clusters to the levels, as many boxes to each level as it has anchors, and read off size and ratios."""
-    sizes = np.sqrt(shapes.prod(axis=1))
-    capacity = np.cumsum([level.anchors_per_cell for level in anchors.levels])
-    middle = np.cumsum(weights) - weights / 2
-    owner = np.searchsorted(capacity / capacity[-1], middle)
-    table: Numbers = []
-    smallest = 0.0
-    for number, level in enumerate(anchors.levels):
-        mine = owner == number
-        wanted = float(np.average(sizes[mine], weights=weights[mine])) if weights[mine].sum() > 0 else level.size
-        # Cells farther apart than the anchor is wide would leave boxes between them; and sizes rise with the levels.
-        size = min(max(wanted, smallest * STEPS[1], min(level.stride, anchors.image_size / 2)), anchors.image_size)
-        smallest = size
-        ratios = np.maximum(shapes[mine, 0] / shapes[mine, 1], shapes[mine, 1] / shapes[mine, 0])
-        num_ratios = len(level.aspect_ratios)
-        if mine.any() and num_ratios:
-            places = (np.arange(num_ratios) + 0.5) / num_ratios
-            own = np.quantile(ratios, places).clip(MIN_RATIO, MAX_RATIO).tolist()
-        else:
-            own = list(map(float, level.aspect_ratios))
-        table.append([size, *own])
-    return table
-
-
-def _levels(table: Numbers, anchors: DetectorAnchors) -> tuple[AnchorLevel, ...]:
-    """Return the table in SSD's form. The last next_size goes as far beyond the last size as that one does."""
-    sizes = [round(row[0], 2) for row in table]
-    last = sizes[-1] * sizes[-1] / sizes[-2] if len(sizes) > 1 else sizes[-1] * math.sqrt(2)
-    following = [*sizes[1:], round(min(last, 1.1 * anchors.image_size), 2)]
-    return tuple(
-        AnchorLevel(level.side, level.stride, size, next_size, tuple(round(ratio, 2) for ratio in row[1:]))
-        for level, row, size, next_size in zip(anchors.levels, table, sizes, following, strict=True)
-    )
-
-
-def _fitness(table: Numbers, boxes: Boxes, anchors: DetectorAnchors) -> float:
-    """Return the share of boxes reached, and a little of the mean overlap, which leads on where the share is flat."""
-    best = best_overlaps(boxes, anchors._replace(levels=_levels(table, anchors)))
-    return float((best >= POSITIVE_IOU).mean() + MEAN_WEIGHT * best.mean())
-
-
-def _improve(table: Numbers, boxes: Boxes, anchors: DetectorAnchors) -> Numbers:
-    """Change one number at a time by a step, for as long as that helps."""
-    fitness = _fitness(table, boxes, anchors)
+def _improve(shapes: list[Shape], anchors: DetectorAnchors, boxes: Tensor) -> tuple[float, list[Shape]]:
+    """Change one shape at a time while the fitness rises; return the fitness and the shapes."""
+    slots = [(level, grid) for level, grid, _ in _slots(anchors)]
+    shapes = list(shapes)
+    rows = torch.stack([_nearest_ious(boxes, *slot, shape) for slot, shape in zip(slots, shapes, strict=True)])
+    fitness = _fitness(rows.amax(dim=0))
     for step in STEPS:
         is_better = True
         while is_better:
             is_better = False
-            for row, column, factor in _moves(table, step):
-                changed = [list(numbers) for numbers in table]
-                changed[row][column] *= factor
-                new_fitness = _fitness(changed, boxes, anchors) if _is_allowed(changed, anchors.image_size) else 0.0
-                if new_fitness > fitness + MIN_GAIN:
-                    table, fitness, is_better = changed, new_fitness, True
-    return table
+            for number, slot in enumerate(slots):
+                others = torch.cat([rows[:number], rows[number + 1 :], torch.zeros_like(rows[:1])]).amax(dim=0)
+                for factors in product((1 / step, 1.0, step), repeat=2):
+                    shape = shapes[number][0] * factors[0], shapes[number][1] * factors[1]
+                    if min(shape) < MIN_SIDE or max(shape) > anchors.image_size:
+                        continue
+                    row = _nearest_ious(boxes, *slot, shape)
+                    changed = _fitness(torch.maximum(others, row))
+                    if changed > fitness + MIN_GAIN:
+                        fitness, shapes[number], rows[number], is_better = changed, shape, row, True
+    return fitness, shapes
 
 
-def _moves(table: Numbers, step: float) -> Iterator[tuple[int, int, float]]:
-    """Yield place and factor of every change to try."""
-    for row, numbers in enumerate(table):
-        for column in range(len(numbers)):
-            yield row, column, step
-            yield row, column, 1 / step
+def _fitness(best: Tensor) -> float:
+    """Return the fraction of reached boxes and, where that is flat, a little of the mean IoU."""
+    return float((best >= POSITIVE_IOU).double().mean() + MEAN_WEIGHT * best.mean())
 
 
-def _is_allowed(table: Sequence[Sequence[float]], image_size: int) -> bool:
-    sizes = [row[0] for row in table]
-    ratios = [ratio for row in table for ratio in row[1:]]
-    return (
-        all(small < large for small, large in pairwise(sizes))
-        and sizes[0] >= MIN_SIZE
-        and sizes[-1] <= image_size
-        and all(MIN_RATIO <= ratio <= MAX_RATIO for ratio in ratios)
-    )
+def _enlarge(shape: npt.NDArray[np.float64], stride: float, anchors: DetectorAnchors) -> Shape:
+    """Scale a shape to at least the stride, because narrower anchors leave boxes between them."""
+    factor = max(1.0, min(stride, anchors.image_size / 2) / float(np.sqrt(shape.prod())))
+    width, height = (shape * factor).clip(MIN_SIDE, anchors.image_size).tolist()
+    return width, height
+
+
+def _shape_iou(sides: npt.NDArray[np.float64], centres: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the IoU of boxes with the same centre, [T, k]."""
+    overlap = np.minimum(sides[:, None], centres).prod(axis=2)
+    return np.asarray(overlap / (sides.prod(axis=1)[:, None] + centres.prod(axis=1) - overlap))
+
+
+def _shares(is_reached: npt.NDArray[np.bool_], group: npt.NDArray[np.int64], num_groups: int) -> list[float]:
+    """Return the fraction of true values per group; NaN for an empty one."""
+    totals = np.bincount(group, minlength=num_groups)
+    reached = np.bincount(group, weights=is_reached, minlength=num_groups)
+    return [float(r / t) if t else float("nan") for r, t in zip(reached, totals, strict=True)]

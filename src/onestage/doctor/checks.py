@@ -1,4 +1,4 @@
-"""All checks of a data set, one after the other: what `onestage doctor` reports."""
+"""All checks of a data set, in order."""
 
 import time
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from onestage.data.annotations import (
 )
 from onestage.data.image_headers import check_headers
 from onestage.data.layouts import Split, as_finding
-from onestage.doctor.coverage import Coverage, DetectorAnchors, about_coverage, measure_coverage
+from onestage.doctor.anchors import Coverage, DetectorAnchors, check_coverage, measure_coverage
 from onestage.doctor.decoding import decode_all
 from onestage.doctor.leakage import find_leakage
 from onestage.doctor.statistics import (
     ClassRow,
-    about_classes,
-    about_objects,
+    check_classes,
+    check_objects,
     class_table,
     shape_counts,
     stretched_boxes,
@@ -38,15 +38,15 @@ BOX_RULES = {rule.name for rule in (BOX_EMPTY, BOX_NOT_FINITE, BOX_OUTSIDE, OBJE
 
 
 class Depth(NamedTuple):
-    """How far to look."""
+    """How thorough the checks are."""
 
     near_copies: bool = True  # whether splits are compared by what their images show
-    num_decoders: int = 0  # processes that decode every image whole; 0: none is decoded
-    max_bad_fraction: float = 0.01  # that a training would accept, 0..1
+    num_decoders: int = 0  # processes that decode every image; 0: none is decoded
+    max_bad_fraction: float = 0.01  # that training may skip, in [0, 1]
 
 
 class SplitSummary(NamedTuple):
-    """The numbers of one split."""
+    """The counts of a split."""
 
     name: str
     format: str
@@ -60,52 +60,58 @@ class SplitSummary(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What is there and what is wrong with it."""
+    """Counts and findings of a data set."""
 
-    splits: list[SplitSummary]  # those that could be read
-    classes: list[ClassRow]  # of all splits; empty where they differ
-    shapes: dict[str, list[int]]  # of the first split's boxes, at the detector's image size
-    coverage: Coverage | None  # of the first split's boxes; None where it has none
+    splits: list[SplitSummary]  # only readable ones
+    classes: list[ClassRow]  # empty if the splits' classes differ
+    shapes: dict[str, list[int]]  # of the first split's boxes, on the detector's canvas
+    coverage: Coverage | None  # of the first split's boxes; None without boxes or anchors
     anchors: DetectorAnchors
     findings: list[Finding]
-    seconds: dict[str, float]  # that each pass took
+    seconds: dict[str, float]  # per pass
     num_headers: int
 
     @property
     def exit_code(self) -> int:
-        """Return 3 where something stops a training or is left out of it, else 0."""
+        """Return 3 if something stops training or is skipped by it, else 0."""
         return 3 if any(finding.effect in ("error", "skipped") for finding in self.findings) else 0
 
 
 def examine(
     splits: Sequence[Split], anchors: DetectorAnchors, depth: Depth
 ) -> tuple[Diagnosis, dict[str, AnnotationSet]]:
-    """Check splits as a training would meet them.
+    """Check splits as training would meet them.
 
     Args:
         splits: of one data set, the training split first; see `read_splits`.
-        anchors: of the detector that is to be trained.
-        depth: how far to look.
+        anchors: of the detector to train.
+        depth: how thorough to be.
 
     Returns:
-        What was found, and the splits by name without the images that cannot be used.
+        The diagnosis, and the splits by name without unusable images.
     """
     findings = [finding for split in splits for finding in split.findings]
     seconds: dict[str, float] = {}
     usable = _check_images(splits, depth, findings, seconds)
     for name, annotations in usable.items():
-        findings += [*about_objects(name, annotations), *tiny_boxes(annotations, anchors.image_size)]
+        findings += [*check_objects(name, annotations), *tiny_boxes(annotations, anchors.image_size)]
     start = time.perf_counter()
     findings += find_leakage(list(usable.items()), depth.near_copies)
     seconds["leakage"] = time.perf_counter() - start
-    first = next(iter(usable.values()), None)
-    coverage, shapes = _fit(first, anchors)
-    if first is not None:
-        findings += about_classes(usable)
-        findings += about_coverage(first.source, coverage, sum(shapes["size"]), anchors) if coverage else []
+    shapes: dict[str, list[int]] = {}
+    coverage = None
+    if usable:
+        findings += check_classes(usable)
+        first = next(iter(usable.values()))
+        is_object = ~first.is_crowd
+        boxes, labels = stretched_boxes(first, anchors.image_size)[is_object], first.labels[is_object]
+        shapes = shape_counts(boxes) if len(boxes) else {}
+        if len(boxes) and anchors.levels:
+            coverage = measure_coverage(boxes, labels, len(first.class_names), anchors)
+            findings += check_coverage(first.source, coverage, len(boxes), anchors)
     are_same = len({(part.class_names, part.category_ids) for part in usable.values()}) == 1
     diagnosis = Diagnosis(
-        splits=[_summary(split, usable[split.name]) for split in splits if split.name in usable],
+        splits=[_summarise(split, usable[split.name]) for split in splits if split.name in usable],
         classes=class_table(usable) if are_same else [],
         shapes=shapes,
         coverage=coverage,
@@ -120,67 +126,53 @@ def examine(
 def _check_images(
     splits: Sequence[Split], depth: Depth, findings: list[Finding], seconds: dict[str, float]
 ) -> dict[str, AnnotationSet]:
-    """Look at all images; return the splits without those that cannot be used, and add to findings and seconds."""
+    """Check all image files; return the splits without unusable ones, and extend findings and seconds."""
     usable: dict[str, AnnotationSet] = {}
     start = time.perf_counter()
     for split in splits:
         if split.annotations is not None:
-            usable[split.name], found = _usable_images(split.annotations)
-            findings += [*found, *_too_many(split.annotations, [*split.findings, *found], depth.max_bad_fraction)]
+            checks = check_headers(split.annotations)
+            found = [finding for check in checks for finding in check.findings]
+            findings += [*found, *_check_fraction(split, found, depth.max_bad_fraction)]
+            sizes = np.array([(check.height, check.width) for check in checks], dtype=np.int32).reshape(-1, 2)
+            known = split.annotations.sizes
+            sized = replace(split.annotations, sizes=np.where(known > 0, known, sizes))
+            usable[split.name] = select_images(sized, np.flatnonzero([check.is_usable for check in checks]))
     seconds["headers"] = time.perf_counter() - start
     if depth.num_decoders:
         start = time.perf_counter()
-        torn = decode_all(usable.values(), depth.num_decoders)
-        findings += torn
-        usable = {name: _without(part, {finding.place for finding in torn}) for name, part in usable.items()}
+        undecodable = decode_all(usable.values(), depth.num_decoders)
+        findings += undecodable
+        places = {finding.place for finding in undecodable}
+        for name, part in usable.items():
+            is_kept = [printable(str(path)) not in places for path in part.image_paths]
+            usable[name] = select_images(part, np.flatnonzero(is_kept))
         seconds["decoding"] = time.perf_counter() - start
     return usable
 
 
-def _usable_images(annotations: AnnotationSet) -> tuple[AnnotationSet, list[Finding]]:
-    """Look at all headers; return the images that can be used, with the sizes that the annotation leaves out."""
-    checks = check_headers(annotations)
-    found = np.array([(check.height, check.width) for check in checks], dtype=np.int32).reshape(-1, 2)
-    sized = replace(annotations, sizes=np.where(annotations.sizes > 0, annotations.sizes, found))
-    kept = np.flatnonzero([check.is_usable for check in checks])
-    return select_images(sized, kept), [finding for check in checks for finding in check.findings]
-
-
-def _without(annotations: AnnotationSet, places: set[str]) -> AnnotationSet:
-    """Leave out the images of these (printable) paths."""
-    is_kept = [printable(str(path)) not in places for path in annotations.image_paths]
-    return annotations if all(is_kept) else select_images(annotations, np.flatnonzero(is_kept))
-
-
-def _too_many(annotations: AnnotationSet, findings: Sequence[Finding], max_bad_fraction: float) -> list[Finding]:
-    """Say where a training would not accept that so much is left out."""
-    bad = [finding for finding in findings if finding.effect == "skipped"]
+def _check_fraction(split: Split, found: Sequence[Finding], max_bad_fraction: float) -> list[Finding]:
+    """Return a finding if training would stop because too many boxes or images are skipped."""
+    annotations = split.annotations
+    assert annotations is not None
+    bad = [finding for finding in [*split.findings, *found] if finding.effect == "skipped"]
     bad_boxes = [finding.line for finding in bad if finding.rule in BOX_RULES]
     bad_images = [finding.line for finding in bad if finding.rule not in BOX_RULES]
-    num_left_out = len(set(annotations.skipped) & set(bad_images))  # by the parser: they are not in the set any more
-    num_images = len(annotations) + num_left_out
+    num_images = len(annotations) + len(set(annotations.skipped) & set(bad_images))  # with those the parser skipped
     stops = []
-    totals = (("boxes", bad_boxes, len(annotations.boxes) + len(bad_boxes)), ("images", bad_images, num_images))
-    for noun, lines, total in totals:
+    for noun, lines, total in (
+        ("boxes", bad_boxes, len(annotations.boxes) + len(bad_boxes)),
+        ("images", bad_images, num_images),
+    ):
         try:
             require_few_bad(annotations.source, noun, lines, total, max_bad_fraction)
         except AnnotationError as reason:
-            text = str(reason)
-            stops.append(AnnotationError(f"{text.partition(chr(10))[0]}\n{text.rpartition(chr(10))[2]}"))
-    return [as_finding(reason, Path(annotations.source)) for reason in stops]
+            problem, *_, remedy = str(reason).splitlines()  # the findings themselves stand in between
+            stops.append(as_finding(AnnotationError(f"{problem}\n{remedy}"), Path(annotations.source)))
+    return stops
 
 
-def _fit(annotations: AnnotationSet | None, anchors: DetectorAnchors) -> tuple[Coverage | None, dict[str, list[int]]]:
-    """Measure the boxes of the training split at the size that the detector sees."""
-    if annotations is None or annotations.is_crowd.all():  # also where there is none at all
-        return None, {}
-    is_object = ~annotations.is_crowd
-    boxes, labels = stretched_boxes(annotations, anchors.image_size)[is_object], annotations.labels[is_object]
-    coverage = measure_coverage(boxes, labels, len(annotations.class_names), anchors)
-    return coverage, shape_counts(boxes)
-
-
-def _summary(split: Split, annotations: AnnotationSet) -> SplitSummary:
+def _summarise(split: Split, annotations: AnnotationSet) -> SplitSummary:
     return SplitSummary(
         split.name,
         split.format,

@@ -1,82 +1,109 @@
-"""Decodes every image of a split whole, in child processes that a malicious or damaged file may kill."""
+"""Complete decoding of images in child processes, which a damaged or malicious file may kill."""
 
+import contextlib
 import multiprocessing
 import signal
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from onestage.data.annotations import IMAGE_UNREADABLE
-from onestage.data.image_headers import image_finding
-from onestage.doctor.decoder_child import READY, Task, decode_each
+from onestage.data.images import REMEDY, read_image
 from onestage.errors import ImageError
 from onestage.files import printable
-from onestage.types import AnnotationSet, Finding
 
-SECONDS_PER_IMAGE = 30.0  # the largest image that is decoded at all takes three
-START_SECONDS = 60.0  # to import what decodes, on a machine that has other things to do
+if TYPE_CHECKING:  # a child imports this file: with torch it would start slowly and exceed its address space
+    from onestage.types import AnnotationSet, Finding
+
+MEMORY_BYTES = 4 << 30  # address space of a child; the largest image takes a quarter of it
+SECONDS_PER_IMAGE = 30.0  # the largest image takes 3 s
+START_SECONDS = 60.0  # for imports on a busy machine
+READY = "ready"
 
 
-def decode_all(splits: Iterable[AnnotationSet], num_processes: int) -> list[Finding]:
-    """Decode all images of some splits and return a finding for each that cannot be.
+class Task(NamedTuple):
+    """An image to decode."""
 
-    Args:
-        splits: whose images.
-        num_processes: children that decode side by side, at least 1.
-    """
+    path: str
+    annotated_size: tuple[int, int]  # (height, width); 0, 0 if unknown
+
+
+def decode_all(splits: Iterable["AnnotationSet"], num_processes: int) -> "list[Finding]":
+    """Decode all images of some splits in so many child processes; return a finding for each that fails."""
     tasks = [
         Task(str(path), (height, width))
         for annotations in splits
         for path, (height, width) in zip(annotations.image_paths, annotations.sizes.tolist(), strict=True)
     ]
-    shares = [tasks[start::num_processes] for start in range(num_processes)]  # an empty one starts no child
     with ThreadPoolExecutor(num_processes) as pool:
-        found = [finding for part in pool.map(decode_in_child, shares) for finding in part]
+        found = [f for part in pool.map(decode_in_child, (tasks[n::num_processes] for n in range(num_processes))) for f in part]
     return sorted(found, key=lambda finding: finding.place)
 
 
-def decode_in_child(tasks: Sequence[Task]) -> list[Finding]:
-    """Decode images one after the other in a child process; when it dies, a new one goes on behind its last image."""
-    findings: list[Finding] = []
+def decode_in_child(tasks: Sequence[Task]) -> "list[Finding]":
+    """Decode images in a child process; if it dies, a new one continues after the image that killed it."""
+    from onestage.data.annotations import IMAGE_UNREADABLE
+    from onestage.data.image_headers import image_finding
+
+    findings = []
     done = 0
     while done < len(tasks):
-        num_answers, reason = _run_child(tasks[done:], findings)
-        done += num_answers
+        problems, reason = _run_child(tasks[done:])
+        for task, problem in zip(tasks[done:], problems, strict=False):
+            findings += [image_finding(Path(task.path), ImageError(problem))] if problem else []
+        done += len(problems)
         if reason:
-            place = printable(tasks[done].path)
-            findings.append(IMAGE_UNREADABLE.broken(place, f"{reason} while it was decoded"))
+            findings.append(IMAGE_UNREADABLE.broken(printable(tasks[done].path), f"{reason} while it was decoded"))
             done += 1
     return findings
 
 
-def _run_child(tasks: Sequence[Task], findings: list[Finding]) -> tuple[int, str]:
-    """Return how many images one child decoded, and what ended it before the last ("" if nothing did)."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy whatever threads hold
+def decode_each(answers: Connection, tasks: Sequence[Task]) -> None:
+    """Send `READY`, then for each image its problem, or "" if it can be decoded. Runs in the child."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # where the system has no such limits
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answers.send(READY)
+    for task in tasks:
+        problem = ""
+        try:
+            read_image(task.path, task.annotated_size)
+        except ImageError as reason:
+            problem = str(reason)
+        except MemoryError:
+            problem = f"{printable(task.path)}: needs more than {MEMORY_BYTES >> 30} GiB to decode.\n{REMEDY}"
+        answers.send(problem)
+    answers.close()
+
+
+def _run_child(tasks: Sequence[Task]) -> tuple[list[str], str]:
+    """Return the answers of one child, and what ended it before the last one, or ""."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
     parent_end, child_end = context.Pipe()
     child = context.Process(target=decode_each, args=(child_end, list(tasks)), daemon=True)
     child.start()
     child_end.close()
-    num_answers = 0
+    problems: list[str] = []
     try:
         if not parent_end.poll(START_SECONDS) or parent_end.recv() != READY:
-            return num_answers, _end(child)
-        while num_answers < len(tasks):
+            return problems, _stop(child)
+        while len(problems) < len(tasks):
             if not parent_end.poll(SECONDS_PER_IMAGE):
-                _end(child)
-                return num_answers, f"took more than {SECONDS_PER_IMAGE:g} s"
-            problem = parent_end.recv()
-            if problem:
-                findings.append(image_finding(Path(tasks[num_answers].path), ImageError(problem)))
-            num_answers += 1
+                _stop(child)
+                return problems, f"took more than {SECONDS_PER_IMAGE:g} s"
+            problems.append(parent_end.recv())
     except EOFError:  # the child died
-        return num_answers, _end(child)
-    _end(child)
-    return num_answers, ""
+        return problems, _stop(child)
+    _stop(child)
+    return problems, ""
 
 
-def _end(child: SpawnProcess) -> str:
-    """Wait for a child that ends by itself, else end it; return how it ended."""
+def _stop(child: SpawnProcess) -> str:
+    """Wait a second for a child to end, else kill it; return how it ended."""
     child.join(1.0)
     if child.is_alive():
         child.kill()
