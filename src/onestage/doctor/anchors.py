@@ -1,9 +1,7 @@
 """Coverage of boxes by a detector's anchors, and anchors that cover them better."""
 
-from collections.abc import Iterator
-from functools import cache, reduce
+from functools import cache
 from importlib import import_module
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +21,7 @@ from onestage.types import AnnotationSet, Detector, Finding
 
 POSITIVE_IOU = 0.5  # of a positive anchor
 MAX_UNREACHED = 0.05  # fraction of boxes with only their forced match; more is worth a warning
+BLOCK_ROWS = 1 << 16  # boxes whose IoUs are computed at once
 COUNTED_BOXES = 2_000  # evenly spaced boxes whose positive anchors are counted, 64 at a time
 FITTED_BOXES = 4_000  # boxes, drawn with a fixed seed, that anchors are fitted to; all boxes measure the result
 MAX_ROUNDS = 100  # of k-means
@@ -31,8 +30,6 @@ MIN_SIDE = 4.0  # px, of a fitted anchor
 MIN_GAIN = 1e-4  # of the fitness per accepted change
 MEAN_WEIGHT = 0.2  # of the mean IoU in the fitness, beside the fraction of reached boxes
 MAX_TABLE_BYTES = 1 << 20
-
-Shape = tuple[float, float]  # (width, height), px
 
 
 class DetectorAnchors(NamedTuple):
@@ -123,14 +120,18 @@ def measure_coverage(
 
 def best_ious(boxes: Tensor, anchors: DetectorAnchors) -> Tensor:
     """Return the IoU of each box with its best anchor, [T]. boxes: [T, 4] xyxy."""
-    rows = (_nearest_ious(boxes, level, grid, shape) for level, grid, shape in _slots(anchors))
-    return reduce(torch.maximum, rows, torch.zeros_like(boxes[:, 0]))
+    best = []
+    for part in torch.split(boxes, BLOCK_ROWS):
+        levels = zip(anchors.levels, anchors.grids, strict=True)
+        ious = [_nearest_ious(part, level, grid, part.new_tensor(level.shapes)) for level, grid in levels]
+        best.append(torch.cat(ious).amax(dim=0))
+    return torch.cat(best)
 
 
 def count_positives(boxes: Tensor, anchors: DetectorAnchors) -> Tensor:
     """Return how many anchors have IoU >= 0.5 with each box, [T]. boxes: [T, 4] xyxy."""
     placed = as_corners(AnchorGrid(anchors.levels)(anchors.grids).boxes)
-    ious = (pairwise_overlap(part.float(), placed)[1] for part in boxes.split(64))
+    ious = (pairwise_overlap(part.float(), placed)[1] for part in torch.split(boxes, 64))
     return torch.cat([(iou >= POSITIVE_IOU).sum(dim=1) for iou in ious])
 
 
@@ -158,18 +159,17 @@ def propose_anchors(boxes: npt.NDArray[np.float64], anchors: DetectorAnchors, se
     """
     generator = np.random.default_rng(seed)
     sample = boxes if len(boxes) <= FITTED_BOXES else boxes[generator.choice(len(boxes), FITTED_BOXES, replace=False)]
-    slots = list(_slots(anchors))
-    clusters = cluster_shapes(sample[:, 2:] - sample[:, :2], len(slots), generator)
-    starts = [[shape for _, _, shape in slots]]
-    if len(clusters) == len(slots):
-        starts.append([_enlarge(c, level.stride, anchors) for c, (level, _, _) in zip(clusters, slots, strict=True)])
-    fits = [_improve(start, anchors, torch.from_numpy(sample)) for start in starts]
-    fitted = iter(max(fits, key=lambda fit: fit[0])[1])
-    levels = [
-        level._replace(shapes=tuple((round(w, 2), round(h, 2)) for _, (w, h) in zip(level.shapes, fitted, strict=False)))
-        for level in anchors.levels
-    ]
-    return anchors._replace(levels=tuple(levels))
+    starts = [torch.tensor([shape for level in anchors.levels for shape in level.shapes])]
+    strides = torch.tensor([level.stride for level in anchors.levels for _ in level.shapes])
+    clusters = torch.from_numpy(cluster_shapes(sample[:, 2:] - sample[:, :2], len(strides), generator)).float()
+    if len(clusters) == len(strides):
+        # Anchors narrower than the stride would leave boxes between them.
+        factors = strides.clamp(max=anchors.image_size / 2) / clusters.prod(dim=1).sqrt()
+        starts.append(clusters * factors.clamp(min=1)[:, None])
+    fits = [_improve(start, anchors, torch.from_numpy(sample).float()) for start in starts]
+    rounded = iter([(round(width, 2), round(height, 2)) for width, height in max(fits, key=lambda fit: fit[0])[1]])
+    levels = tuple(level._replace(shapes=tuple(next(rounded) for _ in level.shapes)) for level in anchors.levels)
+    return anchors._replace(levels=levels)
 
 
 def cluster_shapes(
@@ -257,14 +257,8 @@ def _read_table(file: str) -> tuple[AnchorShapes, ...]:
         raise ConfigError(f"{printable(file)}: {problem}.\n{remedy}") from None
 
 
-def _slots(anchors: DetectorAnchors) -> Iterator[tuple[AnchorShapes, tuple[int, int], Shape]]:
-    """Yield level, grid and shape of each anchor of a cell."""
-    for level, grid in zip(anchors.levels, anchors.grids, strict=True):
-        yield from ((level, grid, shape) for shape in level.shapes)
-
-
-def _nearest_ious(boxes: Tensor, level: AnchorShapes, grid: tuple[int, int], shape: Shape) -> Tensor:
-    """Return the IoU of each box with the anchor of one shape whose centre is nearest, [T].
+def _nearest_ious(boxes: Tensor, level: AnchorShapes, grid: tuple[int, int], shapes: Tensor) -> Tensor:
+    """Return the IoU of each box with the anchor of each shape whose centre is nearest, [n, T]. shapes: [n, 2].
 
     No other anchor of that shape overlaps more, because the overlap along each axis only falls with the distance.
     """
@@ -272,43 +266,36 @@ def _nearest_ious(boxes: Tensor, level: AnchorShapes, grid: tuple[int, int], sha
     last_cell = boxes.new_tensor([grid[1] - 1, grid[0] - 1])
     cells = (centres / level.stride - level.offset).round().clamp(min=0).minimum(last_cell)
     nearest = (cells + level.offset) * level.stride
-    half = boxes.new_tensor(shape) / 2
+    half = shapes[:, None] / 2
     return paired_iou(boxes, torch.cat([nearest - half, nearest + half], dim=-1))
 
 
-def _improve(shapes: list[Shape], anchors: DetectorAnchors, boxes: Tensor) -> tuple[float, list[Shape]]:
-    """Change one shape at a time while the fitness rises; return the fitness and the shapes."""
-    slots = [(level, grid) for level, grid, _ in _slots(anchors)]
-    shapes = list(shapes)
-    rows = torch.stack([_nearest_ious(boxes, *slot, shape) for slot, shape in zip(slots, shapes, strict=True)])
-    fitness = _fitness(rows.amax(dim=0))
+def _improve(shapes: Tensor, anchors: DetectorAnchors, boxes: Tensor) -> tuple[float, list[list[float]]]:
+    """Scale width and height of one shape at a time while the fitness rises; return fitness and shapes [n, 2]."""
+    slots = [(level, grid) for level, grid in zip(anchors.levels, anchors.grids, strict=True) for _ in level.shapes]
+    shapes = shapes.clamp(MIN_SIDE, anchors.image_size)
+    rows = torch.cat([_nearest_ious(boxes, *slot, shape[None]) for slot, shape in zip(slots, shapes, strict=True)])
+    fitness = float(_fitness(rows.amax(dim=0)))
     for step in STEPS:
+        factors = torch.cartesian_prod(*[torch.tensor([1 / step, 1, step])] * 2)
         is_better = True
         while is_better:
             is_better = False
             for number, slot in enumerate(slots):
-                others = torch.cat([rows[:number], rows[number + 1 :], torch.zeros_like(rows[:1])]).amax(dim=0)
-                for factors in product((1 / step, 1.0, step), repeat=2):
-                    shape = shapes[number][0] * factors[0], shapes[number][1] * factors[1]
-                    if min(shape) < MIN_SIDE or max(shape) > anchors.image_size:
-                        continue
-                    row = _nearest_ious(boxes, *slot, shape)
-                    changed = _fitness(torch.maximum(others, row))
-                    if changed > fitness + MIN_GAIN:
-                        fitness, shapes[number], rows[number], is_better = changed, shape, row, True
-    return fitness, shapes
+                candidates = (shapes[number] * factors).clamp(MIN_SIDE, anchors.image_size)
+                ious = _nearest_ious(boxes, *slot, candidates)
+                rows[number] = 0
+                gained = _fitness(torch.maximum(ious, rows.amax(dim=0)))
+                chosen = int(gained.argmax()) if gained.max() > fitness + MIN_GAIN else len(factors) // 2  # as it is
+                is_better |= bool(gained[chosen] > fitness + MIN_GAIN)
+                fitness = max(fitness, float(gained[chosen]))
+                shapes[number], rows[number] = candidates[chosen], ious[chosen]
+    return fitness, shapes.tolist()
 
 
-def _fitness(best: Tensor) -> float:
-    """Return the fraction of reached boxes and, where that is flat, a little of the mean IoU."""
-    return float((best >= POSITIVE_IOU).double().mean() + MEAN_WEIGHT * best.mean())
-
-
-def _enlarge(shape: npt.NDArray[np.float64], stride: float, anchors: DetectorAnchors) -> Shape:
-    """Scale a shape to at least the stride, because narrower anchors leave boxes between them."""
-    factor = max(1.0, min(stride, anchors.image_size / 2) / float(np.sqrt(shape.prod())))
-    width, height = (shape * factor).clip(MIN_SIDE, anchors.image_size).tolist()
-    return width, height
+def _fitness(best: Tensor) -> Tensor:
+    """Return the fraction of reached boxes and, where that is flat, a little of the mean IoU. best: [..., T]."""
+    return (best >= POSITIVE_IOU).float().mean(dim=-1) + MEAN_WEIGHT * best.mean(dim=-1)
 
 
 def _shape_iou(sides: npt.NDArray[np.float64], centres: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -37,8 +37,9 @@ def decode_all(splits: Iterable["AnnotationSet"], num_processes: int) -> "list[F
         for annotations in splits
         for path, (height, width) in zip(annotations.image_paths, annotations.sizes.tolist(), strict=True)
     ]
+    shares = [tasks[start::num_processes] for start in range(num_processes)]
     with ThreadPoolExecutor(num_processes) as pool:
-        found = [f for part in pool.map(decode_in_child, (tasks[n::num_processes] for n in range(num_processes))) for f in part]
+        found = [finding for part in pool.map(decode_in_child, shares) for finding in part]
     return sorted(found, key=lambda finding: finding.place)
 
 

@@ -31,7 +31,7 @@ def doctor(
     exit codes: 0 clean; 1 warnings, with --strict; 2 the command line cannot be used; 3 something stops training or is
     skipped by it
 
-    examples:
+    Examples:
       onestage doctor data/voc
       onestage doctor data/coco/annotations/instances_train2017.json data/coco/annotations/instances_val2017.json
       onestage doctor data/mine/data.yaml --decode --draw sheet.jpg
@@ -87,7 +87,7 @@ def anchors(
 ) -> int:
     """Fit a detector's anchors to the boxes of a training split.
 
-    examples:
+    Examples:
       onestage anchors data/mine --detector SSD300 --out anchors.yaml
       onestage doctor data/mine --detector SSD300 --anchors anchors.yaml
       onestage fit --config configs/coco_ssd300.yaml --config anchors.yaml

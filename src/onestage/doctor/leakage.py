@@ -68,8 +68,8 @@ def _find_exact_copies(owners: Sequence[tuple[str, str]]) -> tuple[list[Finding]
     by_size: dict[int, list[tuple[str, str]]] = defaultdict(list)
     by_digest: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
     for owner in owners:
-        path = Path(owner[1])
-        by_size[path.stat().st_size if path.is_file() else 0].append(owner)
+        file = Path(owner[1])
+        by_size[file.stat().st_size if file.is_file() else 0].append(owner)
     for same_size in by_size.values():
         if len({name for name, _ in same_size}) > 1:
             for owner in same_size:

@@ -1,0 +1,177 @@
+"""Coverage and fitted anchors, against hand-computed IoUs, placed anchors, the matcher and the detectors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from bad_data import coco_content, write_coco
+
+from onestage.boxes.anchors import AnchorGrid, AnchorShapes
+from onestage.boxes.iou import as_corners, pairwise_overlap
+from onestage.boxes.matchers import IoUMatcher
+from onestage.cli import main
+from onestage.doctor.anchors import (
+    DetectorAnchors,
+    best_ious,
+    cluster_shapes,
+    count_positives,
+    find_anchors,
+    measure_coverage,
+    propose_anchors,
+    write_table,
+)
+from onestage.errors import ConfigError
+from onestage.models import SSD160, SSD300
+from onestage.types import Detector, Targets
+
+# Squares of 10 and 20 px around 5, 15, 25, 35.
+SMALL = DetectorAnchors("toy", 40, (AnchorShapes(10, ((10.0, 10.0), (20.0, 20.0))),), ((4, 4),))
+
+
+class WithoutAnchors(Detector):
+    """A detector of any canvas that has no anchors."""
+
+    image_size = None
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    forward = loss = detect = None
+
+
+def test_best_ious_equal_hand_computed_values() -> None:
+    boxes = torch.tensor([
+        [10.0, 10, 20, 20],  # the anchor of 10 px around (15, 15)
+        [10, 10, 20, 15],  # half of it
+        [0, 0, 20, 20],  # 225 px^2 in common with the anchor of 20 px around (5, 5) or (15, 15): 225 / 575
+        [12, 10, 22, 20],  # 2 px beside it: 80 / 120
+    ])  # fmt: skip
+    assert best_ious(boxes, SMALL).tolist() == pytest.approx([1, 0.5, 225 / 575, 80 / 120])
+    assert count_positives(boxes, SMALL).tolist() == [1, 1, 0, 1]
+
+
+def test_coverage_is_counted_by_size_and_class() -> None:
+    boxes = np.array([[10.0, 10, 20, 20], [0, 0, 20, 20], [10, 10, 20, 15]])
+    coverage = measure_coverage(boxes, np.array([0, 0, 2]), 3, SMALL)
+    assert coverage.share == pytest.approx(2 / 3)
+    assert coverage.num_unreached == 1
+    assert coverage.by_class == pytest.approx([0.5, np.nan, 1], nan_ok=True)
+    assert coverage.by_size[:2] == [1, 0]  # under 16 px; 16 to 32
+    assert coverage.positives_per_object == 1  # the second object has its forced match
+
+
+@pytest.mark.parametrize(("detector", "num_anchors"), [("SSD160", None), ("SSD300", 8732)])
+def test_coverage_agrees_with_placed_anchors_and_the_matcher(detector: str, num_anchors: int | None) -> None:
+    anchors = find_anchors(detector, "coco")
+    placed = AnchorGrid(anchors.levels)(anchors.grids)
+    assert num_anchors in (None, len(placed.boxes))
+    draw = torch.Generator().manual_seed(0)
+    corners = torch.rand(60, 2, generator=draw) * (anchors.image_size - 40)
+    boxes = torch.cat([corners, corners + 4 + 36 * torch.rand(60, 2, generator=draw)], dim=1)
+    iou = pairwise_overlap(boxes, as_corners(placed.boxes))[1]
+    assert torch.allclose(best_ious(boxes, anchors), iou.amax(dim=1), rtol=1e-4, atol=1e-5)
+    assert count_positives(boxes, anchors).tolist() == (iou >= 0.5).sum(dim=1).tolist()
+    for row in range(10):
+        targets = Targets(boxes[row].view(1, 1, 4), torch.zeros(1, 1, dtype=torch.int64))
+        num_matched = int((IoUMatcher()(targets, placed, None) >= 0).sum())
+        assert num_matched == max(1, int(count_positives(boxes[row : row + 1], anchors)[0]))
+
+
+def test_clusters_find_two_shapes() -> None:
+    sides = np.array([[10.0, 10]] * 30 + [[40, 20]] * 10) + np.linspace(0, 0.4, 40)[:, None]
+    shapes = cluster_shapes(sides, 2, np.random.default_rng(1))
+    assert shapes == pytest.approx(np.array([[10.15, 10.15], [40.35, 20.35]]), abs=0.06)
+
+
+def test_fitted_anchors_reach_boxes_that_the_published_ones_miss() -> None:
+    draw = np.random.default_rng(3)
+    corners = draw.uniform(0, 260, (300, 2))
+    boxes = np.concatenate([corners, corners + draw.uniform([8, 24], [12, 36], (300, 2))], axis=1)  # small and tall
+    before = find_anchors("SSD300")
+    after = propose_anchors(boxes, before)
+    old, new = ((best_ious(torch.from_numpy(boxes), table) >= 0.5).double().mean() for table in (before, after))
+    assert old < 0.2
+    assert new > 0.7
+    assert [(level.stride, len(level.shapes)) for level in after.levels] == [
+        (level.stride, len(level.shapes)) for level in before.levels
+    ]
+    assert propose_anchors(boxes, before) == after  # the seed decides
+
+
+def test_command_writes_a_table_that_config_detector_and_doctor_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    file = write_coco(tmp_path, coco_content())
+    out, shared = tmp_path / "anchors.yaml", tmp_path / "shared.yaml"
+    assert main(["anchors", str(file), "--detector", "SSD160", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "# before: " in text
+    assert "# after: " in text
+    shared.write_text(
+        "model:\n  detector:\n    class_path: onestage.models.SSD160\n    init_args:\n      num_classes: 3\n"
+        "      anchors: voc\n      score_threshold: 0.2\n"
+    )
+    parser = LightningArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments(Detector, "model.detector")
+    config = parser.parse_args(["--config", str(shared), "--config", str(out)])
+    model = parser.instantiate_classes(config).model.detector
+    assert model.selection.score_threshold == 0.2  # the rest of the configuration stays
+    assert model.anchor_grid.levels == find_anchors("SSD160", str(out)).levels
+    assert model.anchor_grid.levels != find_anchors("SSD160").levels
+    assert main(["doctor", str(file), "--detector", "onestage.models.SSD160", "--anchors", str(out)]) == 0
+    assert main(["anchors", str(file), "--detector", "SSD160", "--out", str(out)]) == 2  # nothing is overwritten
+
+
+def test_detector_without_anchors_is_checked_without_coverage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_coco(tmp_path, coco_content())
+    words = [str(file), "--detector", f"{__name__}.WithoutAnchors", "--image_size", "64"]
+    assert main(["doctor", *words]) == 0
+    text = capsys.readouterr().out
+    assert "boxes of train at 64 x 64 px" in text
+    assert "anchors of" not in text
+    assert main(["anchors", *words]) == 2
+    assert "must be a detector with anchors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("YOLO9000",), "onestage.models.YOLO9000 cannot be imported"),
+        (("pathlib.Path",), "must be the path of a Detector class"),
+        ((f"{__name__}.WithoutAnchors", "voc", 64), "cannot be built with num_classes and anchors"),
+        ((f"{__name__}.WithoutAnchors",), "image_size must be > 0"),
+        (("SSD300", "mine"), "anchors must be one of voc, coco"),
+        (("SSD300", None, 512), "300"),
+    ],
+)
+def test_unusable_detector_is_refused(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_anchors(*arguments)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "model: 5", "model: {detector: {init_args: {anchors: [{side: 1}]}}}", "a: [", "model: &a [*a]"]
+)
+def test_file_without_an_anchor_table_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"a\.yaml"):
+        find_anchors("SSD300", str(file))
+
+
+def test_table_of_another_detector_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(write_table(find_anchors("SSD160")))
+    assert yaml.safe_load(file.read_text())["model"]["detector"]["class_path"] == "onestage.models.SSD160"
+    with pytest.raises(ConfigError, match="a level for each feature map"):
+        find_anchors("SSD300", str(file))
+    assert find_anchors("SSD160", str(file)).grids == find_anchors("SSD160").grids
+    assert SSD160.image_size < SSD300.image_size
