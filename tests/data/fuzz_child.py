@@ -22,7 +22,7 @@ from onestage.data.images import read_image
 from onestage.data.layouts import find_sources, read_splits
 from onestage.data.voc import parse_voc
 from onestage.data.yolo import parse_yolo
-from onestage.doctor.anchor_table import find_anchors
+from onestage.doctor.anchors import find_anchors
 from onestage.doctor.checks import Depth, examine
 from onestage.doctor.report import as_json, as_text
 from onestage.errors import OnestageError

@@ -23,7 +23,6 @@ from onestage.doctor.anchors import (
     write_table,
 )
 from onestage.errors import ConfigError
-from onestage.models import SSD160, SSD300
 from onestage.types import Detector, Targets
 
 # Squares of 10 and 20 px around 5, 15, 25, 35.
@@ -174,4 +173,3 @@ def test_table_of_another_detector_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a level for each feature map"):
         find_anchors("SSD300", str(file))
     assert find_anchors("SSD160", str(file)).grids == find_anchors("SSD160").grids
-    assert SSD160.image_size < SSD300.image_size

@@ -1,4 +1,4 @@
-"""A decoding child that some images kill; run by test_doctor.py in place of the real one."""
+"""A decoding child that some images kill; replaces the real one in tests."""
 
 import os
 import signal
@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-from onestage.doctor.decoder_child import READY, Task
+from onestage.doctor.decoding import READY, Task
 
 
 def decode_each(answers: Connection, tasks: Sequence[Task]) -> None:
-    """Die at what is called kill, sleep at sleep, complain at bad, and pass all else."""
+    """Die at "kill", sleep at "sleep", report "bad", and pass everything else."""
     answers.send(READY)
     for task in tasks:
         if task.path == "kill":
