@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from onestage.errors import AnnotationError
+from onestage.files import printable
 from onestage.types import AnnotationSet, Effect, Finding
 
 ALWAYS_ALLOWED = 2  # bad items stop no run, unless max_bad_fraction is 0: in a set of ten, one is already 10 %
@@ -265,6 +267,19 @@ def tiny_boxes(annotations: AnnotationSet, image_size: int) -> list[Finding]:
     num_tiny = int(np.count_nonzero((sides < 1).any(axis=1)))
     problem = f"{num_tiny} of {len(sides)} boxes are less than 1 px wide or high at {image_size} px: not trained on"
     return [BOX_TINY.broken(annotations.source, problem, num_tiny)] if num_tiny else []
+
+
+def find_same_files(splits: Sequence[tuple[str, AnnotationSet]]) -> tuple[list[Finding], set[str]]:
+    """Return a finding for each pair of splits, (name, images), that name the same files, and those files."""
+    findings = []
+    shared: set[str] = set()
+    for (name, annotations), (other_name, other) in combinations(splits, 2):
+        both = sorted({*map(str, annotations.image_paths)} & {*map(str, other.image_paths)})
+        if both:
+            problem = f"{len(both)} images are in {other_name} too, such as {printable(both[0])}"
+            findings.append(SAME_SPLIT.broken(f"{annotations.source} ({name})", problem, len(both)))
+        shared |= set(both)
+    return findings, shared
 
 
 def grouped(findings: Iterable[Finding]) -> dict[tuple[str, str], list[Finding]]:

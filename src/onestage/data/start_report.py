@@ -6,8 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from onestage.data.annotations import start_messages
-from onestage.doctor.leakage import same_files
+from onestage.data.annotations import find_same_files, start_messages
 from onestage.types import AnnotationSet
 
 logger = logging.getLogger(__name__)
@@ -42,5 +41,5 @@ def report_sampling(annotations: AnnotationSet, repeats: npt.NDArray[np.float64]
 @rank_zero_only
 def report_shared_images(train: AnnotationSet, val: AnnotationSet) -> None:
     """Warn, on one process, when training and validation look at the same files; to overfit on purpose is allowed."""
-    for finding in same_files([("training", train), ("validation", val)])[0]:
+    for finding in find_same_files([("training", train), ("validation", val)])[0]:
         logger.warning("%s", finding.line)

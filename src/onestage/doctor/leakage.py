@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.annotations import LEAKED_COPY, LEAKED_LIKENESS, SAME_SPLIT
+from onestage.data.annotations import LEAKED_COPY, LEAKED_LIKENESS, find_same_files
 from onestage.data.images import MAX_IMAGE_BYTES, MAX_PIXELS, REMEDY
 from onestage.errors import ImageError
 from onestage.files import printable, read_file
@@ -44,23 +44,10 @@ def find_leakage(splits: Sequence[tuple[str, AnnotationSet]], near_copies: bool 
     if len(splits) < 2:
         return []
     owners = [(name, str(path)) for name, annotations in splits for path in annotations.image_paths]
-    same, shared = _find_same_files(splits)
+    same, shared = find_same_files(splits)
     copies, copied = _find_exact_copies([owner for owner in owners if owner[1] not in shared])
     rest = [owner for owner in owners if owner[1] not in shared | copied]
     return [*same, *copies, *(_find_near_copies(rest) if near_copies else [])]
-
-
-def _find_same_files(splits: Sequence[tuple[str, AnnotationSet]]) -> tuple[list[Finding], set[str]]:
-    """Return a finding for each pair of splits that name the same files, and those files."""
-    findings = []
-    shared: set[str] = set()
-    for (name, annotations), (other_name, other) in combinations(splits, 2):
-        both = sorted({*map(str, annotations.image_paths)} & {*map(str, other.image_paths)})
-        if both:
-            problem = f"{len(both)} images are in {other_name} too, such as {printable(both[0])}"
-            findings.append(SAME_SPLIT.broken(f"{annotations.source} ({name})", problem, len(both)))
-        shared |= set(both)
-    return findings, shared
 
 
 def _find_exact_copies(owners: Sequence[tuple[str, str]]) -> tuple[list[Finding], set[str]]:
