@@ -20,61 +20,84 @@ ABANDONED_SECONDS = 3600.0  # an unfinished folder this old belongs to a killed 
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def read_file(path: Path, error: type[DataError], noun: str, remedy: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+def read_file(
+    path: Path,
+    error: type[DataError],
+    noun: str,
+    remedy: str,
+    max_bytes: int = MAX_FILE_BYTES,
+    *,
+    may_be_empty: bool = False,
+) -> bytes:
     """Read a regular file, and never wait for a pipe.
 
     Args:
         path: the file.
-        error: what to raise.
+        error: the class to raise.
         noun: what the file should be, for the message: "a COCO annotation file".
-        remedy: what to do when it is missing or is something else.
+        remedy: last line of the message.
         max_bytes: a longer file is refused before it is read.
+        may_be_empty: whether an empty file is a file.
 
     Raises:
         DataError: as `error`: the file is missing, unreadable, not a regular file, empty, too long, a web page or a
             Git LFS pointer.
     """
+    place = printable(path)
     try:
         with open(path, "rb", opener=open_at_once) as file:
             status = os.fstat(file.fileno())
-            content = file.read() if stat.S_ISREG(status.st_mode) and status.st_size <= max_bytes else None
+            is_regular = stat.S_ISREG(status.st_mode)
+            content = file.read() if is_regular and status.st_size <= max_bytes else None
     except (OSError, ValueError) as reason:  # ValueError: a NUL in the path
         text = reason.strerror if isinstance(reason, OSError) else str(reason)
-        raise error(f"{printable(path)}: cannot be read: {text}. It must be {noun}.\n{remedy}") from None
+        raise error(f"{place}: cannot be read: {text}. It must be {noun}.\n{remedy}") from None
     if content is None:
-        problem = f"has {status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "is not a regular file"
-        raise error(f"{printable(path)}: {problem}; {noun} is a file of at most {max_bytes} bytes.\n{remedy}")
-    _check_head(content, path, error, noun, remedy)
+        problem = f"has {status.st_size} bytes" if is_regular else "is not a regular file"
+        raise error(f"{place}: {problem}; {noun} is a file of at most {max_bytes} bytes.\n{remedy}")
+    head = content[:HEAD_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    is_empty = not content.strip(b"\0 \t\r\n") if len(content) <= HEAD_BYTES else False
+    if is_empty and not may_be_empty:
+        raise error(f"{place}: is empty ({len(content)} bytes); it must be {noun}.\n{remedy}")
+    if head.startswith(b"version https://git-lfs"):
+        raise error(f"{place}: is a Git LFS pointer, not {noun}.\nFetch the file itself: git lfs pull")
+    if head.startswith((b"<!doctype html", b"<html")):
+        raise error(f"{place}: is a web page, not {noun}.\nDownload the file again, then check its size.")
     return content
 
 
+def read_text(path: Path, error: type[DataError], noun: str, remedy: str, max_bytes: int = MAX_FILE_BYTES) -> str:
+    """Read a UTF-8 text file, which may be empty; see `read_file`."""
+    try:
+        return read_file(path, error, noun, remedy, max_bytes, may_be_empty=True).decode("utf-8-sig")
+    except UnicodeDecodeError as reason:
+        raise error(f"{printable(path)}: is not UTF-8 text (byte {reason.start}).\n{remedy}") from None
+
+
 def find_files(source: str, names: Sequence[object], root: Path) -> list[str | None]:
-    """Find the files that an annotation names. Each folder is listed once; no file is opened.
+    """Return the path of each file that an annotation names, or None if there is no such regular file.
+
+    Each folder is listed once; no file is opened.
 
     Args:
         source: the annotation file, for messages.
-        names: what it gives as file names, relative to `root`, with "/" between folders.
+        names: file names as written, relative to `root`, with "/" between folders.
         root: the folder that no name may leave, not even through a link.
-
-    Returns:
-        For each name its path, or None where there is no such regular file.
 
     Raises:
         AnnotationError: `root` is not a folder, a name leaves it, or none of the files exists.
     """
-    remedy = "Give the folder that the names are relative to: data.root, data.train_images, or --images of doctor."
+    remedy = "Give the folder that the names are relative to: data.source.train_images, data.source.val_images."
     if not root.is_dir():
         raise AnnotationError(f"{printable(root)}: is not a folder; it must hold the images of {source}.\n{remedy}")
     listings: dict[str, dict[str, bool]] = {}
-    folders: dict[str, str] = {}
     paths: list[str | None] = []
     for name in names:
         folder, _, file_name = _checked(source, name).rpartition("/")
         if folder not in listings:
             listings[folder] = list_files(root / folder)
             _require_inside(source, root, root / folder)
-            folders[folder] = str(root / folder)
-        path = f"{folders[folder]}{os.sep}{file_name}" if file_name in listings[folder] else None
+        path = f"{root / folder}{os.sep}{file_name}" if file_name in listings[folder] else None
         if path and listings[folder][file_name]:
             _require_inside(source, root, Path(path))
         paths.append(path)
@@ -84,7 +107,7 @@ def find_files(source: str, names: Sequence[object], root: Path) -> list[str | N
         parents = root.resolve().parents[:2]
         above = [folder for folder in parents if Path(first).name in list_files((folder / first).parent)]
         if above:
-            remedy = f"They are in {printable(above[0])}: give that as data.train_images or data.val_images."
+            remedy = f"They are in {printable(above[0])}: give it as data.source.train_images or val_images."
         raise AnnotationError(f"{source}: {problem}.\n{remedy}")
     return paths
 
@@ -158,7 +181,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(abandoned, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp creates it for the owner alone
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o777 & ~mask)  # mkdtemp creates it for the owner alone
         yield temporary
         temporary.replace(folder)
     finally:
@@ -202,14 +227,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def printable(name: str | Path) -> str:
-    """Return a name without the characters that would break a line or colour a terminal."""
+    """Return a name without characters that break a line or colour a terminal."""
     text = str(name)
     return text if text.isprintable() else repr(text)
 
@@ -224,22 +243,19 @@ def _checked(source: str, name: object) -> str:
             return str(path)
     raise AnnotationError(
         f"{source}: file_name {name!r:.200} is not a path below the image folder; it must be relative, with '/' "
-        "between folders and without '..'.\nCorrect the file_name, and data.root if the images lie elsewhere."
+        "between folders and without '..'.\nCorrect the file_name, or data.source.train_images if the images lie "
+        "elsewhere."
     )
 
 
 def is_path(name: str) -> bool:
-    """Tell whether a file system can hold the name: asking for one that it cannot raises, and not always the same."""
-    return (
-        is_encodable(name)
-        and "\0" not in name
-        and len(name) < MAX_PATH_BYTES
-        and all(len(part.encode()) <= MAX_NAME_BYTES for part in name.split("/"))
-    )
+    """Tell whether a file system can hold the name; asking for one that it cannot hold may raise."""
+    is_short = len(name) < MAX_PATH_BYTES and is_encodable(name)
+    return is_short and "\0" not in name and all(len(part.encode()) <= MAX_NAME_BYTES for part in name.split("/"))
 
 
 def is_encodable(name: str) -> bool:
-    """Tell whether a report can hold the name; half a surrogate pair it cannot."""
+    """Tell whether UTF-8 can hold the name; half a surrogate pair it cannot."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -252,21 +268,9 @@ def _require_inside(source: str, root: Path, path: Path) -> None:
     target = path.resolve()
     if not target.is_relative_to(root.resolve()):
         problem = f"{printable(path)} is a link to {printable(target)}, outside the image folder"
-        raise AnnotationError(f"{source}: {problem}.\nCorrect data.root, so that it leads to the files themselves.")
+        raise AnnotationError(f"{source}: {problem}.\nCorrect data.path, so that it leads to the files themselves.")
 
 
 def open_at_once(path: str, flags: int) -> int:
     """Open without waiting for the writer of a FIFO."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def _check_head(content: bytes, path: Path, error: type[DataError], noun: str, remedy: str) -> None:
-    """Raise for an empty file, a web page, and a pointer that Git LFS left in a file's place."""
-    head = content[:HEAD_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not content.strip(b"\0 \t\r\n") if len(content) <= HEAD_BYTES else not content:
-        raise error(f"{printable(path)}: is empty ({len(content)} bytes); it must be {noun}.\n{remedy}")
-    if head.startswith(b"version https://git-lfs"):
-        problem = f"is a Git LFS pointer, not {noun}"
-        raise error(f"{printable(path)}: {problem}.\nFetch the file itself: git lfs pull")
-    if head.startswith((b"<!doctype html", b"<html")):
-        raise error(f"{printable(path)}: is a web page, not {noun}.\nDownload the file again, then check its size.")

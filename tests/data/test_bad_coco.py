@@ -311,7 +311,7 @@ def test_row_25_images_that_are_named_from_the_folder_above_are_found_for_the_me
     file.write_text(json.dumps(content))
     with pytest.raises(AnnotationError) as caught:
         parse(file)
-    remedy = f"They are in {tmp_path}: give that as data.train_images or data.val_images."
+    remedy = f"They are in {tmp_path}: give it as data.source.train_images or val_images."
     assert str(caught.value).splitlines()[-1] == remedy
 
 

@@ -198,7 +198,7 @@ def test_no_image_on_disk_is_an_error_that_names_the_key(tmp_path: Path) -> None
     file = write(tmp_path, good_content())
     (tmp_path / "elsewhere").mkdir()
     for folder in ("elsewhere", "missing"):
-        with pytest.raises(AnnotationError, match=folder + r"(.|\n)*data\.root"):
+        with pytest.raises(AnnotationError, match=folder + r"(.|\n)*data\.source\.train_images"):
             parse_coco(file, tmp_path / folder)
 
 
@@ -352,7 +352,7 @@ def test_a_link_out_of_the_image_folder_is_refused(tmp_path: Path, what: str) ->
         (tmp_path / "images/sub/a.jpg").symlink_to(outside / "a.jpg")
     else:
         (tmp_path / "images/sub").symlink_to(outside)
-    with pytest.raises(AnnotationError, match=r"outside the image folder(.|\n)*data\.root"):
+    with pytest.raises(AnnotationError, match=r"outside the image folder(.|\n)*data\.path"):
         parse_coco(file, tmp_path / "images")
 
 

@@ -141,7 +141,7 @@ def test_an_image_without_xml_is_a_negative(tmp_path: Path) -> None:
     assert annotations.box_offsets.tolist() == [0, 1, 1]
     assert any("1 of 2 images have no XML file" in finding.problem for finding in annotations.findings)
     write(tmp_path / "all", {"a": None, "b": None})
-    with pytest.raises(AnnotationError, match=r"none of the 2 images has an XML file(.|\n)*data\.root"):
+    with pytest.raises(AnnotationError, match=r"none of the 2 images has an XML file(.|\n)*data\.path"):
         parse_voc(tmp_path / "all", ["train"])
 
 
@@ -245,10 +245,10 @@ def test_a_list_in_another_encoding_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_root_that_is_no_voc_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AnnotationError, match=r"nowhere: is not a folder(.|\n)*data\.root"):
+    with pytest.raises(AnnotationError, match=r"nowhere: is not a folder(.|\n)*data\.path"):
         parse_voc(tmp_path / "nowhere", ["train"])
     write(tmp_path / "VOC2012", {"a": xml(obj())})
-    with pytest.raises(AnnotationError, match=r"2007_train(.|\n)*years found: 2012(.|\n)*data\.root"):
+    with pytest.raises(AnnotationError, match=r"2007_train(.|\n)*years found: 2012(.|\n)*data\.path"):
         parse_voc(tmp_path, ["2007_train"])
     with pytest.raises(AnnotationError, match="no split is named"):
         parse_voc(tmp_path, [])

@@ -14,7 +14,8 @@ import numpy as np
 
 from onestage.data.annotations import require_same_categories, select_images
 from onestage.data.image_headers import check_headers
-from onestage.data.layouts import Source, read_splits
+from onestage.data.layouts import SplitSource as Source
+from onestage.data.layouts import read_splits
 from onestage.data.writers import Losses, WritableSplit, write_coco, write_voc, write_yolo
 from onestage.errors import AnnotationError, ConfigError, DataError
 from onestage.files import printable

@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from onestage.errors import AnnotationError
+from onestage.errors import AnnotationError, DataError
 from onestage.files import printable
 from onestage.types import AnnotationSet, Effect, Finding
 
@@ -29,6 +30,12 @@ class Rule(NamedTuple):
     def broken(self, place: str, problem: str, num_items: int = 1) -> Finding:
         """Return the finding. place: a file, and an item in it; problem: the actual and the expected value."""
         return Finding(self.name, self.effect, place, problem, self.remedy, num_items)
+
+    def broken_by(self, file: Path, reason: DataError) -> Finding:
+        """Return the finding for the error of one file, `<file>[:line]: <problem>`."""
+        text = str(reason).partition("\n")[0].removeprefix(printable(file))
+        line, _, problem = text.partition(": ")
+        return self.broken(f"{printable(file)}{line}", problem)
 
 
 # Errors stop a training. Most errors of a file are raised by its parser, with a remedy of their own.

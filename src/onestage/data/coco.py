@@ -123,7 +123,8 @@ class COCO(Source):
 
 def list_annotation_files(folder: Path) -> list[Path]:
     """Return the COCO annotation files of a folder: instances, or else Roboflow's, or else any JSON files."""
-    patterns = ("annotations/instances_*.json", f"*/{ROBOFLOW_FILE}", "annotations/*.json", "*.json")
+    instances = "instances_*.json"
+    patterns = (f"annotations/{instances}", f"*/{ROBOFLOW_FILE}", instances, "annotations/*.json", "*.json")
     return next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
 
 

@@ -1,36 +1,55 @@
-"""Finds out which format a path is in and which splits it holds, and reads them as a training would."""
+"""Recognise the format of a path and its splits, for training, doctor, anchors and convert."""
 
 import difflib
-import json
-import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from onestage.data.annotations import FILE, UNKNOWN_CLASS
-from onestage.data.coco import COCO, list_annotation_files, parse_coco
-from onestage.data.source import Source as DetectionSource
-from onestage.data.voc import SPLIT_FOLDER, VOC, NoClassesError, find_lists, parse_voc
-from onestage.data.yolo import YOLO, parse_yolo
-from onestage.data.yolo_layout import SETTINGS_FILES, read_settings
+from onestage.data.coco import COCO, list_annotation_files, split_name
+from onestage.data.source import Source, role_of
+from onestage.data.source import Split as Role
+from onestage.data.voc import VOC, NoClassesError, find_lists, list_stems
+from onestage.data.yolo import NAMES_FILES, SETTINGS_FILES, YOLO
 from onestage.errors import DataError
 from onestage.files import printable
 from onestage.types import AnnotationSet, Finding
 
-SPLITS = ("train", "val", "test")
-HEAD_BYTES = 4 << 20  # of a JSON file, in which the first file name is looked for
-FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
+ROLES = ("train", None, "val", "test")  # the order of splits; None: a name of the user's own
+NUM_SEEN = 2000  # files of an unknown folder that are counted
 KNOWN = (
-    "a COCO JSON file, a folder with annotations/*.json, a VOC folder (with ImageSets/Main), or a YOLO data.yaml or "
-    "the folder that holds it"
+    "Known are: COCO (a JSON file, annotations/instances_*.json, <split>/_annotations.coco.json), "
+    "VOC (ImageSets/Main, VOCdevkit, or XML files beside images), "
+    "YOLO (data.yaml, or classes.txt with images/ and labels/)"
 )
 
 
-def recognise(path: str | Path, image_root: Path | None = None) -> DetectionSource:
+class SplitSource(NamedTuple):
+    """One split that a path holds."""
+
+    name: str  # train, val or test; the name of the file if it says none of these
+    format: str  # COCO, VOC or YOLO
+    path: Path
+    read: Callable[[float], AnnotationSet]  # max_bad_fraction -> the split
+
+
+class Split(NamedTuple):
+    """A split that was read, or the finding that says why it cannot be read."""
+
+    name: str
+    format: str
+    path: Path
+    annotations: AnnotationSet | None
+    findings: list[Finding]
+
+
+def recognise(path: str | Path, image_root: Path | None = None) -> Source:
     """Return the source of a path by what lies there.
 
     Args:
@@ -44,69 +63,61 @@ def recognise(path: str | Path, image_root: Path | None = None) -> DetectionSour
     if path.suffix.lower() in (".yaml", ".yml"):
         return YOLO(path)
     if path.suffix.lower() == ".json":
-        return COCO(path, train_images=image_root)
-    if find_lists(path) or (path / SPLIT_FOLDER).is_dir():
+        return COCO(path, train_images=image_root and image_root.absolute())
+    if not path.is_dir():
+        problem = "is not a folder, JSON or YAML file" if path.exists() else "there is no such file or folder"
+        raise DataError(f"{printable(path)}: {problem}.\n{KNOWN}.")
+    if list_stems(path):
         return VOC(path)
-    if any((path / name).is_file() for name in (*SETTINGS_FILES, "classes.txt")):
+    if any((path / name).is_file() for name in (*SETTINGS_FILES, *NAMES_FILES)):
         return YOLO(path)
+    if find_lists(path):
+        return VOC(path)
     if list_annotation_files(path):
-        return COCO(path, train_images=image_root, val_images=image_root, test_images=image_root)
-    problem = "is no data set that is known here" if path.is_dir() else "there is no such file or folder"
-    raise DataError(f"{printable(path)}: {problem}.\nGive {KNOWN}.")
+        images = image_root and image_root.absolute()
+        return COCO(path, train_images=images, val_images=images, test_images=images)
+    suffixes = Counter(file.suffix.lower() or "no suffix" for file in islice(path.rglob("*.*"), NUM_SEEN))
+    seen = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4)) or "nothing"
+    raise DataError(f"{printable(path)}: is no data set that is known here; it holds {seen}.\n{KNOWN}.")
 
 
-def describe_source(source: DetectionSource) -> list[str]:
-    """Return the lines that a training prints: the format, and the files of each split."""
+def describe_source(source: Source) -> list[str]:
+    """Return the lines that a training prints: the format, the files of each split, and the files of none."""
     lines = [f"{split}: {source.describe(split)}" for split in source.splits]
+    if isinstance(source, COCO) and source.path.is_dir():
+        used = {source.annotation_file(split) for split in source.splits}
+        lines += [f"not used: {printable(file)}" for file in list_annotation_files(source.path) if file not in used]
     return [f"{source.format} data set {printable(source.path)}", *(f"  {line}" for line in lines)]
 
 
-class Source(NamedTuple):
-    """One split that a path holds."""
-
-    name: str  # train, val, ... as its files call it
-    format: str  # COCO, VOC or YOLO
-    path: Path  # the file or folder
-    read: Callable[[float], AnnotationSet]  # max_bad_fraction -> the split
-
-
-class Split(NamedTuple):
-    """A split that was read, or the reason why it cannot be."""
-
-    name: str
-    format: str
-    path: Path
-    annotations: AnnotationSet | None
-    findings: list[Finding]
-
-
-def find_sources(paths: Sequence[Path], image_root: Path | None = None) -> list[Source]:
-    """Return the splits that the paths hold, in their order, each name once.
+def find_sources(paths: Sequence[Path], image_root: Path | None = None) -> list[SplitSource]:
+    """Return the splits that the paths hold: train, val, test, each name once.
 
     Args:
         paths: COCO files, VOC folders, YOLO files or folders. Several are splits of one set.
-        image_root: the folder that the file names of COCO files are relative to; None: where the first of them is.
+        image_root: the image folder of COCO files; None: found by their first image.
 
     Raises:
-        DataError: a path is nothing of that kind.
+        DataError: a path is missing, or of an unknown format.
     """
-    sources = [source for path in paths for source in _sources_of(path, image_root)]
-    names = [source.name for source in sources]
+    found = [split for path in paths for split in _splits_of(recognise(path, image_root))]
+    found.sort(key=lambda split: ROLES.index(role_of(split.name)))
+    names = [split.name for split in found]
     return [
-        source if names.count(source.name) == 1 else source._replace(name=f"{source.name} ({number})")
-        for number, source in enumerate(sources, start=1)
+        split if names.count(split.name) == 1 else split._replace(name=f"{split.name} ({number})")
+        for number, split in enumerate(found, start=1)
     ]
 
 
-def read_splits(sources: Sequence[Source]) -> list[Split]:
-    """Read every split; what stops one becomes a finding. Classes that a format collects get one order in all."""
+def read_splits(sources: Sequence[SplitSource]) -> list[Split]:
+    """Read every split; an error becomes a finding. The classes that VOC collects get one order in all splits."""
     splits = [_read(source) for source in sources]
-    voc = [split for split in splits if split.format == "VOC" and split.annotations is not None]
-    names = sorted({name for split in voc if split.annotations for name in split.annotations.class_names})
+    voc = [split.annotations for split in splits if split.format == "VOC" and split.annotations is not None]
+    names = sorted({name for annotations in voc for name in annotations.class_names})
     return [
         split._replace(
             annotations=_with_classes(split.annotations, names),
-            findings=[*split.findings, *_unknown_classes(split.annotations, voc[0].annotations)],
+            findings=[*split.findings, *_unknown_classes(split.annotations, voc[0].class_names)],
         )
         if split.format == "VOC" and split.annotations is not None
         else split
@@ -122,8 +133,28 @@ def as_finding(reason: DataError, place: Path) -> Finding:
     return FILE.broken(printable(place), problem)._replace(remedy=(remedy.splitlines() or [FILE.remedy])[-1])
 
 
-def _read(source: Source) -> Split:
-    """Read a split with all that is bad in it, then see whether it is more than a training would accept."""
+def _splits_of(source: Source) -> list[SplitSource]:
+    """Return the splits of a source; the name of a single COCO file says which split it is."""
+    splits = source.splits
+    if not splits:
+        problem = "no file says by its name which split it is"
+        raise DataError(f"{printable(source.path)}: {problem}.\nGive the files one by one, or call one of them train.")
+    own_name = split_name(source.path) if source.path.suffix.lower() == ".json" else ""
+
+    def read(split: Role, max_bad_fraction: float) -> AnnotationSet:
+        try:
+            return source.read(split, max_bad_fraction=max_bad_fraction)
+        except NoClassesError:  # a split of negatives
+            return source.read(split, ["object"], max_bad_fraction=max_bad_fraction)
+
+    return [
+        SplitSource(role_of(own_name) or own_name or split, source.format, source.path, partial(read, split))
+        for split in splits
+    ]
+
+
+def _read(source: SplitSource) -> Split:
+    """Read a split with everything that is bad in it; the doctor compares that with max_bad_fraction."""
     try:
         annotations = source.read(1.0)
     except DataError as reason:
@@ -131,108 +162,8 @@ def _read(source: Source) -> Split:
     return Split(source.name, source.format, source.path, annotations, list(annotations.findings))
 
 
-def _sources_of(path: Path, image_root: Path | None) -> list[Source]:
-    """Return the splits of one path."""
-    if path.suffix.lower() in (".yaml", ".yml"):
-        return _yolo_sources(path)
-    if path.is_file() or path.suffix.lower() == ".json":
-        return [_coco_source(path, image_root)]
-    if (path / SPLIT_FOLDER).is_dir() or list(path.glob(f"VOC????/{SPLIT_FOLDER}")):
-        return _voc_sources(path)
-    if list(path.glob(f"VOCdevkit/VOC????/{SPLIT_FOLDER}")):
-        return _voc_sources(path / "VOCdevkit")
-    if any((path / name).is_file() for name in (*SETTINGS_FILES, "classes.txt")):
-        return _yolo_sources(path)
-    files = sorted([*path.glob("annotations/*.json"), *path.glob("*/_annotations.coco.json"), *path.glob("*.json")])
-    if files:
-        return [_coco_source(file, image_root) for file in files]
-    problem = "is no data set that is known here" if path.is_dir() else "there is no such file or folder"
-    raise DataError(f"{printable(path)}: {problem}.\nGive {KNOWN}.")
-
-
-def _coco_source(file: Path, image_root: Path | None) -> Source:
-    name = file.parent.name if file.name == "_annotations.coco.json" else file.stem.removeprefix("instances_")
-    root = image_root or _guess_image_root(file, name)
-    return Source(name, "COCO", file, lambda fraction: parse_coco(file, root, max_bad_fraction=fraction))
-
-
-def _guess_image_root(file: Path, name: str) -> Path:
-    """Return the first likely folder that holds the first image of a COCO file."""
-    above = file.parent.parent
-    likely = [
-        above / name, file.parent / name, above / "images" / name, above / "images", file.parent / "images",
-        file.parent, above / "JPEGImages", above,
-    ]  # fmt: skip
-    present = [root for root in likely if root.is_dir()] or likely
-    if not file.is_file():
-        return present[0]
-    try:
-        with file.open("rb") as stream:
-            found = FILE_NAME.search(stream.read(HEAD_BYTES))
-        first = str(json.loads(found[1])) if found else ""
-        return next((root for root in present if first and (root / first).is_file()), present[0])
-    except (OSError, ValueError):  # the parser will say what it is
-        return present[0]
-
-
-def _voc_sources(root: Path) -> list[Source]:
-    """Return train, val and test of all years; or, where they are not there, the lists that are."""
-    lists = {
-        (f"{folder.parent.parent.name[3:]}_" if folder.parent.parent != root else "") + file.stem: file.stem
-        for folder in sorted([*root.glob(str(SPLIT_FOLDER)), *root.glob(f"VOC????/{SPLIT_FOLDER}")])
-        for file in sorted(folder.glob("*.txt"))
-    }
-    names = [name for name in SPLITS if name in lists.values()]
-    if not {"train", "val"} & set(names) and "trainval" in lists.values():
-        names = ["trainval", *names]
-    # Beside the splits VOC has a list of each class, such as dog_train.
-    names = names or [
-        name for name in dict.fromkeys(lists.values()) if not re.search(r"_(train|val|trainval|test)$", name)
-    ]
-    if not names:
-        raise DataError(
-            f"{printable(root / SPLIT_FOLDER)}: holds no list of images.\nWrite train.txt and val.txt there."
-        )
-    return [
-        Source(name, "VOC", root, partial(_read_voc, root, [split for split, stem in lists.items() if stem == name]))
-        for name in names
-    ]
-
-
-def _read_voc(root: Path, splits: list[str], max_bad_fraction: float) -> AnnotationSet:
-    try:
-        return parse_voc(root, splits, max_bad_fraction=max_bad_fraction)
-    except NoClassesError:
-        return parse_voc(root, splits, class_names=["object"], max_bad_fraction=max_bad_fraction)
-
-
-def _yolo_sources(path: Path) -> list[Source]:
-    """Return the splits that data.yaml names, or else those whose folders are there."""
-    try:
-        settings = read_settings(path)
-    except DataError:  # reading it again will say so
-        return [Source("train", "YOLO", path, partial(_read_yolo, path, "train"))]
-    named = {"val" if name == "valid" else name for name in settings.entries}
-    if not named:
-        folders = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-        named = {
-            name
-            for name, words in folders.items()
-            for word in words
-            if (settings.root / "images" / word).is_dir() or (settings.root / word / "images").is_dir()
-        }
-    return [
-        Source(name, "YOLO", path, partial(_read_yolo, path, name)) for name in SPLITS if name in (named or {"train"})
-    ]
-
-
-def _read_yolo(path: Path, split: str, max_bad_fraction: float) -> AnnotationSet:
-    return parse_yolo(path, split, max_bad_fraction=max_bad_fraction)
-
-
-def _unknown_classes(annotations: AnnotationSet, train: AnnotationSet | None) -> list[Finding]:
-    """Say which classes occur in a split and not in the training split, whose classes are the detector's."""
-    known = train.class_names if train is not None else annotations.class_names
+def _unknown_classes(annotations: AnnotationSet, known: Sequence[str]) -> list[Finding]:
+    """Report the classes of a split that the training split, whose classes are the detector's, does not have."""
     unknown = [name for name in annotations.class_names if name not in known]
     if not unknown:
         return []

@@ -19,7 +19,7 @@ class YOLODataModule(DetectionDataModule):
     All other arguments are those of `DetectionDataModule`.
 
     Args:
-        root: data.yaml, or the folder of the data set; see `onestage.data.yolo_layout.read_settings`.
+        root: data.yaml, or the folder of the data set; see `onestage.data.yolo.read_settings`.
         train: name of the training split.
         val: name of the validation split.
         test: name of the test split; null: testing uses the validation split.
