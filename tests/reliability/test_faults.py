@@ -378,11 +378,11 @@ def test_f09_a_full_disk_for_logs_alone_is_said_once_and_training_goes_on(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     full = fail_with(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    monkeypatch.setattr(loggers, "_said", set())
+    monkeypatch.setattr(loggers, "_warned", set())
     monkeypatch.setattr(loggers.CSVLogger, "save", lambda _: full())
     monkeypatch.setattr(loggers.TensorBoardLogger, "log_metrics", lambda *_: full())
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 0
-    said = [record.getMessage() for record in caplog.records if "training goes on without" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "training continues without" in record.getMessage()]
     assert len(said) == 2
     assert read_checkpoint(folder_of(tmp_path) / "checkpoints" / "last.ckpt")["global_step"] == 16
 

@@ -1,5 +1,3 @@
-"""The average of the weights: its arithmetic, when it is evaluated, and what a checkpoint holds of it."""
-
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -17,7 +15,7 @@ STEPS = 4
 
 
 class Climber(pl.LightningModule):
-    """One weight that SGD raises by 1 at every step: 0, 1, 2, 3, ..., and a counter of the steps."""
+    """One weight that SGD raises by 1 at every step, and a counter of the steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +54,7 @@ def fit(module, folder, *callbacks, ckpt_path=None, **settings):
     return trainer
 
 
-def test_the_average_follows_the_hand_computed_ramp(tmp_path):
+def test_average_follows_hand_computed_ramp(tmp_path):
     module, averages = Climber(), []
 
     class Watch(Callback):
@@ -70,16 +68,16 @@ def test_the_average_follows_the_hand_computed_ramp(tmp_path):
     assert averages == pytest.approx([0.9, 1.835, 2.82525, 3.8237875], rel=1e-6)
 
 
-def test_validation_sees_the_average_and_training_goes_on_from_the_raw_weights(tmp_path):
+def test_validation_sees_average_and_training_continues_from_raw_weights(tmp_path):
     module = Climber()
     fit(module, tmp_path, ExponentialMovingAverage(decay=0.9999), max_epochs=2, num_sanity_val_steps=1)
     # With d = (1 + n) / (10 + n) and weights 1, 2, 3, ..., the average after n + 1 updates is 0.9 (n + 1).
-    # Before the first update there is no average: the sanity check sees the weight itself.
+    # Before the first update the sanity check sees the weight itself.
     assert module.validated == pytest.approx([0.0, 3.6, 7.2], rel=1e-6)
-    assert module.weight.item() == pytest.approx(7.2, rel=1e-6)  # what the run leaves behind is the average
+    assert module.weight.item() == pytest.approx(7.2, rel=1e-6)  # the module keeps the average
 
 
-def test_the_average_does_not_change_the_training(tmp_path):
+def test_average_does_not_change_training(tmp_path):
     raw = []
     for decay in (None, 0.5):
         module = Climber()
@@ -92,10 +90,10 @@ def test_the_average_does_not_change_the_training(tmp_path):
     assert raw[0][0]["weight"].item() == 8
 
 
-def test_counters_are_not_averaged_and_running_statistics_are(tmp_path):
+def test_running_statistics_are_averaged_and_counters_are_not(tmp_path):
     module = Climber()
     fit(module, tmp_path, ExponentialMovingAverage(decay=0.9999))
-    assert module.steps.item() == STEPS  # an average of integers would be cut off
+    assert module.steps.item() == STEPS  # an average of integers would be truncated
     assert module.running.item() == pytest.approx(3.6, rel=1e-6)
     assert module.constant.item() == 1
 
@@ -106,7 +104,7 @@ def test_accumulated_batches_update_once_per_optimizer_step(tmp_path):
     assert ema.num_updates == STEPS // 2
 
 
-def test_an_exception_in_validation_saves_raw_and_average_in_their_places(tmp_path):
+def test_exception_in_validation_does_not_swap_saved_weights(tmp_path):
     module = Climber()
     module.fail_in_validation = True
     keep = ModelCheckpoint(tmp_path, filename="cut", save_on_exception=True, every_n_epochs=100)
@@ -119,8 +117,8 @@ def test_an_exception_in_validation_saves_raw_and_average_in_their_places(tmp_pa
 
 
 @pytest.mark.parametrize("hook", ["on_validation_batch_end", "on_validation_end", "on_train_end"])
-def test_a_checkpoint_is_the_same_whenever_it_is_saved(tmp_path, hook):
-    class Save(ModelCheckpoint):  # as a checkpoint callback it comes last, as those of the command do
+def test_checkpoint_is_the_same_from_every_hook(tmp_path, hook):
+    class Save(ModelCheckpoint):  # Lightning calls checkpoint callbacks last
         pass
 
     def save(self, trainer, *_):
@@ -133,7 +131,7 @@ def test_a_checkpoint_is_the_same_whenever_it_is_saved(tmp_path, hook):
     assert saved[RAW_WEIGHTS]["weight"].item() == STEPS
 
 
-def test_a_run_that_never_steps_keeps_its_weights(tmp_path):
+def test_run_without_steps_keeps_its_weights(tmp_path):
     module = Climber()
     with torch.no_grad():
         module.weight.fill_(5.0)
@@ -141,7 +139,7 @@ def test_a_run_that_never_steps_keeps_its_weights(tmp_path):
     assert module.weight.item() == 5
 
 
-def test_layers_that_setup_creates_are_averaged_too(tmp_path):
+def test_layers_created_in_setup_are_averaged(tmp_path):
     class Late(Climber):
         def setup(self, stage):
             self.late = nn.Parameter(torch.zeros(1))
@@ -154,7 +152,7 @@ def test_layers_that_setup_creates_are_averaged_too(tmp_path):
     assert module.late.item() == pytest.approx(3.6, rel=1e-6)
 
 
-def test_a_weight_with_two_names_is_averaged_once(tmp_path):
+def test_weight_with_two_names_is_averaged_once(tmp_path):
     class Tied(Climber):
         def __init__(self):
             super().__init__()
@@ -167,7 +165,7 @@ def test_a_weight_with_two_names_is_averaged_once(tmp_path):
 
 
 class Noisy(Climber):
-    """Batch norm and a random walk: bits that only the same computation gives again."""
+    """Batch norm and a random walk, which only the same computation reproduces."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +190,7 @@ def last_checkpoint(folder, ckpt_path=None, decay: float | None = 0.97, **settin
     return keep.last_model_path
 
 
-def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path):
+def test_resumed_run_is_bit_identical_to_uninterrupted_run(tmp_path):
     whole = torch.load(last_checkpoint(tmp_path / "whole", max_epochs=3), weights_only=True)
     part = last_checkpoint(tmp_path / "part", max_epochs=1)
     rest = torch.load(last_checkpoint(tmp_path / "rest", ckpt_path=part, max_epochs=3), weights_only=True)
@@ -204,7 +202,7 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path):
     assert rest["callbacks"]["ExponentialMovingAverage"] == {"num_updates": 3 * STEPS}
 
 
-def test_without_the_average_training_resumes_from_the_raw_weights(tmp_path):
+def test_resume_without_average_continues_from_raw_weights(tmp_path):
     part = last_checkpoint(tmp_path / "part", max_epochs=1)
     raw = torch.load(last_checkpoint(tmp_path / "raw", decay=None, max_epochs=3), weights_only=True)["state_dict"]
     off = torch.load(last_checkpoint(tmp_path / "off", ckpt_path=part, decay=None, max_epochs=3), weights_only=True)
@@ -212,7 +210,7 @@ def test_without_the_average_training_resumes_from_the_raw_weights(tmp_path):
     assert all(torch.equal(raw[name], off["state_dict"][name]) for name in raw)
 
 
-def test_an_average_can_begin_in_the_middle_of_a_run(tmp_path):
+def test_average_can_start_at_a_resume(tmp_path):
     part = last_checkpoint(tmp_path / "part", decay=None, max_epochs=1)
     later = torch.load(last_checkpoint(tmp_path / "later", ckpt_path=part, max_epochs=3), weights_only=True)
     raw = torch.load(last_checkpoint(tmp_path / "raw", decay=None, max_epochs=3), weights_only=True)["state_dict"]
@@ -221,12 +219,12 @@ def test_an_average_can_begin_in_the_middle_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, 1.5, float("nan")])
-def test_a_decay_out_of_range_is_refused(decay):
-    with pytest.raises(ConfigError, match=r"ema\.decay is .* must lie in \(0, 1\)"):
+def test_decay_out_of_range_is_refused(decay):
+    with pytest.raises(ConfigError, match=r"ema\.decay must be in \(0, 1\), or null, got"):
         ExponentialMovingAverage(decay)
 
 
-def test_a_strategy_that_splits_weights_is_refused_with_the_average_only():
+def test_sharding_strategy_is_refused_with_average_only():
     trainer = SimpleNamespace(strategy=FSDPStrategy())
     with pytest.raises(ConfigError, match="strategy: ddp"):
         ExponentialMovingAverage(0.9).setup(trainer, Climber(), "fit")

@@ -32,7 +32,6 @@ from onestage.training.callbacks import (
     AnchorMonitor,
     DetectionImages,
     LossBar,
-    PredictionWriter,
     ResultsWriter,
     print_report,
 )
@@ -193,10 +192,8 @@ class DetectionCLI(LightningCLI):
         """Return the callbacks that write results, log curves and draw the progress bar."""
         settings = self.settings
         own: list[Callback] = [ResultsWriter(self.results_path)] if self.command != "losses" else []
-        if settings.drawn_images > 0 and self.command != "losses":
+        if self.command == "predict" or (settings.drawn_images > 0 and self.command != "losses"):
             own.append(DetectionImages(self.run_folder / "predictions", settings.drawn_images, settings.drawn_score))
-        if self.command == "predict":
-            own.append(PredictionWriter(self.run_folder, settings.drawn_score))
         if self.command == "fit" and config["logger"] is not False:
             own.append(LearningRateMonitor("step"))
         if self.command == "fit" and settings.anchor_statistics:

@@ -37,14 +37,12 @@ FloatArray = npt.NDArray[np.float64]
 def anchor_statistics(anchor_losses: AnchorLosses, strides: Tensor) -> dict[str, float]:
     """Return counts and loss shares of the anchors of a batch, in total and per level. Synchronises once.
 
+    Returns `anchors/<quantity>` and `anchors/stride_<px>/<quantity>`: counts of anchors, `loss_of_*` as fractions of
+    the whole classification loss, and the mean `p_t_of_positives`. Undefined values are missing.
+
     Args:
         anchor_losses: of the batch.
         strides: [A], px; they identify the levels.
-
-    Returns:
-        `anchors/<quantity>` and `anchors/stride_<px>/<quantity>`. The counts are of anchors in the batch. `loss_of_*`
-        are fractions of the batch's whole classification loss, so that those of the levels sum to the total's.
-        `p_t_of_positives` is a mean, in [0, 1]. Undefined values, such as the p_t of no positives, are missing.
     """
     labels, losses, p_t = anchor_losses
     is_positive, is_negative = labels >= 0, labels == BACKGROUND
@@ -70,15 +68,11 @@ def anchor_statistics(anchor_losses: AnchorLosses, strides: Tensor) -> dict[str,
 
 @torch.no_grad()
 def missing_prior(anchor_losses: AnchorLosses) -> str | None:
-    """Return a warning if the first loss shows a head without prior bias, else None.
+    """Return a warning if the first batch of an untrained detector shows a head without prior bias, else None.
 
-    RetinaNet section 4.1 (arXiv:1708.02002): a loss over all anchors starts with the background of all of them, which
-    drowns the objects unless it scores low. The criterion is the background's mean p_t, because alpha, gamma and the
-    number of anchors change the size of the loss by powers of ten. A loss that picks a few negatives for each
-    positive, as hard negative mining does, needs no prior.
-
-    Args:
-        anchor_losses: of the first batch of an untrained detector.
+    RetinaNet section 4.1 (arXiv:1708.02002): a loss over all anchors is dominated by the background unless that scores
+    low at the start. The criterion is the background's mean p_t, because alpha, gamma and the number of anchors change
+    the size of the loss by powers of ten. A loss that mines a few negatives for each positive needs no prior.
     """
     labels, losses, p_t = anchor_losses
     is_positive, is_negative = labels >= 0, labels == BACKGROUND

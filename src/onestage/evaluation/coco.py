@@ -20,28 +20,19 @@ Package = Literal["faster_coco_eval", "pycocotools"]
 Backend = Literal["auto"] | Package
 Rows = npt.NDArray[np.float32]  # [n, 6]: x1, y1, x2, y2, score, label
 
-# COCO defines AP and AR100 on the 100 best detections of an image; pycocotools has that number built in.
-COCO_MAX_DETECTIONS = 100
+MAX_DETECTIONS = 100  # COCO defines AP and AR100 on it; pycocotools has the number built in
 
 # torchmetrics' name of each metric, in COCO's order.
 TORCHMETRICS_NAMES = {
-    "mAP": "map",
-    "AP50": "map_50",
-    "AP75": "map_75",
-    "mAP_small": "map_small",
-    "mAP_medium": "map_medium",
-    "mAP_large": "map_large",
-    "AR1": "mar_1",
-    "AR10": "mar_10",
-    "AR100": "mar_100",
-    "AR_small": "mar_small",
-    "AR_medium": "mar_medium",
-    "AR_large": "mar_large",
+    **{"mAP": "map", "AP50": "map_50", "AP75": "map_75"},
+    **{f"mAP_{size}": f"map_{size}" for size in ("small", "medium", "large")},
+    **{f"AR{limit}": f"mar_{limit}" for limit in (1, 10, 100)},
+    **{f"AR_{size}": f"mar_{size}" for size in ("small", "medium", "large")},
 }
 METRIC_NAMES = tuple(TORCHMETRICS_NAMES)
 
-# torchmetrics' default comes from a float32 linspace, where 0.01 is 0.009999999776: recall bins shift at ties, and AP
-# is wrong by up to 1.3e-4.
+# torchmetrics' default is a float32 linspace, where 0.01 is 0.009999999776: recall bins shift at ties, and AP is wrong
+# by up to 1.3e-4.
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101).tolist()
 
 
@@ -62,13 +53,8 @@ class CocoEvaluator:
     """
 
     def __init__(self, annotations: AnnotationSet, max_detections: int = 100, backend: Backend = "auto") -> None:
-        require(
-            1 <= max_detections <= COCO_MAX_DETECTIONS,
-            "max_detections of the evaluation",
-            max_detections,
-            f"in [1, {COCO_MAX_DETECTIONS}]",
-            f"COCO's AP and AR100 are defined on the {COCO_MAX_DETECTIONS} best detections of an image.",
-        )
+        is_valid, remedy = 1 <= max_detections <= MAX_DETECTIONS, "COCO defines AP and AR100 on 100 detections."
+        require(is_valid, "max_detections of the evaluation", max_detections, f"in [1, {MAX_DETECTIONS}]", remedy)
         self.annotations = annotations
         self.max_detections = max_detections
         self.backend = choose_backend(backend)
@@ -78,7 +64,7 @@ class CocoEvaluator:
         """Discard all collected detections."""
         self._rows_by_image: dict[int, Rows] = {}
         self._is_gathered = False
-        self._results: tuple[Metrics, dict[str, float]] | None = None
+        self._results: tuple[Metrics, Metrics] | None = None
 
     @property
     def num_images(self) -> int:
@@ -118,22 +104,20 @@ class CocoEvaluator:
         """
         return dict(self._compute()[0])
 
-    def per_class(self) -> dict[str, float]:
+    def per_class(self) -> Metrics:
         """Return the AP (IoU 0.50:0.95) of each class by name, NaN where there is no object; see `compute`."""
         return dict(self._compute()[1])
 
     def results(self) -> list[JSONDict]:
-        """Return COCO result records with the data set's own image and category ids, boxes as xywh in pixels.
-
-        Collective like `compute`, unless `compute` was called before.
-        """
+        """Return COCO result records (own ids, boxes as xywh in original pixels). Collective like `compute`."""
         self._gather()
+        annotations = self.annotations
         return [
             {
-                "image_id": int(self.annotations.image_ids[index]),
+                "image_id": int(annotations.image_ids[index]),
                 # Not part of COCO's format, whose readers ignore it; the ids of a plain folder mean nothing.
-                "file_name": Path(str(self.annotations.image_paths[index])).name,
-                "category_id": int(self.annotations.category_ids[int(label)]),
+                "file_name": Path(str(annotations.image_paths[index])).name,
+                "category_id": int(annotations.category_ids[int(label)]),
                 "bbox": [round(x1, 3), round(y1, 3), round(x2 - x1, 3), round(y2 - y1, 3)],
                 "score": round(score, 5),
             }
@@ -159,56 +143,44 @@ class CocoEvaluator:
 
     def _gather(self) -> None:
         """Give every process the detections of all, each image once, in the order of the AnnotationSet."""
-        if self._is_gathered:
-            return
-        if _num_processes() > 1:
-            indices = np.array(list(self._rows_by_image), dtype=np.int64)
-            lengths = np.array([len(rows) for rows in self._rows_by_image.values()], dtype=np.int64)
-            rows = np.concatenate([np.zeros((0, 6), np.float32), *self._rows_by_image.values()])
+        if not self._is_gathered and _num_processes() > 1:
             parts: list[Any] = [None] * _num_processes()
-            # Arrays in one message: torchmetrics' own exchange sends tensor by tensor and needs equal counts.
-            dist.all_gather_object(parts, (indices, lengths, rows))
-            self._rows_by_image = {}
-            for indices, lengths, rows in parts:
-                ends = np.cumsum(lengths)
-                for index, start, end in zip(indices.tolist(), ends - lengths, ends, strict=True):
-                    self._rows_by_image.setdefault(index, rows[start:end])
+            # One message: torchmetrics' own exchange sends tensor by tensor and needs equal counts.
+            dist.all_gather_object(parts, self._rows_by_image)
+            self._rows_by_image = {index: rows for part in reversed(parts) for index, rows in part.items()}
         self._rows_by_image = dict(sorted(self._rows_by_image.items()))
         self._is_gathered = True
 
-    def _compute(self) -> tuple[Metrics, dict[str, float]]:
+    def _compute(self) -> tuple[Metrics, Metrics]:
         if self._results is None:
             self._gather()
-            results: list[Any] = [None]
-            if _num_processes() == 1 or dist.get_rank() == 0:
-                results = [self._evaluate()]
+            is_first = _num_processes() == 1 or dist.get_rank() == 0
+            results = [self._evaluate() if is_first else None]
             if _num_processes() > 1:
                 dist.broadcast_object_list(results, src=0)
-            self._results = cast(tuple[Metrics, dict[str, float]], results[0])
+            self._results = cast(tuple[Metrics, Metrics], results[0])
         return self._results
 
-    def _evaluate(self) -> tuple[Metrics, dict[str, float]]:
+    def _evaluate(self) -> tuple[Metrics, Metrics]:
         """Return the twelve metrics and the AP of each class."""
-        predictions = [_prediction(rows) for rows in self._rows_by_image.values()]
+        predictions = []
+        for rows in self._rows_by_image.values():
+            boxes, scores, labels = torch.from_numpy(rows).split([4, 1, 1], dim=1)  # type: ignore[no-untyped-call]
+            predictions.append({"boxes": boxes, "scores": scores.flatten(), "labels": labels.flatten().long()})
         targets = [self._target(index) for index in self._rows_by_image]
         metrics, by_label = average_precision(predictions, targets, self.backend)
         names = self.annotations.class_names
         return metrics, {name: by_label.get(label, float("nan")) for label, name in enumerate(names)}
 
     def _target(self, index: int) -> dict[str, Tensor]:
-        objects = self.annotations.objects(index)
-        is_ignored = self.annotations.is_crowd[objects] | self.annotations.is_difficult[objects]
+        annotations, rows = self.annotations, self.annotations.objects(index)
+        is_ignored = annotations.is_crowd[rows] | annotations.is_difficult[rows]
         return {
-            "boxes": torch.from_numpy(np.ascontiguousarray(self.annotations.boxes[objects], dtype=np.float32)),
-            "labels": torch.from_numpy(self.annotations.labels[objects].astype(np.int64)),
-            "area": torch.from_numpy(self.annotations.areas[objects].astype(np.float32)),
-            "iscrowd": torch.from_numpy(is_ignored.astype(np.int64)),
+            "boxes": torch.tensor(annotations.boxes[rows], dtype=torch.float32),
+            "labels": torch.tensor(annotations.labels[rows], dtype=torch.int64),
+            "area": torch.tensor(annotations.areas[rows], dtype=torch.float32),
+            "iscrowd": torch.tensor(is_ignored, dtype=torch.int64),
         }
-
-
-def _prediction(rows: Rows) -> dict[str, Tensor]:
-    columns = torch.from_numpy(rows)
-    return {"boxes": columns[:, :4].contiguous(), "scores": columns[:, 4].contiguous(), "labels": columns[:, 5].long()}
 
 
 def _num_processes() -> int:
@@ -239,9 +211,8 @@ def average_precision(
     """Evaluate lists with one entry per image.
 
     Args:
-        predictions: for each image boxes [D, 4] xyxy px, scores [D] and labels [D], on the CPU, because torchmetrics
-            reads them number by number.
-        targets: for each image boxes [M, 4], labels [M], area [M] (px^2) and iscrowd [M], 0 or 1.
+        predictions: boxes [D, 4] xyxy px, scores [D], labels [D], on the CPU: torchmetrics reads number by number.
+        targets: boxes [M, 4], labels [M], area [M] (px^2) and iscrowd [M], 0 or 1.
         backend: the package that evaluates.
 
     Returns:
@@ -266,9 +237,7 @@ def average_precision(
             gc.enable()
     metrics = {name: float(values[key]) for name, key in TORCHMETRICS_NAMES.items()}
     # [IoU threshold, recall, class, area range, detection limit], -1 where undefined; all areas, 100 detections.
-    table = torch.as_tensor(values["precision"])[:, :, :, 0, -1].flatten(0, 1)
-    means = torch.where(table > -1, table, torch.nan).nanmean(dim=0)
-    labels = values["classes"].reshape(-1).tolist()
-    return {name: value if value >= 0 else float("nan") for name, value in metrics.items()}, dict(
-        zip(labels, means.tolist(), strict=True)
-    )
+    precision = torch.as_tensor(values["precision"])[:, :, :, 0, -1].flatten(0, 1)
+    by_class = torch.where(precision > -1, precision, torch.nan).nanmean(dim=0).tolist()
+    by_label = dict(zip(values["classes"].reshape(-1).tolist(), by_class, strict=True))
+    return {name: value if value >= 0 else float("nan") for name, value in metrics.items()}, by_label

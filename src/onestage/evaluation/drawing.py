@@ -25,20 +25,18 @@ def draw_boxes(
     image: npt.NDArray[np.uint8],
     gt_boxes: npt.NDArray[np.float32],
     gt_labels: npt.NDArray[np.int64],
-    detections: Detections,
+    detections: Detections | None,
     class_names: Sequence[str],
     *,
     score_threshold: float = 0.5,
 ) -> npt.NDArray[np.uint8]:
     """Draw objects as dashed white boxes and detections as solid boxes in the colour of their class.
 
-    The name and score of a detection stand at its top left corner, the name of an object at its bottom left corner.
-
     Args:
         image: [H, W, 3] RGB. Enlarged by a whole factor if the short side is under 300 px.
         gt_boxes: [M, 4] xyxy in pixels of the image.
         gt_labels: [M] 0..K-1.
-        detections: of this image: boxes [D, 4] in pixels of the image, scores [D], labels [D].
+        detections: of this image: boxes [D, 4] in its pixels, scores [D], labels [D]; None: only objects are drawn.
         class_names: [K].
         score_threshold: detections below it are not drawn, in [0, 1].
 
@@ -56,8 +54,8 @@ def draw_boxes(
     pen = _Pen(picture, factor)
     for box, label in zip(gt_boxes.tolist(), gt_labels.tolist(), strict=True):
         pen.draw_object(box, class_names[label])
-    rows = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
-    for box, score, label in reversed(list(rows)):  # the best last, so that it is on top
+    rows = zip(*(column.flip(0).tolist() for column in detections), strict=True) if detections else ()
+    for box, score, label in rows:  # the best last, so that it is on top
         if label != PADDING and score >= score_threshold:
             pen.draw_detection(box, f"{class_names[label]} {score:.2f}", class_colour(label))
     return np.asarray(picture)
@@ -99,14 +97,12 @@ class _Pen:
         x1, y1, x2, y2 = corners
         self.draw.rectangle(corners, outline=BLACK, width=self.thickness)
         dash, edge = 4 * self.thickness, self.thickness - 1
-        for start in range(x1, x2 + 1, 2 * dash):
-            end = min(start + dash, x2)
-            self.draw.rectangle((start, y1, end, min(y1 + edge, y2)), fill=WHITE)
-            self.draw.rectangle((start, max(y2 - edge, y1), end, y2), fill=WHITE)
-        for start in range(y1, y2 + 1, 2 * dash):
-            end = min(start + dash, y2)
-            self.draw.rectangle((x1, start, min(x1 + edge, x2), end), fill=WHITE)
-            self.draw.rectangle((max(x2 - edge, x1), start, x2, end), fill=WHITE)
+        for x in range(x1, x2 + 1, 2 * dash):
+            for y in (y1, max(y2 - edge, y1)):
+                self.draw.rectangle((x, y, min(x + dash, x2), min(y + edge, y2)), fill=WHITE)
+        for y in range(y1, y2 + 1, 2 * dash):
+            for x in (x1, max(x2 - edge, x1)):
+                self.draw.rectangle((x, y, min(x + edge, x2), min(y + dash, y2)), fill=WHITE)
         self._write(name, x1, y2, BLACK, WHITE, above=False)
 
     def draw_detection(self, box: list[float], text: str, colour: Colour) -> None:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from onestage.evaluation.coco import choose_backend
+from onestage.evaluation.coco import METRIC_NAMES, choose_backend
 from onestage.files import atomic_write
 from onestage.types import JSONDict, Metrics
 
@@ -24,16 +24,7 @@ def write_results(
     seconds: float,
     images_per_second: float,
 ) -> None:
-    """Write the metrics of one evaluation as JSON, atomically. NaN becomes null.
-
-    Args:
-        path: of the file; a missing folder is created.
-        stage: `validate` or `test`.
-        metrics: by name, in [0, 1].
-        per_class: AP by class name, in [0, 1].
-        class_names: in the order of the labels.
-        seconds: duration of the evaluation.
-        images_per_second: speed of the evaluation.
+    """Write the metrics of one evaluation, `validate` or `test`, as JSON, atomically. NaN becomes null.
 
     Raises:
         ResourceError: the file cannot be written.
@@ -86,14 +77,8 @@ def installed_versions() -> dict[str, str]:
 
 def format_table(metrics: Metrics, per_class: Mapping[str, float]) -> str:
     """Return the twelve metrics in rows and the AP of each class, in percent, for the terminal."""
-    rows = (
-        ("mAP", "AP50", "AP75"),
-        ("mAP_small", "mAP_medium", "mAP_large"),
-        ("AR1", "AR10", "AR100"),
-        ("AR_small", "AR_medium", "AR_large"),
-    )
-    lines = ["   ".join(f"{name:<10} {_percent(metrics[name])}" for name in row if name in metrics) for row in rows]
-    lines = [line for line in lines if line]
+    cells = [f"{name:<10} {_percent(metrics[name])}" for name in METRIC_NAMES if name in metrics]
+    lines = ["   ".join(cells[start : start + 3]) for start in range(0, len(cells), 3)]
     if per_class:
         width = max(len("class"), *(len(name) for name in per_class))
         lines += ["", f"{'class':<{width}}    AP"]

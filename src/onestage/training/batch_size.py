@@ -20,7 +20,7 @@ from onestage.types import Batch, Targets
 
 GIB = 2**30
 USABLE = 0.9  # fraction of the memory; the rest is for fragmentation, the loader's batches and the evaluation
-STATUS = Path("/proc/self/status")
+STATUS, CGROUP = Path("/proc/self/status"), Path("/sys/fs/cgroup")
 
 
 def largest_batch(peak_bytes: Callable[[int], int | None], limit: int, max_batch_size: int) -> int | None:
@@ -196,7 +196,7 @@ def free_bytes(device: torch.device, num_processes: int = 1) -> int:
     if device.type == "cpu" and STATUS.is_file():
         free = _status_bytes(Path("/proc/meminfo"), "MemAvailable")
         with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max": no limit
-            limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+            limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
             free = min(free, max(0, limit - used))
         return free // num_processes + _status_bytes(STATUS, "VmRSS")
     raise ConfigError(f"auto_batch cannot measure memory on {device}.\nSet auto_batch: false and data.batch_size.")

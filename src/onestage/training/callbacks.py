@@ -1,13 +1,14 @@
 """Callbacks that report a run: images, results, anchor statistics, loss curves, the progress bar."""
 
+import math
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from onestage.errors import ConfigError, DataError
@@ -22,19 +23,19 @@ from onestage.evaluation.analysis import (
 from onestage.evaluation.drawing import draw_boxes, save_jpeg
 from onestage.evaluation.results import format_table, write_coco_results, write_results
 from onestage.training.module import DetectionModule
-from onestage.types import AnnotationSet, Batch, Detections, Stage
+from onestage.types import Batch, Detections, Stage
 
 CURVES_FILE = "losses.csv"
 FIGURE_FILE = "losses.png"
-TIMED_STEPS = (5, 30)  # the run time is estimated from the steps between; the first ones are slower
+TIMED_BATCHES = (10, 30)  # the run time is estimated from those between; the first ones are slower
 
 
 class DetectionImages(Callback):
-    """Draw ground truth and detections of the first images of every evaluation.
+    """Draw ground truth and detections of the first images of every evaluation, and of all images to predict.
 
     Args:
         folder: receives the JPEGs; those of an earlier evaluation are replaced.
-        num_images: number of images that each process draws.
+        num_images: number of images per process and evaluation.
         score_threshold: detections below it are not drawn, in [0, 1].
     """
 
@@ -42,128 +43,68 @@ class DetectionImages(Callback):
         self.folder = folder
         self.num_images = num_images
         self.score_threshold = score_threshold
-        self._num_drawn = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Use the first process's folder in all processes."""
         self.folder = trainer.strategy.broadcast(self.folder)
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start again with the first image."""
-        self._num_drawn = 0
-
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start again with the first image."""
-        self._num_drawn = 0
-
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Draw the images of the batch until `num_images` are drawn."""
+        """Draw the batch if it is one of the first."""
         if not trainer.sanity_checking:
-            self._draw(pl_module, "val", batch, outputs)
+            self._draw(pl_module, "val", batch, outputs, self.num_images - batch_idx * pl_module.data.batch_size)
 
     def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Draw the images of the batch until `num_images` are drawn."""
-        self._draw(pl_module, "test", batch, outputs)
-
-    def _draw(self, module: pl.LightningModule, stage: Stage, batch: Batch, outputs: Any) -> None:
-        num_missing = max(0, self.num_images - self._num_drawn)
-        for row, index in enumerate(batch.image_indices[:num_missing].tolist()):
-            detections = Detections(*(values[row].cpu() for values in Detections(**outputs)))
-            draw_image(cast(DetectionModule, module), stage, index, detections, self.folder, self.score_threshold)
-            self._num_drawn += 1
-
-
-class PredictionWriter(DetectionImages):
-    """Draw every image of `onestage predict`, and write one COCO results file.
-
-    Args:
-        folder: the run folder; receives `predictions/*.jpg` and `predictions.json`.
-        score_threshold: detections below it are not drawn, in [0, 1]. The JSON file holds the 100 best of each image.
-    """
-
-    def __init__(self, folder: Path, score_threshold: float) -> None:
-        super().__init__(folder / "predictions", num_images=0, score_threshold=score_threshold)
+        """Draw the batch if it is one of the first."""
+        self._draw(pl_module, "test", batch, outputs, self.num_images - batch_idx * pl_module.data.batch_size)
 
     def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Draw every image of the batch."""
-        self.num_images += len(batch.image_indices)
-        self._draw(pl_module, "predict", batch, outputs)
+        """Draw the batch."""
+        self._draw(pl_module, "predict", batch, outputs, len(batch.images))
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the detections of all processes, in original pixels and with the data set's own category ids."""
-        evaluator = cast(DetectionModule, pl_module).evaluator
-        assert evaluator is not None
-        records = evaluator.results()
-        if trainer.is_global_zero:
-            write_coco_results(self.folder.with_suffix(".json"), records)
-
-
-def draw_image(
-    module: DetectionModule, stage: Stage, index: int, detections: Detections, folder: Path, score_threshold: float
-) -> None:
-    """Draw image `index` of the split `stage` with its objects and detections ([D] rows) into `folder`."""
-    annotations = module.data.annotations(stage)
-    objects = annotations.objects(index)
-    drawn = draw_boxes(
-        module.data.read_image(stage, index),
-        annotations.boxes[objects],
-        annotations.labels[objects],
-        detections,
-        module.data.class_names,
-        score_threshold=score_threshold,
-    )
-    save_jpeg(folder / f"{_file_stem(annotations, index)}.jpg", drawn)
-
-
-def _file_stem(annotations: AnnotationSet, index: int) -> str:
-    """Return a file name that cannot leave the folder and is unique among images of one name."""
-    stem = Path(str(annotations.image_paths[index])).stem
-    safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in stem)[:100]
-    return f"{int(annotations.image_ids[index]):06d}_{safe}"
+    def _draw(
+        self, module: DetectionModule, stage: Stage, batch: Batch, outputs: dict[str, Tensor], num_images: int
+    ) -> None:
+        for row, index in enumerate(batch.image_indices[: max(0, num_images)].tolist()):
+            annotations = module.data.annotations(stage)
+            objects = annotations.objects(index)
+            drawn = draw_boxes(
+                module.data.read_image(stage, index),
+                annotations.boxes[objects],
+                annotations.labels[objects],
+                Detections(*(values[row].cpu() for values in Detections(**outputs))),
+                module.data.class_names,
+                score_threshold=self.score_threshold,
+            )
+            stem = Path(str(annotations.image_paths[index])).stem
+            safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in stem)[:100]
+            # The id makes the names of two images with one file name differ.
+            save_jpeg(self.folder / f"{int(annotations.image_ids[index]):06d}_{safe}.jpg", drawn)
 
 
 class ResultsWriter(Callback):
-    """Write `results.json` after every evaluation, so that an interrupted run has its latest metrics.
+    """Write metrics or predictions after every evaluation, so that an interrupted run has its latest results.
 
     Args:
-        path: of the results file.
+        path: of the file: `results.json` with metrics, or after a prediction a COCO results file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the metrics of the validation split."""
         if not trainer.sanity_checking:
-            self._write(cast(DetectionModule, pl_module), "validate")
+            self._write(pl_module, "validate")
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the metrics of the test split."""
-        self._write(cast(DetectionModule, pl_module), "test")
+        self._write(pl_module, "test")
 
     @rank_zero_only
     def _write(self, module: DetectionModule, stage: str) -> None:
@@ -178,6 +119,12 @@ class ResultsWriter(Callback):
             images_per_second=module.evaluator.num_images / max(module.evaluation_seconds, 1e-9),
         )
 
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Write the detections of all processes, in original pixels and with the data set's own category ids."""
+        records = pl_module.evaluator.results()  # collective
+        if trainer.is_global_zero:
+            write_coco_results(self.path, records)
+
 
 def print_report(module: DetectionModule) -> None:
     """Print the table of the latest evaluation."""
@@ -186,40 +133,39 @@ def print_report(module: DetectionModule) -> None:
 
 
 class LossBar(TQDMProgressBar):
-    """Progress bar with losses and mAP; after 30 steps it prints how long the training will take."""
+    """Progress bar with losses and mAP; after 30 batches it prints how long the training will take."""
 
-    _start = 0.0
-
-    def get_metrics(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Return the metrics behind the bar, without the version: it is in the name of the run folder."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the bar, and count batches from here."""
+        super().on_train_start(trainer, pl_module)
+        self._num_batches, self._start = 0, 0.0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update the bar; estimate the run time once."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        first, last = TIMED_STEPS
-        if batch_idx == first:
+        self._num_batches += 1
+        first, last = TIMED_BATCHES
+        if self._num_batches == first:
             self._start = time.perf_counter()
-        elif batch_idx == last and self._start and trainer.current_epoch == 0:
-            steps = float(trainer.estimated_stepping_batches)
-            per_step = (time.perf_counter() - self._start) / (last - first) * trainer.accumulate_grad_batches
-            line = run_time(steps - trainer.global_step, per_step)
-            if line and steps > 10 * last:
-                rank_zero_info(line)
+        elif self._num_batches == last:
+            seconds = (time.perf_counter() - self._start) / (last - first) * trainer.accumulate_grad_batches
+            steps = float(trainer.estimated_stepping_batches) - trainer.global_step
+            if math.isfinite(steps) and steps * seconds >= 60:
+                self.print(f"training: {run_time(steps, steps * seconds)}")
 
 
-def run_time(steps: float, seconds_per_step: float) -> str:
-    """Return "about 5 min for 3,927 steps", or an empty text for a run without end."""
-    if steps == float("inf"):
-        return ""
-    minutes = steps * seconds_per_step / 60
-    return f"about {f'{minutes:.0f} min' if minutes < 90 else f'{minutes / 60:.1f} h'} for {steps:,.0f} steps"
+def run_time(steps: float, seconds: float) -> str:
+    """Return "about 5 min for 3,927 steps"."""
+    time_text = f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"about {time_text} for {steps:,.0f} steps"
 
 
 class AnchorMonitor(Callback):
@@ -236,9 +182,7 @@ class AnchorMonitor(Callback):
         self._is_first_batch = trainer.global_step == 0
 
     @rank_zero_only
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the composition of the loss of this batch."""
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         every = trainer.log_every_n_steps  # type: ignore[attr-defined] # Lightning sets it
@@ -250,8 +194,7 @@ class AnchorMonitor(Callback):
         predictions = predictions._replace(
             **{name: value.detach() for name, value in predictions._asdict().items() if isinstance(value, Tensor)}
         )
-        detector = cast(DetectionModule, pl_module).detector
-        anchor_losses = detector.anchor_losses(predictions, cast(Batch, batch).targets)
+        anchor_losses = pl_module.detector.anchor_losses(predictions, batch.targets)
         if anchor_losses is None:
             return
         warning = missing_prior(anchor_losses) if self._is_first_batch else None
@@ -285,14 +228,7 @@ class LossCollector(pl.LightningModule):
         self.module.setup(stage)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch of the validation split."""
-        self._add(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch of the test split."""
-        self._add(batch)
-
-    def _add(self, batch: Batch) -> None:
+        """Add a batch."""
         detector = self.module.detector
         anchor_losses = detector.anchor_losses(self.module.predict_batch(batch), batch.targets)
         if anchor_losses is None:
@@ -304,17 +240,12 @@ class LossCollector(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Sum over the processes."""
-        self._sum_over_processes()
-
-    def on_test_epoch_end(self) -> None:
-        """Sum over the processes."""
-        self._sum_over_processes()
-
-    def _sum_over_processes(self) -> None:
         for tensor in (self.distribution.counts, self.distribution.losses):
             if self.trainer.world_size > 1:
                 total = self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum")
                 tensor.copy_(torch.as_tensor(total))
+
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
 
 def report_losses(folder: Path, distribution: LossDistribution, title: str) -> None:

@@ -158,18 +158,8 @@ class DetectionModule(pl.LightningModule):
     # Evaluation: each step only collects; all metrics are computed once, at the end.
 
     def on_validation_epoch_start(self) -> None:
-        """Start an evaluation of the validation split."""
-        self._start_evaluation("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Start an evaluation of the test split."""
-        self._start_evaluation("test")
-
-    def on_predict_epoch_start(self) -> None:
-        """Start to collect the detections of the images to predict."""
-        self._start_evaluation("predict")
-
-    def _start_evaluation(self, stage: Stage) -> None:
+        """Start a new evaluation."""
+        stage: Stage = "test" if self.trainer.testing else "predict" if self.trainer.predicting else "val"
         self.evaluator = CocoEvaluator(self.data.annotations(stage))
         for mean in self.loss_means.values():
             cast(MeanPerPositive, mean).reset()
@@ -177,13 +167,6 @@ class DetectionModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Collect losses and detections; return the detections in original pixels."""
-        return self._evaluation_step(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Collect losses and detections; return the detections in original pixels."""
-        return self._evaluation_step(batch)
-
-    def _evaluation_step(self, batch: Batch) -> dict[str, Tensor]:
         predictions = self.predict_batch(batch)
         losses = self.detector.loss(predictions, batch.targets)
         for name, value in self.weighted_loss(losses).items():
@@ -204,15 +187,9 @@ class DetectionModule(pl.LightningModule):
         return detections._asdict()
 
     def on_validation_epoch_end(self) -> None:
-        """Compute and log the validation metrics."""
-        self._end_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Compute and log the test metrics."""
-        self._end_evaluation("test")
-
-    def _end_evaluation(self, prefix: str) -> None:
+        """Compute and log the metrics of the split."""
         assert self.evaluator is not None
+        prefix = "test" if self.trainer.testing else "val"
         self.metrics = self.evaluator.compute()
         self.evaluation_seconds = time.perf_counter() - self._start
         for name, mean in self.loss_means.items():
@@ -222,6 +199,9 @@ class DetectionModule(pl.LightningModule):
             # NaN means "undefined on this data", which loggers and ModelCheckpoint cannot handle; 0 comes nearest.
             in_bar = name in ("mAP", "AP50")
             self.log(f"{prefix}/{name}", 0.0 if math.isnan(value) else value, prog_bar=in_bar)
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     # Optimisation
 
@@ -355,10 +335,10 @@ def check_batch_norm(trainer: pl.Trainer, detector: nn.Module) -> None:
     """
     if not getattr(trainer, "sync_batchnorm", False):
         return
-    if not any(isinstance(layer, BATCH_NORMS) for layer in detector.modules()):
-        rank_zero_info(f"sync_batchnorm: {type(detector).__name__} has no batch norm, so there is nothing to do.")
-    elif trainer.world_size == 1:
-        rank_zero_info("sync_batchnorm: there is one process, so there is nothing to do.")
+    has_batch_norm = any(isinstance(layer, BATCH_NORMS) for layer in detector.modules())
+    if not has_batch_norm or trainer.world_size == 1:
+        reason = "there is one process" if has_batch_norm else f"{type(detector).__name__} has no batch norm"
+        rank_zero_info(f"sync_batchnorm: {reason}, so there is nothing to do.")
     elif trainer.strategy.root_device.type == "cpu":
         raise ConfigError(
             "trainer.sync_batchnorm is true, but torch's SyncBatchNorm runs on GPUs only.\n"

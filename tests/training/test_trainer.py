@@ -1,0 +1,185 @@
+"""Precision, launchers, and every pair of training settings that may be combined."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from tiny_training import TinyData, TinyDetector, quiet_trainer
+
+from onestage.errors import ConfigError
+from onestage.training.ema import ExponentialMovingAverage
+from onestage.training.module import DetectionModule
+from onestage.training.optimization import WarmupSchedule, scaler_of
+from onestage.training.trainer import DetectionTrainer, check_processes, choose_precision, evaluate_at_least_once
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+OPTIMIZERS = {
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
+    "fused SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, fused=True),
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.001),
+    "fused AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.001, fused=True),
+}
+# Each pair of values of two settings is in at least one of these runs, apart from the refused ones.
+SETTINGS = ("optimizer", "precision", "channels_last", "clip", "decay", "batches")
+RUNS = [
+    ("SGD", "32-true", True, None, None, 1),
+    ("SGD", "bf16-mixed", False, "norm", 0.9, 2),
+    ("SGD", "16-mixed", True, "value", 0.9, 1),
+    ("SGD", "16-mixed", False, None, None, 2),
+    ("fused SGD", "32-true", False, "value", 0.9, 2),
+    ("fused SGD", "bf16-mixed", True, "norm", None, 1),
+    ("fused SGD", "16-mixed", True, None, 0.9, 2),
+    ("AdamW", "32-true", True, "norm", 0.9, 2),
+    ("AdamW", "bf16-mixed", False, "value", None, 1),
+    ("AdamW", "16-mixed", True, "norm", None, 2),
+    ("fused AdamW", "32-true", False, "norm", None, 1),
+    ("fused AdamW", "bf16-mixed", True, "value", 0.9, 2),
+    ("fused AdamW", "16-mixed", False, None, 0.9, 1),
+    ("AdamW", "bf16-mixed", True, None, 0.9, 1),
+]
+
+
+def fit(
+    folder, *, optimizer="SGD", precision="32-true", channels_last=True, clip=None, decay=None, batches=1,
+    compiled=False,
+):  # fmt: skip
+    torch.manual_seed(0)
+    schedule = WarmupSchedule(kind="constant", warmup_steps=0)
+    options = {"channels_last": channels_last, "compile": compiled}
+    module = DetectionModule(TinyDetector(num_classes=2), OPTIMIZERS[optimizer], schedule, **options)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    settings = {"gradient_clip_val": 0.1, "gradient_clip_algorithm": clip} if clip else {}
+    settings |= {"precision": precision, "accumulate_grad_batches": batches, "max_steps": 4}
+    trainer = quiet_trainer(DetectionTrainer, folder, callbacks=[ExponentialMovingAverage(decay)], **settings)
+    scaler = scaler_of(trainer)
+    if scaler is not None:  # the initial scale of 65536 would skip the first steps, as it should
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 128.0})
+    trainer.fit(module, datamodule=TinyData(num_images=4 * batches, batch_size=1))
+    assert trainer.global_step == 4
+    assert trainer.precision_plugin.precision == precision
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    assert not all(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
+    return module, trainer
+
+
+def test_runs_contain_every_pair_of_settings():
+    values = [tuple(OPTIMIZERS), PRECISIONS, (True, False), (None, "norm", "value"), (None, 0.9), (1, 2)]
+    columns = range(len(SETTINGS))
+    wanted = {(i, j, a, b) for i in columns for j in columns if i < j for a in values[i] for b in values[j]}
+    assert wanted == {(i, j, run[i], run[j]) for run in RUNS for i in columns for j in columns if i < j}
+
+
+@pytest.mark.parametrize(SETTINGS, RUNS)
+def test_combined_settings_take_finite_steps(tmp_path, optimizer, precision, channels_last, clip, decay, batches):
+    values = (optimizer, precision, channels_last, clip, decay, batches)
+    fit(tmp_path, **dict(zip(SETTINGS, values, strict=True)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "clip", "decay", "batches"),
+    [("32-true", "value", 0.9, 2), ("bf16-mixed", "norm", None, 1), ("16-mixed", None, 0.9, 2)],
+)
+def test_compiled_detector_takes_finite_steps(tmp_path, precision, clip, decay, batches):
+    fit(tmp_path, precision=precision, clip=clip, decay=decay, batches=batches, compiled=True)
+
+
+@pytest.mark.parametrize("optimizer", ["fused SGD", "fused AdamW"])
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_fp16_with_fused_optimizer_and_clipping_is_refused(tmp_path, optimizer, clip):
+    with pytest.raises(ConfigError, match="fused: false, or"):
+        fit(tmp_path, optimizer=optimizer, precision="16-mixed", clip=clip)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_fused_optimizer_equals_plain_optimizer(tmp_path, name):
+    plain, _ = fit(tmp_path, optimizer=name, clip="norm")
+    fused, _ = fit(tmp_path, optimizer=f"fused {name}", clip="norm")
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_fp16_on_cpu_is_fp16_with_a_scaler(tmp_path):
+    dtypes = []
+
+    class Seen(TinyDetector):
+        def forward(self, images):
+            self.class_head.register_forward_pre_hook(lambda _, maps: dtypes.append(maps[0][1].dtype))
+            return super().forward(images)
+
+    module = DetectionModule(Seen(num_classes=2), schedule=WarmupSchedule(kind="constant", warmup_steps=0))
+    trainer = quiet_trainer(DetectionTrainer, tmp_path, precision="16-mixed", max_steps=1)
+    trainer.fit(module, datamodule=TinyData(num_images=1, batch_size=1))
+    assert dtypes == [torch.float16]
+    assert scaler_of(trainer) is not None
+
+
+def test_precision_follows_instructions_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": True})
+    assert choose_precision("cpu") == ("bf16-mixed", "this CPU has avx512_bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert choose_precision("cpu")[0] == choose_precision("mps")[0] == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert choose_precision("cuda")[0] == "16-mixed"
+
+
+def test_short_run_validates_at_its_end():
+    settings = SimpleNamespace(max_epochs=2, check_val_every_n_epoch=10)
+    evaluate_at_least_once(settings)
+    assert settings.check_val_every_n_epoch == 2
+
+
+def test_sync_batchnorm_reaches_the_trainer():
+    assert quiet_trainer(DetectionTrainer, None, sync_batchnorm=True).sync_batchnorm
+    assert not quiet_trainer(DetectionTrainer, None).sync_batchnorm
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accumulate_grad_batches": 0}, r"accumulate_grad_batches must be >= 1 batch per step, got 0\.\nSet it to 1"),
+        ({"accumulate_grad_batches": -2}, "got -2"),
+        ({"gradient_clip_val": -1}, r"gradient_clip_val must be >= 0, got -1\.\nSet it to null"),
+        ({"gradient_clip_val": float("nan")}, "got nan"),
+    ],
+)
+def test_invalid_numbers_of_the_trainer_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        quiet_trainer(DetectionTrainer, None, **settings)
+
+
+@pytest.mark.parametrize("value", [None, 0, 0.0])
+def test_zero_and_null_disable_clipping(value):
+    assert not quiet_trainer(DetectionTrainer, None, gradient_clip_val=value).gradient_clip_val
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp_spawn", "ddp_fork_find_unused_parameters_false", "ddp_notebook", DDPStrategy(start_method="spawn")],
+)
+def test_processes_forked_inside_the_command_are_refused(strategy):
+    with pytest.raises(ConfigError, match=r"inside the command.*\nSet trainer\.strategy: ddp,"):
+        quiet_trainer(DetectionTrainer, None, strategy=strategy, devices=2)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true"])
+def test_strategies_that_start_the_command_again_are_accepted(strategy):
+    assert quiet_trainer(DetectionTrainer, None, strategy=strategy, devices=2).world_size == 2
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}
+
+
+@pytest.mark.parametrize(("environment", "launcher"), [(TORCHRUN, "torchrun"), (SRUN, "srun")])
+def test_other_number_of_started_processes_is_refused(monkeypatch, environment, launcher):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_processes(SimpleNamespace(world_size=8, num_devices=4, num_nodes=2))
+    with pytest.raises(ConfigError, match=rf"{launcher} has started 8 .*\n.*devices 4 --trainer\.num_nodes 2"):
+        quiet_trainer(DetectionTrainer, None, devices=1)
+
+
+def test_one_slurm_task_may_start_processes(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    check_processes(SimpleNamespace(world_size=4, num_devices=4, num_nodes=1))
