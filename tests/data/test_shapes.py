@@ -89,7 +89,7 @@ def test_a_foreign_folder_or_file_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("mine too")
     for name in ("mine", "file"):
-        with pytest.raises(DataError, match=rf"{name}: is not empty and was not drawn here(.|\n)*data\.root"):
+        with pytest.raises(DataError, match=rf"{name}: is not empty and was not drawn here(.|\n)*data\.source\.path"):
             draw_shapes(tmp_path / name, num_train=1, num_val=1, seed=0)
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
     assert (tmp_path / "file").read_text() == "mine too"
@@ -143,9 +143,9 @@ def test_another_process_that_finishes_first_wins(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"num_train": 0, "num_val": 1, "seed": 0}, "data.num_train is 0"),
-        ({"num_train": 1, "num_val": -1, "seed": 0}, "data.num_val is -1"),
-        ({"num_train": 1, "num_val": 1, "seed": -1}, "data.seed is -1"),
+        ({"num_train": 0, "num_val": 1, "seed": 0}, "data.source.num_train must be >= 1, got 0"),
+        ({"num_train": 1, "num_val": -1, "seed": 0}, "data.source.num_val must be >= 1, got -1"),
+        ({"num_train": 1, "num_val": 1, "seed": -1}, "data.source.draw_seed must be >= 0, got -1"),
     ],
 )
 def test_numbers_out_of_range_are_refused(tmp_path: Path, settings: dict[str, int], key: str) -> None:
@@ -155,12 +155,12 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, settings: dict[str, in
 
 def test_a_parent_that_is_a_file_is_an_error_with_the_key(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot be written(.|\n)*data\.root"):
+    with pytest.raises(DataError, match=r"cannot be written(.|\n)*data\.source\.path"):
         draw_shapes(tmp_path / "file" / "shapes", num_train=1, num_val=1, seed=0)
 
 
 def test_the_settings_file_says_what_was_drawn(drawn: Path) -> None:
-    assert json.loads((drawn / "shapes.json").read_text()) == {"num_train": 20, "num_val": 5, "seed": 3, "version": 1}
+    assert json.loads((drawn / "shapes.json").read_text()) == {"num_train": 20, "num_val": 5, "seed": 3, "version": 2}
 
 
 def test_boxes_lie_inside_and_hold_the_area_of_a_plausible_shape() -> None:

@@ -23,7 +23,8 @@ import torch
 from tiny_training import TinyDetector, tiny_batch
 
 import onestage
-from onestage.data.shapes import SHAPE_NAMES, draw_shapes
+from onestage.data.scenes import SHAPE_NAMES
+from onestage.data.shapes import draw_shapes
 from onestage.models.heads import ExtraLayer
 from onestage.models.vgg import VGG
 from onestage.reliability.checkpoint_files import read_checkpoint

@@ -10,7 +10,8 @@ from onestage.data.coco import parse_coco
 from onestage.data.datamodule import DetectionDataModule, Split
 from onestage.data.loader import StartMethod
 from onestage.data.sampling import Sampling
-from onestage.data.shapes import SHAPE_CATEGORY_IDS, SHAPE_NAMES, draw_shapes
+from onestage.data.scenes import SHAPE_NAMES
+from onestage.data.shapes import SHAPE_CATEGORY_IDS, draw_shapes
 from onestage.data.voc import parse_voc
 from onestage.types import AnnotationSet
 

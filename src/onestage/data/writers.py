@@ -34,7 +34,7 @@ def write_coco(root: Path, splits: Sequence[WritableSplit]) -> Losses:
     VOC's flag `difficult` becomes a key of that name, which `parse_coco` knows and other tools pass over.
     """
     losses: Losses = Counter()
-    (root / "annotations").mkdir()
+    (root / "annotations").mkdir(exist_ok=True)
     for name, annotations, file_names in splits:
         categories = zip(annotations.category_ids, annotations.class_names, strict=True)
         content = {
@@ -60,7 +60,7 @@ def write_voc(root: Path, splits: Sequence[WritableSplit]) -> Losses:
     losses: Losses = Counter()
     lists = root / "ImageSets" / "Main"
     lists.mkdir(parents=True)
-    (root / "Annotations").mkdir()
+    (root / "Annotations").mkdir(exist_ok=True)
     used = {label for split in splits for label in split.annotations.labels.tolist()}
     for name, annotations, file_names in splits:
         boxes = _at_least_one_pixel(annotations.boxes)
