@@ -38,7 +38,7 @@ def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_help_of_a_command_says_how_to_see_the_keys_of_a_data_set_and_a_detector(capsys) -> None:
     shown = " ".join(help_of(["fit", "--help"], capsys).split())
     for option, key in [
-        ("--data.help onestage.data.COCODataModule", "--data.batch_size"),
+        ("--data.help onestage.data.COCO", "--data.batch_size"),
         ("--model.detector.help onestage.models.SSD300", "--model.detector.score_threshold"),
     ]:
         assert key not in shown

@@ -99,13 +99,13 @@ def build_data(config: dict) -> DetectionDataModule:
 def lay_out(root: Path, name: str) -> None:
     """Put the files where the comment of the page says they are."""
     for split in ("train", "val"):
-        if name == "COCODataModule":
+        if name == "coco_data":
             image = root / split / "a.jpg"
             entry = {"id": 1, "file_name": "a.jpg", "width": 60, "height": 40}
             box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 10, 20], "area": 200, "iscrowd": 0}
             content = {"images": [entry], "annotations": [box], "categories": [{"id": 1, "name": "dog"}]}
             label, text = root / "annotations" / f"instances_{split}.json", json.dumps(content)
-        elif name == "VOCDataModule":
+        elif name == "voc_data":
             image = root / "JPEGImages" / f"{split}.jpg"
             bndbox = "<bndbox><xmin>2</xmin><ymin>3</ymin><xmax>11</xmax><ymax>22</ymax></bndbox>"
             text = f"<annotation><object><name>dog</name>{bndbox}</object></annotation>"
@@ -138,7 +138,7 @@ def test_two_lines_of_the_docs_read_a_data_set_of_each_format(tmp_path: Path, mo
             assert data.annotations(split).boxes == pytest.approx(np.array([[1, 2, 11, 22]]), abs=1e-4)
         assert data.class_names == ["dog"]
         shutil.rmtree(root)
-    assert names == ["COCODataModule", "VOCDataModule", "YOLODataModule"]
+    assert names == ["coco_data", "voc_data", "yolo_data"]
 
 
 def test_every_data_section_of_the_docs_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,9 @@ LIMITS = {"first start, s": 25.0, "peak memory, MB": 3000.0, "second start, s": 
 START = """
 import json, resource, sys, time
 from pathlib import Path
-from onestage.data import COCODataModule
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start, cpu_start = time.perf_counter(), time.process_time()
-data = COCODataModule(sys.argv[1], train="train", class_names=None)
+data = coco_data(sys.argv[1], train="train", class_names=None)
 annotations = data.annotations("train")
 seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -137,7 +136,7 @@ def worker_megabytes(root: Path) -> float:
     import numpy as np
     from torch.utils.data import DataLoader
 
-    from onestage.data import COCODataModule, DetectionDataset, SeededTransform, collate, resize_transforms
+    from onestage.data import DetectionDataset, SeededTransform, coco_data, collate, resize_transforms
     from onestage.data.image_reader import ReadImage
 
     class GrayImages:
@@ -150,7 +149,7 @@ def worker_megabytes(root: Path) -> float:
             _ = str(annotations.image_paths[index]), float(annotations.boxes.sum()), int(annotations.labels.sum())
             return ReadImage(np.zeros((480, 640, 3), dtype=np.uint8), (480, 640))
 
-    annotations = COCODataModule(root, train="train").annotations("train")
+    annotations = coco_data(root, train="train").annotations("train")
     transform = SeededTransform(resize_transforms(300), 300)
     dataset = DetectionDataset(annotations, transform, images=GrayImages())
     order = np.random.default_rng(0).permutation(len(annotations))[: NUM_WORKERS * SAMPLES_PER_WORKER].tolist()

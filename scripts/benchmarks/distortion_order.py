@@ -47,7 +47,7 @@ def _train(
         "runs_dir": folder / "runs",
         "experiment": name,
         "seed_everything": seed,
-        "data.root": folder / "shapes",
+        "data.source.path": folder / "shapes",
         "data.num_train": num_train,
         "data.num_val": num_val,
         "data.num_workers": 0,

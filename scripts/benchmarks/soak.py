@@ -77,8 +77,9 @@ def words(folder: Path, steps: int) -> list[str]:
     """The command of the run: the embedded experiment at 64 px, 8 steps an epoch, everything switched on."""
     config = Path(__file__).resolve().parents[2] / "configs" / "shapes_ssd.yaml"
     return [
-        "fit", "--config", str(config), "--data.root", str(folder / "data"), "--runs_dir", str(folder / "runs"),
-        "--data.num_train", "32", "--data.num_val", "7", "--data.num_workers", "2", "--data.batch_size", "4",
+        "fit", "--config", str(config), "--data.source.path", str(folder / "data"), "--runs_dir", str(folder / "runs"),
+        "--data.source.num_train", "32", "--data.source.num_val", "7", "--data.num_workers", "2",
+        "--data.batch_size", "4",
         "--data.image_size", "64", "--model.detector.class_path", "benchmarks.soak.SmallDetector",
         "--trainer.max_epochs", "-1", "--trainer.max_steps", str(steps), "--trainer.check_val_every_n_epoch", "10",
         "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--drawn_images", "2",

@@ -130,7 +130,11 @@ class Run:
         words = ["fit", "--config", str(study.config)]
         if study.data == "shapes":
             root = study.folder / f"drawn_{study.num_train}_{study.num_val}"
-            options |= {"data.root": root, "data.num_train": study.num_train, "data.num_val": study.num_val}
+            options |= {
+                "data.source.path": root,
+                "data.source.num_train": study.num_train,
+                "data.source.num_val": study.num_val,
+            }
         else:
             words += ["--config", str(voc_config(study))]
         words += ["--config", str(LOSSES / f"{self.loss}.yaml")]
@@ -146,8 +150,8 @@ def voc_config(study: Study) -> Path:
     file = study.folder / f"{study.data_name}.yaml"
     content = (
         "data:\n"
-        "  class_path: onestage.data.VOCDataModule\n"
-        f"  init_args: {{root: {Path(study.data).resolve()}, train_splits: [train], val_splits: [val]}}\n"
+        "  source:\n    class_path: onestage.data.VOC\n"
+        f"    init_args: {{path: {Path(study.data).resolve()}, train: [train], val: [val]}}\n"
     )
     if file.is_file() and file.read_text(encoding="utf-8") != content:
         raise StudyError(

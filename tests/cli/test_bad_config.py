@@ -78,7 +78,7 @@ def test_row_61_a_value_of_the_wrong_type_or_range_stops_before_anything_is_trai
 @pytest.mark.parametrize(
     ("words", "key"),
     [
-        (["fit", "--data.root", "mine"], "data"),
+        (["fit", "--data.source.path", "mine"], "data"),
         (["predict", "--data.predict_dir=photos"], "data"),
         (["fit", "--model.detector.prior", "0.1"], "model.detector"),
     ],

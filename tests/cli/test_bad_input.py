@@ -145,7 +145,7 @@ def test_a_training_split_without_objects_is_refused(
     content = json.loads((drawn / "annotations" / "instances_train.json").read_text())
     (tmp_path / "empty.json").write_text(json.dumps({**content, "annotations": []}))
     options = [
-        "--data.class_path", "onestage.data.COCODataModule", "--data.root", str(drawn), "--data.image_size", "160",
+        "--data.source", "onestage.data.COCO", "--data.source.path", str(drawn), "--data.image_size", "160",
         "--data.train_annotations", str(tmp_path / "empty.json"), "--data.train_images", "JPEGImages",
         "--model.detector.class_path", "onestage.models.SSD160", "--runs_dir", str(tmp_path),
     ]  # fmt: skip
@@ -195,7 +195,7 @@ def test_a_damaged_annotation_file(
     if what in damaged:
         file.write_bytes(damaged[what])
     options = [
-        "--data.class_path", "onestage.data.COCODataModule", "--data.root", str(drawn),
+        "--data.source", "onestage.data.COCO", "--data.source.path", str(drawn),
         "--data.train_annotations", str(file), "--data.train_images", str(drawn / "JPEGImages"),
         "--data.image_size", "160",
         "--model.detector.class_path", "onestage.models.SSD160",
@@ -219,8 +219,8 @@ def test_a_damaged_voc_folder(capsys: pytest.CaptureFixture[str], drawn: Path, t
     elif what == "no such root":
         root = tmp_path / "nowhere"
     options = [
-        "--data.class_path", "onestage.data.VOCDataModule", "--data.root", str(root), "--data.image_size", "160",
-        "--data.train_splits=[train]", "--data.val_splits=[val]",
+        "--data.source", "onestage.data.VOC", "--data.source.path", str(root), "--data.image_size", "160",
+        "--data.source.train=[train]", "--data.source.val=[val]",
         "--model.detector.class_path", "onestage.models.SSD160",
         "--runs_dir", str(tmp_path), "--trainer.accelerator=cpu",
     ]  # fmt: skip
@@ -232,9 +232,9 @@ def train_on(capfd: pytest.CaptureFixture[str], root: Path, tmp_path: Path, *opt
     """Train on a folder in VOC format, which must end with the code of a data error; return what workers say too."""
     capfd.readouterr()
     words = [
-        "fit", "--config", str(REPOSITORY / "configs" / "shapes_ssd.yaml"), "--data.class_path",
-        "onestage.data.VOCDataModule", "--data.root", str(root), "--data.train_splits=[train]",
-        "--data.val_splits=[val]", "--data.batch_size", "8", "--runs_dir", str(tmp_path / "runs"),
+        "fit", "--config", str(REPOSITORY / "configs" / "shapes_ssd.yaml"), "--data.source",
+        "onestage.data.VOC", "--data.source.path", str(root), "--data.source.train=[train]",
+        "--data.source.val=[val]", "--data.batch_size", "8", "--runs_dir", str(tmp_path / "runs"),
         "--trainer.max_epochs", "1", "--trainer.accelerator=cpu", *options,
     ]  # fmt: skip
     code = run(*words)

@@ -191,7 +191,7 @@ def test_fp16_with_a_fused_optimizer_and_clipping_is_refused(
 def test_voc_and_coco_of_the_same_drawn_set_train_alike(fast_options: list[str], tmp_path: Path) -> None:
     results = []
     for form in ("coco", "voc"):
-        options = ["--data.format", form, "--runs_dir", str(tmp_path / form), "--drawn_images", "0"]
+        options = ["--data.source.format", form, "--runs_dir", str(tmp_path / form), "--drawn_images", "0"]
         assert run("fit", *fast_options, *options) == 0
         (path,) = (tmp_path / form).glob("*/*/results.json")
         metrics = json.loads(path.read_text())["metrics"]

@@ -47,7 +47,7 @@ def test_wrong_type_inside_a_class_reports_the_inner_key() -> None:
         Expected a <class 'int'>. Got value: four
     - Expected a <class 'NoneType'>
   Given value type: <class 'dict'>
-  Given value: {'class_path': 'onestage.data.VOCDataModule', 'init_args': {'batch_size': 'four'}}"""
+  Given value: {'class_path': 'onestage.data.VOC', 'init_args': {'batch_size': 'four'}}"""
     assert explain(message, "fit", [], KEYS) == (
         "data.batch_size: must be an int, got four (all keys: onestage fit --help)"
     )

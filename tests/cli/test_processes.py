@@ -58,7 +58,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     experiment = {
         "data": {
-            "class_path": "onestage.data.ShapesDataModule",
+            "class_path": "onestage.data.Shapes",
             "init_args": {
                 "root": str(folder / "shapes"), "num_train": NUM_TRAIN, "num_val": NUM_VAL,
                 "image_size": 64, "batch_size": 2, "num_workers": 0,
@@ -243,7 +243,7 @@ def test_any_number_of_processes_evaluates_as_one_does(
 
 @pytest.mark.slow
 def test_fewer_images_than_processes_end_at_once_with_the_remedy(config: Path, tmp_path: Path) -> None:
-    few = ["--data.root", str(tmp_path / "shapes"), "--data.num_val=1"]
+    few = ["--data.source.path", str(tmp_path / "shapes"), "--data.source.num_val=1"]
     process = start(fit_words(config, tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp", *few))
     _, err = finish(process, exit_code=3)
     assert "has 1 images for 2 processes" in err

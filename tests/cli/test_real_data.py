@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import REPOSITORY, run
-
-from onestage.data import COCODataModule, VOCDataModule
+from data_modules import coco_data, voc_data
 
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 BCCD, COCO128 = SHARED_DATA / "bccd", SHARED_DATA / "coco128"
@@ -26,8 +25,8 @@ def eight_bccd(tmp_path: Path) -> list[str]:
     shutil.copytree(BCCD / "Annotations", root / "Annotations")
     shutil.copytree(BCCD / "JPEGImages", root / "JPEGImages")
     return [
-        "--data.class_path", "onestage.data.VOCDataModule", "--data.root", str(root),
-        "--data.train_splits=[eight]", "--data.val_splits=[eight]",
+        "--data.source", "onestage.data.VOC", "--data.source.path", str(root),
+        "--data.train=[eight]", "--data.val=[eight]",
     ]  # fmt: skip
 
 
@@ -43,7 +42,7 @@ def eight_coco(tmp_path: Path) -> list[str]:
     file.write_text(json.dumps(content))
     images = str(COCO128 / "train2017")
     return [
-        "--data.class_path", "onestage.data.COCODataModule", "--data.root", str(COCO128),
+        "--data.source", "onestage.data.COCO", "--data.source.path", str(COCO128),
         "--data.train_annotations", str(file), "--data.train_images", images,
         "--data.val_annotations", str(file), "--data.val_images", images,
     ]  # fmt: skip
@@ -51,7 +50,7 @@ def eight_coco(tmp_path: Path) -> list[str]:
 
 @needs_bccd
 def test_bccd_reports_its_two_degenerate_boxes_and_goes_on() -> None:
-    data = VOCDataModule(root=BCCD, train_splits=["train", "val", "test"], val_splits=["val"], image_size=160)
+    data = voc_data(BCCD, train=["train", "val", "test"], val=["val"], image_size=160)
     annotations = data.annotations("train")
     assert data.class_names == ["Platelets", "RBC", "WBC"]
     assert len(annotations.skipped) == 2
@@ -60,7 +59,7 @@ def test_bccd_reports_its_two_degenerate_boxes_and_goes_on() -> None:
 
 @needs_coco128
 def test_coco128_keeps_its_ids_with_gaps() -> None:
-    data = COCODataModule(root=COCO128, image_size=160)
+    data = coco_data(COCO128, image_size=160)
     assert data.num_classes == 80
     assert (data.category_ids[0], data.category_ids[-1]) == (1, 90)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from data_modules import coco_data, voc_data, yolo_data
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -15,7 +16,6 @@ from yolo_files import write_image
 
 from onestage.cli import main
 from onestage.convert.conversion import convert
-from onestage.data import COCODataModule, VOCDataModule, YOLODataModule
 from onestage.data.layouts import find_sources
 from onestage.data.writers import Losses
 from onestage.errors import AnnotationError, ConfigError, DataError
@@ -58,10 +58,10 @@ def write_source(root: Path) -> list[Path]:
 
 def read(out: Path, kind: str, split: str) -> AnnotationSet:
     if kind == "coco":
-        return COCODataModule(out, train=split).annotations("train")
+        return coco_data(out, train=split).annotations("train")
     if kind == "voc":
-        return VOCDataModule(out, train_splits=[split]).annotations("train")
-    return YOLODataModule(out / "data.yaml", train=split).annotations("train")
+        return voc_data(out, train=[split]).annotations("train")
+    return yolo_data(out / "data.yaml", train=split).annotations("train")
 
 
 def objects_of(annotations: AnnotationSet, row: int) -> list[tuple[str, list[float]]]:
@@ -93,7 +93,7 @@ def test_coco_to_coco_keeps_every_number(tmp_path: Path) -> None:
     assert run_conversion(files, "coco", tmp_path / "out") == {"images get another name": 4}  # sub/a and `image 1`
     for split, file in zip(("train2017", "val2017"), files, strict=True):
         before, after = (
-            COCODataModule(root, train=split).annotations("train") for root in (tmp_path / "in", tmp_path / "out")
+            coco_data(root, train=split).annotations("train") for root in (tmp_path / "in", tmp_path / "out")
         )
         assert_same(before, after, tolerance=0)
         for name in ("boxes", "labels", "areas", "is_crowd", "image_ids", "sizes"):
@@ -327,7 +327,7 @@ def test_splits_of_different_classes_are_refused(tmp_path: Path) -> None:
 
 def test_command_says_what_it_wrote_and_its_config_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(file) for file in write_source(tmp_path / "in")]
-    for kind, module in (("coco", COCODataModule), ("voc", VOCDataModule), ("yolo", YOLODataModule)):
+    for kind, module in (("coco", coco_data), ("voc", voc_data), ("yolo", yolo_data)):
         assert main(["convert", *files, "--to", kind, "--out", str(tmp_path / kind)]) == 0
         text = capsys.readouterr().out
         assert "train2017: 4 images, 6 boxes, 3 classes" in text or kind == "yolo"

@@ -17,8 +17,8 @@ from bad_data import (
     write_coco,
     write_image,
 )
+from data_modules import coco_data
 
-from onestage.data import COCODataModule
 from onestage.data.annotations import require_objects
 from onestage.data.transforms import SeededTransform
 from onestage.errors import AnnotationError
@@ -260,12 +260,12 @@ def test_row_23_the_start_of_a_training_leaves_it_out_too(tmp_path: Path) -> Non
     write_coco(tmp_path, coco_content(), "val")
     write_image(tmp_path / "train" / "a1.jpg", size=(50, 60))
     paths = {"train_annotations": "train.json", "val_annotations": "val.json", "train": "train", "val": "val"}
-    data = COCODataModule(tmp_path, **paths, image_size=64)
+    data = coco_data(tmp_path, **paths, image_size=64)
     data.setup("fit")
     annotations = data.annotations("train")
     assert annotations.image_ids.tolist() == [1, 3, 4]
     assert "a1.jpg" in annotations.skipped[0]
-    strict = COCODataModule(tmp_path, **paths, image_size=64, max_bad_fraction=0.0)
+    strict = coco_data(tmp_path, **paths, image_size=64, max_bad_fraction=0.0)
     with pytest.raises(AnnotationError, match=r"(?s)1 of 4 images cannot be used.*data.max_bad_fraction"):
         strict.setup("fit")
 
@@ -345,7 +345,7 @@ def test_row_28_a_training_that_validates_on_its_own_images_warns(
 ) -> None:
     write_coco(tmp_path, coco_content())
     paths = {"train_annotations": "train.json", "val_annotations": "train.json", "train": "train", "val": "train"}
-    COCODataModule(tmp_path, **paths).setup("fit")
+    coco_data(tmp_path, **paths).setup("fit")
     assert "4 images are in validation too" in caplog.text
 
 
@@ -397,4 +397,4 @@ def test_row_30_splits_of_other_categories_stop_with_both_tables(tmp_path: Path,
     assert finding["remedy"]
     paths = {"train_annotations": "train.json", "val_annotations": "val.json", "train": "train", "val": "val"}
     with pytest.raises(AnnotationError, match=r"(?s)train.json.*val.json|val.json.*cat"):
-        COCODataModule(tmp_path, **paths).setup("fit")
+        coco_data(tmp_path, **paths).setup("fit")

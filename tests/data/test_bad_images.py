@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 import pytest
 from bad_data import HEIGHT, WIDTH, coco_content, doctor, found, write_coco, write_image
+from data_modules import coco_data
 from PIL import Image
 
-from onestage.data import COCODataModule
 from onestage.data.image_headers import check_header, check_headers
 from onestage.data.images import read_image
 from onestage.errors import ImageError
@@ -45,9 +45,7 @@ def assert_left_out(file: Path, image: Path, rule: str, *expected: str, options:
     for words in expected:
         assert words in f"{finding['problem']}\n{finding['remedy']}"
     if not options:
-        data = COCODataModule(
-            file.parent, train="train", val="train", train_annotations=file, val_annotations=file, image_size=64
-        )
+        data = coco_data(file.parent, train=file, val=file, image_size=64)
         data.setup("fit")
         assert data.annotations("train").image_ids.tolist() == [1, 3, 4]
         assert str(image) in data.annotations("train").skipped[0]

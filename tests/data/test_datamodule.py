@@ -10,18 +10,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from data_modules import coco_data, shapes_data, voc_data, yolo_data
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
 import onestage.data
-from onestage.data import (
-    COCODataModule,
-    DetectionDataModule,
-    ShapesDataModule,
-    SSDZoomOut,
-    VOCDataModule,
-    YOLODataModule,
-)
+from onestage.data import DetectionDataModule, SSDZoomOut
 from onestage.errors import AnnotationError, ConfigError, DataError
 from onestage.types import IGNORE, DetectionData
 
@@ -86,13 +80,13 @@ def voc(tmp_path: Path) -> Path:
 
 
 def test_coco_knows_its_classes_without_setup(coco: Path) -> None:
-    data = COCODataModule(coco)
+    data = coco_data(coco)
     assert isinstance(data, DetectionData)
     assert (data.num_classes, data.class_names, data.category_ids) == (2, ["cat", "dog"], [3, 7])
 
 
 def test_voc_knows_its_classes_without_setup(voc: Path) -> None:
-    data = VOCDataModule(voc, train_splits=["train"], val_splits=["val"])
+    data = voc_data(voc, train=["train"], val=["val"])
     assert isinstance(data, DetectionData)
     assert (data.num_classes, data.class_names, data.category_ids) == (2, ["cat", "dog"], [1, 2])
     assert data.annotations("val").labels.tolist() == [1, 1]  # dog is 1 although val has no cat
@@ -100,7 +94,7 @@ def test_voc_knows_its_classes_without_setup(voc: Path) -> None:
 
 def test_shapes_know_their_classes_without_drawing(tmp_path: Path) -> None:
     for form, last_id in (("coco", 12), ("voc", 6)):
-        data = ShapesDataModule(tmp_path / "shapes", format=form)
+        data = shapes_data(tmp_path / "shapes", format=form)
         assert data.num_classes == 6
         assert data.class_names == ["circle", "cross", "ring", "square", "star", "triangle"]
         assert data.category_ids[-1] == last_id
@@ -109,30 +103,30 @@ def test_shapes_know_their_classes_without_drawing(tmp_path: Path) -> None:
 
 def test_given_classes_need_no_annotations(tmp_path: Path) -> None:
     for data in (
-        COCODataModule(tmp_path / "gone", class_names=["cat", "dog"], category_ids=[3, 7]),
-        VOCDataModule(tmp_path / "gone", class_names=["cat", "dog"], category_ids=[3, 7]),
+        coco_data(tmp_path / "gone", class_names=["cat", "dog"], category_ids=[3, 7]),
+        voc_data(tmp_path / "gone", class_names=["cat", "dog"], category_ids=[3, 7]),
     ):
         assert (data.num_classes, data.class_names, data.category_ids) == (2, ["cat", "dog"], [3, 7])
     for data in (
-        COCODataModule(tmp_path / "gone", class_names=["cat", "dog"]),
-        VOCDataModule(tmp_path / "gone", class_names=["cat", "dog"]),
+        coco_data(tmp_path / "gone", class_names=["cat", "dog"]),
+        voc_data(tmp_path / "gone", class_names=["cat", "dog"]),
     ):
         assert (data.num_classes, data.class_names, data.category_ids) == (2, ["cat", "dog"], [1, 2])
 
 
 def test_given_class_order_is_the_label_order_and_keeps_the_files_ids(coco: Path) -> None:
-    data = COCODataModule(coco, class_names=["dog", "cat"])
+    data = coco_data(coco, class_names=["dog", "cat"])
     assert data.category_ids == [7, 3]
     assert data.annotations("train").labels.tolist() == [1, 0, 1, 0, 1, 0]
 
 
 def test_annotations_are_parsed_once(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed = []
-    parse = COCODataModule.parse
+    parse = coco_data.parse
     monkeypatch.setattr(
-        COCODataModule, "parse", lambda self, split, names: parsed.append(split) or parse(self, split, names)
+        coco_data, "parse", lambda self, split, names: parsed.append(split) or parse(self, split, names)
     )
-    data = COCODataModule(coco)
+    data = coco_data(coco)
     for _ in range(2):
         _ = data.num_classes, data.class_names, data.category_ids
         for stage in ("fit", "validate", "test", "predict"):
@@ -142,7 +136,7 @@ def test_annotations_are_parsed_once(coco: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_read_image_gives_original_pixels(coco: Path) -> None:
-    image = COCODataModule(coco).read_image("val", 2)
+    image = coco_data(coco).read_image("val", 2)
     assert image.shape == (30, 40, 3)
     expected = cv2.imread(str(coco / "val2017" / "2.jpg"))[..., ::-1]
     assert np.abs(image.astype(int) - expected).max() <= 1
@@ -152,7 +146,7 @@ def test_read_image_gives_original_pixels(coco: Path) -> None:
 
 
 def test_training_batches_have_the_documented_form(coco: Path) -> None:
-    loader = COCODataModule(coco, image_size=64, batch_size=4, num_workers=0).train_dataloader()
+    loader = coco_data(coco, image_size=64, batch_size=4, num_workers=0).train_dataloader()
     (batch,) = loader  # two of six images wait for another epoch
     assert (batch.images.shape, batch.images.dtype) == ((4, 3, 64, 64), torch.uint8)
     assert batch.targets.boxes.shape == (4, 16, 4)
@@ -161,7 +155,7 @@ def test_training_batches_have_the_documented_form(coco: Path) -> None:
 
 
 def test_validation_batches_are_every_image_once_in_order(coco: Path) -> None:
-    data = COCODataModule(coco, image_size=64, batch_size=4, num_workers=0)
+    data = coco_data(coco, image_size=64, batch_size=4, num_workers=0)
     batches = list(data.val_dataloader())
     assert [len(batch.images) for batch in batches] == [4, 1]
     assert torch.cat([batch.image_indices for batch in batches]).tolist() == [0, 1, 2, 3, 4]
@@ -173,7 +167,7 @@ def test_validation_batches_are_every_image_once_in_order(coco: Path) -> None:
 
 def test_two_epochs_differ_and_one_repeats(coco: Path) -> None:
     def epoch(number: int, **settings: int) -> bytes:
-        loader = COCODataModule(coco, image_size=32, batch_size=6, num_workers=0, **settings).train_dataloader()
+        loader = coco_data(coco, image_size=32, batch_size=6, num_workers=0, **settings).train_dataloader()
         loader.sampler.set_epoch(number)
         (batch,) = loader
         return batch.images.contiguous().numpy().tobytes()
@@ -183,21 +177,21 @@ def test_two_epochs_differ_and_one_repeats(coco: Path) -> None:
 
 
 def test_given_transforms_replace_the_default_and_are_resized_after(coco: Path) -> None:
-    data = COCODataModule(coco, image_size=64, batch_size=6, num_workers=0, train_transforms=[A.HorizontalFlip(p=1.0)])
+    data = coco_data(coco, image_size=64, batch_size=6, num_workers=0, train_transforms=[A.HorizontalFlip(p=1.0)])
     (batch,) = data.train_dataloader()
     # x 4..24 of 40, mirrored: 16..36, by 1.6
     assert batch.targets.boxes[:, 0, 0].tolist() == pytest.approx([25.6] * 6, abs=1e-3)
-    data = COCODataModule(coco, image_size=64, batch_size=6, num_workers=0, train_transforms=[])
+    data = coco_data(coco, image_size=64, batch_size=6, num_workers=0, train_transforms=[])
     (batch,) = data.train_dataloader()
     assert batch.targets.boxes[:, 0, 0].tolist() == pytest.approx([6.4] * 6, abs=1e-3)
 
 
 def test_voc_difficult_objects_are_trained_on_or_left_out(voc: Path) -> None:
     for train_difficult, second in ((True, 1), (False, IGNORE)):
-        data = VOCDataModule(
+        data = voc_data(
             voc,
-            train_splits=["train"],
-            val_splits=["val"],
+            train=["train"],
+            val=["val"],
             train_difficult=train_difficult,
             image_size=32,
             batch_size=4,
@@ -209,9 +203,9 @@ def test_voc_difficult_objects_are_trained_on_or_left_out(voc: Path) -> None:
 
 
 def test_voc_test_split_falls_back_to_validation(voc: Path) -> None:
-    data = VOCDataModule(voc, train_splits=["train"], val_splits=["val"])
+    data = voc_data(voc, train=["train"], val=["val"])
     assert data.annotations("test") is data.annotations("val")
-    data = VOCDataModule(voc, train_splits=["train"], val_splits=["val"], test_splits=["train", "val"])
+    data = voc_data(voc, train=["train"], val=["val"], test=["train", "val"])
     assert len(data.annotations("test")) == 5
 
 
@@ -219,11 +213,11 @@ def test_coco_paths_can_be_given(coco: Path, tmp_path: Path) -> None:
     (coco / "elsewhere").mkdir()
     (coco / "annotations" / "instances_val2017.json").rename(coco / "elsewhere" / "labels.json")
     (coco / "val2017").rename(coco / "elsewhere" / "pictures")
-    data = COCODataModule(
+    data = coco_data(
         coco,
-        test_annotations="elsewhere/labels.json",
+        test="elsewhere/labels.json",
         test_images=coco / "elsewhere" / "pictures",
-        val_annotations="annotations/instances_train2017.json",
+        val="annotations/instances_train2017.json",
         val_images="train2017",
     )
     assert (len(data.annotations("val")), len(data.annotations("test"))) == (6, 5)
@@ -233,21 +227,21 @@ def test_predict_reads_a_folder_or_one_image(coco: Path, tmp_path: Path) -> None
     write_image(tmp_path / "photos" / "a.jpg", 0, 20, 50)
     write_image(tmp_path / "photos" / "b.jpg", 1, 50, 20)
     known = {"class_names": ["cat", "dog"], "category_ids": [3, 7], "image_size": 32, "num_workers": 0}
-    data = COCODataModule(tmp_path / "gone", predict_dir=tmp_path / "photos", **known)
+    data = coco_data(tmp_path / "gone", predict_dir=tmp_path / "photos", **known)
     (batch,) = data.predict_dataloader()
     assert batch.original_sizes.tolist() == [[20, 50], [50, 20]]
     assert (batch.targets.labels == -1).all()
     assert data.annotations("predict").category_ids == (3, 7)
     assert data.read_image("predict", 0).shape == (20, 50, 3)
-    data = COCODataModule(tmp_path / "gone", predict_dir=tmp_path / "photos" / "b.jpg", **known)
+    data = coco_data(tmp_path / "gone", predict_dir=tmp_path / "photos" / "b.jpg", **known)
     assert len(data.annotations("predict")) == 1
-    assert len(COCODataModule(coco, num_workers=0).predict_dataloader()) == 1  # the validation split
+    assert len(coco_data(coco, num_workers=0).predict_dataloader()) == 1  # the validation split
 
 
 def test_shapes_are_drawn_once_and_read_in_both_formats(tmp_path: Path) -> None:
     sets = []
     for form in ("coco", "voc"):
-        data = ShapesDataModule(tmp_path / "shapes", num_train=3, num_val=1, format=form, image_size=64, num_workers=0)
+        data = shapes_data(tmp_path / "shapes", num_train=3, num_val=1, format=form, image_size=64, num_workers=0)
         data.prepare_data()
         drawn = (tmp_path / "shapes" / "shapes.json").stat().st_mtime_ns
         sets.append(data.annotations("train"))
@@ -261,12 +255,12 @@ def test_shapes_are_drawn_once_and_read_in_both_formats(tmp_path: Path) -> None:
 def test_automatic_workers_leave_a_core_to_training(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, expected in ((1, 0), (2, 1), (8, 7), (128, 16)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
-        assert COCODataModule(coco).val_dataloader().num_workers == expected
+        assert coco_data(coco).val_dataloader().num_workers == expected
 
 
 def test_position_goes_through_the_data_module(coco: Path) -> None:
-    def build() -> COCODataModule:
-        return COCODataModule(coco, image_size=32, batch_size=2, num_workers=0)
+    def build() -> coco_data:
+        return coco_data(coco, image_size=32, batch_size=2, num_workers=0)
 
     data = build()
     loader = data.train_dataloader()
@@ -278,7 +272,7 @@ def test_position_goes_through_the_data_module(coco: Path) -> None:
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
     assert [batch.image_indices.tolist() for batch in resumed.train_dataloader()] == expected[1:]
-    other = COCODataModule(coco, image_size=32, batch_size=3, num_workers=0)
+    other = coco_data(coco, image_size=32, batch_size=3, num_workers=0)
     other.load_state_dict(state)
     with pytest.raises(ConfigError, match=r"data.batch_size was 2; now it is 3"):
         other.train_dataloader()
@@ -308,23 +302,23 @@ def test_position_goes_through_the_data_module(coco: Path) -> None:
 )
 def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        COCODataModule("anywhere", **settings)
+        coco_data("anywhere", **settings)
 
 
 def test_voc_without_any_list_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.val_splits is empty"):
-        VOCDataModule("anywhere", val_splits=[])
+        voc_data("anywhere", val=[])
 
 
 def test_batch_larger_than_the_training_split_is_refused(coco: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)only 6 images.*at most 6"):
-        COCODataModule(coco, batch_size=7, num_workers=0).train_dataloader()
+        coco_data(coco, batch_size=7, num_workers=0).train_dataloader()
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 def test_missing_data_stops_in_setup(tmp_path: Path, stage: str) -> None:
     with pytest.raises(DataError, match=r"instances_train2017.json"):
-        COCODataModule(tmp_path).setup(stage)
+        coco_data(tmp_path).setup(stage)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +333,7 @@ def test_missing_data_stops_in_setup(tmp_path: Path, stage: str) -> None:
 def test_splits_of_different_categories_are_refused(coco: Path, categories: list) -> None:
     write_coco(coco, "val2017", 2, categories=categories)
     with pytest.raises(AnnotationError) as caught:
-        COCODataModule(coco).setup("fit")
+        coco_data(coco).setup("fit")
     for name in {"cat", "dog", *(category["name"] for category in categories)}:
         assert name in str(caught.value)
 
@@ -347,7 +341,7 @@ def test_splits_of_different_categories_are_refused(coco: Path, categories: list
 def test_skipped_boxes_are_reported_once_and_briefly(coco: Path, caplog: pytest.LogCaptureFixture) -> None:
     bad = [{"image_id": 10, "category_id": 3, "bbox": [5, 5, 0, n], "area": 1, "iscrowd": 0} for n in range(5)]
     write_coco(coco, "train2017", 6, boxes=bad)
-    data = COCODataModule(coco, max_bad_fraction=0.9, batch_size=2, num_workers=0)
+    data = coco_data(coco, max_bad_fraction=0.9, batch_size=2, num_workers=0)
     with caplog.at_level(logging.WARNING):
         data.setup("fit")
         data.setup("fit")
@@ -370,14 +364,14 @@ def parse_yaml(text: str) -> LightningDataModule:
 
 
 def test_two_lines_of_yaml_are_enough(coco: Path) -> None:
-    data = parse_yaml(f"data:\n  class_path: onestage.data.COCODataModule\n  init_args: {{root: {coco}}}\n")
-    assert isinstance(data, COCODataModule)
+    data = parse_yaml(f"data:\n  class_path: onestage.data.COCO\n  init_args: {{root: {coco}}}\n")
+    assert isinstance(data, coco_data)
     assert data.num_classes == 2
 
 
 TRANSFORMS_YAML = """
 data:
-  class_path: onestage.data.ShapesDataModule
+  class_path: onestage.data.Shapes
   init_args:
     image_size: 64
     num_workers: 0
@@ -410,9 +404,9 @@ def test_mistyped_transform_arguments_are_refused(right: str, wrong: str) -> Non
 
 def test_data_modules_share_the_settings_of_their_base() -> None:
     shared = inspect.signature(DetectionDataModule.__init__).parameters
-    for module in (COCODataModule, VOCDataModule, YOLODataModule, ShapesDataModule):
+    for module in (coco_data, voc_data, yolo_data, shapes_data):
         own = inspect.signature(module.__init__).parameters
-        is_drawn = module is ShapesDataModule  # has no bad boxes, and both of its splits
+        is_drawn = module is shapes_data  # has no bad boxes, and both of its splits
         missing = {"max_bad_fraction", "val_fraction", "num_folds", "fold"} if is_drawn else set()
         assert set(shared) - set(own) == missing
         for name in set(shared) & set(own) - {"self", "root"}:  # what is drawn has a root by default
@@ -421,7 +415,7 @@ def test_data_modules_share_the_settings_of_their_base() -> None:
 
 def test_help_explains_every_argument(capsys: pytest.CaptureFixture[str]) -> None:
     parser = ArgumentParser()
-    parser.add_class_arguments(COCODataModule, "data")
+    parser.add_class_arguments(coco_data, "data")
     text = " ".join(parser.format_help().split())
     for words in ("the folder of the data set", "images per process and step", "folder of images, or one image"):
         assert words in text
@@ -445,7 +439,7 @@ def test_every_public_name_is_there_and_importing_the_package_is_light() -> None
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the real data set is not here")
 def test_blood_cells_in_voc_format(caplog: pytest.LogCaptureFixture) -> None:
-    data = VOCDataModule(BCCD, train_splits=["train"], val_splits=["val"], batch_size=8, num_workers=0)
+    data = voc_data(BCCD, train=["train"], val=["val"], batch_size=8, num_workers=0)
     with caplog.at_level(logging.WARNING):
         data.setup("fit")
     assert data.class_names == ["Platelets", "RBC", "WBC"]
@@ -457,7 +451,7 @@ def test_blood_cells_in_voc_format(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.skipif(not COCO128.is_dir(), reason="the real data set is not here")
 def test_coco128_in_coco_format() -> None:
-    data = COCODataModule(COCO128, batch_size=8, num_workers=0)
+    data = coco_data(COCO128, batch_size=8, num_workers=0)
     assert data.num_classes == 80
     assert (data.category_ids[0], data.category_ids[-1]) == (1, 90)
     assert len(data.train_dataloader()) == 16

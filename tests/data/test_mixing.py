@@ -164,5 +164,5 @@ def test_multi_scale_puts_a_change_of_scale_before_the_other_transforms() -> Non
     names = [type(transform).__name__ for transform in training_transforms(None, 48, (0.5, 1.5))]
     assert names == ["ScaleJitter", "SSDAugmentation"]
     assert training_transforms([], 48, None) == []
-    with pytest.raises(ConfigError, match=r"data.multi_scale is \[0.01, 2\]; .*\n.*\[0.5, 1.5\]"):
+    with pytest.raises(ConfigError, match=r"data.scale_jitter is \[0.01, 2\]; .*\n.*\[0.5, 1.5\]"):
         training_transforms(None, 48, (0.01, 2.0))

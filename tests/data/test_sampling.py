@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import yaml
 from annotation_sets import annotation_set
+from data_modules import yolo_data
 from jsonargparse import ArgumentParser
 from yolo_files import write_yolo
 
-from onestage.data import ClassBalancedSampling, DetectionDataModule, RepeatFactorSampling, Sampling, YOLODataModule
+from onestage.data import ClassBalancedSampling, DetectionDataModule, RepeatFactorSampling, Sampling
 from onestage.errors import ConfigError
 
 
@@ -66,10 +67,10 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def data_module(root: Path, sampling: Sampling | None, batch_size: int = 4, seed: int = 0) -> YOLODataModule:
+def data_module(root: Path, sampling: Sampling | None, batch_size: int = 4, seed: int = 0) -> yolo_data:
     flip = [A.RandomBrightnessContrast(p=1.0)]
     settings = {"image_size": 32, "num_workers": 0, "train_transforms": flip, "seed": seed}
-    return YOLODataModule(root, sampling=sampling, batch_size=batch_size, **settings)
+    return yolo_data(root, sampling=sampling, batch_size=batch_size, **settings)
 
 
 def test_rare_class_is_shown_as_often_as_the_frequent_one(root: Path) -> None:
@@ -104,7 +105,7 @@ def test_sampling_is_built_from_yaml(root: Path) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(DetectionDataModule, "data", required=True)
     sampling = {"class_path": "onestage.data.RepeatFactorSampling", "init_args": {"threshold": 0.5}}
-    config = {"class_path": "onestage.data.YOLODataModule", "init_args": {"root": str(root), "sampling": sampling}}
+    config = {"class_path": "onestage.data.YOLO", "init_args": {"root": str(root), "sampling": sampling}}
     data = parser.instantiate_classes(parser.parse_string(yaml.safe_dump({"data": config}))).data
     assert isinstance(data.sampling, RepeatFactorSampling)
     assert data.sampling.threshold == 0.5

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from annotation_sets import annotation_set
+from data_modules import coco_data, voc_data, yolo_data
 from yolo_files import write_image, write_yolo
 
-from onestage.data import COCODataModule, VOCDataModule, YOLODataModule
-from onestage.data.annotated import AnnotatedDataModule
+from onestage.data import DetectionDataModule
 from onestage.data.splits import assign_parts, split_by_fold, split_by_fraction
 from onestage.errors import ConfigError
 from onestage.types import AnnotationSet
@@ -149,7 +149,7 @@ def test_split_that_leaves_a_part_empty_is_refused(number: int, fraction: float)
 )
 def test_split_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        YOLODataModule("anywhere", **settings)
+        yolo_data("anywhere", **settings)
 
 
 def write_coco(root: Path, number: int) -> None:
@@ -166,15 +166,15 @@ def write_coco(root: Path, number: int) -> None:
     (root / "annotations" / "instances_all.json").write_text(json.dumps(content))
 
 
-def one_set(kind: str, root: Path, **settings: object) -> AnnotatedDataModule:
+def one_set(kind: str, root: Path, **settings: object) -> DetectionDataModule:
     """Ten images, one cat or one dog on each, in one split."""
     common = {"image_size": 32, "batch_size": 2, "num_workers": 0, **settings}
     if kind == "coco":
         write_coco(root, 10)
-        return COCODataModule(root, train="all", **common)
+        return coco_data(root, train="all", **common)
     if kind == "yolo":
         write_yolo(root, {str(n): f"{n % 2} 0.5 0.5 0.25 0.5\n" for n in range(10)})
-        return YOLODataModule(root, **common)
+        return yolo_data(root, **common)
     for n in range(10):
         write_image(root / "JPEGImages" / f"{n}.png", n)
         box = "<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>11</xmax><ymax>11</ymax></bndbox>"
@@ -184,7 +184,7 @@ def one_set(kind: str, root: Path, **settings: object) -> AnnotatedDataModule:
         )
     (root / "ImageSets" / "Main").mkdir(parents=True)
     (root / "ImageSets" / "Main" / "all.txt").write_text("".join(f"{n}\n" for n in range(10)))
-    return VOCDataModule(root, train_splits=["all"], **common)
+    return voc_data(root, train=["all"], **common)
 
 
 @pytest.mark.parametrize("kind", ["coco", "voc", "yolo"])
@@ -209,7 +209,7 @@ def test_all_formats_divide_the_same_files_in_the_same_way(tmp_path: Path) -> No
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the real data set is not here")
 def test_blood_cells_are_divided_by_class() -> None:
-    data = VOCDataModule(BCCD, train_splits=["train", "val", "test"], val_fraction=0.25)
+    data = voc_data(BCCD, train=["train", "val", "test"], val_fraction=0.25)
     whole = np.array(class_counts(data.annotations("train"))) + class_counts(data.annotations("val"))
     assert len(data.annotations("val")) == pytest.approx(364 * 0.25, abs=1)
     assert class_counts(data.annotations("val")) == pytest.approx((whole * 0.25).tolist(), abs=1)
@@ -217,9 +217,9 @@ def test_blood_cells_are_divided_by_class() -> None:
 
 @pytest.mark.skipif(not COCO128.is_dir(), reason="the real data set is not here")
 def test_coco128_folds_hold_their_share_of_the_frequent_classes() -> None:
-    whole = np.array(class_counts(COCODataModule(COCO128).annotations("train")))
+    whole = np.array(class_counts(coco_data(COCO128).annotations("train")))
     for fold in range(4):
-        val = COCODataModule(COCO128, num_folds=4, fold=fold).annotations("val")
+        val = coco_data(COCO128, num_folds=4, fold=fold).annotations("val")
         off = np.abs(np.array(class_counts(val)) - whole / 4)
         assert off[whole >= 8].max() <= 4  # 61 images with a person, 15.25 for each fold
         assert off.mean() < 1

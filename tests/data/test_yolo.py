@@ -2,9 +2,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_modules import coco_data, yolo_data
 from yolo_files import write_image, write_yolo
 
-from onestage.data import COCODataModule, YOLODataModule
 from onestage.data.yolo import parse_yolo
 from onestage.errors import AnnotationError
 
@@ -170,7 +170,7 @@ def test_yolo_unreadable_image_is_left_out_and_named(tmp_path: Path) -> None:
 def test_yolo_data_module_delivers_batches(tmp_path: Path) -> None:
     data_yaml = write_yolo(tmp_path, {name: LABEL for name in "abcd"})
     write_yolo(tmp_path, {"e": "1 0.5 0.5 0.25 0.5\n"}, split="val")
-    data = YOLODataModule(data_yaml, image_size=64, batch_size=2, num_workers=0)
+    data = yolo_data(data_yaml, image_size=64, batch_size=2, num_workers=0)
     data.setup("fit")
     assert (data.class_names, data.category_ids, data.has_test_split) == (["cat", "dog"], [1, 2], False)
     assert next(iter(data.train_dataloader())).images.shape == (2, 3, 64, 64)
@@ -182,8 +182,8 @@ def test_yolo_data_module_delivers_batches(tmp_path: Path) -> None:
 @pytest.mark.skipif(not COCO128.is_dir(), reason="the real data set is not here")
 def test_coco128_is_the_same_in_yolo_and_in_coco_form() -> None:
     for split in ("train", "val"):
-        yolo = YOLODataModule(COCO128 / "yolo.yaml").annotations(split)
-        coco = COCODataModule(COCO128).annotations(split)
+        yolo = yolo_data(COCO128 / "yolo.yaml").annotations(split)
+        coco = coco_data(COCO128).annotations(split)
         assert yolo.class_names == coco.class_names
         assert [Path(path).name for path in yolo.image_paths] == sorted(Path(path).name for path in coco.image_paths)
         assert len(yolo.boxes) == len(coco.boxes)

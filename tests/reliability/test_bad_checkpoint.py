@@ -362,7 +362,7 @@ def test_row_69_text_that_only_looks_like_a_class_is_kept_where_text_belongs(che
     assert config_of(shared)["data"]["init_args"]["class_names"] == names
 
 
-@pytest.mark.parametrize("factory", ["onestage.data.COCODataModule", "onestage.data.VOCDataModule"])
+@pytest.mark.parametrize("factory", ["onestage.data.COCO", "onestage.data.VOC"])
 def test_row_69_every_text_of_the_data_modules_has_a_place(checkpoint: Path, factory: str) -> None:
     saved = torch.load(checkpoint, weights_only=True)
     arguments = inspect.signature(getattr(onestage.data, factory.rpartition(".")[2])).parameters
@@ -572,8 +572,8 @@ MALFORMED = [
     ("loops.fit_loop", GONE),
     ("loops.fit_loop", {}),
     ("loops.fit_loop.epoch_progress", {"total": {}, "current": {}}),
-    ("ShapesDataModule", {"batches": 3}),
-    ("ShapesDataModule.batch_size", 0),
+    ("shapes_data", {"batches": 3}),
+    ("shapes_data.batch_size", 0),
 ]
 
 
@@ -639,7 +639,7 @@ def test_row_71_weights_without_the_state_of_a_training_are_enough_to_evaluate(c
 
 def test_row_71_an_infinite_number_in_a_configuration_is_no_json(checkpoint: Path, tmp_path: Path) -> None:
     saved = torch.load(checkpoint, weights_only=True)
-    put(saved, "config.data.init_args.worker_timeout_seconds", float("inf"))
+    put(saved, "config.data.worker_timeout_seconds", float("inf"))
     torch.save(saved, checkpoint)
     assert config_of(checkpoint)["data"]["init_args"]["worker_timeout_seconds"] == float("inf")
     assert run("export", "--ckpt_path", str(checkpoint), "--output", str(tmp_path / "shared")) == 2

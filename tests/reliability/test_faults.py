@@ -711,11 +711,11 @@ def test_f20_changed_data_is_refused_unless_the_change_is_meant(
     data = tmp_path / "data"
     shutil.copytree(drawn, data)
     options = [
-        "--data.class_path", "onestage.data.COCODataModule",
+        "--data.source", "onestage.data.COCO",
         "--data.train_annotations", "annotations/instances_train.json", "--data.train_images", "JPEGImages",
         "--data.val_annotations", "annotations/instances_val.json", "--data.val_images", "JPEGImages",
     ]  # fmt: skip
-    drop = {"--data.num_train", "--data.num_val", "--data.draw_seed"}
+    drop = {"--data.source.num_train", "--data.source.num_val", "--data.source.draw_seed"}
     words = iter(tiny_run.words(data, tmp_path / "runs", *options, "--resume", "auto"))
     command = [word for word in words if word not in drop or not next(words)]
     with monkeypatch.context() as patch:

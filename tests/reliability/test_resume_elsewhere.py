@@ -191,11 +191,11 @@ def test_a_run_goes_on_with_its_data_in_another_folder(
     drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def command(root: Path) -> list[str]:
-        options = ["--data.class_path", "onestage.data.COCODataModule"]
+        options = ["--data.source", "onestage.data.COCO"]
         for split in ("train", "val"):
             options += [f"--data.{split}_annotations", str(root / "annotations" / f"instances_{split}.json")]
             options += [f"--data.{split}_images", str(root / "JPEGImages")]
-        drop = {"--data.num_train", "--data.num_val", "--data.draw_seed"}
+        drop = {"--data.source.num_train", "--data.source.num_val", "--data.source.draw_seed"}
         words = iter(tiny_run.words(root, tmp_path / "runs", *options, "--resume", "auto", "--trainer.max_steps", "4"))
         return [word for word in words if word not in drop or not next(words)]
 

@@ -38,7 +38,8 @@ def words(data: Path, runs: Path, *options: str, epochs: int = 2) -> list[str]:
     """The command line of a run of 8 steps an epoch, saved at every step."""
     return [
         "fit", "--config", str(REPOSITORY / "configs" / "shapes_ssd.yaml"), "--experiment", "tiny",
-        "--data.root", str(data), "--data.num_train", "32", "--data.num_val", "7", "--data.draw_seed", "0",
+        "--data.source.path", str(data), "--data.source.num_train", "32",
+        "--data.source.num_val", "7", "--data.source.draw_seed", "0",
         "--data.num_workers", "0", "--data.batch_size", "4", "--data.image_size", "64",
         "--model.detector.class_path", "tiny_run.ForgetfulDetector", "--model.schedule.warmup_steps", "3",
         "--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", "1", "--trainer.accelerator", "cpu",
@@ -109,7 +110,7 @@ def final_state(folder: Path) -> dict[str, object]:
         **{key: state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")},
         **{key: value for key, value in state.items() if key in ("current_model_state", "MixedPrecision")},
         "callbacks": state["callbacks"],
-        "position": state["ShapesDataModule"]["batches"] % 8,  # of an epoch of 8
+        "position": state["shapes_data"]["batches"] % 8,  # of an epoch of 8
         "best": {key: best[key] for key in ("state_dict", "global_step")},
         "metrics": results["metrics"],
         "per_class": results["per_class"],

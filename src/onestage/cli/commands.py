@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
@@ -25,6 +25,7 @@ from onestage.cli.parser import (
     restrict_imports,
     shared_configs,
 )
+from onestage.data.datamodule import DetectionDataModule
 from onestage.errors import ConfigError
 from onestage.training.batch_size import GIB, AutoBatch
 from onestage.training.callbacks import (
@@ -111,8 +112,7 @@ class DetectionCLI(LightningCLI):
         self.add_on = add_on or make_add_on()
         super().__init__(
             model_class=DetectionModule,
-            datamodule_class=LightningDataModule,
-            subclass_mode_data=True,
+            datamodule_class=DetectionDataModule,
             trainer_class=DetectionTrainer,
             parser_class=DetectionParser,
             parser_kwargs={
@@ -139,7 +139,8 @@ class DetectionCLI(LightningCLI):
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         self.add_on.add_arguments(parser)
         parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
-        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=checked_seed)
+        parser.link_arguments("data.image_size", "model.detector.init_args.image_size")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=checked_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say in one line what is wrong."""
@@ -210,7 +211,7 @@ class DetectionCLI(LightningCLI):
             return []
 
         def record(batch_size: int) -> None:  # config.yaml and the checkpoints must repeat the run
-            settings.data.init_args.batch_size = stored["data"]["init_args"]["batch_size"] = batch_size
+            settings.data.batch_size = stored["data"]["batch_size"] = batch_size
             settings.auto_batch = False
 
         limit = None if settings.auto_batch is True else int(settings.auto_batch * GIB)

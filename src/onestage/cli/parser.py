@@ -22,9 +22,9 @@ NEVER_NAMED = sorted(
 )
 NAMED_ALL_THE_SAME = ["datetime.timedelta"]  # the type of trainer.max_time and others
 
-CLASS_KEYS = (
-    "a class of onestage.data: COCODataModule, VOCDataModule, YOLODataModule, ShapesDataModule, or your own. Its "
-    "keys: --data.help onestage.data.COCODataModule; a detector's: --model.detector.help onestage.models.SSD300"
+DATA_HELP = (
+    "The data set: --data.path recognises COCO, VOC and YOLO; or a class of onestage.data: COCO, VOC, YOLO, Shapes, or "
+    "your own. Keys of a class: --data.source.help onestage.data.COCO, --model.detector.help onestage.models.SSD300"
 )
 
 
@@ -48,8 +48,7 @@ def restrict_imports() -> None:
 def add_run_keys(parser: LightningArgumentParser) -> None:
     """Add the keys that belong to no class. Every command takes all, so that any config.yaml fits any command."""
     assert parser.groups is not None
-    data = parser.groups["data"]  # Lightning's text for it says neither what there is nor where its keys are explained
-    data.title, data.description = "The data set", CLASS_KEYS
+    parser.groups["data"].title = DATA_HELP
     parser.add_argument(
         "--experiment",
         type=str | None,
@@ -114,5 +113,5 @@ def require_classes_of_the_data(detector: Any) -> None:
     if num_classes is not None:
         raise ConfigError(
             f"model.detector.num_classes is {num_classes}, but that is for the data to say.\nLeave it out; for other "
-            "classes set data.init_args.class_names."
+            "classes set data.class_names."
         )

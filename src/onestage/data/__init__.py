@@ -1,4 +1,4 @@
-"""From files to batches: annotations, images, augmentation, samplers and the data modules."""
+"""From files to batches: sources, annotations, images, augmentation, samplers and the data module."""
 
 import os
 from importlib import import_module
@@ -10,7 +10,6 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 if TYPE_CHECKING:
     from onestage.data.coco import COCO
-    from onestage.data.coco_datamodule import COCODataModule
     from onestage.data.crops import ScaleJitter, SSDMinIoUCrop, SSDZoomOut
     from onestage.data.datamodule import DetectionDataModule
     from onestage.data.dataset import DetectionDataset, Sample, collate
@@ -20,20 +19,16 @@ if TYPE_CHECKING:
     from onestage.data.samplers import EvaluationSampler, TrainingSampler
     from onestage.data.sampling import ClassBalancedSampling, RepeatFactorSampling, Sampling
     from onestage.data.shapes import Shapes
-    from onestage.data.shapes_datamodule import ShapesDataModule
     from onestage.data.source import Source
     from onestage.data.ssd_augmentation import SSDAugmentation
     from onestage.data.transforms import SeededTransform, resize_transforms, ssd_transforms
     from onestage.data.voc import VOC
-    from onestage.data.voc_datamodule import VOCDataModule
     from onestage.data.yolo import YOLO
-    from onestage.data.yolo_datamodule import YOLODataModule
 
 __all__ = [
     "COCO",
     "VOC",
     "YOLO",
-    "COCODataModule",
     "ClassBalancedSampling",
     "DetectionDataModule",
     "DetectionDataset",
@@ -50,11 +45,8 @@ __all__ = [
     "ScaleJitter",
     "SeededTransform",
     "Shapes",
-    "ShapesDataModule",
     "Source",
     "TrainingSampler",
-    "VOCDataModule",
-    "YOLODataModule",
     "collate",
     "resize_transforms",
     "ssd_transforms",
@@ -68,7 +60,6 @@ _MODULE_OF_NAME = {
     "Source": "source",
     "VOC": "voc",
     "YOLO": "yolo",
-    "COCODataModule": "coco_datamodule",
     "ClassBalancedSampling": "sampling",
     "DetectionDataModule": "datamodule",
     "DetectionDataset": "dataset",
@@ -83,10 +74,7 @@ _MODULE_OF_NAME = {
     "Sampling": "sampling",
     "ScaleJitter": "crops",
     "SeededTransform": "transforms",
-    "ShapesDataModule": "shapes_datamodule",
     "TrainingSampler": "samplers",
-    "VOCDataModule": "voc_datamodule",
-    "YOLODataModule": "yolo_datamodule",
     "collate": "dataset",
     "resize_transforms": "transforms",
     "ssd_transforms": "transforms",

@@ -1,66 +1,81 @@
-"""The Lightning data module that all data sets share: checked settings, and loaders for every stage."""
+"""The one Lightning data module: splits, classes and loaders of any source."""
 
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import albumentations as A
+import numpy as np
+import numpy.typing as npt
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from onestage.data.annotated import AnnotatedDataModule, Split
+from onestage.data.annotations import find_same_files, require_objects, require_same_categories, start_messages
 from onestage.data.dataset import DetectionDataset
+from onestage.data.folder import list_images
 from onestage.data.image_cache import open_images
+from onestage.data.image_headers import check_before_start
+from onestage.data.images import read_image
+from onestage.data.layouts import describe_source, recognise
 from onestage.data.loader import DetectionLoader, StartMethod, num_auto_workers, open_loader
 from onestage.data.samplers import EvaluationSampler, TrainingSampler
 from onestage.data.sampling import Sampling, checked_repeats
-from onestage.data.settings import require_at_least, require_fraction, require_positive
-from onestage.data.start_report import report_sampling
+from onestage.data.source import Source, Split
+from onestage.data.splits import split_by_fold, split_by_fraction
 from onestage.data.transforms import SeededTransform, resize_transforms, training_transforms
-from onestage.types import Stage
+from onestage.errors import ConfigError, require
+from onestage.files import printable
+from onestage.types import AnnotationSet, Stage
 
-__all__ = ["DetectionDataModule", "Split"]  # what a data set of one's own needs
+DEFAULT_VAL_FRACTION = 0.2  # where the source has no validation split
+
+logger = logging.getLogger(__name__)
 
 
-class DetectionDataModule(AnnotatedDataModule):
-    """What every data set needs beside its own files. A data set is a subclass that says how to `parse` a split.
+class DetectionDataModule(LightningDataModule):
+    """Loaders for a source: your data in one line with `path`, or any `source` by name.
 
     Args:
-        root: the folder of the data set, or the file that describes it.
-        image_size: side of the square images it delivers, px, at least 32; must be the detector's.
+        source: the files and splits, such as `onestage.data.COCO`.
+        path: a data set whose layout is recognised; it replaces `source`.
+        image_size: side of the square network input, px, >= 32.
         batch_size: images per process and step.
         num_workers: processes that load images, 0 for none; auto: one per CPU core that this process may use, less
-            one for training, and at most 16.
+            one for training, at most 16.
         prefetch_factor: batches that each worker loads ahead.
-        worker_start_method: how workers are started; null: as Python does by default. The samples are the same.
-        worker_timeout_seconds: how long a batch is waited for, > 0, before the worker that stands still is ended and
-            named with its file.
-        train_transforms: albumentations transforms of the training images, in order; null: SSD's augmentation
-            (`onestage.data.ssd_transforms`). A resize to `image_size` follows where it is needed.
-        mosaic: probability that a training image is put together from four, 0..1.
-        mixup: probability that a training image is blended with another, 0..1.
-        multi_scale: smallest and largest factor by which training images are scaled at random; null: never.
+        worker_start_method: how workers are started; null: Python's default. The samples are the same.
+        worker_timeout_seconds: longest wait for a batch, > 0; a worker that takes longer stops the run.
+        train_transforms: albumentations transforms of the training images, in order; null: SSD's augmentation. The
+            resize to the network input follows.
+        mosaic: probability that a training image is composed of four, in [0, 1].
+        mixup: probability that a training image is blended with another, in [0, 1].
+        scale_jitter: smallest and largest factor by which training images are scaled at random; null: none.
         sampling: how often an epoch shows each training image, such as `onestage.data.RepeatFactorSampling`; null:
             every image once.
         seed: of the order of the images and of the augmentation, >= 0.
         class_names: the classes in label order; null: those of the training annotations.
         category_ids: the data set's own id of each class, for result files; null: those of the training annotations.
-        max_bad_fraction: the fraction of boxes, and of images, that may be left out because they cannot be used.
-        on_error: whether an unreadable training image ends the run (`raise`) or another is taken for it (`skip`).
-        cache: where smaller copies of the training images are kept: `none`, `disk` or `ram` (docs/data_pipeline.md).
-        val_fraction: share of the training set to validate on, between 0 and 1, where no split was made; null: the
-            data set's own validation split.
-        num_folds: number of parts to divide the training set into, >= 2: one to validate on, the others to train on.
+        max_bad_fraction: fraction of the boxes, and of the images, that may be skipped, in [0, 1].
+        on_error: whether an unreadable training image stops the run (`raise`) or is replaced by another (`skip`).
+        cache: where smaller copies of the training images are kept: `none` or `disk` (docs/data_pipeline.md).
+        val_fraction: fraction of the training set to validate on, in (0, 1); null: the source's validation split, or
+            0.2 of the training set if there is none.
+        num_folds: number of parts of the training set, >= 2: one to validate on, the others to train on.
         fold: which of the parts to validate on, 0..num_folds - 1.
         predict_dir: folder of images, or one image, for `onestage predict`; null: the validation split.
 
     Raises:
         ConfigError: a value is out of its range.
+        DataError: `path` is no known data set.
     """
-
-    train_difficult: bool = True  # a data set that flags difficult objects lets the user decide
 
     def __init__(
         self,
-        root: str | Path,
+        source: Source | None = None,
         *,
+        path: str | Path | None = None,
         image_size: int = 300,
         batch_size: int = 32,
         num_workers: int | Literal["auto"] = "auto",
@@ -70,30 +85,23 @@ class DetectionDataModule(AnnotatedDataModule):
         train_transforms: list[A.BasicTransform] | None = None,
         mosaic: float = 0.0,
         mixup: float = 0.0,
-        multi_scale: tuple[float, float] | None = None,
+        scale_jitter: tuple[float, float] | None = None,
         sampling: Sampling | None = None,
         seed: int = 42,
         class_names: list[str] | None = None,
         category_ids: list[int] | None = None,
         max_bad_fraction: float = 0.01,
         on_error: Literal["raise", "skip"] = "raise",
-        cache: Literal["none", "disk", "ram"] = "none",
+        cache: Literal["none", "disk"] = "none",
         val_fraction: float | None = None,
         num_folds: int | None = None,
         fold: int = 0,
         predict_dir: str | Path | None = None,
     ) -> None:
-        super().__init__(
-            image_size=image_size,
-            class_names=class_names,
-            category_ids=category_ids,
-            max_bad_fraction=max_bad_fraction,
-            val_fraction=val_fraction,
-            num_folds=num_folds,
-            fold=fold,
-            predict_dir=predict_dir,
-        )
-        self.root = Path(root)
+        super().__init__()
+        self._source = source
+        self.path = path
+        self.image_size = image_size
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.prefetch_factor = prefetch_factor
@@ -102,42 +110,143 @@ class DetectionDataModule(AnnotatedDataModule):
         self.train_transforms = train_transforms
         self.mosaic = mosaic
         self.mixup = mixup
-        self.multi_scale = multi_scale
+        self.scale_jitter = scale_jitter
         self.sampling = sampling
         self.seed = seed
+        self.max_bad_fraction = max_bad_fraction
         self.on_error = on_error
         self.cache = cache
-        self._train_loader: DetectionLoader | None = None
-        self._position: dict[str, int] = {}  # of a checkpoint, until there is a loader to take it
+        self.val_fraction = val_fraction
+        self.num_folds = num_folds
+        self.fold = fold
+        self.predict_dir = predict_dir
+        self._class_names = class_names
+        self._category_ids = category_ids
         self._require_valid_settings()
+        self._annotation_sets: dict[Stage, AnnotationSet] = {}
+        self._divided: tuple[AnnotationSet, AnnotationSet] | None = None
+        self._checked_splits: set[Stage] = set()
+        self._is_announced = False
+        self._train_loader: DetectionLoader | None = None
+        self._position: dict[str, int] = {}  # from a checkpoint, until the training loader exists
+
+    # What training asks for
+
+    @property
+    def source(self) -> Source:
+        """The files and splits: those of `path` if it is given.
+
+        Raises:
+            ConfigError: neither `source` nor `path` is given.
+            DataError: `path` is no known data set.
+        """
+        if self.path is not None and (self._source is None or self._source.path != Path(self.path)):
+            self._source = recognise(self.path)
+        if self._source is None:
+            raise ConfigError("data.source: missing. Set data.path to your data set, or data.source to a class.")
+        return self._source
+
+    @property
+    def canvases(self) -> tuple[tuple[int, int], ...]:
+        """The (height, width) of the batches, px."""
+        return ((self.image_size, self.image_size),)
+
+    @property
+    def num_classes(self) -> int:
+        """K. Reads the training annotations unless the names are known."""
+        return len(self.class_names)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name of each label, [K]. Reads the training annotations unless they are known."""
+        if self._class_names is not None:
+            return list(self._class_names)
+        known = self.source.known_classes
+        return list(known[0] if known is not None else self.annotations("train").class_names)
+
+    @property
+    def category_ids(self) -> list[int]:
+        """The data set's own id of each label, [K]; 1..K where a data set has none."""
+        if self._category_ids is not None:
+            return list(self._category_ids)
+        has_source = self._source is not None or self.path is not None
+        known = self.source.known_classes if has_source else None
+        if known is not None:
+            id_by_name = dict(zip(*known, strict=True))
+            return [id_by_name.get(name, label) for label, name in enumerate(self.class_names, start=1)]
+        if has_source and "train" in self.source.splits:
+            return list(self.annotations("train").category_ids)
+        return list(range(1, self.num_classes + 1))
+
+    def prepare_data(self) -> None:
+        """Let the source create its files, unless only a folder of images is read."""
+        is_predicting = self.trainer is not None and self.trainer.state.fn == "predict"
+        if not (is_predicting and self.predict_dir is not None):
+            self.source.prepare()
+
+    def setup(self, stage: str) -> None:
+        """Read the annotations that a Trainer call needs, so that all problems with them show before it starts.
+
+        Args:
+            stage: Lightning's name of the call: fit, validate, test or predict.
+        """
+        stages: dict[str, tuple[Stage, ...]] = {
+            "fit": ("train", "val"),
+            "validate": ("val",),
+            "test": ("test",),
+            "predict": ("predict",),
+        }
+        for name in stages[stage]:
+            self._check_images(self._split_of(name))
+        if stage == "fit":
+            self._announce()
+            splits = [("training", self.annotations("train")), ("validation", self.annotations("val"))]
+            for finding in find_same_files(splits)[0]:  # a warning, because overfitting on purpose is allowed
+                _warn(finding.line)
+
+    def annotations(self, stage: Stage) -> AnnotationSet:
+        """Return the split that `stage` reads. It is parsed once.
+
+        Raises:
+            DataError: the split cannot be read, or its categories are not those of the training split.
+        """
+        stage = self._split_of(stage)
+        if stage not in self._annotation_sets:
+            self._annotation_sets[stage] = annotations = self._read(stage)
+            for message in start_messages(annotations):
+                _warn(message)
+        return self._annotation_sets[stage]
+
+    def read_image(self, stage: Stage, index: int) -> npt.NDArray[np.uint8]:
+        """Decode image `index` of the split that `stage` reads: [H, W, 3] RGB in original pixels."""
+        annotations = self.annotations(stage)
+        height, width = annotations.sizes[index].tolist()
+        return read_image(str(annotations.image_paths[index]), (height, width))
+
+    # Loaders
 
     def train_dataloader(self) -> DetectionLoader:
-        """Return the augmented training images, in an order and with an augmentation that (seed, epoch) decide."""
+        """Return the augmented training images; (seed, epoch) decide their order and augmentation."""
         annotations = self.annotations("train")
-        transforms = training_transforms(self.train_transforms, self.image_size, self.multi_scale)
+        transforms = training_transforms(self.train_transforms, self.image_size, self.scale_jitter)
         dataset = DetectionDataset(
             annotations,
             SeededTransform(transforms, self.image_size),
             seed=self.seed,
-            train_difficult=self.train_difficult,
+            train_difficult=self.source.train_difficult,
             mosaic=self.mosaic,
             mixup=self.mixup,
             on_error=self.on_error,
-            images=open_images(self.cache, annotations, self.image_size, self._num_processes),
+            images=open_images(self.cache, annotations, self.image_size),
             max_bad_fraction=self.max_bad_fraction,
         )
         repeats = None
         if self.sampling is not None:
             repeats = checked_repeats(self.sampling, annotations)
-            report_sampling(annotations, repeats)
-        rank, world_size = self._place()
+            _report_sampling(annotations, repeats)
+        rank, world_size = self._rank_and_world_size()
         sampler = TrainingSampler(
-            dataset,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-            repeats=repeats,
+            dataset, batch_size=self.batch_size, seed=self.seed, rank=rank, world_size=world_size, repeats=repeats
         )
         self._train_loader = self._loader(dataset, sampler)
         self._train_loader.load_state_dict(self._position)
@@ -157,50 +266,153 @@ class DetectionDataModule(AnnotatedDataModule):
         return self._evaluation_loader("predict")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position inside the epoch, for a checkpoint. The loader alone would be restored too late."""
+        """Return the position inside the epoch for a checkpoint; Lightning would restore the loader's too late."""
         return self._train_loader.state_dict() if self._train_loader is not None else dict(self._position)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a checkpoint's position for the training loader; that one refuses what does not fit its settings."""
+        """Keep a checkpoint's position for the training loader, which refuses one of other settings."""
         if self._train_loader is not None:
             self._train_loader.load_state_dict(state_dict)
         else:
             self._position = dict(state_dict)
 
-    def _require_valid_settings(self) -> None:
-        for name, minimum in (("image_size", 32), ("batch_size", 1), ("prefetch_factor", 1), ("seed", 0)):
-            require_at_least(name, getattr(self, name), minimum)
-        require_at_least("num_workers", 0 if self.num_workers == "auto" else self.num_workers, 0)
-        remedy = "Set data.worker_timeout_seconds: 300."
-        require_positive("worker_timeout_seconds", self.worker_timeout_seconds, remedy)
-        for name, value in (("mosaic", self.mosaic), ("mixup", self.mixup)):
-            require_fraction(name, value, f"Set data.{name}: 0.5 to do so with every second image, or 0.")
-
     def _evaluation_loader(self, stage: Stage) -> DetectionLoader:
         dataset = DetectionDataset(
             self.annotations(stage),
             SeededTransform(resize_transforms(self.image_size), self.image_size),
-            train_difficult=self.train_difficult,
+            train_difficult=self._source is None or self._source.train_difficult,
         )
-        rank, world_size = self._place()
+        rank, world_size = self._rank_and_world_size()
         return self._loader(dataset, EvaluationSampler(dataset, rank=rank, world_size=world_size))
 
     def _loader(self, dataset: DetectionDataset, sampler: TrainingSampler | EvaluationSampler) -> DetectionLoader:
+        num_processes = self.trainer.num_devices if self.trainer is not None else 1  # on this machine
         return open_loader(
             dataset,
             sampler,
             batch_size=self.batch_size,
-            num_workers=num_auto_workers(self._num_processes) if self.num_workers == "auto" else self.num_workers,
+            num_workers=num_auto_workers(num_processes) if self.num_workers == "auto" else self.num_workers,
             prefetch_factor=self.prefetch_factor,
             start_method=self.worker_start_method,
             timeout_seconds=self.worker_timeout_seconds,
         )
 
-    @property
-    def _num_processes(self) -> int:
-        """Return how many processes train on this machine."""
-        return self.trainer.num_devices if self.trainer is not None else 1
-
-    def _place(self) -> tuple[int, int]:
-        """Return the rank of this process and the number of processes."""
+    def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    # Splits
+
+    def _split_of(self, stage: Stage) -> Stage:
+        """Return the split that a stage reads: test and predict fall back to the validation split."""
+        no_test = stage == "test" and "test" not in self.source.splits
+        return "val" if no_test or (stage == "predict" and self.predict_dir is None) else stage
+
+    def _check_images(self, split: Stage) -> None:
+        """Skip the images of a split whose headers show that they cannot be used, once."""
+        annotations = self.annotations(split)
+        if split in self._checked_splits or split == "predict":
+            return
+        checked = check_before_start(annotations, self.image_size, self.max_bad_fraction)
+        for message in start_messages(replace(checked, findings=checked.findings[len(annotations.findings) :])):
+            _warn(message)
+        self._annotation_sets[split] = checked
+        self._checked_splits.add(split)
+
+    def _read(self, stage: Stage) -> AnnotationSet:
+        if stage == "predict":
+            return list_images(Path(str(self.predict_dir)), self.class_names, self.category_ids)
+        if stage != "test" and self._is_divided:
+            return self._parts()[stage == "val"]
+        if stage == "train":
+            return require_objects(self._parse("train", self._class_names))
+        annotations = self._parse(stage, self.class_names)
+        if self._class_names is None:
+            require_same_categories(self.annotations("train"), annotations)
+        return annotations
+
+    def _parse(self, split: Split, class_names: Sequence[str] | None) -> AnnotationSet:
+        return self.source.read(split, class_names, max_bad_fraction=self.max_bad_fraction)
+
+    @property
+    def _is_divided(self) -> bool:
+        """Whether a part of the training set is held out for validation."""
+        splits = self.source.splits
+        without_val = "train" in splits and "val" not in splits
+        return self.val_fraction is not None or self.num_folds is not None or without_val
+
+    def _parts(self) -> tuple[AnnotationSet, AnnotationSet]:
+        """Return the parts to train and to validate on. The set is read and divided once."""
+        if self._divided is None:
+            whole = self._parse("train", self._class_names)
+            if self.num_folds is not None:
+                train, validation = split_by_fold(whole, self.num_folds, self.fold)
+            else:
+                if self.val_fraction is None:
+                    rank_zero_info(
+                        f"data: {printable(self.source.path)} has no validation split; {DEFAULT_VAL_FRACTION:g} of the "
+                        "training images are held out (data.val_fraction)"
+                    )
+                train, validation = split_by_fraction(whole, self.val_fraction or DEFAULT_VAL_FRACTION)
+            self._divided = require_objects(train), validation
+        return self._divided
+
+    def _announce(self) -> None:
+        """Print what was recognised, once, on one process."""
+        if self._is_announced:
+            return
+        self._is_announced = True
+        counts = ", ".join(
+            f"{stage} {len(annotations)} images with {len(annotations.boxes)} boxes"
+            for stage, annotations in self._annotation_sets.items()
+        )
+        lines = [*describe_source(self.source), f"  {counts}; {self.num_classes} classes"]
+        rank_zero_info("data: " + "\n".join(lines))
+
+    def _require_valid_settings(self) -> None:
+        minimums = (("image_size", 32), ("batch_size", 1), ("prefetch_factor", 1), ("seed", 0), ("num_workers", 0))
+        for name, minimum in minimums:
+            value = getattr(self, name)
+            require(value == "auto" or value >= minimum, f"data.{name}", value, f">= {minimum}")
+        seconds = self.worker_timeout_seconds
+        require(seconds > 0, "data.worker_timeout_seconds", seconds, "> 0", "Set data.worker_timeout_seconds: 300.")
+        for name in ("mosaic", "mixup", "max_bad_fraction"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"data.{name}", value, "in [0, 1]")
+        if self.val_fraction is not None and self.num_folds is not None:
+            raise ConfigError("data.val_fraction conflicts with data.num_folds; set only one of them.")
+        fraction = self.val_fraction
+        require(
+            fraction is None or 0 < fraction < 1,
+            "data.val_fraction",
+            fraction,
+            "in (0, 1)",
+            "Set data.val_fraction: 0.2.",
+        )
+        folds = self.num_folds
+        require(folds is None or folds >= 2, "data.num_folds", folds, ">= 2, or null")
+        remedy = "Set data.num_folds to the number of parts, and data.fold to the one to validate on."
+        require(0 <= self.fold < (folds or 1), "data.fold", self.fold, f"in [0, {folds or 1})", remedy)
+        names, ids = self._class_names, self._category_ids
+        has_names = names is None or (len(names) > 0 and len(set(names)) == len(names))
+        require(has_names, "data.class_names", names, "a list of at least one name without duplicates, or null")
+        has_ids = ids is None or (names is not None and len(set(ids)) == len(ids) == len(names))
+        remedy = "Leave both out to use those of the training annotations."
+        require(has_ids, "data.category_ids", ids, f"one id for each of data.class_names ({names})", remedy)
+
+
+@rank_zero_only
+def _warn(message: str) -> None:
+    logger.warning("%s", message)
+
+
+@rank_zero_only
+def _report_sampling(annotations: AnnotationSet, repeats: npt.NDArray[np.float64]) -> None:
+    """Print the length of an epoch; warn if `data.sampling` changes nothing. repeats: [N] average shows per epoch."""
+    if np.allclose(repeats, 1):
+        logger.warning(
+            "data.sampling has no effect: no class of %s is rare enough. Raise its threshold, or remove data.sampling.",
+            annotations.source,
+        )
+        return
+    counts = f"{repeats.sum():.0f} images of {len(repeats)}, one of them up to {repeats.max():.1f} times"
+    rank_zero_info(f"data.sampling: an epoch shows {counts}")

@@ -30,27 +30,27 @@ def ssd_transforms(image_size: int) -> list[A.BasicTransform]:
 
 
 def training_transforms(
-    given: Sequence[A.BasicTransform] | None, image_size: int, multi_scale: tuple[float, float] | None
+    given: Sequence[A.BasicTransform] | None, image_size: int, scale_jitter: tuple[float, float] | None
 ) -> list[A.BasicTransform]:
     """Return the given transforms, or SSD's where there are none, behind a change of scale if one is asked for.
 
     Args:
         given: albumentations transforms; None: `ssd_transforms`.
         image_size: side of the square result, px.
-        multi_scale: range of the factor of `ScaleJitter`; None: no change.
+        scale_jitter: range of the factor of `ScaleJitter`; None: no change.
 
     Raises:
         ConfigError: the range is not one.
     """
     transforms = ssd_transforms(image_size) if given is None else list(given)
-    if multi_scale is None:
+    if scale_jitter is None:
         return transforms
-    if not 0.25 <= multi_scale[0] <= multi_scale[1] <= 4:
+    if not 0.25 <= scale_jitter[0] <= scale_jitter[1] <= 4:
         raise ConfigError(
-            f"data.multi_scale is [{multi_scale[0]:g}, {multi_scale[1]:g}]; it must be [low, high] with "
-            "0.25 <= low <= high <= 4.\nSet data.multi_scale: [0.5, 1.5], or null."
+            f"data.scale_jitter is [{scale_jitter[0]:g}, {scale_jitter[1]:g}]; it must be [low, high] with "
+            "0.25 <= low <= high <= 4.\nSet data.scale_jitter: [0.5, 1.5], or null."
         )
-    return [ScaleJitter(multi_scale), *transforms]
+    return [ScaleJitter(scale_jitter), *transforms]
 
 
 def resize_transforms(image_size: int) -> list[A.BasicTransform]:

@@ -73,7 +73,7 @@ class Reliability(RunAddOn):
         self._resumed = find_checkpoint(settings.resume, settings.ckpt_path, config)
         self.resumed_step = self._resumed.step_in_folder if self._resumed else None
         if self._resumed is not None and self._resumed.folder is not None and settings.auto_batch is not False:
-            settings.data.init_args.batch_size = saved_batch_size(self._resumed.folder)
+            settings.data.batch_size = saved_batch_size(self._resumed.folder)
             settings.auto_batch = False
 
     def run_folder(self, settings: Any) -> Path:

@@ -26,7 +26,7 @@ DECISIVE_IN_TRAINER = (
     "gradient_clip_algorithm", "limit_train_batches", "overfit_batches",
     "check_val_every_n_epoch", "val_check_interval",
 )  # fmt: skip
-BATCH_SIZE = "data.init_args.batch_size"
+BATCH_SIZE = "data.batch_size"
 OPTIMIZER = "optimizer_states"  # Lightning's key, in every checkpoint but those of weights alone
 # Where the data lies is left out: whether it is the same the fingerprints in the checkpoint tell.
 INDECISIVE_IN_DATA = ("root", "num_workers", "prefetch_factor", "predict_dir", "worker_timeout_seconds")
@@ -212,7 +212,7 @@ def _preference(file: Path) -> tuple[int, str]:
 def saved_batch_size(folder: Path) -> int:
     """The batch size of the run in `folder`, which `--auto_batch` found when it began and must not find anew."""
     saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    return int(saved["data"]["init_args"]["batch_size"])
+    return int(saved["data"]["batch_size"])
 
 
 def _difference(config_file: Path, config: JSONDict) -> str | None:
