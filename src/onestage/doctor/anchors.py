@@ -146,60 +146,53 @@ def check_coverage(source: str, coverage: Coverage, num_boxes: int, anchors: Det
     return [UNREACHED_BOX.broken(source, problem, coverage.num_unreached)]
 
 
-def propose_anchors(boxes: npt.NDArray[np.float64], anchors: DetectorAnchors, seed: int = 0) -> DetectorAnchors:
-    """Return as many anchors per level that fit the boxes better, or as well.
+def propose_anchors(boxes: Tensor, anchors: DetectorAnchors, seed: int = 0) -> DetectorAnchors:
+    """Return as many anchors per level that fit the boxes better, or as well. boxes: [T, 4] xyxy, px; T >= 1.
 
     The fit starts at the detector's anchors, and at the clusters of the boxes' shapes (YOLOv2, arXiv:1612.08242,
     section 2) in the order of their area. Then widths and heights change in small steps while more boxes are reached.
-
-    Args:
-        boxes: [T, 4] xyxy in pixels of the canvas; T >= 1.
-        anchors: the detector's.
-        seed: of the sample and of the clusters' start.
+    The seed draws a sample of the boxes, and the start of the clusters.
     """
-    generator = np.random.default_rng(seed)
-    sample = boxes if len(boxes) <= FITTED_BOXES else boxes[generator.choice(len(boxes), FITTED_BOXES, replace=False)]
+    generator = torch.Generator().manual_seed(seed)
+    sample = boxes[torch.randperm(len(boxes), generator=generator)[:FITTED_BOXES]].float()
     starts = [torch.tensor([shape for level in anchors.levels for shape in level.shapes])]
     strides = torch.tensor([level.stride for level in anchors.levels for _ in level.shapes])
-    clusters = torch.from_numpy(cluster_shapes(sample[:, 2:] - sample[:, :2], len(strides), generator)).float()
+    clusters = cluster_shapes(sample[:, 2:] - sample[:, :2], len(strides), generator)
     if len(clusters) == len(strides):
         # Anchors narrower than the stride would leave boxes between them.
         factors = strides.clamp(max=anchors.image_size / 2) / clusters.prod(dim=1).sqrt()
         starts.append(clusters * factors.clamp(min=1)[:, None])
-    fits = [_improve(start, anchors, torch.from_numpy(sample).float()) for start in starts]
-    rounded = iter([(round(width, 2), round(height, 2)) for width, height in max(fits, key=lambda fit: fit[0])[1]])
+    _, shapes = max((_improve(start, anchors, sample) for start in starts), key=lambda fit: fit[0])
+    rounded = iter([(round(width, 2), round(height, 2)) for width, height in shapes])
     levels = tuple(level._replace(shapes=tuple(next(rounded) for _ in level.shapes)) for level in anchors.levels)
     return anchors._replace(levels=levels)
 
 
-def cluster_shapes(
-    sides: npt.NDArray[np.float64], num_clusters: int, generator: np.random.Generator
-) -> npt.NDArray[np.float64]:
+def cluster_shapes(sides: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
     """Return k-means centres (width, height), [k, 2] px, in the order of their area.
 
     The distance is 1 - IoU of two boxes with the same centre; a centre is the median of its boxes; the start is
-    k-means++.
+    k-means++. There are fewer centres than `num_clusters` if there are fewer different shapes.
 
     Args:
         sides: [T, 2] width and height of the boxes, px, > 0.
-        num_clusters: k, limited by the number of different shapes.
+        num_clusters: k.
         generator: draws the start.
     """
-    different = np.unique(sides, axis=0)
-    centres = different[[generator.integers(len(different))]]
+    different: Tensor = torch.unique(sides, dim=0)
+    centres = different[torch.randint(len(different), (1,), generator=generator)]
     while len(centres) < min(num_clusters, len(different)):
-        chances = (1 - _shape_iou(different, centres).max(axis=1)).clip(min=0) ** 2
-        chosen = generator.choice(len(different), p=chances / chances.sum())
-        centres = np.concatenate([centres, different[[chosen]]])
-    owner = np.full(len(sides), -1)
+        chances = (1 - _shape_iou(different, centres).amax(dim=1)).clamp(min=1e-6) ** 2
+        centres = torch.cat([centres, different[chances.multinomial(1, generator=generator)]])
+    owner = torch.full((len(sides),), -1)
     for _ in range(MAX_ROUNDS):
-        nearest = _shape_iou(sides, centres).argmax(axis=1)
+        nearest = _shape_iou(sides, centres).argmax(dim=1)
         if (nearest == owner).all():
             break
         owner = nearest
-        for k in np.unique(owner):
-            centres[k] = np.median(sides[owner == k], axis=0)
-    return centres[np.argsort(centres.prod(axis=1))]
+        for k in torch.unique(owner):
+            centres[k] = sides[owner == k].median(dim=0).values
+    return centres[centres.prod(dim=1).argsort()]
 
 
 def compare_anchors(annotations: AnnotationSet, anchors: DetectorAnchors) -> str:
@@ -214,7 +207,8 @@ def compare_anchors(annotations: AnnotationSet, anchors: DetectorAnchors) -> str
     boxes, labels = stretched_boxes(annotations, anchors.image_size)[is_object], annotations.labels[is_object]
     if not len(boxes):
         raise DataError(f"{annotations.source}: holds no object to fit anchors to.\nGive the training split.")
-    fitted = propose_anchors(boxes, anchors)
+    fitted = propose_anchors(torch.from_numpy(boxes), anchors)
+    _place_anchors(anchors.class_path, fitted.levels, anchors.image_size)  # the detector takes them
     text = f"# {len(boxes)} boxes of {printable(annotations.source)}\n"
     for name, table in (("before", anchors), ("after", fitted)):
         coverage = measure_coverage(boxes, labels, len(annotations.class_names), table)
@@ -244,9 +238,8 @@ def _read_table(file: str) -> tuple[AnchorShapes, ...]:
         rows = yaml.safe_load(content)["model"]["detector"]["init_args"]["anchors"]
         return tuple(
             AnchorShapes(
-                float(row["stride"]),
-                tuple((float(width), float(height)) for width, height in row["shapes"]),
-                **{key: float(row[key]) for key in ("offset",) if key in row},
+                shapes=tuple((float(width), float(height)) for width, height in row["shapes"]),
+                **{key: float(row[key]) for key in row.keys() - {"shapes"}},
             )
             for row in rows
         )
@@ -298,10 +291,10 @@ def _fitness(best: Tensor) -> Tensor:
     return (best >= POSITIVE_IOU).float().mean(dim=-1) + MEAN_WEIGHT * best.mean(dim=-1)
 
 
-def _shape_iou(sides: npt.NDArray[np.float64], centres: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the IoU of boxes with the same centre, [T, k]."""
-    overlap = np.minimum(sides[:, None], centres).prod(axis=2)
-    return np.asarray(overlap / (sides.prod(axis=1)[:, None] + centres.prod(axis=1) - overlap))
+def _shape_iou(sides: Tensor, others: Tensor) -> Tensor:
+    """Return the IoU of boxes (width, height) with the same centre, [T, k]."""
+    half_sides, half_others = sides / 2, others / 2
+    return pairwise_overlap(torch.cat([-half_sides, half_sides], 1), torch.cat([-half_others, half_others], 1))[1]
 
 
 def _shares(is_reached: npt.NDArray[np.bool_], group: npt.NDArray[np.int64], num_groups: int) -> list[float]:

@@ -32,7 +32,7 @@ from onestage.doctor.statistics import (
 )
 from onestage.errors import AnnotationError
 from onestage.files import printable
-from onestage.types import AnnotationSet, Finding
+from onestage.types import AnnotationSet, Finding, JSONDict
 
 BOX_RULES = {rule.name for rule in (BOX_EMPTY, BOX_NOT_FINITE, BOX_OUTSIDE, OBJECT_MALFORMED)}
 
@@ -45,24 +45,10 @@ class Depth(NamedTuple):
     max_bad_fraction: float = 0.01  # that training may skip, in [0, 1]
 
 
-class SplitSummary(NamedTuple):
-    """The counts of a split."""
-
-    name: str
-    format: str
-    source: str
-    num_images: int
-    num_empty_images: int  # without an object
-    num_boxes: int
-    num_crowds: int  # boxes that are regions of many objects
-    num_difficult: int
-    num_classes: int
-
-
 class Diagnosis(NamedTuple):
     """Counts and findings of a data set."""
 
-    splits: list[SplitSummary]  # only readable ones
+    splits: list[JSONDict]  # the counts of each readable one
     classes: list[ClassRow]  # empty if the splits' classes differ
     shapes: dict[str, list[int]]  # of the first split's boxes, on the detector's canvas
     coverage: Coverage | None  # of the first split's boxes; None without boxes or anchors
@@ -80,35 +66,28 @@ class Diagnosis(NamedTuple):
 def examine(
     splits: Sequence[Split], anchors: DetectorAnchors, depth: Depth
 ) -> tuple[Diagnosis, dict[str, AnnotationSet]]:
-    """Check splits as training would meet them.
+    """Check splits as training would meet them; return the diagnosis, and the splits without unusable images.
 
     Args:
         splits: of one data set, the training split first; see `read_splits`.
         anchors: of the detector to train.
         depth: how thorough to be.
-
-    Returns:
-        The diagnosis, and the splits by name without unusable images.
     """
     findings = [finding for split in splits for finding in split.findings]
-    seconds: dict[str, float] = {}
-    usable = _check_images(splits, depth, findings, seconds)
+    start = time.perf_counter()
+    usable = _check_headers(splits, depth.max_bad_fraction, findings)
+    seconds = {"headers": time.perf_counter() - start}
+    if depth.num_decoders:
+        undecodable = decode_all(usable.values(), depth.num_decoders)
+        findings += undecodable
+        usable = {name: _drop(part, {finding.place for finding in undecodable}) for name, part in usable.items()}
+        seconds["decoding"] = time.perf_counter() - start - sum(seconds.values())
     for name, annotations in usable.items():
         findings += [*check_objects(name, annotations), *tiny_boxes(annotations, anchors.image_size)]
-    start = time.perf_counter()
     findings += find_leakage(list(usable.items()), depth.near_copies)
-    seconds["leakage"] = time.perf_counter() - start
-    shapes: dict[str, list[int]] = {}
-    coverage = None
-    if usable:
-        findings += check_classes(usable)
-        first = next(iter(usable.values()))
-        is_object = ~first.is_crowd
-        boxes, labels = stretched_boxes(first, anchors.image_size)[is_object], first.labels[is_object]
-        shapes = shape_counts(boxes) if len(boxes) else {}
-        if len(boxes) and anchors.levels:
-            coverage = measure_coverage(boxes, labels, len(first.class_names), anchors)
-            findings += check_coverage(first.source, coverage, len(boxes), anchors)
+    seconds["leakage"] = time.perf_counter() - start - sum(seconds.values())
+    shapes, coverage = _check_anchors(next(iter(usable.values()), None), anchors, findings)
+    findings += check_classes(usable)
     are_same = len({(part.class_names, part.category_ids) for part in usable.values()}) == 1
     diagnosis = Diagnosis(
         splits=[_summarise(split, usable[split.name]) for split in splits if split.name in usable],
@@ -123,32 +102,43 @@ def examine(
     return diagnosis, usable
 
 
-def _check_images(
-    splits: Sequence[Split], depth: Depth, findings: list[Finding], seconds: dict[str, float]
+def _check_headers(
+    splits: Sequence[Split], max_bad_fraction: float, findings: list[Finding]
 ) -> dict[str, AnnotationSet]:
-    """Check all image files; return the splits without unusable ones, and extend findings and seconds."""
+    """Check the headers of all images; return the splits without unusable ones, and extend the findings."""
     usable: dict[str, AnnotationSet] = {}
-    start = time.perf_counter()
     for split in splits:
         if split.annotations is not None:
             checks = check_headers(split.annotations)
             found = [finding for check in checks for finding in check.findings]
-            findings += [*found, *_check_fraction(split, found, depth.max_bad_fraction)]
+            findings += [*found, *_check_fraction(split, found, max_bad_fraction)]
             sizes = np.array([(check.height, check.width) for check in checks], dtype=np.int32).reshape(-1, 2)
             known = split.annotations.sizes
             sized = replace(split.annotations, sizes=np.where(known > 0, known, sizes))
             usable[split.name] = select_images(sized, np.flatnonzero([check.is_usable for check in checks]))
-    seconds["headers"] = time.perf_counter() - start
-    if depth.num_decoders:
-        start = time.perf_counter()
-        undecodable = decode_all(usable.values(), depth.num_decoders)
-        findings += undecodable
-        places = {finding.place for finding in undecodable}
-        for name, part in usable.items():
-            is_kept = [printable(str(path)) not in places for path in part.image_paths]
-            usable[name] = select_images(part, np.flatnonzero(is_kept))
-        seconds["decoding"] = time.perf_counter() - start
     return usable
+
+
+def _drop(annotations: AnnotationSet, places: set[str]) -> AnnotationSet:
+    """Return the set without the images of these (printable) paths."""
+    return select_images(
+        annotations, np.flatnonzero([printable(str(path)) not in places for path in annotations.image_paths])
+    )
+
+
+def _check_anchors(
+    annotations: AnnotationSet | None, anchors: DetectorAnchors, findings: list[Finding]
+) -> tuple[dict[str, list[int]], Coverage | None]:
+    """Return shapes and coverage of the training split's boxes, and extend the findings."""
+    if annotations is None or annotations.is_crowd.all():  # also true for an empty array
+        return {}, None
+    is_object = ~annotations.is_crowd
+    boxes, labels = stretched_boxes(annotations, anchors.image_size)[is_object], annotations.labels[is_object]
+    if not anchors.levels:
+        return shape_counts(boxes), None
+    coverage = measure_coverage(boxes, labels, len(annotations.class_names), anchors)
+    findings += check_coverage(annotations.source, coverage, len(boxes), anchors)
+    return shape_counts(boxes), coverage
 
 
 def _check_fraction(split: Split, found: Sequence[Finding], max_bad_fraction: float) -> list[Finding]:
@@ -172,15 +162,16 @@ def _check_fraction(split: Split, found: Sequence[Finding], max_bad_fraction: fl
     return stops
 
 
-def _summarise(split: Split, annotations: AnnotationSet) -> SplitSummary:
-    return SplitSummary(
-        split.name,
-        split.format,
-        annotations.source,
-        len(annotations),
-        int(np.count_nonzero(np.diff(annotations.box_offsets) == 0)),
-        len(annotations.boxes),
-        int(np.count_nonzero(annotations.is_crowd)),
-        int(np.count_nonzero(annotations.is_difficult)),
-        len(annotations.class_names),
-    )
+def _summarise(split: Split, annotations: AnnotationSet) -> JSONDict:
+    """Return the counts of a split. Crowds are boxes too."""
+    return {
+        "name": split.name,
+        "format": split.format,
+        "source": annotations.source,
+        "num_images": len(annotations),
+        "num_empty_images": int(np.count_nonzero(np.diff(annotations.box_offsets) == 0)),
+        "num_boxes": len(annotations.boxes),
+        "num_crowds": int(np.count_nonzero(annotations.is_crowd)),
+        "num_difficult": int(np.count_nonzero(annotations.is_difficult)),
+        "num_classes": len(annotations.class_names),
+    }

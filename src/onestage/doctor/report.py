@@ -11,7 +11,6 @@ from onestage.doctor.anchors import POSITIVE_IOU
 from onestage.doctor.checks import Diagnosis
 from onestage.doctor.statistics import RATIOS, SIDES
 from onestage.files import printable
-from onestage.types import Finding
 
 NUM_SHOWN = 20  # findings per rule in the text
 NUM_CLASSES_SHOWN = 100
@@ -30,7 +29,7 @@ def as_json(diagnosis: Diagnosis, exit_code: int) -> str:
     content = {
         "onestage": __version__,
         "exit_code": exit_code,
-        "splits": [split._asdict() for split in diagnosis.splits],
+        "splits": diagnosis.splits,
         "classes": [row._asdict() for row in diagnosis.classes],
         "box_shapes": {
             "image_size": anchors.image_size, "size_bounds": SIDES, "ratio_bounds": RATIOS, **diagnosis.shapes
@@ -45,16 +44,8 @@ def as_json(diagnosis: Diagnosis, exit_code: int) -> str:
 
 def as_text(diagnosis: Diagnosis) -> str:
     """Return a page: splits, classes, boxes and anchors, then the findings, the most severe last."""
-    lines = [
-        *_split_lines(diagnosis),
-        *_class_lines(diagnosis),
-        *_shape_lines(diagnosis),
-        *_finding_lines(diagnosis.findings),
-        "",
-        _time_line(diagnosis),
-        _verdict(diagnosis.findings),
-    ]
-    return "\n".join(printable(line) for line in lines)
+    parts = (_split_lines, _class_lines, _shape_lines, _finding_lines, _summary_lines)
+    return "\n".join(printable(line) for part in parts for line in part(diagnosis))
 
 
 def _split_lines(diagnosis: Diagnosis) -> Iterator[str]:
@@ -62,9 +53,9 @@ def _split_lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield "no split could be read"
         return
     rows = [["split", "format", "images", "without objects", "boxes", "crowds", "difficult", "classes"]]
-    for s in diagnosis.splits:
-        numbers = (s.num_images, s.num_empty_images, s.num_boxes, s.num_crowds, s.num_difficult, s.num_classes)
-        rows.append([printable(s.name), s.format, *map(str, numbers)])
+    for split in diagnosis.splits:
+        counts = [str(value) for key, value in split.items() if key.startswith("num_")]
+        rows.append([printable(split["name"]), split["format"], *counts])
     yield from _aligned(rows, num_left=2)
 
 
@@ -92,7 +83,7 @@ def _shape_lines(diagnosis: Diagnosis) -> Iterator[str]:
     if not shapes:
         return
     yield ""
-    yield f"boxes of {printable(diagnosis.splits[0].name)} at {side} x {side} px"
+    yield f"boxes of {printable(diagnosis.splits[0]['name'])} at {side} x {side} px"
     sizes = [f"< {SIDES[0]}", *(f"{a}-{b}" for a, b in pairwise(SIDES)), f">= {SIDES[-1]}"]
     reached = [["reached", *map(_percent, coverage.by_size)]] if coverage else []
     yield from _aligned([["size, px", *sizes], ["boxes", *map(str, shapes["size"])], *reached], num_left=1)
@@ -107,8 +98,8 @@ def _shape_lines(diagnosis: Diagnosis) -> Iterator[str]:
         )
 
 
-def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
-    for (effect, rule), members in reversed(grouped(findings).items()):
+def _finding_lines(diagnosis: Diagnosis) -> Iterator[str]:
+    for (effect, rule), members in reversed(grouped(diagnosis.findings).items()):
         yield ""
         yield f"{TITLES[effect]}: {rule} ({sum(member.num_items for member in members)})"
         for member in members[:NUM_SHOWN]:
@@ -118,24 +109,19 @@ def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
         yield from (f"  -> {line}" for line in dict.fromkeys(member.remedy for member in members[:NUM_SHOWN]))
 
 
-def _time_line(diagnosis: Diagnosis) -> str:
-    seconds = diagnosis.seconds
+def _summary_lines(diagnosis: Diagnosis) -> Iterator[str]:
+    yield ""
+    num_headers, seconds = diagnosis.num_headers, diagnosis.seconds
     parts = [f"{name} {value:.1f} s" for name, value in seconds.items() if name != "headers"]
-    rate = diagnosis.num_headers / max(seconds["headers"], 1e-3)
-    return ", ".join([f"{diagnosis.num_headers} image headers in {seconds['headers']:.1f} s ({rate:.0f}/s)", *parts])
-
-
-def _verdict(findings: Sequence[Finding]) -> str:
-    counts = {effect: sum(finding.effect == effect for finding in findings) for effect in TITLES}
-    num_errors = counts["error"] + counts["skipped"]
-    if not num_errors and not counts["warning"]:
-        return "clean"
-    rest = _counted(counts["warning"], "warning") if counts["warning"] else "the rest is clean"
-    return f"{_counted(num_errors, 'error')} in the data, {'training would stop' if counts['error'] else rest}"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    rate = num_headers / max(seconds["headers"], 1e-3)
+    yield ", ".join([f"{num_headers} image headers in {seconds['headers']:.1f} s ({rate:.0f}/s)", *parts])
+    counts = {effect: sum(finding.effect == effect for finding in diagnosis.findings) for effect in TITLES}
+    num_errors, num_warnings = counts["error"] + counts["skipped"], counts["warning"]
+    rest = "the rest is clean" if not num_warnings else f"{num_warnings} warning{'s' * (num_warnings > 1)}"
+    if counts["error"]:
+        rest = "training would stop"
+    errors = f"{num_errors} error{'s' * (num_errors != 1)} in the data"
+    yield f"{errors}, {rest}" if num_errors or num_warnings else "clean"
 
 
 def _aligned(rows: Sequence[Sequence[str]], num_left: int) -> Iterator[str]:

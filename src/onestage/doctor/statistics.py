@@ -60,6 +60,8 @@ def class_table(splits: Mapping[str, AnnotationSet]) -> list[ClassRow]:
 
 def check_classes(splits: Mapping[str, AnnotationSet]) -> list[Finding]:
     """Find classes that differ between the splits, are rare, or are written in two ways."""
+    if not splits:
+        return []
     first, *others = splits.values()
     if len({(annotations.class_names, annotations.category_ids) for annotations in splits.values()}) > 1:
         lines = [
