@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from onestage.data.images import read_image
@@ -14,13 +13,12 @@ from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.errors import ConfigError, ImageError, require
 from onestage.evaluation.drawing import draw_boxes
 from onestage.files import printable, write_new_file
-from onestage.types import AnnotationSet, Detections
+from onestage.types import AnnotationSet
 
 PANEL_SIDE = 300  # px of each picture
 MARGIN = 8  # px around a pair
 MAX_PAIRS = 400  # 100 megapixels
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
-NO_DETECTIONS = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
 
 
 def require_sheet(path: Path, num_images: int) -> None:
@@ -77,7 +75,7 @@ def _pairs(annotations: AnnotationSet, num_images: int, image_size: int, seed: i
         for pipeline in pipelines:
             result = pipeline(image, annotations.boxes[objects], (seed, 0, index))
             labels = annotations.labels[objects][result.rows]
-            drawn = draw_boxes(result.image, result.boxes, labels, NO_DETECTIONS, annotations.class_names)
+            drawn = draw_boxes(result.image, result.boxes, labels, None, annotations.class_names)
             panels.append(Image.fromarray(drawn).resize((PANEL_SIDE, PANEL_SIDE), Image.Resampling.BILINEAR))
         num_drawn += 1
         yield panels
