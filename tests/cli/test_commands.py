@@ -12,7 +12,7 @@ import yaml
 from command_line import REPOSITORY, run
 
 
-def test_a_run_folder_holds_all_it_promises(trained: Path) -> None:
+def test_run_folder_holds_the_documented_files(trained: Path) -> None:
     assert {"config.yaml", "checkpoints", "metrics.csv", "results.json", "predictions"} <= {
         path.name for path in trained.iterdir()
     }
@@ -21,7 +21,7 @@ def test_a_run_folder_holds_all_it_promises(trained: Path) -> None:
     assert len(list((trained / "predictions").glob("*.jpg"))) == 3
 
 
-def test_a_logger_of_ones_own_leaves_the_configuration_in_the_run_folder(
+def test_user_logger_leaves_config_yaml_in_the_run_folder(
     fast_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = ["--runs_dir", str(tmp_path / "runs"), "--trainer.logger.save_dir", str(tmp_path / "logs")]
@@ -49,7 +49,7 @@ def test_metrics_csv_has_losses_and_map(trained: Path) -> None:
     assert {"train/loss", "train/classification_loss", "train/box_loss", "val/mAP", "val/loss"} <= set(header)
 
 
-def test_the_saved_config_repeats_the_run(trained: Path, tmp_path: Path) -> None:
+def test_saved_config_repeats_the_run_exactly(trained: Path, tmp_path: Path) -> None:
     assert run("fit", "--config", str(trained / "config.yaml"), "--runs_dir", str(tmp_path)) == 0
     (again,) = tmp_path.glob("shapes_ssd/version_0")
     first, second = (json.loads((folder / "results.json").read_text()) for folder in (trained, again))
@@ -72,7 +72,7 @@ def test_validate_with_a_checkpoint_alone_gives_the_numbers_of_the_run(
     assert first["metrics"] == second["metrics"]
 
 
-def test_test_evaluates_and_says_so(trained: Path, tmp_path: Path) -> None:
+def test_test_command_evaluates_and_names_its_stage(trained: Path, tmp_path: Path) -> None:
     checkpoint = str(trained / "checkpoints" / "best.ckpt")
     assert run("test", "--ckpt_path", checkpoint, "--runs_dir", str(tmp_path), "--trainer.accelerator=cpu") == 0
     (results,) = tmp_path.glob("*/*/results.json")
@@ -125,7 +125,7 @@ def test_resuming_keeps_the_best_checkpoint_until_a_better_one_comes(trained: Pa
     assert (trained / "checkpoints" / "last.ckpt").is_file()
 
 
-def test_a_run_shorter_than_its_validation_interval_is_evaluated(
+def test_run_shorter_than_its_validation_interval_is_evaluated(
     fast_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--trainer.check_val_every_n_epoch", "5", "--drawn_images", "0", "--runs_dir", str(tmp_path)]
@@ -134,7 +134,7 @@ def test_a_run_shorter_than_its_validation_interval_is_evaluated(
     assert list(tmp_path.glob("*/*/checkpoints/best.ckpt"))
 
 
-def test_a_run_without_checkpoints_trains_and_keeps_none(fast_options: list[str], tmp_path: Path) -> None:
+def test_disabled_checkpointing_trains_and_writes_none(fast_options: list[str], tmp_path: Path) -> None:
     options = [*fast_options, "--trainer.enable_checkpointing", "false", "--runs_dir", str(tmp_path)]
     assert run("fit", *options) == 0
     folder = tmp_path / "shapes_ssd" / "version_0"
@@ -142,14 +142,14 @@ def test_a_run_without_checkpoints_trains_and_keeps_none(fast_options: list[str]
     assert not list(folder.rglob("*.ckpt"))
 
 
-def test_a_run_without_validation_says_where_it_is(
+def test_run_without_validation_prints_its_folder(
     fast_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("fit", *fast_options, "--trainer.limit_val_batches", "0", "--runs_dir", str(tmp_path)) == 0
     assert f"the run: {tmp_path / 'shapes_ssd' / 'version_0'}" in capsys.readouterr().out
 
 
-def test_a_checkpoint_holds_primitives_and_tensors_only(trained: Path) -> None:
+def test_checkpoint_holds_only_primitives_and_tensors(trained: Path) -> None:
     for path in (trained / "checkpoints").iterdir():
         saved = torch.load(path, weights_only=True)["onestage"]
         assert saved["class_names"]
@@ -157,7 +157,7 @@ def test_a_checkpoint_holds_primitives_and_tensors_only(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_step_of_every_cpu_precision_with_clipping_and_a_fused_optimizer(
+def test_every_cpu_precision_steps_with_clipping_and_a_fused_optimizer(
     fast_options: list[str], tmp_path: Path, precision: str
 ) -> None:
     options = [
@@ -168,9 +168,7 @@ def test_a_step_of_every_cpu_precision_with_clipping_and_a_fused_optimizer(
 
 
 @pytest.mark.slow
-def test_a_compiled_detector_trains_and_its_checkpoint_loads_uncompiled(
-    fast_options: list[str], tmp_path: Path
-) -> None:
+def test_compiled_detector_trains_and_its_checkpoint_loads_uncompiled(fast_options: list[str], tmp_path: Path) -> None:
     options = ["--model.compile", "true", "--trainer.limit_train_batches", "2", "--runs_dir", str(tmp_path)]
     assert run("fit", *fast_options, *options) == 0
     (best,) = tmp_path.glob("*/*/checkpoints/best.ckpt")
@@ -180,7 +178,7 @@ def test_a_compiled_detector_trains_and_its_checkpoint_loads_uncompiled(
     assert run("validate", "--ckpt_path", str(best), *again) == 0
 
 
-def test_fp16_with_a_fused_optimizer_and_clipping_is_refused(
+def test_fp16_with_a_fused_optimizer_and_clipping_is_rejected(
     fast_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--trainer.precision", "16-mixed", "--model.optimizer.fused", "true", "--trainer.fast_dev_run", "true"]
@@ -188,7 +186,7 @@ def test_fp16_with_a_fused_optimizer_and_clipping_is_refused(
     assert "fused: false" in capsys.readouterr().err
 
 
-def test_voc_and_coco_of_the_same_drawn_set_train_alike(fast_options: list[str], tmp_path: Path) -> None:
+def test_voc_and_coco_files_of_one_set_give_equal_metrics(fast_options: list[str], tmp_path: Path) -> None:
     results = []
     for form in ("coco", "voc"):
         options = ["--data.source.format", form, "--runs_dir", str(tmp_path / form), "--drawn_images", "0"]

@@ -13,7 +13,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "metrics.csv").open()))
 
 
-def test_every_logged_step_says_where_the_loss_comes_from(trained: Path) -> None:
+def test_every_logged_step_has_anchor_statistics_that_add_up(trained: Path) -> None:
     steps = [row for row in rows_of(trained) if row["anchors/positives"]]
     assert len(steps) == 4  # of 8 images each
     for step in steps:
@@ -29,19 +29,19 @@ def test_every_logged_step_says_where_the_loss_comes_from(trained: Path) -> None
     assert all(float(row["train/gradient_norm"]) > 0 for row in rows_of(trained) if row["train/loss"])
 
 
-def test_the_statistics_can_be_left_out(fast_options: list[str], tmp_path: Path) -> None:
+def test_anchor_statistics_can_be_disabled(fast_options: list[str], tmp_path: Path) -> None:
     options = ["--anchor_statistics", "false", "--trainer.limit_train_batches", "1", "--runs_dir", str(tmp_path)]
     assert run("fit", *fast_options, *options) == 0
     assert not [name for name in rows_of(tmp_path / "shapes_ssd" / "version_0")[0] if name.startswith("anchors/")]
 
 
-def test_a_missing_prior_is_told_after_the_first_batch(fast_options: list[str], tmp_path: Path) -> None:
+def test_missing_prior_warns_after_the_first_batch(fast_options: list[str], tmp_path: Path) -> None:
     options = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0", "--runs_dir", str(tmp_path)]
     with pytest.warns(UserWarning, match=r"The first classification loss is .* for each positive anchor"):
         assert run("fit", *fast_options, *options, "--model.detector.init_args.prior", "0.5") == 0
 
 
-def test_a_learning_rate_that_overflows_ends_with_code_6_and_a_diagnosis(
+def test_overflowing_learning_rate_ends_with_code_6_and_a_diagnosis(
     fast_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model.optimizer.lr", "1e30", "--trainer.max_epochs", "2", "--runs_dir", str(tmp_path)]
@@ -59,7 +59,7 @@ def test_a_learning_rate_that_overflows_ends_with_code_6_and_a_diagnosis(
     assert all(bool(tensor.isfinite().all()) for tensor in checkpoint["state_dict"].values())
 
 
-def test_a_checkpoint_that_holds_nan_is_not_trained_on(
+def test_checkpoint_with_nan_weights_is_rejected(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
@@ -73,7 +73,7 @@ def test_a_checkpoint_that_holds_nan_is_not_trained_on(
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_losses_of_a_checkpoint_are_drawn_and_written(
+def test_losses_command_writes_table_and_plot(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str
 ) -> None:
     words = ["--ckpt_path", str(trained / "checkpoints" / "best.ckpt"), "--runs_dir", str(tmp_path)]
@@ -88,9 +88,7 @@ def test_losses_of_a_checkpoint_are_drawn_and_written(
     assert not (folder / "results.json").exists()
 
 
-def test_losses_takes_gammas_of_its_own_and_refuses_bad_ones(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_losses_command_checks_its_gammas(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--ckpt_path", str(trained / "checkpoints" / "best.ckpt"), "--runs_dir", str(tmp_path)]
     words += ["--trainer.accelerator=cpu", "--trainer.limit_val_batches", "1"]
     assert run("losses", *words, "--gammas", "[3]") == 0

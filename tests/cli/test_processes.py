@@ -125,7 +125,7 @@ def test_two_processes_write_one_run_folder(two: Path) -> None:
     assert {"config.yaml", "metrics.csv", "results.json"} <= {path.name for path in folder.iterdir()}
 
 
-def test_each_image_comes_once_an_epoch_and_each_step_has_those_of_one_process(one: Path, two: Path) -> None:
+def test_each_image_is_used_once_per_epoch_in_the_steps_of_one_process(one: Path, two: Path) -> None:
     (alone,), shares = recorded(one), recorded(two)
     assert [len(share) for share in shares] == [NUM_STEPS, NUM_STEPS]
     for step, batches in enumerate(zip(*shares, strict=True)):
@@ -137,7 +137,7 @@ def test_each_image_comes_once_an_epoch_and_each_step_has_those_of_one_process(o
     assert [batch["images"] for batch in alone[:10]] != [batch["images"] for batch in alone[10:]]
 
 
-def test_two_processes_train_as_one_with_a_batch_twice_as_large(one: Path, two: Path) -> None:
+def test_two_processes_train_like_one_with_twice_the_batch(one: Path, two: Path) -> None:
     (alone,), (first, second) = recorded(one), recorded(two)
     mean = [(left["loss"] + right["loss"]) / 2 for left, right in zip(first, second, strict=True)]
     torch.testing.assert_close(torch.tensor(mean), torch.tensor([step["loss"] for step in alone]), rtol=1e-4, atol=1e-5)
@@ -149,7 +149,7 @@ def test_two_processes_train_as_one_with_a_batch_twice_as_large(one: Path, two: 
     assert start_of_run[-5:].mean() < 0.8 * start_of_run[:5].mean()  # and something was learnt in these steps
 
 
-def test_two_processes_evaluate_an_odd_number_of_images_as_one_does(config: Path, two: Path, tmp_path: Path) -> None:
+def test_two_processes_evaluate_an_odd_number_of_images_like_one(config: Path, two: Path, tmp_path: Path) -> None:
     (best,) = two.glob("runs/*/version_0/checkpoints/best.ckpt")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SUPPORT))
@@ -159,7 +159,7 @@ def test_two_processes_evaluate_an_odd_number_of_images_as_one_does(config: Path
     assert together["metrics"]["mAP"] > 0
 
 
-def test_validation_losses_are_those_of_one_process(one: Path, two: Path) -> None:
+def test_validation_losses_equal_those_of_one_process(one: Path, two: Path) -> None:
     """Weighted by positives, the mean does not depend on how images are shared among batches and processes."""
 
     def last_losses(folder: Path) -> list[float]:
@@ -172,7 +172,7 @@ def test_validation_losses_are_those_of_one_process(one: Path, two: Path) -> Non
     assert last_losses(two) == pytest.approx(last_losses(one), rel=1e-4)
 
 
-def test_the_found_batch_and_its_learning_rate_are_said_and_recorded(
+def test_auto_batch_prints_and_records_batch_and_learning_rate(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -200,7 +200,7 @@ def free_port() -> str:
 
 
 @pytest.mark.slow
-def test_two_machines_of_one_process_are_one_machine_of_two(config: Path, two: Path, tmp_path: Path) -> None:
+def test_two_machines_with_one_process_equal_one_machine_with_two(config: Path, two: Path, tmp_path: Path) -> None:
     words = fit_words(config, tmp_path, "--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp")
     meet = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     nodes = [start(words, ["-m", "torch.distributed.run", f"--node_rank={node}", *meet]) for node in (0, 1)]
@@ -213,7 +213,7 @@ def test_two_machines_of_one_process_are_one_machine_of_two(config: Path, two: P
 
 
 @pytest.mark.slow
-def test_srun_on_two_machines_is_one_machine_of_two(config: Path, two: Path, tmp_path: Path) -> None:
+def test_srun_on_two_machines_equals_one_machine_with_two_processes(config: Path, two: Path, tmp_path: Path) -> None:
     """No SLURM is needed: srun starts the command on each machine with these variables set."""
     words = fit_words(config, tmp_path, "--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp")
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
@@ -230,7 +230,7 @@ def test_srun_on_two_machines_is_one_machine_of_two(config: Path, two: Path, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [2, 3])
-def test_any_number_of_processes_evaluates_as_one_does(
+def test_any_number_of_processes_evaluates_like_one(
     config: Path, two: Path, tmp_path: Path, num_processes: int
 ) -> None:
     """Started by Lightning; seven images are 4 + 3, or 3 + 2 + 2."""
@@ -242,7 +242,7 @@ def test_any_number_of_processes_evaluates_as_one_does(
 
 
 @pytest.mark.slow
-def test_fewer_images_than_processes_end_at_once_with_the_remedy(config: Path, tmp_path: Path) -> None:
+def test_fewer_images_than_processes_stop_with_a_remedy(config: Path, tmp_path: Path) -> None:
     few = ["--data.source.path", str(tmp_path / "shapes"), "--data.source.num_val=1"]
     process = start(fit_words(config, tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp", *few))
     _, err = finish(process, exit_code=3)
@@ -251,7 +251,7 @@ def test_fewer_images_than_processes_end_at_once_with_the_remedy(config: Path, t
 
 
 @pytest.mark.slow
-def test_fsdp_takes_the_steps_of_ddp(config: Path, two: Path, tmp_path: Path) -> None:
+def test_fsdp_takes_the_same_steps_as_ddp(config: Path, two: Path, tmp_path: Path) -> None:
     """On CPUs by a class for tests: Lightning's own asks for GPUs. Weight decay shows who is taken for a bias."""
     strategy = "--trainer.strategy={class_path: cpu_fsdp.CPUFSDP}"
     out, _ = finish(start(fit_words(config, tmp_path, "--trainer.devices=2", strategy, "--ema.decay=null"), TORCHRUN))
@@ -270,7 +270,7 @@ def test_fsdp_takes_the_steps_of_ddp(config: Path, two: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_resumed_run_under_fsdp_ends_with_the_bits_of_an_uninterrupted_one(config: Path, tmp_path: Path) -> None:
+def test_resumed_fsdp_run_equals_an_uninterrupted_one(config: Path, tmp_path: Path) -> None:
     strategy = ["--trainer.devices=2", "--trainer.strategy={class_path: cpu_fsdp.CPUFSDP}", "--ema.decay=null"]
     constant = [*strategy, "--model.schedule.kind=constant"]  # a schedule that does not know the length of the run
     finish(start(fit_words(config, tmp_path / "whole", *constant), TORCHRUN))
@@ -283,7 +283,7 @@ def test_a_resumed_run_under_fsdp_ends_with_the_bits_of_an_uninterrupted_one(con
 
 
 @pytest.mark.slow
-def test_processes_agree_on_the_batch_that_was_found(config: Path, tmp_path: Path) -> None:
+def test_processes_agree_on_the_auto_batch(config: Path, tmp_path: Path) -> None:
     words = fit_words(config, tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp", "--auto_batch", "64")
     finish(start(words, TORCHRUN))
     first, second = recorded(tmp_path)
@@ -293,7 +293,7 @@ def test_processes_agree_on_the_batch_that_was_found(config: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_torchrun_with_another_number_of_devices_is_refused(config: Path, tmp_path: Path) -> None:
+def test_torchrun_with_another_number_of_devices_is_rejected(config: Path, tmp_path: Path) -> None:
     _, err = finish(start(fit_words(config, tmp_path, "--trainer.devices=1"), TORCHRUN), exit_code=1)
     assert "torchrun has started 2 processes" in err
     assert "--trainer.devices 2 --trainer.num_nodes 1" in err
@@ -307,7 +307,7 @@ def test_torchrun_with_another_number_of_devices_is_refused(config: Path, tmp_pa
         (["--trainer.strategy=dpp"], "'dpp'"),
     ],
 )
-def test_a_strategy_that_cannot_run_here_is_one_message(
+def test_strategy_that_cannot_run_here_is_one_message(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:

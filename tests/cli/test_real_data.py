@@ -26,7 +26,7 @@ def eight_bccd(tmp_path: Path) -> list[str]:
     shutil.copytree(BCCD / "JPEGImages", root / "JPEGImages")
     return [
         "--data.source", "onestage.data.VOC", "--data.source.path", str(root),
-        "--data.train=[eight]", "--data.val=[eight]",
+        "--data.source.train=[eight]", "--data.source.val=[eight]",
     ]  # fmt: skip
 
 
@@ -43,13 +43,13 @@ def eight_coco(tmp_path: Path) -> list[str]:
     images = str(COCO128 / "train2017")
     return [
         "--data.source", "onestage.data.COCO", "--data.source.path", str(COCO128),
-        "--data.train_annotations", str(file), "--data.train_images", images,
-        "--data.val_annotations", str(file), "--data.val_images", images,
+        "--data.source.train", str(file), "--data.source.train_images", images,
+        "--data.source.val", str(file), "--data.source.val_images", images,
     ]  # fmt: skip
 
 
 @needs_bccd
-def test_bccd_reports_its_two_degenerate_boxes_and_goes_on() -> None:
+def test_bccd_skips_its_two_degenerate_boxes_with_a_report() -> None:
     data = voc_data(BCCD, train=["train", "val", "test"], val=["val"], image_size=160)
     annotations = data.annotations("train")
     assert data.class_names == ["Platelets", "RBC", "WBC"]
@@ -80,13 +80,13 @@ def overfit(options: list[str], runs: Path, steps: int) -> float:
 
 @needs_bccd
 @pytest.mark.slow
-def test_the_small_model_overfits_eight_images_of_bccd(eight_bccd: list[str], tmp_path: Path) -> None:
+def test_small_model_overfits_eight_images_of_bccd(eight_bccd: list[str], tmp_path: Path) -> None:
     assert overfit(eight_bccd, tmp_path / "runs", steps=400) > 0.9
 
 
 @needs_coco128
 @pytest.mark.slow
-def test_the_small_model_overfits_eight_images_of_coco(eight_coco: list[str], tmp_path: Path) -> None:
+def test_small_model_overfits_eight_images_of_coco(eight_coco: list[str], tmp_path: Path) -> None:
     assert overfit(eight_coco, tmp_path / "runs", steps=400) > 0.9
 
 

@@ -22,7 +22,6 @@ from onestage.cli.parser import (
     checked_seed,
     experiment_name,
     require_classes_of_the_data,
-    restrict_imports,
     shared_configs,
 )
 from onestage.data.datamodule import DetectionDataModule
@@ -64,7 +63,6 @@ def run_trainer_command(words: list[str]) -> None:
         check_config_file(file)
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    restrict_imports()
     add_on = make_add_on()
     with add_on.command():
         _run(command, options, add_on)
