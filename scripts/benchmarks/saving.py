@@ -7,7 +7,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from benchmarks.timing import compare
-from onestage.reliability.checkpoint_io import WholeFileIO
+from onestage.reliability.checkpoints import AtomicCheckpointIO
 from onestage.training.module import CHECKPOINT_KEY, CHECKPOINT_SCHEMA
 
 
@@ -16,7 +16,7 @@ def run(rounds: int, quick: bool) -> None:
     checkpoint = checkpoint_of(4 if quick else 200)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # a real disk, where /tmp is often memory
         paths = {name: Path(folder) / f"{name}.ckpt" for name in ("lightning", "onestage")}
-        files = {"lightning": TorchCheckpointIO(), "onestage": WholeFileIO()}
+        files = {"lightning": TorchCheckpointIO(), "onestage": AtomicCheckpointIO()}
         compare(
             "saving a checkpoint",
             {

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from onestage.errors import AnnotationError, ConfigError, DataError, ResourceError
+from onestage.errors import AnnotationError, ConfigError, OnestageError, ResourceError
 
 HEAD_BYTES = 256  # enough to recognise a web page or a pointer file
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000  # what Linux, macOS and Windows have in common, less what stands before it
@@ -22,7 +22,7 @@ OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def read_file(
     path: Path,
-    error: type[DataError],
+    error: type[OnestageError],
     noun: str,
     remedy: str,
     max_bytes: int = MAX_FILE_BYTES,
@@ -40,7 +40,7 @@ def read_file(
         may_be_empty: whether an empty file is a file.
 
     Raises:
-        DataError: as `error`: the file is missing, unreadable, not a regular file, empty, too long, a web page or a
+        OnestageError: `error`: the file is missing, unreadable, not a regular file, empty, too long, a web page or a
             Git LFS pointer.
     """
     place = printable(path)
@@ -66,7 +66,7 @@ def read_file(
     return content
 
 
-def read_text(path: Path, error: type[DataError], noun: str, remedy: str, max_bytes: int = MAX_FILE_BYTES) -> str:
+def read_text(path: Path, error: type[OnestageError], noun: str, remedy: str, max_bytes: int = MAX_FILE_BYTES) -> str:
     """Read a UTF-8 text file, which may be empty; see `read_file`."""
     try:
         return read_file(path, error, noun, remedy, max_bytes, may_be_empty=True).decode("utf-8-sig")

@@ -27,7 +27,7 @@ from onestage.data.scenes import SHAPE_NAMES
 from onestage.data.shapes import draw_shapes
 from onestage.models.heads import ExtraLayer
 from onestage.models.vgg import VGG
-from onestage.reliability.checkpoint_files import read_checkpoint
+from onestage.reliability.checkpoints import read_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 STOPPED_AT = 11  # of 16 steps

@@ -22,7 +22,7 @@ import tiny_run
 
 from onestage.data.shapes import draw_shapes
 from onestage.errors import CheckpointError
-from onestage.reliability.checkpoint_files import read_checkpoint
+from onestage.reliability.checkpoints import read_checkpoint
 from onestage.training.module import DetectionModule
 
 INTERVAL = 2  # optimizer steps between two checkpoints

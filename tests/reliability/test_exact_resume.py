@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 
-from onestage.reliability.seeding import SeededSteps
+from onestage.reliability.callbacks import SeededSteps
 from onestage.training.module import DetectionModule
 
 STEP, VALIDATION = "training_step", "validation_step"

@@ -10,8 +10,8 @@ import pytest
 
 from onestage.data.coco import parse_coco
 from onestage.data.shapes import draw_shapes
-from onestage.reliability import fingerprint
-from onestage.reliability.fingerprint import fingerprints
+from onestage.reliability import resume
+from onestage.reliability.resume import fingerprints
 from onestage.types import AnnotationSet
 
 
@@ -77,9 +77,9 @@ def test_a_pipe_in_place_of_an_image_is_not_waited_for(folder: Path) -> None:
 
 def test_of_a_large_set_only_sizes_are_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     total = sum(Path(path).stat().st_size for path in read(folder).image_paths.tolist())
-    monkeypatch.setattr(fingerprint, "READ_BYTES", total)
+    monkeypatch.setattr(resume, "READ_BYTES", total)
     assert fingerprints(read(folder))["image_fingerprint"].startswith("bytes:")
-    monkeypatch.setattr(fingerprint, "READ_BYTES", total - 1)
+    monkeypatch.setattr(resume, "READ_BYTES", total - 1)
     before = fingerprints(read(folder))["image_fingerprint"]
     assert before.startswith("sizes:")
     edit_a_byte(image(folder))

@@ -11,7 +11,7 @@ import torch
 from tiny_run import onestage
 
 from onestage import __version__
-from onestage.reliability.checkpoint_files import read_checkpoint
+from onestage.reliability.checkpoints import read_checkpoint
 
 pytestmark = [pytest.mark.fault, pytest.mark.filterwarnings("ignore:Checkpoint directory")]
 CHECKPOINTS = sorted(golden.GOLDEN.glob("*.ckpt"))

@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 import torch
 
-from onestage.reliability.checkpoint_files import read_checkpoint
+from onestage.reliability.checkpoints import read_checkpoint
 from onestage.training.module import DetectionModule
 
 pytestmark = pytest.mark.fault

@@ -2,7 +2,7 @@ import pytest
 from cpu_fsdp import CPUFSDP
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
-from onestage.reliability.checkpoint_io import writes_whole_files
+from onestage.reliability.add_on import writes_whole_files
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def final_state(folder: Path) -> dict[str, object]:
         **{key: state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")},
         **{key: value for key, value in state.items() if key in ("current_model_state", "MixedPrecision")},
         "callbacks": state["callbacks"],
-        "position": state["shapes_data"]["batches"] % 8,  # of an epoch of 8
+        "position": state["DetectionDataModule"]["batches"] % 8,  # of an epoch of 8
         "best": {key: best[key] for key in ("state_dict", "global_step")},
         "metrics": results["metrics"],
         "per_class": results["per_class"],

@@ -180,11 +180,12 @@ class DetectionCLI(LightningCLI):
         if config.get("logger") in (None, True):
             config["logger"] = run_loggers(self.run_folder, self.add_on.resumed_step)
         own = self._reporting_callbacks(config)
+        stored = None
         if self.command == "fit":
             self._dump_config()
             stored = {key: self.config_dump[key] for key in ("model", "data")}
             own += self._auto_batch(stored)
-            callbacks = self.add_on.callbacks(self.settings, config, callbacks, stored)
+        callbacks = self.add_on.callbacks(self.settings, config, callbacks, stored)
         return super()._instantiate_trainer(config, [*own, *callbacks])
 
     def _reporting_callbacks(self, config: dict[str, Any]) -> list[Callback]:

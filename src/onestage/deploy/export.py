@@ -18,9 +18,9 @@ def export(*, ckpt_path: Path, format: Literal["safetensors"] = "safetensors", o
         format: of the weights.
         output: folder for the two files; default: export/ in the run's folder, or beside a checkpoint outside of a run.
     """
-    from onestage.reliability.checkpoint_files import needs_config  # seconds of imports
+    from onestage.reliability.stored_config import foreign_classes  # seconds of imports
 
-    reason = needs_config(ckpt_path)  # model.json carries the configuration, but not the user's own code
+    reason = foreign_classes(ckpt_path)  # model.json carries the configuration, but not the user's own code
     print(f"exported: {export_safetensors(ckpt_path, output or _default_folder(ckpt_path))}")
     if reason is not None:
         print(f"Share the run's config.yaml and your code too; the configuration in model.json is not used: {reason}.")
@@ -40,11 +40,13 @@ def export_safetensors(checkpoint: Path, folder: Path) -> Path:
 
     from onestage.errors import CheckpointError
     from onestage.files import atomic_write
-    from onestage.reliability.checkpoint_files import read_checkpoint
+    from onestage.reliability.checkpoints import read_checkpoint
+    from onestage.reliability.stored_config import evaluation_part
     from onestage.training.module import CHECKPOINT_KEY
 
     content = read_checkpoint(checkpoint)
     ours = {key: value for key, value in content[CHECKPOINT_KEY].items() if key in SHARED}
+    ours["config"] = evaluation_part(ours, checkpoint)  # without optimizer, augmentation and workers
     try:
         description = json.dumps({**ours, "global_step": content["global_step"]}, indent=2, allow_nan=False)
     except ValueError as error:

@@ -10,15 +10,13 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
 from onestage.errors import CheckpointError
-from onestage.reliability.checkpoint_files import config_of, load_weights, read_checkpoint
-from onestage.reliability.checkpoint_io import WholeFileIO, writes_whole_files
-from onestage.reliability.checkpoints import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint
-from onestage.reliability.endings import named_endings
+from onestage.reliability.callbacks import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint, SeededSteps
+from onestage.reliability.checkpoints import AtomicCheckpointIO, load_weights, read_checkpoint
 from onestage.reliability.non_finite import NonFiniteGuard
 from onestage.reliability.resume import Resumed, find_checkpoint, require_resumable, saved_batch_size
 from onestage.reliability.runs import new_locked_folder, take_run_folder
-from onestage.reliability.seeding import SeededSteps
-from onestage.reliability.stopping import StopOnSignal
+from onestage.reliability.stopping import StopOnSignal, mapped_errors
+from onestage.reliability.stored_config import config_of
 from onestage.reliability.watchdog import Watchdog, launcher_watched
 from onestage.training.module import DetectionModule
 from onestage.training.run import RunAddOn, is_first_process
@@ -34,7 +32,7 @@ class Reliability(RunAddOn):
     @contextmanager
     def command(self) -> Iterator[None]:
         """Map exceptions to onestage errors; end with the process that started this one."""
-        with named_endings(), launcher_watched():
+        with mapped_errors(), launcher_watched():
             yield
 
     def stored_config(self, checkpoint: str, is_optional: bool) -> JSONDict | None:
@@ -54,27 +52,24 @@ class Reliability(RunAddOn):
     def add_arguments(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks and the keys of a resume."""
         parser.add_lightning_class_args(NonFiniteGuard, "guard")
-        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
-        parser.add_argument(
-            "--resume",
-            type=str,
-            default="none",
-            help="auto: continue the newest run of this experiment and configuration, in its folder; "
-            "PATH: continue from that checkpoint, in a new folder; none: start a new run",
+        resume = (
+            "auto: continue the newest run of this experiment and configuration, in its folder; "
+            "PATH: continue from that checkpoint, in a new folder; none: start a new run"
         )
-        parser.add_argument(
-            "--allow_data_change", type=bool, default=False, help="resume although annotations or images have changed"
-        )
+        change = "resume although annotations or images have changed"
+        parser.add_argument("--resume", type=str, default="none", help=resume)
+        parser.add_argument("--allow_data_change", type=bool, default=False, help=change)
 
     def before_instantiate(self, settings: Any, config: JSONDict) -> None:
         """Find the checkpoint to resume from; a run continued in place keeps its batch size."""
         self._resumed = find_checkpoint(settings.resume, settings.ckpt_path, config)
-        self.resumed_step = self._resumed.step_in_folder if self._resumed else None
-        if self._resumed is not None and self._resumed.folder is not None and settings.auto_batch is not False:
-            settings.data.batch_size = saved_batch_size(self._resumed.folder)
-            settings.auto_batch = False
+        if self._resumed is not None and self._resumed.folder is not None:
+            self.resumed_step = self._resumed.global_step
+            if settings.auto_batch is not False:
+                settings.data.batch_size = saved_batch_size(self._resumed.folder)
+                settings.auto_batch = False
 
     def run_folder(self, settings: Any) -> Path:
         """Return the locked folder of the run: a new one, or that of the resumed run."""
@@ -84,20 +79,25 @@ class Reliability(RunAddOn):
             return self._resumed.folder
         return new_locked_folder(settings.runs_dir, settings.experiment, is_writer=is_writer)
 
-    def callbacks(self, settings: Any, config: JSONDict, callbacks: list[Callback], stored: JSONDict) -> list[Callback]:
+    def callbacks(
+        self, settings: Any, config: JSONDict, callbacks: list[Callback], stored: JSONDict | None
+    ) -> list[Callback]:
         """Add what makes a run resumable; write checkpoints atomically where one process writes them."""
-        if config.get("enable_checkpointing") is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        is_off = config.get("enable_checkpointing") is False
+        callbacks = [callback for callback in callbacks if not (is_off and isinstance(callback, Checkpoint))]
+        if stored is None:
+            return [*callbacks, Watchdog()]
+        if is_off:
             config["enable_checkpointing"] = True  # for StopOnSignal, a Checkpoint that writes none
         for callback in callbacks:
             if isinstance(callback, BestCheckpoint | LastCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(config["default_root_dir"]) / "checkpoints")
         if writes_whole_files(config.get("strategy")):
             plugins = config.get("plugins") or []
-            config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFileIO()]
+            config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
         seeded = SeededSteps(int(settings.seed_everything))
-        return [ConfigInCheckpoint(stored), seeded, *callbacks, StopOnSignal(last)]
+        return [ConfigInCheckpoint(stored), seeded, *callbacks, Watchdog(), StopOnSignal(last)]
 
     def checkpoint_to_resume(
         self, settings: Any, module: DetectionModule, data: LightningDataModule, trainer: Trainer
@@ -120,3 +120,13 @@ class Reliability(RunAddOn):
             CheckpointError: it is unreadable or belongs to another model or other classes.
         """
         load_weights(module, checkpoint, class_names)
+
+
+def writes_whole_files(strategy: object) -> bool:
+    """Return whether one process writes the whole checkpoint, and not every process a part of it in a folder.
+
+    strategy: as configured, a name or an object.
+    """
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    in_parts = getattr(strategy, "_state_dict_type", "full") == "sharded"  # private: FSDPStrategy has no getter
+    return not in_parts and not any(word in name.lower() for word in ("deepspeed", "modelparallel"))

@@ -1,251 +1,374 @@
-"""Which checkpoints a run keeps, and what is in them beside Lightning's own."""
+"""Checkpoint files: written atomically, read without running anything in them."""
 
+import contextlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from onestage.errors import CheckpointError, ConfigError, DataError
-from onestage.evaluation.results import installed_versions
-from onestage.reliability.checkpoint_files import read_checkpoint
-from onestage.reliability.checkpoint_io import copy_whole, keep_previous, require_writable
-from onestage.reliability.fingerprint import fingerprints
-from onestage.reliability.save_points import (
-    forget_unfinished_validation,
-    is_after_step,
-    is_between_batches,
-    is_dry,
-    is_last_batch,
-    is_training,
-    mark_validation_due,
-    validation_follows,
-)
-from onestage.training.module import CHECKPOINT_KEY, DetectionModule
+from onestage.errors import CheckpointError, ResourceError
+from onestage.files import TEMPORARY_SUFFIX, atomic_write, printable, read_file, write_error
+from onestage.training.module import CHECKPOINT_KEY, CHECKPOINT_SCHEMA, DetectionModule
 from onestage.types import JSONDict
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+MAX_VALUES = 1_000_000  # in a checkpoint, tensors counted as one; 100,000 classes need 200,000
+MAX_DEPTH = 50  # of nested lists and dictionaries in the configuration; `fit` writes 10
+MAX_JSON_BYTES = 64 << 20
+SHARED_KEYS = ("schema", "detector", "class_names", "category_ids")
 
 
-class BestCheckpoint(ModelCheckpoint):
-    """Keeps `checkpoints/best.ckpt`, the weights with the best metric so far.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints on a local file system: a name always stands for a whole file.
 
-    Args:
-        monitor: a logged metric, such as `val/mAP` or `val/AP50`.
-        mode: `max` where more is better.
-        dirpath: the folder; null: `checkpoints/` of the run.
+    Lightning writes into the system's temporary folder and moves the file over the old one. Between two file systems
+    that is a copy, which a kill or a full disk truncates. Lightning also ignores a permission error.
     """
 
-    def __init__(self, monitor: str = "val/mAP", mode: str = "max", dirpath: str | None = None) -> None:
-        super().__init__(
-            dirpath=dirpath, filename=Path(BEST).stem, monitor=monitor, mode=mode, enable_version_counter=False
-        )
-        self._inherited: Path | None = None  # the best checkpoint of the run that is resumed
-        self._copies = False
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Look for the best checkpoint of the run that is resumed; all processes go by what the first one finds."""
-        self._copies = trainer.is_global_zero
-        best = None
-        if trainer.is_global_zero and is_training(trainer):
-            state = checkpoint["callbacks"].get(self.state_key)
-            best = _stored_best(state, Path(str(trainer.ckpt_path)).parent, Path(str(self.dirpath)))
-        self._inherited = trainer.strategy.broadcast(best)
-
-    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look for the metric where it costs no epoch: the validation before training logs all there are.
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint.
 
         Raises:
-            ConfigError: it is one of the validation and was not logged.
+            ResourceError: the disk is full or the folder cannot be written; the earlier file is unchanged.
         """
-        logged = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
-        if logged and str(self.monitor).startswith("val/") and self.monitor not in logged:
-            raise ConfigError(
-                f"best_checkpoint.monitor is {self.monitor}, which the validation does not log.\n"
-                f"Set it to one of {', '.join(logged)}. For one that is logged only once training has begun, set "
-                "trainer.num_sanity_val_steps: 0."
-            )
+        with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best checkpoint of the run that is resumed, as a copy in this run's folder.
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint on the CPU with all checks of `read_checkpoint`; `weights_only` is always true."""
+        return read_checkpoint(path, mapped=False)  # the training must not depend on the file any more
 
-        Lightning forgets the best score when the folder changes: the first validation after a resume would win.
-        """
-        if self._inherited is None:
-            return  # without its file, its score is nothing to go by
-        copy = Path(str(self.dirpath)) / BEST
-        if self._copies and copy.resolve() != self._inherited.resolve():
-            copy_whole(self._inherited, copy)
-        score = state_dict["best_model_score"]
-        ours = {
-            "dirpath": str(self.dirpath),
-            "best_model_path": str(copy),
-            "best_k_models": {str(copy): score},
-            "kth_best_model_path": str(copy),
-            "kth_value": score,
-            "last_model_path": "",
-        }
-        super().load_state_dict({**state_dict, **ours})
-        self.current_score = state_dict.get("current_score")  # which Lightning leaves out
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint that a better one has replaced."""
+        Path(path).unlink(missing_ok=True)
 
 
-def _stored_best(state: object, beside: Path, own: Path) -> Path | None:
-    """Return the best checkpoint that a run knew of, in the folder of the checkpoint that is resumed or in our own.
-
-    The stored path is that of the machine and the day on which it was written, and a checkpoint from somewhere may
-    name any file that this user can read: it is followed into these two folders only.
-    """
-    score = state.get("best_model_score") if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not isinstance(score, Tensor) or score.numel() != 1:
-        return None  # nothing was validated before it was written
-    stored = Path(str(state.get("best_model_path") or ""))
-    best = stored if stored.parent in (beside, own) else beside / BEST
-    try:
-        if stored.name != BEST:
-            raise CheckpointError(f"a path to {BEST} is expected, not {str(stored)!r}.")
-        read_checkpoint(best)
-    except (CheckpointError, OSError) as error:
-        said = str(error).partition("\n")[0]
-        rank_zero_info(
-            f"resume: the best checkpoint so far is not taken over, so the next one will be the best: {said}"
-        )
-        return None
-    return best
+# Reading
 
 
-class LastCheckpoint(Checkpoint):
-    """Keeps `checkpoints/last.ckpt`, the state to resume from, and the one before it as `checkpoints/previous.ckpt`.
-
-    It is written at intervals, and when a signal or a data error ends the run.
+def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
+    """Load a checkpoint of this project on the CPU. No code in it is run.
 
     Args:
-        every_n_epochs: how often it is written; 0: not at the ends of epochs.
-        every_n_steps: the same in optimizer steps, for epochs that are long; 0: not inside epochs.
-        dirpath: the folder; null: `checkpoints/` of the run.
+        path: a .ckpt file, or a .safetensors file with its .json file beside it.
+        mapped: read tensors from the file when they are used. A command reads its checkpoint twice, first for the
+            configuration, then for the weights.
 
     Raises:
-        ConfigError: an interval is negative.
+        CheckpointError: the file is missing, truncated, damaged, or not a checkpoint of this project.
     """
+    path = Path(path)
+    try:
+        if not path.is_file():  # a FIFO would block
+            what = "is a folder" if path.is_dir() else "does not exist" if not path.exists() else "is not a file"
+            raise CheckpointError(f"checkpoint {path} {what}.{_other_checkpoints(path)}")
+        checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_archive(path, mapped)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {str(path)[:300]} cannot be read: {error.strerror or error}.\n"
+            "Check the path, and that this user may read the file and enter its folder."
+        ) from error
+    ours = checkpoint[CHECKPOINT_KEY]
+    schema = ours.get("schema") if isinstance(ours, dict) else CHECKPOINT_SCHEMA
+    if schema != CHECKPOINT_SCHEMA:
+        raise CheckpointError(
+            f"checkpoint {path} has schema {schema!r:.99}; this version of onestage reads schema {CHECKPOINT_SCHEMA}.\n"
+            "Use the version of onestage that wrote it (its number is in the run's results.json)."
+        )
+    problem = _find_oversized_tensor(checkpoint, path.stat().st_size) or _find_wrong_type(checkpoint)
+    if problem is not None:
+        remedy = "`onestage fit` does not write such a file."
+        raise CheckpointError(f"checkpoint {path} {problem}.\n{remedy}{_other_checkpoints(path)}")
+    return checkpoint
 
-    def __init__(self, every_n_epochs: int = 1, every_n_steps: int = 0, dirpath: str | None = None) -> None:
-        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
-            if value < 0:
-                raise ConfigError(f"last_checkpoint.{name} is {value}; it must be 0 (never) or more.")
-        self.every_n_epochs = every_n_epochs
-        self.every_n_steps = every_n_steps
-        self.dirpath = dirpath
-        self._is_due = False  # an interval ended where no checkpoint can be written yet
-        self._is_before_validation = False
-        self._saved: tuple[int, bool] | None = None  # global step and whether a validation was due
 
-    @property
-    def path(self) -> Path:
-        """Of the newest state."""
-        return Path(str(self.dirpath)) / LAST
+def stored_step(file: Path) -> int:
+    """Return the optimizer step in a checkpoint without reading its tensors; -1 if that fails."""
+    try:
+        return int(_load_archive(file, mapped=True)["global_step"]) if file.is_file() else -1
+    except Exception:  # `read_checkpoint` names the problem if this file is chosen
+        return -1
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Agree on the folder of the first process, and see that it can be written."""
-        self.dirpath = trainer.strategy.broadcast(self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints"))
-        writes = stage == "fit" and trainer.is_global_zero and not is_dry(trainer)
-        if writes and (self.every_n_epochs or self.every_n_steps):
-            require_writable(self.path.parent)
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Begin with the state of another run that is gone on from: killed before its first save, this one has that.
+def _read_archive(path: Path, mapped: bool) -> dict[str, Any]:
+    _check_archive(path)
+    try:
+        checkpoint = _load_archive(path, mapped)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch raises half a dozen kinds here, among them those of pickle
+        raise CheckpointError(
+            f"checkpoint {path} cannot be loaded as plain tensors and numbers ({_first_line(error)}).\n"
+            "Only checkpoints written by this project are read; nothing in it was run."
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or CHECKPOINT_KEY not in checkpoint:
+        raise CheckpointError(
+            f"checkpoint {path} was not written by `onestage fit` (no `state_dict` or no `{CHECKPOINT_KEY}` in it).\n"
+            "For weights of other origin see the `weights` of the backbone and `pretrained` of the detector."
+        )
+    return checkpoint
 
-        Every callback is asked this before `BestCheckpoint` brings an older state into the folder.
-        """
-        resumed = Path(str(trainer.ckpt_path))
-        if trainer.is_global_zero and is_training(trainer) and resumed.resolve().parent != self.path.resolve().parent:
-            keep_previous(self.path, self.path.with_name(PREVIOUS))
-            copy_whole(resumed, self.path)
 
-    def save(self, trainer: pl.Trainer, *, before_validation: bool = False) -> None:
-        """Write the state of this moment, which must be one of those of `save_points`, unless it has been written.
+def _load_archive(path: Path, mapped: bool) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        _require_uncompressed(path, archive)
+        for member in archive.infolist():
+            # bytearray is the one callable that torch accepts and that allocates memory by itself.
+            if member.filename.endswith(".pkl") and b"bytearray" in archive.read(member):
+                raise CheckpointError(f"checkpoint {path} asks for memory that it does not fill. It was not loaded.")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
-        Raises:
-            ResourceError: it could not be written; the last one is untouched.
-        """
-        moment = (trainer.global_step, before_validation)
-        self._is_due = False
-        if moment == self._saved or trainer.global_step == 0:
-            return
-        if trainer.is_global_zero:
-            keep_previous(self.path, self.path.with_name(PREVIOUS))
-        self._is_before_validation = before_validation
+
+def _check_archive(path: Path) -> None:
+    """Check that a file is a whole torch archive. torch.load itself compares no checksum."""
+    size = path.stat().st_size
+    if size == 0:
+        raise CheckpointError(f"checkpoint {path} is empty (0 bytes).{_other_checkpoints(path)}")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"checkpoint {path} is a Git LFS pointer, not the file itself. Run: git lfs pull")
+    if not head.startswith(b"PK"):
+        raise CheckpointError(f"checkpoint {path} is not a torch checkpoint: it begins with {head[:16]!r}.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _require_uncompressed(path, archive)
+            damaged = archive.testzip()
+    except (CheckpointError, PermissionError):
+        raise
+    except Exception as error:  # zipfile, struct and zlib raise a dozen kinds between them
+        problem = f"is truncated or damaged ({size:,} bytes; {_first_line(error)})"
+        raise CheckpointError(f"checkpoint {path} {problem}.{_other_checkpoints(path)}") from error
+    if damaged is not None:
+        problem = f"is damaged: the checksum of {printable(damaged)} is wrong"
+        raise CheckpointError(f"checkpoint {path} {problem}.{_other_checkpoints(path)}")
+
+
+def _require_uncompressed(path: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse compressed and overlapping members, which torch never writes: kilobytes of them can hold gigabytes."""
+    members = archive.infolist()
+    declared, size = sum(member.file_size for member in members), path.stat().st_size
+    if declared > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise CheckpointError(
+            f"checkpoint {path} is compressed: {size:,} bytes that would become {declared:,}. torch never compresses.\n"
+            "It was not unpacked. Use the file that `onestage fit` wrote."
+        )
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Read the two files of `onestage export` as a checkpoint without optimizer."""
+    description = path.with_suffix(".json")
+    remedy = "Both are written by: onestage export --ckpt_path runs/.../checkpoints/best.ckpt"
+    try:
+        content = read_file(description, CheckpointError, "the description of the weights", remedy, MAX_JSON_BYTES)
+        ours, weights = json.loads(content), load_file(path)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        problem = f"{path} with {description.name} beside it cannot be read ({str(error)[:200]})"
+        raise CheckpointError(f"{problem}.\n{remedy}") from error
+    if not isinstance(ours, dict) or not set(SHARED_KEYS) <= ours.keys():
+        raise CheckpointError(f"{description} was not written by `onestage export`: {', '.join(SHARED_KEYS)} needed.")
+    return {"state_dict": weights, CHECKPOINT_KEY: ours, "global_step": ours.get("global_step", 0)}
+
+
+def _find_oversized_tensor(checkpoint: dict[str, Any], file_size: int) -> str | None:
+    """Find tensors that need more memory than the file stores, before memory of that size is used."""
+    waiting: list[tuple[str, Any]] = list(checkpoint.items())
+    storages: dict[int, int] = {}
+    num_values = 0
+    while waiting:
+        place, node = waiting.pop()
+        num_values += 1
+        if num_values > MAX_VALUES:
+            return f"has more than {MAX_VALUES:,} values"
+        if isinstance(node, dict):
+            waiting += [(f"{place}.{key}"[-200:], value) for key, value in node.items()]
+        elif isinstance(node, list | tuple):
+            waiting += [(f"{place}.{index}"[-200:], value) for index, value in enumerate(node)]
+        elif isinstance(node, Tensor):
+            if node.layout != torch.strided or node.device.type != "cpu" or node.is_quantized:
+                return f"has a tensor as `{place}` that is sparse, quantized or not on the CPU"
+            size, stored = node.numel() * node.element_size(), node.untyped_storage().nbytes()
+            if size > stored:
+                return f"has a tensor of {size:,} bytes as `{place}`, of which {stored:,} are stored, again and again"
+            storages[node.untyped_storage().data_ptr()] = stored
+            if sum(storages.values()) > file_size:
+                return f"has tensors of more bytes than the file, up to `{place}`"
+    return None
+
+
+def _find_wrong_type(checkpoint: dict[str, Any]) -> str | None:
+    """Find an entry that this project reads and that has another type. Lightning's own entries are not checked."""
+    ours = checkpoint[CHECKPOINT_KEY] if isinstance(checkpoint[CHECKPOINT_KEY], dict) else {}
+    names, config = ours.get("class_names"), ours.get("config")
+    rules: dict[str, tuple[object, bool, str]] = {
+        CHECKPOINT_KEY: (checkpoint[CHECKPOINT_KEY], bool(ours), "a dictionary"),
+        "state_dict": (checkpoint["state_dict"], _is_dict_of(Tensor, checkpoint["state_dict"]), "tensors by name"),
+        "global_step": (checkpoint.get("global_step"), _is_count(checkpoint.get("global_step")), "a number of steps"),
+        "onestage.detector": (ours.get("detector"), isinstance(ours.get("detector"), str), "a class name"),
+        "onestage.image_size": (ours.get("image_size"), _is_count(ours.get("image_size") or 0), "pixels or nothing"),
+        "onestage.class_names": (names, _is_list_of(str, names), "a list of names"),
+        "onestage.category_ids": (
+            ours.get("category_ids"), _is_list_of(int, ours.get("category_ids")), "a list of whole numbers",
+        ),
+        "onestage.config": (config, config is None or is_plain(config), "plain keys and values"),
+        "onestage.versions": (ours.get("versions"), _is_dict_of(str, ours.get("versions", {})), "versions by package"),
+    }  # fmt: skip
+    for place, (value, is_right, expected) in rules.items():
+        if not is_right:
+            got = "nothing" if value is None else type(value).__name__
+            return f"must hold {expected} as `{place}`, got {got}"
+    return None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list | tuple) and all(type(item) is kind for item in value)
+
+
+def _is_dict_of(kind: type, value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(item, kind) for k, item in value.items())
+
+
+def is_plain(root: object) -> bool:
+    """Return whether `root` is a dictionary of numbers, text, lists and dictionaries, finite in depth and number."""
+    waiting, num_values = [(root, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        num_values += 1
+        if depth > MAX_DEPTH or num_values > MAX_VALUES:
+            return False
+        if isinstance(node, dict) and all(isinstance(key, str | int) for key in node):
+            waiting += [(value, depth + 1) for value in node.values()]
+        elif isinstance(node, list | tuple):
+            waiting += [(value, depth + 1) for value in node]
+        elif not isinstance(node, str | int | float | None):
+            return False
+    return isinstance(root, dict)
+
+
+def _other_checkpoints(path: Path) -> str:
+    patterns = ("*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")  # of a run's folder, or an experiment's
+    files: Iterator[Path] = path.parent.glob("*.ckpt")
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            files = (file for pattern in patterns for file in path.glob(pattern))
+        others = sorted(printable(file) for file in files if file != path)
+        if others:
+            return "\nOther checkpoints there: " + ", ".join(others[:5])
+    return "\nTo create one: make train. To list those of finished runs: ls runs/*/*/checkpoints/"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+# Loading weights into a model
+
+
+def load_weights(module: DetectionModule, path: str | Path, class_names: Sequence[str]) -> dict[str, Any]:
+    """Load the weights of a checkpoint into a module; return the checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is unreadable, or holds another detector, other classes or other shapes.
+    """
+    checkpoint = read_checkpoint(path)
+    _require_same_model(checkpoint[CHECKPOINT_KEY], path, module, class_names)
+    weights = checkpoint["state_dict"]
+    broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise CheckpointError(
+            f"checkpoint {path} has NaN or infinite weights in {len(broken)} of {len(weights)} tensors: "
+            f"{', '.join(broken[:5])}.\nThe training had failed before it was written. Use an earlier one."
+            f"{_other_checkpoints(Path(path))}"
+        )
+    try:
+        module.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        lines = "\n".join(str(error).splitlines()[:6])
+        raise CheckpointError(f"checkpoint {path} does not fit the configured detector:\n{lines}") from error
+    return checkpoint
+
+
+def _require_same_model(saved: JSONDict, path: str | Path, module: DetectionModule, class_names: Sequence[str]) -> None:
+    detector = module.detector
+    for name, value in (("detector", type(detector).__name__), ("image_size", detector.image_size)):
+        if saved.get(name) != value:
+            raise CheckpointError(
+                f"checkpoint {path} holds {name} {saved.get(name)!r:.99}, the configuration {name} {value}.\n"
+                "Leave out --config to use the checkpoint's own configuration, or name a checkpoint of this one."
+            )
+    if list(saved["class_names"]) != list(class_names):
+        then, now = (", ".join(map(printable, names)) for names in (saved["class_names"], class_names))
+        raise CheckpointError(
+            f"checkpoint {path} was trained on {len(saved['class_names'])} classes, the data has {len(class_names)}; "
+            f"they must be the same, in the same order.\nOf the checkpoint: {then}\nOf the data: {now}"
+        )
+
+
+# Writing
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a file atomically.
+
+    Raises:
+        ResourceError: the disk is full or the folder cannot be written; the earlier file is unchanged.
+    """
+    with atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def keep_previous(path: Path, previous: Path) -> None:
+    """Give `path` the second name `previous`, before a newer file takes its first. There is always one of them."""
+    if not path.is_file():
+        return
+    temporary = previous.with_name(f".{previous.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        temporary.unlink(missing_ok=True)
         try:
-            trainer.save_checkpoint(self.path, False)  # not the weights alone, and Lightning says less if told
-        finally:
-            self._is_before_validation = False
-        self._saved = moment
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Let the resumed run begin with the validation that this one did not finish."""
-        if self._is_before_validation:
-            mark_validation_due(checkpoint)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save if an interval of steps has ended, or wait for the validation or the end of the epoch to come."""
-        if not self.every_n_steps or not is_training(trainer) or not is_after_step(trainer):
-            return
-        self._is_due |= trainer.global_step % self.every_n_steps == 0
-        if self._is_due and not is_last_batch(trainer) and not validation_follows(trainer):
-            self.save(trainer)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save if an interval has ended with the batch before."""
-        if is_training(trainer):
-            forget_unfinished_validation(trainer)
-            if self._is_due:
-                self.save(trainer, before_validation=True)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save if an interval of epochs has ended, or one of steps with the last batch."""
-        if not is_training(trainer):
-            return
-        if self._is_due or (self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0):
-            self.save(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save when the data ends the run: nothing is wrong with the weights, and the step before is whole.
-
-        Not with several processes: the others wait somewhere else, and a checkpoint needs all of them.
-        """
-        if not isinstance(exception, DataError) or not is_training(trainer) or trainer.world_size > 1:
-            return
-        if is_between_batches(trainer) and is_after_step(trainer):
-            self.save(trainer, before_validation=trainer.validating)
+            temporary.hardlink_to(path)
+        except OSError:  # a file system without hard links
+            path.replace(previous)
+        else:
+            temporary.replace(previous)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-class ConfigInCheckpoint(Callback):
-    """Stores in every checkpoint what made it, so that one file is enough to predict.
+def remove_unfinished_files(folder: Path) -> list[Path]:
+    """Remove the temporary files of killed processes. Only for the process that holds the lock of `folder`."""
+    unfinished = list(folder.rglob(f".*{TEMPORARY_SUFFIX}"))
+    for file in unfinished:
+        with contextlib.suppress(OSError):
+            file.unlink()
+    return unfinished
 
-    That is the run's `model` and `data` configuration, fingerprints of the training annotations and images, and the
-    versions of the packages.
+
+def require_writable(path: Path) -> None:
+    """Check, before the training, that the file `path` can be written.
+
+    Raises:
+        ResourceError: a folder has its name, or its folder cannot be written.
     """
-
-    def __init__(self, config: JSONDict) -> None:
-        self.config = config
-        self._origin: JSONDict = {}
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the fingerprints once, where files are written: what a run is trained on does not change."""
-        if trainer.is_global_zero:
-            annotations = cast(DetectionModule, pl_module).data.annotations("train")
-            self._origin = {**fingerprints(annotations), "versions": installed_versions()}
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Add it beside the class names."""
-        checkpoint.setdefault(CHECKPOINT_KEY, {}).update({"config": self.config, **self._origin})
+    if path.is_dir():
+        raise ResourceError(f"{path}: is a folder; the checkpoint cannot be written. Remove or rename that folder.")
+    with atomic_write(path.with_name(".write_test")) as temporary:
+        temporary.write_bytes(b"onestage")
+    path.with_name(".write_test").unlink(missing_ok=True)

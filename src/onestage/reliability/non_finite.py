@@ -1,10 +1,12 @@
-"""What keeps a NaN or an infinity out of the weights and out of every checkpoint."""
+"""Keep NaN and infinity out of the weights and of every checkpoint; report the likely cause."""
 
 import json
 import math
 from collections import deque
-from dataclasses import astuple, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -16,118 +18,102 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from onestage.errors import ConfigError, NonFiniteError, ResourceError
+from onestage.errors import NonFiniteError, ResourceError, require
 from onestage.files import atomic_write
-from onestage.reliability.diagnosis import (
-    SkippedStep,
-    StepNumbers,
-    as_json,
-    box_facts,
-    describe,
-    image_facts,
-    largest_weight,
-    likely_cause,
-    non_finite_entries,
-    non_finite_names,
-    prediction_facts,
-)
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import is_fused, scaler_of
-from onestage.types import Batch
+from onestage.types import IGNORE, PADDING, Batch, JSONDict, Targets
 
 # fp16's loss scaler starts at 2^16 and halves at each overflow: after 16 in a row the scale is 1 and not the reason.
 MAX_SCALER_SKIPS = 20
 DIAGNOSIS_FILE = "skipped_steps.json"
 NUM_STEPS_KEPT = 20  # in memory and in the file
+RISE = 10.0  # a loss this many times the median of the steps before it had diverged before it overflowed
+LOWER_LR = "Lower model.optimizer.init_args.lr, or lengthen model.schedule.warmup_steps."
 
 
 @dataclass
 class Window:
-    """The batches of one optimizer step: as many as trainer.accumulate_grad_batches."""
+    """The batches of one optimizer step: trainer.accumulate_grad_batches of them."""
 
     buffers: dict[str, Tensor]  # copies from before the step
     loss: Tensor | None = None
     batches: list[Batch] = field(default_factory=list)
-    numbers: StepNumbers | None = None
-    learning_rates: list[float] = field(default_factory=list)
-    bad_gradients: list[str] = field(default_factory=list)
+    facts: JSONDict = field(default_factory=dict)  # of a bad step, known before its gradients are cleared
     is_stepped: bool = False
     is_skipped: bool = False
 
 
 class NonFiniteGuard(Callback):
-    """Skips a step whose loss or gradient is NaN or infinite, and ends a training that goes on having them.
+    """Skip steps whose loss or gradient is NaN or infinite; end a training that has too many of them.
 
-    A skipped step changes no weight, no optimizer state and no buffer; the learning rate goes on along its schedule. Of
-    each one the diagnosis goes into `skipped_steps.json` of the run folder. All processes of a run decide alike. Costs
-    one look at the device per step, of loss and gradient norm together, and logs the norm as `train/gradient_norm`.
-    fp16's loss scaler skips steps of its own to find its scale; these count only when there is no end of them.
+    A skipped step changes no weight, no optimizer state and no buffer; the learning rate follows its schedule. The
+    diagnosis of each one is written to `skipped_steps.json` in the run folder. All processes of a run decide alike.
+    Costs one transfer from the device per step, for loss and gradient norm together; the norm is logged as
+    `train/gradient_norm`. fp16's loss scaler skips steps to find its scale; these count only if it finds none.
 
     Args:
-        max_skipped_steps: in a row; the next one ends the training. At least 0.
+        max_skipped_steps: in a row, >= 0; one more ends the training.
     """
 
     def __init__(self, max_skipped_steps: int = 3) -> None:
-        if max_skipped_steps < 0:
-            raise ConfigError(f"guard.max_skipped_steps is {max_skipped_steps}; it must be 0 or more.")
+        require(max_skipped_steps >= 0, "guard.max_skipped_steps", max_skipped_steps, ">= 0")
         self.max_skipped_steps = max_skipped_steps
         self.num_skipped = 0
         self._num_in_row = self._num_scaler_skips = 0
         self._folder = Path()
         self._window: Window | None = None
         self._persistent: frozenset[str] = frozenset()
-        self._steps_before: deque[StepNumbers] = deque(maxlen=NUM_STEPS_KEPT)
-        self._records: deque[dict[str, Any]] = deque(maxlen=NUM_STEPS_KEPT)
-        self._is_refused = False  # the file of the diagnosis
+        self._steps_before: deque[JSONDict] = deque(maxlen=NUM_STEPS_KEPT)
+        self._records: deque[JSONDict] = deque(maxlen=NUM_STEPS_KEPT)
+        self._is_refused = False  # the diagnosis could not be written
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a run that goes on has to know of the steps so far: numbers and text."""
+        """Return the counts and records of the steps so far: numbers and text."""
         return {
             "num_skipped": self.num_skipped,
             "num_in_row": self._num_in_row,
             "num_scaler_skips": self._num_scaler_skips,
-            "steps_before": [astuple(one) for one in self._steps_before],
+            "steps_before": list(self._steps_before),
             "records": list(self._records),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting. A checkpoint of before there was this state begins at 0."""
+        """Continue counting."""
         self.num_skipped = state_dict["num_skipped"]
         self._num_in_row = state_dict["num_in_row"]
         self._num_scaler_skips = state_dict["num_scaler_skips"]
-        self._records = deque(state_dict["records"], maxlen=NUM_STEPS_KEPT)
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined] # the losses are those of the process that saved
-            self._steps_before = deque((StepNumbers(*one) for one in state_dict["steps_before"]), maxlen=NUM_STEPS_KEPT)
+        self._records.extend(state_dict["records"])
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined] # losses of the process that saved
+            self._steps_before.extend(state_dict["steps_before"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the weights and, when a run goes on, at the optimizer's state.
+        """Check the weights and, in a resumed run, the optimizer state.
 
         Raises:
-            NonFiniteError: one of them is not finite.
+            NonFiniteError: they hold NaN or infinity.
         """
-        self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))  # the first process's
+        self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))  # of the first process
         weights = pl_module.state_dict()
         self._persistent = frozenset(weights)
-        names = non_finite_entries(
-            {"state_dict": weights, "optimizer": [one.state_dict() for one in trainer.optimizers]}
-        )
-        if _is_any(trainer, names):
+        states = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        names = non_finite_entries({"state_dict": weights, "optimizer": states})
+        if trainer.strategy.reduce_boolean_decision(bool(names), all=False):  # the same answer in all processes
             raise NonFiniteError(
-                f"training cannot start: {_first(names)} NaN or infinity.\n"
-                "Start from other weights: model.detector.init_args.backbone_weights or pretrained, or another "
-                "checkpoint with --ckpt_path."
+                f"training cannot start: {_first(names)} NaN or infinity.\nStart from other weights: `pretrained` of "
+                "the detector, `weights` of its backbone, or another checkpoint with --ckpt_path."
             )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the buffers, which the forward pass changes: batch norm's statistics, a loss's running means."""
+        """Copy the buffers that the forward pass changes: statistics of batch norm, running means of a loss."""
         if self._window is None:
-            named = pl_module.named_buffers()
-            self._window = Window({name: one.clone() for name, one in named if name in self._persistent})
+            buffers = pl_module.named_buffers()
+            self._window = Window({name: value.clone() for name, value in buffers if name in self._persistent})
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Add to the loss of the step. Nothing here waits for the device."""
+        """Add to the loss of the step without waiting for the device."""
         if self._window is not None:
             before = self._window.loss
             self._window.loss = loss.detach() if before is None else before + loss.detach()
@@ -135,41 +121,38 @@ class NonFiniteGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Look at loss and gradient, and take the gradients away if they are not to be stepped with."""
+        """Check loss and gradients; clear the gradients if the step must be skipped."""
         window = self._window
         if window is None or window.loss is None:
             return
-        gradients = [one.grad for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        loss, gradient_norm, is_loss_bad, is_norm_bad = _look(trainer, window.loss, norm)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        loss, gradient_norm, is_loss_bad, is_norm_bad = _check_values(trainer, window.loss, norm)
         scaler = scaler_of(trainer)
-        is_scaled = scaler is not None and is_fused(optimizer)  # such an optimizer unscales inside its step
+        is_scaled = scaler is not None and is_fused(optimizer)  # it unscales inside its step
         if scaler is not None:
             loss /= scaler.get_scale()
             gradient_norm /= scaler.get_scale() if is_scaled else 1.0
         window.is_stepped = True
-        window.numbers = StepNumbers(trainer.global_step, loss, gradient_norm)
-        window.learning_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        numbers = {"step": trainer.global_step, "loss": loss, "gradient_norm": gradient_norm}
         if not is_loss_bad and not is_norm_bad:
             self._num_in_row = self._num_scaler_skips = 0
-            self._steps_before.append(window.numbers)
+            self._steps_before.append(numbers)
             pl_module.log("train/gradient_norm", gradient_norm)
             return
-        self._restore(pl_module, window)
-        window.bad_gradients = non_finite_names((name, one.grad) for name, one in pl_module.named_parameters())
-        is_the_scalers = scaler is not None and not is_loss_bad  # it lowers its scale and does not step either
-        self._num_scaler_skips += int(is_the_scalers)
-        window.is_skipped = not is_the_scalers or self._num_scaler_skips > MAX_SCALER_SKIPS
-        if scaler is not None and is_scaled:
-            scaler.unscale_(optimizer)  # now, as its update fails if it has seen no gradients
-        optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left out by every optimizer
-
-    @staticmethod
-    def _restore(module: pl.LightningModule, window: Window) -> None:
         with torch.no_grad():
-            for name, buffer in module.named_buffers():
+            for name, buffer in pl_module.named_buffers():
                 if name in window.buffers:
                     buffer.copy_(window.buffers[name])
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        bad = non_finite_names((name, parameter.grad) for name, parameter in pl_module.named_parameters())
+        window.facts = {"epoch": trainer.current_epoch, **numbers, "learning_rates": rates, "bad_gradients": bad}
+        is_scaler_skip = scaler is not None and not is_loss_bad  # it lowers its scale and does not step either
+        self._num_scaler_skips += int(is_scaler_skip)
+        window.is_skipped = not is_scaler_skip or self._num_scaler_skips > MAX_SCALER_SKIPS
+        if scaler is not None and is_scaled:
+            scaler.unscale_(optimizer)  # its update fails if it has seen no gradients
+        optimizer.zero_grad(set_to_none=True)  # every optimizer skips a parameter without gradient
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -182,8 +165,7 @@ class NonFiniteGuard(Callback):
         window = self._window
         if window is None:
             return
-        # Without its images, which are most of its memory.
-        window.batches.append(cast(Batch, batch)._replace(images=torch.empty(0)))
+        window.batches.append(cast(Batch, batch)._replace(images=torch.empty(0)))  # most of its memory
         if not window.is_stepped:
             return
         self._window = None
@@ -193,45 +175,45 @@ class NonFiniteGuard(Callback):
             self._report(trainer, self._facts(trainer, cast(DetectionModule, pl_module), window, outputs))
         pl_module.log("train/skipped_steps", float(self.num_skipped))
 
-    def _facts(self, trainer: pl.Trainer, module: DetectionModule, window: Window, outputs: Any) -> SkippedStep:
-        assert window.numbers is not None
-        terms = {name: float(value.detach()) for name, value in outputs.items() if isinstance(value, Tensor)}
-        indices = torch.cat([batch.image_indices for batch in window.batches]).tolist()
-        return SkippedStep(
-            epoch=trainer.current_epoch,
-            step=window.numbers.step,
-            loss=window.numbers.loss,
-            gradient_norm=window.numbers.gradient_norm,
-            loss_terms=terms,
-            learning_rates=window.learning_rates,
-            precision=str(trainer.precision),
-            images=image_facts(module.data.annotations("train"), indices),
-            boxes=box_facts([batch.targets for batch in window.batches]),
-            predictions=prediction_facts(outputs["predictions"]),
-            largest_weight=largest_weight(module),
-            bad_weights=non_finite_names(module.named_parameters()),
-            bad_gradients=window.bad_gradients,
-            steps_before=list(self._steps_before),
-        )
+    def _facts(self, trainer: pl.Trainer, module: DetectionModule, window: Window, outputs: Any) -> JSONDict:
+        """Return what is known of a skipped step in this process; tensors are those of its last batch."""
+        annotations = module.data.annotations("train")
+        ids, paths = annotations.image_ids, annotations.image_paths
+        rows = torch.cat([batch.image_indices for batch in window.batches]).tolist()
+        predictions = outputs["predictions"]._asdict()
+        return {
+            **window.facts,
+            "loss_terms": {name: float(value.detach()) for name, value in outputs.items() if isinstance(value, Tensor)},
+            "precision": str(trainer.precision),
+            "images": [{"image_id": int(ids[row]), "file": str(paths[row])} for row in rows],
+            "boxes": box_facts([batch.targets for batch in window.batches]),
+            "predictions": {name: tensor_facts(t) for name, t in predictions.items() if isinstance(t, Tensor)},
+            "bad_weights": non_finite_names(module.named_parameters()),
+            "steps_before": list(self._steps_before),
+        }
 
-    def _report(self, trainer: pl.Trainer, step: SkippedStep) -> None:
-        steps = _of_all_processes(trainer, step)
-        worst = next((one for one in steps if not math.isfinite(one.loss)), steps[0])
+    def _report(self, trainer: pl.Trainer, facts: JSONDict) -> None:
+        processes: list[Any] = [facts]
+        if trainer.world_size > 1:
+            processes = [None] * trainer.world_size
+            dist.all_gather_object(processes, facts)
+        worst = next((other for other in processes if not math.isfinite(other["loss"])), processes[0])
         is_end = self._num_in_row > self.max_skipped_steps or self._num_scaler_skips > MAX_SCALER_SKIPS
-        self._records.append({"step": step.step, "processes": [as_json(one) for one in steps]})
+        self._records.append({"step": facts["step"], "processes": [as_json(other) for other in processes]})
         self._write(is_end)
+        place = f"step {facts['step']} of epoch {facts['epoch']}"
         where = str(self._folder / DIAGNOSIS_FILE) + (", which could not be written" if self._is_refused else "")
         if is_end:
-            num = max(self._num_in_row, self._num_scaler_skips)
             raise NonFiniteError(
-                f"training ends at step {step.step} of epoch {step.epoch}: loss or gradient was not finite {num} "
-                f"times in a row. None of these steps changed the weights.\n{describe(worst)}\n"
-                f"All of it: {where}\nWhat was written to {self._folder / 'checkpoints'} before is sound."
+                f"training ends at {place}: loss or gradient was not finite "
+                f"{max(self._num_in_row, self._num_scaler_skips)} times in a row. None of these steps changed the "
+                f"weights.\n{describe(worst)}\nAll details: {where}\nCheckpoints written before, in "
+                f"{self._folder / 'checkpoints'}, are finite."
             )
         rank_zero_warn(
-            f"step {step.step} of epoch {step.epoch} is skipped ({self._num_in_row} in a row, training ends after "
-            f"{self.max_skipped_steps}; {self.num_skipped} in all): loss {worst.loss:.4g}, gradient norm "
-            f"{worst.gradient_norm:.4g}. Likely cause: {likely_cause(worst)[0]}. See {where}"
+            f"{place} is skipped ({self._num_in_row} in a row, training ends after {self.max_skipped_steps}; "
+            f"{self.num_skipped} in all): loss {worst['loss']:.4g}, gradient norm {worst['gradient_norm']:.4g}. "
+            f"Likely cause: {likely_cause(worst)[0]}. See {where}"
         )
 
     @rank_zero_only
@@ -241,58 +223,171 @@ class NonFiniteGuard(Callback):
         try:
             with atomic_write(self._folder / DIAGNOSIS_FILE) as temporary:
                 temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        except ResourceError as error:  # not worth a training that is well
+        except ResourceError as error:  # no reason to end the training
             if is_first:
-                rank_zero_warn(f"{str(error).splitlines()[0]} Training goes on without.")
+                rank_zero_warn(f"{str(error).splitlines()[0]} Training continues without it.")
             self._is_refused = True
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Let no checkpoint be written that holds a NaN or an infinity.
+        """Refuse to write a checkpoint that holds NaN or infinity.
 
         Raises:
             NonFiniteError: it does.
         """
-        names = non_finite_entries(checkpoint)  # asking the others would hang where one process alone saves
+        names = non_finite_entries(checkpoint)  # without the other processes: one may save alone
         if names:
             rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
             raise NonFiniteError(
-                f"training ends at step {trainer.global_step}: the checkpoint was not written, for {_first(names)} NaN "
-                "or infinity. Steps with such gradients are not taken, so an update itself overflowed; the learning "
-                f"rate is {max(rates, default=0):.4g}.\n"
-                "Lower model.optimizer.init_args.lr, or lengthen model.schedule.warmup_steps. Checkpoints written "
-                "before are sound."
+                f"training ends at step {trainer.global_step}: the checkpoint was not written: {_first(names)} NaN or "
+                "infinity. Steps with such gradients are skipped, so an update itself overflowed; the learning rate "
+                f"is {max(rates, default=0):.4g}.\n{LOWER_LR} Checkpoints written before are finite."
             )
 
 
-def _look(trainer: pl.Trainer, loss: Tensor, norm: Tensor) -> tuple[float, float, bool, bool]:
-    """Return loss and norm, and of each whether it is not finite in any process. Waits for the device, once."""
+def _check_values(trainer: pl.Trainer, loss: Tensor, norm: Tensor) -> tuple[float, float, bool, bool]:
+    """Return loss, norm, and whether each is non-finite in any process. Waits for the device, once."""
     norm = norm.to(loss.device, torch.float32)
-    if isinstance(trainer.strategy, FSDPStrategy):  # each process holds a piece of every gradient
+    if isinstance(trainer.strategy, FSDPStrategy):  # each process holds a part of every gradient
         norm = norm.square()
         dist.all_reduce(norm)
         norm = norm.sqrt()
     values = torch.stack((loss.float(), norm))
     are_bad = (~values.isfinite()).float()
-    if trainer.world_size > 1:  # gradients are the same everywhere; a loss that gives none is not
+    if trainer.world_size > 1:  # gradients are the same in all processes, losses are not
         dist.all_reduce(are_bad, dist.ReduceOp.MAX)
     loss_value, norm_value, is_loss_bad, is_norm_bad = torch.cat((values, are_bad)).tolist()
     return loss_value, norm_value, bool(is_loss_bad), bool(is_norm_bad)
-
-
-def _is_any(trainer: pl.Trainer, names: list[str]) -> bool:
-    """Say whether any process has found names; all of them get the same answer."""
-    return bool(trainer.strategy.reduce_boolean_decision(bool(names), all=False))
 
 
 def _first(names: list[str]) -> str:
     return f"{len(names)} tensors, the first of them {names[0]}, hold" if names else "another process's tensors hold"
 
 
-def _of_all_processes(trainer: pl.Trainer, step: SkippedStep) -> list[SkippedStep]:
-    if trainer.world_size == 1:
-        return [step]
-    steps: list[Any] = [None] * trainer.world_size
-    dist.all_gather_object(steps, step)
-    return cast(list[SkippedStep], steps)
+# Facts and causes
+
+
+def box_facts(targets: Sequence[Targets]) -> JSONDict:
+    """Measure the boxes of a step, in network-input pixels."""
+    boxes = torch.cat([target.boxes[target.labels != PADDING] for target in targets]).float()
+    labels = torch.cat([target.labels[target.labels != PADDING] for target in targets])
+    is_finite = boxes.isfinite().all(dim=1)
+    sides = boxes[is_finite][:, 2:] - boxes[is_finite][:, :2]
+    return {
+        "num_boxes": int((labels != IGNORE).sum()),
+        "num_regions": int((labels == IGNORE).sum()),  # ignored by the loss
+        "num_empty": int((sides <= 0).any(dim=1).sum()),
+        "num_non_finite": int((~is_finite).sum()),
+        "smallest_side": float(sides.min()) if len(sides) else None,
+        "largest_side": float(sides.max()) if len(sides) else None,
+    }
+
+
+def tensor_facts(values: Tensor) -> JSONDict:
+    """Count the non-finite values of a tensor; return the range of the finite ones."""
+    finite = values.detach()[values.isfinite()]
+    num_non_finite = values.numel() - finite.numel()
+    smallest, largest = (float(finite.min()), float(finite.max())) if finite.numel() else (None, None)
+    return {"num_non_finite": num_non_finite, "smallest": smallest, "largest": largest}
+
+
+def non_finite_names(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
+    """Return the names of tensors that hold NaN or infinity."""
+    floats = ((name, tensor) for name, tensor in tensors if tensor is not None and tensor.is_floating_point())
+    return [name for name, tensor in floats if not bool(tensor.isfinite().all())]
+
+
+def non_finite_entries(checkpoint: JSONDict) -> list[str]:
+    """Return the keys of a checkpoint's tensors that hold NaN or infinity.
+
+    Scalars in the states of callbacks are exempt: a best score starts at minus infinity.
+    """
+    tensors = _tensors("", checkpoint)
+    return non_finite_names((key, value) for key, value in tensors if value.ndim or not key.startswith("callbacks."))
+
+
+def _tensors(place: str, node: object) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(node, Tensor):
+        yield place, node
+        return
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+    for key, child in children:
+        yield from _tensors(f"{place}.{key}" if place else str(key), child)
+
+
+def likely_cause(facts: JSONDict) -> tuple[str, str]:
+    """Return the likely cause and the remedy, checked in the order of computation: data, outputs, loss, gradient."""
+    boxes, predictions, names = facts["boxes"], facts["predictions"], facts["bad_gradients"]
+    if facts["bad_weights"]:
+        return f"the weights are not finite ({_some(facts['bad_weights'])}): an earlier update overflowed", LOWER_LR
+    if boxes["num_non_finite"] or boxes["num_empty"]:
+        return (
+            f"the targets: of {boxes['num_boxes'] + boxes['num_regions']} boxes {boxes['num_empty']} have no area and "
+            f"{boxes['num_non_finite']} are not finite",
+            "Check the annotations of the images above, and data.train_transforms if they change boxes.",
+        )
+    bad_outputs = [name for name, values in predictions.items() if values["num_non_finite"]]
+    if bad_outputs and facts["precision"] == "16-mixed":
+        problem = "activations beyond 65,504, the largest number of fp16"
+        remedy = "Set trainer.precision: bf16-mixed, or 32-true."
+        return f"{problem}: {_some(bad_outputs)} overflowed on finite weights", remedy
+    rise = _rise(facts)
+    if bad_outputs:
+        return f"{_some(bad_outputs)} overflowed on finite weights{rise}", LOWER_LR
+    own_loss = f"{LOWER_LR} If the loss is your own, check its values and derivative: docs/add_a_loss.md."
+    bad_terms = [name for name, value in facts["loss_terms"].items() if not math.isfinite(value) and name != "loss"]
+    if bad_terms:
+        ranges = ", ".join(f"{name} {v['smallest']:.3g}..{v['largest']:.3g}" for name, v in predictions.items())
+        return f"{_some(bad_terms)} is not finite although all predictions are ({ranges}){rise}", own_loss
+    if not math.isfinite(facts["loss"]):
+        return (
+            f"an earlier batch of the step (trainer.accumulate_grad_batches) has a bad loss{rise}",
+            LOWER_LR,
+        )
+    where = f"in {len(names)} parameters from {names[0]} to {names[-1]}" if names else "only in its norm"
+    return f"the loss is finite and its gradient is not, {where}{rise}", own_loss
+
+
+def _rise(facts: JSONDict) -> str:
+    losses = [numbers["loss"] for numbers in facts["steps_before"]]
+    if len(losses) < 2 or losses[-1] < RISE * median(losses[:-1]):
+        return ""
+    return f"; the loss had risen from {median(losses[:-1]):.3g} to {losses[-1]:.3g} before"
+
+
+def _some(names: Sequence[str], max_names: int = 3) -> str:
+    more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + more
+
+
+def describe(facts: JSONDict) -> str:
+    """Return the facts of a step in five lines."""
+    boxes, (cause, remedy) = facts["boxes"], likely_cause(facts)
+    files = [f"{image['image_id']} ({image['file']})" for image in facts["images"]]
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in facts["loss_terms"].items())
+    rates = ", ".join(f"{rate:.4g}" for rate in dict.fromkeys(facts["learning_rates"]))
+    smallest, largest = boxes["smallest_side"], boxes["largest_side"]
+    sides = "" if smallest is None else f"sides {smallest:.1f}..{largest:.1f} px, "
+    return (
+        f"Likely cause: {cause}.\nWhat to change: {remedy}\n"
+        f"Loss: {terms}; gradient norm {facts['gradient_norm']:.4g}; learning rate {rates}; "
+        f"precision {facts['precision']}.\n"
+        f"Boxes: {boxes['num_boxes']}, {sides}{boxes['num_empty']} empty, {boxes['num_non_finite']} not finite.\n"
+        f"Images: {_some(files, max_names=8)}."
+    )
+
+
+def as_json(facts: JSONDict) -> JSONDict:
+    """Return the facts for a JSON file, which cannot hold NaN and infinity: they become text."""
+    cause, remedy = likely_cause(facts)
+    content: JSONDict = _without_non_finite({**facts, "likely_cause": cause, "what_to_change": remedy})
+    return content
+
+
+def _without_non_finite(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _without_non_finite(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_non_finite(value) for value in node]
+    return str(node) if isinstance(node, float) and not math.isfinite(node) else node

@@ -1,31 +1,32 @@
-"""Where a run writes: runs/<experiment>/version_<n>/, and that nobody else does."""
+"""Lock the folder of a run, runs/<experiment>/version_<n>/."""
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import time
 from pathlib import Path
-from typing import IO
+
+import filelock
 
 from onestage.errors import ConfigError, ResourceError, RunInUseError
 from onestage.files import OUT_OF_SPACE
-from onestage.reliability.checkpoint_io import sweep
+from onestage.reliability.checkpoints import remove_unfinished_files
 from onestage.training.run import new_run_folder
 
 LOCK_FILE = ".lock"
+OWNER_FILE = ".lock_owner"  # filelock truncates its own file
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, *OUT_OF_SPACE)  # by the machine; anything else is a wrong path
 
-_held: dict[Path, IO[str]] = {}  # the lock of a folder goes when its file is closed, and that is when the process ends
+_held: dict[Path, filelock.BaseFileLock] = {}  # the system releases a lock when its process ends, however it ends
 
 
 def new_locked_folder(runs_dir: str, experiment: str, *, is_writer: bool) -> Path:
     """Create and lock the next free folder of an experiment.
 
     Raises:
-        ResourceError: the folder may not be made or written, or the disk is full.
-        ConfigError: there can be no folder of that name.
+        ResourceError: the folder may not be created or written, or the disk is full.
+        ConfigError: the path cannot be a folder.
     """
     try:
         folder = new_run_folder(runs_dir, experiment, is_writer=is_writer)
@@ -37,48 +38,42 @@ def new_locked_folder(runs_dir: str, experiment: str, *, is_writer: bool) -> Pat
 
 
 def take_run_folder(folder: Path, *, is_writer: bool = True) -> None:
-    """Take over the folder of a run that has ended, to go on in it, and sweep what it left unfinished.
+    """Lock the folder of a run that has ended, and remove its unfinished files.
 
     Raises:
-        RunInUseError: it has not ended.
-        ResourceError: it may not be written.
+        RunInUseError: the run has not ended.
+        ResourceError: the folder may not be written.
     """
     if is_writer:
         _lock(folder)
-        sweep(folder)
+        remove_unfinished_files(folder)
+
+
+def _lock(folder: Path) -> None:
+    """Hold the folder until this process ends."""
+    lock = _held.get(folder.absolute()) or filelock.FileLock(folder / LOCK_FILE)
+    owner = folder / OWNER_FILE
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        holder = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "another process"
+        raise RunInUseError(
+            f"{folder} is being written by {holder}.\n"
+            "Wait until it ends, or stop it, or start another run with --resume none."
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno in REFUSED:
+            raise _refusal(folder, error) from error
+        return  # a file system without locks: a run without one is better than none
+    _held[folder.absolute()] = lock
+    with contextlib.suppress(OSError):  # on a full disk the lock holds without its label
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n", encoding="utf-8")
 
 
 def _refusal(folder: Path, error: OSError) -> ResourceError | ConfigError:
     kind = ResourceError if error.errno in REFUSED else ConfigError
     return kind(
-        f"the run folder {folder} cannot be written: {error.strerror or error}.\n"
-        "Set --runs_dir to a folder where you may write."
+        f"the run folder {str(folder)[:300]} cannot be written: {error.strerror or error}.\n"
+        "Set --runs_dir to a folder that you may write to."
     )
-
-
-def _lock(folder: Path) -> None:
-    """Hold the folder until this process ends, however it ends: the system takes the lock back, so none gets stale."""
-    try:
-        file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise _refusal(folder, error) from error
-    try:
-        # Not flock: a worker process of the loader would inherit that one and hold it beyond its parent's death.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise RunInUseError(
-            f"{folder} is being written by {owner}.\n"
-            "Wait until it ends, or stop it, or begin another run with --resume none."
-        ) from error
-    except OSError:  # a file system that knows no locks: better a run without one than none
-        file.close()
-        return
-    with contextlib.suppress(OSError):  # on a full disk the lock holds without its label
-        file.truncate(0)
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")
-        file.flush()
-    _held[folder] = file

@@ -1,11 +1,13 @@
-"""Ending a run in order when somebody asks: SIGTERM, Ctrl-C, a scheduler that wants the machine back."""
+"""End a run in order: on a signal with a checkpoint, on an error with its own exit code and remedy."""
 
+import contextlib
+import errno
 import os
-import re
-import shutil
 import signal
 import subprocess
 import threading
+import traceback
+from collections.abc import Iterator
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -13,23 +15,32 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from onestage.errors import CancelledError, OnestageError, TerminatedError
-from onestage.reliability.checkpoints import LastCheckpoint
-from onestage.reliability.save_points import is_after_step, is_last_batch, is_training, validation_follows
+from onestage.errors import (
+    CancelledError,
+    CheckpointError,
+    ConfigError,
+    OnestageError,
+    ResourceError,
+    TerminatedError,
+)
+from onestage.files import OUT_OF_SPACE
+from onestage.reliability.callbacks import LastCheckpoint, is_after_step, is_last_batch, is_training, validation_follows
+from onestage.reliability.watchdog import await_watchdog_verdict, is_connection_lost
 
-PATIENCE_SECONDS = 20.0  # that the first process has with the others when all of them end
+CHILD_SECONDS = 20.0  # how long the first process waits for those it started, when all of them end
+RESTORING = ("checkpoint_connector.py", "restore")  # Lightning's file and functions that read a checkpoint's entries
 
 
-class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those last: what is saved is all there by then
-    """Ends a run at the next moment that can be resumed, with a checkpoint and the exit code of the signal.
+class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those last: all state is final by then
+    """End a run at the next moment that can be resumed, with a checkpoint and the exit code of the signal.
 
-    A handler only notes the signal. After every batch the processes agree whether one of them has got any, so that all
-    stop after the same step, whichever was told. Ctrl-C after any signal ends the process at once; files stay whole.
-
-    Under SLURM, SIGUSR1 (`#SBATCH --signal=SIGUSR1@90`) also puts the job back into the queue.
+    The handler of SIGTERM and SIGINT only stores the signal. After every batch the processes agree whether one of them
+    has received any, so that all stop after the same step. Ctrl-C after any signal ends the process at once; files
+    stay complete. SIGUSR1, by which SLURM announces the end of a job, is left to Lightning's SLURMEnvironment.
 
     Args:
         last: writes the checkpoint; None: the run keeps none.
@@ -38,51 +49,48 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
     def __init__(self, last: LastCheckpoint | None) -> None:
         self.last = last
         self.received: int | None = None
-        self._group: Any = None  # of processes, on the CPU: asking them must not wait for the device
-        self._num_common_batches = 0  # of a validation, that every process has
+        self._group: Any = None  # of processes, on the CPU: the exchange must not wait for the device
+        self._num_common_batches = 0  # of a validation, in every process
 
-    # Lightning installs its own handlers after all set-up hooks, and takes all of them back in the end.
+    # Lightning installs its own handlers after all set-up hooks, and removes every handler in the end.
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen."""
-        self._listen(trainer)
+        """Install the handlers."""
+        self._install_handlers(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen."""
-        self._listen(trainer)
+        """Install the handlers."""
+        self._install_handlers(trainer)
 
-    def _listen(self, trainer: pl.Trainer) -> None:
+    def _install_handlers(self, trainer: pl.Trainer) -> None:
         if trainer.world_size > 1 and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=30))
-        if threading.current_thread() is not threading.main_thread():
-            return
-        signal.signal(signal.SIGTERM, self._note)
-        signal.signal(signal.SIGINT, self._note)
-        if "SLURM_JOB_ID" in os.environ:
-            signal.signal(signal.SIGUSR1, self._note)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._store_signal)
+            signal.signal(signal.SIGINT, self._store_signal)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _store_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
-            os.write(
-                2, b"\nerror: interrupted while stopping; the last checkpoint is whole. Go on with --resume auto.\n"
-            )
+            message = "error: interrupted while stopping; the last checkpoint is complete. Continue with --resume auto."
+            os.write(2, f"\n{message}\n".encode())
             os._exit(CancelledError.exit_code)
         if self.received is None:
             self.received = number
-            name = signal.Signals(number).name
-            os.write(2, f"\n{name}: stopping after this step and a checkpoint\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step and a checkpoint\n".encode())
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here, unless the state is only whole again in the validation or at the end of the epoch to come."""
+        """Stop here, unless the state is complete only in the validation or at the end of the epoch that follows."""
         is_moment = is_after_step(trainer) and not is_last_batch(trainer) and not validation_follows(trainer)
-        if is_moment and self._agreed(trainer):
+        if is_moment and self._all_agree(trainer):
             self._stop(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the batches after which the processes can ask each other: some may have one more than others."""
-        self._num_common_batches = int(self._least(trainer, int(sum(_num_batches(trainer)))))
+        """Count the batches after which all processes can exchange signals: some have one batch more than others."""
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        num_batches = sum(min(number, 2**31) for number in (batches if isinstance(batches, list) else [batches]))
+        self._num_common_batches = self._minimum(int(num_batches))
 
     def on_validation_batch_end(
         self,
@@ -93,82 +101,134 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop inside a validation, which the resumed run begins again.
+        """Stop inside a validation, which the resumed run repeats.
 
-        Not between accumulated batches: their gradients are in no checkpoint, so the next optimizer step is waited for.
+        Not between accumulated batches: their gradients are in no checkpoint, so the run continues to the next step.
         """
         is_moment = is_after_step(trainer) or not is_training(trainer)
-        if is_moment and batch_idx < self._num_common_batches and self._agreed(trainer):
+        if is_moment and batch_idx < self._num_common_batches and self._all_agree(trainer):
             self._stop(trainer, before_validation=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop between two epochs."""
-        if self._agreed(trainer):
+        if self._all_agree(trainer):
             self._stop(trainer)
 
-    def _agreed(self, trainer: pl.Trainer) -> bool:
-        """Whether any process has received a signal; all of them get the same answer."""
-        number = -self._least(trainer, -(self.received or 0))
-        if number:  # otherwise one may have come in the meantime
+    def _all_agree(self, trainer: pl.Trainer) -> bool:
+        """Return whether any process has received a signal; the answer is the same in all."""
+        number = -self._minimum(-(self.received or 0))
+        if number:  # if not, a signal may have arrived during the exchange
             self.received = number
         return bool(number)
 
-    def _least(self, trainer: pl.Trainer, value: int) -> int:
+    def _minimum(self, value: int) -> int:
+        """Return the smallest value of all processes."""
         if self._group is None:
             return value
-        least = torch.tensor(value)
-        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=self._group)
-        return int(least)
+        minimum = torch.tensor(value)
+        torch.distributed.all_reduce(minimum, torch.distributed.ReduceOp.MIN, group=self._group)
+        return int(minimum)
 
     def _stop(self, trainer: pl.Trainer, *, before_validation: bool = False) -> None:
         """Save and raise.
 
         Raises:
-            CancelledError: by SIGINT.
-            TerminatedError: by SIGTERM or the scheduler.
+            CancelledError: the signal was SIGINT.
+            TerminatedError: the signal was SIGTERM.
         """
         kept = ""
         if self.last is not None and is_training(trainer):
             self.last.save(trainer, before_validation=before_validation)
-            kept = f" Its state is in {self.last.path}; go on with --resume auto." if self.last.path.is_file() else ""
-        if self.received == signal.SIGUSR1 and trainer.is_global_zero:
-            requeue(os.environ)
+            kept = (
+                f" Its state is in {self.last.path}; continue with --resume auto." if self.last.path.is_file() else ""
+            )
         kind: type[OnestageError] = CancelledError if self.received == signal.SIGINT else TerminatedError
         name = signal.Signals(self.received or signal.SIGTERM).name
-        _release_children(trainer)
+        _await_children(trainer)
         raise kind(f"{name} ended the run after {trainer.global_step} steps.{kept}" if trainer.is_global_zero else "")
 
 
-def _num_batches(trainer: pl.Trainer) -> list[float]:
-    batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-    return [min(one, 2**31) for one in (batches if isinstance(batches, list) else [batches])]
-
-
-def _release_children(trainer: pl.Trainer) -> None:
-    """Give the processes that Lightning started the time to end by themselves, and not more."""
-    launcher = trainer.strategy.launcher
-    if not isinstance(launcher, _SubprocessScriptLauncher) or not launcher.procs:
+def _await_children(trainer: pl.Trainer) -> None:
+    """Let the processes that Lightning started end by themselves, within CHILD_SECONDS."""
+    started = getattr(trainer.strategy.launcher, "procs", [])
+    children = [child for child in started if isinstance(child, subprocess.Popen)]
+    if not children:
         return
-    children = list(launcher.procs)
-    launcher.procs.clear()  # nobody else is to signal them
+    started.clear()  # so that Lightning does not signal them
 
-    def see_off() -> None:
+    def terminate_or_kill() -> None:
         for child in children:
             try:
-                child.wait(PATIENCE_SECONDS)
+                child.wait(CHILD_SECONDS)
             except subprocess.TimeoutExpired:
                 child.kill()
 
-    threading.Thread(target=see_off, name="children").start()  # not a daemon: Python waits for it before it ends
+    threading.Thread(target=terminate_or_kill, name="children").start()  # not a daemon: Python waits for it at exit
 
 
-def requeue(environment: Any) -> bool:
-    """Put the SLURM job back into its queue, as `scontrol requeue` does; say whether that worked."""
-    job = environment["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in environment:
-        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    command = shutil.which("scontrol")
-    if command is None or not re.fullmatch(r"[0-9_]+", job):
-        os.write(2, f"the job {job!r} could not be put back into the queue: no scontrol here\n".encode())
-        return False
-    return subprocess.run([command, "requeue", job], check=False).returncode == 0
+# Errors
+
+
+@contextlib.contextmanager
+def mapped_errors(batch_size_key: str = "data.batch_size") -> Iterator[None]:
+    """Map exceptions of libraries to the errors of this project, each with its exit code.
+
+    Args:
+        batch_size_key: the key to lower when memory runs out.
+    """
+    try:
+        yield
+    except OnestageError:
+        raise
+    except MisconfigurationException as error:  # Lightning's error for settings that conflict
+        raise ConfigError(str(error)) from error
+    except SIGTERMException as error:  # in an evaluation; a SystemExit without a code, which would mean success
+        raise TerminatedError("SIGTERM ended the command.") from error
+    except KeyboardInterrupt as error:
+        raise CancelledError("interrupted.") from error
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # how Lightning ends on Ctrl-C, with code 1
+            raise CancelledError("interrupted.") from error
+        raise
+    except Exception as error:
+        if is_connection_lost(error):
+            await_watchdog_verdict()
+        mapped = _shortage(error, batch_size_key) or _malformed_checkpoint(error)
+        if mapped is None:
+            raise
+        raise mapped from error
+
+
+def _shortage(error: Exception, batch_size_key: str) -> ResourceError | None:
+    """Return the error that names what the machine has too little of, or None."""
+    text = str(error).strip().partition("\n")[0][:300]
+    if isinstance(error, OSError) and error.errno in (*OUT_OF_SPACE, errno.EACCES, errno.EROFS):
+        return ResourceError(
+            f"{error.filename or 'a file'} cannot be written: {error.strerror}.\n"
+            "Free some space or make it writable, or set --runs_dir to another folder."
+        )
+    if not isinstance(error, RuntimeError | OSError | MemoryError):
+        return None
+    if any(word in text for word in ("/torch_", "shared memory", "Bus error", "bus error")):
+        return ResourceError(
+            f"the shared memory through which workers send images is full ({text}).\n"
+            "Start the container with --shm-size=8g, or set data.num_workers: 0."
+        )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return ResourceError(
+            f"out of memory: {text}\nLower {batch_size_key}, or let --auto_batch true find what fits; "
+            "trainer.accumulate_grad_batches keeps the batch of a step. Checkpoints are untouched."
+        )
+    return None
+
+
+def _malformed_checkpoint(error: Exception) -> CheckpointError | None:
+    """Return an error if Lightning failed while it restored the entries of a checkpoint, or None."""
+    file, prefix = RESTORING
+    frames = traceback.extract_tb(error.__traceback__)
+    if not any(frame.filename.endswith(file) and frame.name.startswith(prefix) for frame in frames):
+        return None
+    return CheckpointError(
+        f"the checkpoint cannot be restored ({type(error).__name__}: {str(error)[:200]}): an entry is missing or has "
+        "another type.\n`onestage fit` writes no such file. Resume from another one, or start with --resume none."
+    )

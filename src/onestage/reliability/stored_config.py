@@ -1,8 +1,8 @@
-"""What the configuration inside a checkpoint may say: a checkpoint is a file from somewhere, and no program.
+"""Check the configuration inside a checkpoint: a checkpoint is data from anywhere, and never a program.
 
-The parser takes a text for a class wherever it wants one: as a name, as YAML or JSON, or as the path of such a file.
-What `fit` has stored needs none of that, as it names each class under `class_path`. So there are two walls: a text may
-stand only where nothing but text can be meant, and what is parsed can import nothing that is not trusted.
+A value may name a class only where the constructor's annotation expects one, and only a subclass of that class that
+this package or albumentations defines. Everything else must be plain: numbers, booleans and, where text is expected,
+text. What only training needs is not read: optimizer, schedule, augmentation, workers, caches.
 """
 
 import contextlib
@@ -11,178 +11,247 @@ import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from itertools import chain
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from jsonargparse import set_parsing_settings
-from jsonargparse._common import parsing_settings  # nothing public takes an entry out of the lists again
-from lightning.pytorch import LightningDataModule
-
-from onestage.cli.parser import DetectionParser, ParsingError
-from onestage.training.module import DetectionModule
+from onestage.errors import CheckpointError
+from onestage.reliability.checkpoints import read_checkpoint
+from onestage.training.module import CHECKPOINT_KEY, DetectionModule
 from onestage.types import JSONDict
 
-# A configuration of the user's own may name anything: it is a program, as the user knows.
-TRUSTED = ("onestage", "torch.optim", "torch.nn", "albumentations")
-IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-Types = tuple[Any, ...]
-ANYTHING: Types = (Any,)  # the types of a value of which nothing is known
+DATA_MODULE = "onestage.data.DetectionDataModule"
+EVALUATION_KEYS = {
+    "model": ("detector", "loss_weights", "channels_last"),
+    "data": (
+        "source",
+        "path",
+        "image_size",
+        "resize",
+        "batch_size",
+        "val_fraction",
+        "num_folds",
+        "fold",
+        "max_bad_fraction",
+        "on_error",
+    ),
+}
+TRUSTED = ("onestage.models", "onestage.losses", "onestage.boxes", "onestage.data", "albumentations")
+CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+LIMITS = {"image_size": 8192, "batch_size": 4096, "num_train": 100_000, "num_val": 100_000, "draw_seed": 2**32}
+MAX_NUMBER = 1_000_000
+MAX_CLASSES = 25_000  # the largest published detector has 9,418
 PLAIN = (str, int, float, bool, NoneType)
-SEQUENCES: Types = (list, tuple, Sequence)
-MAPPINGS: Types = (dict, Mapping)
+SEQUENCES: tuple[Any, ...] = (list, tuple, Sequence)
+MAPPINGS: tuple[Any, ...] = (dict, Mapping)
+Types = tuple[Any, ...]
+ANYTHING: Types = (Any,)
 
 
 class Refusal(NamedTuple):
-    """A value that has no business in a checkpoint."""
+    """A value that a checkpoint may not hold."""
 
     place: str
     value: object
-    is_name: bool  # of a class that is not trusted, which may be the user's own
+    is_foreign_class: bool = False  # it may be the user's own; the checkpoint is sound, but needs its config.yaml
 
     def __str__(self) -> str:
-        if self.is_name:
-            return f"names {self.value!r} as {self.place}, which is not in {', '.join(TRUSTED)}"
+        if self.is_foreign_class:
+            return f"names {self.value!r:.200} as {self.place}, which is not in {', '.join(TRUSTED)}"
         return f"has {self.value!r:.200} as {self.place}, which is nothing that `onestage fit` stores there"
 
 
-def refusals(config: JSONDict) -> Iterator[Refusal]:
-    """Look at every value of a `model` and `data` configuration. Of foreign code nothing is imported.
+def config_of(path: str | Path) -> JSONDict:
+    """Return the part of a checkpoint's configuration that evaluation needs, with its class names.
 
-    Args:
-        config: of plain values, not nested in itself.
+    Raises:
+        CheckpointError: the checkpoint is unreadable, or its configuration is malformed or holds a forbidden value.
     """
-    yield from _refused(config["model"], (DetectionModule,), "model")
-    yield from _refused(config["data"], (LightningDataModule,), "data")
-    for place, node in (("model.detector", config["model"].get("detector")), ("data", config["data"])):
-        if not isinstance(node, dict) or "class_path" not in node:
-            yield Refusal(place, node, False)
+    saved = read_checkpoint(path)[CHECKPOINT_KEY]
+    config = evaluation_part(saved, path)
+    for refusal in refusals(config):
+        raise _unusable_config(path, str(refusal))
+    _forget_weights(config["model"]["detector"])
+    names = saved["class_names"]
+    if len(names) > MAX_CLASSES or not all(name.isprintable() for name in names):
+        raise _unusable_config(path, f"has {len(names)} class names; at most {MAX_CLASSES} printable ones are used")
+    config["data"] |= {key: saved[key] for key in ("class_names", "category_ids")}
+    return config
 
 
-def parsing_error(config: JSONDict) -> str | None:
-    """Parse a configuration by itself, with imports of what is trusted only; say what is wrong with it, or None."""
-    parser = DetectionParser(allow_abbrev=False)
-    parser.add_lightning_class_args(DetectionModule, "model")
-    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
-    parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
-    with _trusted_imports():
-        try:
-            parser.parse_object(config)
-        except (ParsingError, ImportError, TypeError, ValueError, AttributeError, KeyError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            return " ".join(lines)[:400] or type(error).__name__
+def foreign_classes(path: str | Path) -> str | None:
+    """Return why a checkpoint needs a configuration of the user's, or None if it can be used alone.
+
+    Raises:
+        CheckpointError: the checkpoint is unreadable, or its configuration is malformed or holds a forbidden value.
+    """
+    found = list(refusals(evaluation_part(read_checkpoint(path)[CHECKPOINT_KEY], path)))
+    for refusal in found:
+        if not refusal.is_foreign_class:
+            raise _unusable_config(path, str(refusal))
+    names = sorted({str(refusal.value) for refusal in found})
+    return f"it names {', '.join(names)}, not in {', '.join(TRUSTED)}" if names else None
+
+
+def evaluation_part(saved: JSONDict, path: str | Path) -> JSONDict:
+    """Return the keys of a stored configuration that evaluation and sharing need.
+
+    Raises:
+        CheckpointError: there is no configuration.
+    """
+    config = saved.get("config") or {}
+    if not all(isinstance(config.get(group), dict) for group in EVALUATION_KEYS):
+        raise CheckpointError(f"checkpoint {path} holds no configuration. Give the run's config.yaml with --config.")
+    return {
+        group: {key: config[group][key] for key in keys if key in config[group]}
+        for group, keys in EVALUATION_KEYS.items()
+    }
+
+
+def _unusable_config(path: str | Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"the configuration inside checkpoint {path} {problem}.\n"
+        "If you trust the file, give the run's own config.yaml with --config."
+    )
+
+
+def _forget_weights(node: Any) -> None:
+    """Set every source of pretrained weights to None: the weights are in the checkpoint, nothing is downloaded."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if key in ("weights", "backbone_weights", "pretrained"):
+            node[key] = None
+        _forget_weights(value)
+
+
+def refusals(config: JSONDict) -> Iterator[Refusal]:
+    """Yield the forbidden values of a `model` and `data` configuration. Nothing outside TRUSTED is imported."""
+    for group, owner in (("model", DetectionModule), ("data", _find_class(DATA_MODULE))):
+        yield from _check_arguments(config[group], owner, group)
+    if not isinstance(config["model"].get("detector"), dict):
+        yield Refusal("model.detector", config["model"].get("detector"))
+
+
+def _check(node: object, types: Types, place: str) -> Iterator[Refusal]:
+    if isinstance(node, dict) and "class_path" in node:
+        yield from _check_class(node, types, place)
+    elif isinstance(node, dict):
+        owner = next((each for each in types if inspect.isclass(each) and each not in (*PLAIN, *MAPPINGS)), None)
+        if any(_origin(each) in MAPPINGS for each in types):
+            for key, value in node.items():
+                yield from _check(value, _item_types(types, MAPPINGS), f"{place}.{key}")
+        elif owner is not None and not inspect.isabstract(owner):
+            yield from _check_arguments(node, owner, place)
+        else:
+            yield Refusal(place, node)
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield from _check(value, _item_types(types, SEQUENCES), f"{place}.{index}")
+    elif isinstance(node, str):
+        is_word = any(_origin(each) is Literal and node in get_args(each) for each in types)
+        if not is_word and not all(_is_plain(each) for each in types):  # the parser would read it as a class
+            yield Refusal(place, node)
+    elif isinstance(node, int) and abs(node) > LIMITS.get(place.rpartition(".")[2], MAX_NUMBER):
+        yield Refusal(place, node)
+
+
+def _check_class(node: JSONDict, types: Types, place: str) -> Iterator[Refusal]:
+    name, arguments = node["class_path"], node.get("init_args") or {}
+    expected = tuple(each for each in types if inspect.isclass(each) and each not in PLAIN)
+    found = _find_class(name)
+    if found is None:
+        is_foreign = isinstance(name, str) and bool(CLASS_PATH.fullmatch(name)) and not name.startswith(TRUSTED)
+        yield Refusal(f"{place}.class_path", name, is_foreign)
+        arguments = {}  # unknown without the class; its name is refused already
+    elif not any(_is_kind(found, kind) for kind in expected):
+        yield Refusal(f"{place}.class_path", name)
+    elif isinstance(arguments, dict):
+        yield from _check_arguments(arguments, found, f"{place}.init_args")
+    else:
+        yield Refusal(f"{place}.init_args", arguments)
+    for key in node.keys() - {"class_path", "init_args"}:
+        yield Refusal(f"{place}.{key}", node[key])
+
+
+def _check_arguments(arguments: JSONDict, owner: Any, place: str) -> Iterator[Refusal]:
+    parameters = _parameters(owner)
+    for key, value in arguments.items():
+        if key in parameters:
+            yield from _check(value, parameters[key], f"{place}.{key}")
+        else:
+            yield Refusal(f"{place}.{key}", value)
+
+
+def _find_class(name: object) -> Any:
+    """Return the class of a dotted name inside TRUSTED, or None."""
+    if not isinstance(name, str) or not CLASS_PATH.fullmatch(name):
+        return None
+    module, _, attribute = name.rpartition(".")
+    if not any(module == trusted or module.startswith(f"{trusted}.") for trusted in TRUSTED):
+        return None
+    with contextlib.suppress(ImportError, AttributeError):
+        found = getattr(import_module(module), attribute)
+        return found if inspect.isclass(found) else None
     return None
 
 
-@contextlib.contextmanager
-def _trusted_imports() -> Iterator[None]:
-    """Let the parser import nothing else. What was allowed before is so again afterwards."""
-    before = dict(parsing_settings)
+def _is_kind(found: type, expected: type) -> bool:
     try:
-        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(TRUSTED))
-        yield
-    finally:
-        parsing_settings.update(before)
+        return issubclass(found, expected)
+    except TypeError:  # a Protocol with attributes
+        return all(hasattr(found, name) for name, value in vars(expected).items() if inspect.isfunction(value))
 
 
-def _refused(node: object, types: Types, place: str) -> Iterator[Refusal]:
-    if isinstance(node, dict) and "class_path" in node:
-        yield from _refused_class(node, place)
-    elif isinstance(node, dict):
-        for key, value in node.items():
-            yield from _refused(value, _types_of_value(types, str(key)), f"{place}.{key}")
-    elif isinstance(node, list | tuple):
-        for index, value in enumerate(node):
-            yield from _refused(value, _types_of_elements(types), f"{place}.{index}")
-    elif isinstance(node, str) and not _is_text_meant(node, types):
-        yield Refusal(place, node, False)
-
-
-def _refused_class(node: JSONDict, place: str) -> Iterator[Refusal]:
-    name, arguments = node["class_path"], node.get("init_args") or {}
-    trusted = isinstance(name, str) and IMPORT_PATH.fullmatch(name) and name.startswith(tuple(f"{p}." for p in TRUSTED))
-    if not trusted:
-        yield Refusal(f"{place}.class_path", name, True)
-    if not isinstance(arguments, dict):
-        yield Refusal(f"{place}.init_args", arguments, False)
-        return
-    types = _parameters(_imported(name)) if trusted else {}
-    for key, value in arguments.items():
-        inner = _refused(value, types.get(key, ANYTHING), f"{place}.{key}")
-        # What arguments a class has that is not imported, nobody knows; its name is refused already.
-        yield from inner if trusted else (one for one in inner if one.is_name)
-    for key in node.keys() - {"class_path", "init_args"}:
-        yield from _refused(node[key], ANYTHING, f"{place}.{key}")
-
-
-def _imported(name: str) -> object:
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError):
-        return None
-
-
-def _parameters(factory: object) -> dict[str, Types]:
-    """The types that each argument of a class can have. Those that cannot be told can have any."""
-    try:
-        signature = inspect.signature(factory)  # type: ignore[arg-type] # what cannot be called raises
-    except (TypeError, ValueError):
-        return {}
-    known = {}
-    for name, parameter in signature.parameters.items():
-        # The annotation alone: one that cannot be resolved is no reason to know nothing of the others.
-        holder = SimpleNamespace(__annotations__={name: parameter.annotation})
-        if parameter.annotation is parameter.empty or parameter.kind is parameter.VAR_KEYWORD:
+def _parameters(owner: Any) -> dict[str, Types]:
+    """Return the types of the arguments of a class, those of its parents included: `**kwargs` leads to them."""
+    if hasattr(owner, "_fields"):  # a named tuple
+        return {name: _alternatives(hint) for name, hint in typing.get_type_hints(owner).items()}
+    known: dict[str, Types] = {}
+    for parent in reversed(owner.__mro__):
+        if "__init__" not in vars(parent) or parent is object:
             continue
-        with contextlib.suppress(NameError, TypeError, AttributeError, SyntaxError):
-            known[name] = _alternatives(typing.get_type_hints(holder, _names_around(factory))[name])
+        for name, parameter in inspect.signature(parent.__init__).parameters.items():
+            if name == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                continue
+            # One annotation at a time: if one cannot be resolved, the others are still known.
+            holder = SimpleNamespace(__annotations__={name: parameter.annotation})
+            known[name] = ANYTHING
+            if parameter.annotation is not parameter.empty:
+                with contextlib.suppress(NameError, TypeError, AttributeError, SyntaxError):
+                    names = vars(import_module(parent.__module__))
+                    known[name] = _alternatives(typing.get_type_hints(holder, names)[name])
     return known
-
-
-def _names_around(factory: Any) -> dict[str, Any]:
-    """Return the names that the annotations of a class or function were written with."""
-    owner = next((one for one in getattr(factory, "__mro__", ()) if "__init__" in vars(one)), factory)
-    return vars(import_module(owner.__module__))
 
 
 def _alternatives(hint: Any) -> Types:
     if _origin(hint) in (Union, UnionType):
-        return tuple(one for alternative in get_args(hint) for one in _alternatives(alternative))
+        return tuple(each for alternative in get_args(hint) for each in _alternatives(alternative))
     return (hint,)
 
 
-def _origin(hint: Any) -> Any:  # for the type checker, which thinks that it could only be a ParamSpec
+def _origin(hint: Any) -> Any:  # for mypy, which takes every hint for a ParamSpec
     return get_origin(hint)
 
 
-def _types_of_elements(types: Types) -> Types:
-    """The types that an element of a list can have."""
-    hints = [hint for each in types if _origin(each) in SEQUENCES for hint in get_args(each) if hint is not ...]
-    for each in types:
-        if inspect.isclass(each) and hasattr(each, "_fields"):  # a named tuple, stored as a list
+def _item_types(types: Types, containers: Types) -> Types:
+    """Return the types of an element of a list, or of a value of a mapping."""
+    hints = [
+        hint
+        for each in types
+        if _origin(each) in containers
+        for hint in (get_args(each)[1:] if containers is MAPPINGS else get_args(each))
+        if hint is not ...
+    ]
+    for each in types if containers is SEQUENCES else ():
+        if hasattr(each, "_fields"):  # a named tuple, stored as a list
             hints += typing.get_type_hints(each).values()
-    return tuple(one for hint in hints for one in _alternatives(hint)) or ANYTHING
-
-
-def _types_of_value(types: Types, key: str) -> Types:
-    """The types that a key of a mapping, or an argument of a class stored without its name, can have."""
-    hints = [get_args(each)[1] for each in types if _origin(each) in MAPPINGS]
-    known = [_parameters(each).get(key, ANYTHING) for each in types if inspect.isclass(each) and each is not NoneType]
-    return tuple(one for hint in hints for one in _alternatives(hint)) + tuple(chain(*known)) or ANYTHING
-
-
-def _is_text_meant(text: str, types: Types) -> bool:
-    """Whether a text can mean nothing but itself: one of the words to choose from, or where no class could stand."""
-    is_word = any(_origin(each) is Literal and text in get_args(each) for each in types)
-    return is_word or all(_is_plain(each) for each in types)
+    return tuple(each for hint in hints for each in _alternatives(hint)) or ANYTHING
 
 
 def _is_plain(hint: Any) -> bool:
+    """Return whether a hint can mean numbers and text only, so that the parser reads text as itself."""
     origin = _origin(hint)
     if origin in (*SEQUENCES, *MAPPINGS):
-        return all(_is_plain(one) for inner in get_args(hint) for one in _alternatives(inner))
+        return all(_is_plain(each) for inner in get_args(hint) for each in _alternatives(inner))
     if origin is Literal or hint is ...:
         return True
     return inspect.isclass(hint) and (hint in PLAIN or issubclass(hint, PurePath))

@@ -42,21 +42,22 @@ class RunAddOn:
         """Create and return the folder of the run."""
         return new_run_folder(settings.runs_dir, settings.experiment, is_writer=is_first_process(settings))
 
-    def callbacks(self, settings: Any, config: JSONDict, callbacks: list[Callback], stored: JSONDict) -> list[Callback]:
-        """Return the callbacks of `fit`.
+    def callbacks(
+        self, settings: Any, config: JSONDict, callbacks: list[Callback], stored: JSONDict | None
+    ) -> list[Callback]:
+        """Return the callbacks of a command.
 
         Args:
             settings: the parsed arguments.
             config: the trainer's arguments; may be changed.
             callbacks: those of `add_arguments` and the average of the weights.
-            stored: the `model` and `data` configuration.
+            stored: `fit`: the `model` and `data` configuration; None for the other commands.
         """
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(config["default_root_dir"]) / "checkpoints")
-        if config.get("enable_checkpointing") is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
-        return callbacks
+        is_off = config.get("enable_checkpointing") is False
+        return [callback for callback in callbacks if not (is_off and isinstance(callback, Checkpoint))]
 
     def checkpoint_to_resume(
         self, settings: Any, module: DetectionModule, data: LightningDataModule, trainer: Trainer

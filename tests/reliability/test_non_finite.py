@@ -1,5 +1,8 @@
+"""The guard against non-finite values: no step, checkpoint or resume lets one pass; each is explained."""
+
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,8 +16,17 @@ from faulty_training import FaultyDetector, train
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from onestage.errors import ConfigError, NonFiniteError
-from onestage.reliability import non_finite as guards
-from onestage.reliability.non_finite import NonFiniteGuard
+from onestage.reliability import non_finite
+from onestage.reliability.non_finite import (
+    NonFiniteGuard,
+    as_json,
+    box_facts,
+    describe,
+    likely_cause,
+    non_finite_entries,
+    tensor_facts,
+)
+from onestage.types import IGNORE, PADDING, Targets
 
 pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 
@@ -51,7 +63,7 @@ def diagnosis_in(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("fault", ["nan loss", "inf gradient"])
-def test_a_bad_step_changes_nothing_and_the_next_one_goes_on(tmp_path: Path, fault: str) -> None:
+def test_bad_step_changes_nothing_and_the_next_one_trains(tmp_path: Path, fault: str) -> None:
     recorder, guard = Recorder(), NonFiniteGuard()
     with pytest.warns(UserWarning, match=r"step 2 of epoch 0 is skipped \(1 in a row.* 1 in all\)"):
         train(tmp_path, {2: fault}, num_steps=4, guard=guard, callbacks=(recorder,))
@@ -66,7 +78,7 @@ def test_a_bad_step_changes_nothing_and_the_next_one_goes_on(tmp_path: Path, fau
     assert step["processes"][0]["images"][0]["file"] == "4.jpg"
 
 
-def test_without_the_guard_the_same_fault_would_reach_the_weights(tmp_path: Path) -> None:
+def test_without_the_guard_the_same_fault_reaches_the_weights(tmp_path: Path) -> None:
     class NoGuard(NonFiniteGuard):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None: ...
 
@@ -75,7 +87,7 @@ def test_without_the_guard_the_same_fault_would_reach_the_weights(tmp_path: Path
     assert not is_finite(recorder.states[-1])
 
 
-def test_a_run_without_faults_is_the_same_with_and_without_the_guard(tmp_path: Path) -> None:
+def test_run_without_faults_is_the_same_with_and_without_the_guard(tmp_path: Path) -> None:
     class NoGuard(NonFiniteGuard):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None: ...
 
@@ -86,7 +98,7 @@ def test_a_run_without_faults_is_the_same_with_and_without_the_guard(tmp_path: P
     assert not (tmp_path / "skipped_steps.json").exists()
 
 
-def test_three_in_a_row_are_survived_and_counted_anew_afterwards(tmp_path: Path) -> None:
+def test_three_skipped_steps_in_a_row_do_not_end_the_run(tmp_path: Path) -> None:
     guard = NonFiniteGuard()
     faults = dict.fromkeys([1, 2, 3, 5, 6, 7], "nan loss")
     train(tmp_path, faults, num_steps=9, guard=guard)
@@ -94,7 +106,7 @@ def test_three_in_a_row_are_survived_and_counted_anew_afterwards(tmp_path: Path)
     assert diagnosis_in(tmp_path)["ended_training"] is False
 
 
-def test_the_fourth_in_a_row_ends_the_run_and_says_all(tmp_path: Path) -> None:
+def test_fourth_skipped_step_in_a_row_ends_the_run_with_all_facts(tmp_path: Path) -> None:
     recorder = Recorder()
     with pytest.raises(NonFiniteError) as stopped:
         train(tmp_path, dict.fromkeys(range(1, 9), "nan loss"), num_steps=9, callbacks=(recorder,))
@@ -115,7 +127,7 @@ def test_the_fourth_in_a_row_ends_the_run_and_says_all(tmp_path: Path) -> None:
     assert [numbers["step"] for numbers in facts["steps_before"]] == [0]
 
 
-def test_a_gradient_alone_names_the_parameters_it_shows_in(tmp_path: Path) -> None:
+def test_bad_gradient_names_its_parameters(tmp_path: Path) -> None:
     train(tmp_path, {1: "inf gradient"}, num_steps=2)
     (step,) = diagnosis_in(tmp_path)["latest"]
     facts = step["processes"][0]
@@ -128,7 +140,7 @@ def test_a_gradient_alone_names_the_parameters_it_shows_in(tmp_path: Path) -> No
     )
 
 
-def test_a_full_disk_for_the_diagnosis_is_said_once_and_costs_no_training(tmp_path: Path, monkeypatch) -> None:
+def test_full_disk_for_the_diagnosis_warns_once_and_training_continues(tmp_path: Path, monkeypatch) -> None:
     replace, guard = os.replace, NonFiniteGuard()
 
     def refuse(source, target) -> None:
@@ -139,16 +151,16 @@ def test_a_full_disk_for_the_diagnosis_is_said_once_and_costs_no_training(tmp_pa
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.warns(UserWarning, match="is skipped") as warned:
         train(tmp_path, {1: "nan loss", 2: "nan loss"}, num_steps=4, guard=guard)
-    said = [str(one.message) for one in warned if "Training goes on without" in str(one.message)]
-    assert len(said) == 1
-    assert "the disk or the quota is full" in said[0]
+    messages = [str(warning.message) for warning in warned if "Training continues without" in str(warning.message)]
+    assert len(messages) == 1
+    assert "the disk or the quota is full" in messages[0]
     assert guard.num_skipped == 2
     assert list(tmp_path.glob("*skipped*")) == []
     with pytest.raises(NonFiniteError, match=r"skipped_steps\.json, which could not be written"):
         train(tmp_path, {1: "nan loss"}, guard=NonFiniteGuard(max_skipped_steps=0))
 
 
-def test_the_state_in_a_checkpoint_goes_on_counting_with_all_records(tmp_path: Path) -> None:
+def test_resumed_guard_continues_counts_and_records(tmp_path: Path) -> None:
     guard, resumed = NonFiniteGuard(), NonFiniteGuard()
     train(tmp_path / "first", {1: "nan loss", 2: "nan loss"}, num_steps=3, guard=guard)
     torch.save(guard.state_dict(), tmp_path / "state.pt")
@@ -161,14 +173,14 @@ def test_the_state_in_a_checkpoint_goes_on_counting_with_all_records(tmp_path: P
     assert [one["step"] for one in diagnosis["latest"][-1]["processes"][0]["steps_before"]] == [0]
 
 
-def test_no_step_may_be_skipped_if_so_configured(tmp_path: Path) -> None:
+def test_max_skipped_steps_zero_ends_at_the_first(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"step 1 of epoch 0.* 1 times in a row"):
         train(tmp_path, {1: "nan loss"}, guard=NonFiniteGuard(max_skipped_steps=0))
-    with pytest.raises(ConfigError, match="must be 0 or more"):
+    with pytest.raises(ConfigError, match=r"must be >= 0, got -1"):
         NonFiniteGuard(max_skipped_steps=-1)
 
 
-def test_an_accumulated_step_is_skipped_as_a_whole_and_names_the_images_of_all_its_batches(tmp_path: Path) -> None:
+def test_accumulated_step_is_skipped_as_a_whole_with_all_its_images(tmp_path: Path) -> None:
     recorder = Recorder()
     train(tmp_path, {2: "nan loss"}, num_steps=3, callbacks=(recorder,), accumulate_grad_batches=2)
     assert is_same(recorder.states[2], recorder.states[4])  # batches 2 and 3 are the second step
@@ -177,7 +189,7 @@ def test_an_accumulated_step_is_skipped_as_a_whole_and_names_the_images_of_all_i
     assert [image["image_id"] for image in step["processes"][0]["images"]] == [104, 105, 106, 107]
 
 
-def test_weights_that_are_not_finite_are_refused_at_the_start(tmp_path: Path) -> None:
+def test_non_finite_weights_are_refused_at_the_start(tmp_path: Path) -> None:
     detector = FaultyDetector()
     detector.box_head.bias.data[1] = torch.inf
     with pytest.raises(
@@ -186,7 +198,7 @@ def test_weights_that_are_not_finite_are_refused_at_the_start(tmp_path: Path) ->
         train(tmp_path, detector=detector)
 
 
-def test_an_optimizer_state_that_is_not_finite_is_refused_when_a_run_goes_on(tmp_path: Path) -> None:
+def test_non_finite_optimizer_state_is_refused_on_resume(tmp_path: Path) -> None:
     module = train(tmp_path, num_steps=2)
     module.trainer.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -206,7 +218,7 @@ def train_on(folder: Path, detector: FaultyDetector, checkpoint: Path) -> None:
     train(folder, detector=detector, callbacks=(Restored(),))
 
 
-def test_weights_that_turn_bad_during_training_end_it_without_a_checkpoint(tmp_path: Path) -> None:
+def test_weights_that_overflow_in_training_end_it_without_a_checkpoint(tmp_path: Path) -> None:
     class Saver(pl.Callback):
         def on_exception(self, trainer, pl_module, exception) -> None:
             with pytest.raises(NonFiniteError, match=r"was not written.* state_dict.detector.box_head.bias.*0.1"):
@@ -217,7 +229,7 @@ def test_weights_that_turn_bad_during_training_end_it_without_a_checkpoint(tmp_p
     assert not (tmp_path / "last.ckpt").exists()
 
 
-def test_a_checkpoint_after_skipped_steps_is_finite_and_loads(tmp_path: Path) -> None:
+def test_checkpoint_after_skipped_steps_is_finite(tmp_path: Path) -> None:
     module = train(tmp_path, {1: "nan loss", 2: "inf gradient"}, num_steps=3)
     module.trainer.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -238,7 +250,7 @@ def scaled(fault_steps: range, num_steps: int, folder: Path) -> tuple[NonFiniteG
     return guard, scaler, recorder
 
 
-def test_steps_that_the_loss_scaler_skips_are_its_own_affair(tmp_path: Path, monkeypatch) -> None:
+def test_steps_that_the_loss_scaler_skips_are_not_counted(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("onestage.training.trainer.resolve_precision", lambda precision, accelerator: precision)
     guard, scaler, recorder = scaled(range(6), 8, tmp_path)  # more than three in a row
     assert guard.num_skipped == 0
@@ -248,15 +260,15 @@ def test_steps_that_the_loss_scaler_skips_are_its_own_affair(tmp_path: Path, mon
     assert not (tmp_path / "skipped_steps.json").exists()
 
 
-def test_a_loss_scaler_that_finds_no_scale_ends_the_run(tmp_path: Path, monkeypatch) -> None:
+def test_loss_scaler_that_finds_no_scale_ends_the_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("onestage.training.trainer.resolve_precision", lambda precision, accelerator: precision)
-    monkeypatch.setattr(guards, "MAX_SCALER_SKIPS", 5)
+    monkeypatch.setattr(non_finite, "MAX_SCALER_SKIPS", 5)
     with pytest.raises(NonFiniteError, match="not finite 6 times in a row"):
         scaled(range(12), 12, tmp_path)
 
 
 @pytest.mark.parametrize("is_fused", [False, True])
-def test_under_fp16_a_bad_loss_with_finite_gradients_changes_nothing_either(tmp_path: Path, is_fused: bool) -> None:
+def test_bad_loss_with_finite_gradients_in_fp16_changes_nothing(tmp_path: Path, is_fused: bool) -> None:
     recorder, guard, scaler = Recorder(), NonFiniteGuard(), torch.amp.GradScaler("cpu", init_scale=128.0)
     plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
     faults = {1: "inf loss, finite gradient"}
@@ -268,9 +280,7 @@ def test_under_fp16_a_bad_loss_with_finite_gradients_changes_nothing_either(tmp_
 
 
 @pytest.mark.parametrize("is_fused", [False, True])
-def test_under_fp16_a_bad_loss_with_bad_gradients_is_counted_and_lowers_the_scale(
-    tmp_path: Path, is_fused: bool
-) -> None:
+def test_bad_loss_with_bad_gradients_in_fp16_is_counted_and_lowers_the_scale(tmp_path: Path, is_fused: bool) -> None:
     recorder, guard, scaler = Recorder(), NonFiniteGuard(), torch.amp.GradScaler("cpu", init_scale=128.0)
     plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
     train(tmp_path, {1: "nan loss"}, 3, guard, (recorder,), is_fused=is_fused, precision=None, plugins=plugins)
@@ -279,10 +289,16 @@ def test_under_fp16_a_bad_loss_with_bad_gradients_is_counted_and_lowers_the_scal
     assert scaler.get_scale() == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-def test_a_fault_of_one_process_is_skipped_by_both(tmp_path: Path, precision: str) -> None:
+def test_fault_of_one_process_is_skipped_by_both(tmp_path: Path, precision: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(Path(__file__).with_name("faulty_training.py")), str(tmp_path), precision]
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "support" / "faulty_training.py"),
+        str(tmp_path),
+        precision,
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"process_{rank}.pt", weights_only=True) for rank in (0, 1))
@@ -292,3 +308,104 @@ def test_a_fault_of_one_process_is_skipped_by_both(tmp_path: Path, precision: st
     (step,) = diagnosis_in(tmp_path)["latest"]
     assert [process["loss"] == "nan" for process in step["processes"]] == [False, True]
     assert [process["images"][0]["image_id"] for process in step["processes"]] == [104, 106]
+
+
+# Facts and causes
+
+FINE = {"num_non_finite": 0, "smallest": -5.0, "largest": 2.0}
+BROKEN = {"num_non_finite": 7, "smallest": -5.0, "largest": 2.0}
+
+
+def boxes_of(num_boxes: int, num_regions: int, num_empty: int, num_bad: int, smallest: float, largest: float) -> dict:
+    return {
+        "num_boxes": num_boxes, "num_regions": num_regions, "num_empty": num_empty, "num_non_finite": num_bad,
+        "smallest_side": smallest, "largest_side": largest,
+    }  # fmt: skip
+
+
+FACTS = {
+    "epoch": 0,
+    "step": 12,
+    "loss": math.nan,
+    "gradient_norm": math.nan,
+    "loss_terms": {"loss": math.nan, "classification_loss": math.nan, "box_loss": 0.5},
+    "learning_rates": [0.002, 0.002],
+    "precision": "32-true",
+    "images": [{"image_id": 17, "file": "a.jpg"}],
+    "boxes": boxes_of(3, 1, 0, 0, 4.0, 90.0),
+    "predictions": {"class_logits": FINE, "box_outputs": FINE},
+    "bad_weights": [],
+    "bad_gradients": ["head.weight"],
+    "steps_before": [],
+}
+FINITE_LOSS = {"loss": 0.5, "loss_terms": {"box_loss": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause", "remedy"),
+    [
+        ({"bad_weights": ["a", "b", "c", "d"]}, "the weights are not finite (a, b, c and 1 more)", "optimizer"),
+        ({"boxes": boxes_of(3, 0, 2, 0, 0.0, 9.0)}, "of 3 boxes 2 have no area and 0 are not finite", "annotations"),
+        ({"boxes": boxes_of(2, 1, 0, 1, 1.0, 9.0)}, "of 3 boxes 0 have no area and 1 are not finite", "annotations"),
+        ({"predictions": {"box_outputs": BROKEN}}, "box_outputs overflowed on finite weights", "lr"),
+        ({"predictions": {"box_outputs": BROKEN}, "precision": "16-mixed"}, "beyond 65,504", "bf16-mixed"),
+        ({}, "classification_loss is not finite although all predictions are (class_logits -5..2", "docs/add_a_loss"),
+        ({"loss_terms": {"loss": 1.0, "box_loss": 0.5}}, "an earlier batch of the step", "warmup_steps"),
+        (FINITE_LOSS, "its gradient is not, in 1 parameters from head", "derivative"),
+        (
+            {**FINITE_LOSS, "bad_gradients": [], "gradient_norm": math.inf},
+            "its gradient is not, only in its norm",
+            "lr",
+        ),
+    ],
+)
+def test_likely_cause_is_the_first_stage_with_a_bad_value(changes: dict, cause: str, remedy: str) -> None:
+    found, change = likely_cause({**FACTS, **changes})
+    assert cause in found
+    assert remedy in change
+
+
+def test_tenfold_rise_of_the_loss_before_is_reported() -> None:
+    rising = [{"loss": loss} for loss in (2.0, 3.0, 2.5, 400.0)]
+    assert "had risen from 2.5 to 400 before" in likely_cause({**FACTS, "steps_before": rising})[0]
+    assert "risen" not in likely_cause({**FACTS, "steps_before": [{"loss": 2.0}] * 4})[0]
+
+
+def test_boxes_are_measured_without_padding() -> None:
+    boxes = torch.tensor([
+        [0.0, 0.0, 10.0, 20.0],
+        [5.0, 5.0, 5.0, 9.0],  # no width
+        [0.0, 0.0, math.nan, 9.0],
+        [0.0, 0.0, 40.0, 8.0],  # a region
+        [0.0, 0.0, 0.0, 0.0],  # padding
+    ])  # fmt: skip
+    labels = torch.tensor([0, 1, 0, IGNORE, PADDING])
+    assert box_facts([Targets(boxes[None], labels[None])]) == boxes_of(3, 1, 1, 1, 0.0, 40.0)
+    assert box_facts([Targets(boxes[None, 4:], labels[None, 4:])]) == boxes_of(0, 0, 0, 0, None, None)
+
+
+def test_tensors_are_measured_by_their_finite_values() -> None:
+    measured = tensor_facts(torch.tensor([1.0, math.nan, -3.0, math.inf]))
+    assert measured == {"num_non_finite": 2, "smallest": -3.0, "largest": 1.0}
+    assert tensor_facts(torch.tensor([math.nan])) == {"num_non_finite": 1, "smallest": None, "largest": None}
+
+
+def test_description_and_json_hold_without_any_finite_value() -> None:
+    facts = {**FACTS, "predictions": {"class_logits": tensor_facts(torch.tensor([math.nan]))}}
+    facts["boxes"] = boxes_of(0, 0, 0, 0, None, None)
+    assert "Boxes: 0, 0 empty, 0 not finite." in describe(facts)
+    assert as_json(facts)["loss"] == "nan"
+
+
+def test_every_tensor_of_a_checkpoint_is_checked_except_scores_of_callbacks() -> None:
+    bad = torch.tensor([1.0, math.inf])
+    checkpoint = {
+        "epoch": 1,
+        "state_dict": {"a": torch.ones(2), "b": bad, "count": torch.tensor(3)},
+        "optimizer_states": [{"state": {0: {"exp_avg": bad, "step": torch.tensor(1.0)}}}],
+        "callbacks": {"BestCheckpoint{}": {"best_model_score": torch.tensor(-math.inf)}, "EMA": {"weights": [bad]}},
+        "lr_schedulers": [{"last": math.nan}],
+    }
+    assert non_finite_entries(checkpoint) == [
+        "state_dict.b", "optimizer_states.0.state.0.exp_avg", "callbacks.EMA.weights.0",
+    ]  # fmt: skip

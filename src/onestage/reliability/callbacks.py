@@ -1,0 +1,356 @@
+"""Callbacks that write best.ckpt and last.ckpt, at moments that can be resumed exactly.
+
+Lightning saves between any two of its hooks and guesses, when it resumes, where it was. Three kinds of moments leave
+nothing to guess: after an optimizer step inside an epoch, before a validation, and at the end of an epoch.
+"""
+
+import random
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from onestage.errors import CheckpointError, ConfigError, DataError, require
+from onestage.evaluation.results import installed_versions
+from onestage.reliability.checkpoints import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    copy_checkpoint,
+    keep_previous,
+    read_checkpoint,
+    require_writable,
+)
+from onestage.reliability.resume import decisive_settings, fingerprints
+from onestage.training.module import CHECKPOINT_KEY, DetectionModule
+from onestage.types import JSONDict
+
+# Moments
+
+
+def is_training(trainer: pl.Trainer) -> bool:
+    """Return whether `fit` is past the sanity check and writes files."""
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not _is_dry(trainer)
+
+
+def _is_dry(trainer: pl.Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def is_after_step(trainer: pl.Trainer) -> bool:
+    """Return whether the last batch ended in an optimizer step. Accumulated gradients are in no checkpoint."""
+    num_batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return num_batches % trainer.accumulate_grad_batches == 0 or is_last_batch(trainer)
+
+
+def is_last_batch(trainer: pl.Trainer) -> bool:
+    """Return whether the last batch was the last one of its epoch."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.is_last_batch or progress.current.ready >= trainer.num_training_batches
+
+
+def is_between_batches(trainer: pl.Trainer) -> bool:
+    """Return whether the training has finished one batch and not started the next."""
+    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return bool(total.ready == total.started == total.processed == total.completed)
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Return whether a validation starts after the last batch, which does not end its epoch."""
+    every_epochs, every_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    is_epoch = every_epochs is None or (trainer.current_epoch + 1) % every_epochs == 0
+    if not trainer.enable_validation or not is_epoch or every_batches in (None, float("inf")):
+        return False
+    loop = trainer.fit_loop.epoch_loop
+    num_batches = loop.total_batch_idx + 1 if every_epochs is None else loop.batch_idx + 1
+    return num_batches % int(every_batches) == 0
+
+
+def mark_validation_due(checkpoint: dict[str, Any]) -> None:
+    """Make a checkpoint from before or inside a validation start that validation when it is resumed.
+
+    Lightning would skip the batches validated so far, although their detections are lost. It continues a validation
+    if one batch is started and not finished; with none finished before, it starts at the first.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    done = progress["total"]["completed"] - progress["current"]["completed"]
+    progress["total"] = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
+    progress["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    progress["is_last_batch"] = False
+
+
+def forget_unfinished_validation(trainer: pl.Trainer) -> None:
+    """At the start of a validation, subtract the batch that `mark_validation_due` added."""
+    total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+    total.ready = total.started = total.processed = total.completed
+
+
+# Callbacks
+
+
+class SeededSteps(Callback):
+    """Seed torch, NumPy and Python before every training batch.
+
+    Random numbers inside the model become a function of (seed, process, epoch, batch). No generator state has to be
+    saved, and two processes never drop the same units.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Seed all generators that a model may use. On a GPU this does not wait for the device."""
+        key = (self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
+        torch_seed, numpy_seed = np.random.SeedSequence(key).generate_state(2, dtype=np.uint64).tolist()
+        torch.manual_seed(torch_seed)
+        np.random.seed(numpy_seed % 2**32)
+        random.seed(numpy_seed)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keep `checkpoints/best.ckpt`, the weights with the best metric so far.
+
+    Args:
+        monitor: a logged metric, such as `val/mAP` or `val/AP50`.
+        mode: `max` where more is better.
+        dirpath: the folder; null: `checkpoints/` of the run.
+    """
+
+    def __init__(self, monitor: str = "val/mAP", mode: str = "max", dirpath: str | None = None) -> None:
+        super().__init__(
+            dirpath=dirpath, filename=Path(BEST).stem, monitor=monitor, mode=mode, enable_version_counter=False
+        )
+        self._inherited: Path | None = None  # the best checkpoint of the resumed run
+        self._copies = False
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Find the best checkpoint of the resumed run in the first process, for all processes."""
+        self._copies = trainer.is_global_zero
+        best = None
+        if trainer.is_global_zero and is_training(trainer):
+            state = checkpoint["callbacks"].get(self.state_key)
+            best = _find_stored_best(state, Path(str(trainer.ckpt_path)).parent, Path(str(self.dirpath)))
+        self._inherited = trainer.strategy.broadcast(best)
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the metric's name before it costs an epoch: the sanity check logs all metrics of a validation.
+
+        Raises:
+            ConfigError: no validation logs it.
+        """
+        logged = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+        if logged and str(self.monitor).startswith("val/") and self.monitor not in logged:
+            raise ConfigError(
+                f"best_checkpoint.monitor is {self.monitor}, which the validation does not log.\n"
+                f"Set it to one of {', '.join(logged)}. For a metric that is logged only after training has begun, set "
+                "trainer.num_sanity_val_steps: 0."
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the best checkpoint of the resumed run, copied into this run's folder.
+
+        Lightning forgets the best score when the folder changes: the first validation after a resume would win.
+        """
+        if self._inherited is None:
+            return  # a score without its file is useless
+        copy = Path(str(self.dirpath)) / BEST
+        if self._copies and copy.resolve() != self._inherited.resolve():
+            copy_checkpoint(self._inherited, copy)
+        score = state_dict["best_model_score"]
+        ours = {
+            "dirpath": str(self.dirpath),
+            "best_model_path": str(copy),
+            "best_k_models": {str(copy): score},
+            "kth_best_model_path": str(copy),
+            "kth_value": score,
+            "last_model_path": "",
+        }
+        super().load_state_dict({**state_dict, **ours})
+        self.current_score = state_dict.get("current_score")  # Lightning omits it
+
+
+def _find_stored_best(state: object, beside: Path, own: Path) -> Path | None:
+    """Return the best checkpoint of a run, in the folder of the resumed checkpoint or in our own.
+
+    The stored path belongs to another machine or day, and a foreign checkpoint may name any file that this user can
+    read. So it is followed into these two folders only.
+    """
+    score = state.get("best_model_score") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not isinstance(score, Tensor) or score.numel() != 1:
+        return None  # nothing was validated before it was written
+    stored = Path(str(state.get("best_model_path") or ""))
+    best = stored if stored.parent in (beside, own) else beside / BEST
+    try:
+        if stored.name != BEST:
+            raise CheckpointError(f"a path to {BEST} is expected, not {str(stored)!r}.")
+        read_checkpoint(best)
+    except (CheckpointError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        rank_zero_info(f"resume: the best checkpoint so far is not used, so the next one becomes the best: {reason}")
+        return None
+    return best
+
+
+class LastCheckpoint(Checkpoint):
+    """Keep `checkpoints/last.ckpt`, the state to resume from, and the one before it as `checkpoints/previous.ckpt`.
+
+    It is written at intervals, and when a signal or a data error ends the run.
+
+    Args:
+        every_n_epochs: interval in epochs, >= 0; 0: not at the ends of epochs.
+        every_n_steps: interval in optimizer steps, >= 0, for long epochs; 0: not inside epochs.
+        dirpath: the folder; null: `checkpoints/` of the run.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, every_n_steps: int = 0, dirpath: str | None = None) -> None:
+        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+            require(value >= 0, f"last_checkpoint.{name}", value, ">= 0 (0: never)")
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.dirpath = dirpath
+        self._is_due = False  # an interval ended at a moment that cannot be resumed
+        self._is_before_validation = False
+        self._saved: tuple[int, bool] | None = None  # global step and whether a validation was due
+
+    @property
+    def path(self) -> Path:
+        """Return the path of the newest state."""
+        return Path(str(self.dirpath)) / LAST
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Use the folder of the first process everywhere; check that it can be written."""
+        self.dirpath = trainer.strategy.broadcast(self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints"))
+        writes = stage == "fit" and trainer.is_global_zero and not _is_dry(trainer)
+        if writes and (self.every_n_epochs or self.every_n_steps):
+            require_writable(self.path)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Copy the state of another run that is continued, so that a kill before the first save loses nothing.
+
+        Lightning calls this hook of every callback before `BestCheckpoint` copies an older state into the folder.
+        """
+        resumed = Path(str(trainer.ckpt_path))
+        if trainer.is_global_zero and is_training(trainer) and resumed.resolve().parent != self.path.resolve().parent:
+            copy_checkpoint(resumed, self.path)
+
+    def save(self, trainer: pl.Trainer, *, before_validation: bool = False) -> None:
+        """Write the state of this moment, which must be resumable, unless it is already written.
+
+        Raises:
+            ResourceError: it could not be written; the last file is unchanged.
+        """
+        moment = (trainer.global_step, before_validation)
+        self._is_due = False
+        if moment == self._saved or trainer.global_step == 0:
+            return
+        if trainer.is_global_zero and (self._saved is not None or _is_readable(self.path)):
+            keep_previous(self.path, self.path.with_name(PREVIOUS))  # a damaged file must not replace a good one
+        self._is_before_validation = before_validation
+        try:
+            trainer.save_checkpoint(self.path, False)  # False: not the weights alone
+        finally:
+            self._is_before_validation = False
+        self._saved = moment
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let the resumed run start with the validation that this run did not finish."""
+        if self._is_before_validation:
+            mark_validation_due(checkpoint)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if an interval of steps has ended, or leave it to the validation or the end of the epoch."""
+        if not self.every_n_steps or not is_training(trainer) or not is_after_step(trainer):
+            return
+        self._is_due |= trainer.global_step % self.every_n_steps == 0
+        if self._is_due and not is_last_batch(trainer) and not validation_follows(trainer):
+            self.save(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if an interval ended with the batch before."""
+        if is_training(trainer):
+            forget_unfinished_validation(trainer)
+            if self._is_due:
+                self.save(trainer, before_validation=True)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if an interval of epochs has ended, or one of steps with the last batch."""
+        is_due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if is_training(trainer) and (self._is_due or is_due):
+            self.save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Save when the data end the run: the weights are correct, and the step before is complete.
+
+        Not with several processes: the others are at another place, and a checkpoint needs all of them.
+        """
+        if not isinstance(exception, DataError) or not is_training(trainer) or trainer.world_size > 1:
+            return
+        if is_between_batches(trainer) and is_after_step(trainer):
+            self.save(trainer, before_validation=trainer.validating)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        read_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+class ConfigInCheckpoint(Callback):
+    """Store the origin of the weights in every checkpoint, so that one file is enough to predict.
+
+    That is the `model` and `data` configuration, fingerprints of the training annotations and images, and the versions
+    of the packages.
+    """
+
+    def __init__(self, config: JSONDict) -> None:
+        self.config = config
+        self._origin: JSONDict = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check that all processes have the same configuration.
+
+        Raises:
+            ConfigError: they have not, in every process.
+        """
+        if trainer.world_size > 1:
+            settings: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(settings, repr(sorted(decisive_settings(self.config).items())))
+            others = [rank for rank, other in enumerate(settings) if other != settings[0]]
+            if others:
+                raise ConfigError(
+                    f"processes {others} have another model or data configuration than process 0.\n"
+                    "Start every process with the same --config files and options."
+                )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compute the fingerprints once, in the process that writes files."""
+        if trainer.is_global_zero:
+            annotations = cast(DetectionModule, pl_module).data.annotations("train")
+            self._origin = {**fingerprints(annotations), "versions": installed_versions()}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the origin beside the class names."""
+        checkpoint.setdefault(CHECKPOINT_KEY, {}).update({"config": self.config, **self._origin})

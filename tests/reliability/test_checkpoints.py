@@ -1,0 +1,366 @@
+"""Checkpoint files: damaged, foreign and hostile ones are named and refused; writing leaves whole files."""
+
+import copy
+import errno
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import changed, contents, write
+from command_line import run
+from tiny_training import TinyDetector
+
+from onestage.errors import CheckpointError, ResourceError
+from onestage.reliability.checkpoints import (
+    AtomicCheckpointIO,
+    keep_previous,
+    load_weights,
+    read_checkpoint,
+    remove_unfinished_files,
+    require_writable,
+    stored_step,
+)
+from onestage.reliability.resume import newest_checkpoint
+from onestage.training.module import CHECKPOINT_SCHEMA, DetectionModule
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write(tmp_path / "last.ckpt")
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(CheckpointError) as stopped:
+        read_checkpoint(path)
+    assert str(path) in str(stopped.value)
+    return str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda content: b"", "is empty (0 bytes)"),
+        (lambda content: content[: len(content) // 2], "is truncated or damaged"),
+        (lambda content: content[:-1], "is truncated or damaged"),
+        (lambda content: content[:3], "is truncated or damaged"),
+        (lambda content: b"<!DOCTYPE html><title>404</title>", "is not a torch checkpoint"),
+        (lambda content: bytes(len(content)), "is not a torch checkpoint"),
+        (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (lambda content: pickle.dumps({"state_dict": {}}), "is not a torch checkpoint"),
+    ],
+)
+def test_damaged_file_is_refused_with_its_problem(
+    checkpoint: Path, damage: Callable[[bytes], bytes], problem: str
+) -> None:
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    assert problem in refused(checkpoint)
+
+
+@pytest.mark.parametrize("call", ["is_file", "open"])
+def test_permission_error_is_reported_as_unreadable(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str
+) -> None:
+    """root may read everything, so the call refuses."""
+    original = getattr(Path, call)
+
+    def refuse(self: Path, *arguments: Any, **named: Any) -> Any:
+        if self == checkpoint:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, call, refuse)
+    for command in ("validate", "export"):
+        assert run(command, "--ckpt_path", str(checkpoint)) == 2
+        assert f"checkpoint {checkpoint} cannot be read: Permission denied" in capsys.readouterr().err
+
+
+def test_name_too_long_for_a_file_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("validate", "--ckpt_path", f"{tmp_path}/{'x' * 5000}.ckpt") == 2
+    assert "cannot be read: File name too long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints", "version_0/checkpoints"])
+def test_folder_given_as_checkpoint_lists_the_checkpoints_in_it(checkpoint: Path, inside: str) -> None:
+    folder = checkpoint.parent / "folder"
+    (folder / inside).mkdir(parents=True)
+    moved = checkpoint.rename(folder / inside / "last.ckpt")
+    assert f"{folder} is a folder.\nOther checkpoints there: {moved}" in refused(folder)
+
+
+def test_fifo_among_checkpoints_does_not_block(checkpoint: Path) -> None:
+    pipe = checkpoint.with_name("pipe.ckpt")
+    os.mkfifo(pipe)
+    assert newest_checkpoint(checkpoint.parent) == (checkpoint, 5)
+    assert "is not a file" in refused(pipe)
+
+
+def test_one_flipped_bit_of_a_weight_is_found(checkpoint: Path) -> None:
+    content = bytearray(checkpoint.read_bytes())
+    content[bytes(content).index(torch.arange(600.0).numpy().tobytes()[64:256])] ^= 1
+    checkpoint.write_bytes(content)
+    torch.load(checkpoint, weights_only=True)  # torch itself finds nothing
+    assert "the checksum of" in refused(checkpoint)
+
+
+def test_one_flipped_bit_of_the_archive_directory_is_refused(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.ckpt", {"state_dict": {}, "global_step": 0, "onestage": {"schema": 99}})
+    with zipfile.ZipFile(whole) as archive:
+        begin, member = archive.start_dir, archive.infolist()[0].header_offset
+    content = whole.read_bytes()
+    for place in (*range(member, member + 40), *range(begin, begin + 80), *range(len(content) - 40, len(content))):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        whole.write_bytes(damaged)
+        refused(whole)  # for the damage, or for the schema if the bit has no meaning
+
+
+class Payload:
+    """A pickle that runs a command when it is read."""
+
+    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
+        return os.system, ("touch canary",)
+
+
+class Greedy:
+    """A pickle of some bytes that allocates 6 GiB when it is read."""
+
+    def __reduce__(self) -> tuple[Callable[[int], Any], tuple[int]]:
+        return bytearray, (6 << 30,)
+
+
+def test_pickle_that_runs_a_command_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "hostile.ckpt", changed("hyper_parameters", Payload()))
+    assert "nothing in it was run" in refused(path)
+    for protocol in (2, 4):
+        (tmp_path / "old.ckpt").write_bytes(pickle.dumps(Payload(), protocol=protocol))
+        assert "is not a torch checkpoint" in refused(tmp_path / "old.ckpt")
+    assert not Path("canary").exists()
+    os.system("touch canary")  # the payload works
+    assert Path("canary").exists()
+
+
+def test_pickle_that_allocates_gigabytes_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "hostile.ckpt", changed("more", Greedy()))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    assert stored_step(path) == -1
+    assert "asks for memory that it does not fill" in refused(path)
+
+
+def test_compressed_archive_is_refused_before_it_is_unpacked(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = checkpoint.with_name("bomb.ckpt")
+    with zipfile.ZipFile(checkpoint) as whole, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in whole.infolist():
+            packed.writestr(member.filename, whole.read(member))
+        packed.writestr("archive/data/999", bytes(5_000_000))
+    assert bomb.stat().st_size < 100_000
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+    assert stored_step(bomb) == -1
+    assert "is compressed" in refused(bomb)
+
+
+def test_archive_that_repeats_the_same_bytes_is_refused(checkpoint: Path) -> None:
+    with zipfile.ZipFile(checkpoint, "a") as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        for number in range(9):
+            again = copy.copy(largest)
+            again.filename = f"archive/data/9{number}"
+            archive.filelist.append(again)
+        archive._didModify = True
+    assert "would become" in refused(checkpoint)
+
+
+@pytest.mark.parametrize("size", [100_000_000, 10**13])
+def test_expanded_tensor_is_refused_before_its_values_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: int
+) -> None:
+    path = write(tmp_path / "hostile.ckpt", changed("state_dict", {"a": torch.zeros(1).expand(size)}))
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda _: pytest.fail("its values were read"))
+    for command in ("validate", "export"):
+        assert run(command, "--ckpt_path", str(path)) == 2
+        assert f"a tensor of {4 * size:,} bytes as `state_dict.a`, of which 4 are stored" in capsys.readouterr().err
+    assert not (tmp_path / "export").exists()
+
+
+def recursive() -> list[Any]:
+    items: list[Any] = []
+    items.append(items)
+    return items
+
+
+def doubled(levels: int) -> list[Any]:
+    items: list[Any] = [1]
+    for _ in range(levels):
+        items = [items, items]
+    return items
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "problem"),
+    [
+        ("more", recursive(), "more than 1,000,000 values"),
+        ("more", doubled(40), "more than 1,000,000 values"),
+        ("state_dict.a", torch.sparse_coo_tensor([[0]], [1.0], (10**9,)), "sparse, quantized or not on the CPU"),
+        ("onestage", [1], "a dictionary as `onestage`"),
+        ("onestage.config", [1], "plain keys and values as `onestage.config`"),
+        ("onestage.config.model.loss_weights", torch.ones(1), "plain keys and values as `onestage.config`"),
+        ("onestage.class_names", ..., "a list of names as `onestage.class_names`, got nothing"),
+        ("onestage.class_names", [1, 2], "a list of names"),
+        ("onestage.category_ids", 5, "a list of whole numbers as `onestage.category_ids`, got int"),
+        ("onestage.image_size", "big", "pixels or nothing as `onestage.image_size`, got str"),
+        ("onestage.versions", ["torch"], "versions by package"),
+        ("onestage.schema", 99, f"has schema 99; this version of onestage reads schema {CHECKPOINT_SCHEMA}"),
+        ("onestage", ..., "was not written by `onestage fit`"),
+        ("state_dict", [1, 2], "tensors by name as `state_dict`"),
+        ("state_dict.detector", "hello", "tensors by name as `state_dict`"),
+        ("global_step", ..., "a number of steps as `global_step`"),
+        ("global_step", True, "a number of steps as `global_step`"),
+    ],
+)
+def test_entry_of_another_type_is_refused_with_its_place(
+    tmp_path: Path, place: str, value: object, problem: str
+) -> None:
+    assert problem in refused(write(tmp_path / "odd.ckpt", changed(place, value)))
+
+
+def test_byte_order_of_another_machine_is_refused(checkpoint: Path) -> None:
+    with zipfile.ZipFile(checkpoint) as whole:
+        members = {member.filename: whole.read(member) for member in whole.infolist()}
+    (order,) = [name for name in members if name.endswith("byteorder")]
+    members[order] = struct.pack("3s", b"mid")
+    with zipfile.ZipFile(checkpoint, "w", zipfile.ZIP_STORED) as broken:
+        for name, content in members.items():
+            broken.writestr(name, content)
+    assert "cannot be loaded" in refused(checkpoint)
+
+
+@pytest.mark.parametrize("description", ["fifo", "[" * 100_000, "[1]", "{}"])
+def test_malformed_description_beside_exported_weights_is_refused(tmp_path: Path, description: str) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    if description == "fifo":
+        os.mkfifo(tmp_path / "model.json")
+    else:
+        (tmp_path / "model.json").write_text(description)
+    with pytest.raises(CheckpointError, match=r"model\.json"):
+        read_checkpoint(tmp_path / "model.safetensors")
+
+
+# Loading weights
+
+
+@pytest.fixture(scope="module")
+def module() -> DetectionModule:
+    return DetectionModule(TinyDetector(num_classes=3))
+
+
+def weights_of(module: DetectionModule) -> dict[str, Any]:
+    saved = changed("onestage.detector", "TinyDetector")
+    saved["onestage"]["image_size"] = 64
+    saved["state_dict"] = {name: value.clone() for name, value in module.state_dict().items()}
+    return saved
+
+
+def test_weights_of_the_same_model_are_loaded(module: DetectionModule, tmp_path: Path) -> None:
+    saved = weights_of(module)
+    name = "detector.class_head.convs.0.bias" if "detector.class_head.convs.0.bias" in saved["state_dict"] else next(
+        name for name in saved["state_dict"] if name.endswith("bias")
+    )  # fmt: skip
+    saved["state_dict"][name] += 1
+    load_weights(module, write(tmp_path / "other.ckpt", saved), ["a", "b", "c"])
+    assert torch.equal(module.state_dict()[name], saved["state_dict"][name])
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "problems"),
+    [
+        ("onestage.detector", "RetinaNet", ["RetinaNet", "TinyDetector"]),
+        ("onestage.image_size", 512, ["512", "64"]),
+        ("onestage.class_names", ["a", "b", "c", "d\x1b[31m"], ["4 classes, the data has 3", "'d\\x1b[31m'"]),
+        ("state_dict", {}, ["Missing key(s)"]),
+        ("state_dict.more", torch.zeros(1), ["Unexpected key(s)"]),
+        ("state_dict.more", torch.tensor([torch.nan]), ["NaN or infinite weights in 1 of"]),
+    ],
+)
+def test_weights_of_another_model_are_refused_with_both_values(
+    module: DetectionModule, tmp_path: Path, place: str, value: object, problems: list[str]
+) -> None:
+    saved = weights_of(module)
+    *parents, last = place.split(".")
+    node = saved
+    for name in parents:
+        node = node[name]
+    node[last] = value
+    with pytest.raises(CheckpointError) as stopped:
+        load_weights(module, write(tmp_path / "other.ckpt", saved), ["a", "b", "c"])
+    assert [problem for problem in problems if problem not in str(stopped.value)] == []
+
+
+# Writing
+
+
+def test_failed_write_keeps_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(contents(), path)
+
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", no_space)
+    with pytest.raises(ResourceError, match=r"is full.*MB free(.|\n)*--runs_dir"):
+        AtomicCheckpointIO().save_checkpoint(changed("global_step", 6), path)
+    assert read_checkpoint(path)["global_step"] == 5
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_message_of_torch_for_a_full_disk_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/7")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(ResourceError, match="full"):
+        AtomicCheckpointIO().save_checkpoint(contents(), tmp_path / "last.ckpt")
+
+
+def test_previous_file_is_kept_under_its_second_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    last.write_bytes(b"one")
+    keep_previous(last, previous)
+    assert (last.read_bytes(), previous.read_bytes()) == (b"one", b"one")
+    last.unlink()
+    last.write_bytes(b"two")
+    monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    keep_previous(last, previous)
+    assert (last.exists(), previous.read_bytes()) == (False, b"two")
+
+
+def test_unfinished_files_are_removed_and_others_kept(tmp_path: Path) -> None:
+    left = tmp_path / "checkpoints" / ".last.ckpt.12345.tmp"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    (left.parent / "last.ckpt").write_bytes(b"whole")
+    assert remove_unfinished_files(tmp_path) == [left]
+    assert [file.name for file in left.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_folder_in_place_of_the_checkpoint_is_found_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").mkdir()
+    with pytest.raises(ResourceError, match=r"last\.ckpt: is a folder"):
+        require_writable(tmp_path / "last.ckpt")
+
+
+def test_description_of_exported_weights_is_read_as_a_checkpoint(checkpoint: Path) -> None:
+    shared = checkpoint.with_name("shared")
+    assert run("export", "--ckpt_path", str(checkpoint), "--output", str(shared)) == 0
+    read = read_checkpoint(shared / "model.safetensors")
+    assert torch.equal(read["state_dict"]["detector.a"], torch.arange(600.0))
+    assert (read["global_step"], read["onestage"]["class_names"]) == (5, ["a", "b", "c"])
+    assert "optimizer" not in json.loads((shared / "model.json").read_text())["config"]["model"]
