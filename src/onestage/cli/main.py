@@ -20,7 +20,7 @@ COMMANDS = {
     "losses": (TRAINER, "plot how the loss is shared among the anchors of a checkpoint, for each gamma"),
     "doctor": ("onestage.doctor.doctor:doctor", "check a data set: files, boxes, classes, leakage, anchor coverage"),
     "anchors": ("onestage.doctor.doctor:anchors", "fit a detector's anchors to a data set"),
-    "convert": ("onestage.convert.convert_command:run_convert", "convert a data set between COCO, VOC and YOLO"),
+    "convert": ("onestage.convert.conversion:convert", "convert a data set between COCO, VOC and YOLO"),
     "download": ("onestage.download.download:download", "download, check and unpack PASCAL VOC or COCO"),
     "export": ("onestage.deploy.export:export", "write the weights of a checkpoint for sharing"),
 }

@@ -1,9 +1,8 @@
-"""Converts a data set between COCO, VOC and YOLO: all of it or nothing, and never over something that is there."""
+"""The command `onestage convert`: data sets between COCO, VOC and YOLO, complete or not at all."""
 
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,20 +13,21 @@ import numpy as np
 
 from onestage.data.annotations import require_same_categories, select_images
 from onestage.data.image_headers import check_headers
-from onestage.data.layouts import SplitSource as Source
-from onestage.data.layouts import read_splits
+from onestage.data.layouts import SplitSource, find_sources, read_splits
+from onestage.data.source import role_of
 from onestage.data.writers import Losses, WritableSplit, write_coco, write_voc, write_yolo
-from onestage.errors import AnnotationError, ConfigError, DataError
-from onestage.files import printable
+from onestage.errors import AnnotationError, ConfigError, DataError, require
+from onestage.files import atomic_folder, printable
 from onestage.types import AnnotationSet, Finding
 
 Format = Literal["coco", "voc", "yolo"]
 ImageTransfer = Literal["copy", "link"]
 
 WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
-YOLO_SPLITS = ("train", "val", "test")  # the only keys that data.yaml can have
+SPLIT_NAMES = ("train", "val", "test")  # every reader knows these
 OUTLINE = re.compile(rb'"segmentation"\s*:\s*[\[{]\s*[^\]}\s]|"keypoints"\s*:\s*\[\s*\d')
-SPARE_BYTES = 64 << 20  # for the annotations, and so that the disk is not filled to the brim
+SPARE_BYTES = 64 << 20  # for the annotations, and so that the disk is not filled completely
+NUM_SHOWN = 5  # skipped items that the report quotes
 
 
 class Conversion(NamedTuple):
@@ -35,51 +35,90 @@ class Conversion(NamedTuple):
 
     splits: list[WritableSplit]
     losses: Losses  # what the format cannot carry -> how often
-    findings: list[Finding]  # of the source: what was left out and why
+    findings: list[Finding]  # of the source: skipped items and why
 
 
 def convert(
-    sources: Sequence[Source],
-    format: Format,
-    out: Path,
+    paths: list[Path],
     *,
+    to: Format,
+    out: Path,
+    images: ImageTransfer = "copy",
+    splits: list[str] | None = None,
+    image_root: Path | None = None,
+    max_bad_fraction: float = 0.01,
+) -> int:
+    """Convert a data set between COCO, VOC and YOLO. It is read as training reads it.
+
+    Nothing is overwritten, and the new folder appears only when it is complete. The report says what was skipped and
+    what the format cannot carry:
+
+      all    outlines, keypoints, licences; boxes and images that cannot be used. `--to coco` thus cleans a COCO file
+      coco   nothing else; VOC's `difficult` becomes a key that other tools ignore
+      voc    category ids, classes without objects, areas of outlines; crowds become difficult objects; boxes of at
+             most one pixel become a little wider
+      yolo   category ids, areas of outlines, `difficult`, the second of two equal objects, crowds, and images that are
+             not annotated as they are shown (EXIF)
+
+    Examples:
+      onestage convert data/coco/annotations/instances_val2017.json --to yolo --out data/coco_yolo
+      onestage convert data/VOCdevkit --to coco --out data/voc_coco --images link
+      onestage convert data/a.json data/b.json --to voc --out data/mine_voc --splits a=train b=val
+
+    Args:
+        paths: COCO JSON, VOC folder, YOLO data.yaml or folder; several are splits of one set.
+        to: the format to write.
+        out: the folder to create.
+        images: copy image files, or make hard links, which take no space and need the same disk.
+        splits: the splits to take, each NAME or NAME=NEW with a new name of train, val or test; all by default.
+        image_root: folder of the images of COCO files; found automatically in the usual places.
+        max_bad_fraction: fraction of boxes, and of images, that may be skipped, in [0, 1].
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ConfigError: `out` exists, or the names of the splits do not fit.
+        DataError: the data set cannot be read, or not be written.
+    """
+    require(0 <= max_bad_fraction <= 1, "--max_bad_fraction", max_bad_fraction, "in [0, 1]")
+    pairs = [word.partition("=") for word in splits or ()]
+    names = {name: new or name for name, _, new in pairs} or None
+    conversion = convert_splits(find_sources(paths, image_root), to, out, images, names, max_bad_fraction)
+    print(_report(conversion, to, out))
+    return 0
+
+
+def convert_splits(
+    sources: Sequence[SplitSource],
+    to: Format,
+    out: Path,
     images: ImageTransfer = "copy",
     name_by_split: dict[str, str] | None = None,
     max_bad_fraction: float = 0.01,
 ) -> Conversion:
-    """Write a data set in another format, or in the same one, cleaned.
-
-    Args:
-        sources: its splits; see `find_sources`.
-        format: to write.
-        out: the folder to create; it must not exist, or be empty.
-        images: whether image files are copied, or linked (hard links, which take no space and need the same disk).
-        name_by_split: which splits to take, and what to call them; None: all, as they are called.
-        max_bad_fraction: 0..1, the fraction of boxes, and of images, that may be left out.
-
-    Raises:
-        ConfigError: `out` is there already, or the names of the splits do not fit.
-        DataError: the source cannot be read, or the disk is full.
-    """
+    """Write the splits that `find_sources` found; see `convert`. name_by_split: split -> new name; None: all."""
     _require_free(out)
-    names = _split_names([source.name for source in sources], format, name_by_split)
+    names = _split_names([source.name for source in sources], name_by_split)
     chosen = [source for source in sources if source.name in names]
     annotation_sets = _read(chosen, max_bad_fraction)
     losses: Losses = Counter()
-    losses["COCO files with outlines or keypoints: only boxes are kept"] += _num_with_outlines(chosen)
-    complete = [_with_sizes(annotations, format, losses) for annotations in annotation_sets]
+    coco_files = [file for annotations in annotation_sets if (file := Path(annotations.source)).is_file()]
+    num_with_outlines = sum(OUTLINE.search(file.read_bytes()) is not None for file in coco_files)
+    losses["COCO files with outlines or keypoints: only boxes are kept"] += num_with_outlines
+    complete = [_with_sizes(annotations, to, losses) for annotations in annotation_sets]
     paths = [annotations.image_paths.tolist() for annotations in complete]
     # VOC has one folder for the images of all splits, in which an image of two splits lies once.
-    shared = _unique_names([path for split_paths in paths for path in split_paths]) if format == "voc" else None
+    shared = _unique_names([path for split_paths in paths for path in split_paths]) if to == "voc" else None
     file_names = [shared or _unique_names(split_paths) for split_paths in paths]
     renamed = {(path, name) for by_path in file_names for path, name in by_path.items() if Path(path).name != name}
     losses["images get another name"] += len(renamed)
-    splits = [
-        WritableSplit(names[source.name], annotations, [by_path[path] for path in annotations.image_paths.tolist()])
-        for source, annotations, by_path in zip(chosen, complete, file_names, strict=True)
+    written = [
+        WritableSplit(names[source.name], annotations, [by_path[path] for path in split_paths])
+        for source, annotations, by_path, split_paths in zip(chosen, complete, file_names, paths, strict=True)
     ]
-    losses += _write(splits, format, out, images)
-    return Conversion(splits, +losses, [finding for found in annotation_sets for finding in found.findings])
+    losses += _write(written, to, out, images)
+    return Conversion(written, +losses, [finding for found in annotation_sets for finding in found.findings])
 
 
 def _require_free(out: Path) -> None:
@@ -87,80 +126,60 @@ def _require_free(out: Path) -> None:
         raise ConfigError(f"--out {printable(out)}: is there already, and nothing is overwritten.\nGive a new folder.")
 
 
-def _split_names(found: Sequence[str], format: Format, given: dict[str, str] | None) -> dict[str, str]:
-    """Return source name -> name to write."""
-    unknown = set(given or {}) - set(found)
+def _split_names(found: Sequence[str], given: dict[str, str] | None) -> dict[str, str]:
+    """Return name of a split -> name to write: train, val or test, which every reader knows."""
+    unknown = sorted(set(given or {}) - set(found))
     if unknown:
-        raise ConfigError(f"--splits: there is no {', '.join(sorted(unknown))}; there are {', '.join(found)}.")
-    names = given or {name: _yolo_name(name) if format == "yolo" else name for name in found}
-    remedy = "Name them: --splits " + " ".join(f"{name}={new}" for name, new in zip(found, YOLO_SPLITS, strict=False))
+        raise ConfigError(f"--splits: there is no {', '.join(unknown)}; there are {', '.join(found)}.")
+    names = given or {name: role_of(name) or ("train" if len(found) == 1 else name) for name in found}
+    remedy = "Name them: --splits " + " ".join(f'"{name}={new}"' for name, new in zip(found, SPLIT_NAMES, strict=False))
     if len(set(names.values())) < len(names):
         raise ConfigError(f"Several splits would be called the same: {', '.join(names.values())}.\n{remedy}")
-    wrong = [name for name in names.values() if not re.fullmatch(r"\w[\w.-]*", name)]
-    if format == "yolo":
-        wrong = [name for name in names.values() if name not in YOLO_SPLITS]
+    wrong = [name for name in names.values() if name not in SPLIT_NAMES]
     if wrong:
-        rule = "train, val or test" if format == "yolo" else "letters, digits, '.', '-' and '_'"
-        raise ConfigError(f"A split cannot be called {', '.join(map(repr, wrong))}; it must be {rule}.\n{remedy}")
+        written = ", ".join(map(repr, wrong))
+        raise ConfigError(f"A split cannot be called {written}; it must be train, val or test.\n{remedy}")
     return names
 
 
-def _yolo_name(name: str) -> str:
-    """Return train for train2017 and trainval; val for val2017 and valid."""
-    return next((word for word in YOLO_SPLITS if name.startswith(word)), name)
-
-
-def _read(sources: Sequence[Source], max_bad_fraction: float) -> list[AnnotationSet]:
+def _read(sources: Sequence[SplitSource], max_bad_fraction: float) -> list[AnnotationSet]:
     """Read the splits, with one order of classes."""
-
-    def limited(source: Source) -> Source:
-        return source._replace(read=lambda _: source.read(max_bad_fraction))
-
     annotation_sets: list[AnnotationSet] = []
-    for split in read_splits([limited(source) for source in sources]):
+    for split in read_splits(sources, max_bad_fraction):
         if split.annotations is None:
-            finding = split.findings[0]
-            raise AnnotationError(f"{finding.line}.\n{finding.remedy}")
+            raise AnnotationError(f"{split.findings[0].line}.\n{split.findings[0].remedy}")
         require_same_categories((annotation_sets or [split.annotations])[0], split.annotations)
         annotation_sets.append(split.annotations)
-    for name in annotation_sets[0].class_names:
-        if not name.isprintable():
-            raise AnnotationError(f"{annotation_sets[0].source}: class {name!r} cannot be written.\nRename the class.")
     return annotation_sets
 
 
-def _num_with_outlines(sources: Sequence[Source]) -> int:
-    return sum(source.format == "COCO" and OUTLINE.search(source.path.read_bytes()) is not None for source in sources)
+def _with_sizes(annotations: AnnotationSet, to: Format, losses: Losses) -> AnnotationSet:
+    """Fill in sizes that the source does not give; skip images that cannot be opened or that YOLO would misplace.
 
-
-def _with_sizes(annotations: AnnotationSet, format: Format, losses: Losses) -> AnnotationSet:
-    """Fill in sizes that the source does not give. What cannot be opened is left out, and what YOLO would misplace.
-
-    YOLO's fractions are of the image as it is shown, turned by its EXIF orientation: it has no word for others.
+    YOLO's fractions are of the image as it is shown, turned by its EXIF orientation.
     """
-    is_asked = np.ones(len(annotations), bool) if format == "yolo" else (annotations.sizes <= 0).any(axis=1)
+    is_asked = np.ones(len(annotations), bool) if to == "yolo" else (annotations.sizes <= 0).any(axis=1)
     rows = np.flatnonzero(is_asked)
     unsized = replace(annotations, sizes=np.zeros_like(annotations.sizes))
-    checks = check_headers(unsized, rows.tolist())
     sizes = annotations.sizes.copy()
-    keeps = np.ones(len(annotations), bool)
-    for row, check in zip(rows.tolist(), checks, strict=True):
+    is_kept = np.ones(len(annotations), bool)
+    for row, check in zip(rows.tolist(), check_headers(unsized, rows.tolist()), strict=True):
         shown = (check.height, check.width)
         if not check.is_usable:
-            losses["images that cannot be opened are left out"] += 1
-            keeps[row] = False
+            losses["images that cannot be opened are skipped"] += 1
+            is_kept[row] = False
         elif sizes[row].min() <= 0:
             sizes[row] = shown
         elif tuple(sizes[row].tolist()) != shown:
-            losses["images that are not annotated as they are shown (EXIF) are left out"] += 1
-            keeps[row] = False
-    if not keeps.any():
+            losses["images that are not annotated as they are shown (EXIF) are skipped"] += 1
+            is_kept[row] = False
+    if not is_kept.any():
         raise DataError(f"{annotations.source}: none of its images can be opened.\nCorrect the image folder.")
-    return select_images(replace(annotations, sizes=sizes), np.flatnonzero(keeps))
+    return select_images(replace(annotations, sizes=sizes), np.flatnonzero(is_kept))
 
 
 def _unique_names(paths: Sequence[str]) -> dict[str, str]:
-    """Return a file name for each path; stems are unique in any case, since labels are named after them."""
+    """Return a file name for each path. Stems are unique even without case, since labels are named after them."""
     names: dict[str, str] = {}
     taken: set[str] = set()
     for text in dict.fromkeys(paths):
@@ -175,35 +194,27 @@ def _unique_names(paths: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _write(splits: list[WritableSplit], format: Format, out: Path, images: ImageTransfer) -> Losses:
-    """Write everything beside `out`, then give it its name."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if images == "copy":
-        _require_space(splits, out.parent)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+def _write(splits: list[WritableSplit], to: Format, out: Path, images: ImageTransfer) -> Losses:
+    """Write everything beside `out`, then rename it."""
     try:
-        partial.chmod(0o777 & ~_umask())
-        losses = WRITERS[format](partial, splits)
-        for split in splits:
-            _transfer(split, partial / _image_folder(format, split.name), images)
-        _require_free(out)
-        partial.rename(out)
+        with atomic_folder(out) as unfinished:
+            if images == "copy":
+                _require_space(splits, out.parent)
+            losses = WRITERS[to](unfinished, splits)
+            for split in splits:
+                folder = {"coco": split.name, "voc": "JPEGImages", "yolo": f"images/{split.name}"}[to]
+                _transfer(split, unfinished / folder, images)
+            _require_free(out)
     except OSError as reason:
         raise DataError(f"{printable(out)}: cannot be written: {reason.strerror}.\nNothing was left there.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return losses
 
 
-def _image_folder(format: Format, split: str) -> Path:
-    return {"coco": Path(split), "voc": Path("JPEGImages"), "yolo": Path("images", split)}[format]
-
-
 def _transfer(split: WritableSplit, folder: Path, images: ImageTransfer) -> None:
+    """Copy or link the images of a split."""
     folder.mkdir(parents=True, exist_ok=True)
     for text, name in zip(split.annotations.image_paths.tolist(), split.file_names, strict=True):
-        source = Path(text).resolve()  # a link to a link may lead out of the new folder
-        target = folder / name
+        source, target = Path(text).resolve(), folder / name  # resolved: a link to a link may lead out of the folder
         if target.exists():  # an image of two splits, in VOC
             continue
         try:
@@ -213,25 +224,31 @@ def _transfer(split: WritableSplit, folder: Path, images: ImageTransfer) -> None
                 shutil.copyfile(source, target)
         except OSError as reason:
             remedy = "Copy the images: --images copy" if images == "link" else "Correct the file."
-            raise DataError(
-                f"{printable(source)}: cannot be {'linked' if images == 'link' else 'copied'} to {printable(folder)}: "
-                f"{reason.strerror}.\n{remedy}"
-            ) from None
+            problem = f"cannot be {'linked' if images == 'link' else 'copied'} to {printable(folder)}"
+            raise DataError(f"{printable(source)}: {problem}: {reason.strerror}.\n{remedy}") from None
 
 
 def _require_space(splits: list[WritableSplit], folder: Path) -> None:
     paths = {path for split in splits for path in split.annotations.image_paths.tolist()}
-    needed = sum(Path(path).stat().st_size for path in paths) + SPARE_BYTES
-    free = shutil.disk_usage(folder).free
+    needed, free = sum(Path(path).stat().st_size for path in paths) + SPARE_BYTES, shutil.disk_usage(folder).free
     if needed > free:
-        raise DataError(
-            f"{printable(folder)}: {needed / 1e9:.1f} GB are needed for copies of the images, {free / 1e9:.1f} GB are "
-            "free.\nLink them: --images link, or give another folder."
-        )
+        problem = f"{needed / 1e9:.1f} GB are needed for copies of the images, {free / 1e9:.1f} GB are free"
+        raise DataError(f"{printable(folder)}: {problem}.\nLink them: --images link, or give another folder.")
 
 
-def _umask() -> int:
-    """Return the mask that new folders get; `mkdtemp` makes them private, whatever it is."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _report(conversion: Conversion, to: Format, out: Path) -> str:
+    """Return what was written, what was not, and how to train on it."""
+    lines = [
+        f"{name}: {len(annotations)} images, {len(annotations.boxes)} boxes, {len(annotations.class_names)} classes"
+        for name, annotations, _ in conversion.splits
+    ]
+    skipped = [finding.line for finding in conversion.findings if finding.effect == "skipped"]
+    if skipped:
+        lines += ["", f"skipped, because it cannot be used ({len(skipped)}):"]
+        lines += [f"  {line}" for line in skipped[:NUM_SHOWN]]
+        more = len(skipped) - NUM_SHOWN
+        lines += [f"  and {more} more; see all: onestage doctor"] if more > 0 else []
+    if conversion.losses:
+        lines += ["", f"what {to.upper()} cannot carry:"]
+        lines += [f"  {number:>7}  {what}" for what, number in conversion.losses.items()]
+    return "\n".join([*lines, "", f"written to {out}. To train on it: make train DATA={out}"])

@@ -109,9 +109,9 @@ def find_sources(paths: Sequence[Path], image_root: Path | None = None) -> list[
     ]
 
 
-def read_splits(sources: Sequence[SplitSource]) -> list[Split]:
+def read_splits(sources: Sequence[SplitSource], max_bad_fraction: float = 1.0) -> list[Split]:
     """Read every split; an error becomes a finding. The classes that VOC collects get one order in all splits."""
-    splits = [_read(source) for source in sources]
+    splits = [_read(source, max_bad_fraction) for source in sources]
     voc = [split.annotations for split in splits if split.format == "VOC" and split.annotations is not None]
     names = sorted({name for annotations in voc for name in annotations.class_names})
     return [
@@ -153,10 +153,9 @@ def _splits_of(source: Source) -> list[SplitSource]:
     ]
 
 
-def _read(source: SplitSource) -> Split:
-    """Read a split with everything that is bad in it; the doctor compares that with max_bad_fraction."""
+def _read(source: SplitSource, max_bad_fraction: float) -> Split:
     try:
-        annotations = source.read(1.0)
+        annotations = source.read(max_bad_fraction)
     except DataError as reason:
         return Split(source.name, source.format, source.path, None, [as_finding(reason, source.path)])
     return Split(source.name, source.format, source.path, annotations, list(annotations.findings))
