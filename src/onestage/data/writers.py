@@ -48,7 +48,7 @@ def write_coco(root: Path, splits: Sequence[WritableSplit]) -> Losses:
             "annotations": list(_coco_objects(annotations)),
             "categories": [{"id": int(category), "name": class_name} for category, class_name in categories],
         }
-        losses["difficult flags are in a key `difficult`, which other tools pass over"] += int(
+        losses["difficult flags are in a key `difficult`, which other tools ignore"] += int(
             annotations.is_difficult.sum()
         )
         (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content), encoding="utf-8")
@@ -88,9 +88,9 @@ def write_yolo(root: Path, splits: Sequence[WritableSplit]) -> Losses:
             rows = range(*annotations.objects(row).indices(len(annotations.labels)))
             written = [_yolo_line(annotations, fractions, t) for t in rows if not annotations.is_crowd[t]]
             lines = list(dict.fromkeys(written))
-            losses["objects that stand there twice are written once"] += len(written) - len(lines)
+            losses["objects that occur twice are written once"] += len(written) - len(lines)
             (folder / f"{Path(file_name).stem}.txt").write_text("".join(lines), encoding="utf-8")
-        losses["crowds are left out"] += int(annotations.is_crowd.sum())
+        losses["crowds are skipped"] += int(annotations.is_crowd.sum())
         losses["difficult objects are written as any other"] += int(annotations.is_difficult.sum())
         losses["objects lose the area of their outline"] += _num_outline_areas(annotations)
     losses["classes lose their category ids"] += _num_own_ids(splits[0].annotations)
