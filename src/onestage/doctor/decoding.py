@@ -45,20 +45,15 @@ def decode_all(splits: Iterable["AnnotationSet"], num_processes: int) -> "list[F
 
 def decode_in_child(tasks: Sequence[Task]) -> "list[Finding]":
     """Decode images in a child process; if it dies, a new one continues after the image that killed it."""
-    from onestage.data.annotations import IMAGE_UNREADABLE
     from onestage.data.image_headers import image_finding
 
-    findings = []
-    done = 0
-    while done < len(tasks):
-        problems, reason = _run_child(tasks[done:])
-        for task, problem in zip(tasks[done:], problems, strict=False):
-            findings += [image_finding(Path(task.path), ImageError(problem))] if problem else []
-        done += len(problems)
-        if reason:
-            findings.append(IMAGE_UNREADABLE.broken(printable(tasks[done].path), f"{reason} while it was decoded"))
-            done += 1
-    return findings
+    problems: list[str] = []
+    while len(problems) < len(tasks):
+        answers, reason = _run_child(tasks[len(problems) :])
+        problems += answers
+        problems += [f"{reason} while it was decoded"] if reason else []
+    pairs = zip(tasks, problems, strict=True)
+    return [image_finding(Path(task.path), ImageError(problem)) for task, problem in pairs if problem]
 
 
 def decode_each(answers: Connection, tasks: Sequence[Task]) -> None:
@@ -94,13 +89,13 @@ def _run_child(tasks: Sequence[Task]) -> tuple[list[str], str]:
             return problems, _stop(child)
         while len(problems) < len(tasks):
             if not parent_end.poll(SECONDS_PER_IMAGE):
-                _stop(child)
                 return problems, f"took more than {SECONDS_PER_IMAGE:g} s"
             problems.append(parent_end.recv())
+        return problems, ""
     except EOFError:  # the child died
         return problems, _stop(child)
-    _stop(child)
-    return problems, ""
+    finally:
+        _stop(child)
 
 
 def _stop(child: SpawnProcess) -> str:

@@ -28,13 +28,11 @@ def doctor(
 ) -> int:
     """Check a data set before training; nothing is written to it.
 
-    exit codes: 0 clean; 1 warnings, with --strict; 2 the command line cannot be used; 3 something stops training or is
-    skipped by it
+    Exit codes: 0 clean; 1 warnings, with --strict; 2 bad command line; 3 something stops training or is skipped by it.
 
-    Examples:
-      onestage doctor data/voc
-      onestage doctor data/coco/annotations/instances_train2017.json data/coco/annotations/instances_val2017.json
-      onestage doctor data/mine/data.yaml --decode --draw sheet.jpg
+    onestage doctor data/voc
+    onestage doctor data/coco/annotations/instances_train2017.json data/coco/annotations/instances_val2017.json
+    onestage doctor data/mine/data.yaml --decode --draw sheet.jpg
 
     Args:
         paths: COCO JSON files or folders, VOC folders, YOLO data.yaml files or folders; several are splits of one set.
@@ -71,8 +69,7 @@ def doctor(
     if draw is not None and usable:
         first = next(iter(usable.values()))
         num_written = write_sheet(draw, first, num_drawn, placed.image_size)
-        text = f"wrote {draw}: {num_written} images of {first.source}, each before and after augmentation"
-        print(text, file=sys.stderr)
+        print(f"wrote {draw}: {num_written} images of {first.source}, before and after augmentation", file=sys.stderr)
     return exit_code
 
 
@@ -87,10 +84,9 @@ def anchors(
 ) -> int:
     """Fit a detector's anchors to the boxes of a training split.
 
-    Examples:
-      onestage anchors data/mine --detector SSD300 --out anchors.yaml
-      onestage doctor data/mine --detector SSD300 --anchors anchors.yaml
-      onestage fit --config configs/coco_ssd300.yaml --config anchors.yaml
+    onestage anchors data/mine --detector SSD300 --out anchors.yaml
+    onestage doctor data/mine --detector SSD300 --anchors anchors.yaml
+    onestage fit --config configs/coco_ssd300.yaml --config anchors.yaml
 
     Args:
         path: COCO JSON file or folder, VOC folder, YOLO data.yaml or folder; its first split is used.
@@ -112,8 +108,8 @@ def anchors(
         _print(text.rstrip("\n"))
     else:
         write_new_file(out, text.encode())
-        _print(text.partition("model:")[0].rstrip("\n"))
-        _print(f"wrote {out}; to train with it: onestage fit --config ... --config {out}")
+        comments = text.partition("model:")[0]
+        _print(f"{comments}wrote {out}; to train with it: onestage fit --config ... --config {out}")
     return 0
 
 

@@ -40,22 +40,15 @@ class ClassRow(NamedTuple):
 def class_table(splits: Mapping[str, AnnotationSet]) -> list[ClassRow]:
     """Return a row for each class, in label order. All splits must have the same classes."""
     first = next(iter(splits.values()))
-    num_classes = len(first.class_names)
-    images, boxes = {}, {}
+    classes = enumerate(zip(first.category_ids, first.class_names, strict=True))
+    table = [ClassRow(label, category_id, name, {}, {}) for label, (category_id, name) in classes]
     for name, annotations in splits.items():
         pairs = np.unique(np.stack([_image_rows(annotations), annotations.labels]), axis=1)
-        images[name] = np.bincount(pairs[1], minlength=num_classes).tolist()
-        boxes[name] = np.bincount(annotations.labels, minlength=num_classes).tolist()
-    return [
-        ClassRow(
-            label,
-            category_id,
-            class_name,
-            {name: images[name][label] for name in splits},
-            {name: boxes[name][label] for name in splits},
-        )
-        for label, (category_id, class_name) in enumerate(zip(first.category_ids, first.class_names, strict=True))
-    ]
+        num_images = np.bincount(pairs[1], minlength=len(table)).tolist()
+        num_boxes = np.bincount(annotations.labels, minlength=len(table)).tolist()
+        for row in table:
+            row.num_images[name], row.num_boxes[name] = num_images[row.label], num_boxes[row.label]
+    return table
 
 
 def check_classes(splits: Mapping[str, AnnotationSet]) -> list[Finding]:
