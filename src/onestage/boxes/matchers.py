@@ -84,12 +84,11 @@ class IoUMatcher:
             iou = _raise_best_anchors(iou)
             iou = _raise_best_anchors(_withdraw_taken_anchors(iou))
         best_iou, match = iou.max(dim=1)  # [B, A]; the first of equal ones
-        is_kept = best_iou >= _RAISE
+        is_matched = best_iou >= self.positive_iou  # raised pairs are
         if self.best_anchors == "ties":
-            is_kept = ((iou == iou.amax(dim=2, keepdim=True)) & (iou > 0)).any(dim=1)
-
+            is_matched |= ((iou == iou.amax(dim=2, keepdim=True)) & (iou > 0)).any(dim=1)
         unmatched = torch.where((best_iou < self.negative_iou) & ~is_covered, BACKGROUND, IGNORE)
-        return torch.where(is_kept | (best_iou >= self.positive_iou), match, unmatched)
+        return torch.where(is_matched, match, unmatched)
 
 
 _RAISE = 2.0  # above any IoU: a raised pair wins its anchor, and among raised pairs the higher IoU still wins

@@ -8,7 +8,7 @@ from torchvision.ops import nms
 
 from onestage.types import PADDING, Detections
 
-CANDIDATE_FACTOR = 10  # candidates of an image per wanted detection
+CANDIDATE_FACTOR = 8  # candidates of an image per wanted detection
 
 
 @torch.no_grad()
@@ -64,22 +64,23 @@ def select_detections(
 
 
 def _best_pairs(scores: Tensor, level_sizes: Sequence[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return scores, anchors and labels of the best pairs of each level, [B, N] each, sorted as detections are."""
-    num_classes = scores.shape[2]
-    pairs, start = [], 0
+    """Return scores, anchors and labels of the best `count` pairs of each level, [B, N] each, best first."""
+    num_anchors, num_classes = scores.shape[1:]
+    anchors, labels, start = [], [], 0
     for size in level_sizes:
-        flat = scores[:, start : start + size].flatten(1)  # [B, size * K]
-        places = flat.topk(min(count, flat.shape[1]), sorted=False).indices
-        pairs.append(places + start * num_classes)
+        level = scores[:, start : start + size]
+        # The best pairs belong to the anchors with the highest maxima, so only their rows are sorted.
+        rows = level.amax(dim=2).topk(min(count, size), sorted=False).indices  # [B, n]
+        pairs = level.gather(1, rows[..., None].expand(-1, -1, num_classes)).flatten(1)
+        places = pairs.topk(min(count, pairs.shape[1]), sorted=False).indices
+        anchors.append(rows.gather(1, places // num_classes) + start)
+        labels.append(places % num_classes)
         start += size
-    places = torch.cat(pairs, dim=1)
     # By label, then anchor, so that the stable sort by score leaves equal scores in that order.
-    by_label = (places % num_classes) * scores.shape[1] + places // num_classes
-    by_label = by_label.sort(dim=1).values
-    labels, anchors = by_label // scores.shape[1], by_label % scores.shape[1]
-    best = scores.flatten(1).gather(1, anchors * num_classes + labels)
-    best, order = best.sort(dim=1, descending=True, stable=True)
-    return best, anchors.gather(1, order), labels.gather(1, order)
+    order = (torch.cat(labels, dim=1) * num_anchors + torch.cat(anchors, dim=1)).sort(dim=1).values
+    label, anchor = order // num_anchors, order % num_anchors
+    best, order = scores.flatten(1).gather(1, anchor * num_classes + label).sort(dim=1, descending=True, stable=True)
+    return best, anchor.gather(1, order), label.gather(1, order)
 
 
 def _rank_in_class(labels: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ class SSD(AnchorDetector):
         neck = ExtraLayers(backbone.out_channels, self.extra_layers)
         anchors_per_cell = [len(level.shapes) for level in levels]
         box_coder = DeltaBoxCoder(variances=(0.1, 0.2))
-        class_head = AnchorHead(neck.out_channels, anchors_per_cell, classification_loss.num_logits(num_classes))
         box_head = AnchorHead(neck.out_channels, anchors_per_cell, box_coder.num_outputs)
+        class_head = AnchorHead(neck.out_channels, anchors_per_cell, classification_loss.num_logits(num_classes))
         class_head.start_at_prior(classification_loss.prior_bias(num_classes, prior))
         super().__init__(
             num_classes,
