@@ -19,7 +19,7 @@ MAX_MEGABYTES = 1.0  # per 1,000 steps
 WARM_UP = 0.25  # of the samples: allocators and caches fill in the beginning
 
 
-LEVELS = ssd_levels((8, 16, 32), (12, 20, 36, 56), ((2,), (2,), (2,)))
+LEVELS = ssd_levels((8, 16, 32), (12, 20, 36, 56))
 
 
 class SmallDetector(SSD):

@@ -1,4 +1,4 @@
-"""The tensors and arrays that travel between the stages, and the one legend of their axes.
+"""Tensors and arrays that travel between stages; the legend of axes.
 
 B images   C channels   H, W rows and columns   L levels   A anchors of all levels together
 K classes (background never counted)   M objects of one image   D detections of one image   T objects of a whole set
@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from onestage.errors import require
 
 PADDING = -1  # label of a row that holds no object or no detection
-BACKGROUND = -1  # match of an anchor that answers for no object
-IGNORE = -2  # match of an anchor, or label of a region, that the loss leaves out
+BACKGROUND = -1  # match of an anchor without object
+IGNORE = -2  # match of an anchor, or label of a region, that the loss ignores
 
 Stage = Literal["train", "val", "test", "predict"]
 
 
 class Targets(NamedTuple):
-    """The objects of a batch, padded to one length, a multiple of 16, so that shapes seldom change."""
+    """The objects of a batch, padded to a multiple of 16, so that shapes seldom change."""
 
     boxes: Tensor  # [B, M, 4] float32 xyxy; zeros where the label is PADDING
-    labels: Tensor  # [B, M] int64: 0..K-1, PADDING, or IGNORE for a region left out of the loss (a crowd)
+    labels: Tensor  # [B, M] int64: 0..K-1, PADDING, or IGNORE for a region without loss (a crowd)
 
 
 class Batch(NamedTuple):
@@ -74,25 +74,25 @@ class AnchorLosses(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """The D best boxes of each image, best first; rows past the last detection have score 0 and label PADDING."""
+    """The D best boxes of each image, best first; padded with score 0 and label PADDING."""
 
     boxes: Tensor  # [B, D, 4] float32 xyxy
     scores: Tensor  # [B, D] float32, 0..1
     labels: Tensor  # [B, D] int64
 
 
-Effect = Literal["error", "skipped", "warning", "note"]  # what a finding does to a training, from stop it to nothing
+Effect = Literal["error", "skipped", "warning", "note"]  # on a training, worst first
 
 
 class Finding(NamedTuple):
-    """Something in a data set that breaks a rule (`onestage.data.annotations`), or that its owner should know."""
+    """A violation of a rule of `onestage.data.annotations`, or a remark on a data set."""
 
     rule: str
     effect: Effect
     place: str  # the file, and the image, object or line in it
-    problem: str  # what is there, and what should be
+    problem: str  # actual and expected
     remedy: str
-    num_items: int = 1  # boxes or images that it stands for
+    num_items: int = 1  # number of boxes or images
 
     @property
     def line(self) -> str:
@@ -102,7 +102,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AnnotationSet:
-    """All annotations of one split as flat arrays, which loader workers share without copying.
+    """All annotations of one split as flat arrays, shared by workers without copies.
 
     The objects of image i are rows `box_offsets[i]:box_offsets[i + 1]` of the arrays of length T.
     """
@@ -119,11 +119,11 @@ class AnnotationSet:
     is_difficult: npt.NDArray[np.bool_]  # [T] VOC's flag
     class_names: tuple[str, ...]  # [K]
     category_ids: tuple[int, ...]  # [K] the data set's own id of each label
-    findings: tuple[Finding, ...] = ()  # what its parser found, one for each object or image that was left out
+    findings: tuple[Finding, ...] = ()  # of the parser, one per skipped object or image
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """One line for each object or image that was left out, and why."""
+        """One line with the reason for each skipped object or image."""
         return tuple(finding.line for finding in self.findings if finding.effect == "skipped")
 
     def __len__(self) -> int:
@@ -156,23 +156,14 @@ class Detector(nn.Module, ABC):
     size_multiple: int = 1  # divides the sides of every canvas it takes
 
     def require_canvas(self, canvas: tuple[int, int]) -> None:
-        """Raise ConfigError unless the detector takes images of (height, width) `canvas`."""
-        name, side = type(self).__name__, self.image_size
-        require(
-            side is None or tuple(canvas) == (side, side),
-            f"data.image_size: the (height, width) of images for {name}",
-            tuple(canvas),
-            f"({side}, {side})",
-            f"Set data.image_size: {side}, or choose another model.detector.class_path.",
-        )
-        multiple = self.size_multiple
-        require(
-            all(length > 0 and length % multiple == 0 for length in canvas),
-            f"data.image_size: the (height, width) of images for {name}",
-            tuple(canvas),
-            f"> 0 and multiples of {multiple}",
-            f"Set data.image_size: {max(1, -(-max(canvas) // multiple)) * multiple}.",
-        )
+        """Raise ConfigError unless the detector takes images of this (height, width)."""
+        side, multiple = self.image_size, self.size_multiple
+        is_taken = tuple(canvas) == (side, side) if side is not None else not any(s % multiple for s in canvas)
+        rule = f"({side}, {side})" if side is not None else f"multiples of {multiple}"
+        size = side if side is not None else -(-max(canvas) // multiple) * multiple
+        remedy = f"Set data.image_size: {size}, or choose another model.detector.class_path."
+        place = f"data.image_size: (height, width) of the images for {type(self).__name__}"
+        require(is_taken, place, tuple(canvas), rule, remedy)
 
     @abstractmethod
     def forward(self, images: Tensor) -> Predictions:
@@ -180,24 +171,14 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, predictions: Predictions, targets: Targets) -> Losses:
-        """Return the terms of the loss.
-
-        In evaluation each term is a sum over the batch divided by `num_positives`, or by 1 if that is 0; in training
-        a detector may divide by another number, such as the mean over processes.
-        """
+        """Return the terms, sums over the batch divided by max(1, `num_positives`) or, in training, by its mean."""
 
     @abstractmethod
     def detect(self, predictions: Predictions, content_sizes: Tensor | None = None) -> Detections:
-        """Decode, threshold and suppress; boxes are in network-input pixels.
-
-        content_sizes: [B, 2] (height, width) to clip the boxes of each image to, px; None: the canvas.
-        """
+        """Decode, clip to `content_sizes` ([B, 2] (height, width), px; None: the canvas), threshold and suppress."""
 
     def anchor_losses(self, predictions: Predictions, targets: Targets) -> AnchorLosses | None:
-        """Return the loss of every anchor in the term that all anchors share, or None if not available.
-
-        The anchor statistics of a training and `onestage losses` are computed from it.
-        """
+        """Return the loss of every anchor in the term that all anchors share; None: not available."""
         return None
 
     @property
@@ -214,22 +195,10 @@ class DetectionData(Protocol):
     """Attributes of a data module that training reads, beside its loaders."""
 
     batch_size: int  # images per process and batch
-
-    @property
-    def canvases(self) -> tuple[tuple[int, int], ...]:
-        """The (height, width) of the images it delivers, px."""
-
-    @property
-    def num_classes(self) -> int:
-        """K."""
-
-    @property
-    def class_names(self) -> list[str]:
-        """The name of each label, [K]."""
-
-    @property
-    def category_ids(self) -> list[int]:
-        """The data set's own id of each label, [K]."""
+    canvases: tuple[tuple[int, int], ...]  # (height, width) of the images it delivers, px
+    num_classes: int  # K
+    class_names: list[str]  # [K]
+    category_ids: list[int]  # [K] the data set's own id of each label
 
     def annotations(self, stage: Stage) -> AnnotationSet:
         """Return the split that `stage` reads; `Batch.image_indices` are rows of it."""

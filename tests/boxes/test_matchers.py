@@ -1,11 +1,16 @@
 import pytest
 import torch
+from torchvision.models.detection._utils import Matcher as TorchvisionMatcher
 from torchvision.ops import box_convert, box_iou
 
-from onestage.boxes.matchers import IoUMatcher, assign
+from onestage.boxes import matchers
+from onestage.boxes.anchors import AnchorGrid, AnchorShapes, ssd_shapes
+from onestage.boxes.matchers import IoUMatcher, Predicted, assign
 from onestage.errors import ConfigError
-from onestage.models import SSD160
 from onestage.types import BACKGROUND, IGNORE, PADDING, Anchors, Targets
+
+GRID = AnchorGrid([AnchorShapes(8, ssd_shapes(16, 32, (2,))), AnchorShapes(16, ssd_shapes(32, 69, (2, 3)))])
+SIDES = [(20, 20), (10, 10)]  # 2200 anchors on 160 x 160 px
 
 
 def anchors_of(*boxes_xyxy) -> Anchors:
@@ -19,20 +24,24 @@ def targets_of(*rows) -> Targets:
     return Targets(table[None, :, :4], table[None, :, 4].long())
 
 
+def random_targets(num_images: int, whole_pixels: bool = False) -> Targets:
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(num_images, 16, 2, generator=generator) * 120
+    boxes = torch.cat([low, low + 8 + torch.rand(num_images, 16, 2, generator=generator) * 60], dim=-1)
+    counts = torch.tensor([0, 1, 2, 5, 11, 16] * 10)[:num_images, None]
+    return Targets(boxes.round() if whole_pixels else boxes, torch.where(torch.arange(16) < counts, 1, PADDING))
+
+
 def test_match_covers_positive_ignored_background_and_forced() -> None:
     anchors = anchors_of([0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 3], [40, 0, 50, 10], [80, 0, 90, 10])
     targets = targets_of([0, 0, 10, 10, 0], [40, 0, 44, 10, 1])
     # Object 0: IoU 1.0, 0.5, 0.3, 0, 0. Object 1: 0.4 with anchor 3 alone, below every threshold, but its best.
     match = IoUMatcher(positive_iou=0.6, negative_iou=0.45)(targets, anchors)
     assert match.tolist() == [[0, IGNORE, BACKGROUND, 1, BACKGROUND]]
+    assert IoUMatcher(0.5, 0.5)(targets, anchors).tolist() == [[0, 0, BACKGROUND, 1, BACKGROUND]]  # 0.5 is positive
 
 
-def test_iou_equal_to_the_threshold_is_positive() -> None:
-    anchors = anchors_of([0, 0, 10, 10], [0, 0, 10, 5])
-    assert IoUMatcher(0.5, 0.5)(targets_of([0, 0, 10, 10, 0]), anchors).tolist() == [[0, 0]]
-
-
-def test_anchor_answers_for_the_object_it_overlaps_best() -> None:
+def test_anchor_matches_the_object_it_overlaps_best() -> None:
     anchors = anchors_of([0, 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 7])
     # Object 0: 1.0, 0.8, 0.7; object 1: 0.8, 1.0, 7/8
     targets = targets_of([0, 0, 10, 10, 3], [0, 0, 10, 8, 4])
@@ -47,75 +56,63 @@ def test_of_two_objects_with_one_best_anchor_the_better_keeps_it_and_the_other_g
         assert IoUMatcher()(targets_of(*rows), anchors).tolist() == [expected]
 
 
-def test_of_two_equal_objects_the_first_keeps_the_best_anchor() -> None:
-    anchors = anchors_of([0, 0, 10, 10], [0, 0, 10, 3])
-    targets = targets_of([0, 0, 10, 10, 0], [0, 0, 10, 10, 1])
-    assert IoUMatcher()(targets, anchors).tolist() == [[0, 1]]
-
-
-def test_an_object_that_loses_twice_is_given_no_anchor() -> None:
+def test_object_that_loses_its_best_anchor_twice_gets_none() -> None:
     anchors = anchors_of([0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 2])
     same = [0, 0, 10, 10]
     targets = targets_of([*same, 0], [*same, 1], [*same, 2])
-    # Row 0 keeps anchor 0; rows 1 and 2 both turn to anchor 1, and row 2 loses again. Anchor 2: IoU 0.2, background.
+    # Row 0, the first of equal ones, keeps anchor 0; rows 1 and 2 turn to anchor 1, and row 2 loses again.
     assert IoUMatcher()(targets, anchors).tolist() == [[0, 1, BACKGROUND]]
 
 
-def test_an_object_that_overlaps_no_anchor_is_given_none() -> None:
-    anchors = anchors_of([0, 0, 10, 10], [20, 0, 30, 10])
-    assert IoUMatcher()(targets_of([50, 50, 60, 60, 0]), anchors).tolist() == [[BACKGROUND, BACKGROUND]]
-
-
-def test_padding_and_boxes_without_area_are_never_matched() -> None:
+@pytest.mark.parametrize("best_anchors", ["one", "ties"])
+def test_padding_empty_and_distant_boxes_are_never_matched(best_anchors) -> None:
     anchors = anchors_of([0, 0, 10, 10], [20, 0, 30, 10])
     nan = float("nan")
     targets = targets_of(
         [0, 0, 0, 0, PADDING],
-        [0, 0, 10, 10, PADDING],  # padding is told by its label, not by its box
+        [0, 0, 10, 10, PADDING],  # the label says padding, not the box
         [0, 0, 10, 0, 1],
         [10, 10, 0, 0, 1],
-        [30, 0, 20, 10, 1],
         [nan, 0, 10, 10, 1],
+        [50, 50, 60, 60, 0],  # overlaps no anchor
     )
-    assert IoUMatcher()(targets, anchors).tolist() == [[BACKGROUND, BACKGROUND]]
-
-
-def test_no_objects_in_the_batch_gives_background_everywhere() -> None:
-    anchors = SSD160(1).anchor_grid([(side, side) for side in (20, 10, 5, 3, 1)])
-    targets = Targets(torch.zeros(2, 16, 4), torch.full((2, 16), PADDING))
-    match = IoUMatcher()(targets, anchors)
-    assert match.shape == (2, len(anchors.boxes))
+    match = IoUMatcher(best_anchors=best_anchors)(targets, anchors)
+    assert match.tolist() == [[BACKGROUND, BACKGROUND]]
     assert match.dtype == torch.int64
-    assert (match == BACKGROUND).all()
 
 
-def test_anchors_half_covered_by_a_crowd_are_ignored_unless_positive() -> None:
+@pytest.mark.parametrize("best_anchors", ["one", "ties"])
+def test_anchors_half_covered_by_a_crowd_are_ignored_unless_positive(best_anchors) -> None:
     anchors = anchors_of([0, 0, 10, 10], [95, 0, 105, 10], [94, 0, 104, 10], [150, 0, 160, 10], [300, 0, 310, 10])
-    crowd = [100, 0, 200, 100, IGNORE]
-    targets = targets_of(crowd, [150, 0, 160, 10, 0])
-    # Anchor 1 has exactly half of its area in the crowd, anchor 2 four tenths, anchor 3 all, but it answers for row 1.
-    assert IoUMatcher()(targets, anchors).tolist() == [[BACKGROUND, IGNORE, BACKGROUND, 1, BACKGROUND]]
+    targets = targets_of([100, 0, 200, 100, IGNORE], [150, 0, 160, 10, 0])
+    # Anchor 1 has exactly half of its area in the crowd, anchor 2 four tenths, anchor 3 all, but it matches row 1.
+    match = IoUMatcher(best_anchors=best_anchors)(targets, anchors)
+    assert match.tolist() == [[BACKGROUND, IGNORE, BACKGROUND, 1, BACKGROUND]]
 
 
-def test_an_anchor_is_assigned_the_label_and_the_box_of_its_object() -> None:
-    anchors = anchors_of([0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10])
-    targets = targets_of([40, 0, 50, 9, 7], [0, 0, 10, 8, 3], [0, 0, 0, 0, PADDING])
-    labels, boxes = assign(IoUMatcher(), targets, anchors)
-    assert labels.tolist() == [[3, BACKGROUND, 7]]
-    assert boxes[0, [0, 2]].tolist() == [[0, 0, 10, 8], [40, 0, 50, 9]]
-    none = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64))
-    assert assign(IoUMatcher(), none, anchors)[0].tolist() == [[BACKGROUND] * 3] * 2
+def test_ties_rule_keeps_every_anchor_that_ties_the_best_iou() -> None:
+    anchors = anchors_of([0, 0, 10, 10], [2, 0, 12, 10], [40, 0, 50, 10])
+    targets = targets_of([4, 0, 8, 10, 0])  # inside anchors 0 and 1: IoU 0.4 with both
+    assert IoUMatcher(0.5, 0.4, "ties")(targets, anchors).tolist() == [[0, 0, BACKGROUND]]
+    assert IoUMatcher(0.5, 0.4, "one")(targets, anchors).tolist() == [[0, IGNORE, BACKGROUND]]
+
+
+def test_ties_rule_equals_torchvision_with_low_quality_matches() -> None:
+    anchors, targets = GRID(SIDES), random_targets(6, whole_pixels=True)  # whole pixels make ties
+    match = IoUMatcher(0.5, 0.4, "ties")(targets, anchors)
+    for image in range(1, 6):
+        boxes = targets.boxes[image][targets.labels[image] >= 0]
+        iou = box_iou(boxes, box_convert(anchors.boxes, "cxcywh", "xyxy"))
+        assert torch.equal(match[image], TorchvisionMatcher(0.5, 0.4, allow_low_quality_matches=True)(iou))
+    assert (match[0] == BACKGROUND).all()
+    assert (match >= 0).sum() > (IoUMatcher(0.5, 0.4)(targets, anchors) >= 0).sum()
 
 
 def test_batched_match_equals_a_loop_over_images_and_objects() -> None:
-    generator = torch.Generator().manual_seed(0)
-    anchors = SSD160(1).anchor_grid([(side, side) for side in (20, 10, 5, 3, 1)])
-    low = torch.rand(6, 16, 2, generator=generator) * 120
-    boxes = torch.cat([low, low + 8 + torch.rand(6, 16, 2, generator=generator) * 60], dim=-1)
-    labels = torch.where(torch.arange(16) < torch.tensor([0, 1, 2, 5, 11, 16])[:, None], 1, PADDING)
-    match = IoUMatcher(0.5, 0.4)(Targets(boxes, labels), anchors)
+    anchors, targets = GRID(SIDES), random_targets(6)
+    match = IoUMatcher(0.5, 0.4)(targets, anchors)
     for image in range(6):
-        assert match[image].tolist() == loop_match(boxes[image][labels[image] >= 0], anchors.boxes)
+        assert match[image].tolist() == loop_match(targets.boxes[image][targets.labels[image] >= 0], anchors.boxes)
 
 
 def loop_match(boxes, anchors) -> list[int]:
@@ -123,13 +120,8 @@ def loop_match(boxes, anchors) -> list[int]:
     if len(boxes) == 0:
         return [BACKGROUND] * len(anchors)
     iou = box_iou(boxes, box_convert(anchors, "cxcywh", "xyxy"))
-    match = [BACKGROUND] * len(anchors)
-    for a in range(len(anchors)):
-        best = int(iou[:, a].argmax())
-        if iou[best, a] >= 0.5:
-            match[a] = best
-        elif iou[best, a] >= 0.4:
-            match[a] = IGNORE
+    best_iou, best = iou.max(dim=0)
+    match = torch.where(best_iou >= 0.5, best, torch.where(best_iou >= 0.4, IGNORE, BACKGROUND)).tolist()
     held: dict[int, int] = {}
     waiting = list(range(len(boxes)))
     for _ in range(2):
@@ -147,7 +139,40 @@ def loop_match(boxes, anchors) -> list[int]:
     return match
 
 
+def test_assign_returns_label_and_box_of_the_object() -> None:
+    anchors = anchors_of([0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10])
+    targets = targets_of([40, 0, 50, 9, 7], [0, 0, 10, 8, 3], [0, 0, 0, 0, PADDING])
+    labels, boxes = assign(IoUMatcher(), targets, anchors)
+    assert labels.tolist() == [[3, BACKGROUND, 7]]
+    assert boxes[0, [0, 2]].tolist() == [[0, 0, 10, 8], [40, 0, 50, 9]]
+    no_rows = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64))
+    assert assign(IoUMatcher(), no_rows, anchors)[0].tolist() == [[BACKGROUND] * 3] * 2
+
+
+class NearestScore(IoUMatcher):
+    """Matches by predictions: IGNORE where the first score is high."""
+
+    needs_predictions = True
+
+    def __call__(self, targets, anchors, predicted=None):
+        return torch.where(predicted.scores[..., 0] > 0.5, IGNORE, super().__call__(targets, anchors))
+
+
+@pytest.mark.parametrize("matcher", [IoUMatcher(0.5, 0.4), IoUMatcher(best_anchors="ties"), NearestScore()])
+def test_assign_in_chunks_equals_assign_at_once(matcher, monkeypatch) -> None:
+    anchors, targets = GRID(SIDES), random_targets(6)
+    predicted = Predicted(torch.zeros(6, 2200, 4), torch.rand(6, 2200, 2))
+    whole = assign(matcher, targets, anchors, predicted)
+    sizes = []
+    monkeypatch.setattr(matchers, "MAX_PAIRS", 2 * 16 * 2200 + 1)  # two images
+    counting = lambda targets, *others: (sizes.append(len(targets.labels)), matcher(targets, *others))[1]  # noqa: E731
+    chunked = assign(counting, targets, anchors, predicted)
+    assert sizes == [2, 2, 2]
+    assert torch.equal(whole[0], chunked[0])
+    assert torch.equal(whole[1], chunked[1])
+
+
 @pytest.mark.parametrize(("positive", "negative"), [(0.4, 0.5), (0.5, 0.0), (1.5, 0.5), (0.5, -1.0)])
 def test_thresholds_out_of_order_are_refused(positive, negative) -> None:
-    with pytest.raises(ConfigError, match="_iou"):
+    with pytest.raises(ConfigError, match="_iou must be in"):
         IoUMatcher(positive, negative)

@@ -11,7 +11,7 @@ from onestage.models.ssd import SSD, ssd_levels
 from onestage.models.vgg import VGG
 from onestage.types import Batch, Targets
 
-LEVELS = ssd_levels((8, 16, 32), (12, 20, 36, 56), ((2,), (2,), (2,)))
+LEVELS = ssd_levels((8, 16, 32), (12, 20, 36, 56))
 
 
 class TinyDetector(SSD):

@@ -1,65 +1,68 @@
 """From scores of anchors to the detections of an image: threshold, top-k, non-maximum suppression."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torchvision.ops import nms
 
+from onestage.errors import require
 from onestage.types import PADDING, Detections
 
 CANDIDATE_FACTOR = 8  # candidates of an image per wanted detection
 
 
+class Selection(NamedTuple):
+    """Thresholds and limits from scores to detections."""
+
+    score_threshold: float  # lowest score, exclusive, in [0, 1)
+    nms_threshold: float  # highest IoU of two detections of a class, inclusive, in [0, 1]
+    max_detections: int  # D, >= 1
+    candidates_per_class: int | None = None  # boxes of a class that enter suppression, >= 1 (SSD)
+    candidates_per_level: int | None = None  # (anchor, class) pairs of a level that enter it, >= 1 (RetinaNet)
+
+    def require_valid(self, name: str) -> None:
+        """Raise ConfigError if a value is out of its range. name: the detector's class."""
+        require(0 <= self.score_threshold < 1, f"{name}: score_threshold", self.score_threshold, "in [0, 1)")
+        require(0 <= self.nms_threshold <= 1, f"{name}: nms_threshold", self.nms_threshold, "in [0, 1]")
+        for key, limit in list(self._asdict().items())[2:]:
+            require(limit is None or limit >= 1, f"{name}: {key}", limit, ">= 1")
+
+
 @torch.no_grad()
-def select_detections(
-    boxes: Tensor,
-    scores: Tensor,
-    *,
-    score_threshold: float,
-    iou_threshold: float,
-    max_detections: int,
-    candidates_per_class: int | None = None,
-    candidates_per_level: int | None = None,
-    level_sizes: Sequence[int] = (),
-) -> Detections:
+def select_detections(boxes: Tensor, scores: Tensor, level_sizes: Sequence[int], selection: Selection) -> Detections:
     """Keep the best boxes of each image, ordered by score, then label, then anchor.
 
-    Candidates are (anchor, class) pairs above the threshold: the best `candidates_per_level` of each level
-    (RetinaNet), or the best `CANDIDATE_FACTOR * max_detections` of all levels, of each class at most
-    `candidates_per_class` (SSD section 2.2). A candidate survives unless a better survivor of its class overlaps it by
-    more than `iou_threshold`. All shapes are fixed, so the function exports.
+    Candidates are the best (anchor, class) pairs above the threshold: `candidates_per_level` of each level, or
+    `CANDIDATE_FACTOR` per wanted detection of all levels together. A candidate survives unless a better survivor of
+    its class overlaps it by more than the threshold. All shapes are fixed, so the function exports.
 
     Args:
         boxes: [B, A, 4] xyxy, px, clipped to the image.
         scores: [B, A, K], in [0, 1].
-        score_threshold: lowest score, exclusive.
-        iou_threshold: highest IoU of two detections of a class, inclusive.
-        max_detections: D, >= 1.
-        candidates_per_class: None: no limit.
-        candidates_per_level: None: levels share one limit.
-        level_sizes: [L] number of anchors of each level; needed for `candidates_per_level`.
-
-    Returns:
-        Detections of D rows, padded with score 0 and label PADDING.
+        level_sizes: [L] number of anchors of each level.
+        selection: thresholds and limits.
     """
+    score_threshold, nms_threshold, max_detections, candidates_per_class, candidates_per_level = selection
     if candidates_per_level is None:
-        level_sizes, candidates_per_level = (scores.shape[1],), CANDIDATE_FACTOR * max_detections
+        level_sizes, candidates_per_level = [scores.shape[1]], CANDIDATE_FACTOR * max_detections
     best, anchors, labels = _best_pairs(scores, level_sizes, candidates_per_level)
     is_candidate = best > score_threshold
     if candidates_per_class is not None:
         is_candidate &= _rank_in_class(labels) < candidates_per_class
     boxes = boxes.gather(1, anchors[..., None].expand(-1, -1, 4))  # [B, N, 4]
-    is_kept = is_candidate & _survives(boxes, labels, is_candidate, iou_threshold)
+    is_kept = is_candidate & _survives(boxes, labels, is_candidate, nms_threshold)
 
     order = (~is_kept).to(torch.int8).sort(dim=1, stable=True).indices[:, :max_detections]  # survivors first
     is_kept, best, labels = (values.gather(1, order) for values in (is_kept, best, labels))
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     missing = max_detections - order.shape[1]
     return Detections(
-        torch.nn.functional.pad(torch.where(is_kept[..., None], boxes, 0.0).float(), (0, 0, 0, missing)),
-        torch.nn.functional.pad(torch.where(is_kept, best, 0.0).float(), (0, missing)),
-        torch.nn.functional.pad(torch.where(is_kept, labels, PADDING), (0, missing), value=PADDING),
+        pad(torch.where(is_kept[..., None], boxes, 0.0).float(), (0, 0, 0, missing)),
+        pad(torch.where(is_kept, best, 0.0).float(), (0, missing)),
+        pad(torch.where(is_kept, labels, PADDING), (0, missing), value=PADDING),
     )
 
 

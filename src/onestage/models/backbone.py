@@ -1,34 +1,44 @@
-"""Backbones: images to feature maps, with the normalisation that belongs to their weights."""
+"""Backbones: from images to feature maps, with the normalisation of their weights."""
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
+import torchvision
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import FrozenBatchNorm2d
+
+from onestage.errors import require
+from onestage.models.weights import load_tensors, read_weights, rename
 
 Pixel = tuple[float, float, float]
+IMAGENET_MEAN: Pixel = (0.485 * 255, 0.456 * 255, 0.406 * 255)  # RGB, of torchvision's classification weights
+IMAGENET_STD: Pixel = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 
 class Backbone(nn.Module, ABC):
-    """Network from uint8 images to feature maps. It owns the normalisation, because its published weights decide it.
+    """Network from uint8 images to feature maps; normalisation belongs to it, because its weights decide it.
 
     Args:
         out_channels: channels of each feature map, finest first.
-        strides: of each feature map, px.
+        strides: stride of each feature map, px.
         pixel_mean: subtracted from the RGB channels of 0..255.
         pixel_std: divides them afterwards.
     """
 
-    def __init__(
-        self, out_channels: tuple[int, ...], strides: tuple[int, ...], pixel_mean: Pixel, pixel_std: Pixel
-    ) -> None:
-        super().__init__()
-        self.out_channels = out_channels
-        self.strides = strides
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
-
     pixel_mean: Tensor  # [3, 1, 1]
     pixel_std: Tensor  # [3, 1, 1]
+
+    def __init__(
+        self, out_channels: Sequence[int], strides: Sequence[int], pixel_mean: Pixel, pixel_std: Pixel
+    ) -> None:
+        super().__init__()
+        self.out_channels, self.strides = tuple(out_channels), tuple(strides)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the feature maps [B, C_l, H_l, W_l], finest first. images: [B, 3, H, W] uint8 RGB."""
@@ -40,4 +50,94 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def features(self, images: Tensor) -> list[Tensor]:
-        """Return the feature maps of normalised images [B, 3, H, W] float."""
+        """Return the feature maps of normalised images, [B, 3, H, W] float."""
+
+
+class TorchvisionBackbone(Backbone):
+    """Feature extractor from a classification model of torchvision: the last block of each stride.
+
+    Checked with resnet*, resnext50_32x4d, vgg*, mobilenet_v2, mobilenet_v3_*, efficientnet_b0, convnext_tiny,
+    regnet_y_400mf, densenet121, shufflenet_v2_x1_0 and mnasnet1_0.
+
+    Args:
+        name: of the model, such as resnet18.
+        strides: of the feature maps, px, finest first.
+        weights: name of torchvision's weights, such as IMAGENET1K_V1, the path of a state dict, or None (random).
+        frozen_stages: number of stages without training: 1 freezes all blocks up to stride 4, 2 up to stride 8, ...
+        norm: "batch"; "frozen" fixes the statistics and parameters of all batch norms, for small batches.
+
+    Raises:
+        ConfigError: if an argument is out of its range or the model has no such feature maps.
+        CheckpointError: if weights cannot be fetched or read, or do not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        strides: tuple[int, ...] = (8, 16),
+        weights: str | None = None,
+        frozen_stages: int = 0,
+        norm: Literal["batch", "frozen"] = "batch",
+    ) -> None:
+        key = "TorchvisionBackbone"
+        known = torchvision.models.list_models(torchvision.models)
+        require(name in known, f"{key}: name", name, "a model of torchvision", "Set name: resnet18.")
+        require(0 <= frozen_stages <= 4, f"{key}: frozen_stages", frozen_stages, "in [0, 4]")
+        require(norm in ("batch", "frozen"), f"{key}: norm", norm, "batch or frozen")
+        network = torchvision.models.get_model(name)
+        blocks = _blocks_by_stride(network)
+        needed = {*strides, *([2 ** (frozen_stages + 1)] if frozen_stages else [])}
+        problem, found = f"{key}: strides of the feature maps [B, C, H, W] of {name}", sorted(blocks) or "none"
+        require(needed <= blocks.keys(), problem, found, f"{sorted(needed)} among others", "Set name: resnet18.")
+        super().__init__([blocks[stride][-1][1] for stride in strides], strides, IMAGENET_MEAN, IMAGENET_STD)
+        frozen = [block for block, _ in blocks[2 ** (frozen_stages + 1)]] if frozen_stages else []
+        for block in frozen:
+            network.get_submodule(block).requires_grad_(False)
+        _freeze_batch_norm(network, [""] if norm == "frozen" else [f"{block}." for block in frozen])
+        self.body = create_feature_extractor(network, {blocks[stride][-1][0]: str(stride) for stride in strides})
+        if weights is not None:
+            key, published = f"{key}.weights", torchvision.models.get_model_weights(name)
+            state = read_weights(key, weights, {entry.name: entry for entry in published})
+            names = {name: name for name in self.body.state_dict() if not name.endswith("num_batches_tracked")}
+            load_tensors(self.body, rename(state, names, f"{key}: {weights}"), f"{key}: {weights}")
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the feature maps of normalised images, [B, 3, H, W] float."""
+        return list(self.body(images).values())
+
+
+def _blocks_by_stride(network: nn.Module) -> dict[int, list[tuple[str, int]]]:
+    """Return, for each stride, names and channels of all blocks up to the last one of that stride.
+
+    A block is a module whose name has at most two parts: `layer3.0.conv1` of a ResNet still has the stride of layer2.
+    Runs on the meta device, which computes nothing.
+    """
+    network = copy.deepcopy(network).eval().to("meta")
+    blocks: list[tuple[str, int]] = []
+    by_stride: dict[int, list[tuple[str, int]]] = {}
+
+    def note(block: str, output: object) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4:
+            blocks.append((block, output.shape[1]))
+            stride = 192 // output.shape[2]
+            if (output.shape[2] * stride, output.shape[3] * stride) == (192, 256):
+                by_stride[stride] = list(blocks)
+
+    for block, module in network.named_modules():
+        if block and block.count(".") <= 1:
+            module.register_forward_hook(lambda _, __, output, block=block: note(block, output))
+    try:
+        network(torch.zeros(1, 3, 192, 256, device="meta"))
+    except (AssertionError, RuntimeError, ValueError):  # a model of one input size, such as vit_b_16
+        return {}
+    return by_stride
+
+
+def _freeze_batch_norm(network: nn.Module, prefixes: Sequence[str]) -> None:
+    """Replace batch norms whose name, with a dot at its end, has a prefix by ones with fixed statistics."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.BatchNorm2d) and f"{name}.".startswith(tuple(prefixes)):
+            fixed = FrozenBatchNorm2d(module.num_features, module.eps)
+            fixed.load_state_dict(module.state_dict())
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, fixed)

@@ -19,7 +19,7 @@ class ExtraLayer(NamedTuple):
 
 
 class ExtraLayers(nn.ModuleList):
-    """SSD's neck: append smaller and smaller feature maps (arXiv:1512.02325, section 2.1).
+    """SSD's neck: append ever smaller feature maps (arXiv:1512.02325, section 2.1).
 
     Args:
         in_channels: channels of the backbone's maps.
@@ -28,10 +28,15 @@ class ExtraLayers(nn.ModuleList):
 
     def __init__(self, in_channels: Sequence[int], layers: Sequence[ExtraLayer]) -> None:
         super().__init__()
-        self.out_channels = tuple(in_channels)
+        self.out_channels = list(in_channels)
         for layer in layers:
-            self.append(_extra_block(self.out_channels[-1], layer))
-            self.out_channels = (*self.out_channels, layer.out_channels)
+            reduce = nn.Conv2d(self.out_channels[-1], layer.reduced_channels, kernel_size=1)
+            conv = nn.Conv2d(layer.reduced_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+            # No batch norm: the last maps have 1 to 9 cells, too few values for its statistics.
+            block = [("reduce", _xavier(reduce)), ("reduce_relu", nn.ReLU(inplace=True))]
+            block += [("conv", _xavier(conv)), ("conv_relu", nn.ReLU(inplace=True))]
+            self.append(nn.Sequential(OrderedDict(block)))
+            self.out_channels.append(layer.out_channels)
 
     def forward(self, feature_maps: Sequence[Tensor]) -> list[Tensor]:
         """Return the given maps [B, C, H, W] and one more for each layer."""
@@ -41,22 +46,8 @@ class ExtraLayers(nn.ModuleList):
         return feature_maps
 
 
-def _extra_block(in_channels: int, layer: ExtraLayer) -> nn.Sequential:
-    """Return the two convolutions of an extra layer; Xavier weights (SSD section 3)."""
-    reduce = nn.Conv2d(in_channels, layer.reduced_channels, kernel_size=1)
-    conv = nn.Conv2d(layer.reduced_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
-    for new in (reduce, conv):
-        nn.init.xavier_uniform_(new.weight)
-        nn.init.zeros_(new.get_parameter("bias"))
-    # No batch norm: the last maps have 1 to 9 cells, too few values for its statistics.
-    layers = {"reduce": reduce, "reduce_relu": nn.ReLU(inplace=True), "conv": conv, "conv_relu": nn.ReLU(inplace=True)}
-    return nn.Sequential(OrderedDict(layers))
-
-
 class AnchorHead(nn.Module):
-    """Predict `num_outputs` numbers for every anchor with one 3 x 3 convolution per level. SSD section 2.1.
-
-    Weights start as Xavier's and biases at 0, as in all new layers of SSD (section 3).
+    """Predict `num_outputs` numbers for every anchor with one 3 x 3 convolution per level (SSD section 2.1).
 
     Args:
         in_channels: channels of each feature map, [L].
@@ -67,20 +58,11 @@ class AnchorHead(nn.Module):
     def __init__(self, in_channels: Sequence[int], anchors_per_cell: Sequence[int], num_outputs: int) -> None:
         super().__init__()
         self.num_outputs = num_outputs
-        convs = [
-            nn.Conv2d(channels, anchors * num_outputs, kernel_size=3, padding=1)
-            for channels, anchors in zip(in_channels, anchors_per_cell, strict=True)
-        ]
-        for conv in convs:
-            nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.get_parameter("bias"))
-        self.levels = nn.ModuleList(convs)
+        sizes = zip(in_channels, anchors_per_cell, strict=True)
+        self.levels = nn.ModuleList(_xavier(nn.Conv2d(c, n * num_outputs, 3, padding=1)) for c, n in sizes)
 
     def forward(self, feature_maps: Sequence[Tensor]) -> Tensor:
-        """Return [B, A, num_outputs] float32, in the order of `AnchorGrid`: level, row, column, anchor.
-
-        feature_maps: [B, C_l, H_l, W_l] for each level.
-        """
+        """Return [B, A, num_outputs] float32 of maps [B, C_l, H_l, W_l], in the order of `AnchorGrid`."""
         outputs = [
             level(features).permute(0, 2, 3, 1).reshape(len(features), -1, self.num_outputs)
             for level, features in zip(self.levels, feature_maps, strict=True)
@@ -89,11 +71,15 @@ class AnchorHead(nn.Module):
 
     @torch.no_grad()
     def start_at_prior(self, prior_bias: Tensor) -> None:
-        """Give every anchor the same initial logits: weights N(0, 0.01^2), RetinaNet section 4.1 (arXiv:1708.02002).
-
-        prior_bias: [num_outputs].
-        """
+        """Set weights to N(0, 0.01^2) and biases to `prior_bias`, [num_outputs]. RetinaNet section 4.1."""
         for level in self.levels:
             weight, bias = level.get_parameter("weight"), level.get_parameter("bias")
             nn.init.normal_(weight, std=0.01)
             bias.copy_(prior_bias.repeat(len(bias) // self.num_outputs))
+
+
+def _xavier(conv: nn.Conv2d) -> nn.Module:
+    """Initialise as all new layers of SSD (section 3): Xavier weights, biases of 0."""
+    nn.init.xavier_uniform_(conv.weight)
+    nn.init.zeros_(conv.get_parameter("bias"))
+    return conv

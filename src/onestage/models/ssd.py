@@ -6,50 +6,51 @@ from typing import ClassVar, Literal
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes, ssd_shapes
 from onestage.boxes.coders import DeltaBoxCoder
 from onestage.boxes.matchers import IoUMatcher
-from onestage.errors import ConfigError, require
+from onestage.boxes.nms import Selection
+from onestage.errors import require
 from onestage.losses.box import BoxLoss, SmoothL1Loss
 from onestage.losses.classification import ClassificationLoss, SoftmaxClassificationLoss
 from onestage.losses.focal import SigmoidFocalLoss
 from onestage.losses.normaliser import PositiveNormaliser
 from onestage.models.backbone import Backbone
-from onestage.models.detector import AnchorDetector, Selection
+from onestage.models.detector import AnchorDetector
 from onestage.models.heads import AnchorHead, ExtraLayer, ExtraLayers
-from onestage.models.vgg import VGG
-from onestage.models.weights import load_imagenet_weights, load_torchvision_ssd300
+from onestage.models.vgg import PIXEL_STD, VGG
+from onestage.models.weights import load_torchvision_ssd300, load_vgg16
 
 AnchorTable = Literal["voc", "coco"]
 
 
-def ssd_levels(
-    strides: Sequence[float], sizes: Sequence[float], aspect_ratios: Sequence[Sequence[float]]
-) -> tuple[AnchorShapes, ...]:
-    """Return a table of anchors: for each level its stride, and shapes of its size, the next size and its ratios.
+def ssd_levels(strides: Sequence[float], sizes: Sequence[float]) -> tuple[AnchorShapes, ...]:
+    """Return a table of anchors in the paper's form: aspect ratio 2, and 3 on all levels but the first and last two.
 
-    sizes: one more than there are levels.
+    Args:
+        strides: of each level, px.
+        sizes: s_k of each level and the next size of the last, px.
     """
-    rows = zip(strides, sizes[:-1], sizes[1:], aspect_ratios, strict=True)
-    return tuple(AnchorShapes(float(stride), ssd_shapes(size, after, ratios)) for stride, size, after, ratios in rows)
+    ratios = [(2,), *[(2, 3)] * (len(strides) - 3), (2,), (2,)]
+    rows = zip(strides, sizes[:-1], sizes[1:], ratios, strict=True)
+    return tuple(AnchorShapes(stride, ssd_shapes(size, following, ratio)) for stride, size, following, ratio in rows)
 
 
 class SSD(AnchorDetector):
-    """Single-shot detector over six or seven feature maps; the subclasses are the published sizes.
+    """Single-shot detector over feature maps from stride 8 on; the subclasses are the published sizes.
 
     Args:
         num_classes: K, without the background.
         classification_loss: owns the link between logits and scores. None: SigmoidFocalLoss().
         box_loss: None: SmoothL1Loss().
-        image_size: side of the square input, px; None, or the size that the class is published for.
+        image_size: side of the square input, px; only the published size (None) is accepted.
         anchors: a table of the paper (COCO's objects are smaller), or one `AnchorShapes` for each feature map, finest
             first, as `onestage anchors` proposes them.
-        backbone: makes the maps of strides 8 and 16, such as onestage.models.TorchvisionBackbone; None: the paper's.
+        backbone: maps of strides 8 and 16, such as onestage.models.TorchvisionBackbone; None: the paper's.
         backbone_weights: IMAGENET1K_FEATURES, the path of a VGG16's state dict, or None for random weights.
         pretrained: torchvision_coco or the path of a state dict of torchvision's ssd300_vgg16, for SSD300 with
             MinedCrossEntropy and anchors "coco"; it replaces all weights.
         prior: score of every anchor before training, in (0, 1). RetinaNet's pi.
         positive_iou: overlap that makes an anchor positive, in (0, 1].
         negative_iou: overlap below which it is background, in (0, positive_iou].
-        normaliser_momentum: of the running mean of positive anchors that divides the losses, in [0, 1); 0: the number
-            of each batch.
+        normaliser_momentum: of the running mean of positives that divides the losses, in [0, 1); 0: each batch's own.
         score_threshold: detections score more than this, in [0, 1).
         nms_threshold: overlap by more than this suppresses the lower score of a class, in [0, 1].
         candidates_per_class: boxes of a class that enter suppression, >= 1.
@@ -83,36 +84,45 @@ class SSD(AnchorDetector):
         candidates_per_class: int = 400,
         max_detections: int = 200,
     ) -> None:
-        name, size = type(self).__name__, type(self).image_size
-        remedy = f"Set data.image_size: {size}, or choose another model.detector.class_path."
-        require(image_size in (None, size), f"{name}: image_size", image_size, str(size), remedy)
+        name, side = type(self).__name__, type(self).image_size
+        remedy = f"Set data.image_size: {side}, or choose another model.detector.class_path."
+        require(image_size in (None, side), f"{name}: image_size", image_size, str(side), remedy)
         require(num_classes >= 1, f"{name}: num_classes", num_classes, ">= 1")
-        require(0 < prior < 1, f"{name}: prior", prior, "in (0, 1)", "RetinaNet's is 0.01")
+        require(0 < prior < 1, f"{name}: prior", prior, "in (0, 1)", "RetinaNet's is 0.01.")
         levels = self._anchor_levels(anchors)
-        classification_loss = classification_loss or SigmoidFocalLoss()
-        backbone = backbone or self.make_backbone()
-        require(tuple(backbone.strides) == (8, 16), f"{name}: strides of the backbone", backbone.strides, "(8, 16)")
+        backbone, loss = backbone or self.make_backbone(), classification_loss or SigmoidFocalLoss()
+        require(backbone.strides == (8, 16), f"{name}: strides of the backbone", backbone.strides, "(8, 16)")
         neck = ExtraLayers(backbone.out_channels, self.extra_layers)
-        anchors_per_cell = [len(level.shapes) for level in levels]
-        box_coder = DeltaBoxCoder(variances=(0.1, 0.2))
+        anchors_per_cell, box_coder = [len(level.shapes) for level in levels], DeltaBoxCoder((0.1, 0.2))
         box_head = AnchorHead(neck.out_channels, anchors_per_cell, box_coder.num_outputs)
-        class_head = AnchorHead(neck.out_channels, anchors_per_cell, classification_loss.num_logits(num_classes))
-        class_head.start_at_prior(classification_loss.prior_bias(num_classes, prior))
+        class_head = AnchorHead(neck.out_channels, anchors_per_cell, loss.num_logits(num_classes))
+        class_head.start_at_prior(loss.prior_bias(num_classes, prior))
         super().__init__(
             num_classes,
             backbone=backbone,
             neck=neck,
             class_head=class_head,
             box_head=box_head,
-            anchor_grid=AnchorGrid(levels, max_side=size),
-            classification_loss=classification_loss,
+            anchor_grid=AnchorGrid(levels, max_side=side),
+            classification_loss=loss,
             box_loss=box_loss or SmoothL1Loss(),
             box_coder=box_coder,
             matcher=IoUMatcher(positive_iou, negative_iou),
             normaliser=PositiveNormaliser(normaliser_momentum),
             selection=Selection(score_threshold, nms_threshold, max_detections, candidates_per_class),
         )
-        self._load_weights(anchors, backbone_weights, pretrained)
+        is_vgg16 = isinstance(backbone, VGG) and backbone.is_vgg16
+        if pretrained is not None:
+            is_torchvision = isinstance(self, SSD300) and isinstance(loss, SoftmaxClassificationLoss) and is_vgg16
+            found, rule = f"{name}, {anchors}, {type(loss).__name__}", "torchvision's: SSD300, coco, a softmax"
+            remedy = "Set anchors: coco and classification_loss: onestage.losses.MinedCrossEntropy, or pretrained: null"
+            require(is_torchvision and anchors == "coco", f"pretrained: {pretrained}: detector", found, rule, remedy)
+            load_torchvision_ssd300(self, pretrained, num_classes, PIXEL_STD)
+        elif backbone_weights is not None:
+            place, rule = f"backbone_weights: {backbone_weights}: backbone of {name}", "VGG16 without batch norm"
+            remedy = "Set backbone_weights: null, or choose SSD300 or SSD512 without another backbone."
+            require(is_vgg16, place, type(backbone).__name__, rule, remedy)
+            load_vgg16(backbone, backbone_weights, PIXEL_STD)
 
     def make_backbone(self) -> Backbone:
         """Return the network of the first two feature maps, with random weights."""
@@ -127,31 +137,8 @@ class SSD(AnchorDetector):
         strides = [level.stride for level in next(iter(self.anchor_tables.values()))]
         given = [level.stride for level in anchors]
         fits = len(given) == len(strides) and all(abs(a - b) < 0.01 for a, b in zip(given, strides, strict=True))
-        require(fits, name, given, f"a level for each feature map, of strides {strides}")
+        require(fits, f"{name}, strides", given, f"{strides}, one level for each feature map")
         return anchors
-
-    def _load_weights(
-        self, anchors: AnchorTable | list[AnchorShapes], backbone_weights: str | None, pretrained: str | None
-    ) -> None:
-        name = type(self).__name__
-        is_vgg16 = isinstance(self.backbone, VGG) and not self.backbone.batch_norm
-        if pretrained is not None:
-            loss = self.classification_loss
-            is_softmax = isinstance(loss, SoftmaxClassificationLoss)
-            if not (isinstance(self, SSD300) and is_vgg16 and anchors == "coco" and is_softmax):
-                raise ConfigError(
-                    f"{name}: pretrained is {pretrained}; torchvision's SSD is an SSD300 on VGG16 with COCO's "
-                    f"anchors (now {anchors}) and a softmax (now {type(loss).__name__}).\n"
-                    "Set anchors: coco and classification_loss: onestage.losses.MinedCrossEntropy, or pretrained: null"
-                )
-            load_torchvision_ssd300(self, pretrained, self.num_classes)
-        elif backbone_weights is not None:
-            if not (isinstance(self.backbone, VGG) and is_vgg16):
-                raise ConfigError(
-                    f"{name}: backbone_weights is {backbone_weights}; published weights fit the plain VGG16 of SSD300 "
-                    "and SSD512 only.\nSet backbone_weights: null; a TorchvisionBackbone has weights of its own."
-                )
-            load_imagenet_weights(self.backbone, backbone_weights)
 
 
 # Sizes of the anchors: the Caffe code of the paper (examples/ssd/ssd_{pascal,coco}*.py) spaces s_k evenly from s_min
@@ -164,17 +151,12 @@ class SSD300(SSD):
 
     image_size = 300
     _strides = (8, 16, 32, 64, 100, 300)
-    _ratios = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
     anchor_tables: ClassVar = {
-        "voc": ssd_levels(_strides, (30, 60, 111, 162, 213, 264, 315), _ratios),
-        "coco": ssd_levels(_strides, (21, 45, 99, 153, 207, 261, 315), _ratios),
+        "voc": ssd_levels(_strides, (30, 60, 111, 162, 213, 264, 315)),
+        "coco": ssd_levels(_strides, (21, 45, 99, 153, 207, 261, 315)),
     }
-    extra_layers: ClassVar = (
-        ExtraLayer(256, 512),  # conv8_2
-        ExtraLayer(128, 256),  # conv9_2
-        ExtraLayer(128, 256, stride=1, padding=0),  # conv10_2
-        ExtraLayer(128, 256, stride=1, padding=0),  # conv11_2
-    )
+    _unpadded = ExtraLayer(128, 256, stride=1, padding=0)
+    extra_layers: ClassVar = (ExtraLayer(256, 512), ExtraLayer(128, 256), _unpadded, _unpadded)  # conv8_2 to conv11_2
 
 
 class SSD512(SSD):
@@ -182,18 +164,12 @@ class SSD512(SSD):
 
     image_size = 512
     _strides = (8, 16, 32, 64, 128, 256, 512)
-    _ratios = ((2,), (2, 3), (2, 3), (2, 3), (2, 3), (2,), (2,))
     anchor_tables: ClassVar = {
-        "voc": ssd_levels(_strides, (35.84, 76.8, 153.6, 230.4, 307.2, 384.0, 460.8, 537.6), _ratios),
-        "coco": ssd_levels(_strides, (20.48, 51.2, 133.12, 215.04, 296.96, 378.88, 460.8, 542.72), _ratios),
+        "voc": ssd_levels(_strides, (35.84, 76.8, 153.6, 230.4, 307.2, 384.0, 460.8, 537.6)),
+        "coco": ssd_levels(_strides, (20.48, 51.2, 133.12, 215.04, 296.96, 378.88, 460.8, 542.72)),
     }
-    extra_layers: ClassVar = (
-        ExtraLayer(256, 512),
-        ExtraLayer(128, 256),
-        ExtraLayer(128, 256),
-        ExtraLayer(128, 256),
-        ExtraLayer(128, 256, kernel_size=4),  # 2 cells, padded to 4, give 1
-    )
+    _last = ExtraLayer(128, 256, kernel_size=4)  # 2 cells, padded to 4, give 1
+    extra_layers: ClassVar = (ExtraLayer(256, 512), *[ExtraLayer(128, 256)] * 3, _last)
 
 
 class SSD160(SSD):
@@ -203,17 +179,10 @@ class SSD160(SSD):
     """
 
     image_size = 160
-    _levels = ssd_levels(  # by the rule of the paper with s_min 0.20 and 0.10 below it
-        (8, 16, 32, 53, 160), (16, 32, 68.8, 105.6, 142.4, 179.2), ((2,), (2, 3), (2, 3), (2,), (2,))
-    )
+    _levels = ssd_levels((8, 16, 32, 53, 160), (16, 32, 68.8, 105.6, 142.4, 179.2))  # s_min 0.20, and 0.10 below it
     anchor_tables: ClassVar = {"voc": _levels, "coco": _levels}
-    extra_layers: ClassVar = (
-        ExtraLayer(64, 128),
-        ExtraLayer(64, 128),
-        ExtraLayer(64, 128, stride=1, padding=0),
-    )
+    extra_layers: ClassVar = (ExtraLayer(64, 128), ExtraLayer(64, 128), ExtraLayer(64, 128, stride=1, padding=0))
 
     def make_backbone(self) -> VGG:
         """Return configuration A of VGG at a quarter of its widths: 60 img/s for training on one core in bf16."""
-        widths = (16, 32, 64, 128, 128)
-        return VGG(depths=(1, 1, 2, 2, 2), widths=widths, fc_width=256, fc6_dilation=2, batch_norm=True)
+        return VGG((1, 1, 2, 2, 2), (16, 32, 64, 128, 128), fc_width=256, fc6_dilation=2, batch_norm=True)

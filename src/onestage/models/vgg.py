@@ -1,4 +1,4 @@
-"""VGG (arXiv:1409.1556) as SSD uses it: two feature maps, the last of stage 4 and fc7."""
+"""VGG (arXiv:1409.1556) as SSD uses it: the feature maps of stage 4 and fc7."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -9,12 +9,10 @@ from torch.nn import functional as F
 
 from onestage.models.backbone import Backbone
 
-VGG16_DEPTHS = (2, 2, 3, 3, 3)  # convolutions of the five stages, configuration D
 PIXEL_MEAN = (0.48235 * 255, 0.45882 * 255, 0.40784 * 255)  # RGB, of the Caffe VGG16: 123, 117, 104
-# The published VGG16 of SSD, from Caffe, divides by 1; ImageNet's standard deviation is 58. So that one normalisation
-# serves it and training from scratch, `models/weights.py` multiplies the published first layer by this power of two,
-# which leaves every bit of the features as it is.
-PIXEL_SCALE = 64.0
+# Near ImageNet's deviation, 58. The Caffe VGG16 divides by 1, so its first layer is multiplied by this number on
+# loading: a power of two, which leaves every bit of the features as it is.
+PIXEL_STD = 64.0
 
 
 class L2Norm(nn.Module):
@@ -25,34 +23,32 @@ class L2Norm(nn.Module):
         self.weight = nn.Parameter(torch.full((channels,), initial_length))
 
     def forward(self, features: Tensor) -> Tensor:
-        """features: [B, C, H, W]; in float32 within, for the sum of squares overflows float16."""
+        """features: [B, C, H, W]; float32 inside, because the sum of squares overflows float16."""
         normalised = F.normalize(features.float(), dim=1)
         return (normalised * self.weight.float().view(1, -1, 1, 1)).to(features.dtype)
 
 
 class VGG(Backbone):
-    """The five stages of a VGG, then SSD's pool5 and the fully connected layers as dilated convolutions.
-
-    With the default arguments VGG16 as in SSD section 3: conv1_1 to conv5_3, fc6 and fc7.
+    """Five stages of a VGG, then SSD's pool5, and fc6 and fc7 as dilated convolutions (SSD section 3).
 
     Args:
-        depths: convolutions of the five stages.
+        depths: convolutions of the five stages; the default is configuration D, VGG16.
         widths: channels of the five stages.
         fc_width: channels of fc6 and fc7.
-        fc6_dilation: of the 3 x 3 kernel of fc6; 6 fits a map of 19 cells, less a smaller one.
+        fc6_dilation: of the 3 x 3 kernel of fc6; 6 fits a map of 19 cells, a smaller map needs less.
         batch_norm: after each convolution, as in torchvision's vgg16_bn; the published SSD has none.
     """
 
     def __init__(
         self,
-        depths: Sequence[int] = VGG16_DEPTHS,
+        depths: Sequence[int] = (2, 2, 3, 3, 3),
         widths: Sequence[int] = (64, 128, 256, 512, 512),
         fc_width: int = 1024,
         fc6_dilation: int = 6,
         batch_norm: bool = False,
     ) -> None:
-        super().__init__((widths[3], fc_width), (8, 16), PIXEL_MEAN, (PIXEL_SCALE,) * 3)  # stage 4 and fc7
-        self.batch_norm = batch_norm
+        super().__init__((widths[3], fc_width), (8, 16), PIXEL_MEAN, (PIXEL_STD,) * 3)
+        self.is_vgg16 = tuple(depths) == (2, 2, 3, 3, 3) and not batch_norm
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         in_channels = 3
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
@@ -67,15 +63,13 @@ class VGG(Backbone):
         layers |= _conv_layers("fc7", fc_width, fc_width, batch_norm, kernel_size=1)
         for name in ("fc6", "fc7"):
             nn.init.xavier_uniform_(layers[name].get_parameter("weight"))  # as all new layers of SSD (section 3)
-
-        names = list(layers)
-        split = names.index("pool4")
-        self.to_conv4 = nn.Sequential(OrderedDict((name, layers[name]) for name in names[:split]))
-        self.to_fc7 = nn.Sequential(OrderedDict((name, layers[name]) for name in names[split:]))
+        split = list(layers).index("pool4")
+        self.to_conv4 = nn.Sequential(OrderedDict(list(layers.items())[:split]))
+        self.to_fc7 = nn.Sequential(OrderedDict(list(layers.items())[split:]))
         self.conv4_norm = L2Norm(widths[3])
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Return stage 4 (stride 8, L2-normalised) and fc7 (stride 16). images: [B, 3, H, W], normalised."""
+        """Return stage 4 (stride 8, L2-normalised) and fc7 (stride 16) of normalised images [B, 3, H, W]."""
         conv4 = self.to_conv4(images)
         return [self.conv4_norm(conv4), self.to_fc7(conv4)]
 
@@ -84,19 +78,13 @@ def _conv_layers(
     name: str, in_channels: int, out_channels: int, batch_norm: bool, kernel_size: int = 3, dilation: int = 1
 ) -> OrderedDict[str, nn.Module]:
     """Return a convolution that keeps the map's size, its batch norm if any, and its ReLU, by name."""
-    conv = nn.Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size,
-        padding=dilation * (kernel_size // 2),
-        dilation=dilation,
-        bias=not batch_norm,
-    )
+    padding = dilation * (kernel_size // 2)
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, 1, padding, dilation, bias=not batch_norm)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     layers: OrderedDict[str, nn.Module] = OrderedDict([(name, conv)])
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
     if batch_norm:
         layers[f"{name}_bn"] = nn.BatchNorm2d(out_channels)
+    else:
+        nn.init.zeros_(conv.get_parameter("bias"))
     layers[f"{name}_relu"] = nn.ReLU(inplace=True)
     return layers
