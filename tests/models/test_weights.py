@@ -13,15 +13,13 @@ from torchvision.ops import box_convert
 
 from onestage.errors import CheckpointError, ConfigError
 from onestage.losses import MinedCrossEntropy, SigmoidFocalLoss
-from onestage.models import SSD300
-from onestage.models.vgg import VGG
-from onestage.models.weights import load_imagenet_weights
+from onestage.models import SSD300, VGG
+from onestage.models.weights import load_vgg16
 from onestage.types import Predictions
 
 
 def ssd300(num_classes: int, **changes) -> SSD300:
-    settings = {"classification_loss": MinedCrossEntropy(), "anchors": "coco"}
-    return SSD300(num_classes, **(settings | changes))
+    return SSD300(num_classes, **({"classification_loss": MinedCrossEntropy(), "anchors": "coco"} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,7 @@ def background_last(class_logits):
     return torch.cat([class_logits[..., 1:], class_logits[..., :1]], dim=-1)
 
 
-def test_logits_and_deltas_equal_torchvision(torchvision_model, weights_file) -> None:
+def test_outputs_equal_torchvision_with_its_weights(torchvision_model, weights_file) -> None:
     images = torch.randint(0, 256, (2, 3, 300, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     detector = ssd300(20, pretrained=weights_file).eval()
     with torch.no_grad():
@@ -49,8 +47,9 @@ def test_logits_and_deltas_equal_torchvision(torchvision_model, weights_file) ->
         expected = torchvision_model.head(list(torchvision_model.backbone(transformed.tensors).values()))
         predictions = detector(images)
     assert expected["cls_logits"].abs().max() > 1  # the comparison is of something
-    assert_close(predictions.class_logits, background_last(expected["cls_logits"]), atol=1e-4, rtol=1e-4)
-    assert_close(predictions.box_outputs, expected["bbox_regression"], atol=1e-4, rtol=1e-4)
+    tolerance = {"atol": 1e-3, "rtol": 1e-3}  # sums in another order, by instruction set
+    assert_close(predictions.class_logits, background_last(expected["cls_logits"]), **tolerance)
+    assert_close(predictions.box_outputs, expected["bbox_regression"], **tolerance)
 
 
 @pytest.mark.parametrize("num_columns", [2, 21, 91])
@@ -63,15 +62,15 @@ def test_detections_equal_torchvision_on_the_same_outputs(num_columns, spread) -
     # float64, so that no two scores are equal: torchvision leaves the order of equal ones to chance.
     class_logits = torch.randn(1, 8732, num_columns, generator=generator, dtype=torch.float64) * spread
     class_logits[..., 0] += 4 * (spread > 1)
-    box_deltas = torch.randn(1, 8732, 4, generator=generator, dtype=torch.float64) * 0.7
+    box_outputs = torch.randn(1, 8732, 4, generator=generator, dtype=torch.float64) * 0.7
     anchors = ssd300(1).anchor_grid([(side, side) for side in (38, 19, 10, 5, 3, 1)])
-    outputs = {"cls_logits": class_logits, "bbox_regression": box_deltas}
+    outputs = {"cls_logits": class_logits, "bbox_regression": box_outputs}
     (expected,) = theirs.postprocess_detections(outputs, [box_convert(anchors.boxes, "cxcywh", "xyxy")], [(300, 300)])
-    found = detector.detect(Predictions(background_last(class_logits), box_deltas, anchors))
+    found = detector.detect(Predictions(background_last(class_logits), box_outputs, anchors))
     assert len(expected["scores"]) == 200
-    assert_close(found.scores[0].double(), expected["scores"], atol=1e-6, rtol=0)
+    assert_close(found.scores[0].double(), expected["scores"], atol=1e-6, rtol=1e-6)
     assert (found.labels[0] + 1).tolist() == expected["labels"].tolist()
-    assert_close(found.boxes[0].double(), expected["boxes"], atol=1e-3, rtol=0)
+    assert_close(found.boxes[0].double(), expected["boxes"], atol=1e-3, rtol=1e-5)
 
 
 def test_coco_weights_of_91_columns_give_the_80_labels_in_order_of_their_ids(tmp_path) -> None:
@@ -83,37 +82,28 @@ def test_coco_weights_of_91_columns_give_the_80_labels_in_order_of_their_ids(tmp
         state[f"head.classification_head.module_list.{level}.bias"] = torch.arange(91.0).repeat(anchors)
     torch.save(state, tmp_path / "coco.pth")
     detector = ssd300(80, pretrained=str(tmp_path / "coco.pth"))
-    names = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
-    used = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]  # ids that COCO leaves out
+    used = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]  # ids that COCO skips
     for conv in detector.class_head.levels:
-        ids = conv.bias.view(-1, 81).long()
-        assert all(row == [*used, 0] for row in ids.tolist())
-    assert [names[used[label]] for label in (0, 11, 12, 79)] == ["person", "stop sign", "parking meter", "toothbrush"]
-
-
-def test_weights_for_another_number_of_classes_are_refused(weights_file) -> None:
-    with pytest.raises(ConfigError, match="trained on 20 classes, the data have 6") as error:
-        ssd300(6, pretrained=weights_file)
-    assert "pretrained: null, backbone_weights: IMAGENET1K_FEATURES" in str(error.value)
+        assert all(row == [*used, 0] for row in conv.bias.view(-1, 81).long().tolist())
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"classification_loss": SigmoidFocalLoss()}, "now SigmoidFocalLoss"),
-        ({"classification_loss": None}, "now SigmoidFocalLoss"),
-        ({"anchors": "voc"}, "now voc"),
+        ({"num_classes": 6}, "trained on 20 classes, the data have 6.*\n.*null, backbone_weights: IMAGENET1K_FEATURES"),
+        ({"classification_loss": SigmoidFocalLoss()}, "got 'SSD300, coco, SigmoidFocalLoss'.\n.*MinedCrossEntropy"),
+        ({"anchors": "voc"}, "got 'SSD300, voc, MinedCrossEntropy'"),
+        ({"backbone": VGG(widths=(2, 2, 2, 2, 2), fc_width=4, batch_norm=True)}, "pretrained: .* detector must be"),
     ],
 )
-def test_pretrained_needs_a_softmax_and_coco_anchors(changes, message) -> None:
-    with torch.device("meta"), pytest.raises(ConfigError, match=message) as error:
-        ssd300(80, pretrained="torchvision_coco", **changes)
-    assert "MinedCrossEntropy" in str(error.value)
+def test_pretrained_needs_the_same_classes_loss_anchors_and_backbone(changes, message, weights_file) -> None:
+    with torch.device("meta"), pytest.raises(ConfigError, match=message):
+        ssd300(**({"num_classes": 20, "pretrained": weights_file} | changes))
 
 
 @pytest.mark.parametrize("key", ["pretrained", "backbone_weights"])
 @pytest.mark.parametrize("content", ["missing", "empty", "truncated", "text", "list", "object", "other model"])
-def test_unusable_weight_files_give_one_message(content, key, tmp_path) -> None:
+def test_unusable_weight_files_give_one_message_with_a_remedy(content, key, tmp_path) -> None:
     path = tmp_path / "weights.pth"
     if content == "empty":
         path.write_bytes(b"")
@@ -127,59 +117,38 @@ def test_unusable_weight_files_give_one_message(content, key, tmp_path) -> None:
         torch.save(nn.Linear(100, 100).state_dict(), path)
     if content == "truncated":
         path.write_bytes(path.read_bytes()[:5000])
-    with torch.device("meta"):  # no need for 25 million random numbers
-        settings = {key: str(path)}
-        with pytest.raises(CheckpointError) as error:
-            ssd300(20, **settings)
+    with torch.device("meta"), pytest.raises(CheckpointError) as error:  # no need for 25 million random numbers
+        ssd300(20, **{key: str(path)})
     assert str(error.value).startswith(f"{key}: {path}")
     assert f"Set {key} to one of" in str(error.value)
 
 
-def test_unreachable_weights_name_the_choices(monkeypatch) -> None:
+@pytest.mark.parametrize("key", ["pretrained", "backbone_weights"])
+def test_unreachable_weights_name_the_choices(key, monkeypatch) -> None:
     def fail(*args, **kwargs):
         raise URLError("no network")
 
+    value = "IMAGENET1K_FEATURES" if key == "backbone_weights" else "torchvision_coco"
     monkeypatch.setattr(VGG16_Weights, "get_state_dict", fail)
     monkeypatch.setattr(SSD300_VGG16_Weights, "get_state_dict", fail)
-    with torch.device("meta"):
-        with pytest.raises(CheckpointError, match="no network") as error:
-            ssd300(20, backbone_weights="IMAGENET1K_FEATURES")
-        assert all(choice in str(error.value) for choice in ("IMAGENET1K_FEATURES", "path", "null"))
-        with pytest.raises(CheckpointError, match="no network"):
-            ssd300(80, pretrained="torchvision_coco")
-
-
-def narrow_vgg() -> VGG:
-    return VGG(widths=(2, 2, 4, 4, 4), fc_width=8)
-
-
-def narrow_weights(prefix: str, with_fc: bool):
-    """What a file of a published VGG16 holds, with torchvision's indices, at the widths of narrow_vgg."""
-    source = narrow_vgg()
-    convs = [m for m in source.modules() if isinstance(m, nn.Conv2d)]
-    indices = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28, 31, 33]
-    state = OrderedDict()
-    for index, conv in list(zip(indices, convs, strict=True))[: 15 if with_fc else 13]:
-        state[f"{prefix}{index}.weight"], state[f"{prefix}{index}.bias"] = conv.weight.detach(), conv.bias.detach()
-    return source, state
+    with torch.device("meta"), pytest.raises(CheckpointError, match="no network") as error:
+        ssd300(80, **{key: value})
+    assert all(choice in str(error.value) for choice in (value, "path", "null", "checkpoints by hand"))
 
 
 @pytest.mark.parametrize(("prefix", "with_fc"), [("features.", False), ("", True)])
-def test_backbone_weights_give_the_same_features_on_images_divided_by_64(prefix, with_fc, tmp_path) -> None:
-    source, state = narrow_weights(prefix, with_fc)
-    torch.save(state | {"classifier.0.weight": torch.zeros(1)}, tmp_path / "vgg.pth")
-    backbone = narrow_vgg()
-    load_imagenet_weights(backbone, str(tmp_path / "vgg.pth"))
+def test_vgg16_weights_give_the_same_features_on_images_divided_by_64(prefix, with_fc, tmp_path) -> None:
+    source, backbone = (VGG(widths=(2, 2, 4, 4, 4), fc_width=8) for _ in range(2))
+    convs = [m for m in source.modules() if isinstance(m, nn.Conv2d)]
+    state = OrderedDict({"classifier.0.weight": torch.zeros(1)})
+    for index, conv in zip([0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28, 31, 33][: 15 if with_fc else 13], convs):  # noqa: B905
+        state[f"{prefix}{index}.weight"], state[f"{prefix}{index}.bias"] = conv.weight.detach(), conv.bias.detach()
+    torch.save(state, tmp_path / "vgg.pth")
+    load_vgg16(backbone, str(tmp_path / "vgg.pth"), scale=64.0)
     images = torch.randn(1, 3, 40, 40) * 50
     with torch.no_grad():
-        conv4, fc7 = backbone.features(images / 64)
-        expected_conv4, expected_fc7 = source.features(images)
+        (conv4, fc7), (expected_conv4, expected_fc7) = backbone.features(images / 64), source.features(images)
     assert torch.equal(conv4, expected_conv4)  # to the last bit: 64 is a power of two
     assert torch.equal(fc7, expected_fc7) == with_fc
-
-
-def test_backbone_weights_of_other_widths_are_refused(tmp_path) -> None:
-    _, state = narrow_weights("features.", with_fc=False)
-    torch.save(state, tmp_path / "vgg.pth")
-    with torch.device("meta"), pytest.raises(CheckpointError, match=r"conv1_1.weight has shape \(2, 3, 3, 3\)"):
+    with torch.device("meta"), pytest.raises(CheckpointError, match=r"conv1_1.weight must have shape \(64, 3, 3, 3\)"):
         ssd300(20, backbone_weights=str(tmp_path / "vgg.pth"))

@@ -1,6 +1,6 @@
 """The detector that all anchor-based families share."""
 
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,13 @@ from onestage.losses.classification import ClassificationLoss
 from onestage.models.backbone import Backbone
 from onestage.types import AnchorLosses, BoxCoder, Detections, Detector, Losses, Predictions, Targets
 
-AnchorSummary = tuple[tuple[int, int], tuple[AnchorShapes, ...], tuple[tuple[int, int], ...]]
+
+class AnchorSummary(NamedTuple):
+    """Anchors of a detector on one canvas."""
+
+    canvas: tuple[int, int]  # (height, width), px
+    levels: tuple[AnchorShapes, ...]
+    grids: tuple[tuple[int, int], ...]  # (rows, columns) of each level
 
 
 class Normaliser(Protocol):
@@ -140,7 +146,7 @@ class AnchorDetector(Detector):
 
     @torch.no_grad()
     def anchor_summary(self, canvas: tuple[int, int] | None = None) -> AnchorSummary:
-        """Return canvas, anchor shapes and (rows, columns) of each level; a canvas is needed if it takes any.
+        """Return the anchors on a canvas (height, width), px; None: the only one that the detector takes.
 
         Runs the network on a blank image: under `torch.device("meta")` neither that nor building it costs anything.
         """
@@ -150,7 +156,7 @@ class AnchorDetector(Detector):
         images = torch.zeros(1, 3, *canvas, dtype=torch.uint8, device=self.anchor_grid.shapes.device)
         maps = self.eval().neck(self.backbone(images))
         self.train(is_training)
-        return canvas, self.anchor_grid.levels, tuple((m.shape[-2], m.shape[-1]) for m in maps)
+        return AnchorSummary(canvas, self.anchor_grid.levels, tuple((m.shape[-2], m.shape[-1]) for m in maps))
 
     @torch.no_grad()
     def _box_quality(self, predictions: Predictions, gt_boxes: Tensor, is_positive: Tensor) -> Tensor | None:

@@ -1,0 +1,104 @@
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torchvision.models import resnet18, vgg16
+from torchvision.ops import FrozenBatchNorm2d
+
+from onestage.errors import CheckpointError, ConfigError
+from onestage.models import VGG, TorchvisionBackbone
+from onestage.models.vgg import L2Norm
+
+
+def test_l2_norm_scales_each_cell_to_length_20() -> None:
+    features = torch.tensor([[3.0, 4.0], [0.0, 0.0]]).view(2, 2, 1, 1)
+    assert_close(L2Norm(2)(features).flatten(), torch.tensor([12.0, 16.0, 0.0, 0.0]))  # 20 * 3/5, 20 * 4/5
+    large = torch.full((1, 4, 1, 1), 300.0, dtype=torch.float16)  # 300^2 is beyond float16
+    assert_close(L2Norm(4)(large).flatten(), torch.full((4,), 10.0, dtype=torch.float16))  # 20 / sqrt(4)
+
+
+def test_images_are_normalised_with_the_backbones_own_mean_and_deviation() -> None:
+    white = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
+    vgg = VGG(widths=(2, 2, 2, 2, 2), fc_width=2)
+    assert_close(vgg.normalise(white).flatten(), torch.tensor([132.0, 138.0, 151.0]) / 64, atol=1e-4, rtol=1e-4)
+    expected = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
+    assert_close(TorchvisionBackbone("resnet18").normalise(white).flatten(), expected)
+
+
+@pytest.mark.parametrize(("image_size", "conv4_side", "fc7_side"), [(300, 38, 19), (512, 64, 32), (160, 20, 10)])
+def test_vgg_maps_have_the_published_sizes_and_convolutions(image_size, conv4_side, fc7_side) -> None:
+    with torch.device("meta"):
+        ours, theirs = VGG(), vgg16()
+        conv4, fc7 = ours(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+    assert conv4.shape == (1, 512, conv4_side, conv4_side)
+    assert fc7.shape == (1, 1024, fc7_side, fc7_side)
+    shapes = [tuple(p.shape) for p in ours.parameters()]
+    assert shapes[:26] == [tuple(p.shape) for p in theirs.features.parameters()]
+    assert shapes[26:] == [(1024, 512, 3, 3), (1024,), (1024, 1024, 1, 1), (1024,), (512,)]  # fc6, fc7, L2Norm
+
+
+def test_batch_norm_replaces_the_biases_of_vgg() -> None:
+    narrow = VGG(depths=(1, 1, 1, 1, 1), widths=(2, 2, 2, 2, 2), fc_width=4, batch_norm=True)
+    assert narrow.to_conv4.conv1_1.bias is None
+    assert narrow.to_conv4.conv1_1_bn.num_features == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("resnet18", (128, 256, 512)),
+        ("mobilenet_v3_small", (24, 48, 576)),
+        pytest.param("vgg16_bn", (512, 512, 512), marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", (40, 112, 1280), marks=pytest.mark.slow),
+        pytest.param("convnext_tiny", (192, 384, 768), marks=pytest.mark.slow),
+        pytest.param("regnet_y_400mf", (104, 208, 440), marks=pytest.mark.slow),
+        pytest.param("densenet121", (512, 1024, 1024), marks=pytest.mark.slow),
+        pytest.param("shufflenet_v2_x1_0", (116, 232, 1024), marks=pytest.mark.slow),
+    ],
+)
+def test_torchvision_backbone_returns_the_last_block_of_each_stride(name, channels) -> None:
+    backbone = TorchvisionBackbone(name, strides=(8, 16, 32)).eval()
+    maps = backbone(torch.zeros(1, 3, 96, 160, dtype=torch.uint8))
+    assert backbone.out_channels == channels
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (c, 96 // s, 160 // s) for c, s in zip(channels, (8, 16, 32), strict=True)
+    ]
+
+
+def test_torchvision_weights_from_a_file_give_the_features_of_the_classifier(tmp_path) -> None:
+    model = resnet18().eval()
+    torch.save(model.state_dict(), tmp_path / "resnet18.pth")
+    backbone = TorchvisionBackbone("resnet18", weights=str(tmp_path / "resnet18.pth"), norm="frozen").eval()
+    images = torch.randn(1, 3, 64, 64)
+    expected = model.layer2(model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images))))))
+    assert_close(backbone.features(images)[0], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(CheckpointError, match=r"lacks .* it holds another model.\nSet TorchvisionBackbone.weights"):
+        TorchvisionBackbone("resnet34", weights=str(tmp_path / "resnet18.pth"))
+
+
+def test_frozen_stages_have_neither_gradients_nor_running_statistics() -> None:
+    body = TorchvisionBackbone("resnet18", frozen_stages=1).train().body
+    assert isinstance(body.bn1, FrozenBatchNorm2d)
+    assert isinstance(body.layer1.get_submodule("1").bn2, FrozenBatchNorm2d)
+    assert isinstance(body.layer2.get_submodule("0").bn1, nn.BatchNorm2d)
+    frozen = {name.split(".")[0] for name, parameter in body.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"conv1", "layer1"}
+    assert not [m for m in TorchvisionBackbone("resnet18", norm="frozen").modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "resnet19"}, "name must be a model of torchvision, got 'resnet19'"),
+        (
+            {"name": "resnet18", "strides": (8, 64)},
+            r"of resnet18 must be \[8, 64\] among others, got \[2, 4, 8, 16, 32",
+        ),
+        ({"name": "squeezenet1_1"}, "got 'none'.\nSet name: resnet18"),
+        ({"name": "resnet18", "frozen_stages": 5}, r"frozen_stages must be in \[0, 4\], got 5"),
+        ({"name": "resnet18", "norm": "layer"}, "norm must be batch or frozen, got 'layer'"),
+    ],
+)
+def test_torchvision_backbone_refuses_what_it_cannot_build(arguments, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TorchvisionBackbone(**arguments)
