@@ -169,7 +169,9 @@ def test_step_gets_nine_tenths_less_the_copies_of_the_weights(monkeypatch, limit
     module = module_with()
     strategy = SimpleNamespace(root_device=torch.device("cpu"), barrier=lambda _: None)
     data = CrowdedData(num_images=4, batch_size=1)
-    trainer = SimpleNamespace(strategy=strategy, world_size=processes, num_devices=2, datamodule=data)
+    trainer = SimpleNamespace(
+        strategy=strategy, world_size=processes, num_devices=2, datamodule=data, precision="32-true"
+    )
     module.trainer = trainer
     AutoBatch(limit, averages, print).setup(trainer, module, "fit")
     weights = sum(parameter.nbytes for parameter in module.detector.parameters())

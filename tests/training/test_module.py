@@ -8,7 +8,13 @@ from torch.testing import assert_close
 from torchmetrics import Metric
 
 from onestage.errors import ConfigError
-from onestage.training.module import DetectionModule, MeanPerPositive, check_batch_norm, check_compiler
+from onestage.training.module import (
+    DetectionModule,
+    MeanPerPositive,
+    check_batch_norm,
+    check_compiler,
+    resolve_memory_format,
+)
 from onestage.training.optimization import WarmupSchedule
 from onestage.training.trainer import DetectionTrainer
 from onestage.types import PADDING, Losses, Targets
@@ -108,6 +114,19 @@ def test_memory_format_reaches_weights_and_images(tmp_path, channels_last):
     assert weight.is_contiguous(memory_format=torch.channels_last) == module.channels_last
 
 
+def test_memory_format_auto_follows_device_and_precision():
+    cases = [("cuda", "32-true"), ("cpu", "bf16-mixed"), ("cpu", "32-true"), ("mps", "32-true")]
+    assert [resolve_memory_format("auto", *case) for case in cases] == [True, True, False, False]
+    assert [resolve_memory_format(given, "cpu", "32-true") for given in (True, False)] == [True, False]
+
+
+def test_schedule_that_needs_the_run_length_is_refused_in_a_run_without_end(tmp_path):
+    module = DetectionModule(TinyDetector(num_classes=2), schedule=WarmupSchedule(kind="cosine", warmup_steps=0))
+    with pytest.raises(ConfigError, match=r"kind must be constant in a run without end, got 'cosine'\.\n.*max_epochs"):
+        trainer = quiet_trainer(DetectionTrainer, tmp_path, max_epochs=-1)
+        trainer.fit(module, datamodule=TinyData(num_images=4, batch_size=1))
+
+
 def update(mean, loss, num_positives):
     mean.update(torch.tensor(loss), torch.tensor(num_positives))
 
@@ -167,7 +186,7 @@ def test_sync_batchnorm_on_several_cpu_processes_is_refused(monkeypatch):
 def test_compile_without_compiler_is_refused(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(ConfigError, match=r"no C\+\+ compiler .*\n.*model\.compile: false"):
+    with pytest.raises(ConfigError, match=r"false without a C\+\+ compiler .*\n.*model\.compile: false"):
         check_compiler()
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match="no-such-compiler"):

@@ -37,10 +37,10 @@ from onestage.training.callbacks import (
 )
 from onestage.training.ema import ExponentialMovingAverage
 from onestage.training.loggers import run_loggers
-from onestage.training.module import DetectionModule
+from onestage.training.module import DetectionModule, resolve_memory_format
 from onestage.training.optimization import shards_parameters
 from onestage.training.run import RunAddOn
-from onestage.training.trainer import DetectionTrainer, evaluate_at_least_once, resolve_precision
+from onestage.training.trainer import DetectionTrainer, device_of, evaluate_at_least_once, resolve_precision
 from onestage.types import JSONDict
 
 # The add-on that makes runs crash-safe. Without its line, Lightning saves its own checkpoints and nothing is resumed.
@@ -160,6 +160,8 @@ class DetectionCLI(LightningCLI):
         """Decide what `auto` means, so that config.yaml says what was run."""
         settings = self.settings
         settings.trainer.precision = resolve_precision(settings.trainer.precision, settings.trainer.accelerator)
+        device, precision = device_of(settings.trainer.accelerator), settings.trainer.precision
+        settings.model.channels_last = resolve_memory_format(settings.model.channels_last, device, precision)
         settings.experiment = settings.experiment or experiment_name(settings.config or [], settings.ckpt_path)
         require_classes_of_the_data(settings.model.detector)
         if self.command == "fit":

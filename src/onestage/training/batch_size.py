@@ -31,8 +31,7 @@ def largest_batch(peak_bytes: Callable[[int], int | None], limit: int, max_batch
     the tile size of tensor cores.
 
     Args:
-        peak_bytes: measures a step with a number of images, None if out of memory. Called in ascending order until
-            the limit is near.
+        peak_bytes: measures a step with a number of images; None: out of memory.
         limit: bytes.
         max_batch_size: images, >= 1.
     """
@@ -74,13 +73,12 @@ def _rounded(batch: int) -> int:
 class AutoBatch(Callback):
     """Set `data.batch_size` to the largest batch that fits, before training starts.
 
-    Measures whole steps (forward, loss, backward, optimizer step) in the run's precision, on images with as many
-    objects as the most crowded training image. Weights and random state are restored, so that the run equals one with
-    the found number as `data.batch_size`.
+    Measures whole steps in the run's precision, on images with as many objects as the most crowded training image.
+    Weights are restored, so that the run equals one with the found number as `data.batch_size`.
 
     Args:
-        limit: bytes that this process may use, of the device or, on a CPU, of the machine; None: the free memory, on a
-            CPU in equal shares with the other processes of the machine. A step gets 0.9 of it.
+        limit: bytes of the device, or on a CPU of the machine, for this process; None: its share of the free memory.
+            A step gets 0.9 of it.
         averages_weights: whether an average of the weights will be kept.
         on_choice: receives the number.
 

@@ -23,7 +23,7 @@ from onestage.evaluation.analysis import (
 from onestage.evaluation.drawing import draw_boxes, save_jpeg
 from onestage.evaluation.results import format_table, write_coco_results, write_results
 from onestage.training.module import DetectionModule
-from onestage.types import Batch, Detections, Stage
+from onestage.types import Batch, Detections, Predictions, Stage
 
 CURVES_FILE = "losses.csv"
 FIGURE_FILE = "losses.png"
@@ -53,13 +53,10 @@ class DetectionImages(Callback):
     ) -> None:
         """Draw the batch if it is one of the first."""
         if not trainer.sanity_checking:
-            self._draw(pl_module, "val", batch, outputs, self.num_images - batch_idx * pl_module.data.batch_size)
+            stage: Stage = "test" if trainer.testing else "val"
+            self._draw(pl_module, stage, batch, outputs, self.num_images - batch_idx * pl_module.data.batch_size)
 
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Draw the batch if it is one of the first."""
-        self._draw(pl_module, "test", batch, outputs, self.num_images - batch_idx * pl_module.data.batch_size)
+    on_test_batch_end = on_validation_batch_end
 
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -98,26 +95,20 @@ class ResultsWriter(Callback):
         self.path = path
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write the metrics of the validation split."""
-        if not trainer.sanity_checking:
-            self._write(pl_module, "validate")
+        """Write the metrics of the split."""
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            evaluator, seconds = pl_module.evaluator, pl_module.evaluation_seconds
+            write_results(
+                self.path,
+                stage="test" if trainer.testing else "validate",
+                metrics=pl_module.metrics,
+                per_class=evaluator.per_class(),
+                class_names=pl_module.data.class_names,
+                seconds=seconds,
+                images_per_second=evaluator.num_images / max(seconds, 1e-9),
+            )
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write the metrics of the test split."""
-        self._write(pl_module, "test")
-
-    @rank_zero_only
-    def _write(self, module: DetectionModule, stage: str) -> None:
-        assert module.evaluator is not None
-        write_results(
-            self.path,
-            stage=stage,
-            metrics=module.metrics,
-            per_class=module.evaluator.per_class(),
-            class_names=module.data.class_names,
-            seconds=module.evaluation_seconds,
-            images_per_second=module.evaluator.num_images / max(module.evaluation_seconds, 1e-9),
-        )
+    on_test_end = on_validation_end
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the detections of all processes, in original pixels and with the data set's own category ids."""
@@ -189,11 +180,10 @@ class AnchorMonitor(Callback):
         is_logged = bool(trainer.loggers) and ends_step and trainer.global_step % every == 0
         if not (is_logged or self._is_first_batch):
             return
-        predictions = outputs["predictions"]
         # Without gradient, because adaptive losses count the batches that have one.
-        predictions = predictions._replace(
-            **{name: value.detach() for name, value in predictions._asdict().items() if isinstance(value, Tensor)}
-        )
+        fields = outputs["predictions"]._asdict().items()
+        detached: dict[str, Any] = {name: one.detach() if isinstance(one, Tensor) else one for name, one in fields}
+        predictions = Predictions(**detached)
         anchor_losses = pl_module.detector.anchor_losses(predictions, batch.targets)
         if anchor_losses is None:
             return

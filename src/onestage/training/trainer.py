@@ -23,15 +23,13 @@ Precision = Literal["auto"] | DecidedPrecision
 class DetectionTrainer(pl.Trainer):
     """Lightning's Trainer with precision `auto` and exact distributed evaluation.
 
-    The limits are repeated here for their types. Lightning writes them Optional[Union[int, float]], and typing keeps
-    one object for both orders of a Union, the one that any module made first: `--trainer.limit_val_batches 1` would
-    become 1.0, all batches instead of one. `int | float` keeps its order.
+    The limits are repeated for their types: with Lightning's Optional[Union[int, float]], whose order typing does not
+    keep, `--trainer.limit_val_batches 1` would become 1.0, all batches instead of one.
 
     Args:
         args: Lightning's.
         precision: `auto` takes the faster precision of the device and reports it.
-        use_distributed_sampler: stays false. The data module's samplers shard exactly; Lightning's would pad the
-            evaluation with duplicates.
+        use_distributed_sampler: stays false: Lightning's sampler would pad the evaluation with duplicates.
         limit_train_batches: batches per epoch: an int counts them, a float is a fraction in [0, 1].
         limit_val_batches: the same, per validation.
         limit_test_batches: the same, per test.
