@@ -168,12 +168,6 @@ def test_sheet_shows_each_image_before_and_after_augmentation(
         assert main(["doctor", str(file), "--draw", str(tmp_path / words[0]), *words[1:]]) == 2
 
 
-def test_folder_names_become_split_names(tmp_path: Path) -> None:
-    write_coco(tmp_path / "annotations", coco_content(), "instances_train2017")
-    (tmp_path / "annotations" / "instances_train2017").rename(tmp_path / "train2017")
-    assert doctor(tmp_path)[1]["splits"][0]["name"] == "train"
-
-
 def test_doctor_imports_no_training_libraries(tmp_path: Path) -> None:
     file = write_coco(tmp_path, clean_content())
     program = (

@@ -1,17 +1,15 @@
-"""Installation of a data set from a local server, and unpacking of hostile archives."""
+"""Installation of a data set from archives, and unpacking of hostile ones."""
 
-import hashlib
 import io
+import shutil
 import struct
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
@@ -22,27 +20,24 @@ from onestage.download.download import PARTS, Part, install
 from onestage.download.fetch import Patience, RemoteFile
 from onestage.errors import ConfigError, DataError
 
-ONE_ATTEMPT = Patience(attempts=1, wait_seconds=0.01, timeout_seconds=60)
 WHOLE = ["VOC2007/JPEGImages/1.jpg", "VOC2007/JPEGImages/2.jpg", "val2017/3.jpg"]
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder and the URL under which a web server offers it."""
-    folder = tmp_path / "served"
+def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for the servers."""
+    folder = tmp_path / "offered"
     folder.mkdir()
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    thread = Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield folder, f"http://127.0.0.1:{httpd.server_address[1]}"
-    httpd.shutdown()
-    httpd.server_close()
-    thread.join()
+
+    def copy(remote: RemoteFile, target: Path, mirrors: Sequence[str], patience: object, report: Callable) -> Path:
+        if not (target / remote.name).exists():
+            if not (folder / remote.name).exists():
+                raise DataError(f"{remote.name} cannot be downloaded")
+            shutil.copy(folder / remote.name, target)
+        return target / remote.name
+
+    monkeypatch.setattr(download_module, "fetch", copy)
+    return folder
 
 
 def make_archive(path: Path, files: dict[str, bytes], kind: bytes = tarfile.REGTYPE) -> Path:
@@ -62,17 +57,16 @@ def make_archive(path: Path, files: dict[str, bytes], kind: bytes = tarfile.REGT
     return path
 
 
-def offer(served: tuple[Path, str], name: str, files: dict[str, bytes]) -> RemoteFile:
-    content = make_archive(served[0] / name, files).read_bytes()
-    return RemoteFile(name, (served[1],), hashlib.md5(content).hexdigest(), len(content))
+def offer(offered: Path, name: str, files: dict[str, bytes]) -> RemoteFile:
+    return RemoteFile(name, (), "", make_archive(offered / name, files).stat().st_size)
 
 
 @pytest.fixture
-def parts(served: tuple[Path, str]) -> tuple[Part, ...]:
+def parts(offered: Path) -> tuple[Part, ...]:
     """A folder from two tar files, as in VOC, and one from a zip file, as in COCO."""
-    first = offer(served, "trainval.tar", {"VOCdevkit/VOC2007/JPEGImages/1.jpg": b"one"})
-    second = offer(served, "test.tar", {"VOCdevkit/VOC2007/JPEGImages/2.jpg": b"two"})
-    third = offer(served, "val2017.zip", {"val2017/3.jpg": b"three"})
+    first = offer(offered, "trainval.tar", {"VOCdevkit/VOC2007/JPEGImages/1.jpg": b"one"})
+    second = offer(offered, "test.tar", {"VOCdevkit/VOC2007/JPEGImages/2.jpg": b"two"})
+    third = offer(offered, "val2017.zip", {"val2017/3.jpg": b"three"})
     return (Part("VOC2007", "VOCdevkit/VOC2007", (first, second)), Part("val2017", "val2017", (third,)))
 
 
@@ -82,35 +76,28 @@ def found(folder: Path) -> list[str]:
 
 def run(parts: tuple[Part, ...], root: Path, **options: object) -> list[str]:
     lines: list[str] = []
-    install(parts, root, patience=ONE_ATTEMPT, report=lines.append, **options)
+    install(parts, root, report=lines.append, **options)
     return lines
 
 
-def test_archives_are_merged_removed_and_not_fetched_again(
-    parts: tuple[Part, ...], served: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_archives_are_merged_removed_and_fetched_once(parts: tuple[Part, ...], offered: Path, tmp_path: Path) -> None:
     run(parts, tmp_path / "data" / "set")
     assert found(tmp_path / "data" / "set") == WHOLE
-    for archive in served[0].iterdir():
-        archive.unlink()
+    shutil.rmtree(offered)
     assert run(parts, tmp_path / "data" / "set") == ["VOC2007: exists, skipped", "val2017: exists, skipped"]
 
 
-def test_kept_archives_are_used_again(parts: tuple[Part, ...], served: tuple[Path, str], tmp_path: Path) -> None:
+def test_kept_archives_are_used_again(parts: tuple[Part, ...], offered: Path, tmp_path: Path) -> None:
     run(parts, tmp_path / "set", keep_archives=True)
-    for archive in served[0].iterdir():
-        archive.unlink()
-    (tmp_path / "set" / "val2017" / "3.jpg").unlink()
-    (tmp_path / "set" / "val2017").rmdir()
+    shutil.rmtree(offered)
+    shutil.rmtree(tmp_path / "set" / "val2017")
     run(parts, tmp_path / "set", keep_archives=True)
     assert found(tmp_path / "set")[-3:] == WHOLE
 
 
-def test_failed_download_keeps_complete_folders(
-    parts: tuple[Part, ...], served: tuple[Path, str], tmp_path: Path
-) -> None:
-    (served[0] / "val2017.zip").unlink()
-    with pytest.raises(DataError, match=r"(?s)val2017\.zip cannot be downloaded.*404"):
+def test_failed_download_keeps_complete_folders(parts: tuple[Part, ...], offered: Path, tmp_path: Path) -> None:
+    (offered / "val2017.zip").unlink()
+    with pytest.raises(DataError, match=r"val2017\.zip cannot be downloaded"):
         run(parts, tmp_path / "set")
     assert [name for name in found(tmp_path / "set") if not name.startswith(".downloads")] == WHOLE[:2]
 
@@ -119,34 +106,23 @@ def test_failed_download_keeps_complete_folders(
     ("files", "message"), [({"../evil": b"c"}, "not safe to unpack"), ({"readme.txt": b"c"}, "VOC2007 is missing")]
 )
 def test_failed_unpacking_leaves_no_folder(
-    served: tuple[Path, str], tmp_path: Path, files: dict[str, bytes], message: str
+    offered: Path, tmp_path: Path, files: dict[str, bytes], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        run((Part("VOC2007", "VOCdevkit/VOC2007", (offer(served, "a.tar", files),)),), tmp_path / "set")
+        run((Part("VOC2007", "VOCdevkit/VOC2007", (offer(offered, "a.tar", files),)),), tmp_path / "set")
     assert [path.name for path in (tmp_path / "set").iterdir()] == [".downloads"]
     assert not (tmp_path / "evil").exists()
 
 
-def test_full_disk_is_reported_before_the_download(
+def test_full_disk_and_bad_mirrors_are_reported_before_the_download(
     parts: tuple[Part, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(ConfigError, match="mirrors must be URLs that start with"):
+        run(parts, tmp_path / "set", mirrors=["file:///etc"])
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100})())
     with pytest.raises(DataError, match=r"(?s)GB are needed.*--root"):
         run(parts, tmp_path / "set")
     assert found(tmp_path / "set") in ([], [".downloads/.lock"])
-
-
-def test_mirror_is_tried_first_and_must_be_a_url(
-    parts: tuple[Part, ...], served: tuple[Path, str], tmp_path: Path
-) -> None:
-    away = tuple(
-        part._replace(archives=tuple(one._replace(servers=("http://127.0.0.1:9",)) for one in part.archives))
-        for part in parts
-    )
-    run(away, tmp_path / "set", mirrors=[f"{served[1]}/"])
-    assert found(tmp_path / "set") == WHOLE
-    with pytest.raises(ConfigError, match="mirrors must be URLs that start with"):
-        run(parts, tmp_path / "other", mirrors=["file:///etc"])
 
 
 def test_second_process_is_refused_until_the_first_one_dies(parts: tuple[Part, ...], tmp_path: Path) -> None:
@@ -187,7 +163,7 @@ def test_failed_command_ends_with_the_exit_code_of_the_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     gone = RemoteFile("a.tar", ("http://127.0.0.1:9",), "0" * 32, 1)
-    monkeypatch.setattr(download_module, "install", partial(install, patience=ONE_ATTEMPT))
+    monkeypatch.setattr(download_module, "install", partial(install, patience=Patience(attempts=1)))
     monkeypatch.setitem(PARTS, "voc", [Part("x", "x", (gone,))])
     assert main(["download", "voc", "--root", str(tmp_path)]) == 3
     assert "a.tar cannot be downloaded" in capsys.readouterr().err

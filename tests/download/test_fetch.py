@@ -192,10 +192,12 @@ def test_redirect_keeps_the_range(server: ThreadingHTTPServer, tmp_path: Path) -
     assert server.requests == [("/data.tar", "bytes=10-"), ("/elsewhere", "bytes=10-")]
 
 
-def test_second_server_continues_where_the_first_fails(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_mirror_comes_first_and_the_next_server_continues(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     server.behaviours = [send(num_bytes=500), answer(404), send()]
-    assert download(server, tmp_path, "/first", "/second") == CONTENT
-    assert server.requests[-1] == ("/second/data.tar", "bytes=500-")
+    mirror = f"http://127.0.0.1:{server.server_address[1]}/mirror/"
+    assert download(server, tmp_path, "/official", mirrors=[mirror]) == CONTENT
+    assert [path for path, _ in server.requests] == ["/mirror/data.tar", "/mirror/data.tar", "/official/data.tar"]
+    assert ranges(server) == [None, "bytes=500-", "bytes=500-"]
 
 
 def test_unreachable_servers_are_all_named(tmp_path: Path) -> None:
