@@ -58,7 +58,7 @@ def test_the_model_of_the_docs_has_an_anchor_for_every_output() -> None:
     assert predictions.anchors.boxes.shape == (num_anchors, 4)
     assert predictions.class_logits.shape == (2, num_anchors, 3)
     targets = Targets(torch.tensor([[[20.0, 20, 60, 60]], [[0.0, 0, 0, 0]]]), torch.tensor([[1], [-1]]))
-    assert all(term.isfinite() for term in detector.loss(predictions, targets).values())
+    assert all(term.isfinite() for term in detector.loss(predictions, targets).terms.values())
     assert detector.detect(predictions).boxes.shape[0] == 2
 
 

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from torchvision.models.detection import _utils, ssd
 from torchvision.ops import batched_nms, box_convert
 
+import onestage.boxes.nms
 from onestage.boxes.nms import Selection, select_detections
 from onestage.types import PADDING, Detections
 
@@ -109,6 +110,14 @@ def test_selection_equals_torchvisions_ssd(num_anchors, num_classes, spread, set
         assert_close(found.scores[image, :num_found].double(), expected["scores"], atol=1e-6, rtol=1e-6)
         assert_close(found.boxes[image, :num_found].double(), expected["boxes"], atol=1e-3, rtol=1e-5)
         assert (found.labels[image, num_found:] == PADDING).all()
+
+
+def test_suppressing_all_images_in_one_call_changes_nothing(monkeypatch) -> None:
+    boxes, scores = random_candidates(500, 5, 2.0)
+    expected = select(boxes, scores)
+    monkeypatch.setattr(onestage.boxes.nms, "IMAGES_PER_CALL", {})  # as on a GPU
+    for found, wanted in zip(select(boxes, scores), expected, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_selection_by_level_equals_a_loop_over_levels() -> None:

@@ -12,6 +12,8 @@ from onestage.errors import require
 from onestage.types import PADDING, Detections
 
 CANDIDATE_FACTOR = 8  # candidates of an image per wanted detection
+# A CPU's time grows with the square of the boxes of one call; on a GPU every call waits, so one call takes all images.
+IMAGES_PER_CALL = {"cpu": 1}
 
 
 class Selection(NamedTuple):
@@ -105,8 +107,7 @@ def _survives(boxes: Tensor, labels: Tensor, is_candidate: Tensor, iou_threshold
     order = -(ranks + num_boxes * ~is_candidate).double()  # after all candidates, what is none: it suppresses none
     boxes = boxes.double()
     step = boxes.max() - boxes.min() + 1
-    # The CPU's cost grows with the square of the boxes of one call; the GPU's with the number of calls, which wait.
-    images_per_call = 1 if boxes.device.type == "cpu" else num_images
+    images_per_call = IMAGES_PER_CALL.get(boxes.device.type, num_images)
     kept = []
     for start in range(0, num_images, images_per_call):
         images = slice(start, start + images_per_call)
