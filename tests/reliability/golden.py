@@ -1,11 +1,9 @@
-"""A checkpoint of each release, kept so that every later version is tried on it (fault 19).
+"""Write the checkpoint of a release, on which every later version is tested.
 
-    python tests/faults/golden.py            writes golden/VERSION.ckpt and golden/VERSION.json, at a release
+    python tests/reliability/golden.py       writes golden/VERSION.ckpt and golden/VERSION.json, at a release
 
-0.1.0-draft is of a state before 0.1.0 that did not know of fingerprints of images.
-
-The run stops in the middle of its second epoch, with an average of the weights. Beside the checkpoint stands what its
-weights answer to a fixed image, and how the run ends when it is not stopped.
+The run stops in the middle of its second epoch, with an average of the weights. The JSON file holds the outputs of the
+weights for a fixed image, and the final loss of the run without the stop.
 """
 
 import csv
@@ -34,7 +32,7 @@ STOPPED_AT = 11  # of 16 steps
 
 
 class GoldenDetector(TinyDetector):
-    """Small enough for a checkpoint of less than 200 KB. Never to be changed: the checkpoints hold its weights."""
+    """A checkpoint of less than 200 KB. Do not change it: the checkpoints hold its weights."""
 
     extra_layers: ClassVar = (ExtraLayer(2, 4),)
 
@@ -47,7 +45,7 @@ def words(data: Path, runs: Path, *options: str) -> list[str]:
     return tiny_run.words(data, runs, *detector, "--ema.decay", "0.9", *options)
 
 
-def answer(checkpoint: Path) -> list[float]:
+def outputs(checkpoint: Path) -> list[float]:
     """The first class logits and box deltas for an image that no version draws differently."""
     detector = GoldenDetector(num_classes=len(SHAPE_NAMES)).eval()
     state = read_checkpoint(checkpoint)["state_dict"]
@@ -59,7 +57,7 @@ def answer(checkpoint: Path) -> list[float]:
 
 
 def final_loss(runs: Path) -> float:
-    """The validation loss of the second epoch of the only run below a folder; the best one's evaluation follows."""
+    """Return the validation loss of the second epoch of the only run below a folder."""
     (metrics,) = runs.glob("tiny/version_*/metrics.csv")
     with metrics.open(newline="") as file:
         return next(float(row["val/loss"]) for row in csv.DictReader(file) if row["epoch"] == "1" and row["val/loss"])
@@ -68,7 +66,7 @@ def final_loss(runs: Path) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # a checkpoint holds the paths of its run: let them be short and of no machine
+        os.chdir(folder)  # the paths in the checkpoint become relative
         data, stopped, whole = Path("data"), Path("stopped"), Path("whole")
         draw_shapes(data, num_train=32, num_val=7, seed=0)
         assert tiny_run.onestage(*words(data, whole)) == 0
@@ -77,7 +75,7 @@ def main() -> None:
         (last,) = stopped.glob("tiny/version_*/checkpoints/last.ckpt")
         target = GOLDEN / f"{onestage.__version__}.ckpt"
         shutil.copy(last, target)
-        expected = {"answer": answer(target), "final_loss": final_loss(whole)}
+        expected = {"outputs": outputs(target), "final_loss": final_loss(whole)}
         target.with_suffix(".json").write_text(json.dumps(expected, indent=1) + "\n")
         print(f"{target}: {target.stat().st_size} bytes")
 

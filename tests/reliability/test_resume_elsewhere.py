@@ -1,4 +1,4 @@
-"""Going on from a checkpoint in a new folder, or a moved one: what is there at any moment, and what is taken along."""
+"""Resumed runs in another folder, with other data, and with another configuration."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ import torch
 from onestage.reliability.checkpoints import read_checkpoint
 from onestage.training.module import DetectionModule
 
-pytestmark = pytest.mark.fault
+pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.filterwarnings("ignore:Checkpoint directory")]
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +43,15 @@ def killed_at(where: str, count: int, command: list[str]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def and_its_best(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a checkpoint holds, and of that what it says of the best one, to be changed."""
+def load_with_best_state(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a checkpoint and, inside it, the state of BestCheckpoint."""
     checkpoint = torch.load(file, weights_only=True)
     (state,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith("BestCheckpoint"))
     return checkpoint, state
 
 
 @pytest.mark.parametrize(("where", "count"), [("replace", 3), ("step", 1)])
-def test_a_kill_before_the_first_save_in_a_new_folder_loses_no_step(
+def test_kill_before_the_first_save_in_a_new_folder_loses_no_step(
     where: str,
     count: int,
     stopped: Path,
@@ -60,7 +60,7 @@ def test_a_kill_before_the_first_save_in_a_new_folder_loses_no_step(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Before best.ckpt has its name (the third one taken, after the trial of the folder and last.ckpt), or after."""
+    """Before best.ckpt has its name (the third rename, after the write test and last.ckpt), or after."""
     killed_at(where, count, tiny_run.words(drawn, tmp_path, "--resume", str(stopped)))
     (folder,) = tmp_path.glob("tiny/version_*")
     files = {file.name: step(file) for file in (folder / "checkpoints").glob("*.ckpt")}
@@ -73,20 +73,20 @@ def test_a_kill_before_the_first_save_in_a_new_folder_loses_no_step(
     assert tiny_run.differences({**whole, "callbacks": {}}, {**resumed, "callbacks": {}}) == []
 
 
-def test_a_moved_run_knows_its_best_checkpoint(stopped: Path, drawn: Path, tmp_path: Path) -> None:
+def test_moved_run_knows_its_best_checkpoint(stopped: Path, drawn: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved" / "tiny" / "version_0"
     shutil.copytree(stopped, moved)
-    checkpoint, before = and_its_best(moved / "checkpoints" / "last.ckpt")
+    checkpoint, before = load_with_best_state(moved / "checkpoints" / "last.ckpt")
     before["best_model_path"] = "/where/it/was/best.ckpt"
     torch.save(checkpoint, moved / "checkpoints" / "last.ckpt")
     killed_at("step", 2, tiny_run.words(drawn, tmp_path / "moved", "--resume", "auto"))
-    _, after = and_its_best(moved / "checkpoints" / "last.ckpt")
+    _, after = load_with_best_state(moved / "checkpoints" / "last.ckpt")
     assert after["best_model_path"] == str(moved / "checkpoints" / "best.ckpt")
     assert after["best_model_score"] == before["best_model_score"]
 
 
 @pytest.mark.parametrize("named", ["another file", "a file with the name", "no file", "a number"])
-def test_a_checkpoint_brings_no_file_but_a_best_checkpoint_that_lies_beside_it(
+def test_checkpoint_copies_no_file_but_a_best_checkpoint_beside_it(
     named: str, stopped: Path, drawn: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "secret").mkdir()
@@ -94,7 +94,7 @@ def test_a_checkpoint_brings_no_file_but_a_best_checkpoint_that_lies_beside_it(
         (tmp_path / "secret" / name).write_text("PRIVATE KEY")
     hostile = tmp_path / "hostile" / "last.ckpt"
     hostile.parent.mkdir()
-    checkpoint, state = and_its_best(stopped / "checkpoints" / "last.ckpt")
+    checkpoint, state = load_with_best_state(stopped / "checkpoints" / "last.ckpt")
     paths = {
         "another file": str(tmp_path / "secret" / "id_rsa"),
         "a file with the name": str(tmp_path / "secret" / "best.ckpt"),
@@ -109,7 +109,7 @@ def test_a_checkpoint_brings_no_file_but_a_best_checkpoint_that_lies_beside_it(
     assert [file.name for file in files if file.suffix == ".ckpt"] == ["last.ckpt"]
 
 
-def test_what_lies_beside_a_checkpoint_and_is_none_is_left_there_with_a_message(
+def test_file_called_best_that_is_no_checkpoint_is_not_copied(
     stopped: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     beside = tmp_path / "beside"
@@ -118,13 +118,13 @@ def test_what_lies_beside_a_checkpoint_and_is_none_is_left_there_with_a_message(
     (beside / "best.ckpt").write_text("PRIVATE KEY")
     words = tiny_run.words(drawn, tmp_path / "runs", "--resume", str(beside / "last.ckpt"))
     assert tiny_run.onestage(*words, "--trainer.max_steps", "13") == 0
-    assert "the best checkpoint so far is not taken over" in capsys.readouterr().err
-    _, state = and_its_best(tmp_path / "runs" / "tiny" / "version_0" / "checkpoints" / "last.ckpt")
+    assert "the best checkpoint so far is not used" in capsys.readouterr().err
+    _, state = load_with_best_state(tmp_path / "runs" / "tiny" / "version_0" / "checkpoints" / "last.ckpt")
     assert state["best_model_path"] == ""
 
 
-def test_a_run_with_weights_alone_has_nothing_to_go_on_from(drawn: Path, tmp_path: Path) -> None:
-    """They are written by a callback of the user's own; the first last.ckpt was to come after step 8."""
+def test_run_with_weights_alone_has_nothing_to_resume(drawn: Path, tmp_path: Path) -> None:
+    """A callback of the user wrote them; the first last.ckpt was due after step 8."""
     own = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.save_weights_only"]
     options = [*own, "true", "--trainer.callbacks.every_n_train_steps", "1", "--last_checkpoint.every_n_steps", "0"]
     command = tiny_run.words(drawn, tmp_path, *options, "--resume", "auto", "--trainer.max_steps", "9")
@@ -141,7 +141,7 @@ def rates(group: dict[str, Any]) -> tuple[float, ...]:
     return tuple(group[key] for key in ("initial_lr", "lr", "weight_decay"))
 
 
-def test_the_optimizer_of_a_checkpoint_does_not_override_the_configuration(
+def test_configured_hyperparameters_override_those_of_the_checkpoint(
     stopped: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """After a warm-up of 3 steps, step 12 is half of the way to step 21, where the cosine is 1/2."""
@@ -172,7 +172,7 @@ def test_the_optimizer_of_a_checkpoint_does_not_override_the_configuration(
         ("x" * 300, (), "cannot be read: File name too long"),
     ],
 )
-def test_what_cannot_be_gone_on_from_is_one_message(
+def test_resume_that_is_impossible_is_one_message(
     path: str | None,
     options: tuple[str, ...],
     said: str,
@@ -187,17 +187,12 @@ def test_what_cannot_be_gone_on_from_is_one_message(
     assert "Traceback" not in message
 
 
-def test_a_run_goes_on_with_its_data_in_another_folder(
+def test_run_resumes_with_its_data_in_another_folder(
     drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def command(root: Path) -> list[str]:
-        options = ["--data.source", "onestage.data.COCO"]
-        for split in ("train", "val"):
-            options += [f"--data.{split}_annotations", str(root / "annotations" / f"instances_{split}.json")]
-            options += [f"--data.{split}_images", str(root / "JPEGImages")]
-        drop = {"--data.source.num_train", "--data.source.num_val", "--data.source.draw_seed"}
-        words = iter(tiny_run.words(root, tmp_path / "runs", *options, "--resume", "auto", "--trainer.max_steps", "4"))
-        return [word for word in words if word not in drop or not next(words)]
+        options = ("--resume", "auto", "--trainer.max_steps", "4")
+        return tiny_run.words(root, tmp_path / "runs", *options, source="COCO")
 
     killed_at("step", 3, command(drawn))
     moved = tmp_path / "moved"
@@ -207,4 +202,43 @@ def test_a_run_goes_on_with_its_data_in_another_folder(
     assert step(folder / "checkpoints" / "last.ckpt") == 4
     shutil.copy(moved / "annotations" / "instances_val.json", moved / "annotations" / "instances_train.json")
     assert tiny_run.onestage(*command(moved)) == 2
-    assert "--allow_data_change true, or begin a new run by --resume none" in capsys.readouterr().err
+    assert "--allow_data_change true, or start a new run by --resume none" in capsys.readouterr().err
+
+
+# Class weights are configuration, not state
+
+LOSS = "--model.detector.init_args.classification_loss.init_args"
+NAME = "detector.classification_loss.class_weights.values"
+EFFECTIVE = "{class_path: onestage.losses.EffectiveNumberWeights, init_args: {beta: %s}}"
+
+
+def weights_after(runs: Path, drawn: Path, weights: str, *options: str) -> tuple[Path, list[torch.Tensor]]:
+    """Return the last checkpoint of a run, and its class weights: beside the average of the network, and raw."""
+    words = tiny_run.words(drawn, runs, f"{LOSS}.class_weights", weights, "--ema.decay", "0.9", *options)
+    assert tiny_run.onestage(*words) == 0
+    (last,) = runs.glob("tiny/version_*/checkpoints/last.ckpt")
+    state = torch.load(last, weights_only=True)
+    return last, [state[key][NAME] for key in ("state_dict", "current_model_state")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "weight_of_first_class"),
+    [("[1,1,1,1,1,1]", "[9,9,9,9,9,9]", 9.0), (EFFECTIVE % 0.999, EFFECTIVE % 0.0, 1.0)],
+)
+def test_resumed_run_trains_with_the_configured_class_weights(
+    drawn: Path, tmp_path: Path, first: str, second: str, weight_of_first_class: float
+) -> None:
+    last, before = weights_after(tmp_path / "first", drawn, first, "--trainer.max_epochs", "1")
+    _, after = weights_after(tmp_path / "second", drawn, second, "--resume", str(last))
+    for old, new in zip(before, after, strict=True):
+        assert old[0] != weight_of_first_class
+        assert (new == weight_of_first_class).all()
+
+
+def test_checkpoint_with_another_number_of_class_weights_is_refused(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last, _ = weights_after(tmp_path / "first", drawn, "[1,1,1,1,1,1]", "--trainer.max_epochs", "1")
+    words = tiny_run.words(drawn, tmp_path / "second", f"{LOSS}.class_weights", "[9,9]", "--resume", str(last))
+    assert tiny_run.onestage(*words) == 2
+    assert "size mismatch for detector.classification_loss.class_weights.values" in capsys.readouterr().err

@@ -1,7 +1,7 @@
-"""A whole `onestage fit` that takes seconds: a tiny detector with dropout on a drawn set, with faults on demand.
+"""Run `onestage fit` in seconds: a tiny detector with dropout on a drawn set, with faults on demand.
 
-As a program it is `onestage` with the fault that the variable ONESTAGE_FAULT names (see `FAULTS`); the processes that
-Lightning starts run this same file.
+As a program it is `onestage` with the fault of the variable ONESTAGE_FAULT; the processes that Lightning starts run
+this same file.
 """
 
 import os
@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class ForgetfulDetector(TinyDetector):
-    """A tiny detector with dropout, so that a resumed run that draws other random numbers ends with other weights."""
+    """A tiny detector with dropout: other random numbers lead to other weights."""
 
     dropout: ClassVar = 0.2
 
@@ -34,12 +34,16 @@ class ForgetfulDetector(TinyDetector):
         return predictions._replace(class_logits=logits)
 
 
-def words(data: Path, runs: Path, *options: str, epochs: int = 2) -> list[str]:
-    """The command line of a run of 8 steps an epoch, saved at every step."""
+def words(data: Path, runs: Path, *options: str, epochs: int = 2, source: str = "Shapes") -> list[str]:
+    """Return the command line of a run of 8 steps an epoch, saved at every step."""
+    sources = {
+        "Shapes": ["path", str(data), "num_train", "32", "num_val", "7", "draw_seed", "0"],
+        "COCO": ["path", str(data)],
+    }
+    keys = [f"--data.source.{word}" if index % 2 == 0 else word for index, word in enumerate(sources[source])]
     return [
         "fit", "--config", str(REPOSITORY / "configs" / "shapes_ssd.yaml"), "--experiment", "tiny",
-        "--data.source.path", str(data), "--data.source.num_train", "32",
-        "--data.source.num_val", "7", "--data.source.draw_seed", "0",
+        "--data.source", f"onestage.data.{source}", *keys,
         "--data.num_workers", "0", "--data.batch_size", "4", "--data.image_size", "64",
         "--model.detector.class_path", "tiny_run.ForgetfulDetector", "--model.schedule.warmup_steps", "3",
         "--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", "1", "--trainer.accelerator", "cpu",
@@ -50,7 +54,7 @@ def words(data: Path, runs: Path, *options: str, epochs: int = 2) -> list[str]:
 
 
 def onestage(*command: str) -> int:
-    """Run a command in this process, with log lines that go to today's stderr."""
+    """Run a command in this process, with log lines on the current stderr."""
     import logging
 
     from onestage.cli import main
@@ -63,13 +67,13 @@ def onestage(*command: str) -> int:
 
 
 def send(number: int) -> None:
-    """Send this process a signal, and let Python see it before going on."""
+    """Send this process a signal, and let Python handle it."""
     os.kill(os.getpid(), number)
     time.sleep(0)
 
 
 def at_call(count: int, action: object, function: object) -> object:
-    """Wrap a method so that its call number `count`, from 1, runs `action` first."""
+    """Wrap a function so that its call number `count`, from 1, runs `action` first."""
     calls = 0
 
     def wrapped(*arguments: object, **named: object) -> object:
@@ -83,7 +87,7 @@ def at_call(count: int, action: object, function: object) -> object:
 
 
 def differences(one: object, other: object, path: str = "") -> list[str]:
-    """Where two checkpoints differ, bit by bit; names of files and times aside."""
+    """Return where two checkpoints differ, to the bit; paths, times and the configuration aside."""
     if path.endswith(("dirpath", "_path", "best_k_models", "versions", "config", "/Timer")):
         return []
     if isinstance(one, dict) and isinstance(other, dict):
@@ -100,7 +104,7 @@ def differences(one: object, other: object, path: str = "") -> list[str]:
 
 
 def final_state(folder: Path) -> dict[str, object]:
-    """What a run has ended with: the last checkpoint, weights to progress, and the numbers of its evaluation."""
+    """Return the last checkpoint of a run, from weights to progress, and the numbers of its evaluation."""
     import json
 
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
@@ -118,7 +122,7 @@ def final_state(folder: Path) -> dict[str, object]:
 
 
 class CutFile:
-    """A file whose write number `count` does half of its work and is the last thing the process does."""
+    """A file whose write number `count` writes half of its bytes, then runs `action`."""
 
     def __init__(self, file: object, count: int, action: object) -> None:
         self.file = file
@@ -138,7 +142,7 @@ class CutFile:
 
 
 def break_at(where: str, count: int, action: object) -> None:
-    """Let `action` happen at call number `count` of a moment: step, validation, write, sync, replace, renamed."""
+    """Run `action` at call number `count` of a moment: step, validation, write, sync, replace."""
     from onestage.training.module import DetectionModule
 
     if where in ("step", "validation"):
@@ -156,10 +160,10 @@ def break_at(where: str, count: int, action: object) -> None:
         raise ValueError(where)
 
 
-def break_as_told() -> None:
-    """Obey ONESTAGE_FAULT, for example `1:step:3:SIGKILL`: in process 1, at the third step."""
-    told = os.environ.get("ONESTAGE_FAULT", "")
-    rank, where, count, what = told.split(":") if told else ("", "", "0", "")
+def break_by_environment() -> None:
+    """Apply ONESTAGE_FAULT, for example `1:step:3:SIGKILL`: in process 1, at the third step."""
+    fault = os.environ.get("ONESTAGE_FAULT", "")
+    rank, where, count, what = fault.split(":") if fault else ("", "", "0", "")
     if rank == os.environ.get("LOCAL_RANK", "0"):
         action = (lambda: time.sleep(1000)) if what == "sleep" else lambda: send(getattr(signal, what))
         break_at(where, int(count), action)
@@ -167,5 +171,5 @@ def break_as_told() -> None:
 
 if __name__ == "__main__":
     sys.modules["tiny_run"] = sys.modules["__main__"]
-    break_as_told()
+    break_by_environment()
     sys.exit(onestage(*sys.argv[1:]))

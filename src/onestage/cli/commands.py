@@ -70,11 +70,9 @@ def run_trainer_command(words: list[str]) -> None:
 
 def make_add_on() -> RunAddOn:
     """Return the run add-on of the table, or the hooks that do nothing."""
-    for path in RUN_ADD_ONS:
-        module, _, name = path.partition(":")
-        add_on: RunAddOn = getattr(import_module(module), name)()
-        return add_on
-    return RunAddOn()
+    module, _, name = next(iter(RUN_ADD_ONS), "onestage.training.run:RunAddOn").partition(":")
+    add_on: RunAddOn = getattr(import_module(module), name)()
+    return add_on
 
 
 def _run(command: str, options: list[str], add_on: RunAddOn) -> None:
@@ -101,7 +99,7 @@ class RunConfig(SaveConfigCallback):
 
 
 class DetectionCLI(LightningCLI):
-    """LightningCLI with one run folder, exact evaluation and messages for people."""
+    """LightningCLI with one run folder, exact evaluation and one-line messages."""
 
     run_folder: Path
 
@@ -126,13 +124,13 @@ class DetectionCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # an instance knows which one it needs
-        """Only the one command that was typed: building all four parsers takes four times as long."""
+        """Return the typed command only: building the parsers of all takes four times as long."""
         decided_here = {"weights_only", "return_predictions", "verbose"}
         positional = {"losses": {"model", "datamodule"}, **LightningCLI.subcommands()}
         return {self.command: positional[self.command] | decided_here}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the keys of the run folder and link what the data knows into the model."""
+        """Add the keys of the run; pass classes, size and seed to where they are used."""
         add_run_keys(parser)
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         self.add_on.add_arguments(parser)
@@ -141,7 +139,7 @@ class DetectionCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=checked_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and say in one line what is wrong."""
+        """Parse; explain an error in one line."""
         try:
             self.config = parser.parse_args(args)
         except ParsingError as error:
@@ -149,15 +147,15 @@ class DetectionCLI(LightningCLI):
             raise ConfigError(explain(str(error), self.command, args[1:], keys)) from error
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would let the checkpoint override the command line; ours came first, as a configuration file."""
+        """Do nothing: Lightning would let the checkpoint override the command line."""
 
     @property
     def settings(self) -> Any:
-        """The configuration of the command."""
+        """Return the parsed arguments of the command."""
         return self.config[self.command]
 
     def before_instantiate_classes(self) -> None:
-        """Decide what `auto` means, so that config.yaml says what was run."""
+        """Resolve every `auto`, so that config.yaml repeats the run."""
         settings = self.settings
         settings.trainer.precision = resolve_precision(settings.trainer.precision, settings.trainer.accelerator)
         device, precision = device_of(settings.trainer.accelerator), settings.trainer.precision
@@ -170,7 +168,7 @@ class DetectionCLI(LightningCLI):
             self.add_on.before_instantiate(settings, config)
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer; a value that a constructor refuses is the user's, not a bug."""
+        """Build data, model and trainer; report a value that a constructor refuses with its key."""
         try:
             super().instantiate_classes()
         except (ConfigError, ValueError, TypeError, ImportError, FileNotFoundError) as error:
@@ -186,7 +184,7 @@ class DetectionCLI(LightningCLI):
         if self.command == "fit":
             self._dump_config()
             stored = {key: self.config_dump[key] for key in ("model", "data")}
-            own += self._auto_batch(stored)
+            own += [self._auto_batch(stored)] if self.settings.auto_batch is not False else []
         callbacks = self.add_on.callbacks(self.settings, config, callbacks, stored)
         return super()._instantiate_trainer(config, [*own, *callbacks])
 
@@ -206,17 +204,15 @@ class DetectionCLI(LightningCLI):
             own.append(LossBar(refresh_rate=10))  # refreshing reads the loss from the device, so not at every step
         return own
 
-    def _auto_batch(self, stored: JSONDict) -> list[Callback]:
+    def _auto_batch(self, stored: JSONDict) -> AutoBatch:
         settings = self.settings
-        if settings.auto_batch is False:
-            return []
 
         def record(batch_size: int) -> None:  # config.yaml and the checkpoints must repeat the run
             settings.data.batch_size = stored["data"]["batch_size"] = batch_size
             settings.auto_batch = False
 
         limit = None if settings.auto_batch is True else int(settings.auto_batch * GIB)
-        return [AutoBatch(limit, settings.ema.decay is not None, record)]
+        return AutoBatch(limit, settings.ema.decay is not None, record)
 
     def _make_run_folder(self) -> Path:
         settings = self.settings
@@ -241,21 +237,21 @@ class DetectionCLI(LightningCLI):
             self.add_on.load_weights(self.model, checkpoint, self.datamodule.class_names)
         elif not self.settings.model.detector.init_args.get("pretrained"):
             raise ConfigError(
-                f"nothing says which weights to {subcommand} with; random ones would only look like a bad model.\n"
+                f"no weights to {subcommand} with: random ones would only look like a bad model.\n"
                 "Give --ckpt_path runs/.../checkpoints/best.ckpt, or --model.detector.pretrained."
             )
         decided = {
-            "predict": {"return_predictions": False},  # they are written batch by batch; a list would only fill memory
+            "predict": {"return_predictions": False},  # written batch by batch instead
             "losses": {"ckpt_path": checkpoint},
         }
         return {**kwargs, **decided.get(subcommand, {"verbose": False})}
 
     def before_fit(self) -> None:
-        """Keep the detector whole where training takes it apart, for the evaluation after it."""
+        """Copy the detector if the strategy splits its weights; the evaluation afterwards needs it whole."""
         self._whole = deepcopy(self.model.detector) if shards_parameters(self.trainer.strategy) else self.model.detector
 
     def after_fit(self) -> None:
-        """Evaluate the best checkpoint, or the last weights if there is none, and say where everything is."""
+        """Evaluate the best checkpoint, or the last weights if there is none."""
         if self.settings.trainer.fast_dev_run:
             return
         best = getattr(self._get(self.config_init, "best_checkpoint"), "best_model_path", "")

@@ -6,7 +6,7 @@ nothing to guess: after an optimizer step inside an epoch, before a validation, 
 
 import random
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -28,7 +28,7 @@ from onestage.reliability.checkpoints import (
     require_writable,
 )
 from onestage.reliability.resume import decisive_settings, fingerprints
-from onestage.training.module import CHECKPOINT_KEY, DetectionModule
+from onestage.training.module import CHECKPOINT_KEY
 from onestage.types import JSONDict
 
 # Moments
@@ -107,9 +107,7 @@ class SeededSteps(Callback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         """Seed all generators that a model may use. On a GPU this does not wait for the device."""
         key = (self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
         torch_seed, numpy_seed = np.random.SeedSequence(key).generate_state(2, dtype=np.uint64).tolist()
@@ -134,9 +132,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._inherited: Path | None = None  # the best checkpoint of the resumed run
         self._copies = False
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Find the best checkpoint of the resumed run in the first process, for all processes."""
         self._copies = trainer.is_global_zero
         best = None
@@ -145,7 +141,7 @@ class BestCheckpoint(ModelCheckpoint):
             best = _find_stored_best(state, Path(str(trainer.ckpt_path)).parent, Path(str(self.dirpath)))
         self._inherited = trainer.strategy.broadcast(best)
 
-    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_sanity_check_end(self, trainer: pl.Trainer, module: Any) -> None:
         """Check the metric's name before it costs an epoch: the sanity check logs all metrics of a validation.
 
         Raises:
@@ -230,16 +226,14 @@ class LastCheckpoint(Checkpoint):
         """Return the path of the newest state."""
         return Path(str(self.dirpath)) / LAST
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         """Use the folder of the first process everywhere; check that it can be written."""
         self.dirpath = trainer.strategy.broadcast(self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints"))
         writes = stage == "fit" and trainer.is_global_zero and not _is_dry(trainer)
         if writes and (self.every_n_epochs or self.every_n_steps):
             require_writable(self.path)
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Copy the state of another run that is continued, so that a kill before the first save loses nothing.
 
         Lightning calls this hook of every callback before `BestCheckpoint` copies an older state into the folder.
@@ -267,16 +261,12 @@ class LastCheckpoint(Checkpoint):
             self._is_before_validation = False
         self._saved = moment
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Let the resumed run start with the validation that this run did not finish."""
         if self._is_before_validation:
             mark_validation_due(checkpoint)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save if an interval of steps has ended, or leave it to the validation or the end of the epoch."""
         if not self.every_n_steps or not is_training(trainer) or not is_after_step(trainer):
             return
@@ -284,20 +274,20 @@ class LastCheckpoint(Checkpoint):
         if self._is_due and not is_last_batch(trainer) and not validation_follows(trainer):
             self.save(trainer)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Save if an interval ended with the batch before."""
         if is_training(trainer):
             forget_unfinished_validation(trainer)
             if self._is_due:
                 self.save(trainer, before_validation=True)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         """Save if an interval of epochs has ended, or one of steps with the last batch."""
         is_due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if is_training(trainer) and (self._is_due or is_due):
             self.save(trainer)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         """Save when the data end the run: the weights are correct, and the step before is complete.
 
         Not with several processes: the others are at another place, and a checkpoint needs all of them.
@@ -327,7 +317,7 @@ class ConfigInCheckpoint(Callback):
         self.config = config
         self._origin: JSONDict = {}
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         """Check that all processes have the same configuration.
 
         Raises:
@@ -343,14 +333,12 @@ class ConfigInCheckpoint(Callback):
                     "Start every process with the same --config files and options."
                 )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Compute the fingerprints once, in the process that writes files."""
         if trainer.is_global_zero:
-            annotations = cast(DetectionModule, pl_module).data.annotations("train")
+            annotations = module.data.annotations("train")
             self._origin = {**fingerprints(annotations), "versions": installed_versions()}
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the origin beside the class names."""
         checkpoint.setdefault(CHECKPOINT_KEY, {}).update({"config": self.config, **self._origin})

@@ -22,7 +22,6 @@ from onestage.types import JSONDict
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 MAX_VALUES = 1_000_000  # in a checkpoint, tensors counted as one; 100,000 classes need 200,000
-MAX_DEPTH = 50  # of nested lists and dictionaries in the configuration; `fit` writes 10
 MAX_JSON_BYTES = 64 << 20
 SHARED_KEYS = ("schema", "detector", "class_names", "category_ids")
 
@@ -35,11 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            ResourceError: the disk is full or the folder cannot be written; the earlier file is unchanged.
-        """
+        """Write a checkpoint. Raise ResourceError and keep the earlier file if the disk or the folder refuses."""
         with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
 
@@ -62,8 +57,7 @@ def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
 
     Args:
         path: a .ckpt file, or a .safetensors file with its .json file beside it.
-        mapped: read tensors from the file when they are used. A command reads its checkpoint twice, first for the
-            configuration, then for the weights.
+        mapped: read tensors from the file when they are used; a command reads the configuration first.
 
     Raises:
         CheckpointError: the file is missing, truncated, damaged, or not a checkpoint of this project.
@@ -209,30 +203,22 @@ def _find_oversized_tensor(checkpoint: dict[str, Any], file_size: int) -> str | 
 
 def _find_wrong_type(checkpoint: dict[str, Any]) -> str | None:
     """Find an entry that this project reads and that has another type. Lightning's own entries are not checked."""
-    ours = checkpoint[CHECKPOINT_KEY] if isinstance(checkpoint[CHECKPOINT_KEY], dict) else {}
-    names, config = ours.get("class_names"), ours.get("config")
-    rules: dict[str, tuple[object, bool, str]] = {
-        CHECKPOINT_KEY: (checkpoint[CHECKPOINT_KEY], bool(ours), "a dictionary"),
-        "state_dict": (checkpoint["state_dict"], _is_dict_of(Tensor, checkpoint["state_dict"]), "tensors by name"),
-        "global_step": (checkpoint.get("global_step"), _is_count(checkpoint.get("global_step")), "a number of steps"),
-        "onestage.detector": (ours.get("detector"), isinstance(ours.get("detector"), str), "a class name"),
-        "onestage.image_size": (ours.get("image_size"), _is_count(ours.get("image_size") or 0), "pixels or nothing"),
-        "onestage.class_names": (names, _is_list_of(str, names), "a list of names"),
-        "onestage.category_ids": (
-            ours.get("category_ids"), _is_list_of(int, ours.get("category_ids")), "a list of whole numbers",
-        ),
-        "onestage.config": (config, config is None or is_plain(config), "plain keys and values"),
-        "onestage.versions": (ours.get("versions"), _is_dict_of(str, ours.get("versions", {})), "versions by package"),
-    }  # fmt: skip
-    for place, (value, is_right, expected) in rules.items():
-        if not is_right:
-            got = "nothing" if value is None else type(value).__name__
-            return f"must hold {expected} as `{place}`, got {got}"
-    return None
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    ours = checkpoint[CHECKPOINT_KEY]
+    if not isinstance(ours, dict):
+        return f"must hold a dictionary as `{CHECKPOINT_KEY}`, got {type(ours).__name__}"
+    step, side = checkpoint.get("global_step"), ours.get("image_size")
+    names, categories, config = ours.get("class_names"), ours.get("category_ids"), ours.get("config")
+    rules = {
+        "state_dict": (_is_dict_of(Tensor, checkpoint["state_dict"]), "tensors by name"),
+        "global_step": (type(step) is int and step >= 0, "a number of steps"),
+        "onestage.detector": (isinstance(ours.get("detector"), str), "a class name"),
+        "onestage.image_size": (side is None or (type(side) is int and side > 0), "pixels or nothing"),
+        "onestage.class_names": (_is_list_of(str, names), "a list of names"),
+        "onestage.category_ids": (_is_list_of(int, categories), "a list of whole numbers"),
+        "onestage.config": (config is None or _is_plain_dict(config), "plain keys and values"),
+        "onestage.versions": (_is_dict_of(str, ours.get("versions", {})), "versions by package"),
+    }
+    return next((f"must hold {rule} as `{place}`" for place, (is_right, rule) in rules.items() if not is_right), None)
 
 
 def _is_list_of(kind: type, value: object) -> bool:
@@ -243,21 +229,12 @@ def _is_dict_of(kind: type, value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(k, str) and isinstance(item, kind) for k, item in value.items())
 
 
-def is_plain(root: object) -> bool:
-    """Return whether `root` is a dictionary of numbers, text, lists and dictionaries, finite in depth and number."""
-    waiting, num_values = [(root, 0)], 0
-    while waiting:
-        node, depth = waiting.pop()
-        num_values += 1
-        if depth > MAX_DEPTH or num_values > MAX_VALUES:
-            return False
-        if isinstance(node, dict) and all(isinstance(key, str | int) for key in node):
-            waiting += [(value, depth + 1) for value in node.values()]
-        elif isinstance(node, list | tuple):
-            waiting += [(value, depth + 1) for value in node]
-        elif not isinstance(node, str | int | float | None):
-            return False
-    return isinstance(root, dict)
+def _is_plain_dict(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):  # a tensor; a loop; too deep
+        return False
+    return isinstance(value, dict)
 
 
 def _other_checkpoints(path: Path) -> str:
@@ -323,11 +300,7 @@ def _require_same_model(saved: JSONDict, path: str | Path, module: DetectionModu
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a file atomically.
-
-    Raises:
-        ResourceError: the disk is full or the folder cannot be written; the earlier file is unchanged.
-    """
+    """Copy a file atomically."""
     with atomic_write(target) as temporary:
         shutil.copyfile(source, temporary)
 
@@ -362,11 +335,7 @@ def remove_unfinished_files(folder: Path) -> list[Path]:
 
 
 def require_writable(path: Path) -> None:
-    """Check, before the training, that the file `path` can be written.
-
-    Raises:
-        ResourceError: a folder has its name, or its folder cannot be written.
-    """
+    """Raise ResourceError, before the training, if the file `path` cannot be written."""
     if path.is_dir():
         raise ResourceError(f"{path}: is a folder; the checkpoint cannot be written. Remove or rename that folder.")
     with atomic_write(path.with_name(".write_test")) as temporary:

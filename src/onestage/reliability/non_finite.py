@@ -87,14 +87,14 @@ class NonFiniteGuard(Callback):
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined] # losses of the process that saved
             self._steps_before.extend(state_dict["steps_before"])
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Check the weights and, in a resumed run, the optimizer state.
 
         Raises:
             NonFiniteError: they hold NaN or infinity.
         """
         self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))  # of the first process
-        weights = pl_module.state_dict()
+        weights = module.state_dict()
         self._persistent = frozenset(weights)
         states = [optimizer.state_dict() for optimizer in trainer.optimizers]
         names = non_finite_entries({"state_dict": weights, "optimizer": states})
@@ -104,23 +104,19 @@ class NonFiniteGuard(Callback):
                 "the detector, `weights` of its backbone, or another checkpoint with --ckpt_path."
             )
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         """Copy the buffers that the forward pass changes: statistics of batch norm, running means of a loss."""
         if self._window is None:
-            buffers = pl_module.named_buffers()
+            buffers = module.named_buffers()
             self._window = Window({name: value.clone() for name, value in buffers if name in self._persistent})
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: pl.Trainer, module: Any, loss: Tensor) -> None:
         """Add to the loss of the step without waiting for the device."""
         if self._window is not None:
             before = self._window.loss
             self._window.loss = loss.detach() if before is None else before + loss.detach()
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Optimizer) -> None:
         """Check loss and gradients; clear the gradients if the step must be skipped."""
         window = self._window
         if window is None or window.loss is None:
@@ -138,14 +134,14 @@ class NonFiniteGuard(Callback):
         if not is_loss_bad and not is_norm_bad:
             self._num_in_row = self._num_scaler_skips = 0
             self._steps_before.append(numbers)
-            pl_module.log("train/gradient_norm", gradient_norm)
+            module.log("train/gradient_norm", gradient_norm)
             return
         with torch.no_grad():
-            for name, buffer in pl_module.named_buffers():
+            for name, buffer in module.named_buffers():
                 if name in window.buffers:
                     buffer.copy_(window.buffers[name])
         rates = [float(group["lr"]) for group in optimizer.param_groups]
-        bad = non_finite_names((name, parameter.grad) for name, parameter in pl_module.named_parameters())
+        bad = non_finite_names((name, parameter.grad) for name, parameter in module.named_parameters())
         window.facts = {"epoch": trainer.current_epoch, **numbers, "learning_rates": rates, "bad_gradients": bad}
         is_scaler_skip = scaler is not None and not is_loss_bad  # it lowers its scale and does not step either
         self._num_scaler_skips += int(is_scaler_skip)
@@ -154,9 +150,7 @@ class NonFiniteGuard(Callback):
             scaler.unscale_(optimizer)  # its update fails if it has seen no gradients
         optimizer.zero_grad(set_to_none=True)  # every optimizer skips a parameter without gradient
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count a skipped step, write its diagnosis, and stop if there were too many.
 
         Raises:
@@ -172,8 +166,8 @@ class NonFiniteGuard(Callback):
         if window.is_skipped:
             self.num_skipped += 1
             self._num_in_row += 1
-            self._report(trainer, self._facts(trainer, cast(DetectionModule, pl_module), window, outputs))
-        pl_module.log("train/skipped_steps", float(self.num_skipped))
+            self._report(trainer, self._facts(trainer, module, window, outputs))
+        module.log("train/skipped_steps", float(self.num_skipped))
 
     def _facts(self, trainer: pl.Trainer, module: DetectionModule, window: Window, outputs: Any) -> JSONDict:
         """Return what is known of a skipped step in this process; tensors are those of its last batch."""
@@ -228,9 +222,7 @@ class NonFiniteGuard(Callback):
                 rank_zero_warn(f"{str(error).splitlines()[0]} Training continues without it.")
             self._is_refused = True
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse to write a checkpoint that holds NaN or infinity.
 
         Raises:

@@ -89,7 +89,8 @@ def _is_folder(path: Path) -> bool:
 
 def _find_run(experiment_folder: Path, config: JSONDict) -> Resumed | None:
     """Find the newest run with the same configuration and a checkpoint; print what was found and what was not."""
-    folders = [path for path in experiment_folder.glob("version_*") if version_of(path) >= 0]
+    found = experiment_folder.glob("version_*") if _is_folder(experiment_folder) else ()
+    folders = [path for path in found if version_of(path) >= 0]
     for folder in sorted(folders, key=version_of, reverse=True):
         difference = _find_difference(folder / "config.yaml", config)
         newest = newest_checkpoint(folder / "checkpoints") if difference is None else None

@@ -19,14 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from onestage.errors import (
-    CancelledError,
-    CheckpointError,
-    ConfigError,
-    OnestageError,
-    ResourceError,
-    TerminatedError,
-)
+from onestage.errors import CancelledError, CheckpointError, ConfigError, OnestageError, ResourceError, TerminatedError
 from onestage.files import OUT_OF_SPACE
 from onestage.reliability.callbacks import LastCheckpoint, is_after_step, is_last_batch, is_training, validation_follows
 from onestage.reliability.watchdog import await_watchdog_verdict, is_connection_lost
@@ -52,22 +45,15 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
         self._group: Any = None  # of processes, on the CPU: the exchange must not wait for the device
         self._num_common_batches = 0  # of a validation, in every process
 
-    # Lightning installs its own handlers after all set-up hooks, and removes every handler in the end.
-
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers."""
-        self._install_handlers(trainer)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers."""
-        self._install_handlers(trainer)
-
-    def _install_handlers(self, trainer: pl.Trainer) -> None:
+        """Install the handlers: Lightning installs its own after `setup`, and removes all of them in the end."""
         if trainer.world_size > 1 and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=30))
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._store_signal)
             signal.signal(signal.SIGINT, self._store_signal)
+
+    on_train_start = on_sanity_check_start
 
     def _store_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
@@ -78,38 +64,30 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
             self.received = number
             os.write(2, f"\n{signal.Signals(number).name}: stopping after this step and a checkpoint\n".encode())
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop here, unless the state is complete only in the validation or at the end of the epoch that follows."""
         is_moment = is_after_step(trainer) and not is_last_batch(trainer) and not validation_follows(trainer)
         if is_moment and self._all_agree(trainer):
             self._stop(trainer)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Count the batches after which all processes can exchange signals: some have one batch more than others."""
         batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
         num_batches = sum(min(number, 2**31) for number in (batches if isinstance(batches, list) else [batches]))
         self._num_common_batches = self._minimum(int(num_batches))
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int, *_: Any
     ) -> None:
         """Stop inside a validation, which the resumed run repeats.
 
         Not between accumulated batches: their gradients are in no checkpoint, so the run continues to the next step.
         """
         is_moment = is_after_step(trainer) or not is_training(trainer)
-        if is_moment and batch_idx < self._num_common_batches and self._all_agree(trainer):
+        if is_moment and index < self._num_common_batches and self._all_agree(trainer):
             self._stop(trainer, before_validation=True)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         """Stop between two epochs."""
         if self._all_agree(trainer):
             self._stop(trainer)
@@ -130,12 +108,7 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
         return int(minimum)
 
     def _stop(self, trainer: pl.Trainer, *, before_validation: bool = False) -> None:
-        """Save and raise.
-
-        Raises:
-            CancelledError: the signal was SIGINT.
-            TerminatedError: the signal was SIGTERM.
-        """
+        """Save, then raise CancelledError after SIGINT and TerminatedError after SIGTERM."""
         kept = ""
         if self.last is not None and is_training(trainer):
             self.last.save(trainer, before_validation=before_validation)

@@ -22,7 +22,7 @@ from onestage.types import JSONDict
 
 DATA_MODULE = "onestage.data.DetectionDataModule"
 EVALUATION_KEYS = {
-    "model": ("detector", "loss_weights", "channels_last"),
+    "model": ("detector", "loss_weights"),
     "data": (
         "source",
         "path",

@@ -53,7 +53,7 @@ class Watchdog(Callback):
     def __init__(self) -> None:
         self._thread: WatchThread | None = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         """Exchange the addresses of the processes and start to watch them."""
         if trainer.world_size == 1 or self._thread is not None:
             return
@@ -69,12 +69,12 @@ class Watchdog(Callback):
         _watchdog_started.set()
         _detach_lightning_observer(trainer)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         """Stop watching: this process reports its own error."""
         if not is_connection_lost(exception):
             self._stop()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         """Stop watching."""
         self._stop()
 

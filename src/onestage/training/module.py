@@ -37,7 +37,7 @@ OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 # Schema of the values that this module adds to a checkpoint under the key `onestage`.
 CHECKPOINT_KEY = "onestage"
-CHECKPOINT_SCHEMA = 1
+CHECKPOINT_SCHEMA = 2
 
 COMPILERS = ("c++", "g++", "clang++", "cl")  # torch.compile needs one of them
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
