@@ -67,7 +67,7 @@ class Store:
 
 
 def loss(watch: WatchThread) -> str | None:
-    watch.exchange_beat(1)
+    watch.exchange_beat()
     return watch.loss_of(watch.peers[0])
 
 
@@ -99,6 +99,7 @@ def test_store_that_blocks_does_not_hide_a_dead_process(child: int, monkeypatch:
     """A stopped process 0 hosts the store: a call of the store never returns."""
     store, ended = Store(watchdog.socket.gethostname(), child), threading.Event()
     monkeypatch.setattr(watchdog, "CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(watchdog, "DEAD_SECONDS", 0.0)
     monkeypatch.setattr(watchdog, "_end", lambda peer, reason, remedy: ended.set())
     store.answers.clear()
     watch = WatchThread(store, rank=1, world_size=2)

@@ -88,7 +88,7 @@ def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
 
 
 def stored_step(file: Path) -> int:
-    """Return the optimizer step in a checkpoint without reading its tensors; -1 if that fails."""
+    """Return the optimizer step in a checkpoint without reading its tensors, or -1."""
     try:
         return int(_load_archive(file, mapped=True)["global_step"]) if file.is_file() else -1
     except Exception:  # `read_checkpoint` names the problem if this file is chosen

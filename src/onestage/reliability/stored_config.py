@@ -1,8 +1,8 @@
 """Check the configuration inside a checkpoint: a checkpoint is data from anywhere, and never a program.
 
-A value may name a class only where the constructor's annotation expects one, and only a subclass of that class that
-this package or albumentations defines. Everything else must be plain: numbers, booleans and, where text is expected,
-text. What only training needs is not read: optimizer, schedule, augmentation, workers, caches.
+A value may name a class only where the constructor's annotation expects one, and only a subclass of that class in this
+package. Everything else must be plain: numbers, booleans and, where text is expected, text. What only training needs is
+not read: optimizer, schedule, augmentation, workers, caches.
 """
 
 import contextlib
@@ -24,19 +24,11 @@ DATA_MODULE = "onestage.data.DetectionDataModule"
 EVALUATION_KEYS = {
     "model": ("detector", "loss_weights"),
     "data": (
-        "source",
-        "path",
-        "image_size",
-        "resize",
-        "batch_size",
-        "val_fraction",
-        "num_folds",
-        "fold",
-        "max_bad_fraction",
-        "on_error",
+        "source", "path", "image_size", "resize", "batch_size", "val_fraction", "num_folds", "fold",
+        "max_bad_fraction", "on_error",
     ),
-}
-TRUSTED = ("onestage.models", "onestage.losses", "onestage.boxes", "onestage.data", "albumentations")
+}  # fmt: skip
+TRUSTED = ("onestage.models", "onestage.losses", "onestage.boxes", "onestage.data")
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 LIMITS = {"image_size": 8192, "batch_size": 4096, "num_train": 100_000, "num_val": 100_000, "draw_seed": 2**32}
 MAX_NUMBER = 1_000_000
@@ -80,11 +72,7 @@ def config_of(path: str | Path) -> JSONDict:
 
 
 def foreign_classes(path: str | Path) -> str | None:
-    """Return why a checkpoint needs a configuration of the user's, or None if it can be used alone.
-
-    Raises:
-        CheckpointError: the checkpoint is unreadable, or its configuration is malformed or holds a forbidden value.
-    """
+    """Return why a checkpoint needs the user's config.yaml, or None; raise CheckpointError as `config_of`."""
     found = list(refusals(evaluation_part(read_checkpoint(path)[CHECKPOINT_KEY], path)))
     for refusal in found:
         if not refusal.is_foreign_class:
@@ -94,11 +82,7 @@ def foreign_classes(path: str | Path) -> str | None:
 
 
 def evaluation_part(saved: JSONDict, path: str | Path) -> JSONDict:
-    """Return the keys of a stored configuration that evaluation and sharing need.
-
-    Raises:
-        CheckpointError: there is no configuration.
-    """
+    """Return what evaluation and sharing need of a stored configuration; raise CheckpointError if it has none."""
     config = saved.get("config") or {}
     if not all(isinstance(config.get(group), dict) for group in EVALUATION_KEYS):
         raise CheckpointError(f"checkpoint {path} holds no configuration. Give the run's config.yaml with --config.")
@@ -234,15 +218,11 @@ def _origin(hint: Any) -> Any:  # for mypy, which takes every hint for a ParamSp
 
 def _item_types(types: Types, containers: Types) -> Types:
     """Return the types of an element of a list, or of a value of a mapping."""
-    hints = [
-        hint
-        for each in types
-        if _origin(each) in containers
-        for hint in (get_args(each)[1:] if containers is MAPPINGS else get_args(each))
-        if hint is not ...
-    ]
-    for each in types if containers is SEQUENCES else ():
-        if hasattr(each, "_fields"):  # a named tuple, stored as a list
+    hints: list[Any] = []
+    for each in types:
+        if _origin(each) in containers:
+            hints += [hint for hint in get_args(each)[containers is MAPPINGS :] if hint is not ...]
+        elif containers is SEQUENCES and hasattr(each, "_fields"):  # a named tuple, stored as a list
             hints += typing.get_type_hints(each).values()
     return tuple(each for hint in hints for each in _alternatives(hint)) or ANYTHING
 

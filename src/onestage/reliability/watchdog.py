@@ -21,6 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from onestage.errors import ProcessLostError
 
 CHECK_SECONDS = 1.0
+DEAD_SECONDS = 2.0  # a process that ended in order has said so by then
 STOPPED_SECONDS = 10.0  # a process of this machine that is stopped this long is lost
 SILENT_SECONDS = 120.0  # a process of another machine that sends nothing; a long call into C delays a heartbeat
 REMEDIES = {"fit": "The last checkpoint is complete: continue with --resume auto."}
@@ -106,7 +107,7 @@ class WatchThread(threading.Thread):
         self._is_over = threading.Event()
         self._beats: dict[int, tuple[bytes, float]] = {}  # by rank: the last heartbeat, and when it changed
         self._start = time.monotonic()
-        self._stopped_since: dict[int, float] = {}
+        self._gone_since: dict[int, float] = {}
 
     def leave(self) -> None:
         """Tell the others that this process ends in order."""
@@ -124,15 +125,13 @@ class WatchThread(threading.Thread):
                     _end(peer, reason, self._remedy)
 
     def _exchange_beats(self) -> None:
-        count = 0
         while not self._is_over.wait(CHECK_SECONDS):
-            count += 1
-            self.exchange_beat(count)
+            self.exchange_beat()
 
-    def exchange_beat(self, count: int) -> None:
+    def exchange_beat(self) -> None:
         """Send a heartbeat and read those of the others. Blocks while the process that hosts the store is stopped."""
         try:
-            self._store.set(f"beat/{self._rank}", str(count))
+            self._store.set(f"beat/{self._rank}", str(time.monotonic()))
             beats = self._store.multi_get([f"beat/{peer.rank}" for peer in self.peers])
         except Exception:  # torch raises several kinds; the check of the peers names the lost process
             return
@@ -151,13 +150,13 @@ class WatchThread(threading.Thread):
             is_silent = now - changed > SILENT_SECONDS  # also if the store, on the machine of rank 0, is silent
             return f"has given no sign of life for {now - changed:.0f} s" if is_silent else None
         state = process_state(peer.process)
-        if state in ("", "Z", "X"):
-            return "died"
-        if state not in ("T", "t"):
-            self._stopped_since.pop(peer.rank, None)
+        if state not in ("", "Z", "X", "T", "t"):
+            self._gone_since.pop(peer.rank, None)
             return None
-        stopped = now - self._stopped_since.setdefault(peer.rank, now)
-        return f"has been stopped for {stopped:.0f} s" if stopped > STOPPED_SECONDS else None
+        seconds = now - self._gone_since.setdefault(peer.rank, now)
+        if state in ("T", "t"):
+            return f"has been stopped for {seconds:.0f} s" if seconds > STOPPED_SECONDS else None
+        return "died" if seconds > DEAD_SECONDS else None
 
 
 def _host_and_process(value: bytes) -> tuple[str, int]:
@@ -185,12 +184,11 @@ def process_state(process: int) -> str:
             return ""
     except (OSError, IndexError):
         return "R"
-    try:  # no /proc: macOS
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        pass
+    with contextlib.suppress(PermissionError):  # no /proc: macOS
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return ""
     return "R"
 
 
@@ -202,11 +200,7 @@ def is_connection_lost(error: BaseException) -> bool:
 
 
 def await_watchdog_verdict() -> NoReturn:
-    """After a lost connection, give the watchdog the time to name the process; it ends this one too.
-
-    Raises:
-        ProcessLostError: the watchdog found no lost process.
-    """
+    """Give the watchdog the time to name the lost process and to end this one; raise ProcessLostError if it cannot."""
     time.sleep(5 * CHECK_SECONDS)
     raise ProcessLostError(
         "another process of the run closed its connection; its own message, above or in its log, gives the reason.\n"
