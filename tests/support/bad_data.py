@@ -1,20 +1,15 @@
-"""Small good data sets for the table of bad input to spoil, and the two that must notice: parser and doctor."""
+"""Small good data sets for tests to spoil, and the doctor's report on them."""
 
 import contextlib
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import pytest
 
 from onestage.cli import main
-from onestage.data.coco import parse_coco
-from onestage.errors import AnnotationError
-from onestage.types import AnnotationSet
 
 Content = dict[str, Any]
 WIDTH, HEIGHT = 100, 80
@@ -73,56 +68,3 @@ def doctor(*words: str | Path) -> tuple[int, dict[str, Any]]:
 
 def found(report: dict[str, Any], rule: str) -> list[dict[str, Any]]:
     return [finding for finding in report["findings"] if finding["rule"] == rule]
-
-
-def parse(file: Path, **options: Any) -> AnnotationSet:
-    return parse_coco(file, file.with_suffix(""), **options)
-
-
-def assert_refused(file: Path, *expected: str) -> None:
-    """E: training stops with file, rule and remedy; doctor exits with 3 and says the same."""
-    with pytest.raises(AnnotationError) as caught:
-        parse(file)
-    text = str(caught.value)
-    assert str(file) in text or str(file.with_suffix("")) in text
-    assert "\n" in text or "Unpack it" in text or "Convert it" in text  # a remedy follows
-    code, report = doctor(file)
-    assert code == 3
-    (finding,) = [finding for finding in report["findings"] if finding["effect"] == "error"]
-    assert finding["remedy"]
-    for words in expected:
-        assert words in text, text
-        assert words in f"{finding['place']}: {finding['problem']}\n{finding['remedy']}"
-
-
-def assert_left_out(file: Path, rule: str, num_boxes: int, *expected: str, num_items: int = 1) -> AnnotationSet:
-    """S: training leaves out and counts; doctor exits with 3 and names place, rule and remedy."""
-    annotations = parse(file)
-    assert len(annotations.boxes) == num_boxes
-    assert len(annotations.skipped) == num_items
-    code, report = doctor(file)
-    assert code == 3
-    findings = found(report, rule)
-    assert len(findings) == num_items
-    for finding in findings:
-        assert finding["effect"] == "skipped"
-        assert str(file) in finding["place"]
-        assert finding["remedy"]
-        for words in expected:
-            assert words in f"{finding['place']}: {finding['problem']}"
-    return annotations
-
-
-def assert_goes_on(file: Path, rule: str | None, num_boxes: int = 8) -> AnnotationSet:
-    """C: nothing is left out; doctor exits with 0 and mentions it, if there is anything to mention."""
-    annotations = parse(file)
-    assert len(annotations.boxes) == num_boxes
-    assert annotations.skipped == ()
-    code, report = doctor(file)
-    assert code == 0, report["findings"]
-    if rule is not None:
-        assert [finding["effect"] in ("warning", "note") for finding in found(report, rule)] == [True]
-    return annotations
-
-
-Spoil = Callable[[Content], Any]

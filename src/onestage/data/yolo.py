@@ -215,7 +215,7 @@ def list_split(settings: YOLOSettings, split: str) -> list[LabelledImage]:
     entries = find_entries(settings, split)
     if not entries and settings.entries:
         problem = f"has no split {split!r} (there are: {', '.join(settings.entries)})"
-        raise malformed(settings.source, problem, f"Name its images with {split}: in it, or set data.val_fraction.")
+        raise malformed(settings.source, problem, f"Name its images with {split}: in it.")
     if not entries:
         problem = f"has no split {split!r}: neither images/{split} nor {split}/images is a folder there"
         raise malformed(settings.source, problem, "Put the images there, or name their folders in data.yaml.")
