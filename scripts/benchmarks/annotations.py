@@ -20,10 +20,10 @@ LIMITS = {"first start, s": 25.0, "peak memory, MB": 3000.0, "second start, s": 
 START = """
 import json, resource, sys, time
 from pathlib import Path
+from onestage.data import COCO
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start, cpu_start = time.perf_counter(), time.process_time()
-data = coco_data(sys.argv[1], train="train", class_names=None)
-annotations = data.annotations("train")
+annotations = COCO(sys.argv[1], train="train").read("train")
 seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak / 1e3, "imports_mb": before / 1e3,
@@ -136,8 +136,8 @@ def worker_megabytes(root: Path) -> float:
     import numpy as np
     from torch.utils.data import DataLoader
 
-    from onestage.data import DetectionDataset, SeededTransform, coco_data, collate, resize_transforms
-    from onestage.data.image_reader import ReadImage
+    from onestage.data import COCO, DetectionDataset, SeededTransform, Stretch, collate
+    from onestage.data.cache import ReadImage
 
     class GrayImages:
         """Stands for the decoder: what it takes is the same with any annotations."""
@@ -149,8 +149,8 @@ def worker_megabytes(root: Path) -> float:
             _ = str(annotations.image_paths[index]), float(annotations.boxes.sum()), int(annotations.labels.sum())
             return ReadImage(np.zeros((480, 640, 3), dtype=np.uint8), (480, 640))
 
-    annotations = coco_data(root, train="train").annotations("train")
-    transform = SeededTransform(resize_transforms(300), 300)
+    annotations = COCO(root, train="train").read("train")
+    transform = SeededTransform([], Stretch(300))
     dataset = DetectionDataset(annotations, transform, images=GrayImages())
     order = np.random.default_rng(0).permutation(len(annotations))[: NUM_WORKERS * SAMPLES_PER_WORKER].tolist()
     with warnings.catch_warnings():

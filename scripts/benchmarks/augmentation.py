@@ -22,13 +22,11 @@ from torchvision.transforms import v2
 
 from benchmarks.image_files import read_samples, write_images
 from benchmarks.timing import compare
+from onestage.data.augmentation import SSDAugmentation, SSDPhotometricDistort
+from onestage.data.cache import DiskCache, FileReader, ImageReader
 from onestage.data.crops import IMAGENET_MEAN_RGB, SSDMinIoUCrop, SSDZoomOut
-from onestage.data.disk_cache import DiskCache
-from onestage.data.image_reader import FileReader, ImageReader
-from onestage.data.memory_cache import MemoryCache
-from onestage.data.photometric import SSDPhotometricDistort
-from onestage.data.ssd_augmentation import SSDAugmentation
-from onestage.data.transforms import SeededTransform, resize_transforms, ssd_transforms
+from onestage.data.resize import Stretch
+from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.types import AnnotationSet
 
 IMAGE_SIZE = 300
@@ -69,14 +67,14 @@ def torchvision_ssd(*, photometric_last: bool = False) -> v2.Compose:
 
 
 STEP_BY_STEP = [SSDPhotometricDistort(), SSDZoomOut(), SSDMinIoUCrop(), A.HorizontalFlip(p=0.5)]
-SSD = SeededTransform(ssd_transforms(IMAGE_SIZE), IMAGE_SIZE)
+SSD = SeededTransform(ssd_transforms(Stretch(IMAGE_SIZE)), Stretch(IMAGE_SIZE))
 
 
 def _from_pixels(samples: list[Sample]) -> dict[str, Callable[[], object]]:
     reference, last = torchvision_ssd(), torchvision_ssd(photometric_last=True)
-    bilinear = SeededTransform([SSDAugmentation(IMAGE_SIZE, interpolations=("linear",))], IMAGE_SIZE)
-    first = SeededTransform([SSDAugmentation(IMAGE_SIZE, distort_first=True)], IMAGE_SIZE)
-    steps = SeededTransform(STEP_BY_STEP, IMAGE_SIZE)
+    bilinear = SeededTransform([SSDAugmentation(IMAGE_SIZE, interpolations=("linear",))], Stretch(IMAGE_SIZE))
+    first = SeededTransform([SSDAugmentation(IMAGE_SIZE, distort_first=True)], Stretch(IMAGE_SIZE))
+    steps = SeededTransform(STEP_BY_STEP, Stretch(IMAGE_SIZE))
     return {
         "torchvision v2": lambda: [_with_torchvision(reference, *sample) for sample in samples],
         "torchvision v2, photometric last": lambda: [_with_torchvision(last, *sample) for sample in samples],
@@ -114,7 +112,6 @@ def _from_files(annotations: AnnotationSet, samples: list[Sample], folder: Path)
         "torchvision v2, torchvision.io": from_torchvision,
         "onestage": from_reader(FileReader(annotations)),
         "onestage, data.cache: disk": from_reader(DiskCache(annotations, SHORT_SIDE, folder)),
-        "onestage, data.cache: ram": from_reader(MemoryCache(annotations, SHORT_SIDE, 1)),
     }
 
 
@@ -146,7 +143,7 @@ def _described(annotations: AnnotationSet, samples: list[Sample]) -> str:
 
 def _assert_same_resize(samples: list[Sample]) -> None:
     """Without randomness there is one right answer."""
-    ours = SeededTransform(resize_transforms(IMAGE_SIZE), IMAGE_SIZE)
+    ours = SeededTransform([], Stretch(IMAGE_SIZE))
     theirs = v2.Resize((IMAGE_SIZE, IMAGE_SIZE), antialias=False)
     for sample in samples[:16]:
         image, boxes = _with_torchvision(theirs, *sample)

@@ -17,9 +17,10 @@ import torch
 from benchmarks.image_files import write_images
 from benchmarks.step import onestage_step
 from benchmarks.training_data import NUM_CLASSES, synthetic_batch
+from onestage.data.cache import CacheKind, open_images
 from onestage.data.dataset import DetectionDataset
-from onestage.data.image_cache import CacheKind, open_images
 from onestage.data.loader import DetectionLoader, num_auto_workers, open_loader
+from onestage.data.resize import Stretch
 from onestage.data.samplers import TrainingSampler
 from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.losses import SigmoidFocalLoss
@@ -39,7 +40,7 @@ def run(rounds: int, quick: bool, images: Path | None = None) -> None:
         rates = {
             (num_workers, kind): _loader_rate(annotations, kind, num_workers, batch_size, rounds)
             for num_workers in sorted({1, max(num_auto_workers(1), 1)})
-            for kind in ("none", "disk", "ram")
+            for kind in ("none", "disk")
         }
     print(f"\n{len(annotations)} images, batches of {batch_size}; images/s, min / median / max of {rounds} epochs")
     for (num_workers, kind), values in rates.items():
@@ -56,7 +57,7 @@ def _loader_rate(
     """Return images per second of each epoch after the first, in which workers start and caches fill."""
     dataset = DetectionDataset(
         annotations,
-        SeededTransform(ssd_transforms(IMAGE_SIZE), IMAGE_SIZE),
+        SeededTransform(ssd_transforms(Stretch(IMAGE_SIZE)), Stretch(IMAGE_SIZE)),
         images=open_images(kind, annotations, IMAGE_SIZE),
     )
     loader = open_loader(
@@ -101,10 +102,9 @@ def _verdict(rates: dict[tuple[int, str], float], taken: float) -> str:
     """Say whether the step would wait for the loader, and how many workers it takes that it does not."""
     num_workers = max(number for number, _ in rates)
     delivered = rates[num_workers, "none"]
-    needed = {kind: math.ceil(taken / rates[1, kind]) for kind in ("none", "disk", "ram")}
+    needed = {kind: math.ceil(taken / rates[1, kind]) for kind in ("none", "disk")}
     state = "loader-bound: the step waits for images" if delivered < taken else "not loader-bound"
     return (
         f"verdict with {num_workers} workers and no cache: {state} ({delivered / taken:.2f} times what it takes)\n"
-        f"workers that the step needs: {needed['none']} without a cache, {needed['disk']} with data.cache: disk, "
-        f"{needed['ram']} with ram"
+        f"workers that the step needs: {needed['none']} without a cache, {needed['disk']} with data.cache: disk"
     )

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 
 from onestage.data.dataset import DetectionDataset, Sample, collate
 from onestage.data.loader import DetectionLoader, start_worker
+from onestage.data.resize import Placement, Stretch
 from onestage.data.samplers import EvaluationSampler
-from onestage.data.transforms import SeededTransform, resize_transforms, ssd_transforms
+from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.errors import ImageError
 from onestage.types import IGNORE, PADDING, AnnotationSet
 
@@ -45,7 +46,7 @@ def annotations(tmp_path: Path) -> AnnotationSet:
 
 
 def evaluation(annotations: AnnotationSet, **settings: bool) -> DetectionDataset:
-    return DetectionDataset(annotations, SeededTransform(resize_transforms(32), 32), **settings)
+    return DetectionDataset(annotations, SeededTransform([], Stretch(32)), **settings)
 
 
 def test_sample_has_boxes_in_network_pixels_and_crowds_ignored(annotations: AnnotationSet) -> None:
@@ -77,14 +78,16 @@ def test_image_without_objects_has_empty_targets(annotations: AnnotationSet) -> 
 
 
 def test_plain_index_stands_for_epoch_zero_and_epochs_differ(annotations: AnnotationSet) -> None:
-    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(32), 32), seed=3)
+    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(Stretch(32)), Stretch(32)), seed=3)
     assert torch.equal(dataset[0].image, dataset[0, 0].image)
     assert len({dataset[epoch, 0].image.numpy().tobytes() for epoch in range(4)}) == 4
 
 
 def test_seed_changes_the_augmentation(annotations: AnnotationSet) -> None:
     images = {
-        DetectionDataset(annotations, SeededTransform(ssd_transforms(32), 32), seed=seed)[0].image.numpy().tobytes()
+        DetectionDataset(annotations, SeededTransform(ssd_transforms(Stretch(32)), Stretch(32)), seed=seed)[0]
+        .image.numpy()
+        .tobytes()
         for seed in range(4)
     }
     assert len(images) == 4
@@ -96,7 +99,7 @@ def test_unknown_annotated_size_takes_the_files(annotations: AnnotationSet) -> N
 
 
 def test_labels_follow_their_boxes_through_a_crop(annotations: AnnotationSet) -> None:
-    transform = SeededTransform([A.Crop(x_min=30, y_min=0, x_max=90, y_max=30)], 30)
+    transform = SeededTransform([A.Crop(x_min=30, y_min=0, x_max=90, y_max=30)], Stretch(30))
     sample = DetectionDataset(annotations, transform)[2]
     assert sample.labels.tolist() == [0]
     torch.testing.assert_close(sample.boxes, torch.tensor([[7.5, 0, 30, 30]]), atol=1e-4, rtol=0)
@@ -109,6 +112,7 @@ def sample_with(num_objects: int, index: int = 0) -> Sample:
         labels=torch.arange(num_objects),
         image_index=index,
         original_size=(10 + index, 20 + index),
+        placement=Placement(0.4, 0.2),
     )
 
 
@@ -135,13 +139,13 @@ def test_collate_keeps_order_types_and_layout() -> None:
 
 
 def test_dataset_can_be_pickled(annotations: AnnotationSet) -> None:
-    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(32), 32), seed=1)
+    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(Stretch(32)), Stretch(32)), seed=1)
     copy = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(copy[2, 1].image, dataset[2, 1].image)
 
 
 def test_spawned_worker_gives_the_same_samples(annotations: AnnotationSet) -> None:
-    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(32), 32), seed=1)
+    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(Stretch(32)), Stretch(32)), seed=1)
     loader = DataLoader(
         dataset,
         batch_size=3,

@@ -1,61 +1,70 @@
+"""The loader: the same samples for any number of workers, exact resume, replaced images, dead and slow workers."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from image_sets import image_set, noise
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from onestage.data.datamodule import DetectionDataModule
-from onestage.data.dataset import DetectionDataset, collate
-from onestage.data.loader import DetectionLoader, open_loader, start_worker
+from onestage.data import DetectionDataModule
+from onestage.data.dataset import MAX_SUBSTITUTES, DetectionDataset, Failure, collate
+from onestage.data.loader import DetectionLoader, FailureLog, open_loader
+from onestage.data.resize import Stretch
 from onestage.data.samplers import TrainingSampler
+from onestage.data.source import Source
 from onestage.data.transforms import SeededTransform, ssd_transforms
-from onestage.errors import ConfigError
+from onestage.errors import ConfigError, DataError, ImageError
 from onestage.types import AnnotationSet, Batch
 
 NUM_IMAGES = 11
+DAMAGED = (3, 7)
+STRETCH = Stretch(32)
 
 
 @pytest.fixture
 def annotations(tmp_path: Path) -> AnnotationSet:
-    """Eleven small images with one object each."""
-    paths = []
-    for number in range(NUM_IMAGES):
-        pixels = np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-        paths.append(str(tmp_path / f"{number}.jpg"))
-        cv2.imwrite(paths[-1], pixels)
-    return AnnotationSet(
-        source="hand-written",
-        image_paths=np.array(paths),
-        image_ids=np.arange(1, NUM_IMAGES + 1),
-        sizes=np.full((NUM_IMAGES, 2), (30, 40), dtype=np.int32),
-        box_offsets=np.arange(NUM_IMAGES + 1),
-        boxes=np.full((NUM_IMAGES, 4), (5, 5, 35, 25), dtype=np.float32),
-        labels=np.zeros(NUM_IMAGES, dtype=np.int64),
-        areas=np.ones(NUM_IMAGES, dtype=np.float32),
-        is_crowd=np.zeros(NUM_IMAGES, dtype=bool),
-        is_difficult=np.zeros(NUM_IMAGES, dtype=bool),
-        class_names=("a",),
-        category_ids=(1,),
-    )
+    """Eleven small images; the class of the object of each is the number of the image."""
+    return image_set(tmp_path, [noise(30, 40, number) for number in range(NUM_IMAGES)])
+
+
+@pytest.fixture
+def damaged(annotations: AnnotationSet) -> AnnotationSet:
+    for number in DAMAGED:
+        Path(annotations.image_paths[number]).write_bytes(b"no image at all")
+    return annotations
+
+
+def dataset(annotations: AnnotationSet, seed: int = 0, **settings: object) -> DetectionDataset:
+    return DetectionDataset(annotations, SeededTransform(ssd_transforms(STRETCH), STRETCH), seed=seed, **settings)
 
 
 def training_loader(
-    annotations: AnnotationSet, num_workers: int = 0, *, batch_size: int = 2, seed: int = 0, world_size: int = 1
+    annotations: AnnotationSet,
+    num_workers: int = 0,
+    *,
+    batch_size: int = 2,
+    seed: int = 0,
+    world_size: int = 1,
+    start_method: str | None = None,
+    timeout_seconds: float = 300.0,
+    **settings: object,
 ) -> DetectionLoader:
-    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(32), 32), seed=seed)
-    return DetectionLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=TrainingSampler(dataset, batch_size=batch_size, seed=seed, world_size=world_size),
-        collate_fn=collate,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=start_worker,
-    )
+    images = dataset(annotations, seed, **settings)
+    sampler = TrainingSampler(images, batch_size=batch_size, seed=seed, world_size=world_size)
+    options = {"prefetch_factor": 2, "start_method": start_method, "timeout_seconds": timeout_seconds}
+    return open_loader(images, sampler, batch_size=batch_size, num_workers=num_workers, **options)
 
 
 def epoch_bytes(loader: DetectionLoader, epoch: int) -> list[bytes]:
@@ -64,8 +73,11 @@ def epoch_bytes(loader: DetectionLoader, epoch: int) -> list[bytes]:
 
 
 def as_bytes(batch: Batch) -> bytes:
-    tensors = [batch.images, *batch.targets, batch.image_indices, batch.original_sizes]
+    tensors = [batch.images, *batch.targets, batch.image_indices, batch.original_sizes, batch.placements]
     return b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
+
+
+# Samples are a function of seed, epoch and index
 
 
 def test_samples_are_the_same_for_any_number_of_workers_and_new_in_every_epoch(annotations: AnnotationSet) -> None:
@@ -77,50 +89,38 @@ def test_samples_are_the_same_for_any_number_of_workers_and_new_in_every_epoch(a
         assert [epoch_bytes(loader, epoch) for epoch in range(3)] == expected
 
 
-@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
-def test_samples_are_the_same_however_workers_are_started(annotations: AnnotationSet, start_method: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+def test_samples_are_the_same_for_any_start_method(annotations: AnnotationSet, start_method: str) -> None:
     expected = epoch_bytes(training_loader(annotations), 1)
-    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(32), 32))
-    loader = open_loader(
-        dataset,
-        TrainingSampler(dataset, batch_size=2, seed=0),
-        batch_size=2,
-        num_workers=1,
-        prefetch_factor=2,
-        timeout_seconds=300.0,
-        start_method=start_method,
-    )
-    assert epoch_bytes(loader, 1) == expected
+    assert epoch_bytes(training_loader(annotations, 1, start_method=start_method), 1) == expected
 
 
-def test_samples_of_a_step_are_the_same_for_any_number_of_processes(annotations: AnnotationSet) -> None:
-    alone = training_loader(annotations, batch_size=4)
-    alone.sampler.set_epoch(2)
+def test_images_of_a_step_are_the_same_for_any_number_of_processes(annotations: AnnotationSet) -> None:
+    alone = list(training_loader(annotations, batch_size=4))
     shares = []
     for rank in (0, 1):
-        dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(32), 32))
-        sampler = TrainingSampler(dataset, batch_size=2, seed=0, rank=rank, world_size=2)
-        sampler.set_epoch(2)
-        shares.append(DetectionLoader(dataset, batch_size=2, sampler=sampler, collate_fn=collate))
+        images = dataset(annotations)
+        sampler = TrainingSampler(images, batch_size=2, seed=0, rank=rank, world_size=2)
+        shares.append(list(DetectionLoader(images, batch_size=2, sampler=sampler, collate_fn=collate)))
     for whole, *parts in zip(alone, *shares, strict=True):
-        expected = images_by_index(whole)
-        assert len(expected) == 4
-        assert images_by_index(parts[0]) | images_by_index(parts[1]) == expected
+        for row, index in enumerate(whole.image_indices.tolist()):
+            part = parts[row % 2]
+            place = part.image_indices.tolist().index(index)
+            assert torch.equal(part.images[place], whole.images[row])
+            assert torch.equal(part.targets.boxes[place], whole.targets.boxes[row])
 
 
-def images_by_index(batch: Batch) -> dict[int, bytes]:
-    pairs = zip(batch.image_indices.tolist(), batch.images, strict=True)
-    return {index: image.numpy().tobytes() for index, image in pairs}
+# Resume inside an epoch
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("batches_done", [1, 3, 4])
-def test_resumed_loader_gives_the_remaining_batches(
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("batches_done", [1, 4])
+def test_resumed_epoch_returns_exactly_the_batches_that_were_left(
     annotations: AnnotationSet, num_workers: int, batches_done: int
 ) -> None:
-    whole = training_loader(annotations, num_workers)
+    whole = training_loader(annotations)
     expected = epoch_bytes(whole, 4)
-
     stopped = training_loader(annotations, num_workers)
     stopped.sampler.set_epoch(4)
     iterator = iter(stopped)
@@ -128,39 +128,22 @@ def test_resumed_loader_gives_the_remaining_batches(
         next(iterator)
     state = stopped.state_dict()
     assert (state["epoch"], state["batches"]) == (4, batches_done)
-
     resumed = training_loader(annotations, num_workers)
     resumed.load_state_dict(state)
-    iterator = iter(resumed)  # before the epoch is known, as Lightning does
+    assert resumed.state_dict() == state  # also if it is saved again before its first batch
+    iterator = iter(resumed)  # before the epoch is set, as Lightning does
     resumed.sampler.set_epoch(4)
     assert [as_bytes(batch) for batch in iterator] == expected[batches_done:]
-    assert resumed.state_dict()["batches"] == 5
-    assert epoch_bytes(resumed, 5) == epoch_bytes(whole, 5)  # the next epoch is whole again
+    assert epoch_bytes(resumed, 5) == epoch_bytes(whole, 5)  # the next epoch is whole
 
 
-def test_resumed_loader_that_is_saved_again_before_its_first_batch_keeps_its_position(
-    annotations: AnnotationSet,
+@pytest.mark.parametrize(("state", "epoch"), [({"epoch": 0, "batches": 5}, 0), ({"epoch": 0, "batches": 3}, 1)])
+def test_position_at_the_end_of_an_epoch_or_of_another_epoch_is_not_used(
+    annotations: AnnotationSet, state: dict[str, int], epoch: int
 ) -> None:
     loader = training_loader(annotations)
-    state = loader.state_dict() | {"epoch": 2, "batches": 3}
-    loader.load_state_dict(state)
-    assert loader.state_dict() == state
-
-
-def test_position_at_the_end_of_an_epoch_means_a_whole_next_epoch(annotations: AnnotationSet) -> None:
-    loader = training_loader(annotations)
-    epoch_bytes(loader, 0)
-    for epoch in (0, 1):
-        resumed = training_loader(annotations)
-        resumed.load_state_dict(loader.state_dict())
-        assert len(epoch_bytes(resumed, epoch)) == 5
-
-
-def test_position_of_an_epoch_cut_short_is_not_used_in_the_next(annotations: AnnotationSet) -> None:
-    loader = training_loader(annotations)
-    state = loader.state_dict() | {"epoch": 0, "batches": 3}  # limit_train_batches=3
-    loader.load_state_dict(state)
-    assert len(epoch_bytes(loader, 1)) == 5
+    loader.load_state_dict(loader.state_dict() | state)
+    assert len(epoch_bytes(loader, epoch)) == 5
 
 
 def test_abandoned_iteration_does_not_shift_the_next(annotations: AnnotationSet) -> None:
@@ -191,29 +174,205 @@ def test_position_inside_an_epoch_needs_the_same_settings(
 
 
 def test_loader_can_be_rebuilt_from_dataloader_arguments(annotations: AnnotationSet) -> None:
-    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(32), 32))
-    loader = DetectionLoader(dataset, 2, False, collate_fn=collate)
+    loader = DetectionLoader(dataset(annotations), 2, False, collate_fn=collate)
     assert len(list(loader)) == 6
     assert loader.state_dict() == {}
     loader.load_state_dict({})
 
 
-# -- under Lightning ---------------------------------------------------------------------------------------------------
+# Images that cannot be read
 
 
-class OneSplit(DetectionDataModule):
-    """A data module around a hand-written set."""
+def test_substitute_is_another_sample_that_seed_epoch_and_index_decide(damaged: AnnotationSet) -> None:
+    split, again = dataset(damaged, on_error="skip"), dataset(damaged, on_error="skip")
+    again[0, 1]
+    taken = set()
+    for epoch in range(30):
+        sample, other = split[epoch, 3], again[epoch, 3]
+        assert sample.image.numpy().tobytes() == other.image.numpy().tobytes()
+        assert sample.image_index == other.image_index not in DAMAGED
+        assert set(sample.labels.tolist()) <= {sample.image_index}  # its own object, not the damaged image's
+        assert sample.failures[0].image_index == 3
+        assert damaged.image_paths[3] in sample.failures[0].message
+        taken.add(sample.image_index)
+    assert len(taken) > 6  # not always the same one
+    assert split[0, 1].failures == ()
 
-    def __init__(self, annotations: AnnotationSet, num_workers: int) -> None:
-        super().__init__("nowhere", image_size=32, batch_size=2, num_workers=num_workers)
-        self.split = annotations
 
-    def parse(self, split: str, class_names: object) -> AnnotationSet:
-        return self.split
+def test_samples_with_substitutes_are_the_same_for_any_number_of_workers(damaged: AnnotationSet) -> None:
+    settings = {"on_error": "skip", "max_bad_fraction": 0.5, "mosaic": 0.3, "mixup": 0.3}
+    expected = [epoch_bytes(training_loader(damaged, **settings), epoch) for epoch in range(2)]
+    workers = training_loader(damaged, 2, **settings)
+    assert [epoch_bytes(workers, epoch) for epoch in range(2)] == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_failures_are_reported_at_the_end_of_each_epoch(
+    damaged: AnnotationSet, num_workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    split = training_loader(damaged, num_workers, batch_size=11, on_error="skip", max_bad_fraction=0.5)
+    assert len(epoch_bytes(split, 0)) == 1
+    assert len([message for message in caplog.messages if "an image was skipped" in message]) == 2
+    assert caplog.messages[-1].startswith(
+        "epoch 0: 2 times an image could not be read and another took its place; so far 2 of the 11 images of "
+        "hand-written have failed:"
+    )
+    assert all(damaged.image_paths[number] in caplog.messages[-1] for number in DAMAGED)
+    caplog.clear()
+    epoch_bytes(split, 1)
+    assert [message[:16] for message in caplog.messages] == ["epoch 1: 2 times"]  # each image only once
+
+
+def test_epoch_cut_short_reports_its_failures_too(damaged: AnnotationSet, caplog: pytest.LogCaptureFixture) -> None:
+    iterator = iter(training_loader(damaged, on_error="skip", max_bad_fraction=0.5))
+    while "an image was skipped" not in caplog.text:
+        next(iterator)
+    iterator.close()
+    assert "epoch 0: " in caplog.text
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"on_error": "raise"}, ImageError, r"^[^\n]*[37]\.png: is not an image"),
+        (
+            {"on_error": "skip", "max_bad_fraction": 0.1},  # one of eleven
+            DataError,
+            r"^hand-written: 2 of 11 images could not be read, more than data\.max_bad_fraction \(0\.1\)",
+        ),
+    ],
+)
+def test_bad_images_stop_the_run_with_the_message_alone(
+    damaged: AnnotationSet, num_workers: int, settings: dict, error: type[DataError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        epoch_bytes(training_loader(damaged, num_workers, batch_size=11, **settings), 0)
+
+
+def test_unreadable_partner_of_a_mosaic_is_replaced(damaged: AnnotationSet) -> None:
+    split = dataset(damaged, on_error="skip", mosaic=1.0)
+    failures = [failure.image_index for epoch in range(10) for failure in split[epoch, 0].failures]
+    assert set(failures) == set(DAMAGED)
+
+
+def test_set_without_a_readable_image_ends_with_the_name_of_one(annotations: AnnotationSet) -> None:
+    for path in annotations.image_paths:
+        Path(path).write_bytes(b"")
+    with pytest.raises(ImageError, match=r"\d+\.png"):
+        dataset(annotations, on_error="skip")[0, 0]
+    assert MAX_SUBSTITUTES < 20
+
+
+def test_log_of_many_failures_quotes_three(caplog: pytest.LogCaptureFixture) -> None:
+    log = FailureLog("a.json", 1000, 0.01)
+    with caplog.at_level(logging.WARNING):
+        log.add([Failure(number, f"{number}.jpg: is damaged\nReplace it.") for number in range(10)])
+    assert len(caplog.messages) == 3
+    log.end_epoch(4)
+    assert caplog.messages[-1].splitlines()[1:] == [*(f"  {n}.jpg: is damaged" for n in range(3)), "  and 7 more"]
+    log.end_epoch(5)
+    assert len(caplog.messages) == 4  # nothing new, nothing to say
+    with pytest.raises(DataError, match="11 of 1000 images"):
+        log.add([Failure(10, "10.jpg")])
+
+
+# Workers that die, hang, or are left behind
+
+
+class Harmful(DetectionDataset):
+    """Ends or delays its worker at one image."""
+
+    harm = staticmethod(lambda: None)
+
+    def __getitem__(self, key: tuple[int, int]):
+        if torch.utils.data.get_worker_info() is not None and key[1] == 5:
+            self.harm()
+        return super().__getitem__(key)
+
+
+def harmful_loader(annotations: AnnotationSet, harm, timeout_seconds: float = 60.0) -> DetectionLoader:
+    images = Harmful(annotations, SeededTransform([], STRETCH))
+    images.harm = harm
+    sampler = TrainingSampler(images, batch_size=2, seed=0)
+    return open_loader(images, sampler, batch_size=2, num_workers=1, timeout_seconds=timeout_seconds)
+
+
+@pytest.mark.parametrize(
+    ("harm", "exit_code", "message"),
+    [
+        (
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+            3,
+            "(?s)worker process .* was killed by SIGKILL.*data.num_workers",
+        ),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), 5, "(?s)shared memory full.*--shm-size"),
+        (lambda: time.sleep(100), 3, "(?s)no batch came .* for 2 s.*data.worker_timeout_seconds"),
+    ],
+    ids=["killed", "shared memory full", "hangs"],
+)
+def test_worker_that_dies_or_hangs_is_one_message(
+    annotations: AnnotationSet, harm, exit_code: int, message: str
+) -> None:
+    loader = harmful_loader(annotations, harm, 2.0 if "no batch" in message else 60.0)
+    with pytest.raises((DataError, Exception), match=message) as caught:
+        list(loader)
+    assert caught.value.exit_code == exit_code
+
+
+def test_death_of_a_worker_is_reported_between_two_steps(annotations: AnnotationSet) -> None:
+    iterator = iter(harmful_loader(annotations, lambda: None))
+    next(iterator)
+    (worker,) = torch.multiprocessing.active_children()[-1:]
+    os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.5)  # a training step, which torch's own signal handler would interrupt
+    with pytest.raises(DataError, match="a worker process of the loader was killed by SIGKILL"):
+        list(iterator)
+
+
+LEFT_OPEN = """
+import multiprocessing, torch
+from onestage.data.loader import DetectionLoader, start_worker
+options = dict(num_workers=2, worker_init_fn=start_worker, persistent_workers=True, timeout=60)
+iterator = iter(DetectionLoader(torch.arange(100), **options))
+print(int(next(iterator)), *(worker.pid for worker in multiprocessing.active_children()))
+"""
+
+
+@pytest.mark.slow
+def test_process_ends_although_an_iterator_was_never_closed() -> None:
+    words = [sys.executable, "-c", textwrap.dedent(LEFT_OPEN)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    first, *workers = done.stdout.split()
+    assert first == "0"
+    assert len(workers) == 2
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(worker), 0)
+
+
+# Under Lightning
+
+
+class OneSplit(Source):
+    """A source around a hand-written set."""
+
+    format = "hand-written"
+    splits = ("train", "val")
+
+    def __init__(self, annotations: AnnotationSet) -> None:
+        self.path, self.annotations = Path("nowhere"), annotations
+
+    def read(self, split: str, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01):
+        return self.annotations
+
+    def describe(self, split: str) -> str:
+        return "by hand"
 
 
 class Recorder(pl.LightningModule):
-    """Learns nothing of use, and writes down what it sees."""
+    """Learns nothing, and records what it sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,8 +390,12 @@ class Recorder(pl.LightningModule):
         return batch.image_indices.tolist()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        _ = self.trainer.estimated_stepping_batches  # asks for the loader before a checkpoint has restored the loops
+        _ = self.trainer.estimated_stepping_batches  # requests the loader before a checkpoint has restored the loops
         return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+
+def data_module(annotations: AnnotationSet, num_workers: int = 0) -> DetectionDataModule:
+    return DetectionDataModule(OneSplit(annotations), image_size=32, batch_size=2, num_workers=num_workers)
 
 
 def trainer(folder: Path, **settings: object) -> pl.Trainer:
@@ -250,26 +413,27 @@ def trainer(folder: Path, **settings: object) -> pl.Trainer:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_training_resumed_at_any_step_sees_what_an_uninterrupted_one_sees(
     annotations: AnnotationSet, tmp_path: Path, num_workers: int
 ) -> None:
     whole = Recorder()
-    trainer(tmp_path, max_epochs=3).fit(whole, OneSplit(annotations, num_workers))
+    trainer(tmp_path, max_epochs=3).fit(whole, data_module(annotations, num_workers))
     assert len(whole.seen) == 15
     for step in (2, 5, 8) if num_workers == 0 else (7,):
         resumed = Recorder()
         run = trainer(tmp_path, max_epochs=3, enable_checkpointing=False)
-        run.fit(resumed, OneSplit(annotations, num_workers), ckpt_path=tmp_path / f"step={step}.ckpt")
+        run.fit(resumed, data_module(annotations, num_workers), ckpt_path=tmp_path / f"step={step}.ckpt")
         assert resumed.seen == whole.seen[step:]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_lightning_may_rebuild_the_loaders(annotations: AnnotationSet, tmp_path: Path) -> None:
     run = trainer(tmp_path, enable_checkpointing=False)
-    batches = run.predict(Recorder(), OneSplit(annotations, 0))
+    batches = run.predict(Recorder(), data_module(annotations))
     assert [index for batch in batches for index in batch] == list(range(NUM_IMAGES))
     overfitted = Recorder()
     run = trainer(tmp_path, enable_checkpointing=False, max_epochs=2, overfit_batches=1)
-    run.fit(overfitted, OneSplit(annotations, 0))
+    run.fit(overfitted, data_module(annotations))
     assert len(overfitted.seen) == 2
+    assert np.unique([len(seen) for seen in overfitted.seen]).size == 1

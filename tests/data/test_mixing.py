@@ -8,7 +8,8 @@ import torch
 
 from onestage.data.dataset import DetectionDataset
 from onestage.data.mixing import Picture, mixup, mosaic
-from onestage.data.transforms import SeededTransform, resize_transforms, training_transforms
+from onestage.data.resize import Stretch
+from onestage.data.transforms import SeededTransform, training_transforms
 from onestage.errors import ConfigError
 from onestage.types import IGNORE, AnnotationSet
 
@@ -112,7 +113,7 @@ def annotations(tmp_path: Path) -> AnnotationSet:
 
 
 def dataset(annotations: AnnotationSet, **settings: float) -> DetectionDataset:
-    return DetectionDataset(annotations, SeededTransform(resize_transforms(48), 48), seed=2, **settings)
+    return DetectionDataset(annotations, SeededTransform([], Stretch(48)), seed=2, **settings)
 
 
 def test_mosaic_in_the_dataset_has_the_labels_of_its_images(annotations: AnnotationSet) -> None:

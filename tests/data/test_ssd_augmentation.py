@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 import pytest
 
+from onestage.data.augmentation import OPENCV_CODES, Distortion, SSDAugmentation, SSDPhotometricDistort, View, place
 from onestage.data.crops import IMAGENET_MEAN_RGB, ScaleJitter, SSDMinIoUCrop, SSDZoomOut, Window
-from onestage.data.photometric import Distortion, SSDPhotometricDistort
-from onestage.data.ssd_augmentation import OPENCV_CODES, SSDAugmentation, View, place
+from onestage.data.resize import Stretch
 from onestage.data.transforms import SeededTransform
 from onestage.errors import ConfigError
 
@@ -258,8 +258,8 @@ def test_share_of_patches_and_mean_number_of_kept_boxes_are_those_of_the_referen
 def test_alone_and_among_others_the_recipe_gives_the_same() -> None:
     image = smooth_image(150, 200)
     boxes = np.array(BOXES, np.float32)
-    alone = SeededTransform([SSDAugmentation(SIDE)], SIDE)
-    among = SeededTransform([SSDAugmentation(SIDE), A.NoOp()], SIDE)
+    alone = SeededTransform([SSDAugmentation(SIDE)], Stretch(SIDE))
+    among = SeededTransform([SSDAugmentation(SIDE), A.NoOp()], Stretch(SIDE))
     for index in range(50):
         a, b = alone(image, boxes, (3, 1, index)), among(image, boxes, (3, 1, index))
         assert np.array_equal(a.image, b.image)
@@ -268,7 +268,9 @@ def test_alone_and_among_others_the_recipe_gives_the_same() -> None:
 
 
 def test_recipe_of_another_size_is_stretched() -> None:
-    result = SeededTransform([SSDAugmentation(40)], SIDE)(smooth_image(30, 30), np.zeros((0, 4), np.float32), (0, 0, 0))
+    result = SeededTransform([SSDAugmentation(40)], Stretch(SIDE))(
+        smooth_image(30, 30), np.zeros((0, 4), np.float32), (0, 0, 0)
+    )
     assert result.image.shape == (SIDE, SIDE, 3)
 
 
@@ -333,7 +335,7 @@ def test_boxes_stay_sane_over_2500_draws(transform: A.DualTransform, boxes: list
 
 @pytest.mark.parametrize("boxes", HARD_BOXES.values(), ids=HARD_BOXES)
 def test_boxes_of_the_whole_recipe_stay_sane_over_2500_draws(boxes: list) -> None:
-    transform = SeededTransform([SSDAugmentation(32)], 32)
+    transform = SeededTransform([SSDAugmentation(32)], Stretch(32))
     image, given = smooth_image(70, 90), np.array(boxes, np.float32).reshape(-1, 4)
     for index in range(2500):
         result = transform(image, given, (0, 0, index))
@@ -344,7 +346,7 @@ def test_boxes_of_the_whole_recipe_stay_sane_over_2500_draws(boxes: list) -> Non
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3)])
 def test_tiny_images_pass(size: tuple[int, int]) -> None:
-    transform = SeededTransform([SSDAugmentation(32)], 32)
+    transform = SeededTransform([SSDAugmentation(32)], Stretch(32))
     whole = np.array([[0, 0, size[1], size[0]]], np.float32)
     for index in range(300):
         result = transform(np.zeros((*size, 3), np.uint8), whole, (0, 0, index))

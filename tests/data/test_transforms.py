@@ -8,9 +8,10 @@ import albumentations as A
 import numpy as np
 import pytest
 
+from onestage.data.augmentation import SSDPhotometricDistort
 from onestage.data.crops import IMAGENET_MEAN_RGB, ScaleJitter, SSDMinIoUCrop, SSDZoomOut, Window
-from onestage.data.photometric import SSDPhotometricDistort
-from onestage.data.transforms import SeededTransform, resize_transforms, ssd_transforms
+from onestage.data.resize import Stretch
+from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.errors import ConfigError
 
 NO_BOXES = np.zeros((0, 4), dtype=np.float32)
@@ -357,7 +358,7 @@ def test_jitter_factor_is_uniform_and_batches_keep_one_size() -> None:
     factors = [100 / run(pipeline, image, NO_BOXES)[0].shape[0] for _ in range(1000)]
     assert 0.5 <= min(factors) <= max(factors) <= 2
     assert np.mean(factors) == pytest.approx(1.25, abs=0.06)  # 4 sigma
-    transform = SeededTransform([ScaleJitter(), *ssd_transforms(48)], 48)
+    transform = SeededTransform([ScaleJitter(), *ssd_transforms(Stretch(48))], Stretch(48))
     assert {transform(image, NO_BOXES, (0, 0, index)).image.shape for index in range(20)} == {(48, 48, 3)}
 
 
@@ -392,7 +393,7 @@ BOXES = np.array([[5, 5, 60, 80], [50, 40, 190, 140], [150, 10, 170, 30]], np.fl
 
 
 def test_resize_scales_both_axes_by_hand() -> None:
-    transformed = SeededTransform(resize_transforms(100), 100)(random_image(150, 200), BOXES, (0, 0, 0))
+    transformed = SeededTransform([], Stretch(100))(random_image(150, 200), BOXES, (0, 0, 0))
     assert transformed.image.shape == (100, 100, 3)
     # x by 1/2, y by 2/3
     expected = [[2.5, 10 / 3, 30, 160 / 3], [25, 80 / 3, 95, 280 / 3], [75, 20 / 3, 85, 20]]
@@ -403,7 +404,10 @@ def test_resize_scales_both_axes_by_hand() -> None:
 
 def test_same_key_gives_the_same_result_whatever_ran_before() -> None:
     image = random_image(150, 200)
-    first, second = SeededTransform(ssd_transforms(64), 64), SeededTransform(ssd_transforms(64), 64)
+    first, second = (
+        SeededTransform(ssd_transforms(Stretch(64)), Stretch(64)),
+        SeededTransform(ssd_transforms(Stretch(64)), Stretch(64)),
+    )
     for index in range(5):
         second(image, BOXES, (7, 3, index + 100))
         a, b = first(image, BOXES, (7, 3, index)), second(image, BOXES, (7, 3, index))
@@ -411,14 +415,14 @@ def test_same_key_gives_the_same_result_whatever_ran_before() -> None:
 
 
 def test_every_part_of_the_key_changes_the_result() -> None:
-    transform = SeededTransform(ssd_transforms(64), 64)
+    transform = SeededTransform(ssd_transforms(Stretch(64)), Stretch(64))
     image = random_image(150, 200)
     keys = [(seed, epoch, index) for seed in range(3) for epoch in range(3) for index in range(3)]
     assert len({transform(image, BOXES, key).image.tobytes() for key in keys}) == len(keys)
 
 
 def test_transforms_of_one_pipeline_draw_independently() -> None:
-    transform = SeededTransform([A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)], 32)
+    transform = SeededTransform([A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)], Stretch(32))
     image = np.zeros((32, 32, 3), dtype=np.uint8)
     corner = np.array([[0, 0, 4, 4]], np.float32)
     seen = Counter(tuple(transform(image, corner, (0, 0, index)).boxes[0, :2].tolist()) for index in range(400))
@@ -428,7 +432,7 @@ def test_transforms_of_one_pipeline_draw_independently() -> None:
 
 def test_rows_say_which_boxes_are_left() -> None:
     boxes = np.array([[0, 0, 10, 10], [50, 50, 60, 60], [90, 90, 100, 100]], np.float32)
-    transform = SeededTransform([A.Crop(x_min=40, y_min=40, x_max=100, y_max=100)], 60)
+    transform = SeededTransform([A.Crop(x_min=40, y_min=40, x_max=100, y_max=100)], Stretch(60))
     transformed = transform(np.zeros((100, 100, 3), np.uint8), boxes, (0, 0, 0))
     assert transformed.rows.tolist() == [1, 2]
     assert transformed.boxes == pytest.approx(np.array([[10, 10, 20, 20], [50, 50, 60, 60]]), abs=1e-3)
@@ -436,7 +440,7 @@ def test_rows_say_which_boxes_are_left() -> None:
 
 def test_objects_under_a_pixel_of_the_network_input_are_dropped() -> None:
     boxes = np.array([[0, 0, 9, 400], [0, 0, 11, 400]], np.float32)  # 0.9 and 1.1 px wide after the resize
-    transformed = SeededTransform([], 40)(np.zeros((400, 400, 3), np.uint8), boxes, (0, 0, 0))
+    transformed = SeededTransform([], Stretch(40))(np.zeros((400, 400, 3), np.uint8), boxes, (0, 0, 0))
     assert transformed.rows.tolist() == [1]
 
 
@@ -445,14 +449,14 @@ def test_boxes_beyond_the_image_are_clipped_and_empty_ones_dropped() -> None:
     boxes = np.array(
         [[-5, -5, 20, 20], [10, 10, 10, 30], [30, 30, 70, 70], [50, 50, 60, 60], [nan, 0, 9, 9]], np.float32
     )
-    transformed = SeededTransform([], 40)(np.zeros((40, 40, 3), np.uint8), boxes, (0, 0, 0))
+    transformed = SeededTransform([], Stretch(40))(np.zeros((40, 40, 3), np.uint8), boxes, (0, 0, 0))
     assert transformed.rows.tolist() == [0, 2]
     assert transformed.boxes == pytest.approx(np.array([[0, 0, 20, 20], [30, 30, 40, 40]]), abs=1e-3)
 
 
-@pytest.mark.parametrize("transforms", [ssd_transforms(48), resize_transforms(48), [SSDZoomOut(p=1.0)]])
+@pytest.mark.parametrize("transforms", [ssd_transforms(Stretch(48)), [], [SSDZoomOut(p=1.0)]])
 def test_image_without_objects_passes(transforms: list[A.BasicTransform]) -> None:
-    transform = SeededTransform(transforms, 48)
+    transform = SeededTransform(transforms, Stretch(48))
     for index in range(20):
         transformed = transform(random_image(40, 60), NO_BOXES, (0, 0, index))
         assert transformed.image.shape == (48, 48, 3)
@@ -461,7 +465,7 @@ def test_image_without_objects_passes(transforms: list[A.BasicTransform]) -> Non
 
 
 def test_default_augmentation_gives_valid_boxes_over_many_draws() -> None:
-    transform = SeededTransform(ssd_transforms(300), 300)
+    transform = SeededTransform(ssd_transforms(Stretch(300)), Stretch(300))
     image = random_image(75, 100)
     boxes = np.array([[0, 0, 100, 75], [0, 0, 1, 1], [99, 74, 100, 75], [30, 20, 70, 50]], np.float32)
     for index in range(200):
@@ -472,11 +476,11 @@ def test_default_augmentation_gives_valid_boxes_over_many_draws() -> None:
 
 def test_pipeline_that_converts_the_image_says_what_to_leave_out() -> None:
     with pytest.raises(ConfigError, match=r"data.train_transforms gave .*float32.*\n.*Normalize"):
-        SeededTransform([A.Normalize()], 32)(random_image(32, 32), NO_BOXES, (0, 0, 0))
+        SeededTransform([A.Normalize()], Stretch(32))(random_image(32, 32), NO_BOXES, (0, 0, 0))
 
 
 def test_transform_that_fails_on_an_image_is_named_with_the_image() -> None:
-    transform = SeededTransform([A.RandomCrop(height=500, width=500, pad_if_needed=False)], 32)
+    transform = SeededTransform([A.RandomCrop(height=500, width=500, pad_if_needed=False)], Stretch(32))
     with pytest.raises(
         ConfigError, match=r"data.train_transforms failed on an image of 128 x 96 pixels with 3 objects"
     ):
@@ -484,7 +488,7 @@ def test_transform_that_fails_on_an_image_is_named_with_the_image() -> None:
 
 
 def test_adapter_can_be_pickled() -> None:
-    transform = SeededTransform(ssd_transforms(32), 32)
+    transform = SeededTransform(ssd_transforms(Stretch(32)), Stretch(32))
     copy = pickle.loads(pickle.dumps(transform))
     image = random_image(150, 200)
     assert np.array_equal(copy(image, BOXES, (1, 2, 3)).image, transform(image, BOXES, (1, 2, 3)).image)
@@ -500,6 +504,6 @@ def test_large_image_is_shrunk_before_anything_else_and_its_boxes_with_it():
 
     image = np.zeros((1000, 2000, 3), np.uint8)
     boxes = np.array([[1000, 500, 2000, 1000]], np.float32)
-    result = SeededTransform([Look(p=1.0)], 100)(image, boxes, (0, 0, 0))
+    result = SeededTransform([Look(p=1.0)], Stretch(100))(image, boxes, (0, 0, 0))
     assert seen == [(200, 400, 3)]  # the longer side is four times the network's
     assert result.boxes.tolist() == [[50, 50, 100, 100]]

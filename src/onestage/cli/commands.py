@@ -135,7 +135,7 @@ class DetectionCLI(LightningCLI):
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         self.add_on.add_arguments(parser)
         parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.image_size", "model.detector.init_args.image_size")
+        parser.link_arguments("data.image_size", "model.detector.init_args.image_size", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=checked_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -1,4 +1,4 @@
-"""From files to batches: sources, annotations, images, augmentation, samplers and the data module."""
+"""From files to batches: sources, images, augmentation, samplers and the data module."""
 
 import os
 from importlib import import_module
@@ -9,19 +9,24 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 if TYPE_CHECKING:
+    from onestage.data.augmentation import SSDAugmentation, SSDPhotometricDistort
     from onestage.data.coco import COCO
     from onestage.data.crops import ScaleJitter, SSDMinIoUCrop, SSDZoomOut
     from onestage.data.datamodule import DetectionDataModule
     from onestage.data.dataset import DetectionDataset, Sample, collate
     from onestage.data.folder import ImageFolder
     from onestage.data.loader import DetectionLoader
-    from onestage.data.photometric import SSDPhotometricDistort
-    from onestage.data.samplers import EvaluationSampler, TrainingSampler
-    from onestage.data.sampling import ClassBalancedSampling, RepeatFactorSampling, Sampling
+    from onestage.data.resize import Letterbox, Resize, Stretch
+    from onestage.data.samplers import (
+        ClassBalancedSampling,
+        EvaluationSampler,
+        RepeatFactorSampling,
+        Sampling,
+        TrainingSampler,
+    )
     from onestage.data.shapes import Shapes
     from onestage.data.source import Source
-    from onestage.data.ssd_augmentation import SSDAugmentation
-    from onestage.data.transforms import SeededTransform, resize_transforms, ssd_transforms
+    from onestage.data.transforms import SeededTransform, ssd_transforms
     from onestage.data.voc import VOC
     from onestage.data.yolo import YOLO
 
@@ -35,7 +40,9 @@ __all__ = [
     "DetectionLoader",
     "EvaluationSampler",
     "ImageFolder",
+    "Letterbox",
     "RepeatFactorSampling",
+    "Resize",
     "SSDAugmentation",
     "SSDMinIoUCrop",
     "SSDPhotometricDistort",
@@ -46,37 +53,39 @@ __all__ = [
     "SeededTransform",
     "Shapes",
     "Source",
+    "Stretch",
     "TrainingSampler",
     "collate",
-    "resize_transforms",
     "ssd_transforms",
 ]
 
-# Lightning and albumentations take seconds to import, so that happens when one of these is first asked for.
+# Lightning and albumentations take seconds to import, so that happens when a name is first used.
 _MODULE_OF_NAME = {
     "COCO": "coco",
-    "ImageFolder": "folder",
-    "Shapes": "shapes",
-    "Source": "source",
     "VOC": "voc",
     "YOLO": "yolo",
-    "ClassBalancedSampling": "sampling",
+    "ClassBalancedSampling": "samplers",
     "DetectionDataModule": "datamodule",
     "DetectionDataset": "dataset",
     "DetectionLoader": "loader",
     "EvaluationSampler": "samplers",
-    "RepeatFactorSampling": "sampling",
-    "SSDAugmentation": "ssd_augmentation",
+    "ImageFolder": "folder",
+    "Letterbox": "resize",
+    "RepeatFactorSampling": "samplers",
+    "Resize": "resize",
+    "SSDAugmentation": "augmentation",
     "SSDMinIoUCrop": "crops",
-    "SSDPhotometricDistort": "photometric",
+    "SSDPhotometricDistort": "augmentation",
     "SSDZoomOut": "crops",
     "Sample": "dataset",
-    "Sampling": "sampling",
+    "Sampling": "samplers",
     "ScaleJitter": "crops",
     "SeededTransform": "transforms",
+    "Shapes": "shapes",
+    "Source": "source",
+    "Stretch": "resize",
     "TrainingSampler": "samplers",
     "collate": "dataset",
-    "resize_transforms": "transforms",
     "ssd_transforms": "transforms",
 }
 

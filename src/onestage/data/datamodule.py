@@ -13,22 +13,23 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from onestage.data.annotations import find_same_files, require_objects, require_same_categories, start_messages
+from onestage.data.cache import CacheKind, open_images
 from onestage.data.dataset import DetectionDataset
 from onestage.data.folder import list_images
-from onestage.data.image_cache import open_images
 from onestage.data.image_headers import check_before_start
 from onestage.data.images import read_image
 from onestage.data.layouts import describe_source, recognise
 from onestage.data.loader import DetectionLoader, StartMethod, num_auto_workers, open_loader
-from onestage.data.samplers import EvaluationSampler, TrainingSampler
-from onestage.data.sampling import Sampling, checked_repeats
+from onestage.data.resize import Resize, Stretch
+from onestage.data.samplers import EvaluationSampler, Sampling, TrainingSampler, checked_repeats
 from onestage.data.source import Source, Split
 from onestage.data.splits import split_by_fold, split_by_fraction
-from onestage.data.transforms import SeededTransform, resize_transforms, training_transforms
+from onestage.data.transforms import SeededTransform, training_transforms
 from onestage.errors import ConfigError, require
 from onestage.files import printable
 from onestage.types import AnnotationSet, Stage
 
+DEFAULT_IMAGE_SIZE, MIN_IMAGE_SIZE = 300, 32  # px
 DEFAULT_VAL_FRACTION = 0.2  # where the source has no validation split
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class DetectionDataModule(LightningDataModule):
     Args:
         source: the files and splits, such as `onestage.data.COCO`.
         path: a data set whose layout is recognised; it replaces `source`.
-        image_size: side of the square network input, px, >= 32.
+        image_size: side of the square network input, px, >= 32: short for `resize: Stretch(image_size)`.
+        resize: fits images to the network input in another way, such as `onestage.data.Letterbox(300)`.
         batch_size: images per process and step.
         num_workers: processes that load images, 0 for none; auto: one per CPU core that this process may use, less
             one for training, at most 16.
@@ -76,7 +78,8 @@ class DetectionDataModule(LightningDataModule):
         source: Source | None = None,
         *,
         path: str | Path | None = None,
-        image_size: int = 300,
+        image_size: int = DEFAULT_IMAGE_SIZE,
+        resize: Resize | None = None,
         batch_size: int = 32,
         num_workers: int | Literal["auto"] = "auto",
         prefetch_factor: int = 4,
@@ -92,7 +95,7 @@ class DetectionDataModule(LightningDataModule):
         category_ids: list[int] | None = None,
         max_bad_fraction: float = 0.01,
         on_error: Literal["raise", "skip"] = "raise",
-        cache: Literal["none", "disk"] = "none",
+        cache: CacheKind = "none",
         val_fraction: float | None = None,
         num_folds: int | None = None,
         fold: int = 0,
@@ -101,7 +104,8 @@ class DetectionDataModule(LightningDataModule):
         super().__init__()
         self._source = source
         self.path = path
-        self.image_size = image_size
+        self.resize = _checked_resize(image_size, resize)
+        self.image_size, self.canvases = self.resize.longest_side, self.resize.canvases
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.prefetch_factor = prefetch_factor
@@ -145,11 +149,6 @@ class DetectionDataModule(LightningDataModule):
         if self._source is None:
             raise ConfigError("data.source: missing. Set data.path to your data set, or data.source to a class.")
         return self._source
-
-    @property
-    def canvases(self) -> tuple[tuple[int, int], ...]:
-        """The (height, width) of the batches, px."""
-        return ((self.image_size, self.image_size),)
 
     @property
     def num_classes(self) -> int:
@@ -228,10 +227,10 @@ class DetectionDataModule(LightningDataModule):
     def train_dataloader(self) -> DetectionLoader:
         """Return the augmented training images; (seed, epoch) decide their order and augmentation."""
         annotations = self.annotations("train")
-        transforms = training_transforms(self.train_transforms, self.image_size, self.scale_jitter)
+        transforms = training_transforms(self.train_transforms, self.resize, self.scale_jitter)
         dataset = DetectionDataset(
             annotations,
-            SeededTransform(transforms, self.image_size),
+            SeededTransform(transforms, self.resize),
             seed=self.seed,
             train_difficult=self.source.train_difficult,
             mosaic=self.mosaic,
@@ -279,7 +278,7 @@ class DetectionDataModule(LightningDataModule):
     def _evaluation_loader(self, stage: Stage) -> DetectionLoader:
         dataset = DetectionDataset(
             self.annotations(stage),
-            SeededTransform(resize_transforms(self.image_size), self.image_size),
+            SeededTransform([], self.resize),
             train_difficult=self._source is None or self._source.train_difficult,
         )
         rank, world_size = self._rank_and_world_size()
@@ -369,7 +368,7 @@ class DetectionDataModule(LightningDataModule):
         rank_zero_info("data: " + "\n".join(lines))
 
     def _require_valid_settings(self) -> None:
-        minimums = (("image_size", 32), ("batch_size", 1), ("prefetch_factor", 1), ("seed", 0), ("num_workers", 0))
+        minimums = (("batch_size", 1), ("prefetch_factor", 1), ("seed", 0), ("num_workers", 0))
         for name, minimum in minimums:
             value = getattr(self, name)
             require(value == "auto" or value >= minimum, f"data.{name}", value, f">= {minimum}")
@@ -398,6 +397,17 @@ class DetectionDataModule(LightningDataModule):
         has_ids = ids is None or (names is not None and len(set(ids)) == len(ids) == len(names))
         remedy = "Leave both out to use those of the training annotations."
         require(has_ids, "data.category_ids", ids, f"one id for each of data.class_names ({names})", remedy)
+
+
+def _checked_resize(image_size: int, resize: Resize | None) -> Resize:
+    """Return the resize that `image_size` or `resize` asks for; refuse two different sizes."""
+    require(image_size >= MIN_IMAGE_SIZE, "data.image_size", image_size, f">= {MIN_IMAGE_SIZE}")
+    if resize is None:
+        return Stretch(image_size)
+    remedy = f"Set data.image_size: {resize.longest_side}, or leave it out."
+    is_same = image_size in (DEFAULT_IMAGE_SIZE, resize.longest_side)
+    require(is_same, "data.image_size", image_size, f"{resize.longest_side}, the size of data.resize", remedy)
+    return resize
 
 
 @rank_zero_only

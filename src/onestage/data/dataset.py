@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from onestage.data.failures import Failure
-from onestage.data.image_reader import FileReader, ImageReader, ReadImage
+from onestage.data.cache import FileReader, ImageReader, ReadImage
 from onestage.data.mixing import NUM_TILES, Picture, mixup, mosaic
+from onestage.data.resize import Placement
 from onestage.data.transforms import SeededTransform
 from onestage.errors import ConfigError, ImageError
 from onestage.types import IGNORE, PADDING, AnnotationSet, Batch, Targets
@@ -23,6 +23,13 @@ PARTNERS, SUBSTITUTES = 1, 2
 SampleKey = tuple[int, int, int]  # seed, epoch, index of the image
 
 
+class Failure(NamedTuple):
+    """An image that could not be read, so that another took its place."""
+
+    image_index: int  # row of the AnnotationSet
+    message: str
+
+
 class Sample(NamedTuple):
     """One image as the network sees it, and its objects."""
 
@@ -31,6 +38,7 @@ class Sample(NamedTuple):
     labels: Tensor  # [M] int64: 0..K-1 or IGNORE
     image_index: int  # row of the image in the AnnotationSet
     original_size: tuple[int, int]  # (height, width) of the decoded file
+    placement: Placement  # of the decoded file on `image`; it does not describe random augmentation
     failures: tuple[Failure, ...] = ()  # images that others took the place of
 
 
@@ -98,7 +106,7 @@ class DetectionDataset(Dataset[Sample]):
         picture = self._picture(index, image)
         if random.random() < self.mosaic:
             others = [self._partner(random, sample_key, failures) for _ in range(NUM_TILES - 1)]
-            picture = mosaic([picture, *others], 2 * self.transform.image_size, random)
+            picture = mosaic([picture, *others], 2 * self.transform.resize.longest_side, random)
         picture = self._transformed(picture, index, sample_key)
         if random.random() < self.mixup:
             other = self._partner(random, sample_key, failures)
@@ -109,6 +117,7 @@ class DetectionDataset(Dataset[Sample]):
             labels=torch.from_numpy(self._labels(picture.objects)),
             image_index=index,
             original_size=image.original_size,
+            placement=self.transform.resize.place(*image.original_size),
             failures=tuple(failures),
         )
 
@@ -184,13 +193,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
     for row, sample in enumerate(samples):
         boxes[row, : len(sample.boxes)] = sample.boxes
         labels[row, : len(sample.labels)] = sample.labels
-    images = torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
-    original_sizes = torch.tensor([sample.original_size for sample in samples])
-    scales = torch.tensor([images.shape[3], images.shape[2]]) / original_sizes.flip(-1)  # (x, y) of a stretch
     return Batch(
-        images=images,
+        images=torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
         targets=Targets(boxes, labels),
         image_indices=torch.tensor([sample.image_index for sample in samples]),
-        original_sizes=original_sizes,
-        placements=torch.cat([scales, torch.zeros_like(scales)], dim=1),
+        original_sizes=torch.tensor([sample.original_size for sample in samples]),
+        placements=torch.tensor([sample.placement for sample in samples]),
     )

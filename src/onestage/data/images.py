@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
-from onestage.data.reading_note import note_reading
 from onestage.errors import ImageError
 from onestage.files import printable, read_file
 
@@ -61,7 +60,6 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
             another size than annotated.
     """
     file = Path(path)
-    note_reading(str(file))
     content = read_file(file, ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
     with open_header(file, content) as pillow_image:
         header = read_header(file, pillow_image)

@@ -1,74 +1,101 @@
-"""The DataLoader of training and evaluation: it can stop and go on inside an epoch, and it hands on errors whole."""
+"""The DataLoader of training and evaluation: resumable inside an epoch, with one message per failure."""
 
+import logging
 import os
-from collections.abc import Iterator
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, Literal
 
 import cv2
 import torch
 from torch.utils.data import DataLoader
 
-from onestage.data.dataset import DetectionDataset, LoadedBatch, collate_with_failures
-from onestage.data.failures import FailureLog
+from onestage.data.dataset import DetectionDataset, Failure, LoadedBatch, collate_with_failures
 from onestage.data.samplers import EvaluationSampler, TrainingSampler
-from onestage.data.worker_watch import WorkerWatch
-from onestage.errors import ConfigError, OnestageError
+from onestage.errors import ConfigError, DataError, OnestageError, ResourceError
 from onestage.types import Batch
 
-MAX_AUTO_WORKERS = 16  # at 200 images/s and core more than one GPU takes
+MAX_AUTO_WORKERS = 16  # more than one GPU needs at 200 images/s and core
+NUM_QUOTED = 3  # images that a report quotes
 KEY_BY_FIELD = {
     "seed": "seed_everything",
     "batch_size": "data.batch_size",
     "world_size": "trainer.devices",
     "num_images": "the number of training images in an epoch",
-    "selection": "the choice of training images (data.fold, data.sampling and the like; a number stands for it)",
+    "selection": "the choice of training images (a checksum of data.fold, data.sampling and the like)",
 }
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
+logger = logging.getLogger(__name__)
+
 
 class DetectionLoader(DataLoader[Batch]):
-    """Counts the batches it hands out, and can begin an epoch after those that a checkpoint has counted.
+    """Counts the batches it returns, and can start an epoch after those that a checkpoint has counted.
 
-    Nothing is loaded before the first batch is asked for. Lightning creates the iterator before it tells the sampler
-    the epoch, so workers started at once would load the order of epoch 0 when training resumes.
+    Nothing is loaded before the first batch is requested: Lightning creates the iterator before it sets the epoch of
+    the sampler, so workers started at once would load the order of epoch 0 when training resumes.
 
-    It takes DataLoader's own arguments, as Lightning rebuilds loaders from those. Only a loader with a
+    It takes DataLoader's own arguments, because Lightning rebuilds loaders from those. Only a loader with a
     `TrainingSampler` has a position.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._epoch = 0  # of the batches handed out last
-        self._num_handed_out = 0  # batches of that epoch
+        self._epoch = 0  # of the batches returned last
+        self._num_returned = 0  # batches of that epoch
         self._resume_from: dict[str, int] | None = None
         self._failures: FailureLog | None = None
-        self.watch = WorkerWatch(self.num_workers) if self.num_workers else None
-        if self.watch is not None:
-            self.worker_init_fn = self.watch.start_function(self.worker_init_fn)
+        self._processes: set[BaseProcess] = set()  # its workers
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator: this is what makes it lazy
-        """Iterate over the batches of the sampler's epoch."""
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator, and therefore lazy
+        """Iterate over the batches of the sampler's epoch.
+
+        Raises:
+            DataError: a worker died, or no batch came for `timeout` seconds.
+            ResourceError: a worker died of too little shared memory.
+        """
         sampler = self.sampler
-        self._num_handed_out = self._take_offset()
+        self._num_returned = self._take_offset()
         if isinstance(sampler, TrainingSampler):
             self._epoch = sampler.epoch
-            sampler.batches_to_skip = self._num_handed_out
+            sampler.batches_to_skip = self._num_returned
         try:
-            iterator = super().__iter__()
-            for loaded in self.watch.batches(iterator) if self.watch is not None else iterator:
+            for loaded in self._await_batches(super().__iter__):
                 if isinstance(sampler, TrainingSampler):
                     sampler.batches_to_skip = 0  # for this epoch only; the sampler has read it by now
-                self._num_handed_out += 1
-                yield self._unpacked(loaded)
+                self._num_returned += 1
+                yield self._unpack(loaded)
         except OnestageError as error:
             raise type(error)(_original_message(error)) from error
-        finally:  # also where the epoch is cut short
+        finally:  # also if the epoch is cut short
             if self._failures is not None:
                 self._failures.end_epoch(self._epoch)
 
-    def _unpacked(self, loaded: Batch | LoadedBatch) -> Batch:
-        """Return the batch alone, after taking note of what its workers could not read."""
+    def _await_batches(self, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """Iterate over what the workers deliver, and explain their deaths and timeouts."""
+        others = set(active_children())
+        iterator = start()
+        self._processes |= set(active_children()) - others
+        if self._processes and not _workers:
+            Finalize(None, _kill_workers, exitpriority=0)  # runs before multiprocessing waits for its processes
+        _workers.update(self._processes)
+        while True:
+            try:
+                loaded = _deaths.next_of(iterator)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:  # a dead worker's queue may be cut off, too
+                raise _explained(error, self._processes, self.timeout) from error
+            yield loaded
+
+    def _unpack(self, loaded: Batch | LoadedBatch) -> Batch:
+        """Return the batch, after counting what its workers could not read."""
         if not isinstance(loaded, LoadedBatch):
             return loaded
         if loaded.failures:
@@ -93,12 +120,12 @@ class DetectionLoader(DataLoader[Batch]):
             return {}
         return {
             "epoch": self._epoch,
-            "batches": self._num_handed_out,
+            "batches": self._num_returned,
             **{name: getattr(self.sampler, name) for name in KEY_BY_FIELD},
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next iteration at the position of `state`, if that iteration is of the same epoch.
+        """Start the next iteration at the position of `state`, if that iteration is of the same epoch.
 
         Raises:
             ConfigError: the position lies inside an epoch whose order of images depended on other settings.
@@ -108,7 +135,7 @@ class DetectionLoader(DataLoader[Batch]):
             return
         num_batches = state["num_images"] // (state["batch_size"] * state["world_size"])
         if state["batches"] % num_batches == 0:
-            return  # between two epochs nothing is left over, so other settings do no harm
+            return  # between two epochs other settings do no harm
         for field, key in KEY_BY_FIELD.items():
             value = getattr(sampler, field)
             if value != state.get(field, value):
@@ -120,18 +147,75 @@ class DetectionLoader(DataLoader[Batch]):
         self._resume_from = dict(state)
 
 
+class FailureLog:
+    """Counts, in the training process, the images that its workers could not read.
+
+    Args:
+        source: the split, for messages.
+        num_images: of the split.
+        max_bad_fraction: the fraction of them that may fail before the run is stopped.
+    """
+
+    def __init__(self, source: str, num_images: int, max_bad_fraction: float) -> None:
+        self.source = source
+        self.num_images = num_images
+        self.max_bad_fraction = max_bad_fraction
+        self._messages: dict[int, str] = {}  # of all epochs, by image
+        self._num_replaced = 0  # in this epoch; an image may be requested more than once
+
+    def add(self, failures: Sequence[Failure]) -> None:
+        """Count the failures of a batch, and warn about the first images.
+
+        Raises:
+            DataError: more images have failed than may.
+        """
+        for image_index, message in failures:
+            self._num_replaced += 1
+            if image_index not in self._messages:
+                if len(self._messages) < NUM_QUOTED:
+                    logger.warning("an image was skipped and another took its place: %s", message)
+                self._messages[image_index] = message
+        limit = self.max_bad_fraction * self.num_images
+        if failures and len(self._messages) > limit:
+            raise DataError(
+                f"{self.source}: {len(self._messages)} of {self.num_images} images could not be read, more than "
+                f"data.max_bad_fraction ({self.max_bad_fraction:g}) allows:\n  {self._quoted()}\n"
+                "Repair or remove them, or raise data.max_bad_fraction."
+            )
+
+    def end_epoch(self, epoch: int) -> None:
+        """Report what the epoch skipped, if anything, and reset the count."""
+        num_replaced, self._num_replaced = self._num_replaced, 0
+        if num_replaced:
+            logger.warning(
+                "epoch %d: %d times an image could not be read and another took its place; so far %d of the %d images "
+                "of %s have failed:\n  %s",
+                epoch,
+                num_replaced,
+                len(self._messages),
+                self.num_images,
+                self.source,
+                self._quoted(),
+            )
+
+    def _quoted(self) -> str:
+        lines = [message.partition("\n")[0] for message in list(self._messages.values())[:NUM_QUOTED]]
+        more = len(self._messages) - len(lines)
+        return "\n  ".join([*lines, *([f"and {more} more"] if more else [])])
+
+
 def open_loader(
     dataset: DetectionDataset,
     sampler: TrainingSampler | EvaluationSampler,
     *,
     batch_size: int,
     num_workers: int,
-    prefetch_factor: int,
-    start_method: StartMethod | None,
-    timeout_seconds: float,
+    prefetch_factor: int = 4,
+    start_method: StartMethod | None = None,
+    timeout_seconds: float = 300.0,
 ) -> DetectionLoader:
-    """Return the loader of a split. Workers stay alive between epochs, and images are pinned where there is a GPU."""
-    loader = DetectionLoader(
+    """Return the loader of a split. Workers stay alive between epochs, and images are pinned if there is a GPU."""
+    return DetectionLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
@@ -142,10 +226,8 @@ def open_loader(
         multiprocessing_context=start_method if num_workers else None,
         prefetch_factor=prefetch_factor if num_workers else None,
         persistent_workers=num_workers > 0,
+        timeout=timeout_seconds if num_workers else 0,
     )
-    if loader.watch is not None:
-        loader.watch.timeout_seconds = timeout_seconds
-    return loader
 
 
 def num_auto_workers(num_processes: int) -> int:
@@ -155,12 +237,84 @@ def num_auto_workers(num_processes: int) -> int:
 
 
 def start_worker(_worker_id: int) -> None:
-    """Keep OpenCV to one thread in each worker process: the workers are the parallelism."""
+    """Prepare a worker: one OpenCV thread, and no reaction to the signals that stop a training.
+
+    Ctrl-C and a SIGTERM to the whole process group reach the workers too; the training decides when they end.
+    """
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class _DeferredDeaths:
+    """Delays torch's report of a worker's death until the next batch is awaited.
+
+    torch raises it in its SIGCHLD handler, which would interrupt a training step at any place.
+    """
+
+    def __init__(self) -> None:
+        self._torch_handler: Callable[[int, Any], Any] | None = None
+        self._is_waiting = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self._is_waiting and self._torch_handler is not None:
+            self._torch_handler(number, frame)
+
+    def next_of(self, iterator: Iterator[Any]) -> Any:
+        """Return the next batch; raise RuntimeError if a worker has died since the last one, or dies now."""
+        handler: Any = signal.getsignal(signal.SIGCHLD)
+        is_torch = callable(handler) and str(getattr(handler, "__module__", "")).startswith("torch.")
+        if is_torch and threading.current_thread() is threading.main_thread():
+            self._torch_handler = handler
+            signal.signal(signal.SIGCHLD, self)
+        self._is_waiting = True
+        try:
+            self(signal.SIGCHLD, None)
+            return next(iterator)
+        finally:
+            self._is_waiting = False
+
+
+_deaths = _DeferredDeaths()
+_workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # of this process
+
+
+def _kill_workers() -> None:
+    """Kill what an unclosed iterator has left: multiprocessing would wait for ever, as SIGTERM is ignored."""
+    for worker in list(_workers):
+        if worker.is_alive():
+            worker.kill()
+
+
+def _explained(error: Exception, workers: set[BaseProcess], timeout_seconds: float) -> Exception:
+    """Return the error to raise for one that a dead or slow worker has caused; others stay as they are."""
+    if str(error).startswith("DataLoader timed out"):
+        _kill_workers()  # the one that hangs would delay the end of the process
+        return DataError(
+            f"no batch came from the workers of the loader for {timeout_seconds:g} s. An image may be on a network "
+            "drive that does not answer, or the disk is slow.\nSet data.worker_timeout_seconds higher, or copy the "
+            "data to a local disk; then continue with --resume auto."
+        )
+    for worker in workers:
+        worker.join(0.1)  # it may be dying
+    code = next((worker.exitcode for worker in workers if worker.exitcode), None)
+    if code is None:
+        return error
+    if code == -signal.SIGBUS:
+        return ResourceError(
+            "a worker process of the loader found the shared memory full (/dev/shm).\n"
+            "Start the container with --shm-size=8g, or set data.num_workers: 0."
+        )
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return DataError(
+        f"a worker process of the loader {how}.\nThe system kills processes when memory runs out: lower "
+        "data.num_workers. If it happens again at the same place, an image may be the cause: `onestage doctor` checks "
+        "them. Then continue with --resume auto."
+    )
 
 
 def _original_message(error: OnestageError) -> str:
-    """Return the message alone where torch has wrapped a worker's traceback around it."""
+    """Return the message alone, without the traceback of a worker that torch has put before it."""
     text = str(error)
     _, found, message = text.rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")
     return message.strip() if found and text.startswith("Caught ") else text

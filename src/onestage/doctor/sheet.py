@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from onestage.data.images import read_image
+from onestage.data.resize import Stretch
 from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.errors import ConfigError, ImageError, require
 from onestage.evaluation.drawing import draw_boxes
@@ -58,7 +59,8 @@ def write_sheet(path: Path, annotations: AnnotationSet, num_images: int, image_s
 
 def _pairs(annotations: AnnotationSet, num_images: int, image_size: int, seed: int) -> Iterator[list[Image.Image]]:
     """Yield an image with its boxes before and after augmentation; skip images that cannot be decoded."""
-    pipelines = [SeededTransform([], image_size), SeededTransform(ssd_transforms(image_size), image_size)]
+    stretch = Stretch(image_size)
+    pipelines = [SeededTransform([], stretch), SeededTransform(ssd_transforms(stretch), stretch)]
     order = np.random.default_rng(seed).permutation(len(annotations))
     is_empty = np.diff(annotations.box_offsets)[order] == 0
     num_drawn = 0

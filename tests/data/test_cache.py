@@ -1,0 +1,158 @@
+"""Copies on disk: as good as the file, never those of another file, and no reason to stop a training."""
+
+import os
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from image_sets import image_set, smooth
+
+from onestage.data import cache
+from onestage.data.cache import DiskCache, FileReader, cache_folder, open_images
+from onestage.data.dataset import DetectionDataset
+from onestage.data.resize import Stretch
+from onestage.data.transforms import SeededTransform
+from onestage.errors import ConfigError, ImageError
+from onestage.types import AnnotationSet
+
+SIZES = [(90, 120), (120, 90), (30, 50), (200, 60)]
+COPY_SIZES = [(40, 53), (53, 40), (30, 50), (133, 40)]  # short side 40 = 4/3 of the input of 30 px, never enlarged
+
+
+@pytest.fixture
+def annotations(tmp_path: Path) -> AnnotationSet:
+    return image_set(tmp_path, [smooth(*size, number) for number, size in enumerate(SIZES)])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "onestage" / "images"
+
+
+def copies(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def break_file(annotations: AnnotationSet, index: int) -> None:
+    """Damage the content and keep size and time: only a copy can still be read."""
+    path = Path(annotations.image_paths[index])
+    status = path.stat()
+    path.write_bytes(b"x" * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_copy_has_the_short_side_is_close_to_the_image_and_keeps_its_original_size(
+    annotations: AnnotationSet, folder: Path
+) -> None:
+    reader = open_images("disk", annotations, 30)
+    for index, (size, copy_size) in enumerate(zip(SIZES, COPY_SIZES, strict=True)):
+        image = reader.read(index)
+        assert image.original_size == size
+        assert image.pixels.shape == (*copy_size, 3)
+        exact = cv2.resize(smooth(*size, index), copy_size[::-1], interpolation=cv2.INTER_AREA)
+        assert np.abs(exact.astype(int) - image.pixels).mean() < 4
+
+
+def test_second_read_comes_from_the_copy_and_gives_the_same_bytes(annotations: AnnotationSet, folder: Path) -> None:
+    reader = open_images("disk", annotations, 30)
+    first = [reader.read(index).pixels for index in range(4)]
+    for index in (0, 1, 3):  # image 2 is small, so it is read from its file
+        break_file(annotations, index)
+    for other in (reader, open_images("disk", annotations, 30)):  # another training finds the copies too
+        assert all(np.array_equal(other.read(index).pixels, first[index]) for index in range(4))
+    with pytest.raises(ImageError):
+        FileReader(annotations).read(0)
+
+
+def test_copy_of_another_state_of_the_file_is_never_used(annotations: AnnotationSet, folder: Path) -> None:
+    reader = open_images("disk", annotations, 30)
+    before = reader.read(0).pixels
+    path = Path(annotations.image_paths[0])
+    status = path.stat()
+    cv2.imwrite(str(path), 255 - smooth(90, 120, 0))
+    assert np.abs(reader.read(0).pixels.astype(int) - before).mean() > 20
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert len(copies(folder)) == 2
+    reader.read(0)
+    assert len(copies(folder)) == 3  # the same pixels at another time are another state
+    open_images("disk", annotations, 36).read(0)
+    assert len(copies(folder)) == 4  # and so is another size of the copies
+
+
+def test_damaged_copy_is_made_again(annotations: AnnotationSet, folder: Path) -> None:
+    reader = open_images("disk", annotations, 30)
+    expected = reader.read(0).pixels
+    (copy,) = copies(folder)
+    content = copy.read_bytes()
+    for damaged in (b"", content[:10], content[:-20], content[:-1] + b"\0", b"x" * len(content)):
+        copy.write_bytes(damaged)
+        assert np.array_equal(reader.read(0).pixels, expected)
+        assert copy.read_bytes() == content
+
+
+def test_disk_that_becomes_full_does_not_change_or_stop_the_training(
+    annotations: AnnotationSet, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = open_images("disk", annotations, 30).read(0).pixels
+    (copy,) = copies(folder)
+    copy.unlink()
+    reader = open_images("disk", annotations, 30)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert np.array_equal(reader.read(0).pixels, expected)
+    assert copies(folder) == []
+    assert "No space left on device" in caplog.text
+
+
+def test_size_is_announced_and_too_little_space_is_refused(
+    annotations: AnnotationSet, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed: list[str] = []
+    monkeypatch.setattr(cache, "rank_zero_info", printed.append)
+    reader = DiskCache(annotations, 40, folder)
+    estimate = re.search(r"hold about ([\d.]+) MB", printed[-1])
+    for index in range(4):
+        reader.read(index)
+    assert float(estimate[1]) * 1e6 == pytest.approx(sum(copy.stat().st_size for copy in copies(folder)), abs=1e4)
+    DiskCache(annotations, 200, folder)
+    assert "no effect: images have short sides of 200 px or less" in printed[-1]
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(ConfigError, match=r"data.cache: disk would need .*\n.*XDG_CACHE_HOME"):
+        DiskCache(annotations, 40, folder)
+
+
+def test_cache_folder_that_cannot_be_made_is_refused(
+    annotations: AnnotationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="XDG_CACHE_HOME to another folder"):
+        open_images("disk", annotations, 30)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "onestage"
+
+
+def test_unreadable_images_are_named_as_without_a_cache(annotations: AnnotationSet, folder: Path) -> None:
+    reader = open_images("disk", annotations, 30)
+    Path(annotations.image_paths[1]).write_bytes(b"no image")
+    Path(annotations.image_paths[3]).unlink()
+    for index in (1, 3):
+        with pytest.raises(ImageError, match=re.escape(annotations.image_paths[index])):
+            reader.read(index)
+
+
+def test_sample_of_a_copy_has_the_boxes_and_the_placement_of_the_file(annotations: AnnotationSet, folder: Path) -> None:
+    plain = DetectionDataset(annotations, SeededTransform([], Stretch(32)))
+    cached = DetectionDataset(annotations, plain.transform, images=open_images("disk", annotations, 32))
+    for index in range(4):
+        a, b = plain[index], cached[index]
+        torch.testing.assert_close(a.boxes, b.boxes, atol=1e-4, rtol=1e-4)
+        assert (a.original_size, a.placement) == (b.original_size, b.placement)
+        assert (a.image.float() - b.image.float()).abs().mean() < 6
