@@ -76,18 +76,9 @@ def test_step_outside_convolutions_is_short_and_never_waits(loss, max_operations
     assert 20 < len(small.names) <= max_operations
 
 
-@pytest.mark.parametrize(
-    "wait",
-    [
-        lambda values: values.sum().item(),
-        lambda values: bool(values[0] > 1),
-        lambda values: values[values > 2],
-        lambda values: torch.where(values > 2),
-        lambda values: values.unique(),
-        lambda values: values.__setitem__(values > 2, torch.ones(3)),
-    ],
-)
-def test_counter_counts_operations_that_wait(wait) -> None:
-    with OperationCounter() as counter:
-        wait(torch.arange(6.0))
-    assert counter.num_waits > 0
+def test_counter_counts_operations_that_wait() -> None:
+    values = torch.arange(6.0)
+    for wait in (lambda: values.sum().item(), lambda: values[values > 2], lambda: values.unique()):
+        with OperationCounter() as counter:
+            wait()
+        assert counter.num_waits > 0

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -54,20 +55,15 @@ class AnchorGrid(nn.Module):
     def __init__(self, levels: Sequence[AnchorShapes], max_side: float | None = None) -> None:
         super().__init__()
         limit = math.inf if max_side is None else max_side
-        for level in levels:
-            lengths = [level.stride, *(side for shape in level.shapes for side in shape)]
-            is_valid = len(level.shapes) > 0 and all(0 < length < math.inf for length in lengths)
-            require(is_valid, "anchors", level, "a stride > 0 and at least one (width, height) > 0, px")
+        for stride, shapes, _ in levels:
+            is_valid = len(shapes) > 0 and all(0 < length < math.inf for length in (stride, *chain(*shapes)))
+            require(is_valid, "anchors", (stride, shapes), "a stride > 0 and at least one (width, height) > 0, px")
         self.levels = tuple(
-            AnchorShapes(
-                float(level.stride),
-                tuple((min(float(w), limit), min(float(h), limit)) for w, h in level.shapes),
-                float(level.offset),
-            )
-            for level in levels
+            AnchorShapes(float(stride), tuple((min(float(w), limit), min(float(h), limit)) for w, h in shapes), offset)
+            for stride, shapes, offset in levels
         )
-        shapes = torch.tensor([shape for level in self.levels for shape in level.shapes])
-        self.register_buffer("shapes", shapes, persistent=False)
+        table = torch.tensor([shape for level in self.levels for shape in level.shapes])
+        self.register_buffer("shapes", table, persistent=False)
         self._cache: dict[object, Anchors] = {}
 
     def forward(self, grids: Sequence[tuple[int, int]]) -> Anchors:

@@ -31,10 +31,7 @@ class DeltaBoxCoder:
         self.centre_variance, self.size_variance = variances
 
     def encode(self, gt_boxes: Tensor, anchors: Anchors) -> Tensor:
-        """Return the deltas (dx, dy, dw, dh) of boxes relative to their anchors, [..., A, 4], unitless.
-
-        gt_boxes: [..., A, 4] xyxy, px, with x1 < x2 and y1 < y2; other boxes give infinite or NaN deltas.
-        """
+        """Return deltas (dx, dy, dw, dh) [..., A, 4] of boxes [..., A, 4]; infinite or NaN for boxes without area."""
         sizes = gt_boxes[..., 2:] - gt_boxes[..., :2]
         centres = gt_boxes[..., :2] + 0.5 * sizes
         anchor_centres, anchor_sizes = anchors.boxes[..., :2], anchors.boxes[..., 2:]
@@ -43,10 +40,7 @@ class DeltaBoxCoder:
         return torch.cat([shifts, log_ratios], dim=-1)
 
     def decode(self, box_outputs: Tensor, anchors: Anchors) -> Tensor:
-        """Return the boxes that deltas describe, [..., A, 4] xyxy, px; they may reach beyond the image.
-
-        box_outputs: [..., A, 4] (dx, dy, dw, dh), unitless. Sizes are limited to 62.5 times the anchor's.
-        """
+        """Return the boxes that deltas describe, [..., A, 4] xyxy, px, of at most 62.5 times the anchor's size."""
         anchor_centres, anchor_sizes = anchors.boxes[..., :2], anchors.boxes[..., 2:]
         centres = box_outputs[..., :2] * self.centre_variance * anchor_sizes + anchor_centres
         log_ratios = (box_outputs[..., 2:] * self.size_variance).clamp(max=self.max_log_ratio)

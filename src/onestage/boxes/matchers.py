@@ -44,8 +44,6 @@ class IoUMatcher:
     - Regions (label IGNORE) are never matched; an anchor with at least half of its area in one is IGNORE instead of
       BACKGROUND.
 
-    Nothing waits for the device, and the result does not depend on the order of its threads.
-
     Args:
         positive_iou: at least this IoU makes an anchor positive.
         negative_iou: a lower IoU makes it background.
@@ -65,12 +63,10 @@ class IoUMatcher:
         rule = f"in (0, positive_iou], and positive_iou is {positive_iou}"
         require(0 < negative_iou <= positive_iou, "IoUMatcher: negative_iou", negative_iou, rule, remedy)
         require(best_anchors in ("one", "ties"), "IoUMatcher: best_anchors", best_anchors, "one or ties")
-        self.positive_iou = positive_iou
-        self.negative_iou = negative_iou
-        self.best_anchors = best_anchors
+        self.positive_iou, self.negative_iou, self.best_anchors = positive_iou, negative_iou, best_anchors
 
     def __call__(self, targets: Targets, anchors: Anchors, predicted: Predicted | None = None) -> Tensor:
-        """Return the match of every anchor, [B, A] int64: a row of `targets` (M >= 1), BACKGROUND or IGNORE."""
+        """Return the match of every anchor; see `Matcher`."""
         # A box without area becomes empty, so that it intersects nothing; a box with NaN counts as one.
         has_area = (targets.boxes[..., 2:] > targets.boxes[..., :2]).all(dim=-1, keepdim=True)
         boxes = torch.where(has_area, targets.boxes, 0.0)
@@ -97,7 +93,7 @@ _RAISE = 2.0  # above any IoU: a raised pair wins its anchor, and among raised p
 def _raise_best_anchors(iou: Tensor) -> Tensor:
     """Add 2 to the IoU of each object with its best anchor, in place; [B, M, A].
 
-    Each row writes its own cell: no two writes meet, so the device's threads may run in any order.
+    Each row writes its own cell, so the result does not depend on the order of the device's threads.
     """
     best_iou, best_anchor = iou.max(dim=2, keepdim=True)  # [B, M, 1]
     is_new = (best_iou > 0) & (best_iou < _RAISE)
@@ -116,12 +112,6 @@ def assign(
     matcher: Matcher, targets: Targets, anchors: Anchors, predicted: Predicted | None = None
 ) -> tuple[Tensor, Tensor]:
     """Match all anchors of a batch, in chunks of images that bound the memory at `MAX_PAIRS` pairs.
-
-    Args:
-        matcher: the rule.
-        targets: M >= 0 rows for each image.
-        anchors: of the batch.
-        predicted: for a matcher that needs predictions.
 
     Returns:
         The label of every anchor, BACKGROUND or IGNORE, [B, A], and the box of its object [B, A, 4] xyxy, px, arbitrary

@@ -89,7 +89,7 @@ def _best_pairs(scores: Tensor, level_sizes: Sequence[int], count: int) -> tuple
 
 
 def _rank_in_class(labels: Tensor) -> Tensor:
-    """Return the number of earlier entries of the same row with the same label: [B, N] -> [B, N]."""
+    """Return the number of earlier entries of a row with the same label, [B, N]."""
     grouped, order = labels.sort(dim=1, stable=True)
     starts = torch.searchsorted(grouped, grouped)
     positions = torch.arange(labels.shape[1], device=labels.device)

@@ -1,6 +1,6 @@
 """The detector that all anchor-based families share."""
 
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,6 @@ class AnchorSummary(NamedTuple):
     grids: tuple[tuple[int, int], ...]  # (rows, columns) of each level
 
 
-class Normaliser(Protocol):
-    """Number that divides the sums of the losses."""
-
-    def __call__(self, is_positive: Tensor, is_training: bool) -> Tensor:
-        """Return a scalar > 0. is_positive: [B, A] bool."""
-
-
 class AnchorDetector(Detector):
     """Backbone, neck and heads over anchors; match, encode, loss; decode, select.
 
@@ -45,7 +38,7 @@ class AnchorDetector(Detector):
         box_loss: of positive anchors.
         box_coder: link between box outputs and boxes.
         matcher: assigns objects to anchors.
-        normaliser: divides both losses.
+        normaliser: (is_positive [B, A], is_training) to the scalar > 0 that divides both losses.
         selection: limits of the detections.
     """
 
@@ -62,7 +55,7 @@ class AnchorDetector(Detector):
         box_loss: BoxLoss,
         box_coder: BoxCoder,
         matcher: Matcher,
-        normaliser: Normaliser,
+        normaliser: nn.Module,
         selection: Selection,
     ) -> None:
         super().__init__()
