@@ -1,4 +1,4 @@
-"""FSDP on CPUs, which torch can do and Lightning refuses: to test with processes what is meant for GPUs."""
+"""FSDP on CPUs, which torch supports and Lightning refuses, to test it with processes."""
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
@@ -7,7 +7,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 
 class CPUFSDP(FSDPStrategy):
-    """Lightning's strategy, but for the number that it takes for the device: a CPU has none."""
+    """Lightning's strategy with a CPU as device, which has no index."""
 
     def _setup_model(self, model: nn.Module) -> FullyShardedDataParallel:
         return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)

@@ -1,4 +1,4 @@
-"""Small annotation sets, random detections, and COCO's own evaluation of them."""
+"""Small annotation sets, random detections, and pycocotools' evaluation of them."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ def annotation_set(
     areas: Sequence[Sequence[float]] | None = None,
     difficult: Sequence[Sequence[int]] | None = None,
 ) -> AnnotationSet:
-    """boxes[i], labels[i], ... are those of image i; image ids are 10, 20, ... and category ids 7, 14, ..."""
+    """Return a set with boxes[i], labels[i], ... in image i; image ids are 10, 20, ..., category ids 7, 14, ..."""
     flat = np.array([box for image in boxes for box in image], np.float32).reshape(-1, 4)
     own_areas = (flat[:, 2] - flat[:, 0]) * (flat[:, 3] - flat[:, 1])
     num_images = len(boxes)
@@ -102,7 +102,7 @@ def _random_boxes(random: np.random.Generator, count: int) -> np.ndarray:
 
 
 def coco_numbers(annotations: AnnotationSet, found: Detections, category_id: int | None = None) -> dict[str, float]:
-    """What pycocotools itself says, from the records of a COCO file; NaN where it says -1."""
+    """Return the metrics of pycocotools from the records of a COCO file; NaN for -1."""
     objects, records = [], []
     for index, image_id in enumerate(annotations.image_ids.tolist()):
         for row in range(*annotations.objects(index).indices(len(annotations.labels))):

@@ -1,4 +1,4 @@
-"""A detector that fails at the steps it is told to. As a program: train it in two processes, one of which fails."""
+"""Detector with faults at given steps. As a program: train two processes, one of which fails."""
 
 import sys
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ BATCH_SIZE = 2
 
 
 class FaultyDetector(Detector):
-    """Four anchors on 8 x 8 px behind a batch norm. `faults` says what happens at which call of `loss`, from 0."""
+    """Four anchors on 8 x 8 px behind a batch norm. `faults`: call of `loss`, from 0 -> fault."""
 
     image_size = 8
     num_classes = 1
@@ -125,7 +125,7 @@ def train(
 
 
 class FailsInSecondProcess(FaultyDetector):
-    """A loss that is NaN without touching the gradient, in one of two processes."""
+    """A NaN loss with finite gradients in one of two processes."""
 
     def loss(self, predictions, targets):
         losses = super().loss(predictions, targets)

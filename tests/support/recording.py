@@ -1,4 +1,4 @@
-"""A callback for tests that writes down which images each process trained on, and with which loss."""
+"""Callback that records the images and the loss of every training batch of each process."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Recorder(Callback):
-    """Appends one line of JSON for every batch to `<folder>/rank<r>.jsonl`."""
+    """Append one line of JSON per batch to `<folder>/rank<r>.jsonl`."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)

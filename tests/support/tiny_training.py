@@ -1,4 +1,4 @@
-"""A detector and a data module so small that a run of a few steps takes a tenth of a second."""
+"""Tiny detector and data module: a few training steps take a tenth of a second."""
 
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ LEVELS = ssd_levels((8, 16, 32), (12, 20, 36, 56))
 
 
 class TinyDetector(SSD):
-    """480 anchors on 64 x 64 px and 10,000 weights; without batch norm, as SSD300 is."""
+    """480 anchors on 64 x 64 px, 10,000 weights, no batch norm."""
 
     image_size = 64
     anchor_tables: ClassVar = {"voc": LEVELS, "coco": LEVELS}
@@ -31,7 +31,7 @@ class TinyDetectorWithBatchNorm(TinyDetector):
 
 
 def tiny_batch(indices: list[int]) -> Batch:
-    """Images of noise with one bright square each, at a place and with a label that the index decides."""
+    """Return noise images with one bright rectangle each; the index decides its place and label."""
     images = torch.stack([_noise(index) for index in indices])
     boxes = torch.zeros(len(indices), 16, 4)
     labels = torch.full((len(indices), 16), -1)
@@ -50,7 +50,7 @@ def _noise(index: int) -> torch.Tensor:
 
 
 class TinyData(pl.LightningDataModule):
-    """`num_images` training images in their order, in batches that need no loader."""
+    """`num_images` training images in fixed order, already batched."""
 
     image_size = 64
     canvases = ((64, 64),)

@@ -112,9 +112,8 @@ class LossDistribution:
     One p_t per anchor: of K sigmoids that of the object's class, or for background the one most wrong; RetinaNet's
     figure counts the other K - 1 as examples of their own.
 
-    The loss is FL = -(1 - p_t)^gamma log(p_t), RetinaNet eq. 4; alpha is a factor within each group and cancels. The
-    loss falls with p_t for every gamma, so one order of the anchors serves all: they are counted in bins of p_t's
-    logit, 1/64 wide, and the curves are exact at the edges of the bins.
+    The loss is FL = -(1 - p_t)^gamma log(p_t), RetinaNet eq. 4; alpha cancels within each group. The loss falls with
+    p_t for every gamma, so anchors are counted in bins of p_t's logit, 1/64 wide; the curves are exact at their edges.
 
     Args:
         gammas: G of them, each in [0, 100].
@@ -132,14 +131,10 @@ class LossDistribution:
         self.losses = torch.zeros(len(GROUPS), len(self.gammas), NUM_BINS, dtype=torch.float64)
 
     def update(self, labels: Tensor, true_probabilities: Tensor) -> None:
-        """Add the anchors of a batch.
-
-        Args:
-            labels: [B, A] int64: 0..K-1, BACKGROUND, or IGNORE, which is not counted.
-            true_probabilities: [B, A] p_t, in [0, 1].
+        """Add the labels and p_t of the anchors of a batch, both [B, A], as in `AnchorLosses`.
 
         Raises:
-            CheckpointError: the p_t of a counted anchor is NaN.
+            CheckpointError: the p_t of an anchor that is not ignored is NaN.
         """
         labels, p_t = labels.cpu(), true_probabilities.detach().cpu().double()
         num_nan = int((p_t.isnan() & (labels != IGNORE)).sum())

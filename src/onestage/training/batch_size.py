@@ -28,12 +28,7 @@ def largest_batch(peak_bytes: Callable[[int], int | None], limit: int, max_batch
 
     Doubles the batch while the straight line through the last two peaks stays below the limit, goes to where that line
     meets the limit, and from there back in steps of a tenth until a step fits. From 8 images on it uses multiples of 8,
-    the tile size of tensor cores.
-
-    Args:
-        peak_bytes: measures a step with a number of images; None: out of memory.
-        limit: bytes.
-        max_batch_size: images, >= 1.
+    the tile size of tensor cores. `peak_bytes` measures a step with a number of images; None means out of memory.
     """
     peaks: dict[int, int] = {}
     batch, first_failure = 1, max_batch_size + 1
@@ -60,8 +55,8 @@ def largest_batch(peak_bytes: Callable[[int], int | None], limit: int, max_batch
 
 
 def _batch_at_limit(peaks: dict[int, int], limit: int) -> int:
-    """Return the batch size at which the line through the two largest measurements meets the limit."""
-    small, large = sorted(peaks)[-2:]
+    """Return the batch size at which the line through the last two measurements meets the limit."""
+    small, large = list(peaks)[-2:]
     bytes_per_image = max(1.0, (peaks[large] - peaks[small]) / (large - small))
     return large + int((limit - peaks[large]) / bytes_per_image)
 
@@ -112,9 +107,9 @@ class AutoBatch(Callback):
         with _restored(pl_module.detector, device):
             batch = largest_batch(lambda images: step_bytes(trainer, pl_module, images), limit - extra, most) or 0
         if dist.is_available() and dist.is_initialized():
-            number = torch.tensor(batch, device=device)
-            dist.all_reduce(number, op=dist.ReduceOp.MIN)
-            batch = int(number.item())
+            found = [0] * trainer.world_size
+            dist.all_gather_object(found, batch)
+            batch = min(found)
         if batch == 0:
             raise ConfigError(
                 f"auto_batch: a step with one image needs more than {limit / GIB:.2f} GiB on {device}.\n"
@@ -156,12 +151,10 @@ def step_bytes(trainer: pl.Trainer, module: DetectionModule, num_images: int) ->
             torch.cuda.synchronize(device)
             return torch.cuda.max_memory_reserved(device)
         return _status_bytes(STATUS, "VmHWM")
-    except (torch.OutOfMemoryError, MemoryError):
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         return None
-    except RuntimeError as error:  # of the CPU's allocator
-        if "memory" in str(error):
-            return None
-        raise
     finally:
         optimizer.zero_grad(set_to_none=True)
 
@@ -180,11 +173,7 @@ def _crowded_batch(module: DetectionModule, num_images: int, device: torch.devic
 
 
 def free_bytes(device: torch.device, num_processes: int = 1) -> int:
-    """Return the bytes that this process may use, including those in use now.
-
-    Args:
-        device: of this process.
-        num_processes: of this run on this machine; on a CPU they share the free memory.
+    """Return the bytes that this process may use, including those in use now. Processes of a CPU share its memory.
 
     Raises:
         ConfigError: the memory of the device cannot be measured.

@@ -16,12 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_loggers(folder: Path, resumed_step: int | None = None) -> list[Logger]:
-    """Return the loggers of a run.
-
-    Args:
-        folder: of the run, runs/<experiment>/<version>.
-        resumed_step: optimizer step at which the run in this folder continues; None for a new folder.
-    """
+    """Return the loggers of the run in `folder`; it continues at optimizer step `resumed_step`, or is new (None)."""
     place: dict[str, Any] = {"save_dir": str(folder.parent.parent), "name": folder.parent.name, "version": folder.name}
     return [EventLogger(**place, purge_step=resumed_step), TableLogger(**place, resumed_step=resumed_step)]
 

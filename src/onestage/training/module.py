@@ -305,7 +305,7 @@ class MeanPerPositive(Metric):
 def resolve_memory_format(channels_last: bool | Literal["auto"], device: str, precision: str) -> bool:
     """Replace `auto` by the usually faster memory format; True means channels_last.
 
-    GPUs want it for tensor cores. CPUs gained 1.2x from it in bf16, and nothing reliable in fp32. A rule and not a
+    Tensor cores of GPUs need it. CPUs gained 1.2x from it in bf16, and nothing reliable in fp32. A rule and not a
     measurement, so that two runs on one machine are bit-identical.
 
     Args:

@@ -99,11 +99,7 @@ def parameter_groups(detector: nn.Module, decayed: frozenset[str]) -> list[dict[
 
 
 def scale_learning_rate(optimizer: Optimizer, trainer: pl.Trainer, batch_size: int, reference: int) -> None:
-    """Multiply every group's learning rate by images per step / reference: the linear rule of arXiv:1706.02677.
-
-    The mean gradient of k times as many images has k times less noise, and stands for k steps of the smaller batch.
-    Found with SGD; it needs a warm-up, and fails where the batch is a large part of the data set.
-    """
+    """Multiply every group's learning rate by images per step / reference: the linear rule of arXiv:1706.02677."""
     images = batch_size * trainer.world_size * trainer.accumulate_grad_batches
     before = optimizer.param_groups[0]["lr"]
     for group in optimizer.param_groups:
@@ -124,12 +120,8 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
 def restore_configured_hyperparameters(configured: list[dict[str, Any]], scheduler: LambdaLR) -> None:
     """Replace the hyperparameters that a checkpoint has loaded by the configured ones, and report the changes.
 
-    torch stores the hyperparameters of an optimizer with its momentum, and the rates of a schedule with its step. After
-    loading they override the configuration of the resumed run.
-
-    Args:
-        configured: `hyperparameters` of the optimizer as it was built.
-        scheduler: of that optimizer, at the step where the run continues.
+    torch stores hyperparameters with the momentum, and learning rates with the step of the schedule; loading overrides
+    the configuration of the resumed run. `configured`: `hyperparameters` of the optimizer as it was built.
     """
     optimizer, step = scheduler.optimizer, scheduler.last_epoch
     names = {"initial_lr": "lr", "lr": f"lr at step {step}"}
@@ -182,11 +174,7 @@ def check_clipping(trainer: pl.Trainer, optimizer: Optimizer) -> None:
 
 
 def clip_gradients(trainer: pl.Trainer, optimizer: Optimizer, limit: float, algorithm: str | None) -> None:
-    """Clip the gradients, also in the two valid cases that Lightning refuses.
-
-    These are a fused optimizer under bf16, where no scaler has changed the gradients, and a norm under FSDP, which FSDP
-    itself computes over all processes.
-    """
+    """Clip the gradients, also where Lightning refuses: a fused optimizer under bf16, and by norm under FSDP."""
     parameters: Iterable[nn.Parameter] = (one for group in optimizer.param_groups for one in group["params"])
     if algorithm == "value":
         nn.utils.clip_grad_value_(parameters, limit)

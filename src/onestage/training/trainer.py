@@ -75,8 +75,7 @@ class DetectionTrainer(pl.Trainer):
             sync_batchnorm=sync_batchnorm,
             **kwargs,
         )
-        check_values(self)
-        check_launcher(self)
+        check_settings(self)
         check_processes(self)
 
     def losses(
@@ -122,13 +121,10 @@ def resolve_precision(precision: Precision, accelerator: object) -> DecidedPreci
 
 
 def choose_precision(device: str) -> tuple[DecidedPrecision, str]:
-    """Return the faster precision of a device, and the reason in words.
+    """Return the faster precision of a device, `cpu`, `cuda` or another, and the reason in words.
 
     Decided by the instructions of the device and not by a measurement, so that two runs on one machine agree.
     To measure: python scripts/benchmark.py step.
-
-    Args:
-        device: type of the device that trains: `cpu`, `cuda` or another.
     """
     if device == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -154,26 +150,16 @@ def device_of(accelerator: object) -> str:
     return "cpu" if accelerator in ("auto", "cpu") else str(accelerator)
 
 
-def check_values(trainer: pl.Trainer) -> None:
-    """Check numbers of the trainer that Lightning does not validate.
+def check_settings(trainer: pl.Trainer) -> None:
+    """Check settings of the trainer that Lightning does not validate.
 
     Raises:
-        ConfigError: accumulate_grad_batches < 1, or gradient_clip_val < 0.
+        ConfigError: a number is out of range, or the strategy forks or spawns processes inside the command.
     """
     batches, clip = trainer.accumulate_grad_batches, trainer.gradient_clip_val
     remedy = "Set it to 1 for a step after every batch."
     require(batches >= 1, "trainer.accumulate_grad_batches", batches, ">= 1 batch per step", remedy)
     require(clip is None or clip >= 0, "trainer.gradient_clip_val", clip, ">= 0", "Set it to null for no clipping.")
-
-
-def check_launcher(trainer: pl.Trainer) -> None:
-    """Refuse strategies that fork or spawn processes inside the command.
-
-    What such processes train stays in them: the command would continue with the old module and callbacks.
-
-    Raises:
-        ConfigError: `trainer.strategy` starts such processes.
-    """
     if type(trainer.strategy.launcher).__module__.endswith("launchers.multiprocessing"):
         raise ConfigError(
             "trainer.strategy forks or spawns processes inside the command, which does not get back what they have "
@@ -182,12 +168,9 @@ def check_launcher(trainer: pl.Trainer) -> None:
 
 
 def check_processes(trainer: pl.Trainer) -> None:
-    """Refuse to run as one of several processes that do not know of each other.
+    """Raise ConfigError if torchrun or srun has started another number of processes than the trainer expects.
 
     With `trainer.devices: 1` Lightning does not ask how many processes there are, and each would train by itself.
-
-    Raises:
-        ConfigError: torchrun or srun has started another number of processes than the trainer expects.
     """
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" in environment:
