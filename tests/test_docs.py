@@ -1,9 +1,7 @@
 """The code in docs/ runs, and the tables there agree with the code."""
 
-import json
 import math
 import re
-import shutil
 import sys
 import types
 from pathlib import Path
@@ -72,8 +70,8 @@ def csv_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_data_module_of_the_docs_reads_boxes_and_empty_images(csv_folder: Path) -> None:
-    data = run_example("add_a_dataset.md").CSVDataModule(str(csv_folder), image_size=64, batch_size=2)
+def test_source_of_the_docs_reads_boxes_and_empty_images(csv_folder: Path) -> None:
+    data = DetectionDataModule(run_example("add_a_dataset.md").CSV(csv_folder), image_size=64, batch_size=2)
     annotations = data.annotations("train")
     assert data.class_names == ["cat", "dog"]
     assert annotations.box_offsets.tolist() == [0, 2, 2]
@@ -82,85 +80,26 @@ def test_the_data_module_of_the_docs_reads_boxes_and_empty_images(csv_folder: Pa
     assert data.read_image("train", 1).shape == (40, 60, 3)
 
 
-def test_the_data_module_of_the_docs_names_a_wrong_line(csv_folder: Path) -> None:
+def test_source_of_the_docs_names_the_file_of_a_wrong_line(csv_folder: Path) -> None:
     (csv_folder / "val.csv").write_text("a.png,1,2,x,22,dog\n", encoding="utf-8")
-    data = run_example("add_a_dataset.md").CSVDataModule(str(csv_folder))
-    with pytest.raises(AnnotationError, match=r"val\.csv"):
-        data.annotations("val")
+    with pytest.raises(AnnotationError, match=r"val\.csv: must have lines"):
+        run_example("add_a_dataset.md").CSV(csv_folder).read("val")
 
 
 def build_data(config: dict) -> DetectionDataModule:
     """Build a data module from the `data` section of a config, as the command line does."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(DetectionDataModule, "data", required=True)
+    parser.add_class_arguments(DetectionDataModule, "data")
     return parser.instantiate_classes(parser.parse_object(config)).data
 
 
-def lay_out(root: Path, name: str) -> None:
-    """Put the files where the comment of the page says they are."""
-    for split in ("train", "val"):
-        if name == "coco_data":
-            image = root / split / "a.jpg"
-            entry = {"id": 1, "file_name": "a.jpg", "width": 60, "height": 40}
-            box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 10, 20], "area": 200, "iscrowd": 0}
-            content = {"images": [entry], "annotations": [box], "categories": [{"id": 1, "name": "dog"}]}
-            label, text = root / "annotations" / f"instances_{split}.json", json.dumps(content)
-        elif name == "voc_data":
-            image = root / "JPEGImages" / f"{split}.jpg"
-            bndbox = "<bndbox><xmin>2</xmin><ymin>3</ymin><xmax>11</xmax><ymax>22</ymax></bndbox>"
-            text = f"<annotation><object><name>dog</name>{bndbox}</object></annotation>"
-            label = root / "Annotations" / f"{split}.xml"
-            (root / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
-            (root / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{split}\n")
-        else:
-            image, label = root / "images" / split / "a.jpg", root / "labels" / split / "a.txt"
-            text = "0 0.1 0.3 0.166666667 0.5\n"
-        for path in (image, label):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        (root / "classes.txt").write_text("dog\n")  # YOLO's; the others pass over it
-        cv2.imwrite(str(image), np.zeros((40, 60, 3), dtype=np.uint8))
-        label.write_text(text)
-
-
-def test_two_lines_of_the_docs_read_a_data_set_of_each_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [text for text in blocks("add_a_dataset.md", "yaml") if "csv_datamodule" not in text]
-    names = []
-    for text in texts:
-        assert len(text.splitlines()) == 3  # `data:` and the two
-        config = yaml.safe_load(text)
-        names.append(config["data"]["class_path"].split(".")[-1])
-        monkeypatch.chdir(tmp_path)
-        root = tmp_path / config["data"]["init_args"]["root"]
-        lay_out(root, names[-1])
-        data = build_data(config)
-        data.setup("fit")
-        for split in ("train", "val"):
-            assert data.annotations(split).boxes == pytest.approx(np.array([[1, 2, 11, 22]]), abs=1e-4)
-        assert data.class_names == ["dog"]
-        shutil.rmtree(root)
-    assert names == ["coco_data", "voc_data", "yolo_data"]
-
-
 def test_every_data_section_of_the_docs_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onestage.data.csv_datamodule", run_example("add_a_dataset.md"))
-    num_sections = 0
-    for page in DOCS:
-        for text in blocks(page.name, "yaml"):
-            config = yaml.safe_load(text)
-            if "class_path" in config.get("data", {}):
-                assert isinstance(build_data({"data": config["data"]}), DetectionDataModule)
-                num_sections += 1
-    assert num_sections >= 9
-
-
-def test_the_data_module_of_the_docs_is_short_and_takes_every_key(csv_folder: Path) -> None:
-    (source,) = blocks("add_a_dataset.md", "python")
-    lines = source[source.index("class CSVDataModule") :].splitlines()
-    assert len(lines) <= 15
-    module = run_example("add_a_dataset.md").CSVDataModule
-    data = module(csv_folder, image_size=64, batch_size=1, num_workers=0, val_fraction=0.5)
-    assert (len(data.annotations("train")), len(data.annotations("val"))) == (1, 1)
-    assert next(iter(data.train_dataloader())).images.shape == (1, 3, 64, 64)
+    monkeypatch.setitem(sys.modules, "onestage.data.csv_files", run_example("add_a_dataset.md"))
+    sections = [yaml.safe_load(text) for page in DOCS for text in blocks(page.name, "yaml")]
+    sections = [section["data"] for section in sections if "data" in section]
+    for section in sections:
+        assert isinstance(build_data({"data": section}), DetectionDataModule)
+    assert len(sections) >= 6
 
 
 @pytest.mark.parametrize("page", [path.name for path in DOCS])
