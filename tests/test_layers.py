@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
 CORE = set(ALLOWED)
 ADD_ONS = {"reliability", "doctor", "convert", "download", "deploy"}
 ALLOWED |= {name: CORE for name in ADD_ONS} | {"cli": CORE | ADD_ONS}
+ALLOWED["deploy"] = CORE | {"reliability"}  # reads the files of a run
 FORBIDDEN_LIBRARIES = {
     "__init__": {"torch", "numpy", "lightning", "albumentations"},
     "errors": {"torch", "numpy", "lightning"},

@@ -23,7 +23,7 @@ from onestage.data.layouts import find_sources, read_splits
 from onestage.data.voc import parse_voc
 from onestage.data.yolo import parse_yolo
 from onestage.doctor.anchors import find_anchors
-from onestage.doctor.checks import Depth, examine
+from onestage.doctor.checks import examine
 from onestage.doctor.report import as_json, as_text
 from onestage.errors import OnestageError
 
@@ -101,7 +101,7 @@ def samples(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     def reader(path: Path, parse: Callable[[], object]) -> Callable[[], object]:
         def read() -> object:
             if next(calls) % DOCTOR_EVERY == 0:  # it must have something to say, whatever the parser says
-                diagnosis, _ = examine(read_splits(find_sources([path])), anchors, Depth(near_copies=False))
+                diagnosis, _ = examine(read_splits(find_sources([path])), anchors, near_copies=False)
                 assert as_text(diagnosis)
                 assert as_json(diagnosis, diagnosis.exit_code)
             return parse()

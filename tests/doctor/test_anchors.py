@@ -26,7 +26,7 @@ from onestage.errors import ConfigError
 from onestage.types import Detector, Targets
 
 # Squares of 10 and 20 px around 5, 15, 25, 35.
-SMALL = DetectorAnchors("toy", 40, (AnchorShapes(10, ((10.0, 10.0), (20.0, 20.0))),), ((4, 4),))
+SMALL = DetectorAnchors("toy", 40, (AnchorShapes(10, ((10.0, 10.0), (20.0, 20.0))),), ((4, 4),), 200)
 
 
 class WithoutAnchors(Detector):

@@ -9,13 +9,16 @@ from pathlib import Path
 import cv2
 import deadly_decoder
 import pytest
+from annotation_sets import annotation_set
 from bad_data import HEIGHT, WIDTH, coco_content, doctor, found, write_coco
 from PIL import Image
 
 from onestage.cli import main
 from onestage.data.annotations import RULES
 from onestage.doctor import decoding
+from onestage.doctor.anchors import find_anchors
 from onestage.doctor.decoding import Task
+from onestage.doctor.statistics import check_objects
 
 ROOT = Path(__file__).resolve().parents[2]
 BCCD, COCO128 = (ROOT / "../shared/data" / name for name in ("bccd", "coco128"))
@@ -135,6 +138,12 @@ def test_classes_of_one_split_rare_classes_and_repeated_boxes_are_found(tmp_path
     assert found(report, "box repeated")[0]["num_items"] == 1
     few = write_coco(tmp_path / "few", coco_content())
     assert "cat, dog" in found(doctor(few)[1], "rare class")[0]["problem"]
+
+
+def test_more_objects_than_the_detector_returns_are_reported() -> None:
+    max_detections = find_anchors("SSD300").max_detections
+    found_in = check_objects("val", annotation_set([[0] * 200, [0] * 201]), max_detections)
+    assert [(finding.rule, finding.num_items) for finding in found_in] == [("many objects", 1)]
 
 
 def test_decoding_continues_after_images_that_kill_or_hang_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Coverage of boxes by a detector's anchors, and anchors that cover them better."""
 
+import sys
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ from onestage.data.annotations import UNREACHED_BOX
 from onestage.doctor.statistics import SIDES, size_bin, stretched_boxes
 from onestage.errors import ConfigError, DataError, require
 from onestage.files import printable, read_file
+from onestage.models.detector import AnchorDetector
 from onestage.types import AnnotationSet, Detector, Finding
 
 POSITIVE_IOU = 0.5  # of a positive anchor
@@ -39,6 +41,7 @@ class DetectorAnchors(NamedTuple):
     image_size: int  # side of the square canvas, px
     levels: tuple[AnchorShapes, ...]  # empty for a detector without anchors
     grids: tuple[tuple[int, int], ...]  # (rows, columns) of each level
+    max_detections: int  # per image
 
     @property
     def detector(self) -> str:
@@ -77,6 +80,7 @@ def find_anchors(detector: str, table: str | None = None, image_size: int | None
 def _place_anchors(
     class_path: str, table: str | tuple[AnchorShapes, ...] | None, image_size: int | None
 ) -> DetectorAnchors:
+    """Build the detector with a table and ask for its anchors."""
     module, _, name = class_path.rpartition(".")
     try:
         detector_class = getattr(import_module(module), name)
@@ -88,16 +92,16 @@ def _place_anchors(
     try:
         with torch.device("meta"):  # only the shapes of its tensors matter
             detector = detector_class(num_classes=1, **arguments)
-    except TypeError as reason:
+    except (TypeError, RuntimeError) as reason:
         raise ConfigError(f"detector: {class_path} cannot be built with num_classes and anchors ({reason}).") from None
     side = image_size or detector.image_size
     remedy = f"{name} takes images of any size. Try: --image_size 512"
     require(side is not None and side > 0, "image_size", side, "> 0", remedy)
     detector.require_canvas((side, side))
-    if not hasattr(detector, "anchor_summary"):
-        return DetectorAnchors(class_path, side, (), ())
-    summary = detector.anchor_summary((side, side))
-    return DetectorAnchors(class_path, side, summary.levels, summary.grids)
+    if not isinstance(detector, AnchorDetector):
+        return DetectorAnchors(class_path, side, (), (), sys.maxsize)
+    _, levels, grids = detector.anchor_summary((side, side))
+    return DetectorAnchors(class_path, side, levels, grids, detector.selection.max_detections)
 
 
 def measure_coverage(

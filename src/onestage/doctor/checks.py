@@ -37,14 +37,6 @@ from onestage.types import AnnotationSet, Finding, JSONDict
 BOX_RULES = {rule.name for rule in (BOX_EMPTY, BOX_NOT_FINITE, BOX_OUTSIDE, OBJECT_MALFORMED)}
 
 
-class Depth(NamedTuple):
-    """How thorough the checks are."""
-
-    near_copies: bool = True  # whether splits are compared by what their images show
-    num_decoders: int = 0  # processes that decode every image; 0: none is decoded
-    max_bad_fraction: float = 0.01  # that training may skip, in [0, 1]
-
-
 class Diagnosis(NamedTuple):
     """Counts and findings of a data set."""
 
@@ -64,27 +56,35 @@ class Diagnosis(NamedTuple):
 
 
 def examine(
-    splits: Sequence[Split], anchors: DetectorAnchors, depth: Depth
+    splits: Sequence[Split],
+    anchors: DetectorAnchors,
+    *,
+    near_copies: bool = True,
+    num_decoders: int = 0,
+    max_bad_fraction: float = 0.01,
 ) -> tuple[Diagnosis, dict[str, AnnotationSet]]:
     """Check splits as training would meet them; return the diagnosis, and the splits without unusable images.
 
     Args:
         splits: of one data set, the training split first; see `read_splits`.
         anchors: of the detector to train.
-        depth: how thorough to be.
+        near_copies: compare splits by what their images show.
+        num_decoders: processes that decode every image; 0: none is decoded.
+        max_bad_fraction: that training may skip, in [0, 1].
     """
     findings = [finding for split in splits for finding in split.findings]
     start = time.perf_counter()
-    usable = _check_headers(splits, depth.max_bad_fraction, findings)
+    usable = _check_headers(splits, max_bad_fraction, findings)
     seconds = {"headers": time.perf_counter() - start}
-    if depth.num_decoders:
-        undecodable = decode_all(usable.values(), depth.num_decoders)
+    if num_decoders:
+        undecodable = decode_all(usable.values(), num_decoders)
         findings += undecodable
         usable = {name: _drop(part, {finding.place for finding in undecodable}) for name, part in usable.items()}
         seconds["decoding"] = time.perf_counter() - start - sum(seconds.values())
     for name, annotations in usable.items():
-        findings += [*check_objects(name, annotations), *tiny_boxes(annotations, anchors.image_size)]
-    findings += find_leakage(list(usable.items()), depth.near_copies)
+        findings += check_objects(name, annotations, anchors.max_detections)
+        findings += tiny_boxes(annotations, anchors.image_size)
+    findings += find_leakage(list(usable.items()), near_copies)
     seconds["leakage"] = time.perf_counter() - start - sum(seconds.values())
     shapes, coverage = _check_anchors(next(iter(usable.values()), None), anchors, findings)
     findings += check_classes(usable)
@@ -121,9 +121,8 @@ def _check_headers(
 
 def _drop(annotations: AnnotationSet, places: set[str]) -> AnnotationSet:
     """Return the set without the images of these (printable) paths."""
-    return select_images(
-        annotations, np.flatnonzero([printable(str(path)) not in places for path in annotations.image_paths])
-    )
+    is_kept = [printable(str(path)) not in places for path in annotations.image_paths]
+    return select_images(annotations, np.flatnonzero(is_kept))
 
 
 def _check_anchors(

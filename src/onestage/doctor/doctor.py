@@ -50,7 +50,7 @@ def doctor(
     """
     from onestage.data.layouts import find_sources, read_splits
     from onestage.doctor.anchors import find_anchors
-    from onestage.doctor.checks import Depth, examine
+    from onestage.doctor.checks import examine
     from onestage.doctor.report import as_json, as_text
 
     require(0 <= max_bad_fraction <= 1, "max_bad_fraction", max_bad_fraction, "in [0, 1]", "Try: 0.01")
@@ -61,7 +61,10 @@ def doctor(
         require_sheet(draw, num_drawn)
     splits = read_splits(find_sources(paths, images))
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    diagnosis, usable = examine(splits, placed, Depth(near_copies, num_cores if decode else 0, max_bad_fraction))
+    num_decoders = num_cores if decode else 0
+    diagnosis, usable = examine(
+        splits, placed, near_copies=near_copies, num_decoders=num_decoders, max_bad_fraction=max_bad_fraction
+    )
     exit_code = diagnosis.exit_code
     if not exit_code and strict and any(finding.effect == "warning" for finding in diagnosis.findings):
         exit_code = EXIT_WARNINGS

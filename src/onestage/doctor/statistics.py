@@ -21,7 +21,6 @@ from onestage.errors import AnnotationError
 from onestage.types import AnnotationSet, Finding
 
 FEW_BOXES = 20  # of a class in the training split; fewer teach and measure little
-MAX_DETECTIONS = 200  # per image, the detectors' default
 NUM_NAMED = 8  # classes that a line names
 SIDES = (16, 32, 64, 128, 256)  # px; bounds of the size bins
 RATIOS = (1 / 3, 1 / 1.5, 1.5, 3)  # width / height; bounds of the shape bins
@@ -81,8 +80,8 @@ def check_classes(splits: Mapping[str, AnnotationSet]) -> list[Finding]:
     return found
 
 
-def check_objects(name: str, annotations: AnnotationSet) -> list[Finding]:
-    """Find what is unusual about the usable objects of a split."""
+def check_objects(name: str, annotations: AnnotationSet, max_detections: int) -> list[Finding]:
+    """Find what is unusual about the usable objects of a split. max_detections: of the detector, per image."""
     place, counts, found = annotations.source, np.diff(annotations.box_offsets), []
     if name.startswith("train"):
         try:
@@ -99,8 +98,8 @@ def check_objects(name: str, annotations: AnnotationSet) -> list[Finding]:
         path = annotations.image_paths[rows[first[num_same > 1][0]]]
         problem = f"{num_repeated} boxes repeat a box and class of their image, the first in {path!s:.200}"
         found.append(BOX_REPEATED.broken(place, problem, num_repeated))
-    if num_many := int(np.count_nonzero(counts > MAX_DETECTIONS)):
-        problem = f"{num_many} images have more than {MAX_DETECTIONS} objects, the maximum is {counts.max()}"
+    if num_many := int(np.count_nonzero(counts > max_detections)):
+        problem = f"{num_many} images have more than {max_detections} objects, the maximum is {counts.max()}"
         found.append(MANY_OBJECTS.broken(place, problem, num_many))
     return found
 
