@@ -207,7 +207,7 @@ def doubled(levels: int) -> list[Any]:
     [
         ("more", recursive(), "more than 1,000,000 values"),
         ("more", doubled(40), "more than 1,000,000 values"),
-        ("state_dict.a", torch.sparse_coo_tensor([[0]], [1.0], (10**9,)), "sparse, quantized or not on the CPU"),
+        ("state_dict.a", torch.ones(3).to_sparse(), "sparse, quantized or not on the CPU"),
         ("onestage", [1], "a dictionary as `onestage`"),
         ("onestage.config", [1], "plain keys and values as `onestage.config`"),
         ("onestage.config.model.loss_weights", torch.ones(1), "plain keys and values as `onestage.config`"),

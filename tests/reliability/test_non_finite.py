@@ -391,7 +391,7 @@ def test_tensors_are_measured_by_their_finite_values() -> None:
 
 
 def test_description_and_json_hold_without_any_finite_value() -> None:
-    facts = {**FACTS, "predictions": {"class_logits": tensor_facts(torch.tensor([math.nan]))}}
+    facts = {**FACTS, "likely_cause": "x", "what_to_change": "y"}
     facts["boxes"] = boxes_of(0, 0, 0, 0, None, None)
     assert "Boxes: 0, 0 empty, 0 not finite." in describe(facts)
     assert as_json(facts)["loss"] == "nan"

@@ -1,6 +1,9 @@
 """The watchdog: which processes count as dead, stopped or silent, and which errors mean a lost process."""
 
+import importlib
+import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,3 +147,27 @@ def test_process_that_lightning_started_ends_with_its_parent(rank: str, is_launc
     )
     assert done.returncode == code, done.stderr
     assert ("which started this one, died" in done.stderr) == (code != 0)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("torch.distributed.distributed_c10d", "_get_default_store"),  # watchdog.py: the store that all processes share
+        ("lightning.pytorch.strategies.launchers", "_SubprocessScriptLauncher.procs"),  # processes it has started
+        ("lightning.pytorch.strategies", "FSDPStrategy._state_dict_type"),  # add_on.py: whole or sharded checkpoints
+        ("lightning.pytorch.trainer.connectors.checkpoint_connector", "_CheckpointConnector.restore"),  # stopping.py
+        ("lightning.pytorch.loops.progress", "_ProcessedTracker.processed"),  # callbacks.py: progress in a checkpoint
+        ("lightning.pytorch.cli", "LightningCLI._instantiate_trainer"),  # cli/commands.py overrides these
+        ("lightning.pytorch.cli", "LightningCLI._prepare_subcommand_kwargs"),
+        ("lightning.pytorch.cli", "LightningCLI._run_subcommand"),
+        ("lightning.pytorch.cli", "LightningCLI._parse_ckpt_path"),
+        ("lightning.pytorch.cli", "LightningCLI._dump_config"),
+        ("lightning.pytorch.cli", "LightningCLI._subcommand_parsers"),
+    ],
+)
+def test_private_name_of_a_library_still_exists(module: str, name: str) -> None:
+    owner, _, attribute = name.rpartition(".")
+    library = importlib.import_module(module)
+    assert hasattr(library, owner or name)
+    if owner:  # a method, or an attribute that the class sets
+        assert re.search(rf"\b{attribute}\b", inspect.getsource(getattr(library, owner)))

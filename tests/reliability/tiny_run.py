@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -167,6 +169,33 @@ def break_by_environment() -> None:
     if rank == os.environ.get("LOCAL_RANK", "0"):
         action = (lambda: time.sleep(1000)) if what == "sleep" else lambda: send(getattr(signal, what))
         break_at(where, int(count), action)
+
+
+def folder_of(runs: Path) -> Path:
+    """Return the folder of the only run."""
+    (folder,) = runs.glob("tiny/version_*")
+    return folder
+
+
+def is_same_end(whole: Path, resumed: Path) -> bool:
+    """Return whether two runs ended with the same bits."""
+    return differences(final_state(whole), final_state(resumed)) == []
+
+
+def fail_with(error: BaseException) -> Callable[..., None]:
+    """Return a function that raises."""
+
+    def action(*_: object, **__: object) -> None:
+        raise error
+
+    return action
+
+
+def break_method(monkeypatch: pytest.MonkeyPatch, method: str, count: int, action: Callable[[], object]) -> None:
+    """Run `action` at call number `count` of a method of DetectionModule."""
+    from onestage.training.module import DetectionModule
+
+    monkeypatch.setattr(DetectionModule, method, at_call(count, action, getattr(DetectionModule, method)))
 
 
 if __name__ == "__main__":

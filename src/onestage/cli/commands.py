@@ -1,4 +1,4 @@
-"""The trainer commands: Lightning's command line over our module, data and run folder."""
+"""The trainer commands: Lightning's command line over our module and data."""
 
 import tempfile
 import warnings
@@ -56,7 +56,7 @@ HARMLESS_WARNINGS = (
 
 
 def run_trainer_command(words: list[str]) -> None:
-    """Run `fit`, `validate`, `test`, `predict` or `losses` with the options that follow it."""
+    """Run `fit`, `validate`, `test`, `predict` or `losses` with its options."""
     command, *options = words
     options = files_first(options)
     for file in config_files(options):
@@ -89,7 +89,7 @@ def _run(command: str, options: list[str], add_on: RunAddOn) -> None:
 
 
 class RunConfig(SaveConfigCallback):
-    """Write config.yaml into the run folder. Lightning writes it into the folder of the first logger."""
+    """Write config.yaml into the run folder, not into that of the first logger."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write all settings, for `--config` and `--resume auto`."""
@@ -124,7 +124,7 @@ class DetectionCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # an instance knows which one it needs
-        """Return the typed command only: building the parsers of all takes four times as long."""
+        """Return the typed command only: the parsers of all take four times as long."""
         decided_here = {"weights_only", "return_predictions", "verbose"}
         positional = {"losses": {"model", "datamodule"}, **LightningCLI.subcommands()}
         return {self.command: positional[self.command] | decided_here}
@@ -168,7 +168,7 @@ class DetectionCLI(LightningCLI):
             self.add_on.before_instantiate(settings, config)
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer; report a value that a constructor refuses with its key."""
+        """Build data, model and trainer; report a refused value with its key."""
         try:
             super().instantiate_classes()
         except (ConfigError, ValueError, TypeError, ImportError, FileNotFoundError) as error:
@@ -247,7 +247,7 @@ class DetectionCLI(LightningCLI):
         return {**kwargs, **decided.get(subcommand, {"verbose": False})}
 
     def before_fit(self) -> None:
-        """Copy the detector if the strategy splits its weights; the evaluation afterwards needs it whole."""
+        """Copy the detector if the strategy splits it: the evaluation needs it whole."""
         self._whole = deepcopy(self.model.detector) if shards_parameters(self.trainer.strategy) else self.model.detector
 
     def after_fit(self) -> None:

@@ -1,1 +1,1 @@
-"""Crash safety: checkpoints, exact resume, signals, non-finite values and the watchdog."""
+"""Crash safety: checkpoints, exact resume, signals, non-finite values, watchdog."""

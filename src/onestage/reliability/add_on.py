@@ -1,4 +1,4 @@
-"""The add-on as the command line sees it: exact resume, atomic checkpoints, clean stops."""
+"""The hooks of crash safety in the command line."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
 from onestage.errors import CheckpointError
@@ -36,11 +36,7 @@ class Reliability(RunAddOn):
             yield
 
     def stored_config(self, checkpoint: str, is_optional: bool) -> JSONDict | None:
-        """Return the checked configuration in a checkpoint, or None if it must not be used and the user gave one.
-
-        Raises:
-            CheckpointError: the checkpoint is unreadable, or its configuration is needed and is not allowed.
-        """
+        """Return the checked configuration in a checkpoint; None: use the user's."""
         try:
             return config_of(checkpoint)
         except CheckpointError:
@@ -63,7 +59,7 @@ class Reliability(RunAddOn):
         parser.add_argument("--allow_data_change", type=bool, default=False, help=change)
 
     def before_instantiate(self, settings: Any, config: JSONDict) -> None:
-        """Find the checkpoint to resume from; a run continued in place keeps its batch size."""
+        """Find the checkpoint to resume from; keep the batch size of a continued run."""
         self._resumed = find_checkpoint(settings.resume, settings.ckpt_path, config)
         if self._resumed is not None and self._resumed.folder is not None:
             self.resumed_step = self._resumed.global_step
@@ -73,25 +69,21 @@ class Reliability(RunAddOn):
 
     def run_folder(self, settings: Any) -> Path:
         """Return the locked folder of the run: a new one, or that of the resumed run."""
-        is_writer = is_first_process(settings)
-        if self._resumed is not None and self._resumed.folder is not None:
-            take_run_folder(self._resumed.folder, is_writer=is_writer)
-            return self._resumed.folder
-        return new_locked_folder(settings.runs_dir, settings.experiment, is_writer=is_writer)
+        is_writer, folder = is_first_process(settings), self._resumed.folder if self._resumed else None
+        if folder is None:
+            return new_locked_folder(settings.runs_dir, settings.experiment, is_writer=is_writer)
+        take_run_folder(folder, is_writer=is_writer)
+        return folder
 
     def callbacks(
         self, settings: Any, config: JSONDict, callbacks: list[Callback], stored: JSONDict | None
     ) -> list[Callback]:
-        """Add what makes a run resumable; write checkpoints atomically where one process writes them."""
-        is_off = config.get("enable_checkpointing") is False
-        callbacks = [callback for callback in callbacks if not (is_off and isinstance(callback, Checkpoint))]
+        """Add the callbacks that make a run resumable, and the atomic writer."""
+        callbacks = super().callbacks(settings, config, callbacks, stored)
         if stored is None:
             return [*callbacks, Watchdog()]
-        if is_off:
+        if config.get("enable_checkpointing") is False:
             config["enable_checkpointing"] = True  # for StopOnSignal, a Checkpoint that writes none
-        for callback in callbacks:
-            if isinstance(callback, BestCheckpoint | LastCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(Path(config["default_root_dir"]) / "checkpoints")
         if writes_whole_files(config.get("strategy")):
             plugins = config.get("plugins") or []
             config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
@@ -102,11 +94,7 @@ class Reliability(RunAddOn):
     def checkpoint_to_resume(
         self, settings: Any, module: DetectionModule, data: LightningDataModule, trainer: Trainer
     ) -> str | None:
-        """Return the checkpoint to continue from, once it is known to fit this run.
-
-        Raises:
-            CheckpointError: it belongs to another model, optimizer, strategy or data set.
-        """
+        """Return the checkpoint to continue from, or raise CheckpointError."""
         if self._resumed is None:
             return None
         checkpoint = self._resumed.checkpoint
@@ -114,16 +102,12 @@ class Reliability(RunAddOn):
         return str(checkpoint)
 
     def load_weights(self, module: DetectionModule, checkpoint: str, class_names: Sequence[str]) -> None:
-        """Load the weights of a checked checkpoint.
-
-        Raises:
-            CheckpointError: it is unreadable or belongs to another model or other classes.
-        """
+        """Load the weights of a checked checkpoint."""
         load_weights(module, checkpoint, class_names)
 
 
 def writes_whole_files(strategy: object) -> bool:
-    """Return whether one process writes the whole checkpoint, and not every process a part of it in a folder.
+    """Return whether one process writes the whole checkpoint into one file.
 
     strategy: as configured, a name or an object.
     """

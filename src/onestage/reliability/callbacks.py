@@ -1,7 +1,7 @@
-"""Callbacks that write best.ckpt and last.ckpt, at moments that can be resumed exactly.
+"""Write best.ckpt and last.ckpt at moments that can be resumed exactly.
 
-Lightning saves between any two of its hooks and guesses, when it resumes, where it was. Three kinds of moments leave
-nothing to guess: after an optimizer step inside an epoch, before a validation, and at the end of an epoch.
+Lightning saves between any two of its hooks and guesses, when it resumes, where it was. Three moments leave nothing to
+guess: after an optimizer step inside an epoch, before a validation, and at the end of an epoch.
 """
 
 import random
@@ -44,7 +44,7 @@ def _is_dry(trainer: pl.Trainer) -> bool:
 
 
 def is_after_step(trainer: pl.Trainer) -> bool:
-    """Return whether the last batch ended in an optimizer step. Accumulated gradients are in no checkpoint."""
+    """Return whether the last batch ended in an optimizer step."""
     num_batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return num_batches % trainer.accumulate_grad_batches == 0 or is_last_batch(trainer)
 
@@ -62,7 +62,7 @@ def is_between_batches(trainer: pl.Trainer) -> bool:
 
 
 def validation_follows(trainer: pl.Trainer) -> bool:
-    """Return whether a validation starts after the last batch, which does not end its epoch."""
+    """Return whether a validation follows the last batch inside its epoch."""
     every_epochs, every_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
     is_epoch = every_epochs is None or (trainer.current_epoch + 1) % every_epochs == 0
     if not trainer.enable_validation or not is_epoch or every_batches in (None, float("inf")):
@@ -73,10 +73,9 @@ def validation_follows(trainer: pl.Trainer) -> bool:
 
 
 def mark_validation_due(checkpoint: dict[str, Any]) -> None:
-    """Make a checkpoint from before or inside a validation start that validation when it is resumed.
+    """Make a resumed run start with the validation that was not finished.
 
-    Lightning would skip the batches validated so far, although their detections are lost. It continues a validation
-    if one batch is started and not finished; with none finished before, it starts at the first.
+    Lightning continues a validation if one batch is started and not finished; with none finished, at the first.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
     done = progress["total"]["completed"] - progress["current"]["completed"]
@@ -86,7 +85,7 @@ def mark_validation_due(checkpoint: dict[str, Any]) -> None:
 
 
 def forget_unfinished_validation(trainer: pl.Trainer) -> None:
-    """At the start of a validation, subtract the batch that `mark_validation_due` added."""
+    """Subtract the batch that `mark_validation_due` added."""
     total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
     total.ready = total.started = total.processed = total.completed
 
@@ -95,20 +94,13 @@ def forget_unfinished_validation(trainer: pl.Trainer) -> None:
 
 
 class SeededSteps(Callback):
-    """Seed torch, NumPy and Python before every training batch.
-
-    Random numbers inside the model become a function of (seed, process, epoch, batch). No generator state has to be
-    saved, and two processes never drop the same units.
-
-    Args:
-        seed: of the run.
-    """
+    """Make dropout a function of (seed, process, epoch, batch), without any state."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        """Seed all generators that a model may use. On a GPU this does not wait for the device."""
+        """Seed torch, NumPy and Python without waiting for the device."""
         key = (self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
         torch_seed, numpy_seed = np.random.SeedSequence(key).generate_state(2, dtype=np.uint64).tolist()
         torch.manual_seed(torch_seed)
@@ -133,7 +125,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._copies = False
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Find the best checkpoint of the resumed run in the first process, for all processes."""
+        """Find the best checkpoint of the resumed run, for all processes."""
         self._copies = trainer.is_global_zero
         best = None
         if trainer.is_global_zero and is_training(trainer):
@@ -142,11 +134,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._inherited = trainer.strategy.broadcast(best)
 
     def on_sanity_check_end(self, trainer: pl.Trainer, module: Any) -> None:
-        """Check the metric's name before it costs an epoch: the sanity check logs all metrics of a validation.
-
-        Raises:
-            ConfigError: no validation logs it.
-        """
+        """Raise ConfigError if the sanity check, and so no validation, logs the metric."""
         logged = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
         if logged and str(self.monitor).startswith("val/") and self.monitor not in logged:
             raise ConfigError(
@@ -156,10 +144,7 @@ class BestCheckpoint(ModelCheckpoint):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with the best checkpoint of the resumed run, copied into this run's folder.
-
-        Lightning forgets the best score when the folder changes: the first validation after a resume would win.
-        """
+        """Copy the best checkpoint; Lightning forgets its score when the folder changes."""
         if self._inherited is None:
             return  # a score without its file is useless
         copy = Path(str(self.dirpath)) / BEST
@@ -179,10 +164,9 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def _find_stored_best(state: object, beside: Path, own: Path) -> Path | None:
-    """Return the best checkpoint of a run, in the folder of the resumed checkpoint or in our own.
+    """Return the best checkpoint of a run, beside the resumed one or in our folder.
 
-    The stored path belongs to another machine or day, and a foreign checkpoint may name any file that this user can
-    read. So it is followed into these two folders only.
+    A foreign checkpoint may name any file that this user can read; the path is followed into these folders only.
     """
     score = state.get("best_model_score") if isinstance(state, dict) else None
     if not isinstance(state, dict) or not isinstance(score, Tensor) or score.numel() != 1:
@@ -201,7 +185,7 @@ def _find_stored_best(state: object, beside: Path, own: Path) -> Path | None:
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep `checkpoints/last.ckpt`, the state to resume from, and the one before it as `checkpoints/previous.ckpt`.
+    """Keep last.ckpt, the state to resume from, and previous.ckpt, the one before.
 
     It is written at intervals, and when a signal or a data error ends the run.
 
@@ -234,20 +218,13 @@ class LastCheckpoint(Checkpoint):
             require_writable(self.path)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Copy the state of another run that is continued, so that a kill before the first save loses nothing.
-
-        Lightning calls this hook of every callback before `BestCheckpoint` copies an older state into the folder.
-        """
+        """Copy the state of another run, so that a kill before the first save is harmless."""
         resumed = Path(str(trainer.ckpt_path))
         if trainer.is_global_zero and is_training(trainer) and resumed.resolve().parent != self.path.resolve().parent:
             copy_checkpoint(resumed, self.path)
 
     def save(self, trainer: pl.Trainer, *, before_validation: bool = False) -> None:
-        """Write the state of this moment, which must be resumable, unless it is already written.
-
-        Raises:
-            ResourceError: it could not be written; the last file is unchanged.
-        """
+        """Write the state of this moment, unless it is already written."""
         moment = (trainer.global_step, before_validation)
         self._is_due = False
         if moment == self._saved or trainer.global_step == 0:
@@ -267,7 +244,7 @@ class LastCheckpoint(Checkpoint):
             mark_validation_due(checkpoint)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save if an interval of steps has ended, or leave it to the validation or the end of the epoch."""
+        """Save if an interval of steps has ended and nothing resumable follows."""
         if not self.every_n_steps or not is_training(trainer) or not is_after_step(trainer):
             return
         self._is_due |= trainer.global_step % self.every_n_steps == 0
@@ -288,10 +265,7 @@ class LastCheckpoint(Checkpoint):
             self.save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        """Save when the data end the run: the weights are correct, and the step before is complete.
-
-        Not with several processes: the others are at another place, and a checkpoint needs all of them.
-        """
+        """Save when the data end the run; with several processes they are not in step."""
         if not isinstance(exception, DataError) or not is_training(trainer) or trainer.world_size > 1:
             return
         if is_between_batches(trainer) and is_after_step(trainer):
@@ -307,22 +281,14 @@ def _is_readable(path: Path) -> bool:
 
 
 class ConfigInCheckpoint(Callback):
-    """Store the origin of the weights in every checkpoint, so that one file is enough to predict.
-
-    That is the `model` and `data` configuration, fingerprints of the training annotations and images, and the versions
-    of the packages.
-    """
+    """Store configuration, data fingerprints and versions in every checkpoint."""
 
     def __init__(self, config: JSONDict) -> None:
         self.config = config
         self._origin: JSONDict = {}
 
     def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
-        """Check that all processes have the same configuration.
-
-        Raises:
-            ConfigError: they have not, in every process.
-        """
+        """Raise ConfigError, in every process, if they have different configurations."""
         if trainer.world_size > 1:
             settings: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(settings, repr(sorted(decisive_settings(self.config).items())))

@@ -29,19 +29,19 @@ SHARED_KEYS = ("schema", "detector", "class_names", "category_ids")
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints on a local file system: a name always stands for a whole file.
 
-    Lightning writes into the system's temporary folder and moves the file over the old one. Between two file systems
-    that is a copy, which a kill or a full disk truncates. Lightning also ignores a permission error.
+    Lightning moves a file from the temporary folder over the old one: between two file systems that is a copy, which
+    a kill or a full disk truncates. It also ignores a permission error.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint. Raise ResourceError and keep the earlier file if the disk or the folder refuses."""
+        """Write a checkpoint, or raise ResourceError and keep the earlier file."""
         with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint on the CPU with all checks of `read_checkpoint`; `weights_only` is always true."""
+        """Read a checkpoint as `read_checkpoint` does; `weights_only` is always true."""
         return read_checkpoint(path, mapped=False)  # the training must not depend on the file any more
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -125,7 +125,7 @@ def _load_archive(path: Path, mapped: bool) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Check that a file is a whole torch archive. torch.load itself compares no checksum."""
+    """Check that a file is a whole torch archive: torch.load compares no checksum."""
     size = path.stat().st_size
     if size == 0:
         raise CheckpointError(f"checkpoint {path} is empty (0 bytes).{_other_checkpoints(path)}")
@@ -145,12 +145,13 @@ def _check_archive(path: Path) -> None:
         problem = f"is truncated or damaged ({size:,} bytes; {_first_line(error)})"
         raise CheckpointError(f"checkpoint {path} {problem}.{_other_checkpoints(path)}") from error
     if damaged is not None:
-        problem = f"is damaged: the checksum of {printable(damaged)} is wrong"
-        raise CheckpointError(f"checkpoint {path} {problem}.{_other_checkpoints(path)}")
+        raise CheckpointError(
+            f"checkpoint {path}: the checksum of {printable(damaged)} is wrong.{_other_checkpoints(path)}"
+        )
 
 
 def _require_uncompressed(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse compressed and overlapping members, which torch never writes: kilobytes of them can hold gigabytes."""
+    """Refuse compressed and overlapping members, which can become gigabytes."""
     members = archive.infolist()
     declared, size = sum(member.file_size for member in members), path.stat().st_size
     if declared > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -176,7 +177,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _find_oversized_tensor(checkpoint: dict[str, Any], file_size: int) -> str | None:
-    """Find tensors that need more memory than the file stores, before memory of that size is used."""
+    """Find tensors that need more memory than the file stores."""
     waiting: list[tuple[str, Any]] = list(checkpoint.items())
     storages: dict[int, int] = {}
     num_values = 0
@@ -202,7 +203,7 @@ def _find_oversized_tensor(checkpoint: dict[str, Any], file_size: int) -> str | 
 
 
 def _find_wrong_type(checkpoint: dict[str, Any]) -> str | None:
-    """Find an entry that this project reads and that has another type. Lightning's own entries are not checked."""
+    """Find an entry of this project, not of Lightning, that has another type."""
     ours = checkpoint[CHECKPOINT_KEY]
     if not isinstance(ours, dict):
         return f"must hold a dictionary as `{CHECKPOINT_KEY}`, got {type(ours).__name__}"
@@ -250,7 +251,7 @@ def _other_checkpoints(path: Path) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 # Loading weights into a model
@@ -267,11 +268,8 @@ def load_weights(module: DetectionModule, path: str | Path, class_names: Sequenc
     weights = checkpoint["state_dict"]
     broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
     if broken:
-        raise CheckpointError(
-            f"checkpoint {path} has NaN or infinite weights in {len(broken)} of {len(weights)} tensors: "
-            f"{', '.join(broken[:5])}.\nThe training had failed before it was written. Use an earlier one."
-            f"{_other_checkpoints(Path(path))}"
-        )
+        problem = f"has NaN or infinite weights in {len(broken)} of {len(weights)} tensors: {', '.join(broken[:5])}"
+        raise CheckpointError(f"checkpoint {path} {problem}.\nUse an earlier one.{_other_checkpoints(Path(path))}")
     try:
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -306,7 +304,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 
 def keep_previous(path: Path, previous: Path) -> None:
-    """Give `path` the second name `previous`, before a newer file takes its first. There is always one of them."""
+    """Give `path` the second name `previous`, before a newer file takes its first."""
     if not path.is_file():
         return
     temporary = previous.with_name(f".{previous.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
@@ -314,19 +312,16 @@ def keep_previous(path: Path, previous: Path) -> None:
         temporary.unlink(missing_ok=True)
         try:
             temporary.hardlink_to(path)
+            temporary.replace(previous)
         except OSError:  # a file system without hard links
             path.replace(previous)
-        else:
-            temporary.replace(previous)
+        temporary.unlink(missing_ok=True)  # two links to one file: the replacement did nothing
     except OSError as error:
         raise write_error(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def remove_unfinished_files(folder: Path) -> list[Path]:
-    """Remove the temporary files of killed processes. Only for the process that holds the lock of `folder`."""
+    """Remove the temporary files of killed processes from a locked folder."""
     unfinished = list(folder.rglob(f".*{TEMPORARY_SUFFIX}"))
     for file in unfinished:
         with contextlib.suppress(OSError):

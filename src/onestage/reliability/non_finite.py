@@ -1,4 +1,4 @@
-"""Keep NaN and infinity out of the weights and of every checkpoint; report the likely cause."""
+"""Keep NaN and infinity out of weights and checkpoints; report the likely cause."""
 
 import json
 import math
@@ -45,12 +45,11 @@ class Window:
 
 
 class NonFiniteGuard(Callback):
-    """Skip steps whose loss or gradient is NaN or infinite; end a training that has too many of them.
+    """Skip steps with a non-finite loss or gradient; end a training with too many.
 
-    A skipped step changes no weight, no optimizer state and no buffer; the learning rate follows its schedule. The
-    diagnosis of each one is written to `skipped_steps.json` in the run folder. All processes of a run decide alike.
-    Costs one transfer from the device per step, for loss and gradient norm together; the norm is logged as
-    `train/gradient_norm`. fp16's loss scaler skips steps to find its scale; these count only if it finds none.
+    A skipped step changes no weight, no optimizer state and no buffer. The diagnosis of each one is written to
+    `skipped_steps.json` in the run folder. All processes decide alike. Costs one transfer from the device per step.
+    fp16's loss scaler skips steps to find its scale; these count only if it finds none.
 
     Args:
         max_skipped_steps: in a row, >= 0; one more ends the training.
@@ -88,11 +87,7 @@ class NonFiniteGuard(Callback):
             self._steps_before.extend(state_dict["steps_before"])
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Check the weights and, in a resumed run, the optimizer state.
-
-        Raises:
-            NonFiniteError: they hold NaN or infinity.
-        """
+        """Raise NonFiniteError for non-finite weights or resumed optimizer state."""
         self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))  # of the first process
         weights = module.state_dict()
         self._persistent = frozenset(weights)
@@ -105,7 +100,7 @@ class NonFiniteGuard(Callback):
             )
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        """Copy the buffers that the forward pass changes: statistics of batch norm, running means of a loss."""
+        """Copy the buffers that the forward pass changes, such as batch norm's statistics."""
         if self._window is None:
             buffers = module.named_buffers()
             self._window = Window({name: value.clone() for name, value in buffers if name in self._persistent})
@@ -151,11 +146,7 @@ class NonFiniteGuard(Callback):
         optimizer.zero_grad(set_to_none=True)  # every optimizer skips a parameter without gradient
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count a skipped step, write its diagnosis, and stop if there were too many.
-
-        Raises:
-            NonFiniteError: more than `max_skipped_steps` in a row were skipped.
-        """
+        """Count and explain a skipped step; raise NonFiniteError if there were too many."""
         window = self._window
         if window is None:
             return
@@ -170,12 +161,12 @@ class NonFiniteGuard(Callback):
         module.log("train/skipped_steps", float(self.num_skipped))
 
     def _facts(self, trainer: pl.Trainer, module: DetectionModule, window: Window, outputs: Any) -> JSONDict:
-        """Return what is known of a skipped step in this process; tensors are those of its last batch."""
+        """Return the facts of a skipped step in this process."""
         annotations = module.data.annotations("train")
         ids, paths = annotations.image_ids, annotations.image_paths
         rows = torch.cat([batch.image_indices for batch in window.batches]).tolist()
         predictions = outputs["predictions"]._asdict()
-        return {
+        facts = {
             **window.facts,
             "loss_terms": {name: float(value.detach()) for name, value in outputs.items() if isinstance(value, Tensor)},
             "precision": str(trainer.precision),
@@ -185,6 +176,8 @@ class NonFiniteGuard(Callback):
             "bad_weights": non_finite_names(module.named_parameters()),
             "steps_before": list(self._steps_before),
         }
+        cause, remedy = likely_cause(facts)
+        return {**facts, "likely_cause": cause, "what_to_change": remedy}
 
     def _report(self, trainer: pl.Trainer, facts: JSONDict) -> None:
         processes: list[Any] = [facts]
@@ -207,7 +200,7 @@ class NonFiniteGuard(Callback):
         rank_zero_warn(
             f"{place} is skipped ({self._num_in_row} in a row, training ends after {self.max_skipped_steps}; "
             f"{self.num_skipped} in all): loss {worst['loss']:.4g}, gradient norm {worst['gradient_norm']:.4g}. "
-            f"Likely cause: {likely_cause(worst)[0]}. See {where}"
+            f"Likely cause: {worst['likely_cause']}. See {where}"
         )
 
     @rank_zero_only
@@ -223,11 +216,7 @@ class NonFiniteGuard(Callback):
             self._is_refused = True
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Refuse to write a checkpoint that holds NaN or infinity.
-
-        Raises:
-            NonFiniteError: it does.
-        """
+        """Raise NonFiniteError instead of writing a checkpoint that holds NaN or infinity."""
         names = non_finite_entries(checkpoint)  # without the other processes: one may save alone
         if names:
             rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -239,7 +228,7 @@ class NonFiniteGuard(Callback):
 
 
 def _check_values(trainer: pl.Trainer, loss: Tensor, norm: Tensor) -> tuple[float, float, bool, bool]:
-    """Return loss, norm, and whether each is non-finite in any process. Waits for the device, once."""
+    """Return loss, norm, and whether each is non-finite in any process."""
     norm = norm.to(loss.device, torch.float32)
     if isinstance(trainer.strategy, FSDPStrategy):  # each process holds a part of every gradient
         norm = norm.square()
@@ -291,10 +280,7 @@ def non_finite_names(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
 
 
 def non_finite_entries(checkpoint: JSONDict) -> list[str]:
-    """Return the keys of a checkpoint's tensors that hold NaN or infinity.
-
-    Scalars in the states of callbacks are exempt: a best score starts at minus infinity.
-    """
+    """Return the keys of non-finite tensors. A callback's best score may be -inf."""
     tensors = _tensors("", checkpoint)
     return non_finite_names((key, value) for key, value in tensors if value.ndim or not key.startswith("callbacks."))
 
@@ -309,7 +295,7 @@ def _tensors(place: str, node: object) -> Iterator[tuple[str, Tensor]]:
 
 
 def likely_cause(facts: JSONDict) -> tuple[str, str]:
-    """Return the likely cause and the remedy, checked in the order of computation: data, outputs, loss, gradient."""
+    """Return cause and remedy, tested in order: data, outputs, loss, gradient."""
     boxes, predictions, names = facts["boxes"], facts["predictions"], facts["bad_gradients"]
     if facts["bad_weights"]:
         return f"the weights are not finite ({_some(facts['bad_weights'])}): an earlier update overflowed", LOWER_LR
@@ -354,32 +340,24 @@ def _some(names: Sequence[str], max_names: int = 3) -> str:
 
 
 def describe(facts: JSONDict) -> str:
-    """Return the facts of a step in five lines."""
-    boxes, (cause, remedy) = facts["boxes"], likely_cause(facts)
-    files = [f"{image['image_id']} ({image['file']})" for image in facts["images"]]
+    """Return cause, remedy, losses, boxes and images of a step in five lines."""
+    boxes, files = facts["boxes"], [f"{image['image_id']} ({image['file']})" for image in facts["images"]]
     terms = ", ".join(f"{name} {value:.4g}" for name, value in facts["loss_terms"].items())
     rates = ", ".join(f"{rate:.4g}" for rate in dict.fromkeys(facts["learning_rates"]))
-    smallest, largest = boxes["smallest_side"], boxes["largest_side"]
-    sides = "" if smallest is None else f"sides {smallest:.1f}..{largest:.1f} px, "
+    sides = "" if boxes["smallest_side"] is None else "sides {smallest_side:.1f}..{largest_side:.1f} px, "
     return (
-        f"Likely cause: {cause}.\nWhat to change: {remedy}\n"
+        f"Likely cause: {facts['likely_cause']}.\nWhat to change: {facts['what_to_change']}\n"
         f"Loss: {terms}; gradient norm {facts['gradient_norm']:.4g}; learning rate {rates}; "
         f"precision {facts['precision']}.\n"
-        f"Boxes: {boxes['num_boxes']}, {sides}{boxes['num_empty']} empty, {boxes['num_non_finite']} not finite.\n"
-        f"Images: {_some(files, max_names=8)}."
+        + f"Boxes: {{num_boxes}}, {sides}{{num_empty}} empty, {{num_non_finite}} not finite.\n".format(**boxes)
+        + f"Images: {_some(files, max_names=8)}."
     )
 
 
-def as_json(facts: JSONDict) -> JSONDict:
-    """Return the facts for a JSON file, which cannot hold NaN and infinity: they become text."""
-    cause, remedy = likely_cause(facts)
-    content: JSONDict = _without_non_finite({**facts, "likely_cause": cause, "what_to_change": remedy})
-    return content
-
-
-def _without_non_finite(node: Any) -> Any:
+def as_json(node: Any) -> Any:
+    """Return values for a JSON file: NaN and infinity become text."""
     if isinstance(node, dict):
-        return {key: _without_non_finite(value) for key, value in node.items()}
+        return {key: as_json(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_without_non_finite(value) for value in node]
+        return [as_json(value) for value in node]
     return str(node) if isinstance(node, float) and not math.isfinite(node) else node

@@ -1,4 +1,4 @@
-"""Find the run and the checkpoint that `fit --resume` continues from, and check that they fit."""
+"""Find the checkpoint that `fit --resume` continues from; check that it fits."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -21,8 +21,7 @@ from onestage.training.optimization import shards_parameters
 from onestage.training.run import version_of
 from onestage.types import AnnotationSet, JSONDict
 
-# The keys that decide what a run computes. Two runs that agree on them are the same experiment, on any devices, with
-# any number of workers, in any folder.
+# The keys that decide what a run computes, on any devices, with any number of workers, in any folder.
 DECISIVE = ("seed_everything", "model", "data", "ema", "trainer")
 DECISIVE_IN_TRAINER = (
     "max_epochs", "max_steps", "max_time", "precision", "accumulate_grad_batches", "gradient_clip_val",
@@ -37,7 +36,6 @@ INDECISIVE_IN_DATA = (
 )  # fmt: skip
 PATHS_IN_DATA = ("_annotations", "_images")  # ends of keys; of such a path only the last name counts
 LENGTHS = ("trainer.max_epochs", "trainer.max_steps")  # a run may be lengthened
-MAX_CONFIG_BYTES = 8 << 20
 OPTIMIZER = "optimizer_states"  # Lightning's key; missing in checkpoints that hold weights alone
 
 READ_BYTES = 2 << 30  # image files of so many bytes together are read, in seconds; of more only the sizes are compared
@@ -57,12 +55,12 @@ def find_checkpoint(resume: str, ckpt_path: str | None, config: JSONDict) -> Res
 
     Args:
         resume: `auto`, `none`, or a checkpoint or run folder.
-        ckpt_path: a checkpoint, Lightning's option; the same as naming it in `resume`.
+        ckpt_path: Lightning's option; the same as naming the checkpoint in `resume`.
         config: of this run, as config.yaml will hold it.
 
     Raises:
-        ConfigError: both options were given.
-        CheckpointError: the checkpoint is damaged, or every checkpoint of the run is.
+        ConfigError: both options are given.
+        CheckpointError: the checkpoint, or every checkpoint of the run, is damaged.
     """
     if ckpt_path is not None and resume != "none":
         raise ConfigError(f"--resume {resume} and --ckpt_path {ckpt_path} conflict; pass only one.")
@@ -88,7 +86,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _find_run(experiment_folder: Path, config: JSONDict) -> Resumed | None:
-    """Find the newest run with the same configuration and a checkpoint; print what was found and what was not."""
+    """Find the newest run with the same configuration and a checkpoint."""
     found = experiment_folder.glob("version_*") if _is_folder(experiment_folder) else ()
     folders = [path for path in found if version_of(path) >= 0]
     for folder in sorted(folders, key=version_of, reverse=True):
@@ -104,20 +102,22 @@ def _find_run(experiment_folder: Path, config: JSONDict) -> Resumed | None:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """Return the readable checkpoint with the highest optimizer step, and that step; warn about damaged ones.
+    """Return the readable checkpoint with the highest stored step, and that step.
 
-    The step is the one stored inside: the time of a file is that of its last copy, or of a wrong clock. None if there
-    is no checkpoint. Files with weights alone, as a ModelCheckpoint of the user may write them, are ignored.
+    The time of a file is that of its last copy. Files with weights alone, of a user's ModelCheckpoint, are ignored.
 
     Raises:
         CheckpointError: every checkpoint is damaged.
     """
-    files = sorted(folder.glob("*.ckpt"), key=_preference)
-    steps = {file: stored_step(file) for file in files}
+    steps = {file: stored_step(file) for file in folder.glob("*.ckpt")}
+    names = (LAST, PREVIOUS)  # at equal steps `last`, of the end of an epoch, is later than `best`
+
+    def order(file: Path) -> tuple[bool, int, int, str]:
+        rank = names.index(file.name) if file.name in names else len(names)
+        return (steps[file] >= 0, -steps[file], rank, file.name)  # unreadable files first, for their warnings
+
     problems = []
-    unreadable = [file for file in files if steps[file] < 0]  # first, for their warnings
-    by_step = sorted(set(files) - set(unreadable), key=lambda file: (-steps[file], _preference(file)))
-    for file in [*unreadable, *by_step]:
+    for file in sorted(steps, key=order):
         try:
             checkpoint = read_checkpoint(file)
         except CheckpointError as error:
@@ -133,18 +133,10 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
     )
 
 
-def _preference(file: Path) -> tuple[int, str]:
-    # At equal steps, `last` is later: it is written at the end of an epoch, `best` after the validation before it.
-    names = (LAST, PREVIOUS)
-    return (names.index(file.name) if file.name in names else len(names), file.name)
-
-
 def _find_difference(config_file: Path, config: JSONDict) -> str | None:
     """Return how the run of a configuration file differs from this one, or None."""
     try:
-        saved = yaml.safe_load(
-            read_file(config_file, CheckpointError, "a run's configuration", "", max_bytes=MAX_CONFIG_BYTES)
-        )
+        saved = yaml.safe_load(read_file(config_file, CheckpointError, "a run's configuration", "", max_bytes=8 << 20))
     except (CheckpointError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
         return f"its {config_file.name} cannot be read"
     if not isinstance(saved, dict):
@@ -155,8 +147,8 @@ def _find_difference(config_file: Path, config: JSONDict) -> str | None:
     lengthened = [key for key in LENGTHS if then.get(key) != now.get(key) and _is_longer(then.get(key), now.get(key))]
     if lengthened and then.get("trainer.check_val_every_n_epoch") == then.get("trainer.max_epochs"):
         lengthened.append("trainer.check_val_every_n_epoch")  # it was lowered to the length of the shorter run
-    for key in sorted(then.keys() | now.keys() - set(lengthened)):
-        if then.get(key) != now.get(key) and key not in lengthened:
+    for key in sorted((then.keys() | now.keys()) - set(lengthened)):
+        if then.get(key) != now.get(key):
             return f"it had {key} {then.get(key)!r}, now {now.get(key)!r}"
     for key in lengthened:
         rank_zero_info(f"resume auto: {key} {then.get(key)} -> {now.get(key)}; model.schedule spans the new length")
@@ -164,8 +156,8 @@ def _find_difference(config_file: Path, config: JSONDict) -> str | None:
 
 
 def _is_longer(then: Any, now: Any) -> bool:
-    lengths = [float("inf") if value in (None, -1) else value for value in (then, now)]
-    return all(isinstance(length, int | float) for length in lengths) and lengths[1] >= lengths[0]
+    before, after = (float("inf") if value in (None, -1) else value for value in (then, now))
+    return isinstance(before, int | float) and isinstance(after, int | float) and after >= before
 
 
 def decisive_settings(config: JSONDict) -> dict[str, Any]:
@@ -191,7 +183,7 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def saved_batch_size(folder: Path) -> int:
-    """Return the batch size of the run in `folder`, which `--auto_batch` found at its start and must keep."""
+    """Return the batch size that `--auto_batch` found when the run in `folder` began."""
     saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     return int(saved["data"]["batch_size"])
 
@@ -202,12 +194,10 @@ def saved_batch_size(folder: Path) -> int:
 def require_resumable(
     path: Path, module: DetectionModule, data: Any, strategy: Strategy, allow_data_change: bool
 ) -> None:
-    """Check that this run can continue from a checkpoint, before Lightning restores anything.
-
-    The configuration in the checkpoint is not used: that of the files and the command line is.
+    """Check that this run can continue from a checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint has another model, optimizer, set of classes, kind of strategy or data set.
+        CheckpointError: it has another model, optimizer, set of classes, kind of strategy or data set.
     """
     checkpoint = load_weights(module, path, data.class_names)
     if not isinstance(checkpoint.get(OPTIMIZER), list):
@@ -227,7 +217,7 @@ def require_resumable(
 
 
 def _require_same_strategy(path: Path, checkpoint: JSONDict, strategy: Strategy) -> None:
-    """Refuse an optimizer state with another numbering: Lightning would give weights each other's momentum.
+    """Refuse an optimizer state with another numbering of the parameters.
 
     The numbers follow our two parameter groups, but under a strategy that splits weights they follow the model.
     """
@@ -246,7 +236,7 @@ def _require_same_strategy(path: Path, checkpoint: JSONDict, strategy: Strategy)
 
 
 def _require_same_optimizer(path: Path, saved: JSONDict, module: DetectionModule) -> None:
-    """Refuse another of torch's optimizers, whose state has other names. Other factories are not checked."""
+    """Refuse another of torch's optimizers, whose state has other names."""
     model = (saved.get("config") or {}).get("model")
     stored = (model if isinstance(model, dict) else {}).get("optimizer")
     then = str(stored.get("class_path")) if isinstance(stored, dict) else ""
@@ -260,28 +250,26 @@ def _require_same_optimizer(path: Path, saved: JSONDict, module: DetectionModule
 
 
 def _require_same_data(path: Path, saved: JSONDict, now: dict[str, str]) -> None:
-    problems = {
-        "data_fingerprint": "annotations are not those that {} was trained on: images or boxes were added, removed or "
-        "changed",
-        "image_fingerprint": "images are not those that {} was trained on: names and boxes are the same, but at least "
-        "one file has other content",
+    details = {
+        "data_fingerprint": ("annotations", "images or boxes were added, removed or changed"),
+        "image_fingerprint": ("images", "names and boxes are the same, but at least one file has other content"),
     }
-    for key, problem in problems.items():
+    for key, (noun, detail) in details.items():
         then = saved.get(key, now[key])
         if then != now[key]:
             raise CheckpointError(
-                f"the training {problem.format(path)} (fingerprint {now[key]}, then {then!r:.99}).\n"
-                "Restore them, or continue with the new ones by --allow_data_change true, or start a new run by "
-                "--resume none."
+                f"the training {noun} are not those that {path} was trained on: {detail} (fingerprint {now[key]}, then "
+                f"{then!r:.99}).\nRestore them, or continue with the new ones by --allow_data_change true, or start a "
+                "new run by --resume none."
             )
 
 
 @lru_cache(maxsize=1)  # asked for when a run is resumed and again when it starts
 def fingerprints(annotations: AnnotationSet) -> dict[str, str]:
-    """Return short hashes of the annotations and of the image files, by their keys in a checkpoint.
+    """Return short hashes by their keys in a checkpoint.
 
-    `data_fingerprint` covers names, boxes and labels, not folders. `image_fingerprint` covers every byte of the files,
-    or their sizes where they are larger than READ_BYTES together.
+    `data_fingerprint` covers names, boxes and labels, `image_fingerprint` every byte of the image files, or their sizes
+    if they are larger than READ_BYTES together. Folders do not count.
     """
     paths = [Path(path) for path in annotations.image_paths.tolist()]
     return {"data_fingerprint": _hash_annotations(annotations, paths), "image_fingerprint": _hash_images(paths)}
@@ -299,19 +287,12 @@ def _hash_annotations(annotations: AnnotationSet, paths: Sequence[Path]) -> str:
 
 
 def _hash_images(paths: Sequence[Path]) -> str:
-    sizes = [_size(path) for path in paths]
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]  # the loader reports missing files
     if sum(sizes) > READ_BYTES:
         return f"sizes:{hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]}"
     with ThreadPoolExecutor(READ_THREADS) as pool:
         content = b"".join(pool.map(_hash_file, paths))
     return f"bytes:{hashlib.sha256(content).hexdigest()[:16]}"
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # the loader reports unreadable files
-        return 0
 
 
 def _hash_file(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""End a run in order: on a signal with a checkpoint, on an error with its own exit code and remedy."""
+"""End a run in order, with a checkpoint and the right exit code."""
 
 import contextlib
 import errno
@@ -29,11 +29,11 @@ RESTORING = ("checkpoint_connector.py", "restore")  # Lightning's file and funct
 
 
 class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those last: all state is final by then
-    """End a run at the next moment that can be resumed, with a checkpoint and the exit code of the signal.
+    """End a run at the next resumable moment, with the exit code of the signal.
 
-    The handler of SIGTERM and SIGINT only stores the signal. After every batch the processes agree whether one of them
-    has received any, so that all stop after the same step. Ctrl-C after any signal ends the process at once; files
-    stay complete. SIGUSR1, by which SLURM announces the end of a job, is left to Lightning's SLURMEnvironment.
+    The handler only stores the signal. After every batch the processes agree whether one of them has received any, so
+    that all stop after the same step. Ctrl-C after any signal ends the process at once. SIGUSR1, by which SLURM
+    announces the end of a job, is left to Lightning's SLURMEnvironment.
 
     Args:
         last: writes the checkpoint; None: the run keeps none.
@@ -46,7 +46,7 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
         self._num_common_batches = 0  # of a validation, in every process
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers: Lightning installs its own after `setup`, and removes all of them in the end."""
+        """Install the handlers; Lightning installs its own before and removes all later."""
         if trainer.world_size > 1 and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=30))
         if threading.current_thread() is threading.main_thread():
@@ -65,13 +65,13 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
             os.write(2, f"\n{signal.Signals(number).name}: stopping after this step and a checkpoint\n".encode())
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop here, unless the state is complete only in the validation or at the end of the epoch that follows."""
+        """Stop here, unless a validation or the end of the epoch follows."""
         is_moment = is_after_step(trainer) and not is_last_batch(trainer) and not validation_follows(trainer)
         if is_moment and self._all_agree(trainer):
             self._stop(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Count the batches after which all processes can exchange signals: some have one batch more than others."""
+        """Count the batches that every process has: some have one batch more."""
         batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
         num_batches = sum(min(number, 2**31) for number in (batches if isinstance(batches, list) else [batches]))
         self._num_common_batches = self._minimum(int(num_batches))
@@ -122,21 +122,21 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
 
 
 def _await_children(trainer: pl.Trainer) -> None:
-    """Let the processes that Lightning started end by themselves, within CHILD_SECONDS."""
+    """Let the processes that Lightning started end by themselves."""
     started = getattr(trainer.strategy.launcher, "procs", [])
     children = [child for child in started if isinstance(child, subprocess.Popen)]
     if not children:
         return
     started.clear()  # so that Lightning does not signal them
 
-    def terminate_or_kill() -> None:
+    def wait_or_kill() -> None:
         for child in children:
             try:
                 child.wait(CHILD_SECONDS)
             except subprocess.TimeoutExpired:
                 child.kill()
 
-    threading.Thread(target=terminate_or_kill, name="children").start()  # not a daemon: Python waits for it at exit
+    threading.Thread(target=wait_or_kill, name="children").start()  # not a daemon: Python waits for it at exit
 
 
 # Errors
@@ -144,7 +144,7 @@ def _await_children(trainer: pl.Trainer) -> None:
 
 @contextlib.contextmanager
 def mapped_errors(batch_size_key: str = "data.batch_size") -> Iterator[None]:
-    """Map exceptions of libraries to the errors of this project, each with its exit code.
+    """Map exceptions of libraries to the errors of this project.
 
     Args:
         batch_size_key: the key to lower when memory runs out.
@@ -196,7 +196,7 @@ def _shortage(error: Exception, batch_size_key: str) -> ResourceError | None:
 
 
 def _malformed_checkpoint(error: Exception) -> CheckpointError | None:
-    """Return an error if Lightning failed while it restored the entries of a checkpoint, or None."""
+    """Return an error if Lightning failed while it restored a checkpoint, or None."""
     file, prefix = RESTORING
     frames = traceback.extract_tb(error.__traceback__)
     if not any(frame.filename.endswith(file) and frame.name.startswith(prefix) for frame in frames):

@@ -1,4 +1,4 @@
-"""Check the configuration inside a checkpoint: a checkpoint is data from anywhere, and never a program.
+"""Check the configuration inside a checkpoint, which is data and no program.
 
 A value may name a class only where the constructor's annotation expects one, and only a subclass of that class in this
 package. Everything else must be plain: numbers, booleans and, where text is expected, text. What only training needs is
@@ -54,7 +54,7 @@ class Refusal(NamedTuple):
 
 
 def config_of(path: str | Path) -> JSONDict:
-    """Return the part of a checkpoint's configuration that evaluation needs, with its class names.
+    """Return what evaluation needs of a checkpoint's configuration.
 
     Raises:
         CheckpointError: the checkpoint is unreadable, or its configuration is malformed or holds a forbidden value.
@@ -72,7 +72,7 @@ def config_of(path: str | Path) -> JSONDict:
 
 
 def foreign_classes(path: str | Path) -> str | None:
-    """Return why a checkpoint needs the user's config.yaml, or None; raise CheckpointError as `config_of`."""
+    """Return why a checkpoint needs the user's config.yaml, or None."""
     found = list(refusals(evaluation_part(read_checkpoint(path)[CHECKPOINT_KEY], path)))
     for refusal in found:
         if not refusal.is_foreign_class:
@@ -82,7 +82,7 @@ def foreign_classes(path: str | Path) -> str | None:
 
 
 def evaluation_part(saved: JSONDict, path: str | Path) -> JSONDict:
-    """Return what evaluation and sharing need of a stored configuration; raise CheckpointError if it has none."""
+    """Return what evaluation and sharing need of a stored configuration."""
     config = saved.get("config") or {}
     if not all(isinstance(config.get(group), dict) for group in EVALUATION_KEYS):
         raise CheckpointError(f"checkpoint {path} holds no configuration. Give the run's config.yaml with --config.")
@@ -100,7 +100,7 @@ def _unusable_config(path: str | Path, problem: str) -> CheckpointError:
 
 
 def _forget_weights(node: Any) -> None:
-    """Set every source of pretrained weights to None: the weights are in the checkpoint, nothing is downloaded."""
+    """Set every source of pretrained weights to None: the checkpoint has them."""
     for key, value in node.items() if isinstance(node, dict) else ():
         if key in ("weights", "backbone_weights", "pretrained"):
             node[key] = None
@@ -108,7 +108,7 @@ def _forget_weights(node: Any) -> None:
 
 
 def refusals(config: JSONDict) -> Iterator[Refusal]:
-    """Yield the forbidden values of a `model` and `data` configuration. Nothing outside TRUSTED is imported."""
+    """Yield the forbidden values of a configuration; import only from TRUSTED."""
     for group, owner in (("model", DetectionModule), ("data", _find_class(DATA_MODULE))):
         yield from _check_arguments(config[group], owner, group)
     if not isinstance(config["model"].get("detector"), dict):
@@ -186,7 +186,7 @@ def _is_kind(found: type, expected: type) -> bool:
 
 
 def _parameters(owner: Any) -> dict[str, Types]:
-    """Return the types of the arguments of a class, those of its parents included: `**kwargs` leads to them."""
+    """Return the types of the arguments of a class and of its parents."""
     if hasattr(owner, "_fields"):  # a named tuple
         return {name: _alternatives(hint) for name, hint in typing.get_type_hints(owner).items()}
     known: dict[str, Types] = {}
@@ -228,7 +228,7 @@ def _item_types(types: Types, containers: Types) -> Types:
 
 
 def _is_plain(hint: Any) -> bool:
-    """Return whether a hint can mean numbers and text only, so that the parser reads text as itself."""
+    """Return whether a hint allows numbers and text only."""
     origin = _origin(hint)
     if origin in (*SEQUENCES, *MAPPINGS):
         return all(_is_plain(each) for inner in get_args(hint) for each in _alternatives(inner))

@@ -46,9 +46,8 @@ class Peer(NamedTuple):
 class Watchdog(Callback):
     """Watch the other processes of a distributed run during a trainer call.
 
-    torch waits half an hour for a process that hangs, and reports a dead one as a closed connection. A thread checks
-    the processes of its own machine every second (dead or stopped) and the heartbeats of the others. When one is lost,
-    every other process names it and ends with the exit code of `ProcessLostError`.
+    A thread checks the processes of its machine (dead or stopped) and the heartbeats of the others. When one is lost,
+    every other process names it and ends, instead of waiting half an hour for it.
     """
 
     def __init__(self) -> None:
@@ -73,20 +72,17 @@ class Watchdog(Callback):
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         """Stop watching: this process reports its own error."""
         if not is_connection_lost(exception):
-            self._stop()
+            self.teardown(trainer, module, "")
 
     def teardown(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         """Stop watching."""
-        self._stop()
-
-    def _stop(self) -> None:
         if self._thread is not None:
             self._thread.leave()
             self._thread = None
 
 
 def _detach_lightning_observer(trainer: pl.Trainer) -> None:
-    """Empty the list that Lightning's observer of started processes watches: it kills all without a message."""
+    """Empty the list of Lightning's observer, which kills all without a message."""
     launcher: Any = trainer.strategy.launcher
     observed = getattr(launcher, "procs", None)
     if observed:
@@ -95,7 +91,7 @@ def _detach_lightning_observer(trainer: pl.Trainer) -> None:
 
 
 class WatchThread(threading.Thread):
-    """Check the other processes until `leave` is called. Heartbeats have a thread of their own, as it may block."""
+    """Check the other processes until `leave` is called."""
 
     def __init__(self, store: Any, rank: int, world_size: int, remedy: str = REMEDY) -> None:
         super().__init__(name="watchdog", daemon=True)
@@ -129,7 +125,7 @@ class WatchThread(threading.Thread):
             self.exchange_beat()
 
     def exchange_beat(self) -> None:
-        """Send a heartbeat and read those of the others. Blocks while the process that hosts the store is stopped."""
+        """Send a heartbeat and read those of the others; a stopped host blocks this."""
         try:
             self._store.set(f"beat/{self._rank}", str(time.monotonic()))
             beats = self._store.multi_get([f"beat/{peer.rank}" for peer in self.peers])
@@ -176,7 +172,7 @@ def _end(peer: Peer, reason: str, remedy: str) -> NoReturn:
 
 
 def process_state(process: int) -> str:
-    """Return the state letter of a process of this machine as ps prints it (T stopped, Z dead); "" if it is gone."""
+    """Return the state of a local process as ps prints it; "" if it is gone."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
@@ -193,14 +189,14 @@ def process_state(process: int) -> str:
 
 
 def is_connection_lost(error: BaseException) -> bool:
-    """Return whether torch reports that another process is gone, in the words of gloo, NCCL or the store."""
+    """Return whether gloo, NCCL or the store report that another process is gone."""
     text = str(error).lower()
     words = ("connection closed by peer", "connection reset", "broken pipe", "socket error", "remote process")
     return isinstance(error, RuntimeError) and any(word in text for word in words)
 
 
 def await_watchdog_verdict() -> NoReturn:
-    """Give the watchdog the time to name the lost process and to end this one; raise ProcessLostError if it cannot."""
+    """Let the watchdog name the lost process, or raise ProcessLostError."""
     time.sleep(5 * CHECK_SECONDS)
     raise ProcessLostError(
         "another process of the run closed its connection; its own message, above or in its log, gives the reason.\n"
@@ -210,10 +206,7 @@ def await_watchdog_verdict() -> NoReturn:
 
 @contextlib.contextmanager
 def launcher_watched() -> Iterator[None]:
-    """End a process that Lightning started when its parent is gone, until the watchdog watches all processes.
-
-    It would wait for the others for half an hour. Lightning observes the processes it started, but not the reverse.
-    """
+    """End a process that Lightning started when its parent is gone."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is not None and os.environ.get("LOCAL_RANK", "0") != "0":
         threading.Thread(target=_watch_parent, args=(int(launcher),), name="launcher watch", daemon=True).start()

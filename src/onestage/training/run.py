@@ -18,7 +18,7 @@ from onestage.types import JSONDict
 
 
 class RunAddOn:
-    """Hooks that the command line calls around a trainer command. The defaults are Lightning's own behaviour."""
+    """Hooks around a trainer command; the defaults are Lightning's own behaviour."""
 
     resumed_step: int | None = None  # optimizer step up to which the files of a continued run folder are kept
 
@@ -27,7 +27,7 @@ class RunAddOn:
         return nullcontext()
 
     def stored_config(self, checkpoint: str, is_optional: bool) -> JSONDict | None:
-        """Return the configuration in a checkpoint; None: use the user's. is_optional: the user gave one."""
+        """Return the configuration in a checkpoint; None: use the user's."""
         return None
 
     def add_arguments(self, parser: LightningArgumentParser) -> None:
@@ -36,7 +36,7 @@ class RunAddOn:
         parser.set_defaults({"best_checkpoint.filename": "best", "best_checkpoint.save_last": True})
 
     def before_instantiate(self, settings: Any, config: JSONDict) -> None:
-        """Prepare `fit`; may change `settings`, the parsed arguments. config: the same as config.yaml will hold it."""
+        """Prepare `fit`; may change `settings`, the parsed arguments."""
 
     def run_folder(self, settings: Any) -> Path:
         """Create and return the folder of the run."""
@@ -54,8 +54,8 @@ class RunAddOn:
             stored: `fit`: the `model` and `data` configuration; None for the other commands.
         """
         for callback in callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(Path(config["default_root_dir"]) / "checkpoints")
+            if getattr(callback, "dirpath", "") is None:  # of checkpoints
+                vars(callback)["dirpath"] = str(Path(config["default_root_dir"]) / "checkpoints")
         is_off = config.get("enable_checkpointing") is False
         return [callback for callback in callbacks if not (is_off and isinstance(callback, Checkpoint))]
 
@@ -71,7 +71,7 @@ class RunAddOn:
 
 
 def new_run_folder(runs_dir: str, experiment: str, *, is_writer: bool = True) -> Path:
-    """Create the next free folder runs_dir/experiment/version_<n>. Other processes get a path that is never written.
+    """Create the next free folder runs_dir/experiment/version_<n>.
 
     Raises:
         ConfigError: `experiment` is not a plain folder name.
@@ -100,7 +100,7 @@ def version_of(path: Path) -> int:
 
 
 def is_first_process(settings: Any) -> bool:
-    """Tell whether this process writes the files of the run, before the processes are connected."""
+    """Return whether this process writes the files of the run."""
     # The rank is the local one where Lightning starts the processes; NODE_RANK distinguishes the machines.
     is_first_node = settings.trainer.num_nodes == 1 or os.environ.get("NODE_RANK", "0") == "0"
     return is_first_node and rank_zero_only.rank == 0  # type: ignore[attr-defined] # Lightning sets it when imported

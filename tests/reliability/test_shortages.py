@@ -1,0 +1,344 @@
+"""Faults of the machine and the files: full disks, memory, dead workers, damaged checkpoints, changed data."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import checkpoint_files
+import pytest
+import tiny_run
+import torch
+from tiny_run import break_method, fail_with, folder_of, is_same_end
+
+from onestage.errors import ResourceError
+from onestage.reliability import stopping
+from onestage.reliability.checkpoints import AtomicCheckpointIO, read_checkpoint
+from onestage.reliability.resume import newest_checkpoint
+from onestage.training import loggers
+from onestage.training.module import DetectionModule
+
+pytestmark = pytest.mark.fault
+
+# Disks
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of 3 MB that every user may enter, where this user may mount one."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, check=False)
+    if done.returncode != 0:
+        folder.rmdir()
+        pytest.skip("mounting a file system takes root")
+    folder.chmod(0o755)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+    folder.rmdir()
+
+
+def checkpoint_of(megabytes: float, step: int) -> dict[str, object]:
+    weights = {"weight": torch.zeros(int(megabytes * 250_000))}
+    return {**checkpoint_files.contents(), "state_dict": weights, "global_step": step}
+
+
+def test_real_full_disk_is_named_and_the_previous_checkpoint_is_whole(small_disk: Path) -> None:
+    path = small_disk / "checkpoints" / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(checkpoint_of(1.5, step=1), path)
+    with pytest.raises(ResourceError, match=rf"{path.parent}.*full.*MB free(.|\n)*--runs_dir"):
+        AtomicCheckpointIO().save_checkpoint(checkpoint_of(4, step=2), path)
+    assert read_checkpoint(path)["global_step"] == 1
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_read_only_disk_and_foreign_folder_refuse_a_real_save(small_disk: Path) -> None:
+    path = small_disk / "checkpoints" / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(checkpoint_of(0.1, step=1), path)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(ResourceError, match="Read-only"):
+        AtomicCheckpointIO().save_checkpoint(checkpoint_of(0.1, step=2), path)
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    path.parent.chmod(0o555)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(ResourceError, match="Permission denied"):
+            AtomicCheckpointIO().save_checkpoint(checkpoint_of(0.1, step=2), path)
+    finally:
+        os.seteuid(0)
+    assert read_checkpoint(path)["global_step"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "word"), [(errno.ENOSPC, "full"), (errno.EROFS, "writable")])
+def test_failed_write_ends_the_run_with_code_5_and_keeps_what_was_saved(
+    number: int,
+    word: str,
+    drawn: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    syncs = iter(range(1, 10**9))
+
+    def sync(handle: int) -> None:
+        if next(syncs) > 6:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 5
+    assert word in capsys.readouterr().err
+    checkpoints = folder_of(tmp_path) / "checkpoints"
+    assert newest_checkpoint(checkpoints)[1] >= 2
+    assert list(checkpoints.glob(".*.tmp")) == []
+
+
+@pytest.mark.slow
+def test_full_disk_for_the_curves_does_not_end_the_run(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    no_space = fail_with(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    monkeypatch.setattr(loggers.CSVLogger, "save", no_space)
+    monkeypatch.setattr(loggers.TensorBoardLogger, "log_metrics", no_space)
+    loggers._said.clear()
+    with caplog.at_level("WARNING", logger="onestage.training.loggers"):
+        assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 0
+    assert sum("metrics.csv cannot be written" in line for line in caplog.messages) == 1
+    assert sum("event files cannot be written" in line for line in caplog.messages) == 1
+
+
+def test_folder_that_denies_writing_is_found_before_training(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As root, permissions do not apply.
+    monkeypatch.setattr(os, "replace", fail_with(PermissionError(errno.EACCES, os.strerror(errno.EACCES))))
+    monkeypatch.setattr(DetectionModule, "training_step", fail_with(AssertionError("it trained")))
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 5
+    message = capsys.readouterr().err
+    assert "Permission denied" in message
+    assert str(folder_of(tmp_path) / "checkpoints") in message
+
+
+# Workers of the loader, and memory
+
+
+@pytest.fixture
+def fault_in_a_worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], object]], None]:
+    """Run an action in a worker when a file with a given name is read."""
+    parent = os.getpid()
+
+    def install(name: str, action: Callable[[], object]) -> None:
+        import onestage.data.images as images
+
+        read = images.read_file
+
+        def broken(file: Path, *arguments: object) -> bytes:
+            if os.getpid() != parent and Path(file).name == name:
+                action()
+            return read(file, *arguments)
+
+        monkeypatch.setattr(images, "read_file", broken)
+
+    return install
+
+
+def image_of_step(step: int) -> str:
+    """Return the file of the first image of a step of the first epoch, in the sampler's order."""
+    import numpy as np
+
+    order = np.random.default_rng((42, 0)).permutation(32)
+    return f"{int(order[4 * step]) + 1:06d}.jpg"
+
+
+@pytest.mark.slow
+def test_killed_worker_ends_the_run_with_a_checkpoint_and_it_resumes_exactly(
+    drawn: Path,
+    uninterrupted: Callable[..., Path],
+    tmp_path: Path,
+    fault_in_a_worker: Callable[[str, Callable[[], object]], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flag = tmp_path / "once"
+
+    def die() -> None:
+        if not flag.exists():
+            flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fault_in_a_worker(image_of_step(5), die)
+    # Only the death itself may write the checkpoint.
+    options = ("--data.num_workers", "1", "--data.prefetch_factor", "1", "--last_checkpoint.every_n_steps", "0")
+    command = tiny_run.words(drawn, tmp_path / "runs", *options, "--resume", "auto")
+    assert tiny_run.onestage(*command) == 3
+    assert "SIGKILL" in capsys.readouterr().err
+    folder = folder_of(tmp_path / "runs")
+    assert newest_checkpoint(folder / "checkpoints")[1] == 5
+    assert tiny_run.onestage(*command) == 0
+    assert is_same_end(uninterrupted(), folder)
+
+
+SHARED_MEMORY = "unable to open shared memory object </torch_4711_0> in read-write mode: No space left on device (28)"
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "--auto_batch"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), "data.batch"),
+        (MemoryError(), "data.batch_size"),
+        (RuntimeError(SHARED_MEMORY), "--shm-size"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--shm-size"),
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "--runs_dir"),
+    ],
+)
+def test_shortage_of_the_machine_is_named_with_its_remedy(error: BaseException, remedy: str) -> None:
+    with pytest.raises(ResourceError, match=remedy), stopping.mapped_errors():
+        raise error
+
+
+def test_out_of_memory_leaves_the_last_checkpoint(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_method(monkeypatch, "training_step", 3, fail_with(torch.OutOfMemoryError("CUDA out of memory.")))
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 5
+    assert "data.batch_size" in capsys.readouterr().err
+    assert newest_checkpoint(folder_of(tmp_path) / "checkpoints")[1] == 2
+
+
+# Damaged files, other versions, other data
+
+
+@pytest.fixture(scope="module")
+def stopped(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 16 steps that was stopped after step 6, to be copied."""
+    runs = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        break_method(patch, "training_step", 6, lambda: tiny_run.send(signal.SIGTERM))
+        assert tiny_run.onestage(*tiny_run.words(drawn, runs)) == 143
+    return folder_of(runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "deleted"])
+def test_damaged_checkpoint_is_named_and_never_replaces_the_one_before_it(
+    damage: str,
+    stopped: Path,
+    drawn: Path,
+    uninterrupted: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "tiny" / "version_0")
+    last, previous = folder / "checkpoints" / "last.ckpt", folder / "checkpoints" / "previous.ckpt"
+    content = last.read_bytes()
+    middle = len(content) // 2
+    last.write_bytes(content[:middle] + (b"" if damage == "truncated" else bytes([content[middle] ^ 1])))
+    if damage == "flipped bit":
+        last.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    if damage == "deleted":
+        last.unlink()
+    command = tiny_run.words(drawn, tmp_path, "--resume", "auto")
+    killed = os.fork()
+    if killed == 0:  # in the first save, before the new file has its name
+        tiny_run.break_at("replace", 2, lambda: tiny_run.send(signal.SIGKILL))
+        tiny_run.onestage(*command)
+        os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == -signal.SIGKILL
+    assert read_checkpoint(previous)["global_step"] == 5
+    assert tiny_run.onestage(*command) == 0
+    err = capsys.readouterr().err
+    assert "previous.ckpt (optimizer step 5)" in err
+    assert damage == "deleted" or str(last) in err
+    assert is_same_end(uninterrupted(), folder)
+
+
+@pytest.mark.slow
+def test_run_whose_checkpoints_are_all_damaged_is_an_error_and_no_new_run(
+    stopped: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "tiny" / "version_0")
+    for file in (folder / "checkpoints").glob("*.ckpt"):
+        file.write_bytes(file.read_bytes()[:-1])
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--resume", "auto")) == 2
+    assert "--resume none" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_other_versions_of_packages_are_reported_and_another_schema_is_refused(
+    stopped: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)
+    saved["onestage"]["versions"]["torch"] = "2.0.0"
+    words = tiny_run.words(drawn, tmp_path, "--resume", str(checkpoint_files.write(tmp_path / "other.ckpt", saved)))
+    assert tiny_run.onestage(*words, "--trainer.max_steps", "7") == 0
+    assert "torch 2.0.0" in capsys.readouterr().err
+    saved["onestage"]["schema"] = 99
+    checkpoint_files.write(tmp_path / "other.ckpt", saved)
+    assert tiny_run.onestage(*words) == 2
+    assert "schema 99" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["loops", "lr_schedulers", "callbacks", "optimizer_states"])
+def test_checkpoint_without_entries_of_lightning_is_refused_without_a_traceback(
+    place: str, stopped: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)
+    saved[place] = {"loops": {"fit_loop": {}}, "lr_schedulers": 5, "callbacks": 5, "optimizer_states": [1]}[place]
+    path = checkpoint_files.write(tmp_path / "malformed.ckpt", saved)
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--resume", str(path))) == 2
+    err = capsys.readouterr().err
+    assert "onestage fit`" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_other_numbers_of_workers_give_the_same_bits(
+    stopped: Path, drawn: Path, uninterrupted: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "tiny" / "version_0")
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--resume", "auto", "--data.num_workers", "2")) == 0
+    assert is_same_end(uninterrupted(), folder)
+
+
+def edit_a_box(data: Path) -> None:
+    file = data / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][2] -= 1
+    file.write_text(json.dumps(content))
+
+
+def edit_a_byte(data: Path) -> None:
+    """Change the pixels of a training image."""
+    name = json.loads((data / "annotations" / "instances_train.json").read_text())["images"][3]["file_name"]
+    content = bytearray((data / "JPEGImages" / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (data / "JPEGImages" / name).write_bytes(content)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("edit", "problem"), [(edit_a_box, "training annotations"), (edit_a_byte, "training images")])
+def test_changed_data_is_refused_unless_the_change_is_allowed(
+    edit: Callable[[Path], None],
+    problem: str,
+    drawn: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = shutil.copytree(drawn, tmp_path / "data")
+    command = [*tiny_run.words(data, tmp_path / "runs", "--resume", "auto", source="COCO")]
+    with monkeypatch.context() as patch:
+        break_method(patch, "training_step", 2, lambda: tiny_run.send(signal.SIGTERM))
+        assert tiny_run.onestage(*command) == 143
+    edit(data)
+    assert tiny_run.onestage(*command) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert "--allow_data_change true" in error
+    assert tiny_run.onestage(*command, "--allow_data_change", "true") == 0
