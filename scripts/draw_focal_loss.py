@@ -42,7 +42,7 @@ def cost(loss: ClassificationLoss, p_t: Tensor, label: int) -> tuple[Tensor, Ten
     """Return the loss of one sigmoid for each p_t, and the size of its derivative by the logit, both [N]."""
     logits = torch.logit(p_t) if label == 0 else -torch.logit(p_t)
     logits = logits.clone().requires_grad_()
-    costs = loss.anchor_costs(logits[None, :, None], torch.full((1, len(p_t)), label))[0]
+    costs = loss.anchor_losses(logits[None, :, None], torch.full((1, len(p_t)), label))[0]
     (slope,) = torch.autograd.grad(costs.sum(), logits)
     return costs.detach(), slope.abs()
 

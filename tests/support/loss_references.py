@@ -1,4 +1,4 @@
-"""Random anchors and slow, obvious second implementations that the tests of losses compare with."""
+"""Random anchors and slow second implementations for tests of losses."""
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ FAMILY = {
 
 
 def random_anchors(num_logits: int, num_classes: int | None = None, dtype: torch.dtype = torch.float32):
-    """Logits [2, 20, C'] of both signs, and labels [2, 20] with every kind among them."""
+    """Return logits [2, 20, C'] of both signs, and labels [2, 20] of every kind."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 20, num_logits, generator=generator, dtype=dtype) * 3
     labels = torch.randint(-2, num_classes or num_logits, (2, 20), generator=generator)
@@ -45,18 +45,18 @@ def random_anchors(num_logits: int, num_classes: int | None = None, dtype: torch
 
 
 def one_hot(labels: Tensor, logits: Tensor) -> Tensor:
-    """Targets [B, A, K], 1 at the class of each positive anchor."""
+    """Return targets [B, A, K], 1 at the class of each positive anchor."""
     targets = torch.zeros_like(logits)
     for image, anchor in (labels >= 0).nonzero().tolist():
         targets[image, anchor, labels[image, anchor]] = 1
     return targets
 
 
-def written_out(class_logits: Tensor, labels: Tensor, cost_of_anchor) -> Tensor:
-    """The sum of `cost_of_anchor(logits [C'], label)` over the anchors that are not ignored, one at a time."""
+def written_out(class_logits: Tensor, labels: Tensor, loss_of_anchor) -> Tensor:
+    """Return the sum of `loss_of_anchor(logits [C'], label)` over the anchors that are not ignored."""
     total = class_logits.new_zeros(())
     for image in range(labels.shape[0]):
         for anchor in range(labels.shape[1]):
             if labels[image, anchor] != IGNORE:
-                total = total + cost_of_anchor(class_logits[image, anchor], int(labels[image, anchor]))
+                total = total + loss_of_anchor(class_logits[image, anchor], int(labels[image, anchor]))
     return total

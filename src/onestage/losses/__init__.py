@@ -1,35 +1,39 @@
-"""The losses of a detector, and the seams that further ones are added at."""
+"""Classification and box losses; each name is imported on first use.
 
-from onestage.losses.adaptive import AutomatedFocalLoss
-from onestage.losses.box import BoxLoss, CIoULoss, DIoULoss, GIoULoss, IoUBoxLoss, L1Loss, SmoothL1Loss
-from onestage.losses.class_weights import ClassWeights, EffectiveNumberWeights
-from onestage.losses.classification import ClassificationLoss, SigmoidClassificationLoss, SoftmaxClassificationLoss
-from onestage.losses.focal import SigmoidCrossEntropy, SigmoidFocalLoss, SoftmaxCrossEntropy, SoftmaxFocalLoss
-from onestage.losses.mining import MinedCrossEntropy, OHEMCrossEntropy
-from onestage.losses.normaliser import PositiveNormaliser
-from onestage.losses.quality import QualityFocalLoss, VarifocalLoss
+Constructors raise ConfigError for an argument outside the range in their docstring.
+"""
 
-__all__ = [
-    "AutomatedFocalLoss",
-    "BoxLoss",
-    "CIoULoss",
-    "ClassWeights",
-    "ClassificationLoss",
-    "DIoULoss",
-    "EffectiveNumberWeights",
-    "GIoULoss",
-    "IoUBoxLoss",
-    "L1Loss",
-    "MinedCrossEntropy",
-    "OHEMCrossEntropy",
-    "PositiveNormaliser",
-    "QualityFocalLoss",
-    "SigmoidClassificationLoss",
-    "SigmoidCrossEntropy",
-    "SigmoidFocalLoss",
-    "SmoothL1Loss",
-    "SoftmaxClassificationLoss",
-    "SoftmaxCrossEntropy",
-    "SoftmaxFocalLoss",
-    "VarifocalLoss",
-]
+# ruff: noqa: F401  the imports are for type checkers
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onestage.losses.adaptive import AutomatedFocalLoss
+    from onestage.losses.box import BoxLoss, CIoULoss, DIoULoss, GIoULoss, IoUBoxLoss, L1Loss, SmoothL1Loss
+    from onestage.losses.class_weights import ClassWeights, EffectiveNumberWeights
+    from onestage.losses.classification import ClassificationLoss, SigmoidClassificationLoss, SoftmaxClassificationLoss
+    from onestage.losses.focal import SigmoidCrossEntropy, SigmoidFocalLoss, SoftmaxCrossEntropy, SoftmaxFocalLoss
+    from onestage.losses.mining import MinedCrossEntropy, OHEMCrossEntropy
+    from onestage.losses.normaliser import PositiveNormaliser
+    from onestage.losses.quality import QualityFocalLoss, VarifocalLoss
+
+_NAMES = {
+    "adaptive": "AutomatedFocalLoss",
+    "box": "BoxLoss CIoULoss DIoULoss GIoULoss IoUBoxLoss L1Loss SmoothL1Loss",
+    "class_weights": "ClassWeights EffectiveNumberWeights",
+    "classification": "ClassificationLoss SigmoidClassificationLoss SoftmaxClassificationLoss",
+    "focal": "SigmoidCrossEntropy SigmoidFocalLoss SoftmaxCrossEntropy SoftmaxFocalLoss",
+    "mining": "MinedCrossEntropy OHEMCrossEntropy",
+    "normaliser": "PositiveNormaliser",
+    "quality": "QualityFocalLoss VarifocalLoss",
+}
+_MODULE_OF_NAME = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = list(_MODULE_OF_NAME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF_NAME[name]}"), name)

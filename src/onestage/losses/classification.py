@@ -1,28 +1,28 @@
-"""The seam of classification losses. Each owns its link: how many logits K classes need, how they become scores."""
+"""The seam of classification losses: logits to scores, and one loss per anchor."""
 
+import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from onestage.losses.class_weights import ClassWeights
+from onestage.losses.class_weights import ClassWeights, Weights
 from onestage.types import IGNORE
 
 
 class ClassificationLoss(nn.Module, ABC):
-    """A loss over all anchors of a batch, and the link between logits and scores that belongs to it.
+    """A loss over all anchors of a batch, and the link between its logits and scores.
 
     Args:
-        class_weights: what an anchor counts by the class of its object, [K] numbers >= 0 or a rule that finds them in
-            the training set; background counts 1. None: every anchor counts 1.
+        class_weights: the weight of positive anchors by class, [K] numbers >= 0 or a rule that derives them from the
+            training set; background has weight 1. None: every anchor has weight 1.
     """
 
-    uses_box_quality: ClassVar[bool] = False  # whether `forward` has to be told how good the predicted boxes are
+    uses_box_quality: ClassVar[bool] = False  # whether `forward` needs the IoU of the predicted boxes
 
-    def __init__(self, class_weights: Sequence[float] | ClassWeights | None = None) -> None:
+    def __init__(self, class_weights: Weights = None) -> None:
         super().__init__()
         if class_weights is not None and not isinstance(class_weights, ClassWeights):
             class_weights = ClassWeights(class_weights)
@@ -30,52 +30,56 @@ class ClassificationLoss(nn.Module, ABC):
 
     @abstractmethod
     def num_logits(self, num_classes: int) -> int:
-        """Return C', the number of logits that a head predicts for each anchor."""
+        """Return C', the number of logits per anchor."""
 
     @abstractmethod
     def scores(self, class_logits: Tensor) -> Tensor:
-        """Turn logits [..., C'] into scores [..., K], 0..1, in float32 or better."""
+        """Turn logits [..., C'] into scores [..., K] in [0, 1], float32 or better."""
 
     @abstractmethod
     def prior_bias(self, num_classes: int, prior: float) -> Tensor:
-        """Return the biases [C'] that give every anchor the score `prior` before any training, 0 < prior < 1."""
+        """Return the biases [C'] that give untrained anchors the score `prior`, in (0, 1)."""
 
     @abstractmethod
     def true_probability(self, class_logits: Tensor, labels: Tensor) -> Tensor:
-        """Return how sure the network is of the truth, p_t of RetinaNet eq. 2: [B, A], 0..1; of IGNORE anything."""
+        """Return p_t of RetinaNet eq. 2, [B, A] in [0, 1]; arbitrary at IGNORE."""
 
     @abstractmethod
-    def costs(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
-        """Return the loss of each anchor, [B, A], before class weights; of IGNORE anything finite.
+    def per_anchor_loss(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
+        """Return the loss of each anchor without class weights, [B, A]; finite but arbitrary at IGNORE.
 
-        Called outside autocast, with logits and box quality in float32 or better; see `anchor_costs`.
+        `anchor_losses` calls it outside autocast with float32 logits and box quality, or better.
         """
 
-    def anchor_costs(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor | None = None) -> Tensor:
-        """Return what each anchor adds to the loss, [B, A] in float32 or better; 0 at IGNORE.
+    def anchor_losses(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor | None = None) -> Tensor:
+        """Return what each anchor adds to the loss, [B, A], float32 or better; 0 at IGNORE.
 
         Args:
             class_logits: [B, A, C'].
-            labels: [B, A] int64: 0..K-1, BACKGROUND, or IGNORE for anchors that have no part in the loss.
-            box_quality: [B, A], 0..1: the IoU of the predicted box of a positive anchor with its object, for losses
-                that use it. None: 1.
+            labels: [B, A] int64: 0..K-1, BACKGROUND, or IGNORE.
+            box_quality: [B, A] in [0, 1], the IoU of each positive anchor's predicted box with its object. None: 1.
         """
         with torch.autocast(class_logits.device.type, enabled=False):
             class_logits = _at_least_float32(class_logits)
             if box_quality is None:
                 box_quality = class_logits.new_ones(()).expand(labels.shape)
-            costs = self.costs(class_logits, labels, box_quality)
+            losses = self.per_anchor_loss(class_logits, labels, box_quality)
             if self.class_weights is not None:
-                costs = costs * self.class_weights(labels)
-            return torch.where(labels == IGNORE, 0.0, costs)
+                losses = losses * self.class_weights(labels)
+            return torch.where(labels == IGNORE, 0.0, losses)
 
     def forward(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor | None = None) -> Tensor:
-        """Return the sum of `anchor_costs`, a scalar; the caller divides by the number of positive anchors."""
-        return self.anchor_costs(class_logits, labels, box_quality).sum()
+        """Return the sum of `anchor_losses`, a scalar; the detector divides it by the number of positive anchors."""
+        return self.anchor_losses(class_logits, labels, box_quality).sum()
+
+    def extra_repr(self) -> str:
+        """Return the constructor's arguments but `class_weights`, which is a module."""
+        names = [name for name in inspect.signature(type(self)).parameters if name != "class_weights"]
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 class SigmoidClassificationLoss(ClassificationLoss):
-    """A loss with K independent sigmoids: an anchor is background when all of them are low."""
+    """A loss with K independent sigmoids; an anchor is background when all of them are low."""
 
     def num_logits(self, num_classes: int) -> int:
         """Return K."""
@@ -90,10 +94,10 @@ class SigmoidClassificationLoss(ClassificationLoss):
         return torch.full((num_classes,), -math.log((1 - prior) / prior))
 
     def true_probability(self, class_logits: Tensor, labels: Tensor) -> Tensor:
-        """Return p of the object's class, and of background 1 - p of the class that is most wrongly believed in."""
+        """Return p of the object's class; for background 1 - p of the class with the highest score."""
         class_logits = _at_least_float32(class_logits)
-        of_class = class_logits.gather(2, labels.clamp(min=0)[..., None])[..., 0]
-        return torch.where(labels >= 0, of_class, -class_logits.amax(dim=2)).sigmoid()
+        true_logits = class_logits.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        return torch.where(labels >= 0, true_logits, -class_logits.amax(dim=2)).sigmoid()
 
 
 class SoftmaxClassificationLoss(ClassificationLoss):
@@ -108,7 +112,7 @@ class SoftmaxClassificationLoss(ClassificationLoss):
         return _at_least_float32(class_logits).softmax(dim=-1)[..., :-1]
 
     def prior_bias(self, num_classes: int, prior: float) -> Tensor:
-        """Return zeros and, for the background, b = log(K (1 - prior) / prior): all classes together have `prior`."""
+        """Return zeros, and b = log(K (1 - prior) / prior) for background: all classes together have `prior`."""
         bias = torch.zeros(num_classes + 1)
         bias[-1] = math.log(num_classes * (1 - prior) / prior)
         return bias
@@ -119,11 +123,17 @@ class SoftmaxClassificationLoss(ClassificationLoss):
         return log_probabilities.gather(2, true_column(class_logits, labels)[..., None])[..., 0].exp()
 
 
+def one_hot(labels: Tensor, class_logits: Tensor) -> Tensor:
+    """Return targets [B, A, K], 1 at the class of a positive anchor, with the dtype of the logits."""
+    classes = torch.arange(class_logits.shape[-1], device=labels.device)
+    return (labels[..., None] == classes).to(class_logits.dtype)
+
+
 def true_column(class_logits: Tensor, labels: Tensor) -> Tensor:
-    """Return which of the K + 1 logits should be high, [B, A]: the label, or the last for all that is no object."""
+    """Return the softmax column of the right answer, [B, A]: the label, or the last column without an object."""
     return torch.where(labels >= 0, labels, class_logits.shape[-1] - 1)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:
-    """Widen float16 and bfloat16, whose 8 or 11 significant bits are too few for a sum over 10^6 terms."""
+    """Widen float16 and bfloat16: their 11 or 8 significant bits cannot sum 10^6 terms."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,34 +1,45 @@
-"""Focal loss (arXiv:1708.02002) with sigmoids and with a softmax, and cross-entropy, which it is at gamma = 0."""
-
-from collections.abc import Sequence
-from typing import Any
+"""Focal loss with sigmoids or a softmax; gamma = 0 is cross-entropy."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onestage.losses.arguments import require_focal_arguments
-from onestage.losses.class_weights import ClassWeights
-from onestage.losses.classification import SigmoidClassificationLoss, SoftmaxClassificationLoss, true_column
+from onestage.errors import require
+from onestage.losses.class_weights import Weights
+from onestage.losses.classification import SigmoidClassificationLoss, SoftmaxClassificationLoss, one_hot, true_column
+from onestage.losses.fused_focal import saves_memory, sum_negatives
+
+MAX_GAMMA = 100.0  # 0.5^100 = 1e-30; products with smaller factors underflow in float32
+TINY = torch.finfo(torch.float32).tiny
+
+
+def focal_loss(class_logits: Tensor, target: Tensor, alpha: float | None, gamma: float | Tensor) -> Tensor:
+    """Return FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t) elementwise. RetinaNet eq. 5 (arXiv:1708.02002).
+
+    class_logits, target: any shape; a target is 1 for the class of the object, else 0.
+    """
+    p = class_logits.sigmoid()
+    one_minus_p_t = torch.where(target == 1, 1 - p, p)  # 1 - (1 - p) would round a small p to 0
+    alpha_t = 1.0 if alpha is None else torch.where(target == 1, alpha, 1 - alpha)
+    cross_entropy = F.binary_cross_entropy_with_logits(class_logits, target, reduction="none")  # -log(p_t)
+    # The derivative of 0^gamma is infinite for gamma < 1: NaN gradients where p_t rounds to 1, at logits above 17.
+    return alpha_t * one_minus_p_t.clamp(min=TINY) ** gamma * cross_entropy
 
 
 class SigmoidFocalLoss(SigmoidClassificationLoss):
-    """FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t) of each anchor's K sigmoids. RetinaNet eq. 5 (arXiv:1708.02002).
+    """Focal loss of the K sigmoids of each anchor. RetinaNet eq. 5 (arXiv:1708.02002).
 
-    Of a background anchor all K sigmoids are negatives, of a positive one all but that of its class.
+    All K sigmoids of a background anchor are negatives; of a positive anchor, all but the one of its class.
 
-    Smoothing is that of YOLO's classifiers: at positive anchors the target of the object's class is 1 - smoothing / 2
-    and that of the others smoothing / 2, and the loss is the mixture of the losses of both answers. Background is not
-    smoothed: its 10^5 sigmoids would all be held up at smoothing / 2, above most thresholds of a detector.
+    Label smoothing is that of YOLO's classifiers: at positive anchors the target is 1 - smoothing / 2 for the object's
+    class and smoothing / 2 for the others, and the loss is the mixture of the losses of both targets. Background is
+    not smoothed, because a target of smoothing / 2 for 10^5 sigmoids lifts all scores above the usual thresholds.
 
     Args:
-        alpha: weight of positives, 0..1; negatives weigh 1 - alpha. None: both weigh 1, eq. 4.
-        gamma: how much less easy examples count, 0..100; 0 is cross-entropy.
-        label_smoothing: share of doubt in the targets of positive anchors, 0..1.
+        alpha: weight of positives in [0, 1]; negatives have 1 - alpha. None: both have weight 1 (eq. 4).
+        gamma: focus on hard examples, in [0, 100]; 0 is cross-entropy.
+        label_smoothing: in [0, 1).
         class_weights: see `ClassificationLoss`.
-
-    Raises:
-        ConfigError: if an argument is out of its range.
     """
 
     def __init__(
@@ -36,56 +47,53 @@ class SigmoidFocalLoss(SigmoidClassificationLoss):
         alpha: float | None = 0.25,
         gamma: float = 2.0,
         label_smoothing: float = 0.0,
-        class_weights: Sequence[float] | ClassWeights | None = None,
+        class_weights: Weights = None,
     ) -> None:
         super().__init__(class_weights)
-        require_focal_arguments(type(self).__name__, alpha, gamma, label_smoothing)
+        _require_arguments(type(self).__name__, alpha, gamma, label_smoothing)
         self.alpha = alpha
         self.gamma = gamma
         self.label_smoothing = label_smoothing
 
-    def costs(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
-        """Sum the focal loss over the sigmoids of each anchor."""
-        negative_weight, positive_weight = (1.0, 1.0) if self.alpha is None else (1 - self.alpha, self.alpha)
-        gamma = self.current_gamma()
-        negatives, true_logits = negative_costs(class_logits, labels, gamma)
-        negatives = negative_weight * negatives
-        positives = positive_weight * negative_cost(-true_logits, gamma)
-        if self.label_smoothing == 0:
-            return negatives + torch.where(labels >= 0, positives, 0.0)
-
-        doubt = self.label_smoothing / 2
-        others_as_positives, _ = negative_costs(-class_logits, labels, gamma)
-        others = (1 - doubt) * negatives + doubt * positive_weight * others_as_positives
-        own = (1 - doubt) * positives + doubt * negative_weight * negative_cost(true_logits, gamma)
-        return torch.where(labels >= 0, others + own, negatives)
+    def per_anchor_loss(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
+        """Return the focal loss summed over the sigmoids of each anchor, [B, A]."""
+        if self.label_smoothing == 0 and saves_memory(class_logits):
+            return self._fused_loss(class_logits, labels)
+        target = one_hot(labels, class_logits)  # all zeros for background
+        losses = focal_loss(class_logits, target, self.alpha, self.current_gamma())
+        if self.label_smoothing > 0:
+            opposite = focal_loss(class_logits, 1 - target, self.alpha, self.current_gamma())
+            doubt = torch.where(labels >= 0, self.label_smoothing / 2, 0.0)[..., None]
+            losses = (1 - doubt) * losses + doubt * opposite
+        return losses.sum(dim=2)
 
     def current_gamma(self) -> float | Tensor:
         """Return gamma, a number or a scalar tensor without gradient."""
         return self.gamma
 
-    def extra_repr(self) -> str:
-        """Return the constructor's arguments."""
-        return f"alpha={self.alpha}, gamma={self.gamma}, label_smoothing={self.label_smoothing}"
+    def _fused_loss(self, class_logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the same sums with one tensor [B, A, K] kept for backward instead of eight."""
+        gamma = self.current_gamma()
+        negatives, true_logits = sum_negatives(class_logits, labels, gamma)
+        positives = focal_loss(true_logits, torch.ones_like(true_logits), self.alpha, gamma)
+        negative_weight = 1.0 if self.alpha is None else 1 - self.alpha
+        return negative_weight * negatives + torch.where(labels >= 0, positives, 0.0)
 
 
 class SoftmaxFocalLoss(SoftmaxClassificationLoss):
     """FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t) with p_t from a softmax over K classes and background.
 
-    RetinaNet's section 3 says in a footnote that this form works well, and goes on with sigmoids (arXiv:1708.02002).
+    A footnote in section 3 of RetinaNet (arXiv:1708.02002) reports similar results for this form.
 
-    Smoothing at positive anchors is that of arXiv:1512.00567, section 7: the target is 1 - smoothing on the object's
-    class, plus smoothing / (K + 1) on every logit, background's too; the loss is the mixture of the losses of these
-    answers. Background is not smoothed, as with sigmoids.
+    Label smoothing at positive anchors is that of arXiv:1512.00567, section 7: the target is 1 - smoothing for the
+    object's class plus smoothing / (K + 1) for every logit, and the loss is the mixture of the losses of these
+    targets. Background is not smoothed, as with sigmoids.
 
     Args:
-        alpha: weight of positive anchors, 0..1; background weighs 1 - alpha. None: both weigh 1.
-        gamma: how much less easy examples count, 0..100; 0 is softmax cross-entropy.
-        label_smoothing: share of doubt in the targets of positive anchors, 0..1.
+        alpha: weight of positive anchors in [0, 1]; background has 1 - alpha. None: both have weight 1.
+        gamma: focus on hard examples, in [0, 100]; 0 is softmax cross-entropy.
+        label_smoothing: in [0, 1).
         class_weights: see `ClassificationLoss`.
-
-    Raises:
-        ConfigError: if an argument is out of its range.
     """
 
     def __init__(
@@ -93,180 +101,60 @@ class SoftmaxFocalLoss(SoftmaxClassificationLoss):
         alpha: float | None = 0.25,
         gamma: float = 2.0,
         label_smoothing: float = 0.0,
-        class_weights: Sequence[float] | ClassWeights | None = None,
+        class_weights: Weights = None,
     ) -> None:
         super().__init__(class_weights)
-        require_focal_arguments(type(self).__name__, alpha, gamma, label_smoothing)
+        _require_arguments(type(self).__name__, alpha, gamma, label_smoothing)
         self.alpha = alpha
         self.gamma = gamma
         self.label_smoothing = label_smoothing
 
-    def costs(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
-        """Return the focal loss of the one true answer of each anchor."""
-        log_probabilities = class_logits.log_softmax(dim=-1)
-        log_p_t = log_probabilities.gather(2, true_column(class_logits, labels)[..., None])[..., 0]
-        costs: Tensor = _FocalOfLogProbability.apply(log_p_t, self.gamma)
+    def per_anchor_loss(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
+        """Return the focal loss of the right answer of each anchor, [B, A]."""
+        log_p = class_logits.log_softmax(dim=-1)
+        losses = self._focal(log_p.gather(2, true_column(class_logits, labels)[..., None])[..., 0])
         if self.label_smoothing > 0:
-            every_answer = _FocalOfLogProbability.apply(log_probabilities, self.gamma).mean(dim=-1)
-            smoothed = (1 - self.label_smoothing) * costs + self.label_smoothing * every_answer
-            costs = torch.where(labels >= 0, smoothed, costs)
+            smoothed = (1 - self.label_smoothing) * losses + self.label_smoothing * self._focal(log_p).mean(dim=-1)
+            losses = torch.where(labels >= 0, smoothed, losses)
         if self.alpha is None:
-            return costs
-        return costs * torch.where(labels >= 0, self.alpha, 1 - self.alpha)
+            return losses
+        return losses * torch.where(labels >= 0, self.alpha, 1 - self.alpha)
 
-    def extra_repr(self) -> str:
-        """Return the constructor's arguments."""
-        return f"alpha={self.alpha}, gamma={self.gamma}, label_smoothing={self.label_smoothing}"
+    def _focal(self, log_p: Tensor) -> Tensor:
+        """Return -(1 - p)^gamma log(p); see `focal_loss` for the clamp."""
+        one_minus_p = -torch.expm1(log_p)
+        return -(one_minus_p.clamp(min=TINY) ** self.gamma) * log_p
 
 
 class SigmoidCrossEntropy(SigmoidFocalLoss):
-    """-alpha_t log(p_t) of each anchor's K sigmoids. RetinaNet eq. 1, and eq. 3 with an alpha (arXiv:1708.02002).
+    """-alpha_t log(p_t) of the K sigmoids of each anchor. RetinaNet eq. 1; eq. 3 with an alpha (arXiv:1708.02002).
 
-    Args:
-        alpha: weight of positives, 0..1; negatives weigh 1 - alpha. None: both weigh 1.
-        label_smoothing: as in `SigmoidFocalLoss`.
-        class_weights: see `ClassificationLoss`.
+    Args: as `SigmoidFocalLoss`, with gamma = 0.
     """
 
-    def __init__(
-        self,
-        alpha: float | None = None,
-        label_smoothing: float = 0.0,
-        class_weights: Sequence[float] | ClassWeights | None = None,
-    ) -> None:
+    def __init__(self, alpha: float | None = None, label_smoothing: float = 0.0, class_weights: Weights = None) -> None:
         super().__init__(alpha, 0.0, label_smoothing, class_weights)
 
 
 class SoftmaxCrossEntropy(SoftmaxFocalLoss):
     """-alpha_t log(p_t) of each anchor, with p_t from a softmax over K classes and background.
 
-    Args:
-        alpha: weight of positive anchors, 0..1; background weighs 1 - alpha. None: both weigh 1.
-        label_smoothing: as in `SoftmaxFocalLoss`.
-        class_weights: see `ClassificationLoss`.
+    Args: as `SoftmaxFocalLoss`, with gamma = 0.
     """
 
-    def __init__(
-        self,
-        alpha: float | None = None,
-        label_smoothing: float = 0.0,
-        class_weights: Sequence[float] | ClassWeights | None = None,
-    ) -> None:
+    def __init__(self, alpha: float | None = None, label_smoothing: float = 0.0, class_weights: Weights = None) -> None:
         super().__init__(alpha, 0.0, label_smoothing, class_weights)
 
 
-def negative_costs(class_logits: Tensor, labels: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Sum `negative_cost` over the sigmoids of each anchor that should be 0: all but that of its object's class.
-
-    This is where nearly all terms of a sigmoid loss are, B x A x K of them, hence written to touch memory seldom: no
-    targets of that shape are made, and of all values only the gradient is kept for backward.
-
-    Args:
-        class_logits: [B, A, K].
-        labels: [B, A] int64.
-        gamma: at least 0, a number or a scalar tensor without gradient.
-
-    Returns:
-        The sums, [B, A], and the logits that should be 1, [B, A]; of anchors without object the first class's, which
-        must not be used.
-    """
-    costs, true_logits = _NegativeCosts.apply(class_logits, labels, gamma)
-    return costs, true_logits
+def require_gamma(name: str, gamma: float, lowest: float = 0.0) -> None:
+    """Check an exponent of focus; `name` is the class and its argument."""
+    rule = f"in [{lowest:g}, {MAX_GAMMA:g}]"
+    require(lowest <= gamma <= MAX_GAMMA, name, gamma, rule, "The papers use 2.0; 0.0 is cross-entropy.")
 
 
-def negative_cost(logits: Tensor, gamma: float | Tensor) -> Tensor:
-    """Return -p^gamma log(1 - p), the focal loss of a sigmoid that should be 0, elementwise; of one that should be 1 at
-    the negative of its logit.
-    """  # noqa: D205 # one sentence, too long for one line
-    cost: Tensor = _NegativeCost.apply(logits, gamma)
-    return cost
-
-
-def _focal_terms(logits: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return s and p^gamma, the factors of the focal loss of negatives, and the derivative of their product.
-
-    Elementwise; finite for logits of up to 1e36 in size.
-
-    With p = sigmoid(x) and s = softplus(x) = -log(1 - p), RetinaNet appendix B:
-        FL = p^gamma s       dFL/dx = p^gamma (gamma (1 - p) s + p)
-    Written out rather than left to autograd also because the derivative of p^gamma alone is infinite at p = 0 for
-    gamma < 1.
-    """
-    probability = logits.sigmoid()
-    cross_entropy = F.softplus(logits)
-    modulation = probability.pow(gamma)
-    scaled = cross_entropy * gamma
-    gradient = probability.addcmul_(probability, scaled, value=-1).add_(scaled).mul_(modulation)
-    return cross_entropy, modulation, gradient
-
-
-def _refuse_second_derivatives() -> None:
-    """Raise where a derivative is to be differentiated: it was saved as a number, and the second would be wrong.
-
-    torch's `once_differentiable` sees that only where the incoming gradient has a graph, which that of a sum has not.
-    """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("the focal losses can be differentiated once only; leave out create_graph=True")
-
-
-class _NegativeCost(torch.autograd.Function):
-    """`negative_cost`, with the derivative written out."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, gamma: float | Tensor) -> Tensor:
-        cross_entropy, modulation, gradient = _focal_terms(logits, gamma)
-        ctx.save_for_backward(gradient)
-        # Not in place: compiled by torch 2.11, an output that was written in place has a gradient of 0, without a word.
-        return cross_entropy * modulation
-
-    @staticmethod
-    def backward(ctx: Any, grad_cost: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
-        (gradient,) = ctx.saved_tensors
-        return grad_cost * gradient, None
-
-
-class _NegativeCosts(torch.autograd.Function):
-    """`negative_costs`: one pass for all sigmoids, put right at the one logit of each positive anchor."""
-
-    @staticmethod
-    def forward(ctx: Any, class_logits: Tensor, labels: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
-        is_positive = (labels >= 0)[..., None]  # [B, A, 1]
-        class_of_anchor = labels.clamp(min=0)[..., None]  # [B, A, 1]
-        cross_entropy, modulation, gradient = _focal_terms(class_logits, gamma)
-        costs = cross_entropy.mul_(modulation)
-        # One logit of each anchor is written, so that no two writes meet: the same result on every run.
-        for terms in (costs, gradient):
-            terms.scatter_(2, class_of_anchor, terms.gather(2, class_of_anchor).masked_fill_(is_positive, 0))
-        ctx.save_for_backward(gradient, class_of_anchor, is_positive)
-        return costs.sum(dim=2), class_logits.gather(2, class_of_anchor)[..., 0]
-
-    @staticmethod
-    def backward(ctx: Any, grad_costs: Tensor, grad_true_logits: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
-        gradient, class_of_anchor, is_positive = ctx.saved_tensors
-        gradient = gradient * grad_costs[..., None]
-        own = torch.where(is_positive, grad_true_logits[..., None], gradient.gather(2, class_of_anchor))
-        return gradient.scatter_(2, class_of_anchor, own), None, None
-
-
-class _FocalOfLogProbability(torch.autograd.Function):
-    """-(1 - p)^gamma log(p) of u = log(p), elementwise; finite, with its derivative, for u in -inf < u <= 0.
-
-    dFL/du = -(1 - p)^gamma (1 - gamma p u / (1 - p)), where u / (1 - p) goes to -1 as p goes to 1.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, log_probability: Tensor, gamma: float) -> Tensor:
-        complement = -torch.expm1(log_probability)  # 1 - p
-        is_certain = complement == 0
-        ratio = torch.where(is_certain, -1.0, log_probability / complement.masked_fill(is_certain, 1))
-        modulation = complement.pow(gamma)
-        ctx.save_for_backward(-modulation * (1 - gamma * log_probability.exp() * ratio))
-        return -modulation * log_probability
-
-    @staticmethod
-    def backward(ctx: Any, grad_cost: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
-        (gradient,) = ctx.saved_tensors
-        return grad_cost * gradient, None
+def _require_arguments(name: str, alpha: float | None, gamma: float, label_smoothing: float) -> None:
+    remedy = "RetinaNet uses alpha: 0.25; alpha: null gives positives and negatives the same weight."
+    require(alpha is None or 0 <= alpha <= 1, f"{name}: alpha", alpha, "in [0, 1] or null", remedy)
+    require_gamma(f"{name}: gamma", gamma)
+    remedy = "A usual value is label_smoothing: 0.1; 0.0 disables it."
+    require(0 <= label_smoothing < 1, f"{name}: label_smoothing", label_smoothing, "in [0, 1)", remedy)

@@ -91,7 +91,7 @@ class AnchorDetector(Detector):
         class_logits, loss = predictions.class_logits, self.classification_loss
         with torch.autocast(class_logits.device.type, enabled=False):
             labels, gt_boxes = self.assign(predictions, targets)
-            losses = loss.anchor_costs(class_logits, labels, self._box_quality(predictions, gt_boxes, labels >= 0))
+            losses = loss.anchor_losses(class_logits, labels, self._box_quality(predictions, gt_boxes, labels >= 0))
             return AnchorLosses(labels, losses, loss.true_probability(class_logits, labels))
 
     @torch.no_grad()

@@ -1,0 +1,69 @@
+"""Hand-written gradient of the focal loss of negatives, behind `focal.py`.
+
+Autograd keeps eight tensors of the size of the logits for the plain formula, this form one. What a training step of
+SSD300 in fp32 keeps for backward shrinks by 12 % with 80 classes (16 % in bf16) and by 3 % with 20, whatever the batch
+size; that of the small SSD with 6 classes by 3 %. The loss alone takes 0.6 of the CPU time (0.13 instead of 0.22 s for
+5.6 million logits), but that is less than 1 % of a step. Hence the rule: the fused form is used where it saves at least
+28 bytes x 2^23 = 235 MB, which RetinaNet reaches too, and the plain formula everywhere else.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MIN_LOGITS = 2**23
+
+
+def saves_memory(class_logits: Tensor) -> bool:
+    """Return whether the fused form pays for logits [B, A, K]; a compiler fuses the plain formula itself."""
+    return class_logits.numel() >= MIN_LOGITS and not torch.compiler.is_compiling()
+
+
+def sum_negatives(class_logits: Tensor, labels: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Return sums of -p^gamma log(1 - p) over all sigmoids but the one of the object's class.
+
+    Args:
+        class_logits: [B, A, K].
+        labels: [B, A] int64.
+        gamma: >= 0, a number or a scalar tensor without gradient.
+
+    Returns:
+        The sums, [B, A], and the logits of the objects' classes, [B, A]; arbitrary without an object.
+    """
+    sums, true_logits = _SumNegatives.apply(class_logits, labels, gamma)
+    return sums, true_logits
+
+
+class _SumNegatives(torch.autograd.Function):
+    """One pass over all sigmoids, corrected at the one logit of each positive anchor.
+
+    With p = sigmoid(x) and s = softplus(x) = -log(1 - p), RetinaNet appendix B:
+        FL = p^gamma s       dFL/dx = p^gamma (gamma (1 - p) s + p)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, class_logits: Tensor, labels: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
+        is_positive = (labels >= 0)[..., None]  # [B, A, 1]
+        class_of_anchor = labels.clamp(min=0)[..., None]  # [B, A, 1]
+        p, losses = class_logits.sigmoid(), F.softplus(class_logits)
+        modulation = p.pow(gamma)
+        scaled = losses * gamma
+        gradient = p.addcmul_(p, scaled, value=-1).add_(scaled).mul_(modulation)
+        losses = losses.mul_(modulation)
+        # One element per anchor is written, so the result does not depend on the order of writes.
+        for terms in (losses, gradient):
+            terms.scatter_(2, class_of_anchor, terms.gather(2, class_of_anchor).masked_fill_(is_positive, 0))
+        ctx.save_for_backward(gradient, class_of_anchor, is_positive)
+        return losses.sum(dim=2), class_logits.gather(2, class_of_anchor)[..., 0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor, grad_true_logits: Tensor) -> tuple[Tensor | None, ...]:
+        # `once_differentiable` misses this: the incoming gradient of a sum has no graph.
+        if torch.is_grad_enabled():
+            raise RuntimeError("the fused focal loss can be differentiated once only; leave out create_graph=True")
+        gradient, class_of_anchor, is_positive = ctx.saved_tensors
+        gradient = gradient * grad_sums[..., None]
+        own = torch.where(is_positive, grad_true_logits[..., None], gradient.gather(2, class_of_anchor))
+        return gradient.scatter_(2, class_of_anchor, own), None, None
