@@ -8,6 +8,7 @@ import pytest
 
 import onestage.losses
 from onestage.errors import ConfigError
+from onestage.evaluation import analysis
 from onestage.losses import (
     BoxLoss,
     ClassificationLoss,
@@ -21,6 +22,7 @@ from onestage.losses import (
     SmoothL1Loss,
     SoftmaxFocalLoss,
     VarifocalLoss,
+    focal,
 )
 
 CLASSES = [getattr(onestage.losses, name) for name in onestage.losses.__all__]
@@ -70,6 +72,10 @@ def test_non_finite_or_negative_argument_is_refused(loss, argument: str, value: 
 def test_value_outside_the_range_is_refused_with_rule_and_value(loss, argument: str, value: float, rule: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"{argument} must be {rule}, got {value}.")):
         loss(**{argument: value})
+
+
+def test_gammas_of_the_loss_curves_have_the_same_limit() -> None:
+    assert analysis.LARGEST_GAMMA == focal.MAX_GAMMA
 
 
 @pytest.mark.parametrize("weights", [[1.0, -2.0], [0.0, 0.0], [1.0, math.nan], [1.0, math.inf]])

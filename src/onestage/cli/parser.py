@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat
 from lightning.pytorch.cli import LightningArgumentParser
 
+import onestage.losses
 from onestage.errors import require
 
 SHARED_CONFIG = Path("configs") / "trainer.yaml"
@@ -32,6 +33,8 @@ class ParsingError(Exception):
 
 def add_run_keys(parser: LightningArgumentParser) -> None:
     """Add the keys of no class. Every command accepts all of them, so that any config.yaml fits any command."""
+    for name in onestage.losses.__all__:
+        getattr(onestage.losses, name)  # jsonargparse accepts the short name of an imported class only
     assert parser.groups is not None
     parser.groups["data"].title = DATA_HELP
     parser.add_argument(
