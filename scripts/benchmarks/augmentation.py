@@ -24,8 +24,8 @@ from benchmarks.image_files import read_samples, write_images
 from benchmarks.timing import compare
 from onestage.data.augmentation import SSDAugmentation, SSDPhotometricDistort
 from onestage.data.cache import DiskCache, FileReader, ImageReader
-from onestage.data.crops import IMAGENET_MEAN_RGB, SSDMinIoUCrop, SSDZoomOut
-from onestage.data.resize import Stretch
+from onestage.data.crops import SSDMinIoUCrop, SSDZoomOut
+from onestage.data.resize import MEAN_RGB, Stretch
 from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.types import AnnotationSet
 
@@ -57,7 +57,7 @@ def torchvision_ssd(*, photometric_last: bool = False) -> v2.Compose:
     """Return the recipe of torchvision's reference training, with the resize that its model does on floats."""
     photometric = v2.RandomPhotometricDistort()
     geometry = [
-        v2.RandomZoomOut(fill=list(IMAGENET_MEAN_RGB)),
+        v2.RandomZoomOut(fill=list(MEAN_RGB)),
         v2.RandomIoUCrop(),
         v2.RandomHorizontalFlip(),
         v2.Resize((IMAGE_SIZE, IMAGE_SIZE), antialias=False),

@@ -11,6 +11,7 @@ import pytest
 
 from onestage.data import coco
 from onestage.data.coco import COCO, parse_coco
+from onestage.data.resize import Stretch
 from onestage.data.transforms import SeededTransform
 from onestage.errors import AnnotationError
 from onestage.types import AnnotationSet
@@ -245,7 +246,7 @@ def test_box_under_a_pixel_is_evaluated_and_not_trained_on(tmp_path: Path) -> No
     annotations = parse_changed(tmp_path, "annotations", 2, bbox=[5, 5, 0.2, 20])  # 0.6 px of 300
     boxes = annotations.boxes[annotations.objects(1)]
     image = np.zeros((80, 100, 3), dtype=np.uint8)
-    assert (len(boxes), SeededTransform([], 300)(image, boxes, (0, 0, 1)).rows.tolist()) == (2, [0])
+    assert (len(boxes), SeededTransform([], Stretch(300))(image, boxes, (0, 0, 1)).rows.tolist()) == (2, [0])
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -10,24 +10,26 @@ import albumentations as A
 import cv2
 import numpy as np
 import pytest
+from image_sets import smooth
 
-from onestage.data.augmentation import OPENCV_CODES, Distortion, SSDAugmentation, SSDPhotometricDistort, View, place
-from onestage.data.crops import IMAGENET_MEAN_RGB, ScaleJitter, SSDMinIoUCrop, SSDZoomOut, Window
-from onestage.data.resize import Stretch
+from onestage.data.augmentation import (
+    OPENCV_CODES,
+    Distortion,
+    SSDAugmentation,
+    SSDPhotometricDistort,
+    View,
+    locate_visible,
+)
+from onestage.data.crops import ScaleJitter, SSDMinIoUCrop, SSDZoomOut, Window
+from onestage.data.resize import MEAN_RGB, Stretch
 from onestage.data.transforms import SeededTransform
-from onestage.errors import ConfigError
 
 SIDE = 96
 NO_DISTORTION = SSDPhotometricDistort(p=0.0)
 BOXES = [[5.0, 5.0, 60.0, 80.0], [50.0, 40.0, 190.0, 140.0], [150.0, 10.0, 170.0, 30.0], [0.0, 100.0, 40.0, 150.0]]
 
 
-def smooth_image(height: int, width: int, seed: int = 0) -> np.ndarray:
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-
-
-# -- the reference: draws one number after another, and makes every image in between -----------------------------------
+# The reference: draws one number after another, and makes every image in between
 
 
 def reference_colours(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -60,7 +62,7 @@ def reference_expand(rng: np.random.Generator, image: np.ndarray, boxes: list) -
     height, width = image.shape[:2]
     ratio, right, down = 1 + 3 * rng.random(), rng.random(), rng.random()
     canvas = np.empty((int(height * ratio), int(width * ratio), 3))
-    canvas[:] = IMAGENET_MEAN_RGB
+    canvas[:] = MEAN_RGB
     left = math.floor(right * (canvas.shape[1] - width))
     top = math.floor(down * (canvas.shape[0] - height))
     canvas[top : top + height, left : left + width] = image
@@ -139,10 +141,10 @@ def run(recipe: SSDAugmentation, image: np.ndarray, boxes: list, seed: int) -> t
 
 
 def test_geometry_with_fixed_draws_is_that_of_the_caffe_code() -> None:
-    image = smooth_image(150, 200)
+    image = smooth(150, 200)
     recipe = SSDAugmentation(SIDE, distort=NO_DISTORTION)
     seen = Counter()
-    for seed in range(400):
+    for seed in range(150):
         expected, rows, boxes, is_zoomed_out = reference_recipe(np.random.default_rng(seed), image, BOXES, False)
         found, found_rows, found_boxes = run(recipe, image, BOXES, seed)
         assert found_rows == rows
@@ -155,13 +157,13 @@ def test_geometry_with_fixed_draws_is_that_of_the_caffe_code() -> None:
 
 
 def test_colours_with_fixed_draws_are_those_of_the_caffe_code() -> None:
-    image = smooth_image(60, 80)
+    image = smooth(60, 80)
     boxes = [[5.0, 5.0, 40.0, 50.0], [30.0, 20.0, 80.0, 60.0]]
     first = SSDAugmentation(SIDE, distort_first=True)
     whichever = SSDAugmentation(SIDE)
     small = SSDAugmentation(SIDE // 4)  # most images are shrunk, so distorted after the resize
     small_first = SSDAugmentation(SIDE // 4, distort_first=True)
-    for seed in range(40):
+    for seed in range(12):
         expected, _, _, is_zoomed_out = reference_recipe(np.random.default_rng(seed), image, boxes, True)
         limit = 8 if is_zoomed_out else 2  # OpenCV's 8-bit hue and saturation; the place on the canvas
         for recipe in (first, whichever):
@@ -173,11 +175,11 @@ def test_colours_with_fixed_draws_are_those_of_the_caffe_code() -> None:
 def test_mean_colour_is_not_distorted() -> None:
     recipe = SSDAugmentation(SIDE)
     view = View(Window(-100, -100, 300, 300), False, "linear", Distortion(20.0, 1.2, 0.7, 9.0, True))
-    result = recipe.apply(smooth_image(100, 100), view=view)
-    assert np.unique(result[:30], axis=0).tolist() == [[list(IMAGENET_MEAN_RGB)] * SIDE]
+    result = recipe.apply(smooth(100, 100), view=view)
+    assert np.unique(result[:30], axis=0).tolist() == [[list(MEAN_RGB)] * SIDE]
     # a window that shows nothing of the image
-    result = recipe.apply(smooth_image(100, 100), view=view._replace(window=Window(-50, 0, 40, 40)))
-    assert np.unique(result.reshape(-1, 3), axis=0).tolist() == [list(IMAGENET_MEAN_RGB)]
+    result = recipe.apply(smooth(100, 100), view=view._replace(window=Window(-50, 0, 40, 40)))
+    assert np.unique(result.reshape(-1, 3), axis=0).tolist() == [list(MEAN_RGB)]
 
 
 def test_boxes_lie_where_the_pixels_are() -> None:
@@ -185,28 +187,28 @@ def test_boxes_lie_where_the_pixels_are() -> None:
     image[40:100, 70:130] = 255
     recipe = SSDAugmentation(SIDE, distort=NO_DISTORTION, interpolations=("nearest",), zoom_out=SSDZoomOut(p=1.0))
     num_checked = 0
-    for seed in range(200):
+    for seed in range(80):
         result, rows, boxes = run(recipe, image, [[70, 40, 130, 100]], seed)
         if rows:
             y, x = np.nonzero(result[..., 0] == 255)
             pixels = [x.min(), y.min(), x.max() + 1, y.max() + 1]
             assert boxes[0] == pytest.approx(np.array(pixels), abs=1.001)
             num_checked += 1
-    assert num_checked > 150
+    assert num_checked > 55
 
 
 def test_window_by_hand() -> None:
     # an image 200 wide, 100 high, at (100, 50) of a canvas of 400 x 200: it fills x 24..72 and y 24..72 of 96
-    assert place(Window(-100, -50, 400, 200), (100, 200), 96) == ((0, 0, 200, 100), (24, 24, 48, 48))
+    assert locate_visible(Window(-100, -50, 400, 200), (100, 200), 96) == ((0, 0, 200, 100), (24, 24, 48, 48))
     # its right half, cut from x 100 on and beyond its right border by as much again: the left half of the result
-    assert place(Window(100, 0, 200, 100), (100, 200), 96) == ((100, 0, 100, 100), (0, 0, 48, 96))
-    assert place(Window(200, 0, 10, 100), (100, 200), 96) is None
+    assert locate_visible(Window(100, 0, 200, 100), (100, 200), 96) == ((100, 0, 100, 100), (0, 0, 48, 96))
+    assert locate_visible(Window(200, 0, 10, 100), (100, 200), 96) is None
     # less than half a pixel of the result is rounded up to one
-    assert place(Window(199, 0, 400, 100), (100, 200), 96) == ((199, 0, 1, 100), (0, 0, 1, 96))
+    assert locate_visible(Window(199, 0, 400, 100), (100, 200), 96) == ((199, 0, 1, 100), (0, 0, 1, 96))
 
 
 def test_parts_can_be_left_out_and_everything_at_once() -> None:
-    image = smooth_image(150, 200)
+    image = smooth(150, 200)
     nothing = SSDAugmentation(
         SIDE,
         distort=NO_DISTORTION,
@@ -235,28 +237,11 @@ def test_chances_of_zoom_out_mirror_and_interpolations() -> None:
     assert min(counts.values()) / 4000 > 0.175  # 0.2 expected, 4 sigma
 
 
-def test_share_of_patches_and_mean_number_of_kept_boxes_are_those_of_the_reference() -> None:
-    recipe = SSDAugmentation(SIDE, zoom_out=SSDZoomOut(p=0.0), distort=NO_DISTORTION)
-    boxes = np.array(BOXES) / ([200, 150] * 2)
-    ours, rng = [], np.random.default_rng(1)
-    for _ in range(2000):
-        view = recipe.draw(rng, (150, 200), boxes)
-        ours.append((view.window == (0, 0, 200, 150), len(recipe.apply_to_bboxes(boxes, view=view, shape=(150, 200)))))
-    theirs, rng = [], np.random.default_rng(2)
-    for _ in range(500):
-        left, top, width, height = reference_patch(rng, (150, 200), BOXES)
-        centres = [((x1 + x2) / 2 - left, (y1 + y2) / 2 - top) for x1, y1, x2, y2 in BOXES]
-        is_inside = [0 <= x <= width and 0 <= y <= height for x, y in centres]
-        theirs.append(((left, top, width, height) == (0, 0, 200, 150), sum(is_inside)))
-    assert np.mean(ours, axis=0)[0] == pytest.approx(np.mean(theirs, axis=0)[0], abs=0.08)
-    assert np.mean(ours, axis=0)[1] == pytest.approx(np.mean(theirs, axis=0)[1], abs=0.25)
-
-
-# -- through the adapter -----------------------------------------------------------------------------------------------
+# Through the adapter
 
 
 def test_alone_and_among_others_the_recipe_gives_the_same() -> None:
-    image = smooth_image(150, 200)
+    image = smooth(150, 200)
     boxes = np.array(BOXES, np.float32)
     alone = SeededTransform([SSDAugmentation(SIDE)], Stretch(SIDE))
     among = SeededTransform([SSDAugmentation(SIDE), A.NoOp()], Stretch(SIDE))
@@ -269,7 +254,7 @@ def test_alone_and_among_others_the_recipe_gives_the_same() -> None:
 
 def test_recipe_of_another_size_is_stretched() -> None:
     result = SeededTransform([SSDAugmentation(40)], Stretch(SIDE))(
-        smooth_image(30, 30), np.zeros((0, 4), np.float32), (0, 0, 0)
+        smooth(30, 30), np.zeros((0, 4), np.float32), (0, 0, 0)
     )
     assert result.image.shape == (SIDE, SIDE, 3)
 
@@ -277,26 +262,11 @@ def test_recipe_of_another_size_is_stretched() -> None:
 def test_recipe_can_be_pickled_and_given_parts() -> None:
     recipe = SSDAugmentation(SIDE, crop=SSDMinIoUCrop(scale=(0.6, 1.0)), mirror_p=0.1)
     copy = pickle.loads(pickle.dumps(recipe))
-    assert np.array_equal(run(copy, smooth_image(50, 60), [], 3)[0], run(recipe, smooth_image(50, 60), [], 3)[0])
+    assert np.array_equal(run(copy, smooth(50, 60), [], 3)[0], run(recipe, smooth(50, 60), [], 3)[0])
     assert copy.crop.scale == (0.6, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: SSDAugmentation(0), "image_size is 0; it must be at least 1"),
-        (lambda: SSDAugmentation(SIDE, mirror_p=1.5), r"mirror_p is 1.5 and p 1; both must be in 0\.\.1"),
-        (lambda: SSDAugmentation(SIDE, p=-1), r"p -1; both must be"),
-        (lambda: SSDAugmentation(SIDE, interpolations=()), "give at least one of linear, area"),
-        (lambda: SSDAugmentation(SIDE, interpolations=("bilinear",)), r"interpolations is \('bilinear',\)"),
-    ],
-)
-def test_settings_out_of_range_are_refused(build, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        build()
-
-
-# -- ten thousand draws of each transform ------------------------------------------------------------------------------
+# Many draws of each transform
 
 HARD_BOXES = {
     "on the border": [[0, 0, 90, 70], [0, 0, 5, 5], [85, 65, 90, 70], [0, 30, 90, 31]],
@@ -320,11 +290,11 @@ def assert_sane(boxes: np.ndarray, width: float, height: float) -> None:
 
 @pytest.mark.parametrize("boxes", HARD_BOXES.values(), ids=HARD_BOXES)
 @pytest.mark.parametrize("transform", WINDOWED.values(), ids=WINDOWED)
-def test_boxes_stay_sane_over_2500_draws(transform: A.DualTransform, boxes: list) -> None:
+def test_boxes_stay_sane_over_many_draws(transform: A.DualTransform, boxes: list) -> None:
     relative = np.array(boxes, np.float64).reshape(-1, 4) / (90, 70, 90, 70)
-    image = smooth_image(70, 90)
+    image = smooth(70, 90)
     transform.set_random_state(np.random.default_rng(0), random.Random(0))
-    for number in range(2500):
+    for number in range(300):
         drawn = transform.get_params_dependent_on_data({"shape": (70, 90, 3)}, {"bboxes": relative})
         window = drawn["window"]
         moved = transform.apply_to_bboxes(relative, window=window, shape=(70, 90, 3))
@@ -334,10 +304,10 @@ def test_boxes_stay_sane_over_2500_draws(transform: A.DualTransform, boxes: list
 
 
 @pytest.mark.parametrize("boxes", HARD_BOXES.values(), ids=HARD_BOXES)
-def test_boxes_of_the_whole_recipe_stay_sane_over_2500_draws(boxes: list) -> None:
+def test_boxes_of_the_whole_recipe_stay_sane_over_many_draws(boxes: list) -> None:
     transform = SeededTransform([SSDAugmentation(32)], Stretch(32))
-    image, given = smooth_image(70, 90), np.array(boxes, np.float32).reshape(-1, 4)
-    for index in range(2500):
+    image, given = smooth(70, 90), np.array(boxes, np.float32).reshape(-1, 4)
+    for index in range(300):
         result = transform(image, given, (0, 0, index))
         assert_sane(result.boxes, 32, 32)
         assert (result.image.shape, result.image.dtype) == ((32, 32, 3), np.uint8)
@@ -348,6 +318,6 @@ def test_boxes_of_the_whole_recipe_stay_sane_over_2500_draws(boxes: list) -> Non
 def test_tiny_images_pass(size: tuple[int, int]) -> None:
     transform = SeededTransform([SSDAugmentation(32)], Stretch(32))
     whole = np.array([[0, 0, size[1], size[0]]], np.float32)
-    for index in range(300):
+    for index in range(50):
         result = transform(np.zeros((*size, 3), np.uint8), whole, (0, 0, index))
         assert_sane(result.boxes, 32, 32)

@@ -1,6 +1,7 @@
-"""SSD's zoom-out and min-IoU crop, which albumentations does not have, as albumentations transforms."""
+"""SSD's zoom-out and min-IoU crop, and scale jitter, as albumentations transforms of one kind: windows."""
 
 import math
+from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import albumentations as A
@@ -8,12 +9,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from onestage.errors import ConfigError
+from onestage.data.resize import MEAN_RGB, Boxes, RGBImage
+from onestage.errors import require
 
-Image = npt.NDArray[np.uint8]
-Boxes = npt.NDArray[np.floating[Any]]
-
-IMAGENET_MEAN_RGB = (123, 117, 104)  # what the Caffe code fills with; the detector maps it to about zero
+Patches = npt.NDArray[np.float64]
 
 
 class Window(NamedTuple):
@@ -25,26 +24,57 @@ class Window(NamedTuple):
     height: int
 
 
-class SSDZoomOut(A.DualTransform):  # type: ignore[misc]  # albumentations is untyped
+class WindowTransform(A.DualTransform):  # type: ignore[misc]  # albumentations is untyped
+    """Shows a window of the image, or around it, with a fill colour where there is no image.
+
+    Objects are kept, and clipped, if their centre lies in the window and at least a pixel of them remains.
+    """
+
+    fill: tuple[int, int, int] = MEAN_RGB
+
+    @abstractmethod
+    def draw(self, random: np.random.Generator, size: tuple[int, int], boxes: Boxes) -> Window:
+        """Draw the window for an image of (height, width) `size` with boxes [n, 4] xyxy, relative to it."""
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draw the window; albumentations passes it to the two methods below."""
+        boxes = np.asarray(data.get("bboxes", ()), dtype=np.float64)
+        boxes = boxes[:, :4] if len(boxes) else boxes.reshape(0, 4)
+        return {"window": self.draw(self.random_generator, params["shape"][:2], boxes)}
+
+    def apply(self, img: RGBImage, *, window: Window, **_: Any) -> RGBImage:
+        """Return the window [window.height, window.width, 3]."""
+        height, width = img.shape[:2]
+        left, top, right, bottom = window.left, window.top, window.left + window.width, window.top + window.height
+        part = img[max(top, 0) : bottom, max(left, 0) : right]
+        borders = (max(-top, 0), max(bottom - height, 0), max(-left, 0), max(right - width, 0))
+        if not any(borders):
+            return part
+        return np.asarray(cv2.copyMakeBorder(part, *borders, cv2.BORDER_CONSTANT, value=self.fill))
+
+    def apply_to_bboxes(self, bboxes: Boxes, *, window: Window, shape: tuple[int, ...], **_: Any) -> Boxes:
+        """Move boxes [n, 4 or more], relative to the image, into the window."""
+        return keep_centred(bboxes, window, shape)
+
+
+class SSDZoomOut(WindowTransform):
     """Put the image somewhere on a larger canvas of the mean colour, so that objects get small (SSD section 3.6).
 
     Args:
         max_ratio: the canvas is 1 to `max_ratio` times as wide and as high as the image (16 times the area at 4).
-        fill: RGB colour of the canvas, each 0..255.
+        fill: RGB colour of the canvas, each in [0, 255].
         p: probability that an image is zoomed out.
     """
 
-    def __init__(self, max_ratio: float = 4.0, fill: tuple[int, int, int] = IMAGENET_MEAN_RGB, p: float = 0.5) -> None:
+    def __init__(self, max_ratio: float = 4.0, fill: tuple[int, int, int] = MEAN_RGB, p: float = 0.5) -> None:
         super().__init__(p=p)
-        if not 1 <= max_ratio < math.inf:
-            raise ConfigError(f"SSDZoomOut: max_ratio is {max_ratio:g}; it must be at least 1 (1 keeps the image).")
-        if len(fill) != 3 or not all(0 <= value <= 255 for value in fill):
-            raise ConfigError(f"SSDZoomOut: fill is {fill}; it must be [red, green, blue], each 0..255.")
+        require(1 <= max_ratio < math.inf, "SSDZoomOut: max_ratio", max_ratio, ">= 1; 1 keeps the image")
+        require_colour("SSDZoomOut", fill)
         self.max_ratio = max_ratio
         self.fill = fill
 
-    def draw(self, random: np.random.Generator, size: tuple[int, int]) -> Window:
-        """Draw the canvas of an image of `size` (height, width), as a window around it."""
+    def draw(self, random: np.random.Generator, size: tuple[int, int], boxes: Boxes) -> Window:
+        """Draw the canvas, as a window around the image."""
         height, width = size
         ratio, right, down = random.random(3).tolist()
         ratio = 1 + ratio * (self.max_ratio - 1)
@@ -52,32 +82,23 @@ class SSDZoomOut(A.DualTransform):  # type: ignore[misc]  # albumentations is un
         left, top = int(right * (canvas_width - width)), int(down * (canvas_height - height))
         return Window(-left, -top, canvas_width, canvas_height)
 
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Hand the drawn canvas to the two below, as albumentations wants it."""
-        return {"window": self.draw(self.random_generator, params["shape"][:2])}
-
-    def apply(self, img: Image, *, window: Window, **_: Any) -> Image:
-        """Return the canvas with the image on it, [canvas height, canvas width, 3]."""
-        return _cut_or_pad(img, window, self.fill)
-
     def apply_to_bboxes(self, bboxes: Boxes, *, window: Window, shape: tuple[int, ...], **_: Any) -> Boxes:
-        """Move boxes [n, 4 or more], relative to the image, into the canvas."""
+        """Move boxes [n, 4 or more], relative to the image, into the canvas; all are kept."""
         return into_window(bboxes, window, shape)
 
 
-class SSDMinIoUCrop(A.DualTransform):  # type: ignore[misc]  # albumentations is untyped
+class SSDMinIoUCrop(WindowTransform):
     """Keep the whole image, or a patch that overlaps an object by a minimum, or any patch (SSD section 2.2).
 
     One of `len(min_ious) + 2` modes is chosen: the whole image; for each value a patch whose IoU with at least one
     object reaches it; any patch. As in the Caffe code the choice is uniform over the modes that find a patch in
-    `trials` attempts, and an image without objects stays whole. An object is kept, and clipped, if its centre lies in
-    the patch. Objects of which less than a pixel remains are dropped. A patch may hold no object's centre.
+    `trials` attempts, and an image without objects stays whole. A patch may hold no object's centre.
 
     Args:
-        min_ious: the minimum overlaps, each 0..1.
+        min_ious: the minimum overlaps, each in [0, 1].
         scale: range of the patch's side, relative to the image's: its area is scale squared of the image's.
         aspect_ratio: range of width over height, relative to the image's own aspect ratio.
-        trials: attempts in each mode.
+        trials: attempts in each mode, >= 1.
         p: probability that a mode is chosen at all.
     """
 
@@ -90,27 +111,21 @@ class SSDMinIoUCrop(A.DualTransform):  # type: ignore[misc]  # albumentations is
         p: float = 1.0,
     ) -> None:
         super().__init__(p=p)
-        if not all(0 <= min_iou <= 1 for min_iou in min_ious):
-            raise ConfigError(f"SSDMinIoUCrop: min_ious is {min_ious}; each must be in 0..1.")
-        if not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
-            raise ConfigError(f"SSDMinIoUCrop: scale is {scale}; it must be [low, high] with 0 < low <= high <= 1.")
-        if not (len(aspect_ratio) == 2 and 0 < aspect_ratio[0] <= 1 <= aspect_ratio[1] < math.inf):
-            raise ConfigError(
-                f"SSDMinIoUCrop: aspect_ratio is {aspect_ratio}; it must be [low, high] with 0 < low <= 1 <= high, "
-                "because a patch as large as the image can only have the image's own."
-            )
-        if trials < 1:
-            raise ConfigError(f"SSDMinIoUCrop: trials is {trials}; it must be at least 1.")
+        name = "SSDMinIoUCrop"
+        require(all(0 <= min_iou <= 1 for min_iou in min_ious), f"{name}: min_ious", min_ious, "each in [0, 1]")
+        is_range = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
+        require(is_range, f"{name}: scale", scale, "[low, high] with 0 < low <= high <= 1")
+        is_range = len(aspect_ratio) == 2 and 0 < aspect_ratio[0] <= 1 <= aspect_ratio[1] < math.inf
+        rule = "[low, high] with 0 < low <= 1 <= high, as a patch of full size has the image's own"
+        require(is_range, f"{name}: aspect_ratio", aspect_ratio, rule)
+        require(trials >= 1, f"{name}: trials", trials, ">= 1")
         self.min_ious = min_ious
         self.scale = scale
         self.aspect_ratio = aspect_ratio
         self.trials = trials
 
     def draw(self, random: np.random.Generator, size: tuple[int, int], boxes: Boxes) -> Window:
-        """Draw the patch of an image of `size` (height, width), as a window into it.
-
-        boxes: [n, 4] xyxy, relative to the image.
-        """
+        """Draw the patch, as a window into the image."""
         height, width = size
         patch = self._draw_patch(random, np.asarray(boxes, dtype=np.float64)) if len(boxes) else None
         if patch is None:
@@ -123,15 +138,7 @@ class SSDMinIoUCrop(A.DualTransform):  # type: ignore[misc]  # albumentations is
             height=max(int((y2 - y1) * height), 1),
         )
 
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Hand the drawn patch to the two below, as albumentations wants it."""
-        boxes = np.asarray(data.get("bboxes", ()), dtype=np.float64)
-        boxes = boxes[:, :4] if len(boxes) else boxes.reshape(0, 4)
-        return {"window": self.draw(self.random_generator, params["shape"][:2], boxes)}
-
-    def _draw_patch(
-        self, random: np.random.Generator, boxes: npt.NDArray[np.float64]
-    ) -> npt.NDArray[np.float64] | None:
+    def _draw_patch(self, random: np.random.Generator, boxes: Patches) -> Patches | None:
         """Return a patch [4], relative to the image, or None for the whole image.
 
         Taking the first mode that works, in random order, is the same as choosing among all that work.
@@ -145,11 +152,11 @@ class SSDMinIoUCrop(A.DualTransform):  # type: ignore[misc]  # albumentations is
             patches = self._draw_candidates(random)
             reached = np.flatnonzero(_iou(patches, boxes).max(axis=1) >= min_iou)
             if len(reached):
-                chosen: npt.NDArray[np.float64] = patches[reached[0]]
+                chosen: Patches = patches[reached[0]]
                 return chosen
         return None
 
-    def _draw_candidates(self, random: np.random.Generator) -> npt.NDArray[np.float64]:
+    def _draw_candidates(self, random: np.random.Generator) -> Patches:
         """Return [trials, 4] patches, xyxy, relative to the image."""
         draws = random.random((self.trials, 4))
         scale = self.scale[0] + draws[:, 0] * (self.scale[1] - self.scale[0])
@@ -157,65 +164,52 @@ class SSDMinIoUCrop(A.DualTransform):  # type: ignore[misc]  # albumentations is
         # Beyond these the patch would be wider or higher than the image. The Caffe code (util/sampler.cpp) clamps the
         # drawn ratio too, so that many of the large patches are as wide or as high as the image.
         root = np.sqrt(aspect_ratio.clip(scale**2, 1 / scale**2))
-        sides = np.stack([scale * root, scale / root], axis=1).clip(max=1)  # rounding may leave a trace more
+        sides = np.stack([scale * root, scale / root], axis=1).clip(max=1)  # rounding may leave slightly more
         corners = draws[:, 2:] * (1 - sides)
         return np.concatenate([corners, corners + sides], axis=1)
 
-    def apply(self, img: Image, *, window: Window, **_: Any) -> Image:
-        """Return the patch [window.height, window.width, 3]."""
-        return img[window.top : window.top + window.height, window.left : window.left + window.width]
 
-    def apply_to_bboxes(self, bboxes: Boxes, *, window: Window, shape: tuple[int, ...], **_: Any) -> Boxes:
-        """Move boxes [n, 4 or more], relative to the image, into the patch; drop and clip them as the class says."""
-        return keep_centred(bboxes, window, shape)
-
-
-class ScaleJitter(A.DualTransform):  # type: ignore[misc]  # albumentations is untyped
+class ScaleJitter(WindowTransform):
     """Show the image smaller or larger, in a frame of its own size: multi-scale training for a network of one size.
 
-    A network whose anchors belong to one input size cannot be fed others, but its objects can have other sizes: the
-    image fills a part of the frame and the rest has the mean colour, or a part of the image fills the frame. Objects
-    are kept and clipped as by `SSDMinIoUCrop`. (Large-scale jitter, arXiv:2012.07177, section 3; YOLOv2's changing
-    input sizes, arXiv:1612.08242, do the same to the sizes of objects.)
+    The image fills a part of the frame and the rest has the mean colour, or a part of the image fills the frame.
+    (Large-scale jitter, arXiv:2012.07177, section 3; YOLOv2's changing input sizes, arXiv:1612.08242, do the same to
+    the sizes of objects.)
 
     Args:
-        scale: range of the factor on the image's sides, 0.25..4, uniformly distributed.
-        fill: RGB colour of the rest, each 0..255.
+        scale: range of the factor on the image's sides, in [0.25, 4], uniformly distributed.
+        fill: RGB colour of the rest, each in [0, 255].
         p: probability that an image is rescaled.
     """
 
     def __init__(
-        self,
-        scale: tuple[float, float] = (0.5, 1.5),
-        fill: tuple[int, int, int] = IMAGENET_MEAN_RGB,
-        p: float = 1.0,
+        self, scale: tuple[float, float] = (0.5, 1.5), fill: tuple[int, int, int] = MEAN_RGB, p: float = 1.0
     ) -> None:
         super().__init__(p=p)
-        if not (len(scale) == 2 and 0.25 <= scale[0] <= scale[1] <= 4):
-            raise ConfigError(f"ScaleJitter: scale is {scale}; it must be [low, high] with 0.25 <= low <= high <= 4.")
+        is_range = len(scale) == 2 and 0.25 <= scale[0] <= scale[1] <= 4
+        require(is_range, "ScaleJitter: scale", scale, "[low, high] with 0.25 <= low <= high <= 4")
+        require_colour("ScaleJitter", fill)
         self.scale = scale
         self.fill = fill
 
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    def draw(self, random: np.random.Generator, size: tuple[int, int], boxes: Boxes) -> Window:
         """Draw the frame, as a window into the image or around it."""
-        height, width = params["shape"][:2]
-        scale, right, down = self.random_generator.random(3).tolist()
+        height, width = size
+        scale, right, down = random.random(3).tolist()
         scale = self.scale[0] + scale * (self.scale[1] - self.scale[0])
         frame_width, frame_height = max(round(width / scale), 1), max(round(height / scale), 1)
         left, top = int(right * (width - frame_width)), int(down * (height - frame_height))
-        return {"window": Window(left, top, frame_width, frame_height)}
+        return Window(left, top, frame_width, frame_height)
 
-    def apply(self, img: Image, *, window: Window, **_: Any) -> Image:
-        """Return the frame [window.height, window.width, 3]."""
-        return _cut_or_pad(img, window, self.fill)
 
-    def apply_to_bboxes(self, bboxes: Boxes, *, window: Window, shape: tuple[int, ...], **_: Any) -> Boxes:
-        """Move boxes [n, 4 or more], relative to the image, into the frame; drop and clip them as the class says."""
-        return keep_centred(bboxes, window, shape)
+def require_colour(name: str, fill: tuple[int, int, int]) -> None:
+    """Raise ConfigError unless `fill` is an RGB colour."""
+    is_colour = len(fill) == 3 and all(0 <= value <= 255 for value in fill)
+    require(is_colour, f"{name}: fill", fill, "[red, green, blue], each in [0, 255]")
 
 
 def into_window(bboxes: Boxes, window: Window, shape: tuple[int, ...]) -> Boxes:
-    """Express boxes that are relative to an image of `shape` (height, width, ..) relative to a window into it."""
+    """Express boxes that are relative to an image of `shape` (height, width, ...) relative to a window into it."""
     height, width = shape[:2]
     moved = bboxes.copy()
     moved[:, [0, 2]] = (bboxes[:, [0, 2]] * width - window.left) / window.width
@@ -224,10 +218,7 @@ def into_window(bboxes: Boxes, window: Window, shape: tuple[int, ...]) -> Boxes:
 
 
 def keep_centred(bboxes: Boxes, window: Window, shape: tuple[int, ...]) -> Boxes:
-    """Move boxes into a window as `into_window` does; drop those whose centre is outside, and clip the others.
-
-    Those of which less than a pixel remains are dropped too.
-    """
+    """Move boxes into a window; drop those whose centre is outside or that lose all but a pixel, clip the others."""
     if window == (0, 0, shape[1], shape[0]):
         return bboxes
     moved = into_window(bboxes, window, shape)
@@ -239,21 +230,11 @@ def keep_centred(bboxes: Boxes, window: Window, shape: tuple[int, ...]) -> Boxes
     return kept
 
 
-def _cut_or_pad(img: Image, window: Window, fill: tuple[int, int, int]) -> Image:
-    """Return what a window shows, [window.height, window.width, 3], with `fill` where it is beyond the image."""
-    height, width = img.shape[:2]
-    left, top, right, bottom = window.left, window.top, window.left + window.width, window.top + window.height
-    part = img[max(top, 0) : bottom, max(left, 0) : right]
-    borders = (max(-top, 0), max(bottom - height, 0), max(-left, 0), max(right - width, 0))
-    return np.asarray(cv2.copyMakeBorder(part, *borders, cv2.BORDER_CONSTANT, value=fill)) if any(borders) else part
-
-
-def _iou(patches: npt.NDArray[np.float64], boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _iou(patches: Patches, boxes: Patches) -> Patches:
     """Return [P, n] IoU of patches [P, 4] and boxes [n, 4], all xyxy with positive area."""
     low = np.maximum(patches[:, None, :2], boxes[:, :2])
     high = np.minimum(patches[:, None, 2:], boxes[:, 2:])
     intersection = np.clip(high - low, 0, None).prod(axis=2)
-    patch_areas = (patches[:, 2:] - patches[:, :2]).prod(axis=1)
-    box_areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    iou: npt.NDArray[np.float64] = intersection / (patch_areas[:, None] + box_areas - intersection)
+    areas = [(corners[:, 2:] - corners[:, :2]).prod(axis=1) for corners in (patches, boxes)]
+    iou: Patches = intersection / (areas[0][:, None] + areas[1] - intersection)
     return iou

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.crops import IMAGENET_MEAN_RGB
+from onestage.data.resize import MEAN_RGB
 
 NUM_TILES = 4
 MIXUP_BETA = 32.0  # both parameters of the weight's beta distribution, as in YOLOv5: nearly always 0.4 to 0.6
@@ -35,7 +35,7 @@ def mosaic(pictures: Sequence[Picture], side: int, random: np.random.Generator) 
     """
     assert len(pictures) == NUM_TILES
     x, y = (round(side * (0.25 + draw / 2)) for draw in random.random(2).tolist())
-    canvas = np.full((side, side, 3), IMAGENET_MEAN_RGB, dtype=np.uint8)
+    canvas = np.full((side, side, 3), MEAN_RGB, dtype=np.uint8)
     boxes, objects = [], []
     for number, picture in enumerate(pictures):
         tile = _scaled(picture, side // 2)
