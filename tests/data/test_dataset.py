@@ -1,4 +1,3 @@
-import multiprocessing
 import pickle
 from pathlib import Path
 
@@ -7,46 +6,34 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from image_sets import image_set, noise
 
 from onestage.data.dataset import DetectionDataset, Sample, collate
-from onestage.data.loader import DetectionLoader, start_worker
+from onestage.data.loader import DetectionLoader
 from onestage.data.resize import Placement, Stretch
 from onestage.data.samplers import EvaluationSampler
 from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.errors import ImageError
 from onestage.types import IGNORE, PADDING, AnnotationSet
 
+STRETCH = Stretch(32)
+SSD = SeededTransform(ssd_transforms(STRETCH), STRETCH)
 SIZES = [(40, 60), (50, 50), (30, 90)]  # (height, width)
 
 
 @pytest.fixture
 def annotations(tmp_path: Path) -> AnnotationSet:
     """Three images: two objects and a crowd, none, and a difficult one beside a plain one."""
-    paths = []
-    for number, (height, width) in enumerate(SIZES):
-        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        paths.append(str(tmp_path / f"{number}.png"))
-        cv2.imwrite(paths[-1], pixels)
-    boxes = [[0, 0, 30, 20], [30, 20, 60, 40], [10, 10, 50, 30], [9, 3, 18, 6], [45, 0, 90, 30]]
-    return AnnotationSet(
-        source="hand-written",
-        image_paths=np.array(paths),
-        image_ids=np.array([7, 8, 9]),
-        sizes=np.array(SIZES, dtype=np.int32),
-        box_offsets=np.array([0, 3, 3, 5]),
-        boxes=np.array(boxes, dtype=np.float32),
-        labels=np.array([1, 0, 1, 2, 0]),
-        areas=np.ones(5, dtype=np.float32),
-        is_crowd=np.array([False, False, True, False, False]),
-        is_difficult=np.array([False, False, False, True, False]),
-        class_names=("a", "b", "c"),
-        category_ids=(1, 2, 3),
-    )
+    boxes = [[[0, 0, 30, 20], [30, 20, 60, 40], [10, 10, 50, 30]], [], [[9, 3, 18, 6], [45, 0, 90, 30]]]
+    pixels = [noise(height, width, number) for number, (height, width) in enumerate(SIZES)]
+    annotations = image_set(tmp_path, pixels, boxes, [[1, 0, 1], [], [2, 0]])
+    annotations.is_crowd[2] = True
+    annotations.is_difficult[3] = True
+    return annotations
 
 
 def evaluation(annotations: AnnotationSet, **settings: bool) -> DetectionDataset:
-    return DetectionDataset(annotations, SeededTransform([], Stretch(32)), **settings)
+    return DetectionDataset(annotations, SeededTransform([], STRETCH), **settings)
 
 
 def test_sample_has_boxes_in_network_pixels_and_crowds_ignored(annotations: AnnotationSet) -> None:
@@ -78,18 +65,13 @@ def test_image_without_objects_has_empty_targets(annotations: AnnotationSet) -> 
 
 
 def test_plain_index_stands_for_epoch_zero_and_epochs_differ(annotations: AnnotationSet) -> None:
-    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(Stretch(32)), Stretch(32)), seed=3)
+    dataset = DetectionDataset(annotations, SSD, seed=3)
     assert torch.equal(dataset[0].image, dataset[0, 0].image)
     assert len({dataset[epoch, 0].image.numpy().tobytes() for epoch in range(4)}) == 4
 
 
 def test_seed_changes_the_augmentation(annotations: AnnotationSet) -> None:
-    images = {
-        DetectionDataset(annotations, SeededTransform(ssd_transforms(Stretch(32)), Stretch(32)), seed=seed)[0]
-        .image.numpy()
-        .tobytes()
-        for seed in range(4)
-    }
+    images = {DetectionDataset(annotations, SSD, seed=seed)[0].image.numpy().tobytes() for seed in range(4)}
     assert len(images) == 4
 
 
@@ -139,25 +121,9 @@ def test_collate_keeps_order_types_and_layout() -> None:
 
 
 def test_dataset_can_be_pickled(annotations: AnnotationSet) -> None:
-    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(Stretch(32)), Stretch(32)), seed=1)
+    dataset = DetectionDataset(annotations, SSD, seed=1)
     copy = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(copy[2, 1].image, dataset[2, 1].image)
-
-
-def test_spawned_worker_gives_the_same_samples(annotations: AnnotationSet) -> None:
-    dataset = DetectionDataset(annotations, SeededTransform(ssd_transforms(Stretch(32)), Stretch(32)), seed=1)
-    loader = DataLoader(
-        dataset,
-        batch_size=3,
-        collate_fn=collate,
-        num_workers=1,
-        multiprocessing_context=multiprocessing.get_context("spawn"),
-        worker_init_fn=start_worker,
-    )
-    (batch,) = loader
-    expected = collate([dataset[index] for index in range(3)])
-    assert torch.equal(batch.images, expected.images)
-    assert torch.equal(batch.targets.boxes, expected.targets.boxes)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -1,16 +1,15 @@
 from collections import Counter
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
+from image_sets import image_set
 
 from onestage.data.dataset import DetectionDataset
 from onestage.data.mixing import Picture, mixup, mosaic
 from onestage.data.resize import Stretch
-from onestage.data.transforms import SeededTransform, training_transforms
-from onestage.errors import ConfigError
+from onestage.data.transforms import SeededTransform
 from onestage.types import IGNORE, AnnotationSet
 
 SIDE = 80
@@ -86,30 +85,16 @@ def test_mixup_blends_pixels_and_keeps_the_objects_of_both() -> None:
     assert 120 < min(weights) < max(weights) < 180
 
 
-# -- in the data set ---------------------------------------------------------------------------------------------------
+# In the data set
 
 
 @pytest.fixture
 def annotations(tmp_path: Path) -> AnnotationSet:
     """Six images of one level each; image i has one object of class i, and the last is a crowd."""
-    paths = []
-    for number in range(6):
-        paths.append(str(tmp_path / f"{number}.png"))
-        cv2.imwrite(paths[-1], np.full((50, 60, 3), 40 * number, dtype=np.uint8))
-    return AnnotationSet(
-        source="hand-written",
-        image_paths=np.array(paths),
-        image_ids=np.arange(6),
-        sizes=np.array([(50, 60)] * 6, dtype=np.int32),
-        box_offsets=np.arange(7),
-        boxes=np.array([[10, 10, 50, 40]] * 6, dtype=np.float32),
-        labels=np.arange(6),
-        areas=np.ones(6, dtype=np.float32),
-        is_crowd=np.arange(6) == 5,
-        is_difficult=np.zeros(6, dtype=bool),
-        class_names=tuple("abcdef"),
-        category_ids=tuple(range(1, 7)),
-    )
+    pixels = [np.full((50, 60, 3), 40 * number, dtype=np.uint8) for number in range(6)]
+    annotations = image_set(tmp_path, pixels, [[[10, 10, 50, 40]]] * 6)
+    annotations.is_crowd[5] = True
+    return annotations
 
 
 def dataset(annotations: AnnotationSet, **settings: float) -> DetectionDataset:
@@ -159,11 +144,3 @@ def test_mixup_has_the_objects_of_two_images(annotations: AnnotationSet) -> None
         assert sample.labels[0] == 0
         other = 5 if sample.labels[1] == IGNORE else int(sample.labels[1])
         assert sample.image.float().mean() == pytest.approx(20 * other, abs=8 * other)
-
-
-def test_multi_scale_puts_a_change_of_scale_before_the_other_transforms() -> None:
-    names = [type(transform).__name__ for transform in training_transforms(None, 48, (0.5, 1.5))]
-    assert names == ["ScaleJitter", "SSDAugmentation"]
-    assert training_transforms([], 48, None) == []
-    with pytest.raises(ConfigError, match=r"data.scale_jitter is \[0.01, 2\]; .*\n.*\[0.5, 1.5\]"):
-        training_transforms(None, 48, (0.01, 2.0))

@@ -1,4 +1,4 @@
-import json
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from annotation_sets import annotation_set
 from data_modules import coco_data, voc_data, yolo_data
-from yolo_files import write_image, write_yolo
+from yolo_files import write_yolo
 
 from onestage.data import DetectionDataModule
 from onestage.data.splits import assign_parts, split_by_fold, split_by_fraction
@@ -131,20 +131,20 @@ def test_split_that_leaves_a_part_empty_is_refused(number: int, fraction: float)
         split_by_fold(annotation_set([[0]] * 3), 4, 3)
 
 
-# -- in the data modules -----------------------------------------------------------------------------------------------
+# In the data module
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"val_fraction": 0.0}, "data.val_fraction is 0; it must lie between 0 and 1"),
-        ({"val_fraction": 1.0}, "data.val_fraction is 1"),
-        ({"val_fraction": float("nan")}, "data.val_fraction is nan"),
-        ({"val_fraction": 0.2, "num_folds": 5}, "a set is divided one way"),
-        ({"num_folds": 1}, "data.num_folds is 1; it must be at least 2"),
-        ({"num_folds": 5, "fold": 5}, r"data.fold is 5; .* must be in 0\.\.4"),
-        ({"num_folds": 5, "fold": -1}, "data.fold is -1"),
-        ({"fold": 1}, "data.num_folds: null"),
+        ({"val_fraction": 0.0}, r"data.val_fraction must be in \(0, 1\), got 0.0"),
+        ({"val_fraction": 1.0}, "data.val_fraction must be"),
+        ({"val_fraction": float("nan")}, "data.val_fraction must be"),
+        ({"val_fraction": 0.2, "num_folds": 5}, "data.val_fraction conflicts with data.num_folds"),
+        ({"num_folds": 1}, "data.num_folds must be >= 2, or null, got 1"),
+        ({"num_folds": 5, "fold": 5}, r"data.fold must be in \[0, 5\), got 5"),
+        ({"num_folds": 5, "fold": -1}, r"data.fold must be in \[0, 5\), got -1"),
+        ({"fold": 1}, r"(?s)data.fold must be in \[0, 1\), got 1.*data.num_folds"),
     ],
 )
 def test_split_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
@@ -152,59 +152,31 @@ def test_split_settings_out_of_range_are_refused(settings: dict, message: str) -
         yolo_data("anywhere", **settings)
 
 
-def write_coco(root: Path, number: int) -> None:
-    images = [{"id": n + 1, "file_name": f"{n}.png", "height": 20, "width": 40} for n in range(number)]
-    boxes = [
-        {"id": n + 1, "image_id": n + 1, "category_id": n % 2 + 5, "bbox": [1, 1, 10, 10], "area": 100, "iscrowd": 0}
-        for n in range(number)
-    ]
-    for n in range(number):
-        write_image(root / "all" / f"{n}.png", n)
-    (root / "annotations").mkdir()
-    categories = [{"id": 5, "name": "cat"}, {"id": 6, "name": "dog"}]
-    content = {"images": images, "annotations": boxes, "categories": categories}
-    (root / "annotations" / "instances_all.json").write_text(json.dumps(content))
+def one_split(root: Path, **settings: object) -> DetectionDataModule:
+    """Ten images, one cat or one dog on each, without a validation split."""
+    write_yolo(root, {str(n): f"{n % 2} 0.5 0.5 0.25 0.5\n" for n in range(10)})
+    return yolo_data(root, image_size=32, batch_size=2, num_workers=0, **settings)
 
 
-def one_set(kind: str, root: Path, **settings: object) -> DetectionDataModule:
-    """Ten images, one cat or one dog on each, in one split."""
-    common = {"image_size": 32, "batch_size": 2, "num_workers": 0, **settings}
-    if kind == "coco":
-        write_coco(root, 10)
-        return coco_data(root, train="all", **common)
-    if kind == "yolo":
-        write_yolo(root, {str(n): f"{n % 2} 0.5 0.5 0.25 0.5\n" for n in range(10)})
-        return yolo_data(root, **common)
-    for n in range(10):
-        write_image(root / "JPEGImages" / f"{n}.png", n)
-        box = "<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>11</xmax><ymax>11</ymax></bndbox>"
-        (root / "Annotations").mkdir(exist_ok=True)
-        (root / "Annotations" / f"{n}.xml").write_text(
-            f"<annotation><object><name>{('cat', 'dog')[n % 2]}</name>{box}</object></annotation>"
-        )
-    (root / "ImageSets" / "Main").mkdir(parents=True)
-    (root / "ImageSets" / "Main" / "all.txt").write_text("".join(f"{n}\n" for n in range(10)))
-    return voc_data(root, train=["all"], **common)
-
-
-@pytest.mark.parametrize("kind", ["coco", "voc", "yolo"])
-def test_one_set_without_a_split_is_divided_by_every_data_module(kind: str, tmp_path: Path) -> None:
-    data = one_set(kind, tmp_path, val_fraction=0.4)
+def test_one_split_is_divided_by_the_data_module(tmp_path: Path) -> None:
+    data = one_split(tmp_path, val_fraction=0.4)
     data.setup("fit")
     train, val = data.annotations("train"), data.annotations("val")
     assert (len(train), len(val), len(data.annotations("test"))) == (6, 4, 4)
     assert (class_counts(train), class_counts(val)) == ([3, 3], [2, 2])
-    assert data.class_names == ["cat", "dog"]
     assert not names_of(train) & names_of(val)
     assert len(list(data.train_dataloader())) == 3
     assert sum(len(batch.images) for batch in data.val_dataloader()) == 4
 
 
-def test_all_formats_divide_the_same_files_in_the_same_way(tmp_path: Path) -> None:
-    splits = [
-        names_of(one_set(kind, tmp_path / kind, num_folds=5, fold=2).annotations("val")) for kind in ("coco", "yolo")
-    ]
-    assert splits[0] == splits[1]
+def test_without_a_validation_split_a_fifth_is_held_out_with_a_notice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        data = one_split(tmp_path)
+        data.setup("fit")
+    assert (len(data.annotations("train")), len(data.annotations("val"))) == (8, 2)
+    assert "has no validation split; 0.2 of the training images are held out (data.val_fraction)" in caplog.text
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the real data set is not here")

@@ -303,6 +303,8 @@ class DetectionDataModule(LightningDataModule):
 
     def _split_of(self, stage: Stage) -> Stage:
         """Return the split that a stage reads: test and predict fall back to the validation split."""
+        if stage == "predict" and self.predict_dir is None and self.source.splits == ("test",):
+            return "test"  # such as a folder of images
         no_test = stage == "test" and "test" not in self.source.splits
         return "val" if no_test or (stage == "predict" and self.predict_dir is None) else stage
 

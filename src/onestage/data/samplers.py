@@ -9,7 +9,7 @@ import numpy.typing as npt
 from torch.utils.data.distributed import DistributedSampler
 
 from onestage.data.dataset import DetectionDataset
-from onestage.errors import ConfigError, DataError
+from onestage.errors import ConfigError, DataError, require
 from onestage.types import AnnotationSet
 
 
@@ -35,11 +35,8 @@ class RepeatFactorSampling(Sampling):
     """
 
     def __init__(self, threshold: float = 0.001) -> None:
-        if not 0 < threshold <= 1:
-            raise ConfigError(
-                f"data.sampling.threshold is {threshold:g}; it must be in 0..1, and more than 0.\n"
-                "Set data.sampling.init_args.threshold: 0.001, LVIS's value, or more for a small set."
-            )
+        remedy = "Set data.sampling.init_args.threshold: 0.001, LVIS's value, or more for a small set."
+        require(0 < threshold <= 1, "data.sampling.threshold", threshold, "in (0, 1]", remedy)
         self.threshold = threshold
 
     def repeats(self, annotations: AnnotationSet) -> npt.NDArray[np.float64]:
