@@ -177,10 +177,11 @@ def test_sheet_shows_each_image_before_and_after_augmentation(
         assert main(["doctor", str(file), "--draw", str(tmp_path / words[0]), *words[1:]]) == 2
 
 
-def test_doctor_imports_no_training_libraries(tmp_path: Path) -> None:
+def test_doctor_imports_no_training_libraries_and_its_child_no_torch(tmp_path: Path) -> None:
     file = write_coco(tmp_path, clean_content())
     program = (
-        "import sys\nfrom onestage.cli import main\nmain(['doctor', sys.argv[1]])\n"
+        "import sys, onestage.doctor.decoding\nassert 'torch' not in sys.modules\n"
+        "from onestage.cli import main\nmain(['doctor', sys.argv[1]])\n"
         "heavy = ('lightning', 'albumentations', 'torchmetrics')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
