@@ -116,7 +116,7 @@ def test_folders_without_yaml_need_the_class_names(tmp_path: Path, name: str) ->
         parse_yolo(tmp_path, "train")
     (tmp_path / name).write_text("cat\ndog\n\n")
     assert names_of(tmp_path) == ["a.png"]
-    with pytest.raises(AnnotationError, match=r"no split 'val': neither images/val nor val/images"):
+    with pytest.raises(AnnotationError, match=r"no split 'val' \(images/val, val/images\)"):
         parse_yolo(tmp_path, "val")
 
 

@@ -104,10 +104,10 @@ class ObjectColumns(NamedTuple):
     image_rows: npt.NDArray[np.int64]  # [T] row of the image in `ImageColumns`
     boxes: npt.NDArray[np.float64]  # [T, 4] xyxy edges, px
     labels: npt.NDArray[np.int64]  # [T] 0..K-1
-    areas: npt.NDArray[np.float64]  # [T] px^2; NaN where the file gives none
-    is_crowd: npt.NDArray[np.bool_]  # [T]
-    is_difficult: npt.NDArray[np.bool_]  # [T]
-    problems: Mapping[int, str]  # row -> rule that the parser saw broken; the row's other values are not used
+    problems: Mapping[int, str] = {}  # row -> rule that the parser saw broken; the row's other values are not used
+    areas: npt.NDArray[np.float64] | None = None  # [T] px^2; NaN or None: that of the box
+    is_crowd: npt.NDArray[np.bool_] | None = None  # [T]
+    is_difficult: npt.NDArray[np.bool_] | None = None  # [T]
 
 
 def build_annotation_set(
@@ -151,7 +151,8 @@ def build_annotation_set(
         raise malformed(source, f"none of the {len(boxes)} boxes can be used", "Correct the boxes.", skipped)
     rows = rows[np.argsort(objects.image_rows[rows], kind="stable")]
     counts = np.bincount(objects.image_rows[rows], minlength=len(images.paths))
-    box_areas, areas = np.prod(boxes[rows, 2:] - boxes[rows, :2], axis=1), objects.areas[rows]
+    box_areas, no_flags = np.prod(boxes[rows, 2:] - boxes[rows, :2], axis=1), np.zeros(len(boxes), dtype=np.bool_)
+    areas = box_areas if objects.areas is None else objects.areas[rows]
     return AnnotationSet(
         source=source,
         image_paths=np.array(images.paths, dtype=np.str_),
@@ -161,8 +162,8 @@ def build_annotation_set(
         boxes=boxes[rows],
         labels=objects.labels[rows],
         areas=np.where(np.isfinite(areas) & (areas > 0), areas, box_areas).astype(np.float32),
-        is_crowd=objects.is_crowd[rows],
-        is_difficult=objects.is_difficult[rows],
+        is_crowd=(no_flags if objects.is_crowd is None else objects.is_crowd)[rows],
+        is_difficult=(no_flags if objects.is_difficult is None else objects.is_difficult)[rows],
         class_names=tuple(class_names),
         category_ids=tuple(category_ids),
         findings=(*findings, *clipped, *bad_boxes),

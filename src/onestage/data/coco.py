@@ -14,19 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.annotations import (
-    AREA_WRONG,
-    ID_ZERO,
-    IDS_AS_TEXT,
-    IDS_REPEATED,
-    IMAGE_MISSING,
-    ROOT_CATEGORY,
-    ImageColumns,
-    ObjectColumns,
-    build_annotation_set,
-    malformed,
-    require_same_names,
-)
+from onestage.data import annotations as rules
+from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set, malformed, require_same_names
 from onestage.data.source import Source, Split, role_of
 from onestage.errors import AnnotationError
 from onestage.files import find_files, is_encodable, open_at_once, printable, read_file
@@ -165,11 +154,8 @@ def parse_coco(
     Args:
         annotation_file: JSON with `images`, `annotations` and `categories`; `annotations` may be an empty list.
         image_root: the folder that `file_name` is relative to. No file outside it is ever opened.
-        class_names: [K] names that the file must have, in any order: those of a checkpoint or of the training split.
-        max_bad_fraction: in [0, 1], the fraction of boxes, and of images, that may be skipped.
-
-    Raises:
-        AnnotationError: the file is malformed, or too much of it cannot be used.
+        class_names: as in `Source.read`; the file must have exactly these.
+        max_bad_fraction: as in `Source.read`.
     """
     source = printable(annotation_file)
     content = _load(annotation_file)
@@ -254,8 +240,8 @@ def _parse_json(source: str, content: bytes, repeated: bool) -> Any:
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> JSONDict:
-    ((key, count),) = Counter(key for key, _ in pairs).most_common(1) or [("", 0)]
-    if count > 1:
+    if len(dict(pairs)) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {key!r} occurs twice in one object, and only one of them would count")
     return dict(pairs)
 
@@ -286,7 +272,7 @@ def _integer_column(
         if kinds == {str}:
             numbers = np.array([int(str(value)) for value in values], dtype=np.int64)
             problem = f"every {key} of the {noun}s is a string; read as integers"
-            findings.append(IDS_AS_TEXT.broken(source, problem, len(numbers)))
+            findings.append(rules.IDS_AS_TEXT.broken(source, problem, len(numbers)))
             return numbers
     wanted = str if kinds == {str} else int
     wrong = (n for n, value in enumerate(values) if type(value) is not wanted or not str(value).lstrip("-").isdigit())
@@ -300,8 +286,8 @@ def _check_ids(source: str, annotations: list[JSONDict]) -> list[Finding]:
     ids = [entry.get("id") for entry in annotations]
     given = [str(value) for value in ids if value is not None]
     counted = (
-        (ID_ZERO, "id 0 or none", sum(1 for value in ids if value is None or value == 0)),
-        (IDS_REPEATED, "the id of an earlier one", len(given) - len(set(given))),
+        (rules.ID_ZERO, "id 0 or none", sum(1 for value in ids if value is None or value == 0)),
+        (rules.IDS_REPEATED, "the id of an earlier one", len(given) - len(set(given))),
     )
     return [
         rule.broken(source, f"{count} annotations have {problem}; ids are numbered anew", count)
@@ -314,10 +300,8 @@ def _read_categories(
     source: str, categories: list[JSONDict], used_ids: set[int], findings: list[Finding]
 ) -> dict[str, int]:
     """Return class name -> category id, in order of id."""
-    pairs = []
-    for category_id, entry in zip(
-        _integer_column(source, categories, "id", "category", findings).tolist(), categories, strict=True
-    ):
+    ids, pairs = _integer_column(source, categories, "id", "category", findings).tolist(), []
+    for category_id, entry in zip(ids, categories, strict=True):
         name = entry.get("name")
         if not isinstance(name, str) or not name.strip() or not is_encodable(name):
             problem = f"category {category_id} has name {name!r:.80}; it must be text"
@@ -327,7 +311,7 @@ def _read_categories(
     parents = {entry.get("supercategory") for entry in categories} - {"none"}
     if len(pairs) > 1 and pairs[0][0] == 0 and 0 not in used_ids and parents == {pairs[0][1]}:
         problem = f"category 0 ({pairs[0][1]!r}) only groups the others and has no boxes: no class"
-        findings.append(ROOT_CATEGORY.broken(source, problem))
+        findings.append(rules.ROOT_CATEGORY.broken(source, problem))
         pairs = pairs[1:]
     for key, values in zip(("id", "name"), zip(*pairs, strict=True), strict=True):
         repeated = ", ".join(str(value) for value, count in Counter(values).items() if count > 1)
@@ -368,7 +352,7 @@ def _read_images(
     paths = find_files(source, names, image_root)
     found = np.array([path is not None for path in paths])
     findings += [
-        IMAGE_MISSING.broken(f"{source}: image {ids[n]}", f"{names[n]!r} is not in {printable(image_root)}")
+        rules.IMAGE_MISSING.broken(f"{source}: image {ids[n]}", f"{names[n]!r} is not in {printable(image_root)}")
         for n in np.flatnonzero(~found)
     ]
     rows = np.where(found, np.cumsum(found) - 1, -1)
@@ -409,16 +393,9 @@ def _read_objects(
     _refuse_xyxy(source, boxes, images.sizes[rows])
     areas = _read_areas(source, kept, boxes[:, 2] * boxes[:, 3], findings)
     boxes[:, 2:] += boxes[:, :2]
-    objects = ObjectColumns(
-        image_rows=rows,
-        boxes=boxes,
-        labels=labels,
-        areas=areas,
-        is_crowd=np.array([entry.get("iscrowd") == 1 for entry in kept], dtype=np.bool_),
-        is_difficult=np.array([entry.get("difficult") == 1 for entry in kept], dtype=np.bool_),  # not COCO's own
-        problems=problems,
-    )
-    return objects, numbers
+    is_crowd = np.array([entry.get("iscrowd") == 1 for entry in kept], dtype=np.bool_)
+    is_difficult = np.array([entry.get("difficult") == 1 for entry in kept], dtype=np.bool_)  # not COCO's own
+    return ObjectColumns(rows, boxes, labels, problems, areas, is_crowd, is_difficult), numbers
 
 
 def _read_boxes(annotations: list[JSONDict]) -> tuple[npt.NDArray[np.float64], dict[int, str]]:
@@ -450,7 +427,7 @@ def _read_areas(
         is_wrong = is_wrong & (box_areas > 0)  # a bad box is a finding of its own
     if num_wrong := int(np.count_nonzero(is_wrong)):
         problem = f"the area of {num_wrong} objects is 0 or more than their box's; the box's is used"
-        findings.append(AREA_WRONG.broken(source, problem, num_wrong))
+        findings.append(rules.AREA_WRONG.broken(source, problem, num_wrong))
     areas[is_wrong] = np.nan
     return areas
 

@@ -1,4 +1,4 @@
-"""Lists the images of a folder that has no annotations, for `onestage predict`."""
+"""List the images of a folder without annotations, for `onestage predict`."""
 
 import os
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onestage.data.annotations import IMAGE_UNREADABLE
+from onestage.data.annotations import IMAGE_UNREADABLE, ImageColumns, ObjectColumns, build_annotation_set
 from onestage.data.images import IMAGE_SUFFIXES
 from onestage.data.source import Source, Split
 from onestage.errors import DataError
@@ -44,42 +44,30 @@ class ImageFolder(Source):
 
 
 def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence[int]) -> AnnotationSet:
-    """Return the images below a folder, sorted by path, as a set without objects. Image ids are 1..N.
+    """Return the images below a folder, or one image, sorted by path, as a set without objects. Ids are 1..N.
 
-    Folders in it are searched too; what starts with a dot is left out, and links to folders are not followed. An
-    entry that is named like an image and is no regular file (a pipe, a dangling link) is named in `skipped`.
-
-    Args:
-        folder: a folder, or a single image file.
-        class_names: [K] of the model.
-        category_ids: [K] of the model.
+    Hidden files and folders are ignored, and links to folders are not followed. An entry that is named like an image
+    and is no regular file (a pipe, a dangling link) is named in `skipped`.
 
     Raises:
         DataError: the folder is missing or cannot be listed, or there is no image in it.
     """
     candidates = find_images(folder) if folder.is_dir() else [folder]
-    paths = [path for path in candidates if path.is_file()]
-    findings = [
-        IMAGE_UNREADABLE.broken(printable(path), "is not a regular file") for path in candidates if not path.is_file()
-    ]
+    paths = [str(path) for path in candidates if path.is_file()]
+    irregular = [printable(path) for path in candidates if not path.is_file()]
     if not paths:
         problem = f"holds no images ({' '.join(IMAGE_SUFFIXES)})" if folder.is_dir() else "is neither folder nor image"
         raise DataError(f"{printable(folder)}: {problem}.\nGive a folder of images, or one image: data.predict_dir")
-    num_images = len(paths)
-    return AnnotationSet(
-        source=printable(folder),
-        image_paths=np.array([str(path) for path in paths], dtype=np.str_),
-        image_ids=np.arange(1, num_images + 1, dtype=np.int64),
-        sizes=np.zeros((num_images, 2), dtype=np.int32),
-        box_offsets=np.zeros(num_images + 1, dtype=np.int64),
-        boxes=np.zeros((0, 4), dtype=np.float32),
-        labels=np.zeros(0, dtype=np.int64),
-        areas=np.zeros(0, dtype=np.float32),
-        is_crowd=np.zeros(0, dtype=np.bool_),
-        is_difficult=np.zeros(0, dtype=np.bool_),
-        class_names=tuple(class_names),
-        category_ids=tuple(category_ids),
-        findings=tuple(findings),
+    no_rows = np.zeros(0, dtype=np.int64)
+    return build_annotation_set(
+        printable(folder),
+        ImageColumns(paths, np.arange(1, len(paths) + 1), np.zeros((len(paths), 2), dtype=np.int32)),
+        ObjectColumns(no_rows, np.zeros((0, 4)), no_rows),
+        class_names,
+        category_ids,
+        describe=str,
+        findings=[IMAGE_UNREADABLE.broken(place, "is not a regular file") for place in irregular],
+        max_bad_fraction=1.0,
     )
 
 

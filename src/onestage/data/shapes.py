@@ -162,19 +162,12 @@ def _draw_split(folder: Path, name: str, seed: int, indices: Iterable[int]) -> W
         boxes.append(scene.boxes)
         labels.append(scene.labels)
         areas.append(scene.areas)
-    num_objects = sum(map(len, boxes))
+    image_rows = np.repeat(np.arange(len(paths)), list(map(len, boxes))).astype(np.int64)
+    all_boxes, all_areas = np.concatenate(boxes).astype(np.float64), np.concatenate(areas).astype(np.float64)
     annotations = build_annotation_set(
         f"drawn shapes ({name})",
         ImageColumns(list(map(str, paths)), np.array([int(path.stem) for path in paths]), np.array(sizes, np.int32)),
-        ObjectColumns(
-            image_rows=np.repeat(np.arange(len(paths)), list(map(len, boxes))).astype(np.int64),
-            boxes=np.concatenate(boxes).astype(np.float64),
-            labels=np.concatenate(labels),
-            areas=np.concatenate(areas).astype(np.float64),
-            is_crowd=np.zeros(num_objects, np.bool_),
-            is_difficult=np.zeros(num_objects, np.bool_),
-            problems={},
-        ),
+        ObjectColumns(image_rows, all_boxes, np.concatenate(labels), areas=all_areas),
         SHAPE_NAMES,
         SHAPE_CATEGORY_IDS,
         describe=str,

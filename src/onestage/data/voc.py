@@ -11,14 +11,9 @@ import numpy as np
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
+from onestage.data import annotations as rules
 from onestage.data.annotations import (
-    IMAGE_MISSING,
-    NO_XML,
     NUM_EXAMPLES,
-    OTHER_FILE_NAME,
-    XML_ENTITIES,
-    XML_MALFORMED,
-    ZERO_BASED,
     ImageColumns,
     ObjectColumns,
     build_annotation_set,
@@ -162,11 +157,10 @@ def parse_voc(
             VOCdevkit); or one with XML files only.
         splits: names of lists in ImageSets/Main, such as "train"; with year folders "2007_trainval"; without lists the
             folder of the images, "." for `root`.
-        class_names: [K] names in label order; None takes all that occur, sorted.
-        max_bad_fraction: in [0, 1], the fraction of boxes, and of images, that may be skipped.
+        class_names: as in `Source.read`; None takes all that occur, sorted.
+        max_bad_fraction: as in `Source.read`.
 
     Raises:
-        AnnotationError: a list is missing, empty or malformed, a class is unknown, or too much cannot be used.
         NoClassesError: no names are given, and there is no object.
     """
     source = f"{printable(root)} ({' + '.join(splits)})"
@@ -274,13 +268,14 @@ def _read_images(source: str, listed: list[ListedImage]) -> tuple[ImageColumns, 
         if name is None:
             has_suffix = stem in name_of_stem[image_folder].values()
             problem = LISTED_WITH_SUFFIX if has_suffix else "there is no such image"
-            findings.append(IMAGE_MISSING.broken(printable(image_folder / stem), problem))
+            findings.append(rules.IMAGE_MISSING.broken(printable(image_folder / stem), problem))
             continue
         xml = xml_folder / f"{stem}.xml"
         try:
             record = read_record(xml) if has_xml else VOCRecord()
         except AnnotationError as reason:
-            findings.append((XML_ENTITIES if "DOCTYPE" in str(reason) else XML_MALFORMED).broken_by(xml, reason))
+            rule = rules.XML_ENTITIES if "DOCTYPE" in str(reason) else rules.XML_MALFORMED
+            findings.append(rule.broken_by(xml, reason))
             continue
         num_without_xml += not has_xml
         num_renamed += record.file_name != "" and Path(record.file_name).stem != stem
@@ -305,8 +300,8 @@ def _about_names(source: str, num_without_xml: int, num_renamed: int, num_images
         problem = f"none of the {num_images} images has an XML file in Annotations"
         raise malformed(source, problem, "Correct data.path, or put the annotations there.")
     counted = (
-        (NO_XML, num_without_xml, f"{num_without_xml} of {num_images} images have no XML file: without objects"),
-        (OTHER_FILE_NAME, num_renamed, f"in {num_renamed} XML files <filename> is not the name of the file"),
+        (rules.NO_XML, num_without_xml, f"{num_without_xml} of {num_images} images have no XML file: without objects"),
+        (rules.OTHER_FILE_NAME, num_renamed, f"in {num_renamed} XML files <filename> is not the name of the file"),
     )
     return [rule.broken(source, problem, number) for rule, number, problem in counted if number]
 
@@ -396,14 +391,10 @@ def _object_columns(
     num_zero_based = int(np.count_nonzero((boxes[:, :2] == 0).any(axis=1)))
     if num_zero_based:
         problem = f"{num_zero_based} boxes start at pixel 0, though VOC counts from 1: clipped"
-        findings.append(ZERO_BASED.broken(source, problem, num_zero_based))
+        findings.append(rules.ZERO_BASED.broken(source, problem, num_zero_based))
     boxes[:, :2] -= 1
-    return ObjectColumns(
-        image_rows=np.repeat(np.arange(len(records)), [len(record.objects) for record in records]).astype(np.int64),
-        boxes=boxes,
-        labels=np.array([label_of_name.get(item.class_name, 0) for item in objects], dtype=np.int64),
-        areas=np.full(len(objects), np.nan),
-        is_crowd=np.zeros(len(objects), dtype=np.bool_),
-        is_difficult=np.array([item.is_difficult for item in objects], dtype=np.bool_),
-        problems={row: item.problem for row, item in enumerate(objects) if item.problem},
-    )
+    image_rows = np.repeat(np.arange(len(records)), [len(record.objects) for record in records]).astype(np.int64)
+    labels = np.array([label_of_name.get(item.class_name, 0) for item in objects], dtype=np.int64)
+    is_difficult = np.array([item.is_difficult for item in objects], dtype=np.bool_)
+    problems = {row: item.problem for row, item in enumerate(objects) if item.problem}
+    return ObjectColumns(image_rows, boxes, labels, problems, is_difficult=is_difficult)

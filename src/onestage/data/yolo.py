@@ -9,11 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from onestage.data import annotations as rules
 from onestage.data.annotations import (
-    BOX_REPEATED,
-    LABEL_MALFORMED,
-    NO_LABEL,
-    POLYGON,
     ImageColumns,
     ObjectColumns,
     build_annotation_set,
@@ -139,11 +136,8 @@ def parse_yolo(
     Args:
         data: data.yaml, or the folder of the data set; see `read_settings`.
         split: train, val or test.
-        class_names: [K] names that the data set must have, in the label order wanted; None takes its own.
-        max_bad_fraction: in [0, 1], the fraction of boxes, and of images, that may be skipped.
-
-    Raises:
-        AnnotationError: files are missing or malformed, or too much of them cannot be used.
+        class_names: as in `Source.read`; the data set must have exactly these.
+        max_bad_fraction: as in `Source.read`.
     """
     settings = read_settings(data)
     source = f"{settings.source} ({split})"
@@ -198,8 +192,9 @@ def find_entries(settings: YOLOSettings, split: str) -> tuple[str, ...]:
     folders = [folder for word in words for folder in (f"images/{word}", f"{word}/images")]
     found = [folder for folder in folders if (settings.root / folder).is_dir()]
     if not found and split == "train" and not find_entries(settings, "val"):
-        has_image = (any(map(_is_image, list_files(settings.root / folder))) for folder in ("images", "."))
-        found = [folder for folder, has in zip(("images", "."), has_image, strict=True) if has]
+        names_by_folder = {folder: list_files(settings.root / folder) for folder in ("images", ".")}
+        is_image = (any(name.lower().endswith(IMAGE_SUFFIXES) for name in names) for names in names_by_folder.values())
+        found = [folder for folder, has_images in zip(names_by_folder, is_image, strict=True) if has_images]
     return tuple(found[:1])
 
 
@@ -213,12 +208,10 @@ def list_split(settings: YOLOSettings, split: str) -> list[LabelledImage]:
         AnnotationError: the split is missing, or holds no image.
     """
     entries = find_entries(settings, split)
-    if not entries and settings.entries:
-        problem = f"has no split {split!r} (there are: {', '.join(settings.entries)})"
-        raise malformed(settings.source, problem, f"Name its images with {split}: in it.")
     if not entries:
-        problem = f"has no split {split!r}: neither images/{split} nor {split}/images is a folder there"
-        raise malformed(settings.source, problem, "Put the images there, or name their folders in data.yaml.")
+        where = f"there are: {', '.join(settings.entries)}" if settings.entries else f"images/{split}, {split}/images"
+        problem, remedy = f"has no split {split!r} ({where})", f"Name its images with {split}: in data.yaml."
+        raise malformed(settings.source, problem, remedy)
     images = sorted({image for entry in entries for image in _list_entry(settings, entry)})
     if not images:
         problem = f"the split {split!r} holds no image ({' '.join(IMAGE_SUFFIXES)})"
@@ -309,10 +302,6 @@ def _checked_entries(source: str, key: str, value: object) -> tuple[str, ...]:
     return entries
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
-
-
 def _list_entry(settings: YOLOSettings, entry: str) -> list[Path]:
     """Return the images of one folder or list file."""
     path = settings.root / entry
@@ -371,7 +360,7 @@ def _read_images(
         try:
             file = LabelFile() if is_missing else _read_label(label, num_keypoint_values)
         except AnnotationError as reason:
-            bad = [LABEL_MALFORMED.broken_by(label, reason)]
+            bad = [rules.LABEL_MALFORMED.broken_by(label, reason)]
         findings += bad
         if not bad:
             files.append(file)
@@ -390,9 +379,9 @@ def _about_labels(source: str, files: list[LabelFile], num_missing: int) -> list
     num_repeated = sum(file.num_repeated for file in files)
     num_polygons = sum(line.is_polygon for file in files for line in file.lines)
     counted = (
-        (NO_LABEL, num_missing, f"{num_missing} images have no label file: without objects"),
-        (BOX_REPEATED, num_repeated, f"{num_repeated} lines occur twice in their file: read once"),
-        (POLYGON, num_polygons, f"{num_polygons} objects are outlines: the box around each is used"),
+        (rules.NO_LABEL, num_missing, f"{num_missing} images have no label file: without objects"),
+        (rules.BOX_REPEATED, num_repeated, f"{num_repeated} lines occur twice in their file: read once"),
+        (rules.POLYGON, num_polygons, f"{num_polygons} objects are outlines: the box around each is used"),
     )
     return [rule.broken(source, problem, number) for rule, number, problem in counted if number]
 
@@ -452,9 +441,8 @@ def _object_columns(
     labels = np.array(label_of_index, dtype=np.int64)[np.where(is_class, classes, 0).astype(np.int64)]
     width_height = sizes[image_rows][:, ::-1].astype(np.float64)
     centers, halves = fractions[:, :2] * width_height, fractions[:, 2:] * width_height / 2
-    no_flags = np.zeros(len(lines), dtype=np.bool_)
-    boxes, areas = np.concatenate([centers - halves, centers + halves], axis=1), np.full(len(lines), np.nan)
-    return ObjectColumns(image_rows, boxes, labels, areas, no_flags, no_flags, problems)
+    boxes = np.concatenate([centers - halves, centers + halves], axis=1)
+    return ObjectColumns(image_rows, boxes, labels, problems)
 
 
 def _refuse_pixels(source: str, is_beyond: npt.NDArray[np.bool_], fractions: npt.NDArray[np.float64]) -> None:
