@@ -11,7 +11,7 @@ from command_line import run
 
 from onestage.cli.messages import check_config_file
 from onestage.errors import ConfigError
-from onestage.reliability.checkpoints import BestCheckpoint
+from onestage.reliability.callbacks import BestCheckpoint
 from onestage.training.module import DetectionModule
 
 
