@@ -1,4 +1,4 @@
-"""From an `AnnotationSet` to samples, and from samples to a `Batch`. Which sample comes when is the samplers' part."""
+"""Samples of an `AnnotationSet`, and their collation into a `Batch`."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -16,9 +16,8 @@ from onestage.errors import ConfigError, ImageError
 from onestage.types import IGNORE, PADDING, AnnotationSet, Batch, Targets
 
 OBJECTS_STEP = 16  # targets are padded to a multiple of it, so that their shape seldom changes
-MAX_SUBSTITUTES = 8  # failing images in a row after which it is not the images that are at fault
-# What a generator is for, beside the augmentation: each use draws from one of its own.
-PARTNERS, SUBSTITUTES = 1, 2
+MAX_SUBSTITUTES = 8  # unreadable images in a row after which the error is raised: the disk may be gone
+PARTNERS, SUBSTITUTES = 1, 2  # uses of randomness beside the augmentation, each with its own generator
 
 SampleKey = tuple[int, int, int]  # seed, epoch, index of the image
 
@@ -43,20 +42,20 @@ class Sample(NamedTuple):
 
 
 class DetectionDataset(Dataset[Sample]):
-    """Opens one image of a split at a time, transforms it, and says what is an object and what the loss leaves out.
+    """Loads and transforms one image of a split at a time, with its targets.
 
     Args:
         annotations: the split.
-        transform: what happens to each image; see `SeededTransform`.
-        seed: with the epoch and the index of the image it fixes the augmentation, >= 0.
-        train_difficult: whether objects flagged as difficult are targets. If not, they are regions that the loss
-            leaves out, as crowds always are.
-        mosaic: probability that an image is put together with three others before it is transformed, 0..1.
-        mixup: probability that an image is blended with another after both are transformed, 0..1.
-        on_error: whether an image that cannot be read is an error, or another takes its place: one that
-            (seed, epoch, index) decide, so that it is the same for any number of workers.
-        images: where the images come from; None: their files.
-        max_bad_fraction: share of the images that may fail with `on_error="skip"`; the loader keeps count.
+        transform: augmentation and resize.
+        seed: of the augmentation, which is a function of (seed, epoch, index of the image), >= 0.
+        train_difficult: whether objects flagged as difficult are targets; if not, the loss ignores their regions, as
+            it always ignores crowds.
+        mosaic: probability that an image is put together with three others before its transforms, in [0, 1].
+        mixup: probability that an image is blended with another after their transforms, in [0, 1].
+        on_error: raise an error for an unreadable image, or skip it and take another, a function of
+            (seed, epoch, index).
+        images: reader of the images; None: their files.
+        max_bad_fraction: fraction of the images that may fail with `on_error="skip"`; the loader counts them.
     """
 
     def __init__(
@@ -122,7 +121,7 @@ class DetectionDataset(Dataset[Sample]):
         )
 
     def _open(self, index: int, key: SampleKey, failures: list[Failure]) -> tuple[int, ReadImage]:
-        """Return image `index`, or the first that can be read of those that (seed, epoch, index) put in its place."""
+        """Return image `index`, or its first readable substitute, a function of (seed, epoch, index)."""
         random = _generator((key[0], key[1], index), SUBSTITUTES)
         for _ in range(MAX_SUBSTITUTES):
             try:
@@ -139,7 +138,7 @@ class DetectionDataset(Dataset[Sample]):
         return self._picture(*self._open(int(random.integers(len(self))), key, failures))
 
     def _picture(self, index: int, image: ReadImage) -> Picture:
-        """Put the objects of an image on its pixels, which may be fewer than those of its file."""
+        """Return an image with its boxes in its own pixels, which may be fewer than those of its file."""
         (height, width), (original_height, original_width) = image.pixels.shape[:2], image.original_size
         objects = self.annotations.objects(index)
         boxes = self.annotations.boxes[objects]
@@ -157,7 +156,7 @@ class DetectionDataset(Dataset[Sample]):
     def _labels(
         self, objects: np.ndarray[tuple[int], np.dtype[np.int64]]
     ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Return the labels of objects [M], given by their rows; IGNORE where the loss leaves one out."""
+        """Return the labels of objects [M], given by their rows; IGNORE for crowds and the like."""
         is_ignored = self.annotations.is_crowd[objects]
         if not self.train_difficult:
             is_ignored = is_ignored | self.annotations.is_difficult[objects]
@@ -165,29 +164,29 @@ class DetectionDataset(Dataset[Sample]):
 
 
 def _generator(key: SampleKey, use: int) -> np.random.Generator:
-    # A spawn key, because SeedSequence takes (a, b, c) and (a, b, c, 0) for the same.
+    # A spawn key, because SeedSequence treats (a, b, c) and (a, b, c, 0) as equal.
     return np.random.default_rng(np.random.SeedSequence(key, spawn_key=(use,)))
 
 
 class LoadedBatch(NamedTuple):
-    """What a worker hands to the process that trains."""
+    """A batch, and the images that its workers could not read."""
 
     batch: Batch
     failures: tuple[Failure, ...]
 
 
 def collate_with_failures(samples: Sequence[Sample]) -> LoadedBatch:
-    """Do as `collate` does, and pass on what failed."""
+    """Collate samples, and collect their failures."""
     return LoadedBatch(collate(samples), tuple(failure for sample in samples for failure in sample.failures))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples of one image size; pad their objects to one length, a multiple of 16 and at least 16.
 
-    The images come out as [B, 3, H, W] in channels_last memory, because that is how they were decoded.
+    The images are [B, 3, H, W] in channels_last memory, the layout of the decoder.
     """
-    most = max(len(sample.labels) for sample in samples)
-    num_objects = OBJECTS_STEP * max(1, -(-most // OBJECTS_STEP))
+    longest = max(len(sample.labels) for sample in samples)
+    num_objects = OBJECTS_STEP * max(1, -(-longest // OBJECTS_STEP))
     boxes = torch.zeros(len(samples), num_objects, 4)
     labels = torch.full((len(samples), num_objects), PADDING)
     for row, sample in enumerate(samples):

@@ -1,4 +1,4 @@
-"""Looks at the first and last bytes of every image of a split: whatever they betray is found without decoding."""
+"""Check images by their first and last bytes, without decoding."""
 
 import os
 from collections.abc import Sequence
@@ -38,9 +38,9 @@ from onestage.files import open_at_once, printable, read_file
 from onestage.types import AnnotationSet, Finding
 
 HEAD_BYTES = 64 << 10  # holds the header of nearly every photograph, its EXIF data included
-MIN_IMAGE_SIDE = 8  # px, the stride of the first feature map: a smaller image is stretched from less than one cell
-MAX_ASPECT = 10.0  # of the sides; stretched to a square, an object would be a line
-START_IMAGES = 20_000  # of a split that a training looks at before it starts; the rest is checked as it is read
+MIN_IMAGE_SIDE = 8  # px, the stride of SSD's first feature map
+MAX_ASPECT = 10.0  # of the sides; stretched to a square, objects would be lines
+START_IMAGES = 20_000  # images of a split that are checked before training; the others are when they are read
 NUM_THREADS = 8  # they wait for the disk, or the network behind it
 WHOLE_FORMATS = (b"RIFF", b"II*\0", b"MM\0*")  # WebP and TIFF have no header that could be read alone
 PNG_END = b"IEND\xaeB`\x82"
@@ -51,7 +51,7 @@ SUFFIXES = {
 
 
 class HeaderCheck(NamedTuple):
-    """What the header of one image says."""
+    """Size and findings of one image."""
 
     height: int  # upright as annotated, px; 0 where it cannot be read
     width: int
@@ -64,7 +64,7 @@ class HeaderCheck(NamedTuple):
 
 
 def check_headers(annotations: AnnotationSet, rows: Sequence[int] | None = None) -> list[HeaderCheck]:
-    """Look at the images of a split.
+    """Check the images of a split.
 
     Args:
         annotations: N images.
@@ -78,7 +78,7 @@ def check_headers(annotations: AnnotationSet, rows: Sequence[int] | None = None)
 
 
 def check_header(path: str, annotated_size: tuple[int, int] = (0, 0)) -> HeaderCheck:
-    """Look at one image.
+    """Check one image.
 
     Args:
         path: the file. It is never waited for.
@@ -103,9 +103,9 @@ def image_finding(file: Path, reason: ImageError) -> Finding:
 
 
 def check_before_start(annotations: AnnotationSet, image_size: int, max_bad_fraction: float) -> AnnotationSet:
-    """Leave out the images whose header shows that they cannot be used, with their objects, and add what was found.
+    """Skip the images whose header shows that they cannot be used, with their objects, and add the findings.
 
-    Of more than `START_IMAGES` images so many are looked at, evenly spaced, so that a training starts soon.
+    At most `START_IMAGES` images are checked, evenly spaced, so that training starts soon.
 
     Args:
         annotations: N images.
@@ -127,7 +127,7 @@ def check_before_start(annotations: AnnotationSet, image_size: int, max_bad_frac
 
 
 def _read(file: Path) -> tuple[ImageHeader, bool]:
-    """Return the header, and whether there are more frames; raise where the file is no whole image."""
+    """Return the header, and whether there are more frames; raise ImageError if the file is not a whole image."""
     head, tail, num_bytes = _ends_of(file)
     content = head
     if num_bytes > len(head) and (head.startswith(WHOLE_FORMATS) or not _has_end(head, tail)):
@@ -169,7 +169,7 @@ def _whole(file: Path) -> bytes:
 
 
 def _has_end(head: bytes, tail: bytes) -> bool:
-    """Tell whether a JPEG or PNG ends as it should; others are not looked at."""
+    """Tell whether a JPEG or PNG has its end marker; other formats are not checked."""
     if head.startswith(b"\xff\xd8"):
         return tail.endswith(JPEG_END)
     return not head.startswith(b"\x89PNG") or PNG_END in tail
@@ -185,7 +185,7 @@ def _is_animated(image: Image.Image, content: bytes) -> bool:
 def _findings(
     file: Path, header: ImageHeader, size: tuple[int, int], orientation: int, is_animated: bool
 ) -> list[Finding]:
-    """Say what is unusual about an image that can be read. size: (height, width), upright."""
+    """Return what is unusual about a readable image. size: (height, width), upright."""
     place = printable(file)
     height, width = size
     if min(size) < MIN_IMAGE_SIDE:

@@ -1,4 +1,4 @@
-"""The one decoder: an image file -> [H, W, 3] uint8 RGB, upright as annotated, whole or not at all."""
+"""The one image decoder: a file becomes [H, W, 3] uint8 RGB, upright as annotated."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ from onestage.files import printable, read_file
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 MAX_PIXELS = 64_000_000  # 192 MB as RGB; a file of a hundred bytes can claim a thousand times as much
 MAX_IMAGE_BYTES = 512 << 20  # twice what MAX_PIXELS of uncompressed 16-bit RGB takes, rounded up
-# Only these readers of Pillow may run: others of its forty start external programs or are little tested.
+# Only these readers of Pillow may run: others start external programs or are little tested.
 PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
 # Registered here rather than by Pillow's search for readers, which several threads would start together.
 LATE_READERS = (TiffImagePlugin, WebPImagePlugin)
@@ -33,7 +33,7 @@ RGBImage = npt.NDArray[np.uint8]
 
 
 class ImageHeader(NamedTuple):
-    """What the first bytes of an image file say."""
+    """Format, size and orientation of an image file."""
 
     format: str  # one of PILLOW_FORMATS, or MPO
     height: int  # as stored, before any rotation
@@ -72,7 +72,7 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
 
 
 def open_header(file: Path, content: bytes) -> Image.Image:
-    """Let Pillow read the header; no pixel is decoded or allocated.
+    """Read the header with Pillow; no pixel is decoded or allocated.
 
     Raises:
         ImageError: it is no image, or far too large.

@@ -1,4 +1,4 @@
-"""Training images made of several: mosaic and mixup. Which images take part is the data set's choice."""
+"""Mosaic and mixup: training images made of several."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -14,7 +14,7 @@ from onestage.types import AnnotationSet
 
 
 class Sampling(ABC):
-    """Says how many times an epoch shows each image, on average. `TrainingSampler` draws the whole numbers."""
+    """How many times an epoch shows each image on average; `TrainingSampler` draws whole numbers."""
 
     @abstractmethod
     def repeats(self, annotations: AnnotationSet) -> npt.NDArray[np.float64]:
@@ -28,7 +28,7 @@ class RepeatFactorSampling(Sampling):
     once. So an epoch is longer than the set.
 
     Args:
-        threshold: t, the fraction of images below which a class counts as rare, > 0 and at most 1. LVIS: 0.001.
+        threshold: t, the fraction of images below which a class counts as rare, in (0, 1]. LVIS: 0.001.
 
     Raises:
         ConfigError: the threshold is out of its range.
@@ -53,10 +53,9 @@ class RepeatFactorSampling(Sampling):
 class ClassBalancedSampling(Sampling):
     """Shows every class equally often, as if a class were drawn first and then one of its images.
 
-    An epoch stays as long as the set: of the N' images with objects, image i is shown N' / K sum_c 1 / N_c times, over
-    its classes c, N_c the number of images with c and K the number of classes that occur; images without objects are
-    shown once. It is the strongest remedy, and shows the few images of a rare class very often. Class-aware sampling:
-    arXiv:1512.05830, section 3.2.
+    Class-aware sampling, arXiv:1512.05830, section 3.2. An epoch is as long as the set: of the N' images with objects,
+    image i is shown N' / K sum_c 1 / N_c times, summed over its classes c, where N_c images show c and K classes
+    occur; images without objects are shown once. The few images of a rare class are repeated very often.
     """
 
     def repeats(self, annotations: AnnotationSet) -> npt.NDArray[np.float64]:
@@ -75,7 +74,7 @@ def checked_repeats(sampling: Sampling, annotations: AnnotationSet) -> npt.NDArr
     """Return the repeats of every image, [N].
 
     Raises:
-        ConfigError: the rule gives something else, such as NaN, a negative number, or none at all.
+        ConfigError: `sampling.repeats` returns another shape, a negative or non-finite number, or only zeros.
     """
     repeats = np.asarray(sampling.repeats(annotations), dtype=np.float64)
     if repeats.shape != (len(annotations),) or not (repeats >= 0).all() or not 0 < repeats.sum() < np.inf:
@@ -89,7 +88,7 @@ def checked_repeats(sampling: Sampling, annotations: AnnotationSet) -> npt.NDArr
 
 
 def _pairs(annotations: AnnotationSet) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return every (image, class on it) once. Crowds do not count: nothing is learnt from them."""
+    """Return every (image, class on it) once, without crowds."""
     images = np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets))
     is_target = ~annotations.is_crowd
     num_classes = len(annotations.class_names)
@@ -97,7 +96,7 @@ def _pairs(annotations: AnnotationSet) -> tuple[npt.NDArray[np.int64], npt.NDArr
     return pairs // num_classes, pairs % num_classes
 
 
-FLOAT_SLACK = 1e-6  # more than a sum of a million float64 is off by
+FLOAT_SLACK = 1e-6  # exceeds the rounding error of a sum of a million float64
 
 # Both are DistributedSamplers because Lightning shards every other sampler once more.
 
@@ -105,9 +104,9 @@ FLOAT_SLACK = 1e-6  # more than a sum of a million float64 is off by
 class TrainingSampler(DistributedSampler[tuple[int, int]]):
     """Visits the images in an order that is a function of (seed, epoch), and yields (epoch, index).
 
-    All processes together take batches of `world_size * batch_size` images off the front of that order; what is left
-    at the end waits for another epoch. So every process has the same number of batches, and the images of a step
-    depend on the size of the whole batch only, not on how many processes share it.
+    All processes together take batches of `world_size * batch_size` images from the front of that order; the rest is
+    not used in this epoch. So every process has the same number of batches, and the images of a step depend on the
+    size of the whole batch only, not on the number of processes.
 
     Without `repeats` no image comes twice in an epoch. With them, an epoch shows image i `floor(repeats[i])` or one
     more times, `repeats[i]` times on average over the epochs. Its copy number c is item (epoch, c * N + i), which
@@ -137,7 +136,7 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed)
         self._repeats = repeats
-        # Of an epoch; the same in every one, whatever `draw_copies` rounds to.
+        # Of every epoch, regardless of how `draw_copies` rounds.
         self.num_images = num_images = len(dataset) if repeats is None else int(repeats.sum() + FLOAT_SLACK)
         self.selection = _selection(dataset.annotations.image_ids, repeats)
         self.batch_size = batch_size
@@ -167,7 +166,7 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
 
 
 def _selection(image_ids: npt.NDArray[np.int64], repeats: npt.NDArray[np.float64] | None) -> int:
-    """Return a number that stands for which images an epoch shows and how often, so that a change is noticed."""
+    """Return a checksum of the images and how often an epoch shows each, to detect a change."""
     return zlib.crc32(repeats.tobytes() if repeats is not None else b"", zlib.crc32(image_ids.tobytes()))
 
 
@@ -189,7 +188,7 @@ def draw_copies(repeats: npt.NDArray[np.float64], generator: np.random.Generator
     copies = np.floor(repeats).astype(np.int64)
     order = generator.permutation(num_images)
     edges = np.concatenate([[0.0], np.cumsum((repeats - copies)[order])]) + generator.random()
-    edges[-1] += FLOAT_SLACK  # a sum that is whole but for rounding must not lose an image
+    edges[-1] += FLOAT_SLACK  # rounding of a whole sum must not lose an image
     copies[order] += np.diff(np.floor(edges)).astype(np.int64)
     images = np.repeat(np.arange(num_images), copies)
     first = np.repeat(np.cumsum(copies) - copies, copies)

@@ -1,4 +1,4 @@
-"""Divides one annotated set into parts to train and to validate on: by class, copies together, the same every time."""
+"""Stratified splits of one annotated set into training and validation parts."""
 
 import hashlib
 from collections import Counter
