@@ -171,6 +171,6 @@ def test_table_of_another_detector_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(write_table(find_anchors("SSD160")))
     assert yaml.safe_load(file.read_text())["model"]["detector"]["class_path"] == "onestage.models.SSD160"
-    with pytest.raises(ConfigError, match="a level for each feature map"):
+    with pytest.raises(ConfigError, match="one level for each feature map"):
         find_anchors("SSD300", str(file))
     assert find_anchors("SSD160", str(file)).grids == find_anchors("SSD160").grids

@@ -177,6 +177,7 @@ def test_sheet_shows_each_image_before_and_after_augmentation(
         assert main(["doctor", str(file), "--draw", str(tmp_path / words[0]), *words[1:]]) == 2
 
 
+@pytest.mark.slow
 def test_doctor_imports_no_training_libraries_and_its_child_no_torch(tmp_path: Path) -> None:
     file = write_coco(tmp_path, clean_content())
     program = (
