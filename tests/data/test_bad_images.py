@@ -20,8 +20,6 @@ from onestage.data.image_headers import check_header, check_headers
 from onestage.data.images import read_image
 from onestage.errors import ImageError
 
-pytestmark = pytest.mark.bad_input
-
 PAGE = b"<!DOCTYPE html><html>404</html>"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
 
