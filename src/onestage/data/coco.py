@@ -289,11 +289,8 @@ def _check_ids(source: str, annotations: list[JSONDict]) -> list[Finding]:
         (rules.ID_ZERO, "id 0 or none", sum(1 for value in ids if value is None or value == 0)),
         (rules.IDS_REPEATED, "the id of an earlier one", len(given) - len(set(given))),
     )
-    return [
-        rule.broken(source, f"{count} annotations have {problem}; ids are numbered anew", count)
-        for rule, problem, count in counted
-        if count
-    ]
+    text = "{} annotations have {}; ids are numbered anew"
+    return [rule.broken(source, text.format(count, problem), count) for rule, problem, count in counted if count]
 
 
 def _read_categories(

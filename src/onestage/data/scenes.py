@@ -1,4 +1,4 @@
-"""Draws one scene of the embedded data set: textured shapes on a cluttered background, and where they are."""
+"""Draw one scene of the embedded data set: textured shapes on a cluttered background."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ EMPTY_FRACTION = 0.06  # of the scenes show clutter alone
 MAX_OBJECTS = 6
 DIAMETERS = (26.0, 120.0)  # px, of the circle around a shape; small ones are as frequent as large ones
 MAX_STRETCH = 1.3  # between the two axes of a shape
-MAX_HIDDEN = 0.35  # of a shape may lie behind others, so that each can still be told
+MAX_HIDDEN = 0.35  # of a shape may lie behind others, so that it can still be recognised
 MARGIN = 80  # px around the canvas; no stretched shape has a longer radius
 MIN_INSIDE = 0.8  # of a shape lies within the canvas
 MIN_CONTRAST = 70.0  # between the mean colours of a shape and of what lies under it, in the worst channel

@@ -1,4 +1,4 @@
-"""Sources: where a data set's files lie, which splits they hold, and how a split is read."""
+"""The `Source` of a data set: its files, its splits, and reading a split."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Writes an `AnnotationSet` as COCO, VOC or YOLO files, and counts what the format cannot carry."""
+"""Write an `AnnotationSet` as COCO, VOC or YOLO files; count what the format cannot carry."""
 
 import json
 from collections import Counter
@@ -13,9 +13,9 @@ import yaml
 
 from onestage.types import AnnotationSet
 
-DECIMALS = 4  # of a pixel: finer than anybody draws
+DECIMALS = 4  # of a pixel
 FRACTION_DIGITS = 9  # of a coordinate in 0..1: a millionth of a pixel in the largest image
-MIN_VOC_SIDE = 1.001  # px; a VOC box of one pixel has xmin equal to xmax, which readers take for a slip of the mouse
+MIN_VOC_SIDE = 1.001  # px; a VOC box of one pixel has xmin equal to xmax, which readers take for a mistake
 
 Losses = Counter[str]  # what a format cannot carry -> number of objects, images or classes
 
@@ -31,7 +31,7 @@ class WritableSplit(NamedTuple):
 def write_coco(root: Path, splits: Sequence[WritableSplit]) -> Losses:
     """Write annotations/instances_<split>.json for images in <split>/. Nothing of a set is lost.
 
-    VOC's flag `difficult` becomes a key of that name, which `parse_coco` knows and other tools pass over.
+    VOC's flag `difficult` becomes a key of that name, which `parse_coco` reads and other tools ignore.
     """
     losses: Losses = Counter()
     (root / "annotations").mkdir(exist_ok=True)

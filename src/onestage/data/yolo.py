@@ -1,5 +1,6 @@
 """Read YOLO txt labels: a line `class cx cy width height` per object, in fractions of the image."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,9 +217,8 @@ def list_split(settings: YOLOSettings, split: str) -> list[LabelledImage]:
     if not images:
         problem = f"the split {split!r} holds no image ({' '.join(IMAGE_SUFFIXES)})"
         raise malformed(settings.source, problem, "Correct the path of the split.")
-    labels_root = settings.root / "labels"
-    has_labels_root = labels_root.is_dir()
-    return [LabelledImage(image, _label_of(image, settings.root, has_labels_root)) for image in images]
+    labels_root = settings.root / "labels" if (settings.root / "labels").is_dir() else None
+    return [LabelledImage(image, _label_of(image, settings.root, labels_root)) for image in images]
 
 
 def _read_lines(file: Path, noun: str, remedy: str) -> list[str]:
@@ -287,9 +287,9 @@ def _checked_names(source: str, names: object, num_classes: object) -> tuple[str
         problem = f"nc is {str(num_classes)[:20]}, but there are {len(names)} names; they must agree"
         raise malformed(source, problem, "Give every class a name, and correct nc or leave it out.")
     texts = tuple(printable(str(name).strip()) for name in names)
-    if len(set(texts)) < len(texts):
-        repeated = next(name for n, name in enumerate(texts) if name in texts[:n])
-        raise malformed(source, f"two classes are called {repeated!r}", "Give every class a name of its own.")
+    repeated = [name for name, count in Counter(texts).items() if count > 1]
+    if repeated:
+        raise malformed(source, f"two classes are called {repeated[0]!r}", "Give every class a name of its own.")
     return texts
 
 
@@ -330,14 +330,14 @@ def _listed_image(settings: YOLOSettings, file: Path, number: int, line: str) ->
     return image
 
 
-def _label_of(image: Path, root: Path, has_labels_root: bool) -> Path:
+def _label_of(image: Path, root: Path, labels_root: Path | None) -> Path:
     """Return the path of the label file of an image."""
     parts = image.parts
     if "images" in parts[:-1]:
         place = len(parts) - 2 - parts[-2::-1].index("images")
         return Path(*parts[:place], "labels", *parts[place + 1 :]).with_suffix(".txt")
-    if has_labels_root and image.is_relative_to(root):
-        return (root / "labels" / image.relative_to(root)).with_suffix(".txt")
+    if labels_root is not None and image.is_relative_to(root):
+        return (labels_root / image.relative_to(root)).with_suffix(".txt")
     return image.with_suffix(".txt")
 
 
@@ -393,10 +393,8 @@ def _read_label(path: Path, num_keypoint_values: int) -> LabelFile:
         raise AnnotationError(f"{printable(path)}: holds NUL bytes, so it is not text; export it again")
     rows = [(number, tuple(line.split())) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
     number_of_words = {words: number for number, words in reversed(rows)}  # the first of equal lines
-    lines = [
-        _read_line(f"{printable(path)}:{number}", words, num_keypoint_values)
-        for words, number in reversed(number_of_words.items())
-    ]
+    items = reversed(number_of_words.items())
+    lines = [_read_line(f"{printable(path)}:{number}", words, num_keypoint_values) for words, number in items]
     return LabelFile(lines, len(rows) - len(lines))
 
 
