@@ -280,9 +280,9 @@ def _checked_names(source: str, names: object, num_classes: object) -> tuple[str
         names = [by_index[str(index)] for index in range(len(by_index))]
     if not isinstance(names, list) or not names:
         raise malformed(source, "names must be a list of names, or a table index: name", "List them in order of index.")
-    wrong = next((n for n, name in enumerate(names) if isinstance(name, list | dict) or not str(name).strip()), None)
-    if wrong is not None:
-        raise malformed(source, f"class {wrong} has no name; it must be text", "Name every class.")
+    wrong = [n for n, name in enumerate(names) if isinstance(name, list | dict) or not str(name).strip()]
+    if wrong:
+        raise malformed(source, f"class {wrong[0]} has no name; it must be text", "Name every class.")
     if num_classes is not None and num_classes != len(names):
         problem = f"nc is {str(num_classes)[:20]}, but there are {len(names)} names; they must agree"
         raise malformed(source, problem, "Give every class a name, and correct nc or leave it out.")
@@ -392,8 +392,7 @@ def _read_label(path: Path, num_keypoint_values: int) -> LabelFile:
     if "\0" in text:
         raise AnnotationError(f"{printable(path)}: holds NUL bytes, so it is not text; export it again")
     rows = [(number, tuple(line.split())) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-    number_of_words = {words: number for number, words in reversed(rows)}  # the first of equal lines
-    items = reversed(number_of_words.items())
+    items = reversed({words: number for number, words in reversed(rows)}.items())  # the first of equal lines
     lines = [_read_line(f"{printable(path)}:{number}", words, num_keypoint_values) for words, number in items]
     return LabelFile(lines, len(rows) - len(lines))
 
@@ -445,8 +444,8 @@ def _object_columns(
 
 def _refuse_pixels(source: str, is_beyond: npt.NDArray[np.bool_], fractions: npt.NDArray[np.float64]) -> None:
     """Raise if so many boxes leave 0..1 that they must be in pixels."""
-    num_beyond = int(np.count_nonzero(is_beyond))
-    if num_beyond >= PIXELS_MINIMUM and num_beyond > PIXELS_FRACTION * len(is_beyond):
+    num_beyond, total = int(np.count_nonzero(is_beyond)), len(is_beyond)
+    if num_beyond >= PIXELS_MINIMUM and num_beyond > PIXELS_FRACTION * total:
         example = " ".join(f"{value:g}" for value in fractions[is_beyond][0])
-        problem = f"{num_beyond} of {len(is_beyond)} boxes lie beyond 0..1 (such as {example}), like boxes in pixels"
+        problem = f"{num_beyond} of {total} boxes lie beyond 0..1 (such as {example}), like boxes in pixels"
         raise malformed(source, problem, "Divide cx and width by the width of the image, cy and height by its height.")
