@@ -1,4 +1,4 @@
-"""The rows of the table of bad images, one case for each number. S leaves out and counts, C goes on."""
+"""Bad images: skipped with a message, or read with a note; never a crash, a hang or a wrong pixel."""
 
 import os
 import resource
@@ -34,8 +34,8 @@ def one_image(tmp_path: Path, name: str = "a1.jpg", size: tuple[int, int] | None
     return file, tmp_path / "train" / name
 
 
-def assert_left_out(file: Path, image: Path, rule: str, *expected: str, options: tuple[str, ...] = ()) -> None:
-    """S: doctor names the image, exits with 3; the decoder names it; where headers show it, training starts without."""
+def assert_skipped(file: Path, image: Path, rule: str, *expected: str, options: tuple[str, ...] = ()) -> None:
+    """Doctor names the image and exits with 3; if the header shows it, training starts without the image."""
     code, report = doctor(file, *options)
     (finding,) = found(report, rule)
     assert (code, finding["effect"], finding["place"]) == (3, "skipped", str(image))
@@ -49,8 +49,8 @@ def assert_left_out(file: Path, image: Path, rule: str, *expected: str, options:
         assert str(image) in data.annotations("train").skipped[0]
 
 
-def assert_goes_on(file: Path, image: Path, rule: str | None) -> np.ndarray:
-    """C: doctor exits with 0 and mentions it if it is worth it; the decoder gives 8-bit RGB."""
+def assert_readable(file: Path, image: Path, rule: str | None) -> np.ndarray:
+    """Doctor exits with 0 and reports `rule`, if any; the decoder returns 8-bit RGB."""
     code, report = doctor(file)
     assert code == 0, report["findings"]
     if rule is not None:
@@ -65,31 +65,31 @@ def assert_goes_on(file: Path, image: Path, rule: str | None) -> np.ndarray:
     [(b"", "is empty (0 bytes)"), (PAGE, "web page"), (b"\0" * 5000, "not an image"), (LFS, "git lfs pull")],
     ids=["empty", "web page", "NULs", "LFS"],
 )
-def test_row_49_file_that_is_no_image_is_left_out(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_file_that_is_no_image_is_skipped(tmp_path: Path, content: bytes, expected: str) -> None:
     file, image = one_image(tmp_path)
     image.write_bytes(content)
-    assert_left_out(file, image, "image unreadable", expected)
+    assert_skipped(file, image, "image unreadable", expected)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
-def test_row_50_truncated_jpeg_is_left_out(tmp_path: Path, share: float) -> None:
+def test_truncated_jpeg_is_skipped(tmp_path: Path, share: float) -> None:
     file, image = one_image(tmp_path)
     content = image.read_bytes()
     image.write_bytes(content[: int(share * len(content))])
-    assert_left_out(file, image, "image unreadable", str(int(share * len(content))))
+    assert_skipped(file, image, "image unreadable", str(int(share * len(content))))
     with pytest.raises(ImageError, match="cut off or damaged"):
         read_image(image)
 
 
-def test_row_51_corrupt_png_is_left_out_and_the_process_lives(tmp_path: Path) -> None:
+def test_corrupt_png_is_skipped_and_the_process_lives(tmp_path: Path) -> None:
     file, image = one_image(tmp_path, "a1.png")
     content = bytearray(image.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 40] = bytes(40)  # in the compressed pixels: the header cannot tell
     image.write_bytes(bytes(content))
-    assert_left_out(file, image, "image unreadable", "damaged", options=("--decode",))
+    assert_skipped(file, image, "image unreadable", "damaged", options=("--decode",))
     image.write_bytes(bytes(content[:middle]))
-    assert_left_out(file, image, "image unreadable", "cut off")
+    assert_skipped(file, image, "image unreadable", "cut off")
 
 
 def png_of(width: int, height: int) -> bytes:
@@ -103,7 +103,7 @@ def png_of(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(30_000, 30_000), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
-def test_row_52_bomb_is_refused_before_anything_is_allocated(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_bomb_is_refused_before_anything_is_allocated(tmp_path: Path, size: tuple[int, int]) -> None:
     file, image = one_image(tmp_path, "a1.png")
     image.write_bytes(png_of(*size))
     assert len(image.read_bytes()) < 100
@@ -113,39 +113,39 @@ def test_row_52_bomb_is_refused_before_anything_is_allocated(tmp_path: Path, siz
         read_image(image)
     unit = 1 if sys.platform == "darwin" else 1024
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < 200e6
-    assert_left_out(file, image, "image unreadable")
+    assert_skipped(file, image, "image unreadable")
 
 
 @pytest.mark.parametrize("mode", ["I;16", "CMYK", "L", "LA", "P", "RGBA"])
-def test_row_53_other_colours_become_8_bit_rgb(tmp_path: Path, mode: str) -> None:
+def test_other_colours_become_8_bit_rgb(tmp_path: Path, mode: str) -> None:
     file, image = one_image(tmp_path, "a1.tif" if mode == "CMYK" else "a1.png")
     if mode == "I;16":
         Image.fromarray(np.full((HEIGHT, WIDTH), 0xABCD, dtype=np.uint16)).save(image)
-        assert assert_goes_on(file, image, None)[0, 0].tolist() == [0xAB] * 3  # scaled, not clipped
+        assert assert_readable(file, image, None)[0, 0].tolist() == [0xAB] * 3  # scaled, not clipped
     else:
         transparency = {"transparency": 0} if mode == "P" else {}
         Image.new("RGB", (WIDTH, HEIGHT), (204, 204, 204)).convert(mode).save(image, **transparency)
-        assert np.abs(assert_goes_on(file, image, None)[0, 0].astype(int) - 204).max() <= 2
+        assert np.abs(assert_readable(file, image, None)[0, 0].astype(int) - 204).max() <= 2
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".tif"])
-def test_row_54_first_frame_of_several_is_taken_with_a_warning(tmp_path: Path, suffix: str) -> None:
+def test_first_frame_of_several_is_taken_with_a_warning(tmp_path: Path, suffix: str) -> None:
     file, image = one_image(tmp_path, f"a1{suffix}")
     frames = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "blue", "green")]
     lossless = {"lossless": True} if suffix == ".webp" else {}
     frames[0].save(image, save_all=True, append_images=frames[1:], **lossless)
-    assert assert_goes_on(file, image, "animation")[0, 0].tolist() == [255, 0, 0]
+    assert assert_readable(file, image, "animation")[0, 0].tolist() == [255, 0, 0]
 
 
-def test_row_55_suffix_of_another_format_is_no_matter(tmp_path: Path) -> None:
+def test_suffix_of_another_format_is_no_matter(tmp_path: Path) -> None:
     file, image = one_image(tmp_path)
     write_image(image.with_suffix(".png"), seed=8)
     image.with_suffix(".png").replace(image)
-    assert assert_goes_on(file, image, "suffix of another format").shape == (HEIGHT, WIDTH, 3)
+    assert assert_readable(file, image, "suffix of another format").shape == (HEIGHT, WIDTH, 3)
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_row_56_exif_orientation_follows_the_annotated_size(tmp_path: Path, orientation: int) -> None:
+def test_exif_orientation_follows_the_annotated_size(tmp_path: Path, orientation: int) -> None:
     sides = (HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT)
     for annotated in {sides, (HEIGHT, WIDTH)}:
         file, image = one_image(tmp_path, size=annotated)
@@ -157,21 +157,21 @@ def test_row_56_exif_orientation_follows_the_annotated_size(tmp_path: Path, orie
         assert (code, len(found(report, "turned by EXIF"))) == (0, 1)
     file, image = one_image(tmp_path, size=(60, 60))
     Image.new("RGB", (WIDTH, HEIGHT)).save(image, exif=exif)
-    assert_left_out(file, image, "image size", "annotated as 60 x 60")
+    assert_skipped(file, image, "image size", "annotated as 60 x 60")
 
 
-def test_row_57_smallest_images_are_left_out_and_long_ones_reported(tmp_path: Path) -> None:
+def test_smallest_images_are_skipped_and_long_ones_reported(tmp_path: Path) -> None:
     for width, height in ((1, 1), (1, 5000)):
         file, image = one_image(tmp_path)
         Image.new("RGB", (width, height)).save(image)
-        assert_left_out(file, image, "image too small", f"is {width} x {height} px", "at least 8 px")
+        assert_skipped(file, image, "image too small", f"is {width} x {height} px", "at least 8 px")
     file, image = one_image(tmp_path, "a1.png")
     cv2.imwrite(str(image), np.zeros((30, 20_000, 3), dtype=np.uint8))
-    assert_goes_on(file, image, "extreme shape")
+    assert_readable(file, image, "extreme shape")
 
 
 @pytest.mark.parametrize("kind", ["folder", "dangling link", "pipe"])
-def test_row_58_what_is_no_regular_file_is_left_out_and_never_waited_for(tmp_path: Path, kind: str) -> None:
+def test_what_is_no_regular_file_is_skipped_and_never_waited_for(tmp_path: Path, kind: str) -> None:
     file, image = one_image(tmp_path)
     image.unlink()
     if kind == "folder":
@@ -205,7 +205,7 @@ def not_root() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_row_58_unreadable_file_is_left_out(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_unreadable_file_is_skipped(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     _, image = one_image(tmp_path)
     image.chmod(0)
     for folder in (tmp_path, *tmp_path.parents):
@@ -223,7 +223,7 @@ def test_row_58_unreadable_file_is_left_out(tmp_path: Path, request: pytest.Fixt
     "name",
     ["a" * 251 + ".jpg", "🐈 in Ångström.jpg", "line\nbreak.jpg", "\x1b[31mred\x1b[0m.jpg", "tab\tand'quote.jpg"],
 )
-def test_row_59_odd_names_are_read_and_printed_with_repr(
+def test_odd_names_are_read_and_printed_with_repr(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     from onestage.cli import main
@@ -244,7 +244,7 @@ def test_row_59_odd_names_are_read_and_printed_with_repr(
     assert f"\n  {shown}: is empty (0 bytes)" in text
 
 
-def test_row_59_name_that_is_no_utf_8_is_read(tmp_path: Path) -> None:
+def test_name_that_is_no_utf_8_is_read(tmp_path: Path) -> None:
     from onestage.data.folder import list_images
 
     name = os.fsencode(tmp_path) + b"/caf\xe9.jpg"

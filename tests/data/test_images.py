@@ -271,19 +271,3 @@ def test_threads_read_the_same_pixels(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert results == [True] * 80
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".bmp", ".tif", ".webp"])
-def test_random_damage_ends_in_an_image_or_an_image_error(tmp_path: Path, suffix: str) -> None:
-    whole = save(tmp_path / f"whole{suffix}", picture(24, 32)).read_bytes()
-    path = tmp_path / f"damaged{suffix}"
-    rng = np.random.default_rng(7)
-    for _ in range(60):
-        content = np.frombuffer(whole, dtype=np.uint8).copy()
-        places = rng.integers(0, len(content), rng.integers(1, 6))
-        content[places] = rng.integers(0, 256, len(places))
-        path.write_bytes(content.tobytes())
-        try:
-            assert read_image(path).dtype == np.uint8
-        except ImageError as error:
-            assert str(path) in str(error)

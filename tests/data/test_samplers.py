@@ -86,7 +86,7 @@ def test_training_split_smaller_than_a_batch_names_the_largest_that_fits() -> No
         TrainingSampler(Images(7), batch_size=8, seed=0, world_size=4)
 
 
-# -- images that come more than once -----------------------------------------------------------------------------------
+# Images that come more than once
 
 REPEATS = np.array([0.25, 1.0, 2.5, 0.75, 1.0, 3.0, 1.5])  # 10 images an epoch
 
@@ -147,7 +147,7 @@ def test_another_choice_of_images_has_another_number() -> None:
     assert len({selection(None), selection(REPEATS), selection(REPEATS[::-1].copy())}) == 3
 
 
-# -- evaluation --------------------------------------------------------------------------------------------------------
+# Evaluation
 
 
 @pytest.mark.parametrize("num_images", [7, 8, 13])

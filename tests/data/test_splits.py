@@ -172,8 +172,11 @@ def test_one_split_is_divided_by_the_data_module(tmp_path: Path) -> None:
 def test_without_a_validation_split_a_fifth_is_held_out_with_a_notice(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    data = one_split(tmp_path)
+    settings = tmp_path / "data.yaml"
+    lines = [line for line in settings.read_text().splitlines() if not line.startswith("val:")]
+    settings.write_text("\n".join(lines))
     with caplog.at_level(logging.INFO):
-        data = one_split(tmp_path)
         data.setup("fit")
     assert (len(data.annotations("train")), len(data.annotations("val"))) == (8, 2)
     assert "has no validation split; 0.2 of the training images are held out (data.val_fraction)" in caplog.text

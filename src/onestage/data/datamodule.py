@@ -382,13 +382,8 @@ class DetectionDataModule(LightningDataModule):
         if self.val_fraction is not None and self.num_folds is not None:
             raise ConfigError("data.val_fraction conflicts with data.num_folds; set only one of them.")
         fraction = self.val_fraction
-        require(
-            fraction is None or 0 < fraction < 1,
-            "data.val_fraction",
-            fraction,
-            "in (0, 1)",
-            "Set data.val_fraction: 0.2.",
-        )
+        is_fraction = fraction is None or 0 < fraction < 1
+        require(is_fraction, "data.val_fraction", fraction, "in (0, 1)", "Set data.val_fraction: 0.2.")
         folds = self.num_folds
         require(folds is None or folds >= 2, "data.num_folds", folds, ">= 2, or null")
         remedy = "Set data.num_folds to the number of parts, and data.fold to the one to validate on."
