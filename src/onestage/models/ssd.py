@@ -1,9 +1,7 @@
 """SSD: Single Shot MultiBox Detector (arXiv:1512.02325), on VGG16 or any other backbone."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
-
-from torch import nn
+from typing import ClassVar, Literal
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes, ssd_shapes
 from onestage.boxes.coders import DeltaBoxCoder
@@ -113,7 +111,6 @@ class SSD(AnchorDetector):
             normaliser=PositiveNormaliser(normaliser_momentum),
             selection=Selection(score_threshold, nms_threshold, max_detections, candidates_per_class),
         )
-        self.register_load_state_dict_pre_hook(_rename_extras)  # type: ignore[no-untyped-call]
         is_vgg16 = isinstance(backbone, VGG) and backbone.is_vgg16
         if pretrained is not None:
             is_torchvision = isinstance(self, SSD300) and isinstance(loss, SoftmaxClassificationLoss) and is_vgg16
@@ -142,12 +139,6 @@ class SSD(AnchorDetector):
         fits = len(given) == len(strides) and all(abs(a - b) < 0.01 for a, b in zip(given, strides, strict=True))
         require(fits, f"{name}, strides", given, f"{strides}, one level for each feature map")
         return anchors
-
-
-def _rename_extras(_: nn.Module, state: dict[str, Any], prefix: str, *__: object) -> None:
-    """Accept checkpoints of version 0.1, which call the neck `extras`."""
-    for key in [key for key in state if key.startswith(f"{prefix}extras.")]:
-        state[f"{prefix}neck.{key.removeprefix(f'{prefix}extras.')}"] = state.pop(key)
 
 
 # Sizes of the anchors: the Caffe code of the paper (examples/ssd/ssd_{pascal,coco}*.py) spaces s_k evenly from s_min
