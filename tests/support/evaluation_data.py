@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.nn.utils.rnn import pad_sequence
 
 from onestage.types import PADDING, AnnotationSet, Detections
 
@@ -36,10 +37,8 @@ def annotation_set(
         boxes=flat,
         labels=np.array([label for image in labels for label in image], np.int64),
         areas=own_areas if areas is None else np.concatenate([np.asarray(area, np.float32) for area in areas]),
-        is_crowd=np.zeros(len(flat), bool) if crowds is None else np.concatenate([np.bool_(c) for c in crowds]),
-        is_difficult=np.zeros(len(flat), bool)
-        if difficult is None
-        else np.concatenate([np.bool_(d) for d in difficult]),
+        is_crowd=np.concatenate(crowds).astype(bool) if crowds else np.zeros(len(flat), bool),
+        is_difficult=np.concatenate(difficult).astype(bool) if difficult else np.zeros(len(flat), bool),
         class_names=tuple(class_names),
         category_ids=tuple(7 * (label + 1) for label in range(len(class_names))),
     )
@@ -49,18 +48,11 @@ def detections(
     boxes: Sequence[Sequence[Sequence[float]]], scores: Sequence[Sequence[float]], labels: Sequence[Sequence[int]]
 ) -> Detections:
     """Pad lists per image into a batch."""
-    longest = max(len(image) for image in scores)
-    padded = Detections(
-        torch.zeros(len(boxes), longest, 4),
-        torch.zeros(len(boxes), longest),
-        torch.full((len(boxes), longest), PADDING),
+    return Detections(
+        pad_sequence([torch.tensor(image).reshape(-1, 4).float() for image in boxes], batch_first=True),
+        pad_sequence([torch.tensor(image).float() for image in scores], batch_first=True),
+        pad_sequence([torch.tensor(image).long() for image in labels], batch_first=True, padding_value=PADDING),
     )
-    for row, (image_boxes, image_scores, image_labels) in enumerate(zip(boxes, scores, labels, strict=True)):
-        count = len(image_scores)
-        padded.boxes[row, :count] = torch.tensor(image_boxes, dtype=torch.float32).reshape(-1, 4)
-        padded.scores[row, :count] = torch.tensor(image_scores, dtype=torch.float32)
-        padded.labels[row, :count] = torch.tensor(image_labels, dtype=torch.int64)
-    return padded
 
 
 def random_evaluation(

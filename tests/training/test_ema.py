@@ -139,19 +139,6 @@ def test_run_without_steps_keeps_its_weights(tmp_path):
     assert module.weight.item() == 5
 
 
-def test_layers_created_in_setup_are_averaged(tmp_path):
-    class Late(Climber):
-        def setup(self, stage):
-            self.late = nn.Parameter(torch.zeros(1))
-
-        def training_step(self, batch, batch_idx):
-            return -(self.weight + self.late).sum()
-
-    module = Late()
-    fit(module, tmp_path, ExponentialMovingAverage(decay=0.9999))
-    assert module.late.item() == pytest.approx(3.6, rel=1e-6)
-
-
 def test_weight_with_two_names_is_averaged_once(tmp_path):
     class Tied(Climber):
         def __init__(self):
