@@ -30,7 +30,7 @@ def test_user_logger_leaves_config_yaml_in_the_run_folder(
         assert run("fit", *options, "--trainer.max_epochs", "1", "--resume", "auto") == 0
     (folder,) = tmp_path.glob("runs/*/version_*")
     assert yaml.safe_load((folder / "config.yaml").read_text())["runs_dir"] == str(tmp_path / "runs")
-    assert f"going on in {folder}" in "".join(capsys.readouterr())
+    assert f"continuing {folder} from last.ckpt" in "".join(capsys.readouterr())
 
 
 def test_results_hold_finite_numbers_by_name(trained: Path) -> None:
