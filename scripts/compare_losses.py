@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Train the same detector with every loss of configs/compare on equal terms, and say what came out.
+"""Train one detector with every loss of configs/compare on equal terms, and report.
 
     python scripts/compare_losses.py                         on the drawn shapes
     python scripts/compare_losses.py --data path/to/voc      on a data set in VOC format, with the lists train and val
     python scripts/compare_losses.py --data path/to/voc --config configs/voc_ssd300.yaml    with another detector
-    python scripts/compare_losses.py --time_steps            time a training step with each loss, side by side
-    python scripts/compare_losses.py --report docs           write what the finished runs say
+    python scripts/compare_losses.py --time_steps            time a training step with each loss
+    python scripts/compare_losses.py --report docs           write the page of the finished runs
     python scripts/compare_losses.py --quick                 two losses, minutes: does it work here?
 
-Every loss trains for the same number of images, in the same order, from the same weights, at its own best of the same
-box loss weights and learning rates, chosen on a seed that does not count. A run is an `onestage fit`; what is done is
-not done again, so an interrupted comparison goes on where it was.
+Every loss trains on the same images in the same order from the same weights, with its own best of the given box loss
+weights and learning rates, chosen on a separate seed. A run is an `onestage fit`; finished runs are kept, so the same
+command continues an interrupted comparison.
 """
 
 import argparse
@@ -21,14 +21,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from comparison import outcomes, plan, runner, settings
+from comparison import outcomes, plan, runner
 from comparison.plan import Study, StudyError
 
 PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
 
 
 def main() -> int:
-    """Make the missing runs, then write the report if one was asked for."""
+    """Make the missing runs, or write the report."""
     arguments = _parse()
     if not arguments.quick:
         return _compare(arguments)
@@ -64,18 +64,18 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _fault(study: Study, jobs: int) -> str | None:
-    """Say what in the call cannot be used, None if all can."""
+    """Return the first invalid argument as a message, None if all are valid."""
     unknown = plan.unknown_losses(study.losses)
     if unknown:
-        return f"no such loss: {', '.join(unknown)}; there are {', '.join(plan.all_losses())}"
+        return f"--losses: unknown {', '.join(unknown)}; known: {', '.join(plan.all_losses())}"
     if study.data != "shapes" and not (Path(study.data) / "ImageSets" / "Main").is_dir():
-        return f"--data {study.data} is no data set in VOC format: it has no ImageSets/Main"
+        return f"--data {study.data} is not a data set in VOC format: ImageSets/Main is missing"
     if not study.config.is_file():
-        return f"--config {study.config} is no file; those of experiments are in {plan.CONFIGS}"
+        return f"--config {study.config} is missing; experiments are in {plan.CONFIGS}"
     if study.selection_seed in study.seeds:
         return (
-            f"--selection_seed {study.selection_seed} is among --seeds {' '.join(map(str, study.seeds))}: the seed on "
-            "which rates and box weights are chosen cannot count as well. Choose on another one."
+            f"--selection_seed {study.selection_seed} is among --seeds {' '.join(map(str, study.seeds))}: the "
+            "seed that chooses rates and box weights cannot be reported too. Give another --selection_seed."
         )
     counts = {
         "epochs": study.epochs,
@@ -86,18 +86,23 @@ def _fault(study: Study, jobs: int) -> str | None:
     }
     for name, count in counts.items():
         if count < 1:
-            return f"--{name} is {count}; it must be at least 1"
-    return None
+            return f"--{name} must be >= 1, got {count}"
+    for name, values in {"rates": study.rates, "box_weights": study.box_weights}.items():
+        for value in values:
+            if not 0 < value < math.inf:
+                return f"--{name} must be finite and > 0, got {value:g}"
+    seeds = [seed for seed in (study.selection_seed, *study.seeds) if not 0 <= seed < 2**32]
+    return f"--seeds and --selection_seed must be in [0, 2^32), got {seeds[0]}" if seeds else None
 
 
 def _make_runs(study: Study, jobs: int, deadline: float) -> int:
-    """Make the runs that choose a box weight, those that choose a learning rate, then those that count.
+    """Make the runs that choose a box weight, then those that choose a learning rate, then the final runs.
 
     Returns:
-        0, the exit code of a run that was not made, or 2 where the folder's runs are of another comparison.
+        0, the exit code of a failed run, or 2 if the folder belongs to another comparison.
     """
     try:
-        settings.write_settings(study)
+        plan.write_settings(study)
         weight_runs = study.choosing.weight_runs()
         runner.make_runs(weight_runs, jobs, deadline)
         rate_runs = study.choosing.rate_runs(outcomes.best_runs(weight_runs))
@@ -128,11 +133,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--chosen_precision", choices=PRECISIONS, help="of the runs that choose; default: --precision")
     parser.add_argument("--chosen_epochs", type=int, help="of the runs that choose; default: --epochs")
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="of all runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes")
+    parser.add_argument("--jobs", type=int, default=2, help="simultaneous runs, each on one thread")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this time")
     parser.add_argument("--time_steps", action="store_true", help="time a step with each loss; makes no runs")
     parser.add_argument("--report", type=Path, help="folder of the page, its plot and its table; makes no runs")
-    parser.add_argument("--page", default="loss_comparison", help="name of the three")
+    parser.add_argument("--page", default="loss_comparison", help="file name of page, plot and table")
     parser.add_argument("--quick", action="store_true", help="two losses, a tiny budget, nothing kept")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -162,7 +167,10 @@ def _study(arguments: argparse.Namespace) -> Study:
 
 
 def _end_on_signal(number: int, _frame: object) -> None:
-    print(f"{signal.Signals(number).name}: the runs under way are not kept; the same command goes on", file=sys.stderr)
+    print(
+        f"{signal.Signals(number).name}: running trainings are lost; repeat the command to continue",
+        file=sys.stderr,
+    )
     sys.exit(128 + number)
 
 

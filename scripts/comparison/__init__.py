@@ -1,1 +1,1 @@
-"""The parts of compare_losses.py: which runs, how each is made, what they say together, and the page about it."""
+"""Parts of compare_losses.py: runs, outcomes, summaries and the page."""

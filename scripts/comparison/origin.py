@@ -1,4 +1,4 @@
-"""Where numbers come from: the commit of a tree, and the machine."""
+"""Commit and machine of a measurement."""
 
 import platform
 import subprocess

@@ -1,4 +1,4 @@
-"""What came out of a run: read from what the run left, kept beside it, and compared with others of its loss."""
+"""Results of a run: read from the run folder, stored beside it, compared by loss."""
 
 import csv
 import json
@@ -10,22 +10,24 @@ from typing import Any
 from comparison import origin
 from comparison.plan import Run
 from onestage.errors import NonFiniteError
+from onestage.evaluation.results import to_json
+from onestage.files import atomic_write
 
 Outcome = dict[str, Any]
 
-# A run that ended in any other way was interrupted or could not begin, which says nothing of its loss.
+# Any other exit code means an interruption or a failed start, and counts as not run.
 MADE = (0, NonFiniteError.exit_code)
 
 
 def gather(folder: Path, exit_code: int, commit: str | None) -> Outcome:
     """Return the last run's metrics, AP by class, [step, mAP] after every epoch, and whether all numbers were finite.
 
-    A run that the guard against non-finite numbers ended has no metrics; its curve says how far it came.
+    A run stopped because of non-finite numbers has no metrics, but a curve.
 
     Args:
-        folder: of the experiment, with one version_* for every try.
+        folder: of the experiment, with one version_* per attempt.
         exit_code: one of `MADE`.
-        commit: of the code that was run.
+        commit: of the code.
     """
     versions = sorted(folder.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
     newest = versions[-1] if versions else folder
@@ -44,7 +46,7 @@ def gather(folder: Path, exit_code: int, commit: str | None) -> Outcome:
         "metrics": results.get("metrics", {}),
         "per_class": results.get("per_class", {}),
         "curve": curve,
-        # The guard skips a step that is not finite, and says so in a file; without it the run would have been lost.
+        # Non-finite steps are skipped and listed in skipped_steps.json.
         "is_finite": exit_code == 0
         and all(math.isfinite(loss) for loss in losses)
         and not (newest / "skipped_steps.json").is_file(),
@@ -52,14 +54,13 @@ def gather(folder: Path, exit_code: int, commit: str | None) -> Outcome:
 
 
 def keep(outcome: Outcome, file: Path) -> None:
-    """Write an outcome in one go: a file that exists is whole."""
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(json.dumps(outcome, indent=1), encoding="utf-8")
-    unfinished.replace(file)
+    """Write an outcome atomically."""
+    with atomic_write(file) as temporary:
+        temporary.write_text(to_json(outcome, indent=1), encoding="utf-8")
 
 
 def read(file: Path) -> Outcome | None:
-    """Return what came out of a run, None if it was not made yet or ended before it could say anything."""
+    """Return the result of a run, None if it is missing or was interrupted."""
     if not file.is_file():
         return None
     outcome: Outcome = json.loads(file.read_text(encoding="utf-8"))
@@ -67,12 +68,12 @@ def read(file: Path) -> Outcome | None:
 
 
 def score(outcome: Outcome) -> float | None:
-    """Return the mAP, 0 where it is undefined, None for a run that has not come to its end."""
+    """Return the mAP, 0 where it is undefined, None for an unfinished run."""
     return (outcome["metrics"]["mAP"] or 0.0) if outcome["metrics"] else None
 
 
 def best_runs(runs: Sequence[Run]) -> dict[str, Run]:
-    """Return the run of each loss with the highest mAP; a loss none of whose runs came to its end is left out."""
+    """Return the run of each loss with the highest mAP; losses without a finished run are omitted."""
     best: dict[str, tuple[float, Run]] = {}
     for run in runs:
         outcome = read(run.outcome_file)

@@ -1,4 +1,4 @@
-"""The plot of a comparison: the mAP of every loss and seed."""
+"""Plot of a comparison: the mAP of every loss and seed."""
 
 import statistics
 from pathlib import Path

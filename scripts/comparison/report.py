@@ -1,4 +1,4 @@
-"""The page about a comparison: a table and a plot for each data set, from what the finished runs left behind."""
+"""The page of a comparison: a table and a plot for each data set, from finished runs."""
 
 import json
 import re
@@ -7,10 +7,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from comparison import origin, plan, plot, run_table
-from comparison.rows import Row, losses_in, losses_never_finished, read_rows, read_settings
+from comparison import origin, plan, plot
+from comparison.rows import Row, losses_in, losses_never_finished, read_rows, write_table
 from comparison.step_time import StepTimes, read_step_times
 from onestage.evaluation.results import installed_versions
+from onestage.files import atomic_write
 
 PAGE = "loss_comparison"
 
@@ -20,7 +21,7 @@ def write(folder: Path, target: Path, page: str = PAGE) -> None:
     times = read_step_times(folder / "step_times.json")
     sections, plots = [], []
     for file in sorted(folder.glob("*/*/*/study.json")):
-        settings = read_settings(file)
+        settings = json.loads(file.read_text(encoding="utf-8"))
         rows = sorted(read_rows(file.parent, settings), key=lambda row: -row.mean_average_precision)
         if any(row.metrics for row in rows):
             sections.append(_section(file.parent, settings, rows, times))
@@ -30,8 +31,10 @@ def write(folder: Path, target: Path, page: str = PAGE) -> None:
         print(f"no finished runs below {folder}")
         return
     plot.draw(plots, target / "images" / f"{page}.png")
-    run_table.write(folder, target / f"{page}.csv")
-    (target / f"{page}.md").write_text("\n\n".join([_header(folder, times, page), *sections]) + "\n", encoding="utf-8")
+    write_table(folder, target / f"{page}.csv")
+    with atomic_write(target / f"{page}.md") as temporary:
+        text = "\n\n".join([_header(folder, times, page), *sections])
+        temporary.write_text(f"{text}\n", encoding="utf-8")
     print(f"report: {target / f'{page}.md'}")
 
 
@@ -39,24 +42,24 @@ def _header(folder: Path, times: StepTimes | None, page: str) -> str:
     call = "--report docs" if page == PAGE else f"--report docs --page {page}"
     return (
         "# The losses compared: the numbers\n\n"
-        f"Written by `python scripts/compare_losses.py {call}`; what they mean stands in "
-        f"[focal_loss.md](focal_loss.md). Every run, also of those that chose, is a line of "
+        f"Written by `python scripts/compare_losses.py {call}`; see "
+        f"[focal_loss.md](focal_loss.md) for their meaning. Every run, selection runs included, is a line of "
         f"[{page}.csv]({page}.csv).\n\n"
         f"{_origins(folder)}\n\n"
-        "Every loss: the same images in the same order, the same weights at the start, its own best of the box "
-        "loss weights and learning rates that are named, chosen on a seed that is not among those shown. mAP and AP50 "
-        "are of the last weights, mean over seeds (lowest to highest), in percent. A non-finite run is one with a "
-        f"loss, gradient or weight that is NaN or infinite at any step.{f' {times.explanation}' if times else ''}\n\n"
+        "Every loss has the same images in the same order, the same initial weights, and its own best of the given box "
+        "loss weights and learning rates, chosen on a seed that is not shown. mAP and AP50 are those of the last "
+        "weights, mean over seeds (lowest to highest), in percent. A run is non-finite if a loss, gradient or weight "
+        f"is NaN or infinite at any step.{f' {times.explanation}' if times else ''}\n\n"
         f"![mAP of every loss and seed](images/{page}.png)"
     )
 
 
 def _origins(folder: Path) -> str:
-    """Name the commits, machines and versions that the outcomes name; for those that name none, what is here now."""
+    """List commits, machines and versions of the outcomes; the current ones where an outcome has none."""
     found = [
         json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*/*/*/*/lr_*_box_*_seed_*/outcome.json")
     ]
-    here = f"{origin.head(folder) or 'unknown'} (checked out now where the runs lie; they name none)"
+    here = f"{origin.head(folder) or 'unknown'} (checked out now; the runs name none)"
     versions = [outcome.get("versions") or installed_versions() for outcome in found]
     parts = (
         _counted("Commit", [outcome.get("commit") or here for outcome in found]),
@@ -100,7 +103,7 @@ def _section(folder: Path, settings: dict[str, Any], rows: list[Row], times: Ste
 
 
 def _calls(folder: Path, settings: dict[str, Any], rows: list[Row]) -> str:
-    """Name the commands that make these runs, and what they tried: one for all losses that had the same choice."""
+    """List the commands that make these runs, one for all losses with the same choices."""
     groups: dict[tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]], list[str]] = defaultdict(list)
     for row in rows:
         groups[row.tried_rates, row.tried_box_weights, row.seeds].append(row.loss)
@@ -123,7 +126,7 @@ def _command(
     box_weights: tuple[float, ...],
     seeds: tuple[int, ...],
 ) -> str:
-    """Return the call that makes the same runs again."""
+    """Return the command that makes the same runs again."""
     images = re.match(r"(\d+)_and_(\d+)_images_", folder.name)
     words = ["python scripts/compare_losses.py"]
     words.append(
@@ -151,16 +154,14 @@ def _chosen_elsewhere(settings: dict[str, Any]) -> str:
 
 
 def _missing(folder: Path, settings: dict[str, Any], rows: list[Row]) -> list[str]:
-    """Say which losses have no row, and which one that is not their best."""
+    """List losses without a row, and losses whose row is not their best setting."""
     without = sorted({*losses_in(folder), *losses_never_finished(folder, settings)} - {row.loss for row in rows})
     behind = sorted(row.loss for row in rows if not row.is_best_tried)
     told = []
     if without:
-        told.append(f"No run that counts, so far or because none that chooses came to its end: {', '.join(without)}.")
+        told.append(f"Without a final run: {', '.join(without)}.")
     if behind:
-        told.append(
-            f"Not at the best setting that was tried, with which no counting run was made: {', '.join(behind)}."
-        )
+        told.append(f"Not at the best setting tried, which has no final run: {', '.join(behind)}.")
     return told
 
 
@@ -195,16 +196,16 @@ def _spread(values: list[float]) -> str:
 
 
 def _noise(rows: list[Row]) -> str:
-    """Say how far apart two losses have to be: two standard errors of a difference of means, seeds pooled."""
+    """State the significant difference: two standard errors of a difference of means, seeds pooled."""
     groups = [row.metrics["mAP"] for row in rows if len(row.metrics.get("mAP", [])) > 1]
     if not groups:
-        return "One seed: differences say nothing."
+        return "One seed only: differences are not significant."
     pooled = statistics.mean(statistics.variance(group) for group in groups) ** 0.5
     num_seeds = min(len(group) for group in groups)
     margin = 2 * pooled * (2 / num_seeds) ** 0.5
     means = [row.mean_average_precision for row in rows]
     return (
-        f"The standard deviation over seeds, pooled over the losses, is {100 * pooled:.1f} points of mAP, so two means "
-        f"of {num_seeds} seeds that differ by less than {100 * margin:.1f} are not told apart; the losses span "
-        f"{100 * (max(means) - min(means)):.1f}."
+        f"The standard deviation over seeds, pooled over the losses, is {100 * pooled:.1f} points of mAP, so a "
+        f"difference of less than {100 * margin:.1f} between means of {num_seeds} seeds is not significant; the losses "
+        f"span {100 * (max(means) - min(means)):.1f}."
     )

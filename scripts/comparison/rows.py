@@ -1,6 +1,6 @@
-"""What the runs of a loss say together: found in the outcomes themselves, whichever calls have made them."""
+"""Summaries of the finished runs of each loss, and the table of all runs."""
 
-import json
+import csv
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
@@ -10,22 +10,24 @@ from typing import Any
 
 from comparison import outcomes
 from comparison.outcomes import Outcome
+from onestage.files import atomic_write
 
+TABLE_METRICS = ("mAP", "AP50", "AP75")
 Setting = tuple[float, float]  # learning rate, box weight
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the counting runs of one loss say together."""
+    """Summary of the final runs of one loss."""
 
     loss: str
     rate: float
     box_weight: float
-    tried_rates: tuple[float, ...]  # what the two were chosen from
+    tried_rates: tuple[float, ...]  # choices of rate and box weight
     tried_box_weights: tuple[float, ...]
-    is_best_tried: bool  # False: a better setting was found since, but has no counting run yet
+    is_best_tried: bool  # False: a better setting has no final run yet
     seeds: tuple[int, ...]
-    metrics: dict[str, list[float]]  # by name, one value for each seed whose run came to its end
+    metrics: dict[str, list[float]]  # by name, one value per seed with a finished run
     per_class: dict[str, list[float]]
     steps_to_half: list[float]
     num_non_finite: int
@@ -37,10 +39,10 @@ class Row:
 
 
 def read_rows(folder: Path, settings: Mapping[str, Any]) -> list[Row]:
-    """Return a row for every loss with a run that counts: one on another seed than the one that chooses.
+    """Return a row for every loss with a final run, on another seed than the selection seed.
 
     Args:
-        folder: of the runs that may be compared with one another.
+        folder: of comparable runs.
         settings: its study.json.
     """
     rows = []
@@ -55,14 +57,14 @@ def read_rows(folder: Path, settings: Mapping[str, Any]) -> list[Row]:
 
 
 def losses_never_finished(folder: Path, settings: Mapping[str, Any]) -> list[str]:
-    """Return the losses none of whose runs on the seed that chooses came to its end."""
+    """Return the losses without a finished run on the selection seed."""
     losses = losses_in(_chosen_folder(folder, settings))
     tried = {loss: _tried(loss, folder, settings) for loss in losses}
     return [loss for loss, scores in tried.items() if scores and set(scores.values()) == {None}]
 
 
 def _tried(loss: str, folder: Path, settings: Mapping[str, Any]) -> dict[Setting, float | None]:
-    """Return the score of every setting that was tried on the seed that chooses."""
+    """Return the score of every setting tried on the selection seed."""
     return {
         setting: outcomes.score(outcome)
         for setting, seed, outcome in read_runs(_chosen_folder(folder, settings) / loss)
@@ -76,13 +78,13 @@ def losses_in(folder: Path) -> list[str]:
 
 
 def _chosen_folder(folder: Path, settings: Mapping[str, Any]) -> Path:
-    """Return the folder of the runs that have chosen rates and box weights; usually the same."""
+    """Return the folder of the runs that chose rates and box weights; the same by default."""
     name = folder.name.replace(f"{settings['epochs']}_epochs", f"{settings['chosen_epochs']}_epochs")
     return folder.parent.parent / settings["chosen_precision"] / name
 
 
 def read_runs(folder: Path) -> list[tuple[Setting, int, Outcome]]:
-    """Return setting, seed and outcome of every run that was made."""
+    """Return setting, seed and outcome of every run."""
     found = []
     for file in sorted(folder.glob("lr_*_box_*_seed_*/outcome.json")):
         _, rate, _, weight, _, seed = file.parent.name.split("_")
@@ -134,6 +136,18 @@ def steps_to_half(curve: list[list[float]]) -> float | None:
     return before_step
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """Return a study.json; those of old have no name of the configuration, which was always the same."""
-    return {"config": "configs/shapes_ssd.yaml", **json.loads(file.read_text(encoding="utf-8"))}
+def write_table(folder: Path, file: Path) -> None:
+    """Write a CSV line for every run below `folder`: settings, metrics in percent, whether all numbers were finite."""
+    header = ("data", "precision", "budget", "loss", "learning_rate", "box_weight", "seed")
+    with atomic_write(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        lines = csv.writer(stream, lineterminator="\n")
+        lines.writerow([*header, *TABLE_METRICS, "finite", "commit"])
+        for study in sorted(path for path in folder.glob("*/*/*") if path.is_dir()):
+            for loss in losses_in(study):
+                place = (study / loss).relative_to(folder).parts
+                for (rate, box_weight), seed, outcome in read_runs(study / loss):
+                    values = [outcome["metrics"].get(name) for name in TABLE_METRICS]
+                    numbers = ["" if value is None else f"{100 * value:.3f}" for value in values]
+                    is_finite = "yes" if outcome["is_finite"] else "no"
+                    commit = outcome.get("commit") or ""
+                    lines.writerow([*place, f"{rate:g}", f"{box_weight:g}", seed, *numbers, is_finite, commit])

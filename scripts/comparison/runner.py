@@ -1,4 +1,4 @@
-"""Makes the runs that are missing, several at a time, each a process on one thread, and keeps what came out of each."""
+"""Make missing runs, several at a time, each a process on one thread."""
 
 import math
 import os
@@ -13,43 +13,43 @@ from comparison import origin, outcomes
 from comparison.plan import REPOSITORY, Run
 
 POLL_SECONDS = 0.2
-PATIENCE_SECONDS = 20.0  # for the runs that are told to stop, which do so after a step
-LOG_LINES = 12  # of a run that failed
+PATIENCE_SECONDS = 20.0  # a run stops after its current step
+LOG_LINES = 12  # shown of a failed run
 
 Process = subprocess.Popen[bytes]
 
 
 class Begun(NamedTuple):
-    """A run under way."""
+    """A running training."""
 
     process: Process
     commit: str | None  # of the code at its start; the next run may have another
 
 
 class RunFailedError(Exception):
-    """A run ended without saying anything of its loss: interrupted, or it could not begin."""
+    """A run was interrupted or failed to start."""
 
     def __init__(self, run: Run, exit_code: int) -> None:
         log = run.outcome_file.parent / "log.txt"
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
         told = "\n".join(f"  {line}" for line in lines[-LOG_LINES:])
         super().__init__(
-            f"{run.study.data_name} {run.loss} {run.name} ended with exit code {exit_code}; it counts as not made.\n"
-            f"The last lines of {log}:\n{told}\nThe same command goes on with the runs that are missing."
+            f"{run.study.data_name} {run.loss} {run.name} ended with exit code {exit_code}; it is not counted.\n"
+            f"The last lines of {log}:\n{told}\nThe same command continues with the missing runs."
         )
         self.exit_code = exit_code
 
 
 def make_runs(runs: Sequence[Run], jobs: int, deadline: float = math.inf) -> None:
-    """Make those of the runs that have no outcome yet; each leaves one, so that the rest can be made another time.
+    """Make the runs without an outcome; an interrupted comparison continues with the rest.
 
     Args:
-        runs: in the order in which they are to be made.
-        jobs: how many at a time.
-        deadline: no run is begun after this time (of time.time()).
+        runs: in order.
+        jobs: number of simultaneous runs.
+        deadline: time.time() after which no run starts.
 
     Raises:
-        RunFailedError: a run was interrupted or could not begin. No other was begun; those under way were finished.
+        RunFailedError: a run was interrupted or failed to start. No other was started; running ones were finished.
     """
     missing = [run for run in dict.fromkeys(runs) if outcomes.read(run.outcome_file) is None]
     if not missing:
@@ -62,7 +62,7 @@ def make_runs(runs: Sequence[Run], jobs: int, deadline: float = math.inf) -> Non
                 run = waiting.popleft()
                 running[run] = Begun(_start(run), origin.commit(REPOSITORY))
             if not running:
-                print(f"{len(waiting)} runs put off: the time is over", flush=True)
+                print(f"{len(waiting)} runs postponed: the time is over", flush=True)
                 return
             failed += _finished(running, len(missing) - len(waiting), len(missing))
             time.sleep(POLL_SECONDS)
@@ -76,7 +76,7 @@ def _start(run: Run) -> Process:
     folder = run.outcome_file.parent
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "onestage.cli", *run.words()]
-    # One thread each: two trainings of a small network side by side are faster than one after the other on two threads.
+    # Two trainings of a small network on one thread each are faster than one after the other on two threads.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with (folder / "log.txt").open("wb") as log:
         return subprocess.Popen(
@@ -85,7 +85,7 @@ def _start(run: Run) -> Process:
 
 
 def _finished(running: dict[Run, Begun], num_begun: int, num_missing: int) -> list[RunFailedError]:
-    """Take the runs that have ended out of `running`, keep their outcomes, and return the failures, told at once."""
+    """Remove ended runs from `running`, store their outcomes, and return the failures."""
     failed = []
     for run, begun in list(running.items()):
         code = begun.process.poll()
@@ -94,10 +94,10 @@ def _finished(running: dict[Run, Begun], num_begun: int, num_missing: int) -> li
         number = num_begun - len(running) + 1
         del running[run]
         told = f"{number}/{num_missing}  {run.study.data_name} {run.loss} {run.name}"
-        exit_code = 128 - code if code < 0 else code  # as a shell has it: 128 and the number of the signal
+        exit_code = 128 - code if code < 0 else code  # as in a shell: 128 + signal number
         if exit_code not in outcomes.MADE:
             failed.append(RunFailedError(run, exit_code))
-            print(f"{told}: failed, exit code {exit_code}; no other run is begun", flush=True)
+            print(f"{told}: failed, exit code {exit_code}; no other run is started", flush=True)
             continue
         outcome = outcomes.gather(run.outcome_file.parent, exit_code, begun.commit)
         outcomes.keep(outcome, run.outcome_file)
@@ -107,7 +107,7 @@ def _finished(running: dict[Run, Begun], num_begun: int, num_missing: int) -> li
 
 
 def _end(left: Sequence[Process]) -> None:
-    """Stop what still runs when the comparison is interrupted; nothing of it is kept."""
+    """Stop running trainings when the comparison is interrupted; they leave no outcome."""
     for process in left:
         process.terminate()
     try:

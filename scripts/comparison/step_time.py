@@ -1,4 +1,4 @@
-"""How long a training step of the small SSD takes with each loss, all in one process and in turn."""
+"""Time a training step of the small SSD with each loss, alternating in one process."""
 
 import json
 import statistics
@@ -12,6 +12,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from comparison.plan import LOSSES
+from onestage.evaluation.results import to_json
+from onestage.files import atomic_write
 from onestage.losses import ClassificationLoss
 from onestage.models import SSD160
 from onestage.types import PADDING, Targets
@@ -22,49 +24,39 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Medians over rounds in each of which every loss had its turn."""
+    """Medians over rounds; every round times every loss."""
 
-    reference: str  # the loss with whose step of the same round the others are compared
+    reference: str  # the loss that ratios are relative to
     ratios: dict[str, float]
-    seconds: dict[str, float]  # empty in the files of old
-    rounds: int | None
+    seconds: dict[str, float]
+    rounds: int
 
     @property
     def explanation(self) -> str:
         """What was timed."""
-        rounds = f" of {self.rounds} rounds" if self.rounds else ""
-        seconds = ", and in seconds" if self.seconds else ""
         return (
-            f"The step time, whatever the runs' own precision and device, is that of forward, loss, backward and AdamW "
+            "The step time, independent of precision and device of the runs, covers forward, loss, backward and AdamW "
             f"of SSD160 with {NUM_CLASSES} classes, {BATCH_SIZE} images of 160 x 160 pixels, in bfloat16 autocast on "
-            f"one CPU thread: the median{rounds}, as a multiple of a step with {self.reference} in the same round"
-            f"{seconds}."
+            f"one CPU thread: the median of {self.rounds} rounds, as a multiple of a step with {self.reference} in the "
+            "same round, and in seconds."
         )
 
     def cell(self, loss: str) -> str:
         """Return a loss's cell of a table, empty if it was not timed."""
-        seconds = f" ({self.seconds[loss]:.3f} s)" if loss in self.seconds else ""
-        return f"x{self.ratios[loss]:.2f}{seconds}" if loss in self.ratios else ""
+        return f"x{self.ratios[loss]:.2f} ({self.seconds[loss]:.3f} s)" if loss in self.ratios else ""
 
 
 def read_step_times(file: Path) -> StepTimes | None:
-    """Return what `measure` wrote, today or when it kept the ratios alone; None without a file."""
+    """Return what `measure` wrote; None without a file."""
     if not file.is_file():
         return None
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if "ratios" in content:
-        return StepTimes(**content)
-    return StepTimes(_reference(tuple(content)), content, {}, None)
-
-
-def _reference(losses: tuple[str, ...]) -> str:
-    return "mining" if "mining" in losses else losses[0]
+    return StepTimes(**json.loads(file.read_text(encoding="utf-8")))
 
 
 def measure(losses: tuple[str, ...], file: Path, rounds: int = 15) -> None:
     """Write the median seconds of each loss's step, and their median ratio to those of `mining`, as JSON.
 
-    Without `mining` among the losses, the ratio is to the first of them. The first round is not counted.
+    Without `mining` among the losses, the ratio is to the first loss. The first round is not counted.
     """
     torch.set_num_threads(1)
     steps = {loss: _step(_make_loss(loss)) for loss in losses}
@@ -74,15 +66,15 @@ def measure(losses: tuple[str, ...], file: Path, rounds: int = 15) -> None:
             start = time.perf_counter()
             steps[loss]()
             seconds[loss].append(time.perf_counter() - start)
-    reference = _reference(losses)
+    reference = "mining" if "mining" in losses else losses[0]
     ratios = {
         loss: statistics.median(ours / theirs for ours, theirs in zip(found[1:], seconds[reference][1:], strict=True))
         for loss, found in seconds.items()
     }
     medians = {loss: statistics.median(found[1:]) for loss, found in seconds.items()}
     times = StepTimes(reference, ratios, medians, rounds)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(times), indent=1), encoding="utf-8")
+    with atomic_write(file) as temporary:
+        temporary.write_text(to_json(asdict(times), indent=1), encoding="utf-8")
     for loss in losses:
         print(f"{loss:<24}{times.cell(loss)}, of a step with {reference}")
 

@@ -7,7 +7,7 @@ import torch
 from loss_references import FAMILY, random_anchors
 from torch.testing import assert_close
 
-from onestage.losses import EffectiveNumberWeights, SigmoidFocalLoss, SoftmaxClassificationLoss, SoftmaxFocalLoss
+from onestage.losses import SigmoidFocalLoss, SoftmaxClassificationLoss, SoftmaxFocalLoss
 from onestage.types import BACKGROUND, IGNORE
 
 every_loss = pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
@@ -140,11 +140,6 @@ def test_compiled_loss_is_one_graph_with_equal_value_and_gradient(make, backend)
     expected = reference(logits, labels, quality)
     assert_close(compiled, expected)
     assert_close(torch.autograd.grad(compiled, logits), torch.autograd.grad(expected, logits))
-
-
-def test_computed_class_weights_are_a_submodule() -> None:
-    loss = SigmoidFocalLoss(class_weights=EffectiveNumberWeights())
-    assert isinstance(loss.get_submodule("class_weights"), EffectiveNumberWeights)
 
 
 def test_repr_shows_the_arguments() -> None:

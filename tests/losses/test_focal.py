@@ -34,14 +34,6 @@ def test_focal_loss_of_p_08_is_00022() -> None:
     assert_close(loss, torch.tensor(0.0022314), atol=1e-7, rtol=0)  # 0.25 * 0.2^2 * 0.22314
 
 
-def test_alpha_weighs_positives_and_one_minus_alpha_negatives() -> None:
-    positive, background = torch.tensor([[0]]), torch.tensor([[BACKGROUND]])
-    loss = SigmoidFocalLoss(alpha=0.25, gamma=0.0)
-    logits = torch.full((1, 1, 1), logit(0.2))
-    assert_close(loss(logits, positive), torch.tensor(0.25 * -math.log(0.2)))
-    assert_close(loss(logits, background), torch.tensor(0.75 * -math.log(0.8)))
-
-
 @pytest.mark.parametrize(("p", "gamma"), [(0.8, 2.0), (0.3, 2.0), (0.6, 0.5), (0.05, 5.0)])
 def test_gradient_equals_the_derivative_by_p_t(p: float, gamma: float) -> None:
     # dFL/dp_t = alpha (1 - p_t)^(gamma - 1) (gamma ln p_t - (1 - p_t) / p_t), and dp/dx = p (1 - p)
@@ -49,11 +41,6 @@ def test_gradient_equals_the_derivative_by_p_t(p: float, gamma: float) -> None:
     logits = torch.full((1, 1, 1), logit(p), dtype=torch.float64, requires_grad=True)
     SigmoidFocalLoss(0.25, gamma)(logits, torch.tensor([[0]])).backward()
     assert logits.grad.item() == pytest.approx(by_p_t * p * (1 - p), rel=1e-9)
-
-
-def test_other_classes_of_a_positive_anchor_are_negatives() -> None:
-    loss = SigmoidFocalLoss(alpha=0.25, gamma=2.0)(torch.zeros(1, 1, 4), torch.tensor([[2]]))
-    assert_close(loss, torch.tensor((0.0625 + 3 * 0.1875) * math.log(2)))
 
 
 def test_softmax_focal_loss_of_three_equal_logits_is_hand_computed() -> None:

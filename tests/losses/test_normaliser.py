@@ -57,13 +57,3 @@ def test_divisor_is_all_positives_at_least_one_over_the_number_of_processes(
 ) -> None:
     for count in divisors(monkeypatch, numbers, momentum, steps=2):
         assert_close(count, torch.tensor(expected))
-
-
-@pytest.mark.parametrize("numbers", [(4, 2), (1, 0), (0, 0)])
-def test_mean_loss_of_two_processes_equals_the_loss_of_one_with_all_images(
-    monkeypatch: pytest.MonkeyPatch, numbers: tuple[int, int]
-) -> None:
-    sums = 3.0, 5.0  # sums over the anchors of each half
-    halves = [total / count for total, count in zip(sums, divisors(monkeypatch, numbers), strict=True)]
-    alone = PositiveNormaliser()(positives(sum(numbers)), is_training=True)
-    assert_close(sum(halves) / 2, sum(sums) / alone)

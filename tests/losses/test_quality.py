@@ -5,7 +5,7 @@ import torch
 from loss_references import random_anchors, written_out
 from torch.testing import assert_close
 
-from onestage.losses import QualityFocalLoss, SigmoidFocalLoss, VarifocalLoss
+from onestage.losses import QualityFocalLoss, VarifocalLoss
 from onestage.types import BACKGROUND
 
 
@@ -26,11 +26,6 @@ def test_quality_focal_loss_and_gradient_are_zero_where_score_equals_quality() -
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-9)
     assert logits.grad.item() == pytest.approx(0, abs=1e-6)
-
-
-def test_quality_focal_loss_of_perfect_boxes_equals_focal_loss_without_alpha() -> None:
-    logits, labels = random_anchors(3)
-    assert_close(QualityFocalLoss(2.0)(logits, labels), SigmoidFocalLoss(None, 2.0)(logits, labels))
 
 
 @pytest.mark.parametrize("beta", [1.0, 2.0])

@@ -1,6 +1,5 @@
-"""The comparison of losses: what it plans, what it refuses, and, slowly, that it runs."""
+"""Plan, refusals and a quick run of the comparison of losses."""
 
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
-def test_each_loss_gets_its_own_box_weight_then_its_own_rate_from_a_seed_that_does_not_count(tmp_path) -> None:
+def test_box_weight_then_rate_of_each_loss_are_chosen_on_the_selection_seed(tmp_path) -> None:
     from comparison import outcomes
 
     study = make_study(tmp_path)
@@ -44,7 +43,7 @@ def test_each_loss_gets_its_own_box_weight_then_its_own_rate_from_a_seed_that_do
     ]
 
 
-def test_a_loss_without_a_finished_run_has_no_settings_and_no_further_runs(tmp_path) -> None:
+def test_loss_without_a_finished_run_has_no_further_runs(tmp_path) -> None:
     from comparison import outcomes
 
     study = make_study(tmp_path)
@@ -58,12 +57,12 @@ def test_a_loss_without_a_finished_run_has_no_settings_and_no_further_runs(tmp_p
     assert {run.loss for run in study.final_runs(best)} == {"focal"}
 
 
-def test_the_command_of_a_run_names_its_loss_rate_and_seed(tmp_path) -> None:
+def test_command_of_a_run_has_loss_rate_box_weight_and_seed(tmp_path) -> None:
     (run, *_) = make_study(tmp_path, data=str(tmp_path / "cells")).weight_runs()
     words = run.words()
     files = [words[place + 1] for place, word in enumerate(words) if word == "--config"]
     assert [Path(file).name for file in files] == ["shapes_ssd.yaml", "cells.yaml", "focal.yaml"]
-    assert yaml.safe_load(Path(files[1]).read_text())["data"]["init_args"]["root"] == str(tmp_path / "cells")
+    assert yaml.safe_load(Path(files[1]).read_text())["data"]["source"]["init_args"]["path"] == str(tmp_path / "cells")
     assert words[words.index("--model.optimizer.lr") + 1] == "0.002"
     assert words[words.index("--model.loss_weights.box") + 1] == "0.05"
     assert words[words.index("--seed_everything") + 1] == "0"
@@ -79,18 +78,21 @@ def call(monkeypatch, *words: str) -> int:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--losses", "foccal"], "foccal"),
+        (["--losses", "foccal"], "--losses: unknown foccal"),
         (["--data", "no/where"], "no/where"),
         (["--config", "no/where.yaml"], "no/where.yaml"),
         (["--selection_seed", "2"], "--selection_seed 2 is among --seeds 1 2 3"),
-        (["--jobs", "0"], "--jobs is 0; it must be at least 1"),
-        (["--epochs", "-1"], "--epochs is -1"),
-        (["--epochs", "0"], "--epochs is 0"),
-        (["--chosen_epochs", "0"], "--chosen_epochs is 0"),
-        (["--num_train", "0"], "--num_train is 0"),
+        (["--jobs", "0"], "--jobs must be >= 1, got 0"),
+        (["--epochs", "-1"], "--epochs must be >= 1, got -1"),
+        (["--chosen_epochs", "0"], "--chosen_epochs must be >= 1, got 0"),
+        (["--num_train", "0"], "--num_train must be >= 1, got 0"),
+        (["--rates", "-1"], "--rates must be finite and > 0, got -1"),
+        (["--rates", "1e-3", "nan"], "--rates must be finite and > 0, got nan"),
+        (["--box_weights", "0"], "--box_weights must be finite and > 0, got 0"),
+        (["--seeds", "-4"], "must be in [0, 2^32), got -4"),
     ],
 )
-def test_what_cannot_be_compared_is_said(words, told, monkeypatch, capsys, tmp_path) -> None:
+def test_invalid_arguments_are_refused_before_any_run(words, told, monkeypatch, capsys, tmp_path) -> None:
     assert call(monkeypatch, *words, "--folder", str(tmp_path)) == 2
     assert told in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -101,7 +103,7 @@ def make_voc(folder: Path) -> Path:
     return folder
 
 
-def test_two_data_sets_of_one_name_are_not_mixed(monkeypatch, capsys, tmp_path) -> None:
+def test_two_data_sets_of_one_name_in_a_folder_are_refused(monkeypatch, capsys, tmp_path) -> None:
     first, second = (make_voc(tmp_path / place / "cells") for place in ("a", "b"))
     words = ["--folder", str(tmp_path / "runs"), "--minutes", "-1"]
     assert call(monkeypatch, "--data", str(first), *words) == 0
@@ -112,9 +114,12 @@ def test_two_data_sets_of_one_name_are_not_mixed(monkeypatch, capsys, tmp_path) 
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [(["--selection_seed", "9"], "selection_seed is 0 there and 9"), (["--chosen_epochs", "1"], "chosen_epochs is 12")],
+    [
+        (["--selection_seed", "9"], "selection_seed must be 0 as in the existing runs, got 9"),
+        (["--chosen_epochs", "1"], "chosen_epochs must be 12"),
+    ],
 )
-def test_a_folder_has_one_way_of_choosing(words, told, monkeypatch, capsys, tmp_path) -> None:
+def test_folder_with_other_selection_settings_is_refused(words, told, monkeypatch, capsys, tmp_path) -> None:
     common = ["--folder", str(tmp_path), "--minutes", "-1"]
     assert call(monkeypatch, *common) == 0
     assert call(monkeypatch, *common, "--seeds", "4", "--rates", "1e-2", "--losses", "focal") == 0
@@ -122,21 +127,7 @@ def test_a_folder_has_one_way_of_choosing(words, told, monkeypatch, capsys, tmp_
     assert told in capsys.readouterr().err
 
 
-def test_a_folder_of_old_goes_on(tmp_path) -> None:
-    from comparison import rows, settings
-
-    study = make_study(tmp_path)
-    settings.write_settings(study)
-    file = study.results_folder / "study.json"
-    content = json.loads(file.read_text())
-    del content["config"]
-    file.write_text(json.dumps(content | {"rates": [0.001], "seeds": [1], "options": "--num_train 8"}))
-    assert rows.read_settings(file)["config"] == "configs/shapes_ssd.yaml"
-    settings.write_settings(study)
-    assert "options" not in json.loads(file.read_text())  # it told of the last call alone
-
-
-def test_data_in_the_current_folder_have_its_name(monkeypatch, tmp_path) -> None:
+def test_data_in_the_current_folder_has_the_name_of_the_folder(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(make_voc(tmp_path / "cells"))
     study = make_study(tmp_path, data=".")
     assert study.data_name == "cells"
@@ -144,7 +135,7 @@ def test_data_in_the_current_folder_have_its_name(monkeypatch, tmp_path) -> None
     assert make_study(tmp_path).results_folder == tmp_path / "shapes" / "32-true" / "8_and_3_images_2_epochs"
 
 
-def test_another_configuration_takes_the_data_set_and_the_loss(tmp_path, capsys) -> None:
+def test_another_configuration_gets_the_data_set_and_the_loss(tmp_path, capsys) -> None:
     from comparison import plan
     from onestage.cli import main
 
@@ -153,14 +144,14 @@ def test_another_configuration_takes_the_data_set_and_the_loss(tmp_path, capsys)
     with pytest.raises(SystemExit):
         main([*run.words(), "--print_config"])
     content = yaml.safe_load(capsys.readouterr().out)
-    assert content["data"]["init_args"]["root"] == str(data)
-    assert content["data"]["init_args"]["image_size"] == 300
+    assert content["data"]["source"]["init_args"]["path"] == str(data)
+    assert content["data"]["image_size"] == 300
     assert content["model"]["detector"]["class_path"] == "onestage.models.SSD300"
     assert content["model"]["detector"]["init_args"]["classification_loss"]["init_args"]["gamma"] == 2.0
     assert content["model"]["optimizer"]["init_args"]["lr"] == 0.002
 
 
-def test_a_quick_comparison_keeps_nothing_and_shows_its_page(monkeypatch, capsys) -> None:
+def test_quick_comparison_prints_its_page_and_keeps_nothing(monkeypatch, capsys) -> None:
     import compare_losses
     from comparison import report, step_time
 
@@ -174,7 +165,7 @@ def test_a_quick_comparison_keeps_nothing_and_shows_its_page(monkeypatch, capsys
 
 
 @pytest.mark.slow
-def test_quick_comparison_runs_and_writes_its_page(tmp_path) -> None:
+def test_quick_comparison_trains_and_writes_its_page(tmp_path) -> None:
     words = [sys.executable, str(SCRIPTS / "compare_losses.py"), "--quick", "--precision", "32-true"]
     (tmp_path / "temporary").mkdir()
     done = subprocess.run(
@@ -188,5 +179,5 @@ def test_quick_comparison_runs_and_writes_its_page(tmp_path) -> None:
     page = (tmp_path / "loss_comparison.md").read_text()
     assert "| focal | 0.002 | 0.1 |" in page
     assert "| mining | 0.002 | 0.1 |" in page
-    assert "they name none" not in page  # every run has kept its commit
+    assert "the runs name none" not in page  # every run has kept its commit
     assert not list((tmp_path / "temporary").glob("compare-losses-*"))

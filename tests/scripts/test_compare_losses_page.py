@@ -1,4 +1,4 @@
-"""The comparison of losses: how it sums up its runs, and the page about them."""
+"""Summaries and page of the comparison of losses."""
 
 import json
 import subprocess
@@ -25,10 +25,10 @@ def page_of(folder: Path) -> str:
 
 
 def make_all(study, values) -> None:
-    """Make up all runs of a study: the best of each loss is at the middle rate and the first box weight."""
-    from comparison import settings
+    """Write outcomes of all runs: each loss is best at the middle rate and the first box weight."""
+    from comparison import plan
 
-    settings.write_settings(study)
+    plan.write_settings(study)
     weight_runs = study.choosing.weight_runs()
     best = {run.loss: run for run in reversed(weight_runs)}
     for run in dict.fromkeys([*weight_runs, *study.choosing.rate_runs(best)]):
@@ -39,7 +39,7 @@ def make_all(study, values) -> None:
             finish(run, values[run.loss])
 
 
-def test_steps_to_half_lie_on_the_line_between_two_points() -> None:
+def test_steps_to_half_are_interpolated() -> None:
     from comparison.rows import steps_to_half
 
     assert steps_to_half([[50, 0.1], [100, 0.3], [150, 0.4]]) == 75  # 0.2 is halfway from 0.1 to 0.3
@@ -48,11 +48,11 @@ def test_steps_to_half_lie_on_the_line_between_two_points() -> None:
     assert steps_to_half([]) is None
 
 
-def test_the_page_has_means_spread_noise_and_failures(tmp_path) -> None:
-    from comparison import report, settings
+def test_page_has_means_spread_significance_and_non_finite_runs(tmp_path) -> None:
+    from comparison import plan, report
 
     study = make_study(tmp_path)
-    settings.write_settings(study)
+    plan.write_settings(study)
     values = {"focal": (0.30, 0.32, 0.34), "mining": (0.20, 0.20, 0.26)}
     for run in study.final_runs(best_of(study)):
         finish(run, values[run.loss][run.seed - 1], is_finite=run.loss == "focal" or run.seed > 1)
@@ -62,16 +62,16 @@ def test_the_page_has_means_spread_noise_and_failures(tmp_path) -> None:
     assert "| mining | 0.002 | 0.05 | 22.0 (20.0 to 26.0) | 44.0 (40.0 to 52.0) | 75 |  | 1 of 3 |" in page
     # Variances 4 and 12, pooled 8: 2.8 points; two standard errors of a difference of means of 3: 2 sqrt(8 * 2 / 3)
     assert "is 2.8 points of mAP" in page
-    assert "differ by less than 4.6 are not told apart; the losses span 10.0" in page
+    assert "difference of less than 4.6 between means of 3 seeds is not significant; the losses span 10.0" in page
     assert "| focal | 32.0 | 0.0 |" in page  # a class that was never found
     assert (tmp_path / "docs" / "images" / "loss_comparison.png").stat().st_size > 1000
 
 
-def test_the_table_has_a_line_for_every_run_and_another_page_its_own_three_files(tmp_path) -> None:
-    from comparison import report, settings
+def test_table_has_a_line_per_run_and_page_name_sets_three_files(tmp_path) -> None:
+    from comparison import plan, report
 
     study = make_study(tmp_path)
-    settings.write_settings(study)
+    plan.write_settings(study)
     choosing, counting = study.weight_runs()[0], next(iter(study.final_runs(best_of(study))))
     finish(choosing, 0.25)
     finish(counting, 0.5, is_finite=False)
@@ -90,19 +90,8 @@ def test_the_table_has_a_line_for_every_run_and_another_page_its_own_three_files
     assert (tmp_path / "docs" / "images" / "long_runs.png").is_file()
 
 
-def test_only_seeds_that_count_are_on_the_page(tmp_path) -> None:
-    from comparison import rows, settings
-
-    study = make_study(tmp_path)
-    settings.write_settings(study)
-    for run in [*study.weight_runs()[:1], *study.final_runs({"focal": study.weight_runs()[0]})]:
-        finish(run, 0.9 if run.seed == 0 else 0.1)
-    (row,) = rows.read_rows(study.results_folder, rows.read_settings(study.results_folder / "study.json"))
-    assert row.metrics["mAP"] == [0.1] * 3
-
-
-def test_a_long_study_takes_the_settings_that_a_short_one_has_chosen_and_keeps_its_runs_apart(tmp_path) -> None:
-    from comparison import outcomes, report, settings
+def test_long_study_uses_settings_chosen_by_a_short_one(tmp_path) -> None:
+    from comparison import outcomes, plan, report
 
     short = make_study(tmp_path)
     assert short.choosing == short
@@ -115,7 +104,7 @@ def test_a_long_study_takes_the_settings_that_a_short_one_has_chosen_and_keeps_i
     for run in final_runs:
         assert run.words()[run.words().index("--trainer.max_epochs") + 1] == "8"
         finish(run, 0.5)
-    settings.write_settings(long)
+    plan.write_settings(long)
     report.write(tmp_path, tmp_path / "docs")
     page = (tmp_path / "docs" / "loss_comparison.md").read_text()
     assert "## shapes, bf16-mixed, 8 epochs" in page
@@ -124,7 +113,7 @@ def test_a_long_study_takes_the_settings_that_a_short_one_has_chosen_and_keeps_i
     assert "## shapes, 32-true" not in page  # nothing was asked of it
 
 
-def test_a_later_call_with_other_seeds_and_rates_hides_nothing_of_what_was_run(tmp_path) -> None:
+def test_later_call_with_other_seeds_and_rates_keeps_all_runs_on_the_page(tmp_path) -> None:
     first = make_study(tmp_path, losses=("focal", "mining", "ohem"))
     make_all(first, {"focal": 0.3, "mining": 0.3, "ohem": 0.3})
     later = replace(first, losses=("focal",), rates=(8e-3,), box_weights=(1.0,), seeds=(4,))
@@ -141,18 +130,18 @@ def test_a_later_call_with_other_seeds_and_rates_hides_nothing_of_what_was_run(t
     assert "| ohem | 0.002 | 0.05 | 35.0 (30.0 to 50.0) |" in page  # (3 * 30 + 50) / 4
 
 
-def test_a_row_that_is_not_of_the_best_setting_and_a_loss_without_one_are_named(tmp_path) -> None:
+def test_rows_below_the_best_setting_and_losses_without_a_row_are_listed(tmp_path) -> None:
     study = make_study(tmp_path, losses=("focal", "mining", "ohem"))
     make_all(replace(study, losses=("focal", "mining")), {"focal": 0.3, "mining": 0.3})
     (run, *_) = replace(study, losses=("focal",), box_weights=(1.0,)).weight_runs()
     finish(run, 0.9)
     finish(replace(run, loss="ohem"), 0.0, metrics={}, exit_code=6, is_finite=False)
     page = page_of(tmp_path)
-    assert "Not at the best setting that was tried, with which no counting run was made: focal." in page
-    assert "No run that counts, so far or because none that chooses came to its end: ohem." in page
+    assert "Not at the best setting tried, which has no final run: focal." in page
+    assert "Without a final run: ohem." in page
 
 
-def test_the_command_on_the_page_makes_the_same_runs(tmp_path, monkeypatch) -> None:
+def test_command_on_the_page_makes_the_same_runs(tmp_path, monkeypatch) -> None:
     import compare_losses
 
     study = make_study(tmp_path, precision="bf16-mixed", epochs=8, selection_seed=7, num_val=50)
@@ -165,18 +154,7 @@ def test_the_command_on_the_page_makes_the_same_runs(tmp_path, monkeypatch) -> N
     assert again == study
 
 
-def test_an_interrupted_run_of_old_is_no_run_that_counts(tmp_path) -> None:
-    study = make_study(tmp_path)
-    make_all(study, {"focal": 0.3, "mining": 0.3})
-    (run, *_) = study.final_runs({"focal": study.weight_runs()[0]})
-    outcome = json.loads(run.outcome_file.read_text())
-    run.outcome_file.write_text(json.dumps(outcome | {"exit_code": 143, "metrics": {}, "is_finite": False}))
-    page = page_of(tmp_path)
-    assert "| focal | 0.002 | 0.05 | 30.0 (30.0 to 30.0) | 60.0 (60.0 to 60.0) | 75 |  | 0 of 2 |" in page
-    assert "--losses focal --precision" in page  # seeds 2 and 3 only
-
-
-def test_the_page_names_the_commits_and_machines_of_the_runs(tmp_path) -> None:
+def test_page_names_commits_and_machines_of_the_runs(tmp_path) -> None:
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run(["git", "-C", str(tmp_path), *identity, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
@@ -184,7 +162,7 @@ def test_the_page_names_the_commits_and_machines_of_the_runs(tmp_path) -> None:
     study = make_study(tmp_path / "runs", losses=("focal",))
     make_all(study, {"focal": 0.3})
     page = page_of(tmp_path / "runs")
-    assert f"Commit: {head.stdout.strip()} (checked out now where the runs lie; they name none); machine: " in page
+    assert f"Commit: {head.stdout.strip()} (checked out now; the runs name none); machine: " in page
     files = sorted((study.results_folder / "focal").glob(RUNS))
     for number, file in enumerate(files):
         origin = {"commit": "abc1234-dirty" if number else "def5678", "machine": "a GPU", "versions": {"torch": "9.0"}}
@@ -196,21 +174,7 @@ def test_the_page_names_the_commits_and_machines_of_the_runs(tmp_path) -> None:
     )
 
 
-def test_a_dirty_tree_is_named_so(tmp_path) -> None:
-    from comparison import origin
-
-    assert origin.commit(tmp_path) is None
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    (tmp_path / "file").write_text("1")
-    subprocess.run(["git", "-C", str(tmp_path), "add", "file"], check=True)
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run(["git", "-C", str(tmp_path), *identity, "commit", "-q", "-m", "a"], check=True)
-    assert origin.commit(tmp_path) == origin.head(tmp_path)
-    (tmp_path / "file").write_text("2")
-    assert origin.commit(tmp_path) == f"{origin.head(tmp_path)}-dirty"
-
-
-def test_step_times_have_seconds_and_are_relative_to_the_first_loss_without_mining(tmp_path) -> None:
+def test_step_times_are_relative_to_the_first_loss_without_mining(tmp_path) -> None:
     from comparison import step_time
 
     step_time.measure(("focal", "cross_entropy"), tmp_path / "step_times.json", rounds=1)
@@ -224,19 +188,7 @@ def test_step_times_have_seconds_and_are_relative_to_the_first_loss_without_mini
     )
 
 
-def test_step_times_of_old_are_ratios_alone(tmp_path) -> None:
-    from comparison import step_time
-
-    (tmp_path / "step_times.json").write_text('{"focal": 0.96, "mining": 1.0}')
-    make_all(make_study(tmp_path), {"focal": 0.3, "mining": 0.3})
-    page = page_of(tmp_path)
-    assert "| 75 | x0.96 | 0 of 3 |" in page
-    assert "in bfloat16 autocast on one CPU thread: the median, as a multiple of a step with mining in the same" in page
-    (tmp_path / "step_times.json").write_text('{"ohem": 1.0, "focal": 0.96}')
-    assert step_time.read_step_times(tmp_path / "step_times.json").reference == "ohem"
-
-
-def test_another_configuration_has_a_folder_and_a_name_of_its_own(tmp_path) -> None:
+def test_another_configuration_has_its_own_folder_and_title(tmp_path) -> None:
     from comparison import plan
 
     study = make_study(tmp_path)

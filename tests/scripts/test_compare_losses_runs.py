@@ -1,4 +1,4 @@
-"""The comparison of losses: how its runs are made, and what is kept of those that end early."""
+"""Running, failing and interrupted trainings of the comparison of losses."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def scripts(monkeypatch):
 
 @pytest.fixture
 def endings(monkeypatch):
-    """What each loss's runs do in place of training: words of a shell."""
+    """Replace the training of each loss by a shell command."""
     from comparison import runner
 
     ends = {"focal": "exit 6", "mining": "exit 6"}
@@ -39,7 +39,7 @@ def endings(monkeypatch):
     ("ending", "exit_code"),
     [("exit 130", 130), ("exit 2", 2), ("exit 1", 1), ("kill -TERM $$", 143), ("kill -KILL $$", 137)],
 )
-def test_a_run_that_was_interrupted_or_could_not_begin_is_not_made_and_ends_the_comparison(
+def test_interrupted_or_failed_run_leaves_no_outcome_and_ends_the_comparison(
     endings, ending, exit_code, tmp_path, capsys
 ) -> None:
     from comparison import runner
@@ -52,20 +52,10 @@ def test_a_run_that_was_interrupted_or_could_not_begin_is_not_made_and_ends_the_
     assert f"focal lr_0.002_box_0.05_seed_0 ended with exit code {exit_code}" in str(raised.value)
     assert "  no disk" in str(raised.value)
     assert "1/4  shapes focal" in capsys.readouterr().out
-    assert not list(tmp_path.rglob("outcome.json"))  # mining was not begun
+    assert not list(tmp_path.rglob("outcome.json"))  # mining was not started
 
 
-def test_runs_under_way_are_finished_when_another_fails(endings, tmp_path) -> None:
-    from comparison import runner
-
-    endings |= {"focal": "exit 5", "mining": "sleep 0.3; exit 6"}
-    with pytest.raises(runner.RunFailedError):
-        runner.make_runs(make_study(tmp_path).weight_runs(), jobs=2)
-    (file,) = tmp_path.rglob("outcome.json")
-    assert file.parent.parent.name == "mining"
-
-
-def test_a_run_that_the_guard_against_non_finite_numbers_ended_is_made(endings, tmp_path) -> None:
+def test_run_ended_by_non_finite_numbers_is_an_outcome(endings, tmp_path) -> None:
     from comparison import outcomes, runner
 
     runs = make_study(tmp_path).weight_runs()
@@ -75,20 +65,10 @@ def test_a_run_that_the_guard_against_non_finite_numbers_ended_is_made(endings, 
     assert outcomes.best_runs(runs) == {}
 
 
-def test_an_old_outcome_of_an_interrupted_run_counts_as_not_made(endings, tmp_path) -> None:
-    from comparison import outcomes, runner
-
-    (run, *_) = make_study(tmp_path).weight_runs()
-    finish(run, 0.0, exit_code=143, metrics={}, is_finite=False)
-    assert outcomes.read(run.outcome_file) is None
-    runner.make_runs([run], jobs=1)
-    assert outcomes.read(run.outcome_file)["exit_code"] == 6
-
-
 @pytest.mark.parametrize(
     ("losses", "skipped", "is_finite"), [("0.5", False, True), ("nan", False, False), ("0.5", True, False)]
 )
-def test_a_run_is_finite_unless_a_row_or_the_guard_says_otherwise(losses, skipped, is_finite, tmp_path) -> None:
+def test_run_is_finite_unless_a_loss_or_skipped_steps_say_otherwise(losses, skipped, is_finite, tmp_path) -> None:
     from comparison import outcomes
 
     (tmp_path / "version_9").mkdir()
@@ -103,11 +83,11 @@ def test_a_run_is_finite_unless_a_row_or_the_guard_says_otherwise(losses, skippe
     assert outcome["curve"] == [[10, 0.5]]
 
 
-def test_no_run_is_begun_when_the_time_is_over(endings, tmp_path, capsys) -> None:
+def test_no_run_starts_after_the_deadline(endings, tmp_path, capsys) -> None:
     from comparison import runner
 
     runner.make_runs(make_study(tmp_path).weight_runs(), jobs=1, deadline=time.time() - 1)
-    assert "4 runs put off" in capsys.readouterr().out
+    assert "4 runs postponed" in capsys.readouterr().out
     assert not list(tmp_path.rglob("log.txt"))
 
 
@@ -128,21 +108,22 @@ def comparison(folder: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "exit_code", "whom"),
     [(signal.SIGINT, 130, os.killpg), (signal.SIGTERM, 143, os.kill)],  # Ctrl-C goes to the runs too
     ids=["ctrl-c", "sigterm"],
 )
-def test_a_signal_ends_the_comparison_with_its_runs_and_records_nothing(number, exit_code, whom, tmp_path) -> None:
+def test_signal_ends_the_comparison_and_its_runs_without_outcome(number, exit_code, whom, tmp_path) -> None:
     process = comparison(tmp_path)
     until = time.time() + 300
-    while time.time() < until and not list(tmp_path.rglob("metrics.csv")):  # the training has its handlers by then
+    while time.time() < until and not list(tmp_path.rglob("metrics.csv")):  # the training handles signals by then
         time.sleep(0.1)
     assert list(tmp_path.rglob("metrics.csv"))
     whom(process.pid, number)
     _, told = process.communicate(timeout=120)
     assert process.returncode == exit_code
-    assert "the same command goes on" in told
+    assert "repeat the command to continue" in told
     assert not list(tmp_path.rglob("outcome.json"))
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # nothing is left of it

@@ -49,10 +49,6 @@ class PositiveNormaliser(nn.Module):
             self.running_mean.copy_(count)
         return count
 
-    def extra_repr(self) -> str:
-        """Return the constructor's arguments."""
-        return f"momentum={self.momentum}"
-
 
 def sum_over_processes(values: Tensor) -> Tensor:
     """Return the sum over the processes of a distributed run, on the device."""
