@@ -1,4 +1,4 @@
-"""The drawn set and the uninterrupted runs that interrupted ones are compared with."""
+"""Uninterrupted runs, which interrupted ones are compared with."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -14,20 +14,11 @@ import tiny_run
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Keep torch to one thread: a forked child that asks OpenMP for its parent's threads waits for them for ever."""
+    """Keep torch to one thread: a forked child would wait for the OpenMP threads of its parent for ever."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from onestage.data.shapes import draw_shapes
-
-    folder = tmp_path_factory.mktemp("drawn") / "shapes"
-    draw_shapes(folder, num_train=32, num_val=7, seed=0)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +30,7 @@ def uninterrupted(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
         if options not in folders:
             runs = tmp_path_factory.mktemp("whole")
             assert tiny_run.onestage(*tiny_run.words(drawn, runs, *options)) == 0
-            folders[options] = runs / "tiny" / "version_0"
+            folders[options] = tiny_run.folder_of(runs)
         return folders[options]
 
     return run_folder

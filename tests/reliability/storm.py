@@ -1,8 +1,7 @@
-"""A storm of SIGKILLs over one run: it is begun again after each, and must end as if nothing had been.
+"""Kill one run fifty times, resume it after each kill, and compare its end with an undisturbed run.
 
-A program of its own: it imports everything once and forks a process for each attempt, which then costs a second. It
-prints one line of JSON: how many kills there were, how many of them inside a save, how many files were torn, how
-many steps were lost at most, and whether the end is that of the run without kills.
+A program of its own: it imports everything once and forks a process for each attempt. It prints one line of JSON: the
+number of kills, of kills during a save and of damaged files, the most steps lost, and the differences at the end.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from onestage.training.module import DetectionModule
 INTERVAL = 2  # optimizer steps between two checkpoints
 EPOCHS = 40  # of 8 steps
 NUM_STEPS = EPOCHS * 8
-LAST_STEPS = 40  # without a kill on purpose: one that comes late must still come before the end
+LAST_STEPS = 40  # without a planned kill: a late one must still come before the end
 
 
 def command(data: Path, runs: Path, *options: str) -> list[str]:
@@ -37,7 +36,7 @@ def command(data: Path, runs: Path, *options: str) -> list[str]:
 
 
 class StepCounter:
-    """How many steps a process has finished, in memory that outlives it."""
+    """Count the steps of a process in memory that outlives it."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 8)
@@ -57,14 +56,14 @@ class StepCounter:
 
 
 def kill_after(seconds: float) -> None:
-    """Kill this process at a moment that nothing in it decides."""
+    """Kill this process from a timer."""
     timer = threading.Timer(seconds, lambda: tiny_run.send(signal.SIGKILL))
     timer.daemon = True
     timer.start()
 
 
 def attempt(words: list[str], counter: StepCounter, fault: Callable[[], None] = lambda: None) -> int:
-    """Run until the end or the kill that `fault` prepares; return the exit code, negative for a signal."""
+    """Run until the end or a kill; return the exit code, negative for a signal."""
     sys.stdout.flush()
     process = os.fork()
     if process == 0:
@@ -78,14 +77,14 @@ def attempt(words: list[str], counter: StepCounter, fault: Callable[[], None] = 
 
 
 def kill_in_save(draw: random.Random) -> Callable[[], None]:
-    """Half-way through the bytes, before they are on the disk, or before the file has its name."""
+    """Kill half-way through the bytes, before they are on the disk, or before the rename."""
     where, first, last = draw.choice([("write", 1, 3), ("sync", 2, 7), ("replace", 4, 8)])
     count = draw.randint(first, last)
     return lambda: tiny_run.break_at(where, count, lambda: tiny_run.send(signal.SIGKILL))
 
 
 def kill_anywhere(draw: random.Random, steps_left: int, kills_left: int) -> Callable[[], None]:
-    """A moment after some step, so that all kills fit into the run however fast it is; one in ten while it starts."""
+    """Kill after some step, so that all kills fit into the run; one in ten while it starts."""
     seconds = draw.uniform(0, 0.05)
     spare = max(0, steps_left - LAST_STEPS)
     if draw.random() < 0.1 and spare > LAST_STEPS:
@@ -95,18 +94,18 @@ def kill_anywhere(draw: random.Random, steps_left: int, kills_left: int) -> Call
 
 
 def state_of(folder: Path) -> tuple[int, int]:
-    """Number of torn files, and the step of the newest whole checkpoint (0: none)."""
-    torn, steps = 0, [0]
+    """Return the number of damaged files, and the step of the newest whole checkpoint (0: none)."""
+    damaged, steps = 0, [0]
     for file in folder.glob("checkpoints/*.ckpt"):
         try:
             steps.append(int(read_checkpoint(file)["global_step"]))
         except CheckpointError:
-            torn += 1
-    return torn, max(steps)
+            damaged += 1
+    return damaged, max(steps)
 
 
 def folder_of_run(runs: Path) -> Path:
-    """Where the run goes on. A kill before the first checkpoint leaves a folder without any, and a new one begins."""
+    """Return the folder of the run. A kill before the first checkpoint leaves an empty one behind."""
     folders = sorted((runs / "tiny").glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
     with_checkpoints = [path for path in folders if any(path.glob("checkpoints/*.ckpt"))]
     assert with_checkpoints in ([], folders[-1:]), f"several runs have checkpoints: {with_checkpoints}"
@@ -114,26 +113,26 @@ def folder_of_run(runs: Path) -> Path:
 
 
 def storm(data: Path, runs: Path, num_kills: int, num_in_save: int, seed: int) -> dict[str, object]:
-    """Kill, look, go on; then run to the end."""
+    """Kill, check, resume; then run to the end."""
     draw = random.Random(seed)
     words = command(data, runs, "--resume", "auto")
     in_save = set(draw.sample(range(1, num_kills), num_in_save))
     counter = StepCounter()
-    torn, lost, newest, kills, kills_in_save = 0, 0, 0, 0, 0
+    damaged, lost, newest, kills, kills_in_save = 0, 0, 0, 0, 0
     while kills < num_kills:
         is_in_save = kills in in_save
         fault = kill_in_save(draw) if is_in_save else kill_anywhere(draw, NUM_STEPS - newest, num_kills - kills)
         code = attempt(words, counter, fault)
         if code != -signal.SIGKILL:
-            break  # it came to its end before all kills did, which the number of kills will show
+            break  # the run ended before all kills; their number shows it
         kills += 1
         kills_in_save += is_in_save
-        damaged, newest = state_of(folder_of_run(runs))
-        torn += damaged
+        num_damaged, newest = state_of(folder_of_run(runs))
+        damaged += num_damaged
         lost = max(lost, counter.value - newest)
     code = attempt(words, counter)
     return {
-        "kills": kills, "kills_in_save": kills_in_save, "torn_files": torn, "most_steps_lost": lost,
+        "kills": kills, "kills_in_save": kills_in_save, "damaged_files": damaged, "most_steps_lost": lost,
         "interval": INTERVAL, "exit_code": code,
     }  # fmt: skip
 
