@@ -23,7 +23,7 @@ from onestage.types import Predictions
 
 NUM_ANCHORS = 8732
 FEATURE_SIDES = (38, 19, 10, 5, 3, 1)
-MAX_WORKING_OPERATIONS = 150
+MAX_WORKING_OPERATIONS = 170
 
 # Outputs of a size that only the data decide, and numbers that are read.
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
