@@ -139,7 +139,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)  # noqa: PTH105 # tests interrupt this system call by its name
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise write_error(path, error, _size(temporary)) from error
+        raise write_error(path, error, temporary.stat().st_size if temporary.exists() else 0) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -220,13 +220,6 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
 def printable(name: str | Path) -> str:
     """Return a name without characters that break a line or colour a terminal."""
     text = str(name)
@@ -256,11 +249,7 @@ def is_path(name: str) -> bool:
 
 def is_encodable(name: str) -> bool:
     """Tell whether UTF-8 can hold the name; half a surrogate pair it cannot."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return name.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in name)
 
 
 def _require_inside(source: str, root: Path, path: Path) -> None:

@@ -304,8 +304,7 @@ def _checked_entries(source: str, key: str, value: object) -> tuple[str, ...]:
 
 def _list_entry(settings: YOLOSettings, entry: str) -> list[Path]:
     """Return the images of one folder or list file."""
-    path = settings.root / entry
-    # Roboflow writes ../train/images for what lies beside its data.yaml; COCO's own folders have no `images` above.
+    path = settings.root / entry  # Roboflow writes ../train/images for train/images; COCO's folders have no images/
     for other in (entry.removeprefix("../"), entry.removeprefix("images/")):
         if not path.exists():
             path = settings.root / other
