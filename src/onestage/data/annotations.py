@@ -1,11 +1,11 @@
 """Rules of annotations, and the checks that turn parsed columns into an `AnnotationSet`. No file is read here."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -288,14 +288,6 @@ def find_same_files(splits: Sequence[tuple[str, AnnotationSet]]) -> tuple[list[F
             findings.append(SAME_SPLIT.broken(f"{annotations.source} ({name})", problem, len(both)))
         shared |= set(both)
     return findings, shared
-
-
-def grouped(findings: Iterable[Finding]) -> dict[tuple[str, str], list[Finding]]:
-    """Group findings by effect and rule, most severe first, in the order in which they were found."""
-    groups: dict[tuple[str, str], list[Finding]] = {}
-    for finding in sorted(findings, key=lambda finding: get_args(Effect).index(finding.effect)):
-        groups.setdefault((finding.effect, finding.rule), []).append(finding)
-    return groups
 
 
 def _refuse_fractions(source: str, boxes: npt.NDArray[np.float64]) -> None:

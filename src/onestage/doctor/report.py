@@ -2,15 +2,16 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import get_args
 
 from onestage import __version__
-from onestage.data.annotations import grouped
 from onestage.doctor.anchors import POSITIVE_IOU
 from onestage.doctor.checks import Diagnosis
 from onestage.doctor.statistics import RATIOS, SIDES
 from onestage.files import printable
+from onestage.types import Effect, Finding
 
 NUM_SHOWN = 20  # findings per rule in the text
 NUM_CLASSES_SHOWN = 100
@@ -99,7 +100,7 @@ def _shape_lines(diagnosis: Diagnosis) -> Iterator[str]:
 
 
 def _finding_lines(diagnosis: Diagnosis) -> Iterator[str]:
-    for (effect, rule), members in reversed(grouped(diagnosis.findings).items()):
+    for (effect, rule), members in reversed(_grouped(diagnosis.findings).items()):
         yield ""
         yield f"{TITLES[effect]}: {rule} ({sum(member.num_items for member in members)})"
         for member in members[:NUM_SHOWN]:
@@ -142,3 +143,11 @@ def _without_nan(value: float | list[float]) -> float | list[float | None] | Non
     if isinstance(value, list):
         return [None if math.isnan(item) else item for item in value]
     return None if math.isnan(value) else value
+
+
+def _grouped(findings: Iterable[Finding]) -> dict[tuple[str, str], list[Finding]]:
+    """Group findings by effect and rule, most severe first, in the order in which they were found."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in sorted(findings, key=lambda finding: get_args(Effect).index(finding.effect)):
+        groups.setdefault((finding.effect, finding.rule), []).append(finding)
+    return groups
