@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"boxes", "losses"},
     "data": set(),  # targets are matched on the device: loading knows no anchors
     "evaluation": {"boxes"},
-    "training": {"evaluation"},
+    "training": {"boxes", "evaluation"},
 }
 CORE = set(ALLOWED)
 ADD_ONS = {"reliability", "doctor", "convert", "download", "deploy"}

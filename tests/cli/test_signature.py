@@ -35,7 +35,7 @@ def paint(
 
 def test_words_become_typed_arguments_and_the_result_is_the_exit_code() -> None:
     calls.clear()
-    assert run_function("paint", paint, ["a", "b", "--to", "red", "--names", "x", "y", "--dry"]) == 3
+    assert run_function("paint", paint, ["--dry", "a", "b", "--to", "red", "--names", "x", "y"]) == 3
     expected = {"paths": [Path("a"), Path("b")], "to": "red", "names": ["x", "y"], "dry": True, "share": 0.5}
     assert calls == [expected]
 

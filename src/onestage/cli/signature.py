@@ -6,7 +6,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from onestage.errors import ConfigError
 
@@ -29,14 +29,12 @@ def run_function(command: str, function: Callable[..., int], words: Sequence[str
     """Call a function with arguments read from the command line; return its result, the exit code.
 
     Positional-or-keyword parameters without a default become positionals, keyword-only ones become options, booleans
-    become flags, and lists take several values. The docstring is the help: its summary and description, and the lines
-    of `Args`.
+    become --flag and --no_flag, and lists take several values. The docstring is the help: its summary, description
+    and `Args`.
 
     Raises:
         ConfigError: the words do not fit the signature.
     """
-    if list(inspect.signature(function).parameters) == ["words"]:  # until the last command is a typed function
-        return function(words) or 0
     arguments = command_parser(command, function).parse_args(list(words))
     values = {name: _plain(value) for name, value in vars(arguments).items()}
     return function(**values)
@@ -55,8 +53,9 @@ def command_parser(command: str, function: Callable[..., int]) -> CommandParser:
         items = _list_item(hints[name])
         if items is not None:
             settings |= {"nargs": "+", "type": items}
-        if hints[name] is bool:
-            settings |= {"nargs": "?", "const": True}
+        if hints[name] is bool:  # no value: the next word may be a positional
+            del settings["type"]
+            settings["action"] = ActionYesNo(yes_prefix="", no_prefix="no_")
         if is_required and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
             parser.add_argument(name, **settings)
         elif is_required:

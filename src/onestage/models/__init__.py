@@ -1,7 +1,7 @@
 """The detectors and backbones."""
 
 from onestage.models.backbone import Backbone, TorchvisionBackbone
-from onestage.models.ssd import SSD, SSD160, SSD300, SSD512
+from onestage.models.ssd import SSD, SSD128, SSD160, SSD300, SSD512
 from onestage.models.vgg import VGG
 
-__all__ = ["SSD", "SSD160", "SSD300", "SSD512", "VGG", "Backbone", "TorchvisionBackbone"]
+__all__ = ["SSD", "SSD128", "SSD160", "SSD300", "SSD512", "VGG", "Backbone", "TorchvisionBackbone"]

@@ -37,6 +37,7 @@ class VGG(Backbone):
         fc_width: channels of fc6 and fc7.
         fc6_dilation: of the 3 x 3 kernel of fc6; 6 fits a map of 19 cells, a smaller map needs less.
         batch_norm: after each convolution, as in torchvision's vgg16_bn; the published SSD has none.
+        stem_stride: of the first convolution, 1 or 2; 2 replaces the first pooling, so that no stage has the full size.
     """
 
     def __init__(
@@ -46,17 +47,19 @@ class VGG(Backbone):
         fc_width: int = 1024,
         fc6_dilation: int = 6,
         batch_norm: bool = False,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__((widths[3], fc_width), (8, 16), PIXEL_MEAN, (PIXEL_STD,) * 3)
         self.is_vgg16 = tuple(depths) == (2, 2, 3, 3, 3) and not batch_norm
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         in_channels = 3
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
-            if stage > 1:
+            if stage > stem_stride:
                 # 300 -> 150 -> 75 -> 38: the third pool rounds up, or conv4_3 would have 37 x 37 cells.
                 layers[f"pool{stage - 1}"] = nn.MaxPool2d(2, 2, ceil_mode=stage == 4)
             for position in range(1, depth + 1):
-                layers |= _conv_layers(f"conv{stage}_{position}", in_channels, width, batch_norm)
+                stride = stem_stride if in_channels == 3 else 1
+                layers |= _conv_layers(f"conv{stage}_{position}", in_channels, width, batch_norm, stride=stride)
                 in_channels = width
         layers["pool5"] = nn.MaxPool2d(3, 1, padding=1)
         layers |= _conv_layers("fc6", in_channels, fc_width, batch_norm, dilation=fc6_dilation)
@@ -75,11 +78,17 @@ class VGG(Backbone):
 
 
 def _conv_layers(
-    name: str, in_channels: int, out_channels: int, batch_norm: bool, kernel_size: int = 3, dilation: int = 1
+    name: str,
+    in_channels: int,
+    out_channels: int,
+    batch_norm: bool,
+    kernel_size: int = 3,
+    dilation: int = 1,
+    stride: int = 1,
 ) -> OrderedDict[str, nn.Module]:
-    """Return a convolution that keeps the map's size, its batch norm if any, and its ReLU, by name."""
+    """Return a padded convolution, its batch norm if any, and its ReLU, by name."""
     padding = dilation * (kernel_size // 2)
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, 1, padding, dilation, bias=not batch_norm)
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=not batch_norm)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     layers: OrderedDict[str, nn.Module] = OrderedDict([(name, conv)])
     if batch_norm:
