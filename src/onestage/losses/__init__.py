@@ -3,8 +3,6 @@
 Constructors raise ConfigError for an argument outside the range in their docstring.
 """
 
-# ruff: noqa: F401  the imports are for type checkers
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,31 @@ if TYPE_CHECKING:
     from onestage.losses.normaliser import PositiveNormaliser
     from onestage.losses.quality import QualityFocalLoss, VarifocalLoss
 
+__all__ = [
+    "AutomatedFocalLoss",
+    "BoxLoss",
+    "CIoULoss",
+    "ClassWeights",
+    "ClassificationLoss",
+    "DIoULoss",
+    "EffectiveNumberWeights",
+    "GIoULoss",
+    "IoUBoxLoss",
+    "L1Loss",
+    "MinedCrossEntropy",
+    "OHEMCrossEntropy",
+    "PositiveNormaliser",
+    "QualityFocalLoss",
+    "SigmoidClassificationLoss",
+    "SigmoidCrossEntropy",
+    "SigmoidFocalLoss",
+    "SmoothL1Loss",
+    "SoftmaxClassificationLoss",
+    "SoftmaxCrossEntropy",
+    "SoftmaxFocalLoss",
+    "VarifocalLoss",
+]
+
 _NAMES = {
     "adaptive": "AutomatedFocalLoss",
     "box": "BoxLoss CIoULoss DIoULoss GIoULoss IoUBoxLoss L1Loss SmoothL1Loss",
@@ -29,7 +52,6 @@ _NAMES = {
     "quality": "QualityFocalLoss VarifocalLoss",
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES.items() for name in names.split()}
-__all__ = list(_MODULE_OF_NAME)
 
 
 def __getattr__(name: str) -> Any:
