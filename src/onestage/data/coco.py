@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data import annotations as rules
+import onestage.data.annotations as rules
 from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set, malformed, require_same_names
 from onestage.data.source import Source, Split, role_of
 from onestage.errors import AnnotationError

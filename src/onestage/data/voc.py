@@ -11,7 +11,7 @@ import numpy as np
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from onestage.data import annotations as rules
+import onestage.data.annotations as rules
 from onestage.data.annotations import (
     NUM_EXAMPLES,
     ImageColumns,

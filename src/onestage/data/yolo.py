@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from onestage.data import annotations as rules
+import onestage.data.annotations as rules
 from onestage.data.annotations import (
     ImageColumns,
     ObjectColumns,
