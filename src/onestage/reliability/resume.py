@@ -200,7 +200,9 @@ def require_resumable(
         CheckpointError: it has another model, optimizer, set of classes, kind of strategy or data set.
     """
     checkpoint = load_weights(module, path, data.class_names)
-    if not isinstance(checkpoint.get(OPTIMIZER), list):
+    loops = checkpoint.get("loops")
+    has_progress = isinstance(loops, dict) and bool(loops.get("fit_loop"))  # else Lightning starts at step 0, silently
+    if not isinstance(checkpoint.get(OPTIMIZER), list) or not has_progress:
         raise CheckpointError(
             f"{path} holds weights alone, without the optimizer and the progress of a run.\n"
             "Resume from a last.ckpt; to start a new run from weights see `pretrained` of the detector."
