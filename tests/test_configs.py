@@ -35,15 +35,16 @@ def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_the_help_of_a_command_says_how_to_see_the_keys_of_a_data_set_and_a_detector(capsys) -> None:
+def test_help_says_how_to_show_the_keys_of_a_source_and_a_detector(capsys) -> None:
     shown = " ".join(help_of(["fit", "--help"], capsys).split())
+    assert "--data.batch_size" in shown
     for option, key in [
-        ("--data.help onestage.data.COCO", "--data.batch_size"),
+        ("--data.source.help onestage.data.COCO", "--data.source.train_images"),
         ("--model.detector.help onestage.models.SSD300", "--model.detector.score_threshold"),
     ]:
         assert key not in shown
         assert option in shown
-        assert key in help_of(["fit", *option.split()], capsys)
+        assert key.rpartition(".")[2] in help_of(["fit", *option.split()], capsys)
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
@@ -61,7 +62,7 @@ def test_every_experiment_builds_without_its_data_or_weights(config: Path, tmp_p
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("experiment", ["shapes_ssd", "voc_ssd300"])
-def test_every_loss_lies_over_an_experiment(loss: Path, experiment: str, tmp_path: Path) -> None:
+def test_every_loss_overlay_builds_over_an_experiment(loss: Path, experiment: str, tmp_path: Path) -> None:
     written = yaml.safe_load(loss.read_text())["model"]["detector"]["init_args"]["classification_loss"]
     options = ["--config", str(CONFIGS / f"{experiment}.yaml"), "--config", str(loss)]
     options += ['--data.class_names=["a","b","c"]', "--data.category_ids=[1,5,7]"]
@@ -76,14 +77,14 @@ def test_every_loss_lies_over_an_experiment(loss: Path, experiment: str, tmp_pat
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda path: path.stem)
-def test_every_loss_names_all_arguments_so_that_none_of_the_loss_below_is_kept(loss: Path) -> None:
+def test_every_loss_overlay_names_all_arguments(loss: Path) -> None:
     written = yaml.safe_load(loss.read_text())["model"]["detector"]["init_args"]["classification_loss"]
     constructor = getattr(losses, written["class_path"].rpartition(".")[2])
     assert written["init_args"].keys() == signature(constructor).parameters.keys()
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS + LOSSES, ids=lambda path: path.stem)
-def test_every_experiment_says_what_it_is_and_how_to_run_it(config: Path) -> None:
+def test_every_config_header_has_its_command(config: Path) -> None:
     header = [line for line in config.read_text().splitlines() if line.startswith("#")]
     assert len(header) >= 2
     assert any(
@@ -91,7 +92,7 @@ def test_every_experiment_says_what_it_is_and_how_to_run_it(config: Path) -> Non
     )
 
 
-def test_the_shared_configuration_is_read_by_every_command(tmp_path: Path) -> None:
+def test_every_command_reads_the_shared_configuration(tmp_path: Path) -> None:
     shared = yaml.safe_load((CONFIGS / "trainer.yaml").read_text())
     options = ["--config", str(CONFIGS / "shapes_ssd.yaml")]
     for command in ("fit", "validate", "test", "predict"):
@@ -100,13 +101,7 @@ def test_the_shared_configuration_is_read_by_every_command(tmp_path: Path) -> No
         assert built.settings.seed_everything == shared["seed_everything"]
 
 
-@pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
-def test_long_experiments_average_their_weights_and_the_short_one_does_not(config: Path) -> None:
-    decay = yaml.safe_load(config.read_text()).get("ema", {}).get("decay")
-    assert decay == (0.9998 if config.stem.startswith(("voc", "coco")) else None)
-
-
-def test_the_average_comes_before_every_checkpoint(tmp_path: Path) -> None:
+def test_average_of_weights_precedes_every_checkpoint(tmp_path: Path) -> None:
     built = build(["--config", str(CONFIGS / "shapes_ssd.yaml"), "--ema.decay", "0.99"], tmp_path)
     kinds = [type(callback) for callback in built.trainer.callbacks]
     average = kinds.index(ExponentialMovingAverage)
@@ -116,12 +111,12 @@ def test_the_average_comes_before_every_checkpoint(tmp_path: Path) -> None:
     assert built.trainer.callbacks[average].decay == 0.99
 
 
-def test_the_seed_reaches_the_data(tmp_path: Path) -> None:
+def test_seed_reaches_the_data(tmp_path: Path) -> None:
     built = build(["--config", str(CONFIGS / "shapes_ssd.yaml"), "--seed_everything", "7"], tmp_path)
     assert built.datamodule.seed == 7
 
 
-def test_every_key_can_be_overridden_from_the_command_line(tmp_path: Path) -> None:
+def test_keys_can_be_overridden_on_the_command_line(tmp_path: Path) -> None:
     options = [
         "--config", str(CONFIGS / "shapes_ssd.yaml"),
         "--model.detector.prior", "0.02",
@@ -144,7 +139,7 @@ def test_every_key_can_be_overridden_from_the_command_line(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("key", ["limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval"])
 @pytest.mark.parametrize(("typed", "kind"), [("1", int), ("1.0", float), ("0.5", float)])
-def test_one_batch_is_not_all_batches(
+def test_limit_of_one_batch_is_not_all_batches(
     key: str, typed: str, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DetectionCLI, "instantiate_classes", lambda self: None)

@@ -79,7 +79,7 @@ LOSS = "model.detector.init_args.classification_loss"
         (["--seed_everything=-1"], "seed_everything must be a whole number in [0, 4294967295], got -1"),
         (["--seed_everything", "true"], "seed_everything must be a whole number in [0, 4294967295], got True"),
         (["--drawn_score", "2"], "drawn_score"),
-        ([f"--{LOSS}.init_args.alpha", "2"], f"{LOSS}.init_args.alpha must be in [0, 1], got 2.0"),
+        ([f"--{LOSS}.init_args.alpha", "2"], f"{LOSS}.init_args.alpha must be in [0, 1] or null, got 2.0"),
         ([f"--{LOSS}", "onestage.losses.FocalLoss"], "unknown class onestage.losses.FocalLoss; did you mean"),
         (["--model.detector.num_classes", "3"], "num_classes"),
         (["--trainer.precision", "half"], "trainer.precision"),
@@ -146,7 +146,7 @@ def test_classes_other_than_those_of_the_annotations_are_rejected_with_both_list
 def test_detector_of_the_users_own_module_trains(
     fast_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "my_models.py").write_text("from onestage.models import SSD160\nclass Mine(SSD160):\n    pass\n")
+    (tmp_path / "my_models.py").write_text("from onestage.models import SSD128\nclass Mine(SSD128):\n    pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     options = ["--model.detector", "my_models.Mine", "--trainer.fast_dev_run", "true", "--runs_dir", str(tmp_path)]
     assert run("fit", *fast_options, *options) == 0

@@ -21,6 +21,7 @@ def test_run_folder_holds_the_documented_files(trained: Path) -> None:
     assert len(list((trained / "predictions").glob("*.jpg"))) == 3
 
 
+@pytest.mark.slow
 def test_user_logger_leaves_config_yaml_in_the_run_folder(
     fast_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +110,7 @@ def test_resuming_continues_the_epoch_count(trained: Path, tmp_path: Path) -> No
     assert torch.load(last, weights_only=True)["global_step"] == 8  # two epochs of 32 images in batches of 8
 
 
+@pytest.mark.slow
 def test_resuming_keeps_the_best_checkpoint_until_a_better_one_comes(trained: Path, tmp_path: Path) -> None:
     last = tmp_path / "last.ckpt"
     checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
@@ -186,6 +188,7 @@ def test_fp16_with_a_fused_optimizer_and_clipping_is_rejected(
     assert "fused: false" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_voc_and_coco_files_of_one_set_give_equal_metrics(fast_options: list[str], tmp_path: Path) -> None:
     results = []
     for form in ("coco", "voc"):

@@ -37,7 +37,7 @@ def test_anchor_statistics_can_be_disabled(fast_options: list[str], tmp_path: Pa
 
 def test_missing_prior_warns_after_the_first_batch(fast_options: list[str], tmp_path: Path) -> None:
     options = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0", "--runs_dir", str(tmp_path)]
-    with pytest.warns(UserWarning, match=r"The first classification loss is .* for each positive anchor"):
+    with pytest.warns(UserWarning, match=r"The first classification loss is .* per positive anchor"):
         assert run("fit", *fast_options, *options, "--model.detector.init_args.prior", "0.5") == 0
 
 

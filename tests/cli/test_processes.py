@@ -58,11 +58,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     experiment = {
         "data": {
-            "class_path": "onestage.data.Shapes",
-            "init_args": {
-                "root": str(folder / "shapes"), "num_train": NUM_TRAIN, "num_val": NUM_VAL,
-                "image_size": 64, "batch_size": 2, "num_workers": 0,
+            "source": {
+                "class_path": "onestage.data.Shapes",
+                "init_args": {"path": str(folder / "shapes"), "num_train": NUM_TRAIN, "num_val": NUM_VAL},
             },
+            "image_size": 64, "batch_size": 2, "num_workers": 0,
         },
         "model": {
             "detector": {"class_path": "tiny_training.TinyDetector"},
@@ -118,6 +118,7 @@ def checkpoint(folder: Path, name: str) -> dict[str, object]:
     return dict(torch.load(path, weights_only=True))
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_run_folder(two: Path) -> None:
     (folder,) = two.glob("runs/*/*")
     assert folder.name == "version_0"
@@ -125,6 +126,7 @@ def test_two_processes_write_one_run_folder(two: Path) -> None:
     assert {"config.yaml", "metrics.csv", "results.json"} <= {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_each_image_is_used_once_per_epoch_in_the_steps_of_one_process(one: Path, two: Path) -> None:
     (alone,), shares = recorded(one), recorded(two)
     assert [len(share) for share in shares] == [NUM_STEPS, NUM_STEPS]
@@ -137,6 +139,7 @@ def test_each_image_is_used_once_per_epoch_in_the_steps_of_one_process(one: Path
     assert [batch["images"] for batch in alone[:10]] != [batch["images"] for batch in alone[10:]]
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one_with_twice_the_batch(one: Path, two: Path) -> None:
     (alone,), (first, second) = recorded(one), recorded(two)
     mean = [(left["loss"] + right["loss"]) / 2 for left, right in zip(first, second, strict=True)]
@@ -149,6 +152,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(one: Path, two: Path)
     assert start_of_run[-5:].mean() < 0.8 * start_of_run[:5].mean()  # and something was learnt in these steps
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_an_odd_number_of_images_like_one(config: Path, two: Path, tmp_path: Path) -> None:
     (best,) = two.glob("runs/*/version_0/checkpoints/best.ckpt")
     with pytest.MonkeyPatch.context() as patch:
@@ -159,6 +163,7 @@ def test_two_processes_evaluate_an_odd_number_of_images_like_one(config: Path, t
     assert together["metrics"]["mAP"] > 0
 
 
+@pytest.mark.slow
 def test_validation_losses_equal_those_of_one_process(one: Path, two: Path) -> None:
     """Weighted by positives, the mean does not depend on how images are shared among batches and processes."""
 
@@ -184,9 +189,9 @@ def test_auto_batch_prints_and_records_batch_and_learning_rate(
     assert "learning rate: 0.02 x 40 / 4 = 0.2 (processes 1 x batch_size 40 x accumulate_grad_batches 1" in said
     (saved,) = tmp_path.glob("runs/*/version_0/config.yaml")
     settings = yaml.safe_load(saved.read_text())
-    assert settings["data"]["init_args"]["batch_size"] == NUM_TRAIN
+    assert settings["data"]["batch_size"] == NUM_TRAIN
     assert settings["auto_batch"] is False
-    assert checkpoint(tmp_path, "best")["onestage"]["config"]["data"]["init_args"]["batch_size"] == NUM_TRAIN
+    assert checkpoint(tmp_path, "best")["onestage"]["config"]["data"]["batch_size"] == NUM_TRAIN
 
 
 def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -289,7 +294,7 @@ def test_processes_agree_on_the_auto_batch(config: Path, tmp_path: Path) -> None
     first, second = recorded(tmp_path)
     assert [len(batch["images"]) for batch in first] == [len(batch["images"]) for batch in second] == [20, 20]
     (saved,) = tmp_path.glob("runs/*/version_0/config.yaml")
-    assert yaml.safe_load(saved.read_text())["data"]["init_args"]["batch_size"] == 20
+    assert yaml.safe_load(saved.read_text())["data"]["batch_size"] == 20
 
 
 @pytest.mark.slow

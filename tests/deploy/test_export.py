@@ -27,7 +27,7 @@ def test_exported_weights_equal_the_checkpoint_bit_for_bit(trained: Path, export
     assert all(torch.equal(weights[name], saved["state_dict"][name]) for name in weights)
     description = json.loads(exported.with_suffix(".json").read_text())
     assert description["class_names"] == saved["onestage"]["class_names"]
-    assert description["detector"] == "SSD160"
+    assert description["detector"] == "SSD128"
     assert exported.stat().st_size < (trained / "checkpoints" / "best.ckpt").stat().st_size / 2  # no optimizer in it
 
 

@@ -124,7 +124,7 @@ def test_copies_and_near_copies_in_two_splits_are_found(tmp_path: Path) -> None:
     (near_copy,) = found(report, "near copy in two splits")
     assert (near_copy["effect"], Path(near_copy["place"]).name) == ("warning", "a4.jpg")
     assert str(tmp_path / "train" / "a9.jpg") in near_copy["problem"]
-    assert found(doctor(train, val, "--near_copies", "false")[1], "near copy in two splits") == []
+    assert found(doctor(train, val, "--no_near_copies")[1], "near copy in two splits") == []
 
 
 def test_classes_of_one_split_rare_classes_and_repeated_boxes_are_found(tmp_path: Path) -> None:

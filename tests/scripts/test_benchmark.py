@@ -31,9 +31,9 @@ def run(benchmark, monkeypatch, *arguments):
     ("part", "asserted"),
     [
         ("map", "all twelve numbers within 1e-6"),
-        ("detect", "same labels in the same order"),
-        ("data", "the same boxes within 0.001 px"),
-        ("ops", "never waits"),
+        pytest.param("detect", "same labels in the same order", marks=pytest.mark.slow),
+        pytest.param("data", "the same boxes within 0.001 px", marks=pytest.mark.slow),
+        pytest.param("ops", "never waits", marks=pytest.mark.slow),
         pytest.param("loss", "the same gradient within 1e-5", marks=pytest.mark.slow),  # it compiles
         ("save", "both read back the same tensors"),
         pytest.param("gather", "those of one, to the last digit", marks=pytest.mark.slow),
@@ -84,6 +84,7 @@ def test_verdict_compares_loader_rate_with_step_rate(benchmark, delivered, words
     assert all(word in _verdict(rates, 100.0) for word in words)
 
 
+@pytest.mark.slow
 def test_given_images_replace_drawn_ones(benchmark, monkeypatch, capsys, tmp_path):
     for number in range(3):
         cv2.imwrite(str(tmp_path / f"{number}.jpg"), np.full((90, 120, 3), 50 * number, dtype=np.uint8))

@@ -174,6 +174,7 @@ def test_page_names_commits_and_machines_of_the_runs(tmp_path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_step_times_are_relative_to_the_first_loss_without_mining(tmp_path) -> None:
     from comparison import step_time
 
