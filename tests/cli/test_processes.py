@@ -185,7 +185,7 @@ def test_auto_batch_prints_and_records_batch_and_learning_rate(
         options = ["--auto_batch", "64", "--model.reference_batch_size", "4", "--trainer.max_epochs", "1"]
         assert run(*fit_words(config, tmp_path, *options)) == 0
     said = capsys.readouterr().err
-    assert f"auto_batch: data.batch_size {NUM_TRAIN} of each process within 57.60 GiB on cpu" in said
+    assert f"auto_batch: data.batch_size {NUM_TRAIN} per process within 57.60 GiB on cpu" in said
     assert "learning rate: 0.02 x 40 / 4 = 0.2 (processes 1 x batch_size 40 x accumulate_grad_batches 1" in said
     (saved,) = tmp_path.glob("runs/*/version_0/config.yaml")
     settings = yaml.safe_load(saved.read_text())
