@@ -35,8 +35,8 @@ predict: $(READY) ## Draw detections: make predict ARGS="--data.predict_dir=my/i
 	@$(HAS_CKPT)
 	exec $(BIN)/onestage predict $(OPTIONS)
 
-test: $(READY) ## Run the quick tests; on more cores: make test ARGS="-n auto"
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## Run the quick tests, a process per core; one file: make test ARGS=tests/boxes/test_nms.py
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-all: $(READY) ## Run every test
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)

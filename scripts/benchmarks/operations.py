@@ -1,4 +1,4 @@
-"""What a training step asks of a device outside its convolutions: working operations and synchronisations.
+"""Working operations and synchronisations of a training step, outside its convolutions.
 
 Counted on the calls that reach the device's kernels, from images and logits to the gradient of the logits. A working
 operation is one that computes or copies: views and allocations are free. A synchronisation is one whose result the host

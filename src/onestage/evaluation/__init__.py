@@ -1,1 +1,1 @@
-"""Exact COCO numbers, drawn detections and the results file. Knows boxes, not models, and not Lightning."""
+"""Exact COCO metrics, drawn detections and the results file."""
