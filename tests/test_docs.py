@@ -90,7 +90,7 @@ def build_data(config: dict) -> DetectionDataModule:
     """Build a data module from the `data` section of a config, as the command line does."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(DetectionDataModule, "data")
-    return parser.instantiate_classes(parser.parse_object(config)).data
+    return parser.instantiate(parser.parse_object(config)).data
 
 
 def test_every_data_section_of_the_docs_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:

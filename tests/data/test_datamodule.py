@@ -333,7 +333,7 @@ def parse_yaml(text: str) -> DetectionDataModule:
     parser.add_class_arguments(DetectionDataModule, "data")
     config = parser.parse_string(text)
     parser.dump(config)  # what a run folder keeps
-    return parser.instantiate_classes(config).data
+    return parser.instantiate(config).data
 
 
 def test_one_line_of_yaml_is_enough(coco: Path) -> None:

@@ -106,7 +106,7 @@ def test_sampling_is_built_from_yaml(root: Path) -> None:
     parser.add_class_arguments(DetectionDataModule, "data")
     sampling = {"class_path": "onestage.data.RepeatFactorSampling", "init_args": {"threshold": 0.5}}
     config = {"path": str(root), "sampling": sampling}
-    data = parser.instantiate_classes(parser.parse_string(yaml.safe_dump({"data": config}))).data
+    data = parser.instantiate(parser.parse_string(yaml.safe_dump({"data": config}))).data
     assert isinstance(data.sampling, RepeatFactorSampling)
     assert data.sampling.threshold == 0.5
 

@@ -120,7 +120,7 @@ def test_command_writes_a_table_that_config_detector_and_doctor_take(
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(Detector, "model.detector")
     config = parser.parse_args(["--config", str(shared), "--config", str(out)])
-    model = parser.instantiate_classes(config).model.detector
+    model = parser.instantiate(config).model.detector
     assert model.selection.score_threshold == 0.2  # the rest of the configuration stays
     assert model.anchor_grid.levels == find_anchors("SSD160", str(out)).levels
     assert model.anchor_grid.levels != find_anchors("SSD160").levels

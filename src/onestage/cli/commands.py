@@ -95,7 +95,7 @@ class RunConfig(SaveConfigCallback):
         """Write all settings, for `--config` and `--resume auto`."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        self.parser.save(self.config, folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
 
 
 class DetectionCLI(LightningCLI):
@@ -164,7 +164,7 @@ class DetectionCLI(LightningCLI):
         require_classes_of_the_data(settings.model.detector)
         if self.command == "fit":
             evaluate_at_least_once(settings.trainer)
-            config = yaml.safe_load(self._parser(self.command).dump(settings, skip_none=False))
+            config = yaml.safe_load(self._parser(self.command).dump(settings, skip_unset=False))
             self.add_on.before_instantiate(settings, config)
 
     def instantiate_classes(self) -> None:
