@@ -1,5 +1,6 @@
 """The lock, the Make targets, the image and the workflow."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -54,7 +55,8 @@ def test_no_file_names_a_package_registry() -> None:
 
 
 def make(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True)
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *words], cwd=folder, env=outside, capture_output=True, text=True)
 
 
 def test_help_lists_every_target() -> None:
