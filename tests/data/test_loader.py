@@ -330,6 +330,28 @@ def test_death_of_a_worker_is_reported_between_two_steps(annotations: Annotation
         list(iterator)
 
 
+def test_death_in_an_idle_loader_is_explained_by_the_one_that_waits(annotations: AnnotationSet) -> None:
+    idle = iter(harmful_loader(annotations, lambda: None))
+    next(idle)
+    (worker,) = torch.multiprocessing.active_children()
+    waiting = iter(harmful_loader(annotations, lambda: None))
+    next(waiting)
+    os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.5)  # not join(), which would keep its death from torch
+    with pytest.raises(DataError, match="a worker process of the loader was killed by SIGKILL"):
+        list(waiting)
+
+
+def test_workers_of_a_broken_iterator_disturb_no_later_one(annotations: AnnotationSet) -> None:
+    loader = harmful_loader(annotations, lambda: time.sleep(100), 2.0)
+    with pytest.raises(DataError, match="no batch came"):
+        list(loader)
+    assert not torch.multiprocessing.active_children()
+    assert len(list(iter(harmful_loader(annotations, lambda: None)))) == len(loader)
+    loader.dataset.harm = lambda: None
+    assert len(list(loader)) == len(loader)
+
+
 LEFT_OPEN = """
 import multiprocessing, torch
 from onestage.data.loader import DetectionLoader, start_worker

@@ -91,8 +91,20 @@ class DetectionLoader(DataLoader[Batch]):
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:  # a dead worker's queue may be cut off, too
-                raise _explained(error, self._processes, self.timeout) from error
+                explained = _explained(error, self._processes, self.timeout)
+                if explained is not error:
+                    self._abandon(iterator)
+                raise explained from error
             yield loaded
+
+    def _abandon(self, iterator: Any) -> None:
+        """Kill the workers of a broken iterator, and keep torch from reporting their deaths to the next loader."""
+        for worker in self._processes:
+            worker.kill()
+        iterator._shutdown_workers()
+        self._iterator = None
+        _workers.difference_update(self._processes)
+        self._processes.clear()
 
     def _unpack(self, loaded: Batch | LoadedBatch) -> Batch:
         """Return the batch, after counting what its workers could not read."""
@@ -289,12 +301,13 @@ def _kill_workers() -> None:
 def _explained(error: Exception, workers: set[BaseProcess], timeout_seconds: float) -> Exception:
     """Return the error to raise for one that a dead or slow worker has caused; others stay as they are."""
     if str(error).startswith("DataLoader timed out"):
-        _kill_workers()  # the one that hangs would delay the end of the process
         return DataError(
             f"no batch came from the workers of the loader for {timeout_seconds:g} s. An image may be on a network "
             "drive that does not answer, or the disk is slow.\nSet data.worker_timeout_seconds higher, or copy the "
             "data to a local disk; then continue with --resume auto."
         )
+    if str(error).startswith("DataLoader worker"):
+        workers = workers.union(_workers)  # torch reports those of the other split to whichever loader waits
     for worker in workers:
         worker.join(0.1)  # it may be dying
     code = next((worker.exitcode for worker in workers if worker.exitcode), None)
