@@ -20,7 +20,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "workers": ("--data.num_workers", "2"),
     "accumulation": ("--trainer.accumulate_grad_batches", "3"),
     "average": ("--ema.decay", "0.9"),
-    "fp16": ("--trainer.precision", "16-mixed"),
+    "fp16": ("--trainer.precision=16-mixed", "--model.optimizer.init_args.fused=false"),
     "validation inside epochs": ("--trainer.val_check_interval", "0.5"),
     "accumulation over validations": ("--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=0.5"),
     "sgd": ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr=0.01", "--model.optimizer.momentum=0.9"),
