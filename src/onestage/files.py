@@ -145,6 +145,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Return $XDG_CACHE_HOME/onestage, or ~/.cache/onestage. It may be deleted between two runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onestage"
+
+
 def write_new_file(path: Path, content: bytes) -> None:
     """Write a file that does not exist yet, atomically.
 

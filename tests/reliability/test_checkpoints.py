@@ -97,7 +97,7 @@ def test_folder_given_as_checkpoint_lists_the_checkpoints_in_it(checkpoint: Path
 def test_fifo_among_checkpoints_does_not_block(checkpoint: Path) -> None:
     pipe = checkpoint.with_name("pipe.ckpt")
     os.mkfifo(pipe)
-    assert newest_checkpoint(checkpoint.parent) == (checkpoint, 5)
+    assert newest_checkpoint(checkpoint.parent).checkpoint == checkpoint
     assert "is not a file" in refused(pipe)
 
 

@@ -109,7 +109,7 @@ def test_second_sigterm_and_one_inside_the_save_change_nothing(
     break_method(monkeypatch, "training_step", 3, lambda: [tiny_run.send(signal.SIGTERM) for _ in range(2)])
     monkeypatch.setattr(os, "fsync", tiny_run.at_call(7, lambda: tiny_run.send(signal.SIGTERM), os.fsync))
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 143
-    assert newest_checkpoint(folder_of(tmp_path) / "checkpoints")[1] == 3
+    assert newest_checkpoint(folder_of(tmp_path) / "checkpoints").global_step == 3
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_ctrl_c_while_stopping_ends_at_once_with_whole_files(first: int, drawn: 
         tiny_run.onestage(*tiny_run.words(drawn, tmp_path))
         os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
-    assert newest_checkpoint(folder_of(tmp_path) / "checkpoints")[1] == 3  # the fourth step was not finished
+    assert newest_checkpoint(folder_of(tmp_path) / "checkpoints").global_step == 3  # the fourth step was not finished
 
 
 @pytest.mark.parametrize("command", ["fit", "doctor"])
@@ -166,7 +166,7 @@ TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 def test_sigterm_to_one_of_two_processes_ends_both_with_one_checkpoint(drawn: Path, tmp_path: Path) -> None:
     code, err = end_of(start(tiny_run.words(drawn, tmp_path, *TWO), fault="1:step:2:SIGTERM"))
     assert code == 143, err[-3000:]
-    assert newest_checkpoint(folder_of(tmp_path) / "checkpoints")[1] == 2
+    assert newest_checkpoint(folder_of(tmp_path) / "checkpoints").global_step == 2
     assert err.count("error: ") == 1
 
 
@@ -180,7 +180,7 @@ def test_killed_or_stopped_process_is_named_and_ends_all(rank: str, number: str,
     # torchrun sees a death first and names it in its own words; it does not see a stopped process.
     by_torchrun = f"rank      : {rank} (local_rank: {rank})\n  exitcode  : -9" in err
     assert f"process {rank} (pid " in err or (number == "SIGKILL" and by_torchrun), err[-3000:]
-    assert newest_checkpoint(folder_of(tmp_path) / "checkpoints")[1] == 2
+    assert newest_checkpoint(folder_of(tmp_path) / "checkpoints").global_step == 2
 
 
 @pytest.mark.slow

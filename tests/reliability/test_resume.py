@@ -4,6 +4,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoint_files
@@ -21,7 +22,7 @@ from onestage.types import AnnotationSet
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 42, "experiment": "shapes", "auto_batch": False,
-    "model": {"optimizer": {"init_args": {"lr": 0.1}}},
+    "model": {"optimizer": {"init_args": {"lr": 0.1}}, "channels_last": True},
     "data": {"source": {"init_args": {"path": "data/x", "train_annotations": "/here/a.json"}}, "batch_size": 4,
              "num_workers": 2},
     "trainer": {"max_epochs": 2, "max_steps": -1, "precision": "32-true", "check_val_every_n_epoch": 2, "devices": 1},
@@ -56,6 +57,8 @@ def run_folder(tmp_path: Path) -> Path:
         ({"data.num_workers": 8, "trainer.devices": 4}, None),
         ({"data.source.init_args.path": "/moved", "data.source.init_args.train_annotations": "/there/a.json"}, None),
         ({"auto_batch": True, "data.batch_size": 99}, None),
+        ({"model.channels_last": "auto"}, None),
+        ({"model.channels_last": False}, "model.channels_last True, now False"),
         ({"trainer.max_epochs": 5, "trainer.check_val_every_n_epoch": 3}, None),
         ({"trainer.max_epochs": None}, None),
         ({"trainer.max_epochs": 1}, "trainer.max_epochs 2, now 1"),
@@ -72,9 +75,30 @@ def test_auto_continues_a_run_with_the_same_decisive_settings(
 ) -> None:
     found = find_checkpoint("auto", None, config_with(run_folder.parents[1], changes))
     if difference is None:
-        assert found == (run_folder / "checkpoints" / "last.ckpt", run_folder, 5)
+        assert found is not None
+        assert found[:3] == (run_folder / "checkpoints" / "last.ckpt", run_folder, 5)
     else:
         assert found is None
+
+
+@pytest.mark.parametrize("resume", ["auto", "path"])
+def test_auto_settings_are_those_that_the_resumed_run_decided(run_folder: Path, resume: str) -> None:
+    file = run_folder / "checkpoints" / "last.ckpt"
+    saved = checkpoint_files.changed("onestage.config.model.channels_last", True)
+    saved["onestage"]["config"]["data"]["batch_size"] = 24
+    checkpoint_files.write(file, saved)
+    config = config_with(run_folder.parents[1], {"model.channels_last": "auto", "auto_batch": True})
+    found = find_checkpoint("auto" if resume == "auto" else str(file), None, config)
+    assert found is not None
+    model, data = SimpleNamespace(channels_last="auto"), SimpleNamespace(batch_size=1)
+    settings = SimpleNamespace(model=model, data=data, auto_batch=True)
+    found.adopt(settings)
+    is_same_run = resume == "auto"  # a new run that starts from a checkpoint finds its own batch size
+    assert (settings.model.channels_last, settings.data.batch_size) == (True, 24 if is_same_run else 1)
+    assert settings.auto_batch is not is_same_run
+    settings.model.channels_last = False
+    found.adopt(settings)
+    assert settings.model.channels_last is False  # not `auto`
 
 
 def test_lengthened_run_is_continued_with_a_notice(run_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -102,7 +126,7 @@ def test_resume_and_ckpt_path_conflict() -> None:
 def test_path_of_a_run_folder_starts_a_new_run_from_its_newest_checkpoint(run_folder: Path) -> None:
     newest = run_folder / "checkpoints" / "last.ckpt"
     for resumed, ckpt_path in ((str(run_folder), None), ("none", str(newest)), (str(newest), None)):
-        assert find_checkpoint(resumed, ckpt_path, CONFIG) == (newest, None, 5)
+        assert find_checkpoint(resumed, ckpt_path, CONFIG)[:3] == (newest, None, 5)
 
 
 def test_runs_dir_of_4000_characters_finds_nothing(tmp_path: Path) -> None:
@@ -113,16 +137,16 @@ def test_stored_step_decides_and_not_the_time_of_the_file(tmp_path: Path) -> Non
     for name, stored, when in (("best.ckpt", 40, 1_000), ("last.ckpt", 50, 500), ("previous.ckpt", 45, 2_000)):
         path = checkpoint_files.write(tmp_path / name, checkpoint_files.changed("global_step", stored))
         os.utime(path, (when, when))
-    assert newest_checkpoint(tmp_path) == (tmp_path / "last.ckpt", 50)
+    assert newest_checkpoint(tmp_path)[:3] == (tmp_path / "last.ckpt", None, 50)
     checkpoint_files.write(tmp_path / "best.ckpt", checkpoint_files.changed("global_step", 50))
-    assert newest_checkpoint(tmp_path) == (tmp_path / "last.ckpt", 50)  # written later than best at the same step
+    assert newest_checkpoint(tmp_path)[:3] == (tmp_path / "last.ckpt", None, 50)  # written after best
 
 
 def test_damaged_checkpoints_are_passed_over_and_if_all_are_it_is_an_error(run_folder: Path) -> None:
     folder = run_folder / "checkpoints"
     checkpoint_files.write(folder / "previous.ckpt", checkpoint_files.changed("global_step", 4))
     (folder / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:-1])
-    assert newest_checkpoint(folder) == (folder / "previous.ckpt", 4)
+    assert newest_checkpoint(folder)[:3] == (folder / "previous.ckpt", None, 4)
     (folder / "previous.ckpt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"is truncated or damaged(.|\n)*--resume none"):
         newest_checkpoint(folder)

@@ -94,7 +94,7 @@ def test_failed_write_ends_the_run_with_code_5_and_keeps_what_was_saved(
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 5
     assert word in capsys.readouterr().err
     checkpoints = folder_of(tmp_path) / "checkpoints"
-    assert newest_checkpoint(checkpoints)[1] >= 2
+    assert newest_checkpoint(checkpoints).global_step >= 2
     assert list(checkpoints.glob(".*.tmp")) == []
 
 
@@ -177,7 +177,7 @@ def test_killed_worker_ends_the_run_with_a_checkpoint_and_it_resumes_exactly(
     assert tiny_run.onestage(*command) == 3
     assert "SIGKILL" in capsys.readouterr().err
     folder = folder_of(tmp_path / "runs")
-    assert newest_checkpoint(folder / "checkpoints")[1] == 5
+    assert newest_checkpoint(folder / "checkpoints").global_step == 5
     assert tiny_run.onestage(*command) == 0
     assert is_same_end(uninterrupted(), folder)
 
@@ -207,7 +207,7 @@ def test_out_of_memory_leaves_the_last_checkpoint(
     break_method(monkeypatch, "training_step", 3, fail_with(torch.OutOfMemoryError("CUDA out of memory.")))
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 5
     assert "data.batch_size" in capsys.readouterr().err
-    assert newest_checkpoint(folder_of(tmp_path) / "checkpoints")[1] == 2
+    assert newest_checkpoint(folder_of(tmp_path) / "checkpoints").global_step == 2
 
 
 # Damaged files, other versions, other data

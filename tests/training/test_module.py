@@ -13,7 +13,6 @@ from onestage.training.module import (
     MeanPerPositive,
     check_batch_norm,
     check_compiler,
-    resolve_memory_format,
 )
 from onestage.training.optimization import WarmupSchedule
 from onestage.training.trainer import DetectionTrainer
@@ -112,12 +111,6 @@ def test_memory_format_reaches_weights_and_images(tmp_path, channels_last):
     assert isinstance(module.channels_last, bool)
     assert formats == [module.channels_last]
     assert weight.is_contiguous(memory_format=torch.channels_last) == module.channels_last
-
-
-def test_memory_format_auto_follows_device_and_precision():
-    cases = [("cuda", "32-true"), ("cpu", "bf16-mixed"), ("cpu", "32-true"), ("mps", "32-true")]
-    assert [resolve_memory_format("auto", *case) for case in cases] == [True, True, False, False]
-    assert [resolve_memory_format(given, "cpu", "32-true") for given in (True, False)] == [True, False]
 
 
 def test_schedule_that_needs_the_run_length_is_refused_in_a_run_without_end(tmp_path):

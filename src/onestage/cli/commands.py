@@ -37,10 +37,11 @@ from onestage.training.callbacks import (
 )
 from onestage.training.ema import ExponentialMovingAverage
 from onestage.training.loggers import run_loggers
-from onestage.training.module import DetectionModule, resolve_memory_format
+from onestage.training.memory_format import resolve_memory_format
+from onestage.training.module import DetectionModule
 from onestage.training.optimization import shards_parameters
 from onestage.training.run import RunAddOn
-from onestage.training.trainer import DetectionTrainer, device_of, evaluate_at_least_once, resolve_precision
+from onestage.training.trainer import DetectionTrainer, evaluate_at_least_once, resolve_precision
 from onestage.types import JSONDict
 
 # The add-on that makes runs crash-safe. Without its line, Lightning saves its own checkpoints and nothing is resumed.
@@ -106,6 +107,7 @@ class DetectionCLI(LightningCLI):
     def __init__(self, command: str, options: list[str], add_on: RunAddOn | None = None) -> None:
         self.command = command
         self.add_on = add_on or make_add_on()
+        self._stored: JSONDict = {}  # `fit`: the configuration in its checkpoints
         super().__init__(
             model_class=DetectionModule,
             datamodule_class=DetectionDataModule,
@@ -155,11 +157,9 @@ class DetectionCLI(LightningCLI):
         return self.config[self.command]
 
     def before_instantiate_classes(self) -> None:
-        """Resolve every `auto`, so that config.yaml repeats the run."""
+        """Resolve the `auto` of precision and names, so that config.yaml repeats the run."""
         settings = self.settings
         settings.trainer.precision = resolve_precision(settings.trainer.precision, settings.trainer.accelerator)
-        device, precision = device_of(settings.trainer.accelerator), settings.trainer.precision
-        settings.model.channels_last = resolve_memory_format(settings.model.channels_last, device, precision)
         settings.experiment = settings.experiment or experiment_name(settings.config or [], settings.ckpt_path)
         require_classes_of_the_data(settings.model.detector)
         if self.command == "fit":
@@ -173,6 +173,10 @@ class DetectionCLI(LightningCLI):
             super().instantiate_classes()
         except (ConfigError, ValueError, TypeError, ImportError, FileNotFoundError) as error:
             raise ConfigError(refusal(error, self.settings)) from error
+        if self.command == "fit" and self.model.channels_last == "auto":
+            decided = resolve_memory_format(self.model.detector, self.datamodule, self.trainer)
+            self.model.channels_last = self.settings.model.channels_last = decided
+            self._stored["model"]["channels_last"] = decided
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         self.run_folder = self._make_run_folder()  # only now, when data and model are known to be valid
@@ -180,12 +184,11 @@ class DetectionCLI(LightningCLI):
         if config.get("logger") in (None, True):
             config["logger"] = run_loggers(self.run_folder, self.add_on.resumed_step)
         own = self._reporting_callbacks(config)
-        stored = None
         if self.command == "fit":
             self._dump_config()
-            stored = {key: self.config_dump[key] for key in ("model", "data")}
-            own += [self._auto_batch(stored)] if self.settings.auto_batch is not False else []
-        callbacks = self.add_on.callbacks(self.settings, config, callbacks, stored)
+            self._stored = {key: self.config_dump[key] for key in ("model", "data")}
+            own += [self._auto_batch()] if self.settings.auto_batch is not False else []
+        callbacks = self.add_on.callbacks(self.settings, config, callbacks, self._stored)
         return super()._instantiate_trainer(config, [*own, *callbacks])
 
     def _reporting_callbacks(self, config: dict[str, Any]) -> list[Callback]:
@@ -204,11 +207,11 @@ class DetectionCLI(LightningCLI):
             own.append(LossBar(refresh_rate=10))  # refreshing reads the loss from the device, so not at every step
         return own
 
-    def _auto_batch(self, stored: JSONDict) -> AutoBatch:
+    def _auto_batch(self) -> AutoBatch:
         settings = self.settings
 
         def record(batch_size: int) -> None:  # config.yaml and the checkpoints must repeat the run
-            settings.data.batch_size = stored["data"]["batch_size"] = batch_size
+            settings.data.batch_size = self._stored["data"]["batch_size"] = batch_size
             settings.auto_batch = False
 
         limit = None if settings.auto_batch is True else int(settings.auto_batch * GIB)

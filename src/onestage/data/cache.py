@@ -8,7 +8,6 @@ and compression as one that is. Evaluation always reads the files.
 import hashlib
 import logging
 import math
-import os
 import shutil
 import struct
 import zlib
@@ -21,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from onestage.data.images import RGBImage, read_image
 from onestage.errors import ConfigError, ImageError, ResourceError
-from onestage.files import atomic_write, printable
+from onestage.files import atomic_write, cache_folder, printable
 from onestage.types import AnnotationSet
 
 SHORT_SIDE = 4 / 3  # of the network input: SSD's smallest patch has 0.3 of it, and larger copies take longer to decode
@@ -64,11 +63,6 @@ def open_images(kind: CacheKind, annotations: AnnotationSet, image_size: int) ->
     if kind == "none":
         return FileReader(annotations)
     return DiskCache(annotations, math.ceil(SHORT_SIDE * image_size), cache_folder() / "images")
-
-
-def cache_folder() -> Path:
-    """Return $XDG_CACHE_HOME/onestage, or ~/.cache/onestage. It may be deleted between two runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onestage"
 
 
 class FileReader:

@@ -13,7 +13,7 @@ from onestage.errors import CheckpointError
 from onestage.reliability.callbacks import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint, SeededSteps
 from onestage.reliability.checkpoints import AtomicCheckpointIO, load_weights, read_checkpoint
 from onestage.reliability.non_finite import NonFiniteGuard
-from onestage.reliability.resume import Resumed, find_checkpoint, require_resumable, saved_batch_size
+from onestage.reliability.resume import Resumed, find_checkpoint, require_resumable
 from onestage.reliability.runs import new_locked_folder, take_run_folder
 from onestage.reliability.stopping import StopOnSignal, mapped_errors
 from onestage.reliability.stored_config import config_of
@@ -59,13 +59,11 @@ class Reliability(RunAddOn):
         parser.add_argument("--allow_data_change", type=bool, default=False, help=change)
 
     def before_instantiate(self, settings: Any, config: JSONDict) -> None:
-        """Find the checkpoint to resume from; keep the batch size of a continued run."""
+        """Find the checkpoint to resume from; adopt what its run has decided for `auto`."""
         self._resumed = find_checkpoint(settings.resume, settings.ckpt_path, config)
-        if self._resumed is not None and self._resumed.folder is not None:
-            self.resumed_step = self._resumed.global_step
-            if settings.auto_batch is not False:
-                settings.data.batch_size = saved_batch_size(self._resumed.folder)
-                settings.auto_batch = False
+        if self._resumed is not None:
+            self._resumed.adopt(settings)
+            self.resumed_step = self._resumed.global_step if self._resumed.folder is not None else None
 
     def run_folder(self, settings: Any) -> Path:
         """Return the locked folder of the run: a new one, or that of the resumed run."""
@@ -75,12 +73,10 @@ class Reliability(RunAddOn):
         take_run_folder(folder, is_writer=is_writer)
         return folder
 
-    def callbacks(
-        self, settings: Any, config: JSONDict, callbacks: list[Callback], stored: JSONDict | None
-    ) -> list[Callback]:
+    def callbacks(self, settings: Any, config: JSONDict, callbacks: list[Callback], stored: JSONDict) -> list[Callback]:
         """Add the callbacks that make a run resumable, and the atomic writer."""
         callbacks = super().callbacks(settings, config, callbacks, stored)
-        if stored is None:
+        if not stored:
             return [*callbacks, Watchdog()]
         if config.get("enable_checkpointing") is False:
             config["enable_checkpointing"] = True  # for StopOnSignal, a Checkpoint that writes none

@@ -28,7 +28,7 @@ DECISIVE_IN_TRAINER = (
     "gradient_clip_algorithm", "limit_train_batches", "overfit_batches",
     "check_val_every_n_epoch", "val_check_interval",
 )  # fmt: skip
-BATCH_SIZE = "data.batch_size"
+BATCH_SIZE, MEMORY_FORMAT = "data.batch_size", "model.channels_last"  # `auto` continues with the run's own
 # The place of the data may change: the fingerprints in the checkpoint tell whether the data are the same.
 INDECISIVE_IN_DATA = (
     "path", "root", "cache", "num_workers", "prefetch_factor", "predict_dir", "worker_start_method",
@@ -48,6 +48,15 @@ class Resumed(NamedTuple):
     checkpoint: Path
     folder: Path | None  # the run that is continued in place; None: a new run starts from this state
     global_step: int
+    config: JSONDict  # stored in the checkpoint: `model` and `data`
+
+    def adopt(self, settings: Any) -> None:
+        """Replace channels_last `auto` and, in a continued run, auto_batch by what the run has decided."""
+        channels_last = _stored_model(self.config).get("channels_last")
+        if settings.model.channels_last == "auto" and isinstance(channels_last, bool):
+            settings.model.channels_last = channels_last
+        if self.folder is not None and settings.auto_batch is not False:
+            settings.data.batch_size, settings.auto_batch = int(self.config["data"]["batch_size"]), False
 
 
 def find_checkpoint(resume: str, ckpt_path: str | None, config: JSONDict) -> Resumed | None:
@@ -74,8 +83,18 @@ def find_checkpoint(resume: str, ckpt_path: str | None, config: JSONDict) -> Res
         newest = newest_checkpoint(folder)
         if newest is None:
             raise CheckpointError(f"{folder} has no checkpoint to continue from.\nStart anew with --resume none.")
-        return Resumed(newest[0], None, newest[1])
-    return Resumed(Path(word), None, int(read_checkpoint(word)["global_step"]))
+        return newest
+    return _resumed(Path(word), read_checkpoint(word))
+
+
+def _resumed(file: Path, checkpoint: JSONDict) -> Resumed:
+    config = checkpoint[CHECKPOINT_KEY].get("config") or {}
+    return Resumed(file, None, int(checkpoint["global_step"]), config)
+
+
+def _stored_model(config: JSONDict) -> JSONDict:
+    model = config.get("model")
+    return model if isinstance(model, dict) else {}
 
 
 def _is_folder(path: Path) -> bool:
@@ -93,16 +112,16 @@ def _find_run(experiment_folder: Path, config: JSONDict) -> Resumed | None:
         difference = _find_difference(folder / "config.yaml", config)
         newest = newest_checkpoint(folder / "checkpoints") if difference is None else None
         if newest is not None:
-            checkpoint, step = newest
-            rank_zero_info(f"resume auto: continuing {folder} from {checkpoint.name} (optimizer step {step})")
-            return Resumed(checkpoint, folder, step)
+            place = f"{newest.checkpoint.name} (optimizer step {newest.global_step})"
+            rank_zero_info(f"resume auto: continuing {folder} from {place}")
+            return newest._replace(folder=folder)
         rank_zero_info(f"resume auto: not {folder}, because {difference or 'it has no checkpoint'}")
     rank_zero_info(f"resume auto: nothing to continue in {experiment_folder}; a new run starts")
     return None
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """Return the readable checkpoint with the highest stored step, and that step.
+def newest_checkpoint(folder: Path) -> Resumed | None:
+    """Return the readable checkpoint with the highest stored step.
 
     The time of a file is that of its last copy. Files with weights alone, of a user's ModelCheckpoint, are ignored.
 
@@ -125,7 +144,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
             rank_zero_info(f"resume: {problems[-1]} Trying the one before it.")
             continue
         if OPTIMIZER in checkpoint:
-            return file, int(checkpoint["global_step"])
+            return _resumed(file, checkpoint)
     if not problems:
         return None
     raise CheckpointError(
@@ -144,6 +163,8 @@ def _find_difference(config_file: Path, config: JSONDict) -> str | None:
     then, now = decisive_settings(saved), decisive_settings(config)
     if config.get("auto_batch", False) is not False:
         now[BATCH_SIZE] = then.get(BATCH_SIZE)
+    if now.get(MEMORY_FORMAT) == "auto":
+        now[MEMORY_FORMAT] = then.get(MEMORY_FORMAT)
     lengthened = [key for key in LENGTHS if then.get(key) != now.get(key) and _is_longer(then.get(key), now.get(key))]
     if lengthened and then.get("trainer.check_val_every_n_epoch") == then.get("trainer.max_epochs"):
         lengthened.append("trainer.check_val_every_n_epoch")  # it was lowered to the length of the shorter run
@@ -180,12 +201,6 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{key}.{name}" if key else str(name))
     else:
         yield key, node
-
-
-def saved_batch_size(folder: Path) -> int:
-    """Return the batch size that `--auto_batch` found when the run in `folder` began."""
-    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    return int(saved["data"]["batch_size"])
 
 
 # Does a checkpoint fit this run?
@@ -239,8 +254,7 @@ def _require_same_strategy(path: Path, checkpoint: JSONDict, strategy: Strategy)
 
 def _require_same_optimizer(path: Path, saved: JSONDict, module: DetectionModule) -> None:
     """Refuse another of torch's optimizers, whose state has other names."""
-    model = (saved.get("config") or {}).get("model")
-    stored = (model if isinstance(model, dict) else {}).get("optimizer")
+    stored = _stored_model(saved.get("config") or {}).get("optimizer")
     then = str(stored.get("class_path")) if isinstance(stored, dict) else ""
     now = type(module.make_optimizer())
     is_torch = then.startswith("torch.optim.") and now.__module__.startswith("torch.optim.")

@@ -18,6 +18,7 @@ from torchmetrics import Metric
 from onestage.boxes.placement import to_original
 from onestage.errors import ConfigError, require
 from onestage.evaluation.coco import CocoEvaluator
+from onestage.training.memory_format import usual_memory_format
 from onestage.training.optimization import (
     WarmupSchedule,
     check_clipping,
@@ -53,7 +54,7 @@ class DetectionModule(pl.LightningModule):
         schedule: warm-up and decay of the learning rate.
         loss_weights: weight >= 0 of each of the detector's loss terms, such as `{box: 0.2}` (alpha of SSD eq. 1). A
             term that is not listed has weight 1.
-        channels_last: memory format of network and images. auto: the faster one on the device of the run.
+        channels_last: memory format of network and images. auto: the faster one, which `fit` times on a CPU.
         compile: compile the network and its classification loss in place with torch.compile on the first step of
             `fit`. Needs a C++ compiler; on a CPU it gains nothing and costs 40 s.
         reference_batch_size: images per step for which the optimizer's learning rate was chosen; the rate is
@@ -112,8 +113,9 @@ class DetectionModule(pl.LightningModule):
 
     def apply_memory_format(self) -> None:
         """Convert the weights to the memory format of the run."""
-        device = self.trainer.strategy.root_device.type
-        self.channels_last = resolve_memory_format(self.channels_last, device, str(self.trainer.precision))
+        if self.channels_last == "auto":  # `fit` has timed it
+            device = self.trainer.strategy.root_device.type
+            self.channels_last = usual_memory_format(device, str(self.trainer.precision))
         # Not under FSDP: it flattens weights in memory order but loads optimizer state in index order, so that a
         # resumed run would continue with a permuted momentum.
         if self.channels_last and not shards_parameters(self.trainer.strategy):
@@ -300,20 +302,6 @@ class MeanPerPositive(Metric):
         """Return the loss of all batches together."""
         loss = self.total / self.num_positives.clamp(min=1)
         return torch.where(self.num_updates > 0, loss, torch.nan)
-
-
-def resolve_memory_format(channels_last: bool | Literal["auto"], device: str, precision: str) -> bool:
-    """Replace `auto` by the usually faster memory format; True means channels_last.
-
-    Tensor cores of GPUs need it. CPUs gained 1.2x from it in bf16, and nothing reliable in fp32. A rule and not a
-    measurement, so that two runs on one machine are bit-identical.
-
-    Args:
-        channels_last: the configured value.
-        device: type of the device, `cpu`, `cuda` or another.
-        precision: Lightning's, such as `32-true`.
-    """
-    return device == "cuda" or precision == "bf16-mixed" if channels_last == "auto" else channels_last
 
 
 def _checked_weights(loss_weights: dict[str, float], detector: Detector) -> dict[str, float]:

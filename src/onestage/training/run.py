@@ -42,16 +42,14 @@ class RunAddOn:
         """Create and return the folder of the run."""
         return new_run_folder(settings.runs_dir, settings.experiment, is_writer=is_first_process(settings))
 
-    def callbacks(
-        self, settings: Any, config: JSONDict, callbacks: list[Callback], stored: JSONDict | None
-    ) -> list[Callback]:
+    def callbacks(self, settings: Any, config: JSONDict, callbacks: list[Callback], stored: JSONDict) -> list[Callback]:
         """Return the callbacks of a command.
 
         Args:
             settings: the parsed arguments.
             config: the trainer's arguments; may be changed.
             callbacks: those of `add_arguments` and the average of the weights.
-            stored: `fit`: the `model` and `data` configuration; None for the other commands.
+            stored: `fit`: the `model` and `data` configuration; empty for the other commands.
         """
         for callback in callbacks:
             if getattr(callback, "dirpath", "") is None:  # of checkpoints
