@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 
 from onestage.download import fetch as fetch_module
-from onestage.download.fetch import Patience, RemoteFile, fetch
+from onestage.download.fetch import RemoteFile, fetch
 from onestage.errors import DataError
 
 CONTENT = bytes(range(256)) * 800  # 200 KB
-EAGER = Patience(attempts=3, wait_seconds=0.01, timeout_seconds=60.0)
 Behaviour = Callable[["Handler"], None]
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_module, "ATTEMPTS", 3)
+    monkeypatch.setattr(fetch_module, "WAIT_SECONDS", 0.01)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -91,33 +96,31 @@ def server() -> Iterator[ThreadingHTTPServer]:
     thread.join()
 
 
-def download(
-    server: ThreadingHTTPServer, folder: Path, *servers: str, patience: Patience = EAGER, **options: object
-) -> bytes:
+def download(server: ThreadingHTTPServer, folder: Path, *servers: str, mirrors: tuple[str, ...] = ()) -> bytes:
     url = f"http://127.0.0.1:{server.server_address[1]}"
     urls = tuple(f"{url}{path}" for path in servers or ("",))
     remote = RemoteFile("data.tar", urls, hashlib.md5(CONTENT).hexdigest(), len(CONTENT))
-    return fetch(remote, folder, patience=patience, **{"report": lambda _: None, **options}).read_bytes()
+    return fetch(remote, folder, mirrors).read_bytes()
 
 
 def ranges(server: ThreadingHTTPServer) -> list[str | None]:
     return [asked for _, asked in server.requests]
 
 
-def test_complete_file_is_not_requested_again(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_complete_file_is_not_requested_again(server, tmp_path):
     assert download(server, tmp_path) == CONTENT
     assert download(server, tmp_path) == CONTENT
     assert ranges(server) == [None]
     assert [path.name for path in tmp_path.iterdir()] == ["data.tar"]
 
 
-def test_cut_connections_continue_where_they_stopped(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_cut_connections_continue_where_they_stopped(server, tmp_path):
     server.behaviours = [*[send(num_bytes=30_000)] * 5, send()]  # more cuts than attempts: each made progress
     assert download(server, tmp_path) == CONTENT
     assert ranges(server) == [None, *(f"bytes={30_000 * n}-" for n in range(1, 6))]
 
 
-def test_next_run_continues_where_the_last_one_gave_up(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_next_run_continues_where_the_last_one_gave_up(server, tmp_path):
     server.behaviours = [send(num_bytes=50_000), answer(500)]
     with pytest.raises(DataError, match=r"(?s)500.*to continue the download, or put data\.tar into"):
         download(server, tmp_path)
@@ -127,26 +130,27 @@ def test_next_run_continues_where_the_last_one_gave_up(server: ThreadingHTTPServ
     assert ranges(server)[-1] == "bytes=50000-"
 
 
-def test_silent_server_is_asked_again_for_the_rest(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_silent_server_is_asked_again_for_the_rest(server, tmp_path, monkeypatch):
     server.behaviours = [stall, send()]
-    assert download(server, tmp_path, patience=EAGER._replace(timeout_seconds=1.0)) == CONTENT
+    monkeypatch.setattr(fetch_module, "TIMEOUT_SECONDS", 1.0)
+    assert download(server, tmp_path) == CONTENT
     assert ranges(server) == [None, "bytes=1000-"]
 
 
 @pytest.mark.parametrize("behaviour", [answer(200, CONTENT), answer(206, CONTENT[5:15], Content_Range="bytes 5-14/9")])
-def test_server_without_resume_starts_anew(server: ThreadingHTTPServer, tmp_path: Path, behaviour: Behaviour) -> None:
+def test_server_without_resume_starts_anew(server, tmp_path, behaviour):
     (tmp_path / "data.tar.part").write_bytes(CONTENT[:100])
     server.behaviours = [behaviour, answer(200, CONTENT)]
     assert download(server, tmp_path) == CONTENT
 
 
 @pytest.mark.parametrize("part", [CONTENT, CONTENT + b"more", b"other" * 40_000, b"other"])
-def test_part_of_another_file_is_discarded(server: ThreadingHTTPServer, tmp_path: Path, part: bytes) -> None:
+def test_part_of_another_file_is_discarded(server, tmp_path, part):
     (tmp_path / "data.tar.part").write_bytes(part)
     assert download(server, tmp_path) == CONTENT
 
 
-def test_damaged_file_is_fetched_once_more_and_never_kept(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_damaged_file_is_fetched_once_more_and_never_kept(server, tmp_path):
     (tmp_path / "data.tar").write_bytes(b"an earlier file with a wrong checksum")
     server.behaviours = [send(CONTENT[:-1] + b"?"), send()]
     assert download(server, tmp_path) == CONTENT
@@ -174,46 +178,43 @@ def test_damaged_file_is_fetched_once_more_and_never_kept(server: ThreadingHTTPS
         (lambda handler: handler.server.released.wait(60), "no byte within 0.2 s", 3),
     ],
 )
-def test_answer_without_the_file_is_reported(
-    server: ThreadingHTTPServer, tmp_path: Path, behaviour: Behaviour, message: str, num_requests: int
-) -> None:
+def test_answer_without_the_file_is_reported(server, tmp_path, monkeypatch, behaviour, message, num_requests):
     server.behaviours = [behaviour]
-    timeout_seconds = 0.2 if message.startswith("no byte") else 60.0
+    if message.startswith("no byte"):
+        monkeypatch.setattr(fetch_module, "TIMEOUT_SECONDS", 0.2)
     with pytest.raises(DataError, match=message):
-        download(server, tmp_path, patience=EAGER._replace(timeout_seconds=timeout_seconds))
+        download(server, tmp_path)
     assert len(server.requests) == num_requests or "302" in message
     assert not (tmp_path / "data.tar").exists()
 
 
-def test_redirect_keeps_the_range(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_redirect_keeps_the_range(server, tmp_path):
     (tmp_path / "data.tar.part").write_bytes(CONTENT[:10])
     server.behaviours = [answer(302, Location="/elsewhere"), send()]
     assert download(server, tmp_path) == CONTENT
     assert server.requests == [("/data.tar", "bytes=10-"), ("/elsewhere", "bytes=10-")]
 
 
-def test_mirror_comes_first_and_the_next_server_continues(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_mirror_comes_first_and_the_next_server_continues(server, tmp_path):
     server.behaviours = [send(num_bytes=500), answer(404), send()]
     mirror = f"http://127.0.0.1:{server.server_address[1]}/mirror/"
-    assert download(server, tmp_path, "/official", mirrors=[mirror]) == CONTENT
+    assert download(server, tmp_path, "/official", mirrors=(mirror,)) == CONTENT
     assert [path for path, _ in server.requests] == ["/mirror/data.tar", "/mirror/data.tar", "/official/data.tar"]
     assert ranges(server) == [None, "bytes=500-", "bytes=500-"]
 
 
-def test_unreachable_servers_are_all_named(tmp_path: Path) -> None:
+def test_unreachable_servers_are_all_named(tmp_path):
     remote = RemoteFile("zips/a.zip", ("http://127.0.0.1:9/x", "http://127.0.0.1:9/y"), "0" * 32, 100)
     with pytest.raises(DataError, match=r"(?s)9/x/zips/a\.zip: .*refused.*9/y/zips/a\.zip: .*put a\.zip into"):
-        fetch(remote, tmp_path, patience=EAGER, report=lambda _: None)
+        fetch(remote, tmp_path)
 
 
-def test_progress_is_reported_and_waits_double(
-    server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_is_reported_and_waits_double(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()  # patient again
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setattr(fetch_module, "REPORT_SECONDS", -1.0)
     server.behaviours = [*[answer(500)] * 4, send()]
-    lines: list[str] = []
-    download(server, tmp_path, patience=Patience(5, 2.0, 60.0), report=lines.append)
+    download(server, tmp_path)
     assert waits == [2, 4, 8, 16]
-    assert lines[-1].startswith("data.tar: 100%, ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("data.tar: 100%, ")

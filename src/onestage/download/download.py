@@ -1,20 +1,24 @@
 """The command `onestage download`: public data sets, checked and unpacked."""
 
 import shutil
+import tarfile
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from onestage.download.archives import extract
-from onestage.download.fetch import Patience, RemoteFile, Report, fetch
+from onestage.download.fetch import RemoteFile, fetch
 from onestage.errors import DataError, require
 from onestage.files import printable
 
 MAX_GROWTH = 20.0  # unpacked size of an archive at most, in multiples of its own
 DOWNLOADS = ".downloads"
+# The filter is absent before Python 3.11.4; `fetch` has compared the archive's checksum in any case.
+TAR_OPTIONS: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 
 class Part(NamedTuple):
@@ -84,8 +88,6 @@ def install(
     *,
     mirrors: Sequence[str] = (),
     keep_archives: bool = False,
-    patience: Patience | None = None,
-    report: Report = print,
 ) -> None:
     """Download and unpack the missing folders of a data set; each appears complete or not at all.
 
@@ -98,7 +100,7 @@ def install(
         require(mirror.startswith(("https://", "http://")), "mirrors", mirror, "URLs that start with http(s)://")
     for part in parts:
         if (root / part.folder).exists():
-            report(f"{part.folder}: exists, skipped")
+            print(f"{part.folder}: exists, skipped")
     parts = [part for part in parts if not (root / part.folder).exists()]
     downloads = root / DOWNLOADS
     downloads.mkdir(parents=True, exist_ok=True)
@@ -106,8 +108,8 @@ def install(
         with FileLock(downloads / ".lock", timeout=0):  # the system releases it when the process ends
             _require_space(parts, root)
             for part in parts:
-                archives = [fetch(remote, downloads, mirrors, patience, report) for remote in part.archives]
-                report(f"{part.folder}: unpacking")
+                archives = [fetch(remote, downloads, mirrors) for remote in part.archives]
+                print(f"{part.folder}: unpacking")
                 _unpack(part, archives, root)
                 for archive in [] if keep_archives else archives:
                     archive.unlink()
@@ -133,16 +135,51 @@ def _require_space(parts: Sequence[Part], root: Path) -> None:
 
 def _unpack(part: Part, archives: Sequence[Path], root: Path) -> None:
     """Unpack into a temporary folder, then rename the part's folder."""
-    temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=root))
     try:
-        for archive in archives:
-            extract(archive, temporary, round(MAX_GROWTH * archive.stat().st_size) + (1 << 20))
-        folder = temporary / part.path_in_archive
-        if not folder.is_dir():
-            names = ", ".join(archive.name for archive in archives)
-            raise DataError(f"{names}: the folder {part.path_in_archive} is missing.\nDelete the archive; run again.")
-        folder.rename(root / part.folder)
+        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root, ignore_cleanup_errors=True) as temporary:
+            for archive in archives:
+                extract(archive, Path(temporary), round(MAX_GROWTH * archive.stat().st_size) + (1 << 20))
+            folder = Path(temporary) / part.path_in_archive
+            if not folder.is_dir():
+                problem = f"{archives[-1].name}: the folder {part.path_in_archive} is missing"
+                raise DataError(f"{problem}.\nDelete the archive; run again.")
+            folder.rename(root / part.folder)
     except OSError as reason:
         raise DataError(f"{printable(root)}: cannot be unpacked there: {reason.strerror or reason}.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def extract(archive: Path, folder: Path, max_bytes: int) -> None:
+    """Unpack an uncompressed tar file or a zip file below `folder`.
+
+    The standard library keeps every member inside: tarfile's "data" filter raises for "..", links that leave the folder
+    and devices; zipfile drops drives, leading slashes and "..", and creates no links.
+
+    Args:
+        archive: the file.
+        folder: destination; must exist.
+        max_bytes: limit of the members' declared sizes, checked before anything is written.
+
+    Raises:
+        DataError: the archive is damaged, too large, or a member would leave the folder.
+    """
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as zip_file:
+                _require_size(archive, sum(info.file_size for info in zip_file.infolist()), max_bytes)
+                zip_file.extractall(folder)
+        else:
+            with tarfile.open(archive, "r:") as tar_file:
+                _require_size(archive, sum(info.size for info in tar_file), max_bytes)
+                tar_file.extractall(folder, **TAR_OPTIONS)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as reason:
+        raise _unusable(archive, f"is damaged, not an archive, or not safe to unpack ({reason})") from None
+
+
+def _require_size(archive: Path, num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise _unusable(archive, f"unpacks to {num_bytes / 1e9:.1f} GB, expected at most {max_bytes / 1e9:.1f} GB")
+
+
+def _unusable(archive: Path, problem: str) -> DataError:
+    remedy = "Delete it and download it again; if the error persists, the server sends another file."
+    return DataError(f"{printable(archive)}: {problem}.\n{remedy}")

@@ -6,7 +6,7 @@ import http.client
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -15,11 +15,12 @@ from onestage.errors import DataError
 from onestage.files import printable
 
 CHUNK_BYTES = 1 << 20
+ATTEMPTS = 5  # per URL without progress; any received byte resets the count
+WAIT_SECONDS = 2.0  # after the first failure; doubles with each further one
+TIMEOUT_SECONDS = 60.0  # without a byte
 REPORT_SECONDS = 10.0
 OVERLONG = 1.25  # times the expected size; a longer answer is another file
 RETRIED_CODES = (408, 425, 429)  # of 4xx: timeout, too early, too many requests
-
-Report = Callable[[str], None]
 
 
 class RemoteFile(NamedTuple):
@@ -36,14 +37,6 @@ class RemoteFile(NamedTuple):
         return self.path.rpartition("/")[2]
 
 
-class Patience(NamedTuple):
-    """How long to wait for a server, and how often to try again."""
-
-    attempts: int = 5  # per URL without progress; any received byte resets the count
-    wait_seconds: float = 2.0  # after the first failure; doubles with each further one
-    timeout_seconds: float = 60.0  # without a byte
-
-
 class _AttemptError(Exception):
     """A failed attempt; if `is_final`, this URL is not tried again."""
 
@@ -52,17 +45,11 @@ class _AttemptError(Exception):
         self.is_final = is_final
 
 
-def fetch(
-    remote: RemoteFile,
-    folder: Path,
-    mirrors: Sequence[str] = (),
-    patience: Patience | None = None,
-    report: Report = print,
-) -> Path:
+def fetch(remote: RemoteFile, folder: Path, mirrors: Sequence[str] = ()) -> Path:
     """Download a file into an existing folder unless it is complete there already; return its path.
 
     The file is called `<name>.part` until its checksum is right, and the next call continues it. Mirrors, URLs of
-    folders that hold the file, are tried first. `report` takes a line of text.
+    folders that hold the file, are tried first.
 
     Raises:
         DataError: no server sends the right file, or the disk is full.
@@ -70,27 +57,27 @@ def fetch(
     target, part = folder / remote.name, folder / f"{remote.name}.part"
     if target.exists() and _md5(target) == remote.md5:
         return target
-    report(f"{remote.name}: about {remote.about_bytes / 1e9:.1f} GB")
+    print(f"{remote.name}: about {remote.about_bytes / 1e9:.1f} GB")
     urls = [f"{mirror.rstrip('/')}/{remote.name}" for mirror in mirrors]
     problems = ""
     for url in urls + [f"{server}/{remote.path}" for server in remote.servers]:
         try:
-            _fetch_from(remote, url, part, patience or Patience(), report)
+            _fetch_from(remote, url, part)
             return part.replace(target)
         except _AttemptError as reason:
-            report(f"  {url}: {reason}")
+            print(f"  {url}: {reason}")
             problems += f"  {url}: {reason}\n"
     remedy = f"Run the command again later to continue the download, or put {remote.name} into {printable(folder)}."
     raise DataError(f"{remote.name} cannot be downloaded:\n{problems}{remedy}")
 
 
-def _fetch_from(remote: RemoteFile, url: str, part: Path, patience: Patience, report: Report) -> None:
+def _fetch_from(remote: RemoteFile, url: str, part: Path) -> None:
     """Complete and check the part from one URL; restart once if the checksum is wrong."""
     failures = num_wrong = 0
     while True:
         size_before = _size(part)
         try:
-            _append(remote, url, part, patience.timeout_seconds, report)
+            _append(remote, url, part)
             if _md5(part) == remote.md5:
                 return
             part.unlink()
@@ -98,26 +85,26 @@ def _fetch_from(remote: RemoteFile, url: str, part: Path, patience: Patience, re
             raise _AttemptError("the checksum is wrong: the file is damaged or another one", is_final=num_wrong > 1)
         except _AttemptError as reason:
             failures = 1 if _size(part) > size_before else failures + 1
-            if reason.is_final or failures >= patience.attempts:
+            if reason.is_final or failures >= ATTEMPTS:
                 raise
-            wait_seconds = patience.wait_seconds * 2 ** (failures - 1)
-            report(f"{remote.name}: {reason}; next attempt in {wait_seconds:g} s")
+            wait_seconds = WAIT_SECONDS * 2 ** (failures - 1)
+            print(f"{remote.name}: {reason}; next attempt in {wait_seconds:g} s")
             time.sleep(wait_seconds)
 
 
-def _append(remote: RemoteFile, url: str, part: Path, timeout_seconds: float, report: Report) -> None:
+def _append(remote: RemoteFile, url: str, part: Path) -> None:
     """Request the missing bytes and append them to the part."""
     size = _size(part)
-    headers = {"User-Agent": f"onestage/{__version__}", "Range": f"bytes={size}-"}
-    request = urllib.request.Request(url, headers={name: headers[name] for name in headers if name != "Range" or size})
+    headers = {"User-Agent": f"onestage/{__version__}"} | ({"Range": f"bytes={size}-"} if size else {})
+    request = urllib.request.Request(url, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=timeout_seconds) as response:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
             is_resumed = response.status == 206
             if is_resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {size}-"):
                 part.unlink(missing_ok=True)
                 raise _AttemptError("the server answers 206 with another range than requested")
             with part.open("ab" if is_resumed else "wb") as file:
-                _receive(remote, response, file, report)
+                _receive(remote, response, file)
     except urllib.error.HTTPError as reason:
         if reason.code == 416 and size:  # the part is complete or too long; the checksum tells
             return
@@ -129,10 +116,10 @@ def _append(remote: RemoteFile, url: str, part: Path, timeout_seconds: float, re
             raise DataError(f"{printable(part)}: {problem}.") from None
         cause = getattr(reason, "reason", reason)
         is_silent = isinstance(cause, TimeoutError)
-        raise _AttemptError(f"no byte within {timeout_seconds:g} s" if is_silent else repr(cause)) from None
+        raise _AttemptError(f"no byte within {TIMEOUT_SECONDS:g} s" if is_silent else repr(cause)) from None
 
 
-def _receive(remote: RemoteFile, response: http.client.HTTPResponse, file: BinaryIO, report: Report) -> None:
+def _receive(remote: RemoteFile, response: http.client.HTTPResponse, file: BinaryIO) -> None:
     """Write the answer to the file; stop at a web page, or once it is far too long."""
     expected = response.length  # None if the server gives no length
     start, received = file.tell(), 0
@@ -147,7 +134,7 @@ def _receive(remote: RemoteFile, response: http.client.HTTPResponse, file: Binar
         if time.monotonic() - last_report > REPORT_SECONDS:
             last_report = time.monotonic()
             fraction = min((start + received) / max(remote.about_bytes, 1), 1)
-            report(f"{remote.name}: {fraction:.0%}, {received / (last_report - began) / 1e6:.1f} MB/s")
+            print(f"{remote.name}: {fraction:.0%}, {received / (last_report - began) / 1e6:.1f} MB/s")
     if not received or (expected is not None and received < expected):
         raise _AttemptError(f"the connection was cut after {received} of {expected} bytes")
 
