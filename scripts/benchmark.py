@@ -7,10 +7,7 @@
     python scripts/benchmark.py loader    images per second of the loader's workers, and of a training step of SSD300
     python scripts/benchmark.py detect    from outputs to detections, and torchvision's postprocess_detections
     python scripts/benchmark.py map       COCO evaluation, and pycocotools and torchmetrics
-    python scripts/benchmark.py gather    COCO evaluation by two processes, and by one
-    python scripts/benchmark.py annotations   reading annotations of COCO train's size: seconds and memory
     python scripts/benchmark.py save      writing and reading a checkpoint, and Lightning's
-    python scripts/benchmark.py ops       operations and synchronisations of a step outside its convolutions, counted
 
 All contestants alternate in one process (A B, B A, ...): compare ratios, not times.
 """
@@ -26,10 +23,7 @@ PARTS = {  # name -> (module, default number of rounds)
     "loader": ("loader", 5),
     "detect": ("detection", 9),
     "map": ("mean_average_precision", 3),
-    "gather": ("gathering", 3),
-    "annotations": ("annotations", 1),
     "save": ("saving", 7),
-    "ops": ("operations", 1),
 }
 WITH_IMAGES = ("data", "loader")
 

@@ -17,7 +17,7 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
-def test_box_weight_then_rate_of_each_loss_are_chosen_on_the_selection_seed(tmp_path) -> None:
+def test_box_weight_then_rate_of_each_loss_are_chosen_on_the_selection_seed(tmp_path):
     from comparison import outcomes
 
     study = make_study(tmp_path)
@@ -43,21 +43,7 @@ def test_box_weight_then_rate_of_each_loss_are_chosen_on_the_selection_seed(tmp_
     ]
 
 
-def test_loss_without_a_finished_run_has_no_further_runs(tmp_path) -> None:
-    from comparison import outcomes
-
-    study = make_study(tmp_path)
-    for run in study.weight_runs():
-        if run.loss == "focal":
-            finish(run, 0.1)
-        else:
-            finish(run, 0.0, metrics={}, exit_code=6, is_finite=False)
-    best = outcomes.best_runs(study.weight_runs())
-    assert list(best) == ["focal"]
-    assert {run.loss for run in study.final_runs(best)} == {"focal"}
-
-
-def test_command_of_a_run_has_loss_rate_box_weight_and_seed(tmp_path) -> None:
+def test_command_of_a_run_has_loss_rate_box_weight_and_seed(tmp_path):
     (run, *_) = make_study(tmp_path, data=str(tmp_path / "cells")).weight_runs()
     words = run.words()
     files = [words[place + 1] for place, word in enumerate(words) if word == "--config"]
@@ -92,7 +78,7 @@ def call(monkeypatch, *words: str) -> int:
         (["--seeds", "-4"], "must be in [0, 2^32), got -4"),
     ],
 )
-def test_invalid_arguments_are_refused_before_any_run(words, told, monkeypatch, capsys, tmp_path) -> None:
+def test_invalid_arguments_are_refused_before_any_run(words, told, monkeypatch, capsys, tmp_path):
     assert call(monkeypatch, *words, "--folder", str(tmp_path)) == 2
     assert told in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -103,15 +89,6 @@ def make_voc(folder: Path) -> Path:
     return folder
 
 
-def test_two_data_sets_of_one_name_in_a_folder_are_refused(monkeypatch, capsys, tmp_path) -> None:
-    first, second = (make_voc(tmp_path / place / "cells") for place in ("a", "b"))
-    words = ["--folder", str(tmp_path / "runs"), "--minutes", "-1"]
-    assert call(monkeypatch, "--data", str(first), *words) == 0
-    assert call(monkeypatch, "--data", str(first), *words) == 0
-    assert call(monkeypatch, "--data", str(second), *words, "--precision", "32-true") == 2
-    assert "cells.yaml names another data set of the name cells" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -119,7 +96,7 @@ def test_two_data_sets_of_one_name_in_a_folder_are_refused(monkeypatch, capsys, 
         (["--chosen_epochs", "1"], "chosen_epochs must be 12"),
     ],
 )
-def test_folder_with_other_selection_settings_is_refused(words, told, monkeypatch, capsys, tmp_path) -> None:
+def test_folder_with_other_selection_settings_is_refused(words, told, monkeypatch, capsys, tmp_path):
     common = ["--folder", str(tmp_path), "--minutes", "-1"]
     assert call(monkeypatch, *common) == 0
     assert call(monkeypatch, *common, "--seeds", "4", "--rates", "1e-2", "--losses", "focal") == 0
@@ -127,15 +104,7 @@ def test_folder_with_other_selection_settings_is_refused(words, told, monkeypatc
     assert told in capsys.readouterr().err
 
 
-def test_data_in_the_current_folder_has_the_name_of_the_folder(monkeypatch, tmp_path) -> None:
-    monkeypatch.chdir(make_voc(tmp_path / "cells"))
-    study = make_study(tmp_path, data=".")
-    assert study.data_name == "cells"
-    assert study.results_folder == tmp_path / "cells" / "32-true" / "2_epochs"
-    assert make_study(tmp_path).results_folder == tmp_path / "shapes" / "32-true" / "8_and_3_images_2_epochs"
-
-
-def test_another_configuration_gets_the_data_set_and_the_loss(tmp_path, capsys) -> None:
+def test_another_configuration_gets_the_data_set_and_the_loss(tmp_path, capsys):
     from comparison import plan
     from onestage.cli import main
 
@@ -151,7 +120,7 @@ def test_another_configuration_gets_the_data_set_and_the_loss(tmp_path, capsys) 
     assert content["model"]["optimizer"]["init_args"]["lr"] == 0.002
 
 
-def test_quick_comparison_prints_its_page_and_keeps_nothing(monkeypatch, capsys) -> None:
+def test_quick_comparison_prints_its_page_and_keeps_nothing(monkeypatch, capsys):
     import compare_losses
     from comparison import report, step_time
 
@@ -165,7 +134,7 @@ def test_quick_comparison_prints_its_page_and_keeps_nothing(monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_quick_comparison_trains_and_writes_its_page(tmp_path) -> None:
+def test_quick_comparison_trains_and_writes_its_page(tmp_path):
     words = [sys.executable, str(SCRIPTS / "compare_losses.py"), "--quick", "--precision", "32-true"]
     (tmp_path / "temporary").mkdir()
     done = subprocess.run(

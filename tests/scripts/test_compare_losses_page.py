@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,7 @@ def make_all(study, values) -> None:
             finish(run, values[run.loss])
 
 
-def test_steps_to_half_are_interpolated() -> None:
+def test_steps_to_half_are_interpolated():
     from comparison.rows import steps_to_half
 
     assert steps_to_half([[50, 0.1], [100, 0.3], [150, 0.4]]) == 75  # 0.2 is halfway from 0.1 to 0.3
@@ -48,7 +47,7 @@ def test_steps_to_half_are_interpolated() -> None:
     assert steps_to_half([]) is None
 
 
-def test_page_has_means_spread_significance_and_non_finite_runs(tmp_path) -> None:
+def test_page_has_means_spread_significance_and_non_finite_runs(tmp_path):
     from comparison import plan, report
 
     study = make_study(tmp_path)
@@ -67,7 +66,7 @@ def test_page_has_means_spread_significance_and_non_finite_runs(tmp_path) -> Non
     assert (tmp_path / "docs" / "images" / "loss_comparison.png").stat().st_size > 1000
 
 
-def test_table_has_a_line_per_run_and_page_name_sets_three_files(tmp_path) -> None:
+def test_table_has_a_line_per_run_and_page_name_sets_three_files(tmp_path):
     from comparison import plan, report
 
     study = make_study(tmp_path)
@@ -90,7 +89,7 @@ def test_table_has_a_line_per_run_and_page_name_sets_three_files(tmp_path) -> No
     assert (tmp_path / "docs" / "images" / "long_runs.png").is_file()
 
 
-def test_long_study_uses_settings_chosen_by_a_short_one(tmp_path) -> None:
+def test_long_study_uses_settings_chosen_by_a_short_one(tmp_path):
     from comparison import outcomes, plan, report
 
     short = make_study(tmp_path)
@@ -113,35 +112,7 @@ def test_long_study_uses_settings_chosen_by_a_short_one(tmp_path) -> None:
     assert "## shapes, 32-true" not in page  # nothing was asked of it
 
 
-def test_later_call_with_other_seeds_and_rates_keeps_all_runs_on_the_page(tmp_path) -> None:
-    first = make_study(tmp_path, losses=("focal", "mining", "ohem"))
-    make_all(first, {"focal": 0.3, "mining": 0.3, "ohem": 0.3})
-    later = replace(first, losses=("focal",), rates=(8e-3,), box_weights=(1.0,), seeds=(4,))
-    make_all(later, {"focal": 0.5})  # its setting was as good as the first's on the seed that chooses, and no better
-    later = replace(first, losses=("ohem",), seeds=(5,))
-    make_all(later, {"ohem": 0.5})
-    page = page_of(tmp_path)
-    assert page.count("| focal | 0.002 | 0.05 |") == 1
-    assert "| focal | 0.008" not in page  # one row for a loss
-    own = "--precision 32-true --epochs 2 --box_weights 0.05 0.2 1 --rates 0.001 0.002 0.004 0.008"
-    assert f"--losses focal {own} --selection_seed 0 --seeds 1 2 3`: seeds 1, 2, 3" in page
-    assert "--losses mining --precision 32-true --epochs 2 --box_weights 0.05 0.2 --rates 0.001 0.002 0.004 " in page
-    assert "--selection_seed 0 --seeds 1 2 3 5`: seeds 1, 2, 3, 5" in page
-    assert "| ohem | 0.002 | 0.05 | 35.0 (30.0 to 50.0) |" in page  # (3 * 30 + 50) / 4
-
-
-def test_rows_below_the_best_setting_and_losses_without_a_row_are_listed(tmp_path) -> None:
-    study = make_study(tmp_path, losses=("focal", "mining", "ohem"))
-    make_all(replace(study, losses=("focal", "mining")), {"focal": 0.3, "mining": 0.3})
-    (run, *_) = replace(study, losses=("focal",), box_weights=(1.0,)).weight_runs()
-    finish(run, 0.9)
-    finish(replace(run, loss="ohem"), 0.0, metrics={}, exit_code=6, is_finite=False)
-    page = page_of(tmp_path)
-    assert "Not at the best setting tried, which has no final run: focal." in page
-    assert "Without a final run: ohem." in page
-
-
-def test_command_on_the_page_makes_the_same_runs(tmp_path, monkeypatch) -> None:
+def test_command_on_the_page_makes_the_same_runs(tmp_path, monkeypatch):
     import compare_losses
 
     study = make_study(tmp_path, precision="bf16-mixed", epochs=8, selection_seed=7, num_val=50)
@@ -154,7 +125,7 @@ def test_command_on_the_page_makes_the_same_runs(tmp_path, monkeypatch) -> None:
     assert again == study
 
 
-def test_page_names_commits_and_machines_of_the_runs(tmp_path) -> None:
+def test_page_names_commits_and_machines_of_the_runs(tmp_path):
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run(["git", "-C", str(tmp_path), *identity, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
@@ -175,7 +146,7 @@ def test_page_names_commits_and_machines_of_the_runs(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_step_times_are_relative_to_the_first_loss_without_mining(tmp_path) -> None:
+def test_step_times_are_relative_to_the_first_loss_without_mining(tmp_path):
     from comparison import step_time
 
     step_time.measure(("focal", "cross_entropy"), tmp_path / "step_times.json", rounds=1)
@@ -187,20 +158,3 @@ def test_step_times_are_relative_to_the_first_loss_without_mining(tmp_path) -> N
         "the median of 1 rounds, as a multiple of a step with focal in the same round, and in seconds"
         in times.explanation
     )
-
-
-def test_another_configuration_has_its_own_folder_and_title(tmp_path) -> None:
-    from comparison import plan
-
-    study = make_study(tmp_path)
-    other = replace(study, config=plan.CONFIGS / "voc_ssd300.yaml")
-    assert other.results_folder.name == "8_and_3_images_2_epochs_voc_ssd300"
-    make_all(study, {"focal": 0.3, "mining": 0.3})
-    make_all(other, {"focal": 0.5, "mining": 0.5})
-    page = page_of(tmp_path)
-    assert (
-        "## shapes, 32-true, 2 epochs\n\nThe detector and its training are those of `configs/shapes_ssd.yaml`." in page
-    )
-    assert "## shapes, 32-true, 2 epochs, voc_ssd300\n" in page
-    assert "those of `configs/voc_ssd300.yaml`." in page
-    assert "--num_val 3 --config configs/voc_ssd300.yaml --losses" in page

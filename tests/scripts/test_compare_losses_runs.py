@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from comparisons import finish, make_study
+from comparisons import make_study
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -41,7 +41,7 @@ def endings(monkeypatch):
 )
 def test_interrupted_or_failed_run_leaves_no_outcome_and_ends_the_comparison(
     endings, ending, exit_code, tmp_path, capsys
-) -> None:
+):
     from comparison import runner
 
     endings["focal"] = f"echo no disk; {ending}"
@@ -55,7 +55,7 @@ def test_interrupted_or_failed_run_leaves_no_outcome_and_ends_the_comparison(
     assert not list(tmp_path.rglob("outcome.json"))  # mining was not started
 
 
-def test_run_ended_by_non_finite_numbers_is_an_outcome(endings, tmp_path) -> None:
+def test_run_ended_by_non_finite_numbers_is_an_outcome(endings, tmp_path):
     from comparison import outcomes, runner
 
     runs = make_study(tmp_path).weight_runs()
@@ -68,7 +68,7 @@ def test_run_ended_by_non_finite_numbers_is_an_outcome(endings, tmp_path) -> Non
 @pytest.mark.parametrize(
     ("losses", "skipped", "is_finite"), [("0.5", False, True), ("nan", False, False), ("0.5", True, False)]
 )
-def test_run_is_finite_unless_a_loss_or_skipped_steps_say_otherwise(losses, skipped, is_finite, tmp_path) -> None:
+def test_run_is_finite_unless_a_loss_or_skipped_steps_say_otherwise(losses, skipped, is_finite, tmp_path):
     from comparison import outcomes
 
     (tmp_path / "version_9").mkdir()
@@ -83,22 +83,12 @@ def test_run_is_finite_unless_a_loss_or_skipped_steps_say_otherwise(losses, skip
     assert outcome["curve"] == [[10, 0.5]]
 
 
-def test_no_run_starts_after_the_deadline(endings, tmp_path, capsys) -> None:
+def test_no_run_starts_after_the_deadline(endings, tmp_path, capsys):
     from comparison import runner
 
     runner.make_runs(make_study(tmp_path).weight_runs(), jobs=1, deadline=time.time() - 1)
     assert "4 runs postponed" in capsys.readouterr().out
     assert not list(tmp_path.rglob("log.txt"))
-
-
-def test_an_undefined_map_counts_as_zero(tmp_path) -> None:
-    from comparison import outcomes
-
-    first, _, second, _ = make_study(tmp_path).weight_runs()
-    finish(first, 0.1, metrics={"mAP": None, "AP50": None})
-    finish(second, 0.1)
-    assert outcomes.best_runs([first, second]) == {"focal": second}
-    assert outcomes.best_runs([first]) == {"focal": first}
 
 
 def comparison(folder: Path, *words: str) -> subprocess.Popen:
@@ -114,7 +104,7 @@ def comparison(folder: Path, *words: str) -> subprocess.Popen:
     [(signal.SIGINT, 130, os.killpg), (signal.SIGTERM, 143, os.kill)],  # Ctrl-C goes to the runs too
     ids=["ctrl-c", "sigterm"],
 )
-def test_signal_ends_the_comparison_and_its_runs_without_outcome(number, exit_code, whom, tmp_path) -> None:
+def test_signal_ends_the_comparison_and_its_runs_without_outcome(number, exit_code, whom, tmp_path):
     process = comparison(tmp_path)
     until = time.time() + 300
     while time.time() < until and not list(tmp_path.rglob("metrics.csv")):  # the training handles signals by then
