@@ -1,7 +1,5 @@
 """Coverage and fitted anchors, against hand-computed IoUs, placed anchors, the matcher and the detectors."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -41,7 +39,7 @@ class WithoutAnchors(Detector):
     forward = loss = detect = None
 
 
-def test_best_ious_equal_hand_computed_values() -> None:
+def test_best_ious_equal_hand_computed_values():
     boxes = torch.tensor([
         [10.0, 10, 20, 20],  # the anchor of 10 px around (15, 15)
         [10, 10, 20, 15],  # half of it
@@ -52,7 +50,7 @@ def test_best_ious_equal_hand_computed_values() -> None:
     assert count_positives(boxes, SMALL).tolist() == [1, 1, 0, 1]
 
 
-def test_coverage_is_counted_by_size_and_class() -> None:
+def test_coverage_is_counted_by_size_and_class():
     boxes = np.array([[10.0, 10, 20, 20], [0, 0, 20, 20], [10, 10, 20, 15]])
     coverage = measure_coverage(boxes, np.array([0, 0, 2]), 3, SMALL)
     assert coverage.share == pytest.approx(2 / 3)
@@ -63,7 +61,7 @@ def test_coverage_is_counted_by_size_and_class() -> None:
 
 
 @pytest.mark.parametrize(("detector", "num_anchors"), [("SSD160", None), ("SSD300", 8732)])
-def test_coverage_agrees_with_placed_anchors_and_the_matcher(detector: str, num_anchors: int | None) -> None:
+def test_coverage_agrees_with_placed_anchors_and_the_matcher(detector, num_anchors):
     anchors = find_anchors(detector, "coco")
     placed = AnchorGrid(anchors.levels)(anchors.grids)
     assert num_anchors in (None, len(placed.boxes))
@@ -79,13 +77,13 @@ def test_coverage_agrees_with_placed_anchors_and_the_matcher(detector: str, num_
         assert num_matched == max(1, int(count_positives(boxes[row : row + 1], anchors)[0]))
 
 
-def test_clusters_find_two_shapes() -> None:
+def test_clusters_find_two_shapes():
     sides = torch.tensor([[10.0, 10]] * 31 + [[40, 20]] * 11) + torch.linspace(0, 0.41, 42)[:, None]
     shapes = cluster_shapes(sides, 2, torch.Generator().manual_seed(1))
     assert shapes.tolist() == [pytest.approx([10.15, 10.15]), pytest.approx([40.36, 20.36])]  # medians
 
 
-def test_fitted_anchors_reach_boxes_that_the_published_ones_miss() -> None:
+def test_fitted_anchors_reach_boxes_that_the_published_ones_miss():
     draw = np.random.default_rng(3)
     corners = draw.uniform(0, 260, (300, 2))
     sides = draw.uniform([8, 24], [12, 36], (300, 2))  # small and tall
@@ -101,9 +99,7 @@ def test_fitted_anchors_reach_boxes_that_the_published_ones_miss() -> None:
     assert propose_anchors(boxes, before) == after  # the seed decides
 
 
-def test_command_writes_a_table_that_config_detector_and_doctor_take(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_writes_a_table_that_config_detector_and_doctor_take(tmp_path, capsys):
     from lightning.pytorch.cli import LightningArgumentParser
 
     file = write_coco(tmp_path, coco_content())
@@ -128,9 +124,7 @@ def test_command_writes_a_table_that_config_detector_and_doctor_take(
     assert main(["anchors", str(file), "--detector", "SSD160", "--out", str(out)]) == 2  # nothing is overwritten
 
 
-def test_detector_without_anchors_is_checked_without_coverage(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_detector_without_anchors_is_checked_without_coverage(tmp_path, capsys):
     file = write_coco(tmp_path, coco_content())
     words = [str(file), "--detector", f"{__name__}.WithoutAnchors", "--image_size", "64"]
     assert main(["doctor", *words]) == 0
@@ -152,7 +146,7 @@ def test_detector_without_anchors_is_checked_without_coverage(
         (("SSD300", None, 512), "300"),
     ],
 )
-def test_unusable_detector_is_refused(arguments: tuple[object, ...], message: str) -> None:
+def test_unusable_detector_is_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         find_anchors(*arguments)
 
@@ -160,14 +154,14 @@ def test_unusable_detector_is_refused(arguments: tuple[object, ...], message: st
 @pytest.mark.parametrize(
     "text", ["", "[]", "model: 5", "model: {detector: {init_args: {anchors: [{side: 1}]}}}", "a: [", "model: &a [*a]"]
 )
-def test_file_without_an_anchor_table_is_refused(tmp_path: Path, text: str) -> None:
+def test_file_without_an_anchor_table_is_refused(tmp_path, text):
     file = tmp_path / "a.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"a\.yaml"):
         find_anchors("SSD300", str(file))
 
 
-def test_table_of_another_detector_is_refused(tmp_path: Path) -> None:
+def test_table_of_another_detector_is_refused(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text(write_table(find_anchors("SSD160")))
     assert yaml.safe_load(file.read_text())["model"]["detector"]["class_path"] == "onestage.models.SSD160"

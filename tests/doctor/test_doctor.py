@@ -46,7 +46,7 @@ def tear_huffman_table(image: Path) -> None:
     image.write_bytes(content[:table] + b"\xff" * 16 + content[table + 16 :])
 
 
-def test_clean_data_set_is_reported_with_its_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clean_data_set_is_reported_with_its_counts(tmp_path, capsys):
     file = write_coco(tmp_path, clean_content())
     assert main(["doctor", str(file), "--strict"]) == 0
     text = capsys.readouterr().out
@@ -65,7 +65,7 @@ def test_clean_data_set_is_reported_with_its_counts(tmp_path: Path, capsys: pyte
     assert (coverage["detector"], coverage["image_size"], coverage["by_size"][0]) == ("SSD300", 300, None)
 
 
-def test_class_name_cannot_colour_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_class_name_cannot_colour_the_terminal(tmp_path, capsys):
     content = coco_content()
     content["categories"][0]["name"] = "\x1b[31mcat\n"
     assert main(["doctor", str(write_coco(tmp_path, content))]) == 0
@@ -74,7 +74,7 @@ def test_class_name_cannot_colour_the_terminal(tmp_path: Path, capsys: pytest.Ca
     assert "'\\x1b[31mcat'" in text
 
 
-def test_exit_code_follows_the_worst_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_code_follows_the_worst_finding(tmp_path, capsys):
     content = clean_content()
     content["annotations"][1]["bbox"] = [90, 70, 40, 40]  # clipped: a warning
     file = str(write_coco(tmp_path, content))
@@ -89,7 +89,7 @@ def test_exit_code_follows_the_worst_finding(tmp_path: Path, capsys: pytest.Capt
         assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_data_set_is_never_changed(tmp_path: Path) -> None:
+def test_data_set_is_never_changed(tmp_path):
     content = clean_content()
     content["annotations"][2]["bbox"][3] = 0
     file = write_coco(tmp_path / "set", content)
@@ -100,7 +100,7 @@ def test_data_set_is_never_changed(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["sheet.png"]
 
 
-def test_decode_finds_damage_that_headers_do_not_show(tmp_path: Path) -> None:
+def test_decode_finds_damage_that_headers_do_not_show(tmp_path):
     file = write_coco(tmp_path, coco_content())
     image = tmp_path / "train" / "a2.jpg"
     tear_huffman_table(image)
@@ -110,7 +110,7 @@ def test_decode_finds_damage_that_headers_do_not_show(tmp_path: Path) -> None:
     assert report["splits"][0]["num_images"] == 3
 
 
-def test_copies_and_near_copies_in_two_splits_are_found(tmp_path: Path) -> None:
+def test_copies_and_near_copies_in_two_splits_are_found(tmp_path):
     train = write_coco(tmp_path, clean_content())
     val = write_coco(tmp_path, clean_content(), "val")
     assert doctor(train, val)[1]["findings"] == []  # no two pictures of the noise are similar
@@ -127,7 +127,7 @@ def test_copies_and_near_copies_in_two_splits_are_found(tmp_path: Path) -> None:
     assert found(doctor(train, val, "--no_near_copies")[1], "near copy in two splits") == []
 
 
-def test_classes_of_one_split_rare_classes_and_repeated_boxes_are_found(tmp_path: Path) -> None:
+def test_classes_of_one_split_rare_classes_and_repeated_boxes_are_found(tmp_path):
     content = clean_content()
     content["annotations"].append(dict(content["annotations"][0], id=99))
     train = write_coco(tmp_path, content)
@@ -140,13 +140,13 @@ def test_classes_of_one_split_rare_classes_and_repeated_boxes_are_found(tmp_path
     assert "cat, dog" in found(doctor(few)[1], "rare class")[0]["problem"]
 
 
-def test_more_objects_than_the_detector_returns_are_reported() -> None:
+def test_more_objects_than_the_detector_returns_are_reported():
     max_detections = find_anchors("SSD300").max_detections
     found_in = check_objects("val", annotation_set([[0] * 200, [0] * 201]), max_detections)
     assert [(finding.rule, finding.num_items) for finding in found_in] == [("many objects", 1)]
 
 
-def test_decoding_continues_after_images_that_kill_or_hang_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_continues_after_images_that_kill_or_hang_the_decoder(monkeypatch):
     monkeypatch.setattr(decoding, "decode_each", deadly_decoder.decode_each)
     monkeypatch.setattr(decoding, "SECONDS_PER_IMAGE", 2.0)
     names = ["a", "bad", "kill", "b", "sleep", "bad", "kill"]
@@ -157,9 +157,7 @@ def test_decoding_continues_after_images_that_kill_or_hang_the_decoder(monkeypat
     assert "took more than 2 s" in findings[2].problem
 
 
-def test_sheet_shows_each_image_before_and_after_augmentation(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sheet_shows_each_image_before_and_after_augmentation(tmp_path, capsys):
     content = coco_content(2)
     for entry in content["annotations"]:
         entry["bbox"] = [20, 16, 60, 48]  # at 300 px: 60, 60, 240, 240
@@ -178,7 +176,7 @@ def test_sheet_shows_each_image_before_and_after_augmentation(
 
 
 @pytest.mark.slow
-def test_doctor_imports_no_training_libraries_and_its_child_no_torch(tmp_path: Path) -> None:
+def test_doctor_imports_no_training_libraries_and_its_child_no_torch(tmp_path):
     file = write_coco(tmp_path, clean_content())
     program = (
         "import sys, onestage.doctor.decoding\nassert 'torch' not in sys.modules\n"
@@ -190,14 +188,14 @@ def test_doctor_imports_no_training_libraries_and_its_child_no_torch(tmp_path: P
     assert done.stdout.endswith("[]\n")
 
 
-def test_every_rule_has_a_remedy_and_a_row_in_the_docs() -> None:
+def test_every_rule_has_a_remedy_and_a_row_in_the_docs():
     text = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
     for rule in RULES.values():
         assert rule.remedy.endswith((".", "?"))
         assert f"| {rule.name} | {rule.effect} |" in text, rule.name
 
 
-def test_docs_name_exactly_the_options_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_docs_name_exactly_the_options_of_the_command(capsys):
     with pytest.raises(SystemExit):
         main(["doctor", "--help"])
     given = set(re.findall(r"^ +(--\w+)", capsys.readouterr().out, re.MULTILINE))
@@ -207,7 +205,7 @@ def test_docs_name_exactly_the_options_of_the_command(capsys: pytest.CaptureFixt
 
 
 @needs_bccd
-def test_bccd_has_only_two_degenerate_boxes() -> None:
+def test_bccd_has_only_two_degenerate_boxes():
     code, report = doctor(BCCD)
     assert code == 3
     assert {finding["rule"] for finding in report["findings"]} == {"object malformed"}
@@ -217,7 +215,7 @@ def test_bccd_has_only_two_degenerate_boxes() -> None:
 
 
 @needs_coco128
-def test_coco128_has_the_same_counts_in_both_formats() -> None:
+def test_coco128_has_the_same_counts_in_both_formats():
     annotations = COCO128 / "annotations"
     as_coco = doctor(annotations / "instances_train2017.json", annotations / "instances_val2017.json")[1]
     as_yolo = doctor(COCO128 / "yolo.yaml")[1]

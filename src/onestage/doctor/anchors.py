@@ -1,7 +1,6 @@
 """Coverage of boxes by a detector's anchors, and anchors that cover them better."""
 
 import sys
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +59,9 @@ class Coverage(NamedTuple):
     num_unreached: int  # boxes with only their forced match
 
 
-def find_anchors(detector: str, table: str | None = None, image_size: int | None = None) -> DetectorAnchors:
+def find_anchors(
+    detector: str, table: str | tuple[AnchorShapes, ...] | None = None, image_size: int | None = None
+) -> DetectorAnchors:
     """Return the anchors of a detector class.
 
     Args:
@@ -71,16 +72,9 @@ def find_anchors(detector: str, table: str | None = None, image_size: int | None
     Raises:
         ConfigError: the class, the table or the canvas cannot be used.
     """
-    is_file = table is not None and table.endswith((".yaml", ".yml"))
     class_path = detector if "." in detector else f"onestage.models.{detector}"
-    return _place_anchors(class_path, _read_table(str(table)) if is_file else table, image_size)
-
-
-@cache
-def _place_anchors(
-    class_path: str, table: str | tuple[AnchorShapes, ...] | None, image_size: int | None
-) -> DetectorAnchors:
-    """Build the detector with a table and ask for its anchors."""
+    if isinstance(table, str) and table.endswith((".yaml", ".yml")):
+        table = _read_table(table)
     module, _, name = class_path.rpartition(".")
     try:
         detector_class = getattr(import_module(module), name)
@@ -212,7 +206,7 @@ def compare_anchors(annotations: AnnotationSet, anchors: DetectorAnchors) -> str
     if not len(boxes):
         raise DataError(f"{annotations.source}: holds no object to fit anchors to.\nGive the training split.")
     fitted = propose_anchors(torch.from_numpy(boxes), anchors)
-    _place_anchors(anchors.class_path, fitted.levels, anchors.image_size)  # the detector takes them
+    find_anchors(anchors.class_path, fitted.levels, anchors.image_size)  # the detector takes them
     text = f"# {len(boxes)} boxes of {printable(annotations.source)}\n"
     for name, table in (("before", anchors), ("after", fitted)):
         coverage = measure_coverage(boxes, labels, len(annotations.class_names), table)

@@ -26,7 +26,9 @@ TITLES = {
 def as_json(diagnosis: Diagnosis, exit_code: int) -> str:
     """Return everything that was found. NaN becomes null."""
     anchors, coverage = diagnosis.anchors, diagnosis.coverage
-    detector = {"detector": anchors.detector, "image_size": anchors.image_size}
+    measured = {"detector": anchors.detector, "image_size": anchors.image_size} | (
+        coverage._asdict() if coverage else {}
+    )
     content = {
         "onestage": __version__,
         "exit_code": exit_code,
@@ -35,7 +37,7 @@ def as_json(diagnosis: Diagnosis, exit_code: int) -> str:
         "box_shapes": {
             "image_size": anchors.image_size, "size_bounds": SIDES, "ratio_bounds": RATIOS, **diagnosis.shapes
         },
-        "coverage": coverage and detector | {key: _without_nan(value) for key, value in coverage._asdict().items()},
+        "coverage": coverage and json.loads(json.dumps(measured), parse_constant=lambda _: None),
         "findings": [finding._asdict() for finding in diagnosis.findings],
         "seconds": diagnosis.seconds,
         "num_headers": diagnosis.num_headers,
@@ -136,13 +138,6 @@ def _aligned(rows: Sequence[Sequence[str]], num_left: int) -> Iterator[str]:
 
 def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.1f} %"
-
-
-def _without_nan(value: float | list[float]) -> float | list[float | None] | None:
-    """Replace NaN, which JSON does not have, by None."""
-    if isinstance(value, list):
-        return [None if math.isnan(item) else item for item in value]
-    return None if math.isnan(value) else value
 
 
 def _grouped(findings: Iterable[Finding]) -> dict[tuple[str, str], list[Finding]]:
