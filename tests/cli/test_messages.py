@@ -1,4 +1,4 @@
-from pathlib import Path
+"""Messages about configuration files and the command line, as one line with the key."""
 
 import lightning.pytorch.loggers  # noqa: F401 # its classes are suggested
 import pytest
@@ -9,19 +9,12 @@ from onestage.errors import ConfigError
 KEYS = ["trainer.max_epochs", "model.detector", "data"]
 
 
-def test_unknown_key_is_quoted_as_typed_with_the_nearest_known_key() -> None:
+def test_unknown_key_is_quoted_as_typed_with_the_nearest_known_key():
     text = explain("unrecognized arguments: --trainer.max_epoch 1", "fit", ["--trainer.max_epoch", "1"], KEYS)
     assert text == "unknown key --trainer.max_epoch; did you mean trainer.max_epochs? (all keys: onestage fit --help)"
 
 
-def test_unknown_constructor_argument_suggests_one_of_the_configured_classes(tmp_path: Path) -> None:
-    config = tmp_path / "c.yaml"
-    config.write_text("model: {optimizer: {class_path: torch.optim.SGD}}")
-    options = ["--config", str(config), "--model.optimizer.momentun=0.9"]
-    assert "did you mean momentum?" in explain("Option 'momentun' is not accepted", "fit", options, KEYS)
-
-
-def test_wrong_type_of_a_union_reports_the_expected_type_and_the_value() -> None:
+def test_wrong_type_of_a_union_reports_the_expected_type_and_the_value():
     message = """Parser key "trainer.max_epochs":
   Does not validate against any of the Union subtypes
   Subtypes: [<class 'int'>, <class 'NoneType'>]
@@ -30,15 +23,10 @@ def test_wrong_type_of_a_union_reports_the_expected_type_and_the_value() -> None
     - Expected a <class 'NoneType'>
   Given value type: <class 'str'>
   Given value: x"""
-    assert explain(message, "fit", [], KEYS).startswith("trainer.max_epochs: must be an int, got x (")
+    assert explain(message, "fit", [], KEYS).startswith("trainer.max_epochs: must be int, got x (")
 
 
-def test_key_beside_class_path_is_sent_to_init_args() -> None:
-    text = explain("Parser key \"data\":\n  Errors:\n    - Option 'class_path' is not accepted", "fit", [], KEYS)
-    assert text.startswith("data: the keys of a class stand under init_args: ")
-
-
-def test_wrong_type_inside_a_class_reports_the_inner_key() -> None:
+def test_wrong_type_inside_a_class_reports_the_inner_key():
     message = """Parser key "data":
   Does not validate against any of the Union subtypes
   Subtypes: [<class 'lightning.pytorch.core.datamodule.LightningDataModule'>, <class 'NoneType'>]
@@ -48,48 +36,34 @@ def test_wrong_type_inside_a_class_reports_the_inner_key() -> None:
     - Expected a <class 'NoneType'>
   Given value type: <class 'dict'>
   Given value: {'class_path': 'onestage.data.VOC', 'init_args': {'batch_size': 'four'}}"""
-    assert explain(message, "fit", [], KEYS) == (
-        "data.batch_size: must be an int, got four (all keys: onestage fit --help)"
-    )
+    assert explain(message, "fit", [], KEYS) == "data.batch_size: must be int, got four (all keys: onestage fit --help)"
 
 
-UNION_OF_LOGGERS = """Parser key "trainer.logger":
+def test_unknown_class_suggests_the_nearest_public_ones():
+    message = """Parser key "trainer.logger":
   - Expected a path but CSVLogge either not accessible or invalid
-  - Does not validate against any of the Union subtypes
   Errors:
     - Expected a dot import path string: CSVLogge
     - Expected a <class 'bool'>
   Given value: CSVLogge"""
-LOGGER_WITHOUT_FOLDER = """Parser key "trainer.logger":
-  Errors:
-    - Problem with class: the following arguments are required: save_dir
-    - Expected a <class 'bool'>
-  Given value: Namespace(class_path='lightning.pytorch.loggers.CSVLogger', init_args=Namespace(save_dir=None))"""
+    text = explain(message, "fit", ["--trainer.logger", "CSVLogge"], KEYS)
+    assert text.startswith("trainer.logger: unknown class CSVLogge; did you mean CSVLogger")
 
 
-@pytest.mark.parametrize(
-    ("message", "expected"),
-    [
-        (UNION_OF_LOGGERS, "trainer.logger: unknown class CSVLogge; did you mean CSVLogger?"),
-        (
-            LOGGER_WITHOUT_FOLDER,
-            "trainer.logger: lightning.pytorch.loggers.CSVLogger needs save_dir. Set trainer.logger.save_dir",
-        ),
-    ],
-)
-def test_lightning_loggers_get_the_same_rewrites_as_our_classes(message: str, expected: str) -> None:
-    assert explain(message, "fit", [], KEYS).startswith(expected)
-
-
-def test_option_values_reads_space_and_equals_forms() -> None:
+def test_option_values_reads_space_and_equals_forms():
     assert option_values(["--config", "a", "--x", "1", "--config=b"], "--config", "-c") == ["a", "b"]
     assert option_values(["--config"], "--config") == []
 
 
-def test_files_first_moves_config_files_before_options() -> None:
+def test_files_first_moves_config_files_before_options():
     words = ["--ckpt_path", "a.ckpt", "--config", "x.yaml", "--config=y.yaml", "--seed_everything=1"]
     expected = ["--config", "x.yaml", "--config=y.yaml", "--ckpt_path", "a.ckpt", "--seed_everything=1"]
     assert files_first(words) == expected
+
+
+ALIAS_BOMB = "\n".join(
+    ["l0: &l0 [1, 2, 3]", *(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 12))]
+).encode()
 
 
 @pytest.mark.parametrize(
@@ -101,11 +75,13 @@ def test_files_first_moves_config_files_before_options() -> None:
         (b"model:\n\tx: 1\n", r":2:1: .*indent with spaces"),
         (b"trainer: {devices: 1}\ntrainer: {devices: 2}\n", r"bad.yaml:2:1: duplicate key 'trainer'"),
         (b"a: [1, 2", r"bad.yaml:"),
+        (b"a: &a [*a]\n", "through its aliases|recursive"),
+        (ALIAS_BOMB, "values through its aliases"),
         (b"a: \xff\xfe", "is not UTF-8"),
         (b"a: !!python/object/apply:os.system [true]\n", "could not determine a constructor"),
     ],
 )
-def test_bad_config_file_is_reported_with_line_and_rule(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_bad_config_file_is_reported_with_line_and_rule(tmp_path, content, expected):
     file = tmp_path / "bad.yaml"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=expected) as caught:
@@ -113,9 +89,9 @@ def test_bad_config_file_is_reported_with_line_and_rule(tmp_path: Path, content:
     assert "bad.yaml" in str(caught.value)
 
 
-def test_missing_config_file_suggests_the_nearest_name(tmp_path: Path) -> None:
+def test_missing_config_file_suggests_the_nearest_name(tmp_path):
     (tmp_path / "voc_ssd300.yaml").write_text("a: 1")
     with pytest.raises(ConfigError, match=r"Did you mean .*voc_ssd300\.yaml"):
         check_config_file(str(tmp_path / "voc_ssd30.yaml"))
-    with pytest.raises(ConfigError, match="is a folder"):
+    with pytest.raises(ConfigError, match="Is a directory"):
         check_config_file(str(tmp_path))

@@ -65,7 +65,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "image_size": 64, "batch_size": 2, "num_workers": 0,
         },
         "model": {
-            "detector": {"class_path": "tiny_training.TinyDetector"},
+            "detector": {"class_path": "tiny_training.TinyDetector"}, "channels_last": False,
             "optimizer": {
                 "class_path": "torch.optim.SGD", "init_args": {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1},
             },
@@ -119,7 +119,7 @@ def checkpoint(folder: Path, name: str) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_two_processes_write_one_run_folder(two: Path) -> None:
+def test_two_processes_write_one_run_folder(two):
     (folder,) = two.glob("runs/*/*")
     assert folder.name == "version_0"
     assert {"best.ckpt", "last.ckpt"} <= {path.name for path in (folder / "checkpoints").iterdir()}
@@ -127,7 +127,7 @@ def test_two_processes_write_one_run_folder(two: Path) -> None:
 
 
 @pytest.mark.slow
-def test_each_image_is_used_once_per_epoch_in_the_steps_of_one_process(one: Path, two: Path) -> None:
+def test_each_image_is_used_once_per_epoch_in_the_steps_of_one_process(one, two):
     (alone,), shares = recorded(one), recorded(two)
     assert [len(share) for share in shares] == [NUM_STEPS, NUM_STEPS]
     for step, batches in enumerate(zip(*shares, strict=True)):
@@ -140,7 +140,7 @@ def test_each_image_is_used_once_per_epoch_in_the_steps_of_one_process(one: Path
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one_with_twice_the_batch(one: Path, two: Path) -> None:
+def test_two_processes_train_like_one_with_twice_the_batch(one, two):
     (alone,), (first, second) = recorded(one), recorded(two)
     mean = [(left["loss"] + right["loss"]) / 2 for left, right in zip(first, second, strict=True)]
     torch.testing.assert_close(torch.tensor(mean), torch.tensor([step["loss"] for step in alone]), rtol=1e-4, atol=1e-5)
@@ -153,7 +153,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(one: Path, two: Path)
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_an_odd_number_of_images_like_one(config: Path, two: Path, tmp_path: Path) -> None:
+def test_two_processes_evaluate_an_odd_number_of_images_like_one(config, two, tmp_path):
     (best,) = two.glob("runs/*/version_0/checkpoints/best.ckpt")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SUPPORT))
@@ -164,7 +164,7 @@ def test_two_processes_evaluate_an_odd_number_of_images_like_one(config: Path, t
 
 
 @pytest.mark.slow
-def test_validation_losses_equal_those_of_one_process(one: Path, two: Path) -> None:
+def test_validation_losses_equal_those_of_one_process(one, two):
     """Weighted by positives, the mean does not depend on how images are shared among batches and processes."""
 
     def last_losses(folder: Path) -> list[float]:
@@ -177,9 +177,7 @@ def test_validation_losses_equal_those_of_one_process(one: Path, two: Path) -> N
     assert last_losses(two) == pytest.approx(last_losses(one), rel=1e-4)
 
 
-def test_auto_batch_prints_and_records_batch_and_learning_rate(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_auto_batch_prints_and_records_batch_and_learning_rate(config, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SUPPORT))
         options = ["--auto_batch", "64", "--model.reference_batch_size", "4", "--trainer.max_epochs", "1"]
@@ -205,7 +203,7 @@ def free_port() -> str:
 
 
 @pytest.mark.slow
-def test_two_machines_with_one_process_equal_one_machine_with_two(config: Path, two: Path, tmp_path: Path) -> None:
+def test_two_machines_with_one_process_equal_one_machine_with_two(config, two, tmp_path):
     words = fit_words(config, tmp_path, "--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp")
     meet = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     nodes = [start(words, ["-m", "torch.distributed.run", f"--node_rank={node}", *meet]) for node in (0, 1)]
@@ -218,7 +216,7 @@ def test_two_machines_with_one_process_equal_one_machine_with_two(config: Path, 
 
 
 @pytest.mark.slow
-def test_srun_on_two_machines_equals_one_machine_with_two_processes(config: Path, two: Path, tmp_path: Path) -> None:
+def test_srun_on_two_machines_equals_one_machine_with_two_processes(config, two, tmp_path):
     """No SLURM is needed: srun starts the command on each machine with these variables set."""
     words = fit_words(config, tmp_path, "--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp")
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
@@ -235,9 +233,7 @@ def test_srun_on_two_machines_equals_one_machine_with_two_processes(config: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [2, 3])
-def test_any_number_of_processes_evaluates_like_one(
-    config: Path, two: Path, tmp_path: Path, num_processes: int
-) -> None:
+def test_any_number_of_processes_evaluates_like_one(config, two, tmp_path, num_processes):
     """Started by Lightning; seven images are 4 + 3, or 3 + 2 + 2."""
     (best,) = two.glob("runs/*/version_0/checkpoints/best.ckpt")
     words = ["validate", "--config", str(config), "--ckpt_path", str(best), "--runs_dir", str(tmp_path)]
@@ -247,7 +243,7 @@ def test_any_number_of_processes_evaluates_like_one(
 
 
 @pytest.mark.slow
-def test_fewer_images_than_processes_stop_with_a_remedy(config: Path, tmp_path: Path) -> None:
+def test_fewer_images_than_processes_stop_with_a_remedy(config, tmp_path):
     few = ["--data.source.path", str(tmp_path / "shapes"), "--data.source.num_val=1"]
     process = start(fit_words(config, tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp", *few))
     _, err = finish(process, exit_code=3)
@@ -256,7 +252,7 @@ def test_fewer_images_than_processes_stop_with_a_remedy(config: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_fsdp_takes_the_same_steps_as_ddp(config: Path, two: Path, tmp_path: Path) -> None:
+def test_fsdp_takes_the_same_steps_as_ddp(config, two, tmp_path):
     """On CPUs by a class for tests: Lightning's own asks for GPUs. Weight decay shows who is taken for a bias."""
     strategy = "--trainer.strategy={class_path: cpu_fsdp.CPUFSDP}"
     out, _ = finish(start(fit_words(config, tmp_path, "--trainer.devices=2", strategy, "--ema.decay=null"), TORCHRUN))
@@ -275,7 +271,7 @@ def test_fsdp_takes_the_same_steps_as_ddp(config: Path, two: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_resumed_fsdp_run_equals_an_uninterrupted_one(config: Path, tmp_path: Path) -> None:
+def test_resumed_fsdp_run_equals_an_uninterrupted_one(config, tmp_path):
     strategy = ["--trainer.devices=2", "--trainer.strategy={class_path: cpu_fsdp.CPUFSDP}", "--ema.decay=null"]
     constant = [*strategy, "--model.schedule.kind=constant"]  # a schedule that does not know the length of the run
     finish(start(fit_words(config, tmp_path / "whole", *constant), TORCHRUN))
@@ -288,7 +284,7 @@ def test_resumed_fsdp_run_equals_an_uninterrupted_one(config: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_processes_agree_on_the_auto_batch(config: Path, tmp_path: Path) -> None:
+def test_processes_agree_on_the_auto_batch(config, tmp_path):
     words = fit_words(config, tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp", "--auto_batch", "64")
     finish(start(words, TORCHRUN))
     first, second = recorded(tmp_path)
@@ -298,7 +294,7 @@ def test_processes_agree_on_the_auto_batch(config: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_torchrun_with_another_number_of_devices_is_rejected(config: Path, tmp_path: Path) -> None:
+def test_torchrun_with_another_number_of_devices_is_rejected(config, tmp_path):
     _, err = finish(start(fit_words(config, tmp_path, "--trainer.devices=1"), TORCHRUN), exit_code=1)
     assert "torchrun has started 2 processes" in err
     assert "--trainer.devices 2 --trainer.num_nodes 1" in err
@@ -312,9 +308,7 @@ def test_torchrun_with_another_number_of_devices_is_rejected(config: Path, tmp_p
         (["--trainer.strategy=dpp"], "'dpp'"),
     ],
 )
-def test_strategy_that_cannot_run_here_is_one_message(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
-) -> None:
+def test_strategy_that_cannot_run_here_is_one_message(config, tmp_path, capsys, options, said):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SUPPORT))
         assert run("fit", "--config", str(config), "--runs_dir", str(tmp_path), *options) == 2

@@ -49,7 +49,7 @@ def eight_coco(tmp_path: Path) -> list[str]:
 
 
 @needs_bccd
-def test_bccd_skips_its_two_degenerate_boxes_with_a_report() -> None:
+def test_bccd_skips_its_two_degenerate_boxes_with_a_report():
     data = voc_data(BCCD, train=["train", "val", "test"], val=["val"], image_size=160)
     annotations = data.annotations("train")
     assert data.class_names == ["Platelets", "RBC", "WBC"]
@@ -58,7 +58,7 @@ def test_bccd_skips_its_two_degenerate_boxes_with_a_report() -> None:
 
 
 @needs_coco128
-def test_coco128_keeps_its_ids_with_gaps() -> None:
+def test_coco128_keeps_its_ids_with_gaps():
     data = coco_data(COCO128, image_size=160)
     assert data.num_classes == 80
     assert (data.category_ids[0], data.category_ids[-1]) == (1, 90)
@@ -80,19 +80,19 @@ def overfit(options: list[str], runs: Path, steps: int) -> float:
 
 @needs_bccd
 @pytest.mark.slow
-def test_small_model_overfits_eight_images_of_bccd(eight_bccd: list[str], tmp_path: Path) -> None:
+def test_small_model_overfits_eight_images_of_bccd(eight_bccd, tmp_path):
     assert overfit(eight_bccd, tmp_path / "runs", steps=400) > 0.9
 
 
 @needs_coco128
 @pytest.mark.slow
-def test_small_model_overfits_eight_images_of_coco(eight_coco: list[str], tmp_path: Path) -> None:
+def test_small_model_overfits_eight_images_of_coco(eight_coco, tmp_path):
     assert overfit(eight_coco, tmp_path / "runs", steps=400) > 0.9
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["bccd", "coco"])
-def test_ssd300_takes_a_few_steps_on_photographs(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_ssd300_takes_a_few_steps_on_photographs(which, request, tmp_path):
     if not (BCCD if which == "bccd" else COCO128).is_dir():
         pytest.skip("the images are not here")
     options = request.getfixturevalue(f"eight_{which}")

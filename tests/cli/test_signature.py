@@ -33,7 +33,7 @@ def paint(
     return 3
 
 
-def test_words_become_typed_arguments_and_the_result_is_the_exit_code() -> None:
+def test_words_become_typed_arguments_and_the_result_is_the_exit_code():
     calls.clear()
     assert run_function("paint", paint, ["--dry", "a", "b", "--to", "red", "--names", "x", "y"]) == 3
     expected = {"paths": [Path("a"), Path("b")], "to": "red", "names": ["x", "y"], "dry": True, "share": 0.5}
@@ -49,14 +49,14 @@ def test_words_become_typed_arguments_and_the_result_is_the_exit_code() -> None:
         (["a", "--to", "red", "--shar", "1"], "unrecognized arguments: --shar 1"),
     ],
 )
-def test_bad_words_end_in_one_message_with_the_reason(words: list[str], reason: str) -> None:
+def test_bad_words_end_in_one_message_with_the_reason(words, reason):
     with pytest.raises(ConfigError) as caught:
         run_function("paint", paint, words)
     assert reason in str(caught.value)
     assert str(caught.value).endswith("See: onestage paint --help")
 
 
-def test_help_shows_the_docstring_and_the_argument_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_the_docstring_and_the_argument_lines(capsys):
     with pytest.raises(SystemExit):
         run_function("paint", paint, ["--help"])
     printed = capsys.readouterr().out

@@ -172,7 +172,7 @@ class DetectionCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ConfigError, ValueError, TypeError, ImportError, FileNotFoundError) as error:
-            raise ConfigError(refusal(error, self.settings)) from error
+            raise ConfigError(refusal(error)) from error
         if self.command == "fit" and self.model.channels_last == "auto":
             decided = resolve_memory_format(self.model.detector, self.datamodule, self.trainer)
             self.model.channels_last = self.settings.model.channels_last = decided
