@@ -20,7 +20,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model.safetensors"
 
 
-def test_exported_weights_equal_the_checkpoint_bit_for_bit(trained: Path, exported: Path) -> None:
+def test_exported_weights_equal_the_checkpoint_bit_for_bit(trained, exported):
     saved = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
     weights = load_file(exported)
     assert weights.keys() == saved["state_dict"].keys()
@@ -31,9 +31,7 @@ def test_exported_weights_equal_the_checkpoint_bit_for_bit(trained: Path, export
     assert exported.stat().st_size < (trained / "checkpoints" / "best.ckpt").stat().st_size / 2  # no optimizer in it
 
 
-def test_validating_exported_weights_reproduces_the_metrics_of_the_run(
-    trained: Path, exported: Path, tmp_path: Path
-) -> None:
+def test_validating_exported_weights_reproduces_the_metrics_of_the_run(trained, exported, tmp_path):
     options = ["--runs_dir", str(tmp_path), "--trainer.accelerator=cpu"]
     assert run("validate", "--ckpt_path", str(exported), *options) == 0
     (results,) = tmp_path.glob("*/*/results.json")
@@ -42,9 +40,7 @@ def test_validating_exported_weights_reproduces_the_metrics_of_the_run(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no description", "another description"])
-def test_damaged_export_is_named_with_the_command_that_writes_it(
-    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
+def test_damaged_export_is_named_with_the_command_that_writes_it(exported, tmp_path, capsys, damage):
     copy = tmp_path / "model.safetensors"
     content = exported.read_bytes()
     copy.write_bytes(content[:1000] if damage == "truncated" else content)
@@ -66,14 +62,12 @@ def test_damaged_export_is_named_with_the_command_that_writes_it(
         (["--ckpt_path", "x" * 300], "cannot be read: File name too long"),
     ],
 )
-def test_impossible_export_ends_with_one_message(
-    capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
+def test_impossible_export_ends_with_one_message(capsys, options, message):
     assert run("export", *options) == 2
     assert message in capsys.readouterr().err
 
 
-def test_default_folder_is_in_the_run_or_beside_the_file(trained: Path, tmp_path: Path) -> None:
+def test_default_folder_is_in_the_run_or_beside_the_file(trained, tmp_path):
     assert _default_folder(Path("/best.ckpt")) == Path("/export")
     assert _default_folder(Path("/downloads/best.ckpt")) == Path("/downloads/export")
     copy = tmp_path / "run" / "checkpoints" / "best.ckpt"

@@ -2,10 +2,8 @@
 
 import copy
 import errno
-import json
 import os
 import pickle
-import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +16,17 @@ from command_line import run
 from tiny_training import TinyDetector
 
 from onestage.errors import CheckpointError, ResourceError
+from onestage.reliability import checkpoints
 from onestage.reliability.checkpoints import (
     AtomicCheckpointIO,
     keep_previous,
     load_weights,
     read_checkpoint,
-    remove_unfinished_files,
     require_writable,
     stored_step,
 )
 from onestage.reliability.resume import newest_checkpoint
+from onestage.reliability.runs import take_run_folder
 from onestage.training.module import CHECKPOINT_SCHEMA, DetectionModule
 
 
@@ -56,17 +55,13 @@ def refused(path: Path) -> str:
         (lambda content: pickle.dumps({"state_dict": {}}), "is not a torch checkpoint"),
     ],
 )
-def test_damaged_file_is_refused_with_its_problem(
-    checkpoint: Path, damage: Callable[[bytes], bytes], problem: str
-) -> None:
+def test_damaged_file_is_refused_with_its_problem(checkpoint, damage, problem):
     checkpoint.write_bytes(damage(checkpoint.read_bytes()))
     assert problem in refused(checkpoint)
 
 
 @pytest.mark.parametrize("call", ["is_file", "open"])
-def test_permission_error_is_reported_as_unreadable(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str
-) -> None:
+def test_permission_error_is_reported_as_unreadable(checkpoint, monkeypatch, capsys, call):
     """root may read everything, so the call refuses."""
     original = getattr(Path, call)
 
@@ -81,27 +76,27 @@ def test_permission_error_is_reported_as_unreadable(
         assert f"checkpoint {checkpoint} cannot be read: Permission denied" in capsys.readouterr().err
 
 
-def test_name_too_long_for_a_file_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_name_too_long_for_a_file_is_one_message(tmp_path, capsys):
     assert run("validate", "--ckpt_path", f"{tmp_path}/{'x' * 5000}.ckpt") == 2
     assert "cannot be read: File name too long" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints", "version_0/checkpoints"])
-def test_folder_given_as_checkpoint_lists_the_checkpoints_in_it(checkpoint: Path, inside: str) -> None:
+def test_folder_given_as_checkpoint_lists_the_checkpoints_in_it(checkpoint, inside):
     folder = checkpoint.parent / "folder"
     (folder / inside).mkdir(parents=True)
     moved = checkpoint.rename(folder / inside / "last.ckpt")
     assert f"{folder} is a folder.\nOther checkpoints there: {moved}" in refused(folder)
 
 
-def test_fifo_among_checkpoints_does_not_block(checkpoint: Path) -> None:
+def test_fifo_among_checkpoints_does_not_block(checkpoint):
     pipe = checkpoint.with_name("pipe.ckpt")
     os.mkfifo(pipe)
     assert newest_checkpoint(checkpoint.parent).checkpoint == checkpoint
     assert "is not a file" in refused(pipe)
 
 
-def test_one_flipped_bit_of_a_weight_is_found(checkpoint: Path) -> None:
+def test_one_flipped_bit_of_a_weight_is_found(checkpoint):
     content = bytearray(checkpoint.read_bytes())
     content[bytes(content).index(torch.arange(600.0).numpy().tobytes()[64:256])] ^= 1
     checkpoint.write_bytes(content)
@@ -109,7 +104,7 @@ def test_one_flipped_bit_of_a_weight_is_found(checkpoint: Path) -> None:
     assert "the checksum of" in refused(checkpoint)
 
 
-def test_one_flipped_bit_of_the_archive_directory_is_refused(tmp_path: Path) -> None:
+def test_one_flipped_bit_of_the_archive_directory_is_refused(tmp_path):
     whole = write(tmp_path / "whole.ckpt", {"state_dict": {}, "global_step": 0, "onestage": {"schema": 99}})
     with zipfile.ZipFile(whole) as archive:
         begin, member = archive.start_dir, archive.infolist()[0].header_offset
@@ -135,7 +130,7 @@ class Greedy:
         return bytearray, (6 << 30,)
 
 
-def test_pickle_that_runs_a_command_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickle_that_runs_a_command_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "hostile.ckpt", changed("hyper_parameters", Payload()))
     assert "nothing in it was run" in refused(path)
@@ -147,14 +142,14 @@ def test_pickle_that_runs_a_command_is_not_run(tmp_path: Path, monkeypatch: pyte
     assert Path("canary").exists()
 
 
-def test_pickle_that_allocates_gigabytes_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickle_that_allocates_gigabytes_is_not_loaded(tmp_path, monkeypatch):
     path = write(tmp_path / "hostile.ckpt", changed("more", Greedy()))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
     assert stored_step(path) == -1
     assert "asks for memory that it does not fill" in refused(path)
 
 
-def test_compressed_archive_is_refused_before_it_is_unpacked(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressed_archive_is_refused_before_it_is_unpacked(checkpoint, monkeypatch):
     bomb = checkpoint.with_name("bomb.ckpt")
     with zipfile.ZipFile(checkpoint) as whole, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
         for member in whole.infolist():
@@ -166,7 +161,7 @@ def test_compressed_archive_is_refused_before_it_is_unpacked(checkpoint: Path, m
     assert "is compressed" in refused(bomb)
 
 
-def test_archive_that_repeats_the_same_bytes_is_refused(checkpoint: Path) -> None:
+def test_archive_that_repeats_the_same_bytes_is_refused(checkpoint):
     with zipfile.ZipFile(checkpoint, "a") as archive:
         largest = max(archive.infolist(), key=lambda member: member.file_size)
         for number in range(9):
@@ -178,9 +173,7 @@ def test_archive_that_repeats_the_same_bytes_is_refused(checkpoint: Path) -> Non
 
 
 @pytest.mark.parametrize("size", [100_000_000, 10**13])
-def test_expanded_tensor_is_refused_before_its_values_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: int
-) -> None:
+def test_expanded_tensor_is_refused_before_its_values_are_read(tmp_path, monkeypatch, capsys, size):
     path = write(tmp_path / "hostile.ckpt", changed("state_dict", {"a": torch.zeros(1).expand(size)}))
     monkeypatch.setattr(torch.Tensor, "isfinite", lambda _: pytest.fail("its values were read"))
     for command in ("validate", "export"):
@@ -205,8 +198,8 @@ def doubled(levels: int) -> list[Any]:
 @pytest.mark.parametrize(
     ("place", "value", "problem"),
     [
-        ("more", recursive(), "more than 1,000,000 values"),
-        ("more", doubled(40), "more than 1,000,000 values"),
+        ("more", recursive(), "more than 1,000 values"),
+        ("more", doubled(40), "more than 1,000 values"),
         ("state_dict.a", torch.ones(3).to_sparse(), "sparse, quantized or not on the CPU"),
         ("onestage", [1], "a dictionary as `onestage`"),
         ("onestage.config", [1], "plain keys and values as `onestage.config`"),
@@ -224,25 +217,13 @@ def doubled(levels: int) -> list[Any]:
         ("global_step", True, "a number of steps as `global_step`"),
     ],
 )
-def test_entry_of_another_type_is_refused_with_its_place(
-    tmp_path: Path, place: str, value: object, problem: str
-) -> None:
+def test_entry_of_another_type_is_refused_with_its_place(tmp_path, monkeypatch, place, value, problem):
+    monkeypatch.setattr(checkpoints, "MAX_VALUES", 1000)
     assert problem in refused(write(tmp_path / "odd.ckpt", changed(place, value)))
 
 
-def test_byte_order_of_another_machine_is_refused(checkpoint: Path) -> None:
-    with zipfile.ZipFile(checkpoint) as whole:
-        members = {member.filename: whole.read(member) for member in whole.infolist()}
-    (order,) = [name for name in members if name.endswith("byteorder")]
-    members[order] = struct.pack("3s", b"mid")
-    with zipfile.ZipFile(checkpoint, "w", zipfile.ZIP_STORED) as broken:
-        for name, content in members.items():
-            broken.writestr(name, content)
-    assert "cannot be loaded" in refused(checkpoint)
-
-
 @pytest.mark.parametrize("description", ["fifo", "[" * 100_000, "[1]", "{}"])
-def test_malformed_description_beside_exported_weights_is_refused(tmp_path: Path, description: str) -> None:
+def test_malformed_description_beside_exported_weights_is_refused(tmp_path, description):
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
@@ -269,7 +250,7 @@ def weights_of(module: DetectionModule) -> dict[str, Any]:
     return saved
 
 
-def test_weights_of_the_same_model_are_loaded(module: DetectionModule, tmp_path: Path) -> None:
+def test_weights_of_the_same_model_are_loaded(module, tmp_path):
     saved = weights_of(module)
     name = "detector.class_head.convs.0.bias" if "detector.class_head.convs.0.bias" in saved["state_dict"] else next(
         name for name in saved["state_dict"] if name.endswith("bias")
@@ -290,9 +271,7 @@ def test_weights_of_the_same_model_are_loaded(module: DetectionModule, tmp_path:
         ("state_dict.more", torch.tensor([torch.nan]), ["NaN or infinite weights in 1 of"]),
     ],
 )
-def test_weights_of_another_model_are_refused_with_both_values(
-    module: DetectionModule, tmp_path: Path, place: str, value: object, problems: list[str]
-) -> None:
+def test_weights_of_another_model_are_refused_with_both_values(module, tmp_path, place, value, problems):
     saved = weights_of(module)
     *parents, last = place.split(".")
     node = saved
@@ -307,7 +286,7 @@ def test_weights_of_another_model_are_refused_with_both_values(
 # Writing
 
 
-def test_failed_write_keeps_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(contents(), path)
 
@@ -321,7 +300,7 @@ def test_failed_write_keeps_the_earlier_file(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_message_of_torch_for_a_full_disk_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_of_torch_for_a_full_disk_is_recognised(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/7")
 
@@ -330,7 +309,7 @@ def test_message_of_torch_for_a_full_disk_is_recognised(tmp_path: Path, monkeypa
         AtomicCheckpointIO().save_checkpoint(contents(), tmp_path / "last.ckpt")
 
 
-def test_previous_file_is_kept_under_its_second_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_previous_file_is_kept_under_its_second_name(tmp_path, monkeypatch):
     last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
     last.write_bytes(b"one")
     keep_previous(last, previous)
@@ -339,28 +318,19 @@ def test_previous_file_is_kept_under_its_second_name(tmp_path: Path, monkeypatch
     last.write_bytes(b"two")
     monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
     keep_previous(last, previous)
-    assert (last.exists(), previous.read_bytes()) == (False, b"two")
+    assert (last.read_bytes(), previous.read_bytes()) == (b"two", b"two")
 
 
-def test_unfinished_files_are_removed_and_others_kept(tmp_path: Path) -> None:
+def test_unfinished_files_are_removed_and_others_kept(tmp_path):
     left = tmp_path / "checkpoints" / ".last.ckpt.12345.tmp"
     left.parent.mkdir()
     left.write_bytes(b"half")
     (left.parent / "last.ckpt").write_bytes(b"whole")
-    assert remove_unfinished_files(tmp_path) == [left]
+    take_run_folder(tmp_path)
     assert [file.name for file in left.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_folder_in_place_of_the_checkpoint_is_found_at_the_start(tmp_path: Path) -> None:
+def test_folder_in_place_of_the_checkpoint_is_found_at_the_start(tmp_path):
     (tmp_path / "last.ckpt").mkdir()
     with pytest.raises(ResourceError, match=r"last\.ckpt: is a folder"):
         require_writable(tmp_path / "last.ckpt")
-
-
-def test_description_of_exported_weights_is_read_as_a_checkpoint(checkpoint: Path) -> None:
-    shared = checkpoint.with_name("shared")
-    assert run("export", "--ckpt_path", str(checkpoint), "--output", str(shared)) == 0
-    read = read_checkpoint(shared / "model.safetensors")
-    assert torch.equal(read["state_dict"]["detector.a"], torch.arange(600.0))
-    assert (read["global_step"], read["onestage"]["class_names"]) == (5, ["a", "b", "c"])
-    assert "optimizer" not in json.loads((shared / "model.json").read_text())["config"]["model"]

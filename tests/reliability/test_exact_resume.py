@@ -2,7 +2,6 @@
 
 import csv
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,14 +59,8 @@ def stop_and_resume(
     ("variant", "method", "count"), [STOPS[0], *(pytest.param(*stop, marks=pytest.mark.slow) for stop in STOPS[1:])]
 )
 def test_stopped_and_resumed_run_ends_with_the_same_bits(
-    variant: str,
-    method: str,
-    count: int,
-    drawn: Path,
-    uninterrupted: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    variant, method, count, drawn, uninterrupted, tmp_path, monkeypatch
+):
     whole = uninterrupted(*VARIANTS[variant])
     resumed = stop_and_resume(drawn, tmp_path, VARIANTS[variant], method, count, monkeypatch)
     assert tiny_run.differences(tiny_run.final_state(whole), tiny_run.final_state(resumed)) == []
@@ -77,9 +70,7 @@ def test_stopped_and_resumed_run_ends_with_the_same_bits(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("steps", "stop", "code"), [((3, 4, 5, 6, 7), 6, 6), ((3, 4, 9, 10), 5, 0)])
-def test_skipped_steps_are_counted_as_without_the_stop(
-    steps: tuple[int, ...], stop: int, code: int, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skipped_steps_are_counted_as_without_the_stop(steps, stop, code, drawn, tmp_path, monkeypatch):
     step = DetectionModule.training_step
 
     def broken(self: DetectionModule, *arguments: object) -> dict[str, object]:
@@ -105,9 +96,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return [dict(row) for row in csv.DictReader(file)]
 
 
-def test_memory_format_of_a_run_is_stored_and_kept_when_it_is_resumed(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_format_of_a_run_is_stored_and_kept_when_it_is_resumed(drawn, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(memory_format, "time_formats", lambda *_: {True: 1.0, False: 2.0})
     words = tiny_run.words(drawn, tmp_path, "--model.channels_last", "auto", "--resume", "auto", epochs=1)
@@ -122,9 +111,7 @@ def test_memory_format_of_a_run_is_stored_and_kept_when_it_is_resumed(
 
 
 @pytest.mark.slow
-def test_without_seeded_steps_the_bits_differ(
-    drawn: Path, uninterrupted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_seeded_steps_the_bits_differ(drawn, uninterrupted, tmp_path, monkeypatch):
     """The control: dropout draws from a state that no checkpoint holds."""
     whole = uninterrupted()
     monkeypatch.setattr(SeededSteps, "on_train_batch_start", lambda *_: None)

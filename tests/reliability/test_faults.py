@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,9 +44,7 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("where", "count"), [("step", 6), ("write", 3), ("sync", 5), ("replace", 6)])
-def test_killed_run_loses_one_interval_and_resumes_to_the_same_bits(
-    where: str, count: int, drawn: Path, uninterrupted: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_killed_run_loses_one_interval_and_resumes_to_the_same_bits(where, count, drawn, uninterrupted, tmp_path):
     """Killed in a step, half-way through the bytes, before they are on the disk, and before the rename."""
     command = tiny_run.words(drawn, tmp_path, "--resume", "auto")
     killed = os.fork()
@@ -84,15 +81,8 @@ def test_killed_run_loses_one_interval_and_resumes_to_the_same_bits(
     ],
 )
 def test_signal_saves_that_step_and_ends_with_its_code(
-    number: int,
-    code: int,
-    method: str,
-    steps_before: int,
-    drawn: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    number, code, method, steps_before, drawn, tmp_path, monkeypatch, capsys
+):
     count = 3 if method == "training_step" else 1
     break_method(monkeypatch, method, count, lambda: tiny_run.send(number))
     # No interval: only the signal writes a checkpoint.
@@ -103,9 +93,7 @@ def test_signal_saves_that_step_and_ends_with_its_code(
 
 
 @pytest.mark.slow
-def test_second_sigterm_and_one_inside_the_save_change_nothing(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_sigterm_and_one_inside_the_save_change_nothing(drawn, tmp_path, monkeypatch):
     break_method(monkeypatch, "training_step", 3, lambda: [tiny_run.send(signal.SIGTERM) for _ in range(2)])
     monkeypatch.setattr(os, "fsync", tiny_run.at_call(7, lambda: tiny_run.send(signal.SIGTERM), os.fsync))
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 143
@@ -114,7 +102,7 @@ def test_second_sigterm_and_one_inside_the_save_change_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_while_stopping_ends_at_once_with_whole_files(first: int, drawn: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_stopping_ends_at_once_with_whole_files(first, drawn, tmp_path):
     child = os.fork()
     if child == 0:
         tiny_run.break_at("step", 4, lambda: [tiny_run.send(number) for number in (first, signal.SIGINT)])
@@ -125,16 +113,14 @@ def test_ctrl_c_while_stopping_ends_at_once_with_whole_files(first: int, drawn: 
 
 
 @pytest.mark.parametrize("command", ["fit", "doctor"])
-def test_ctrl_c_before_the_command_runs_is_one_line(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_before_the_command_runs_is_one_line(command, monkeypatch, capsys):
     """As during the import of the packages, which takes seconds."""
     monkeypatch.setattr(cli.main.__globals__["sys"].modules[cli.main.__module__], "run", fail_with(KeyboardInterrupt()))
     assert cli.main([command]) == 130
     assert capsys.readouterr().err == "error: interrupted.\n"
 
 
-def test_signal_during_the_exchange_of_signals_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_during_the_exchange_of_signals_is_kept(monkeypatch):
     stop = stopping.StopOnSignal(None)
 
     def minimum(value: int) -> int:
@@ -148,9 +134,7 @@ def test_signal_during_the_exchange_of_signals_is_kept(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_signal_in_the_evaluation_after_training_is_no_success(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signal_in_the_evaluation_after_training_is_no_success(drawn, tmp_path, monkeypatch):
     break_method(monkeypatch, "validation_step", 5, lambda: tiny_run.send(signal.SIGTERM))  # 2 epochs of 2, then this
     command = tiny_run.words(drawn, tmp_path, "--resume", "auto")
     assert tiny_run.onestage(*command) == 143
@@ -163,7 +147,7 @@ TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_ends_both_with_one_checkpoint(drawn: Path, tmp_path: Path) -> None:
+def test_sigterm_to_one_of_two_processes_ends_both_with_one_checkpoint(drawn, tmp_path):
     code, err = end_of(start(tiny_run.words(drawn, tmp_path, *TWO), fault="1:step:2:SIGTERM"))
     assert code == 143, err[-3000:]
     assert newest_checkpoint(folder_of(tmp_path) / "checkpoints").global_step == 2
@@ -173,7 +157,7 @@ def test_sigterm_to_one_of_two_processes_ends_both_with_one_checkpoint(drawn: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_killed_or_stopped_process_is_named_and_ends_all(rank: str, number: str, drawn: Path, tmp_path: Path) -> None:
+def test_killed_or_stopped_process_is_named_and_ends_all(rank, number, drawn, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=0"]
     code, err = end_of(start(tiny_run.words(drawn, tmp_path, *TWO), f"{rank}:step:3:{number}", torchrun))
     assert code != 0
@@ -184,7 +168,7 @@ def test_killed_or_stopped_process_is_named_and_ends_all(rank: str, number: str,
 
 
 @pytest.mark.slow
-def test_stopped_process_ends_an_evaluation_too(drawn: Path, tmp_path: Path) -> None:
+def test_stopped_process_ends_an_evaluation_too(drawn, tmp_path):
     assert end_of(start(tiny_run.words(drawn, tmp_path)))[0] == 0
     folder = folder_of(tmp_path)
     given = ("--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "best.ckpt"))
@@ -196,7 +180,7 @@ def test_stopped_process_ends_an_evaluation_too(drawn: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_two_processes_resume_to_the_same_bits_after_a_kill(drawn: Path, tmp_path: Path) -> None:
+def test_two_processes_resume_to_the_same_bits_after_a_kill(drawn, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     code, err = end_of(start(tiny_run.words(drawn, whole, *TWO)))
     assert code == 0, err[-3000:]
@@ -207,7 +191,7 @@ def test_two_processes_resume_to_the_same_bits_after_a_kill(drawn: Path, tmp_pat
     assert is_same_end(folder_of(whole), folder_of(broken))
 
 
-def test_processes_with_different_configurations_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_with_different_configurations_are_refused(monkeypatch):
     def gather(gathered: list[object], own: object) -> None:
         gathered[:] = [own, str(own).replace("0.1", "0.2"), own]
 

@@ -18,13 +18,13 @@ CHECKPOINTS = sorted(golden.GOLDEN.glob("*.ckpt"))
 each_release = pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=[path.stem for path in CHECKPOINTS])
 
 
-def test_this_version_has_its_checkpoint_and_all_are_small() -> None:
+def test_this_version_has_its_checkpoint_and_all_are_small():
     assert re.split(r"\.dev|\+", __version__)[0] in {path.stem for path in CHECKPOINTS}
     assert max(path.stat().st_size for path in CHECKPOINTS) < 200_000
 
 
 @each_release
-def test_weights_of_a_release_give_the_same_outputs(checkpoint: Path) -> None:
+def test_weights_of_a_release_give_the_same_outputs(checkpoint):
     expected = json.loads(checkpoint.with_suffix(".json").read_text())
     torch.testing.assert_close(
         torch.tensor(golden.outputs(checkpoint)), torch.tensor(expected["outputs"]), rtol=1e-3, atol=1e-4
@@ -33,7 +33,7 @@ def test_weights_of_a_release_give_the_same_outputs(checkpoint: Path) -> None:
 
 @pytest.mark.slow
 @each_release
-def test_run_of_a_release_is_resumed_to_the_same_loss(checkpoint: Path, drawn: Path, tmp_path: Path) -> None:
+def test_run_of_a_release_is_resumed_to_the_same_loss(checkpoint, drawn, tmp_path):
     """To 1 %: the processor and torch may be others than then."""
     assert read_checkpoint(checkpoint)["global_step"] == golden.STOPPED_AT
     assert onestage(*golden.words(drawn, tmp_path, "--resume", str(checkpoint))) == 0
@@ -45,9 +45,7 @@ def test_run_of_a_release_is_resumed_to_the_same_loss(checkpoint: Path, drawn: P
 
 @pytest.mark.slow
 @each_release
-def test_checkpoint_of_a_release_is_evaluated_and_exported(
-    checkpoint: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoint_of_a_release_is_evaluated_and_exported(checkpoint, drawn, tmp_path, capsys):
     copy = Path(shutil.copy(checkpoint, tmp_path / "of_then.ckpt"))
     words = golden.words(drawn, tmp_path)
     options = [*words[1 : words.index("--trainer.max_epochs")], "--runs_dir", str(tmp_path / "runs")]
@@ -60,9 +58,7 @@ def test_checkpoint_of_a_release_is_evaluated_and_exported(
 
 
 @pytest.mark.slow
-def test_optimizer_state_of_a_strategy_with_split_weights_is_refused(
-    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_optimizer_state_of_a_strategy_with_split_weights_is_refused(drawn, tmp_path, capsys):
     """Its numbers follow the model; read as numbers of our groups, momentum would go to other weights."""
     state = torch.load(CHECKPOINTS[0], weights_only=True)
     first, second = state["optimizer_states"][0]["param_groups"]

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +51,8 @@ def load_with_best_state(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.mark.parametrize(("where", "count"), [("replace", 3), ("step", 1)])
 def test_kill_before_the_first_save_in_a_new_folder_loses_no_step(
-    where: str,
-    count: int,
-    stopped: Path,
-    drawn: Path,
-    uninterrupted: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    where, count, stopped, drawn, uninterrupted, tmp_path, capsys
+):
     """Before best.ckpt has its name (the third rename, after the write test and last.ckpt), or after."""
     killed_at(where, count, tiny_run.words(drawn, tmp_path, "--resume", str(stopped)))
     (folder,) = tmp_path.glob("tiny/version_*")
@@ -73,7 +66,7 @@ def test_kill_before_the_first_save_in_a_new_folder_loses_no_step(
     assert tiny_run.differences({**whole, "callbacks": {}}, {**resumed, "callbacks": {}}) == []
 
 
-def test_moved_run_knows_its_best_checkpoint(stopped: Path, drawn: Path, tmp_path: Path) -> None:
+def test_moved_run_knows_its_best_checkpoint(stopped, drawn, tmp_path):
     moved = tmp_path / "moved" / "tiny" / "version_0"
     shutil.copytree(stopped, moved)
     checkpoint, before = load_with_best_state(moved / "checkpoints" / "last.ckpt")
@@ -86,9 +79,7 @@ def test_moved_run_knows_its_best_checkpoint(stopped: Path, drawn: Path, tmp_pat
 
 
 @pytest.mark.parametrize("named", ["another file", "a file with the name", "no file", "a number"])
-def test_checkpoint_copies_no_file_but_a_best_checkpoint_beside_it(
-    named: str, stopped: Path, drawn: Path, tmp_path: Path
-) -> None:
+def test_checkpoint_copies_no_file_but_a_best_checkpoint_beside_it(named, stopped, drawn, tmp_path):
     (tmp_path / "secret").mkdir()
     for name in ("id_rsa", "best.ckpt"):
         (tmp_path / "secret" / name).write_text("PRIVATE KEY")
@@ -109,9 +100,7 @@ def test_checkpoint_copies_no_file_but_a_best_checkpoint_beside_it(
     assert [file.name for file in files if file.suffix == ".ckpt"] == ["last.ckpt"]
 
 
-def test_file_called_best_that_is_no_checkpoint_is_not_copied(
-    stopped: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_file_called_best_that_is_no_checkpoint_is_not_copied(stopped, drawn, tmp_path, capsys):
     beside = tmp_path / "beside"
     beside.mkdir()
     os.link(stopped / "checkpoints" / "last.ckpt", beside / "last.ckpt")
@@ -123,7 +112,7 @@ def test_file_called_best_that_is_no_checkpoint_is_not_copied(
     assert state["best_model_path"] == ""
 
 
-def test_run_with_weights_alone_has_nothing_to_resume(drawn: Path, tmp_path: Path) -> None:
+def test_run_with_weights_alone_has_nothing_to_resume(drawn, tmp_path):
     """A callback of the user wrote them; the first last.ckpt was due after step 8."""
     own = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.save_weights_only"]
     options = [*own, "true", "--trainer.callbacks.every_n_train_steps", "1", "--last_checkpoint.every_n_steps", "0"]
@@ -141,9 +130,7 @@ def rates(group: dict[str, Any]) -> tuple[float, ...]:
     return tuple(group[key] for key in ("initial_lr", "lr", "weight_decay"))
 
 
-def test_configured_hyperparameters_override_those_of_the_checkpoint(
-    stopped: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_configured_hyperparameters_override_those_of_the_checkpoint(stopped, drawn, tmp_path, capsys):
     """After a warm-up of 3 steps, step 12 is half of the way to step 21, where the cosine is 1/2."""
     words = tiny_run.words(drawn, tmp_path, "--resume", str(stopped), "--trainer.max_steps", "21")
     new = ["--model.optimizer.init_args.lr=0.5", "--model.optimizer.init_args.weight_decay=0.3"]
@@ -172,24 +159,14 @@ def test_configured_hyperparameters_override_those_of_the_checkpoint(
         ("x" * 300, (), "cannot be read: File name too long"),
     ],
 )
-def test_resume_that_is_impossible_is_one_message(
-    path: str | None,
-    options: tuple[str, ...],
-    said: str,
-    stopped: Path,
-    drawn: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_resume_that_is_impossible_is_one_message(path, options, said, stopped, drawn, tmp_path, capsys):
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--resume", path or str(stopped), *options)) == 2
     message = capsys.readouterr().err
     assert said in message
     assert "Traceback" not in message
 
 
-def test_run_resumes_with_its_data_in_another_folder(
-    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_resumes_with_its_data_in_another_folder(drawn, tmp_path, capsys):
     def command(root: Path) -> list[str]:
         options = ("--resume", "auto", "--trainer.max_steps", "4")
         return tiny_run.words(root, tmp_path / "runs", *options, source="COCO")
@@ -225,9 +202,7 @@ def weights_after(runs: Path, drawn: Path, weights: str, *options: str) -> tuple
     ("first", "second", "weight_of_first_class"),
     [("[1,1,1,1,1,1]", "[9,9,9,9,9,9]", 9.0), (EFFECTIVE % 0.999, EFFECTIVE % 0.0, 1.0)],
 )
-def test_resumed_run_trains_with_the_configured_class_weights(
-    drawn: Path, tmp_path: Path, first: str, second: str, weight_of_first_class: float
-) -> None:
+def test_resumed_run_trains_with_the_configured_class_weights(drawn, tmp_path, first, second, weight_of_first_class):
     last, before = weights_after(tmp_path / "first", drawn, first, "--trainer.max_epochs", "1")
     _, after = weights_after(tmp_path / "second", drawn, second, "--resume", str(last))
     for old, new in zip(before, after, strict=True):
@@ -235,9 +210,7 @@ def test_resumed_run_trains_with_the_configured_class_weights(
         assert (new == weight_of_first_class).all()
 
 
-def test_checkpoint_with_another_number_of_class_weights_is_refused(
-    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoint_with_another_number_of_class_weights_is_refused(drawn, tmp_path, capsys):
     last, _ = weights_after(tmp_path / "first", drawn, "[1,1,1,1,1,1]", "--trainer.max_epochs", "1")
     words = tiny_run.words(drawn, tmp_path / "second", f"{LOSS}.class_weights", "[9,9]", "--resume", str(last))
     assert tiny_run.onestage(*words) == 2

@@ -14,7 +14,7 @@ from onestage.reliability.runs import LOCK_FILE, new_locked_folder, take_run_fol
 from onestage.training.run import is_first_process, new_run_folder
 
 
-def test_versions_count_up_and_gaps_are_not_filled(tmp_path: Path) -> None:
+def test_versions_count_up_and_gaps_are_not_filled(tmp_path):
     (tmp_path / "shapes" / "version_4").mkdir(parents=True)
     (tmp_path / "shapes" / "version_old").mkdir()
     names = [new_run_folder(str(tmp_path), experiment).name for experiment in ("shapes", "shapes", "voc")]
@@ -22,26 +22,26 @@ def test_versions_count_up_and_gaps_are_not_filled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rank", "node"), [(1, "0"), (0, "1")])
-def test_only_the_first_process_writes(monkeypatch: pytest.MonkeyPatch, rank: int, node: str) -> None:
+def test_only_the_first_process_writes(monkeypatch, rank, node):
     monkeypatch.setattr(rank_zero_only, "rank", rank)
     monkeypatch.setenv("NODE_RANK", node)
     assert not is_first_process(SimpleNamespace(trainer=SimpleNamespace(num_nodes=2)))
 
 
-def test_processes_that_do_not_write_create_nothing(tmp_path: Path) -> None:
+def test_processes_that_do_not_write_create_nothing(tmp_path):
     new_locked_folder(str(tmp_path), "shapes", is_writer=False)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("experiment", ["../x", "a/b", "", "..", ".", "/tmp/x", "red\x1b[31m"])
-def test_experiment_that_is_no_folder_name_is_refused(tmp_path: Path, experiment: str) -> None:
+def test_experiment_that_is_no_folder_name_is_refused(tmp_path, experiment):
     with pytest.raises(ConfigError, match=r"experiment must be one folder name, got .*\n.*--runs_dir"):
         new_run_folder(str(tmp_path / "runs"), experiment)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("runs_dir", ["file", "x" * 4000])
-def test_path_that_cannot_be_a_folder_is_refused_with_its_key(tmp_path: Path, runs_dir: str) -> None:
+def test_path_that_cannot_be_a_folder_is_refused_with_its_key(tmp_path, runs_dir):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot be written(.|\n)*--runs_dir"):
         new_locked_folder(str(tmp_path / runs_dir), "shapes", is_writer=True)
@@ -49,9 +49,7 @@ def test_path_that_cannot_be_a_folder_is_refused_with_its_key(tmp_path: Path, ru
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC])
 @pytest.mark.parametrize("call", ["mkdir", "open"])
-def test_refusal_of_the_machine_ends_with_code_5(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
-) -> None:
+def test_refusal_of_the_machine_ends_with_code_5(tmp_path, monkeypatch, number, call):
     """For a new folder, and for the lock of a resumed run."""
     original = os.open
 
@@ -66,7 +64,7 @@ def test_refusal_of_the_machine_ends_with_code_5(
     assert refused.value.exit_code == 5
 
 
-def test_file_system_without_locks_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_does_not_stop_a_run(tmp_path, monkeypatch):
     import fcntl
 
     def no_locks(*_: object) -> None:
@@ -76,7 +74,7 @@ def test_file_system_without_locks_does_not_stop_a_run(tmp_path: Path, monkeypat
     take_run_folder(tmp_path)
 
 
-def test_second_run_in_a_folder_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+def test_second_run_in_a_folder_is_refused_until_the_first_is_dead(tmp_path):
     ready, stop = os.pipe(), os.pipe()
     owner = os.fork()
     if owner == 0:

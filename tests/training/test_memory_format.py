@@ -45,7 +45,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], list[torc
     return install
 
 
-def test_rule_follows_device_and_precision() -> None:
+def test_rule_follows_device_and_precision():
     cases = [("cuda", "32-true"), ("cpu", "bf16-mixed"), ("cpu", "32-true"), ("mps", "32-true")]
     assert [usual_memory_format(*case) for case in cases] == [True, True, False, False]
 
@@ -53,9 +53,7 @@ def test_rule_follows_device_and_precision() -> None:
 @pytest.mark.parametrize(
     ("device", "world_size", "expected"), [("cuda", 1, True), ("mps", 1, False), ("cpu", 2, False)]
 )
-def test_gpu_and_several_processes_follow_the_rule_untimed(
-    timed: Callable[..., list[torch.Size]], device: str, world_size: int, expected: bool
-) -> None:
+def test_gpu_and_several_processes_follow_the_rule_untimed(timed, device, world_size, expected):
     shapes = timed(1.0, 2.0)
     strategy = SimpleNamespace(root_device=torch.device(device))
     trainer = SimpleNamespace(strategy=strategy, precision="32-true", world_size=world_size)
@@ -64,16 +62,12 @@ def test_gpu_and_several_processes_follow_the_rule_untimed(
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.96, True), (0.98, False), (1.0, False), (1.2, False)])
-def test_channels_last_must_gain_more_than_3_percent(
-    timed: Callable[..., object], trainer: DetectionTrainer, seconds: float, expected: bool
-) -> None:
+def test_channels_last_must_gain_more_than_3_percent(timed, trainer, seconds, expected):
     timed(seconds, 1.0)
     assert resolve_memory_format(TinyDetector(2), DATA, trainer) is expected
 
 
-def test_answer_is_remembered_for_its_detector_batch_and_precision(
-    timed: Callable[..., list[torch.Size]], trainer: DetectionTrainer, cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_answer_is_remembered_for_its_detector_batch_and_precision(timed, trainer, cache, caplog):
     shapes = timed(1.0, 2.0)
     with caplog.at_level("INFO"):
         assert resolve_memory_format(TinyDetector(2), DATA, trainer)
@@ -88,9 +82,7 @@ def test_answer_is_remembered_for_its_detector_batch_and_precision(
     assert sorted(json.loads(cache.read_text()).values()) == [False, False, True]
 
 
-def test_timed_batch_has_at_most_four_images_of_300_px(
-    timed: Callable[..., list[torch.Size]], trainer: DetectionTrainer
-) -> None:
+def test_timed_batch_has_at_most_four_images_of_300_px(timed, trainer):
     shapes = timed(1.0, 2.0)
     for canvases in (((300, 300),), ((64, 64), (800, 1344))):
         data = SimpleNamespace(batch_size=32, canvases=canvases, num_classes=2)
@@ -99,9 +91,7 @@ def test_timed_batch_has_at_most_four_images_of_300_px(
 
 
 @pytest.mark.parametrize("content", ["[", "[1]", None])
-def test_unusable_cache_does_not_stop_a_run(
-    timed: Callable[..., object], trainer: DetectionTrainer, cache: Path, content: str | None
-) -> None:
+def test_unusable_cache_does_not_stop_a_run(timed, trainer, cache, content):
     timed(1.0, 2.0)
     if content is None:
         cache.parent.write_text("a file where the folder should be")
@@ -111,7 +101,7 @@ def test_unusable_cache_does_not_stop_a_run(
     assert resolve_memory_format(TinyDetector(2), DATA, trainer)
 
 
-def test_timing_changes_neither_detector_nor_random_states(trainer: DetectionTrainer) -> None:
+def test_timing_changes_neither_detector_nor_random_states(trainer):
     class Drawing(TinyDetectorWithBatchNorm):
         def forward(self, images: torch.Tensor) -> object:
             random.random(), np.random.rand(), torch.rand(1)
@@ -130,9 +120,7 @@ def test_timing_changes_neither_detector_nor_random_states(trainer: DetectionTra
 
 
 @pytest.mark.parametrize(("limit", "num_steps"), [(1e9, 2 * memory_format.ROUNDS), (0.0, 2)])
-def test_no_round_starts_after_the_time_limit(
-    monkeypatch: pytest.MonkeyPatch, trainer: DetectionTrainer, limit: float, num_steps: int
-) -> None:
+def test_no_round_starts_after_the_time_limit(monkeypatch, trainer, limit, num_steps):
     formats = []
 
     class Seen(TinyDetector):

@@ -2,10 +2,9 @@
 
 import contextlib
 import json
-import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from onestage.errors import CheckpointError, ResourceError
-from onestage.files import TEMPORARY_SUFFIX, atomic_write, printable, read_file, write_error
+from onestage.files import atomic_write, printable, read_file
 from onestage.training.module import CHECKPOINT_KEY, CHECKPOINT_SCHEMA, DetectionModule
 from onestage.types import JSONDict
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 MAX_VALUES = 1_000_000  # in a checkpoint, tensors counted as one; 100,000 classes need 200,000
 MAX_JSON_BYTES = 64 << 20
-SHARED_KEYS = ("schema", "detector", "class_names", "category_ids")
+SHARED_KEYS = {"schema", "detector", "class_names", "category_ids"}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -44,10 +43,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint as `read_checkpoint` does; `weights_only` is always true."""
         return read_checkpoint(path, mapped=False)  # the training must not depend on the file any more
 
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint that a better one has replaced."""
-        Path(path).unlink(missing_ok=True)
-
 
 # Reading
 
@@ -66,7 +61,7 @@ def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
     try:
         if not path.is_file():  # a FIFO would block
             what = "is a folder" if path.is_dir() else "does not exist" if not path.exists() else "is not a file"
-            raise CheckpointError(f"checkpoint {path} {what}.{_other_checkpoints(path)}")
+            raise unusable(path, what)
         checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_archive(path, mapped)
     except OSError as error:
         raise CheckpointError(
@@ -76,89 +71,83 @@ def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
     ours = checkpoint[CHECKPOINT_KEY]
     schema = ours.get("schema") if isinstance(ours, dict) else CHECKPOINT_SCHEMA
     if schema != CHECKPOINT_SCHEMA:
-        raise CheckpointError(
-            f"checkpoint {path} has schema {schema!r:.99}; this version of onestage reads schema {CHECKPOINT_SCHEMA}.\n"
-            "Use the version of onestage that wrote it (its number is in the run's results.json)."
-        )
+        problem = f"has schema {schema!r:.99}; this version of onestage reads schema {CHECKPOINT_SCHEMA}"
+        raise unusable(path, problem, "Use the version that wrote it; its number is in the run's results.json.")
     problem = _find_oversized_tensor(checkpoint, path.stat().st_size) or _find_wrong_type(checkpoint)
-    if problem is not None:
-        remedy = "`onestage fit` does not write such a file."
-        raise CheckpointError(f"checkpoint {path} {problem}.\n{remedy}{_other_checkpoints(path)}")
+    if problem:
+        raise unusable(path, problem, "`onestage fit` does not write such a file.")
     return checkpoint
 
 
 def stored_step(file: Path) -> int:
     """Return the optimizer step in a checkpoint without reading its tensors, or -1."""
     try:
-        return int(_load_archive(file, mapped=True)["global_step"]) if file.is_file() else -1
+        return int(_load_archive(file, mapped=True, check_bytes=False)["global_step"]) if file.is_file() else -1
     except Exception:  # `read_checkpoint` names the problem if this file is chosen
         return -1
 
 
+def unusable(path: str | Path, problem: str, remedy: str = "") -> CheckpointError:
+    """Return the error about a checkpoint; it names others that lie there."""
+    path = Path(path)
+    patterns = ("*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")  # of a run's folder, or an experiment's
+    others: list[str] = []
+    with contextlib.suppress(OSError):
+        folder, num_patterns = (path, 3) if path.is_dir() else (path.parent, 1)
+        files = {file for pattern in patterns[:num_patterns] for file in folder.glob(pattern)}
+        others = sorted(map(printable, files - {path}))
+    instead = f"Other checkpoints there: {', '.join(others[:5])}" if others else "To create one: make train."
+    return CheckpointError("\n".join(filter(None, (f"checkpoint {path} {problem}.", remedy, instead))))
+
+
 def _read_archive(path: Path, mapped: bool) -> dict[str, Any]:
-    _check_archive(path)
-    try:
-        checkpoint = _load_archive(path, mapped)
-    except CheckpointError:
-        raise
-    except Exception as error:  # torch raises half a dozen kinds here, among them those of pickle
-        raise CheckpointError(
-            f"checkpoint {path} cannot be loaded as plain tensors and numbers ({_first_line(error)}).\n"
-            "Only checkpoints written by this project are read; nothing in it was run."
-        ) from error
+    checkpoint = _load_archive(path, mapped)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or CHECKPOINT_KEY not in checkpoint:
-        raise CheckpointError(
-            f"checkpoint {path} was not written by `onestage fit` (no `state_dict` or no `{CHECKPOINT_KEY}` in it).\n"
-            "For weights of other origin see the `weights` of the backbone and `pretrained` of the detector."
-        )
+        problem = f"was not written by `onestage fit` (no `state_dict` or no `{CHECKPOINT_KEY}` in it)"
+        remedy = "For weights of other origin see the `weights` of the backbone and `pretrained` of the detector."
+        raise unusable(path, problem, remedy)
     return checkpoint
 
 
-def _load_archive(path: Path, mapped: bool) -> Any:
-    with zipfile.ZipFile(path) as archive:
-        _require_uncompressed(path, archive)
-        for member in archive.infolist():
-            # bytearray is the one callable that torch accepts and that allocates memory by itself.
-            if member.filename.endswith(".pkl") and b"bytearray" in archive.read(member):
-                raise CheckpointError(f"checkpoint {path} asks for memory that it does not fill. It was not loaded.")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-
-
-def _check_archive(path: Path) -> None:
-    """Check that a file is a whole torch archive: torch.load compares no checksum."""
+def _load_archive(path: Path, mapped: bool, check_bytes: bool = True) -> Any:
+    """Load a torch archive. check_bytes: compare the checksums too, which torch.load does not."""
     size = path.stat().st_size
-    if size == 0:
-        raise CheckpointError(f"checkpoint {path} is empty (0 bytes).{_other_checkpoints(path)}")
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"checkpoint {path} is a Git LFS pointer, not the file itself. Run: git lfs pull")
+        raise unusable(path, "is a Git LFS pointer, not the file itself", "Run: git lfs pull")
     if not head.startswith(b"PK"):
-        raise CheckpointError(f"checkpoint {path} is not a torch checkpoint: it begins with {head[:16]!r}.")
+        raise unusable(
+            path, f"is not a torch checkpoint: it begins with {head[:16]!r}" if head else "is empty (0 bytes)"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
-            _require_uncompressed(path, archive)
-            damaged = archive.testzip()
+            _require_harmless(path, archive, size)
+            damaged = archive.testzip() if check_bytes else None
     except (CheckpointError, PermissionError):
         raise
     except Exception as error:  # zipfile, struct and zlib raise a dozen kinds between them
-        problem = f"is truncated or damaged ({size:,} bytes; {_first_line(error)})"
-        raise CheckpointError(f"checkpoint {path} {problem}.{_other_checkpoints(path)}") from error
+        raise unusable(path, f"is truncated or damaged ({size:,} bytes; {_first_line(error)})") from error
     if damaged is not None:
-        raise CheckpointError(
-            f"checkpoint {path}: the checksum of {printable(damaged)} is wrong.{_other_checkpoints(path)}"
-        )
+        raise unusable(path, f"is damaged: the checksum of {printable(damaged)} is wrong")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch raises half a dozen kinds here, among them those of pickle
+        problem = f"cannot be loaded as plain tensors and numbers ({_first_line(error)})"
+        remedy = "Only checkpoints written by this project are read; nothing in it was run."
+        raise unusable(path, problem, remedy) from error
 
 
-def _require_uncompressed(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse compressed and overlapping members, which can become gigabytes."""
+def _require_harmless(path: Path, archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse what can become gigabytes: compressed and overlapping members, and buffers without content."""
     members = archive.infolist()
-    declared, size = sum(member.file_size for member in members), path.stat().st_size
+    declared = sum(member.file_size for member in members)
     if declared > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise CheckpointError(
-            f"checkpoint {path} is compressed: {size:,} bytes that would become {declared:,}. torch never compresses.\n"
-            "It was not unpacked. Use the file that `onestage fit` wrote."
-        )
+        problem = f"is compressed: {size:,} bytes that would become {declared:,}. torch never compresses"
+        raise unusable(path, problem, "It was not unpacked. Use the file that `onestage fit` wrote.")
+    # bytearray is the one callable that torch accepts and that allocates memory by itself.
+    if any(member.filename.endswith(".pkl") and b"bytearray" in archive.read(member) for member in members):
+        raise unusable(path, "asks for memory that it does not fill. It was not loaded")
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -169,10 +158,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         content = read_file(description, CheckpointError, "the description of the weights", remedy, MAX_JSON_BYTES)
         ours, weights = json.loads(content), load_file(path)
     except (SafetensorError, ValueError, RecursionError) as error:
-        problem = f"{path} with {description.name} beside it cannot be read ({str(error)[:200]})"
-        raise CheckpointError(f"{problem}.\n{remedy}") from error
-    if not isinstance(ours, dict) or not set(SHARED_KEYS) <= ours.keys():
-        raise CheckpointError(f"{description} was not written by `onestage export`: {', '.join(SHARED_KEYS)} needed.")
+        raise unusable(path, f"with {description.name} cannot be read ({str(error)[:200]})", remedy) from error
+    if not isinstance(ours, dict) or not ours.keys() >= SHARED_KEYS:
+        raise unusable(description, f"has not all of {', '.join(sorted(SHARED_KEYS))}", remedy)
     return {"state_dict": weights, CHECKPOINT_KEY: ours, "global_step": ours.get("global_step", 0)}
 
 
@@ -238,18 +226,6 @@ def _is_plain_dict(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def _other_checkpoints(path: Path) -> str:
-    patterns = ("*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")  # of a run's folder, or an experiment's
-    files: Iterator[Path] = path.parent.glob("*.ckpt")
-    with contextlib.suppress(OSError):
-        if path.is_dir():
-            files = (file for pattern in patterns for file in path.glob(pattern))
-        others = sorted(printable(file) for file in files if file != path)
-        if others:
-            return "\nOther checkpoints there: " + ", ".join(others[:5])
-    return "\nTo create one: make train. To list those of finished runs: ls runs/*/*/checkpoints/"
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
@@ -269,12 +245,12 @@ def load_weights(module: DetectionModule, path: str | Path, class_names: Sequenc
     broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
     if broken:
         problem = f"has NaN or infinite weights in {len(broken)} of {len(weights)} tensors: {', '.join(broken[:5])}"
-        raise CheckpointError(f"checkpoint {path} {problem}.\nUse an earlier one.{_other_checkpoints(Path(path))}")
+        raise unusable(path, problem, "Use an earlier one.")
     try:
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         lines = "\n".join(str(error).splitlines()[:6])
-        raise CheckpointError(f"checkpoint {path} does not fit the configured detector:\n{lines}") from error
+        raise unusable(path, f"does not fit the configured detector:\n{lines}") from error
     return checkpoint
 
 
@@ -282,16 +258,13 @@ def _require_same_model(saved: JSONDict, path: str | Path, module: DetectionModu
     detector = module.detector
     for name, value in (("detector", type(detector).__name__), ("image_size", detector.image_size)):
         if saved.get(name) != value:
-            raise CheckpointError(
-                f"checkpoint {path} holds {name} {saved.get(name)!r:.99}, the configuration {name} {value}.\n"
-                "Leave out --config to use the checkpoint's own configuration, or name a checkpoint of this one."
-            )
+            problem = f"holds {name} {saved.get(name)!r:.99}, the configuration {name} {value}"
+            raise unusable(path, problem, "Leave out --config to use the checkpoint's own configuration.")
     if list(saved["class_names"]) != list(class_names):
         then, now = (", ".join(map(printable, names)) for names in (saved["class_names"], class_names))
-        raise CheckpointError(
-            f"checkpoint {path} was trained on {len(saved['class_names'])} classes, the data has {len(class_names)}; "
-            f"they must be the same, in the same order.\nOf the checkpoint: {then}\nOf the data: {now}"
-        )
+        counts = f"{len(saved['class_names'])} classes, the data has {len(class_names)}"
+        problem = f"was trained on {counts}; they must be the same, in the same order"
+        raise unusable(path, problem, f"Of the checkpoint: {then}\nOf the data: {now}")
 
 
 # Writing
@@ -305,28 +278,11 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 def keep_previous(path: Path, previous: Path) -> None:
     """Give `path` the second name `previous`, before a newer file takes its first."""
-    if not path.is_file():
-        return
-    temporary = previous.with_name(f".{previous.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    try:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(previous) as temporary:
         try:
             temporary.hardlink_to(path)
-            temporary.replace(previous)
         except OSError:  # a file system without hard links
-            path.replace(previous)
-        temporary.unlink(missing_ok=True)  # two links to one file: the replacement did nothing
-    except OSError as error:
-        raise write_error(path, error) from error
-
-
-def remove_unfinished_files(folder: Path) -> list[Path]:
-    """Remove the temporary files of killed processes from a locked folder."""
-    unfinished = list(folder.rglob(f".*{TEMPORARY_SUFFIX}"))
-    for file in unfinished:
-        with contextlib.suppress(OSError):
-            file.unlink()
-    return unfinished
+            shutil.copyfile(path, temporary)
 
 
 def require_writable(path: Path) -> None:

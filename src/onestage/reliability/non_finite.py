@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -22,13 +21,13 @@ from onestage.errors import NonFiniteError, ResourceError, require
 from onestage.files import atomic_write
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import is_fused, scaler_of
-from onestage.types import IGNORE, PADDING, Batch, JSONDict, Targets
+from onestage.types import PADDING, Batch, JSONDict, Targets
 
 # fp16's loss scaler starts at 2^16 and halves at each overflow: after 16 in a row the scale is 1 and not the reason.
 MAX_SCALER_SKIPS = 20
+COUNTS = ("num_skipped", "num_in_row", "num_scaler_skips")
 DIAGNOSIS_FILE = "skipped_steps.json"
-NUM_STEPS_KEPT = 20  # in memory and in the file
-RISE = 10.0  # a loss this many times the median of the steps before it had diverged before it overflowed
+NUM_STEPS_KEPT = 20  # skipped ones, in memory and in the file
 LOWER_LR = "Lower model.optimizer.init_args.lr, or lengthen model.schedule.warmup_steps."
 
 
@@ -58,33 +57,21 @@ class NonFiniteGuard(Callback):
     def __init__(self, max_skipped_steps: int = 3) -> None:
         require(max_skipped_steps >= 0, "guard.max_skipped_steps", max_skipped_steps, ">= 0")
         self.max_skipped_steps = max_skipped_steps
-        self.num_skipped = 0
-        self._num_in_row = self._num_scaler_skips = 0
+        self.num_skipped = self.num_in_row = self.num_scaler_skips = 0
+        self._records: deque[JSONDict] = deque(maxlen=NUM_STEPS_KEPT)
         self._folder = Path()
         self._window: Window | None = None
         self._persistent: frozenset[str] = frozenset()
-        self._steps_before: deque[JSONDict] = deque(maxlen=NUM_STEPS_KEPT)
-        self._records: deque[JSONDict] = deque(maxlen=NUM_STEPS_KEPT)
         self._is_refused = False  # the diagnosis could not be written
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts and records of the steps so far: numbers and text."""
-        return {
-            "num_skipped": self.num_skipped,
-            "num_in_row": self._num_in_row,
-            "num_scaler_skips": self._num_scaler_skips,
-            "steps_before": list(self._steps_before),
-            "records": list(self._records),
-        }
+        return {**{name: getattr(self, name) for name in COUNTS}, "records": list(self._records)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue counting."""
-        self.num_skipped = state_dict["num_skipped"]
-        self._num_in_row = state_dict["num_in_row"]
-        self._num_scaler_skips = state_dict["num_scaler_skips"]
+        vars(self).update({name: state_dict[name] for name in COUNTS})
         self._records.extend(state_dict["records"])
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined] # losses of the process that saved
-            self._steps_before.extend(state_dict["steps_before"])
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Raise NonFiniteError for non-finite weights or resumed optimizer state."""
@@ -127,8 +114,7 @@ class NonFiniteGuard(Callback):
         window.is_stepped = True
         numbers = {"step": trainer.global_step, "loss": loss, "gradient_norm": gradient_norm}
         if not is_loss_bad and not is_norm_bad:
-            self._num_in_row = self._num_scaler_skips = 0
-            self._steps_before.append(numbers)
+            self.num_in_row = self.num_scaler_skips = 0
             module.log("train/gradient_norm", gradient_norm)
             return
         with torch.no_grad():
@@ -139,8 +125,8 @@ class NonFiniteGuard(Callback):
         bad = non_finite_names((name, parameter.grad) for name, parameter in module.named_parameters())
         window.facts = {"epoch": trainer.current_epoch, **numbers, "learning_rates": rates, "bad_gradients": bad}
         is_scaler_skip = scaler is not None and not is_loss_bad  # it lowers its scale and does not step either
-        self._num_scaler_skips += int(is_scaler_skip)
-        window.is_skipped = not is_scaler_skip or self._num_scaler_skips > MAX_SCALER_SKIPS
+        self.num_scaler_skips += int(is_scaler_skip)
+        window.is_skipped = not is_scaler_skip or self.num_scaler_skips > MAX_SCALER_SKIPS
         if scaler is not None and is_scaled:
             scaler.unscale_(optimizer)  # its update fails if it has seen no gradients
         optimizer.zero_grad(set_to_none=True)  # every optimizer skips a parameter without gradient
@@ -156,7 +142,7 @@ class NonFiniteGuard(Callback):
         self._window = None
         if window.is_skipped:
             self.num_skipped += 1
-            self._num_in_row += 1
+            self.num_in_row += 1
             self._report(trainer, self._facts(trainer, module, window, outputs))
         module.log("train/skipped_steps", float(self.num_skipped))
 
@@ -174,7 +160,6 @@ class NonFiniteGuard(Callback):
             "boxes": box_facts([batch.targets for batch in window.batches]),
             "predictions": {name: tensor_facts(t) for name, t in predictions.items() if isinstance(t, Tensor)},
             "bad_weights": non_finite_names(module.named_parameters()),
-            "steps_before": list(self._steps_before),
         }
         cause, remedy = likely_cause(facts)
         return {**facts, "likely_cause": cause, "what_to_change": remedy}
@@ -185,20 +170,20 @@ class NonFiniteGuard(Callback):
             processes = [None] * trainer.world_size
             dist.all_gather_object(processes, facts)
         worst = next((other for other in processes if not math.isfinite(other["loss"])), processes[0])
-        is_end = self._num_in_row > self.max_skipped_steps or self._num_scaler_skips > MAX_SCALER_SKIPS
-        self._records.append({"step": facts["step"], "processes": [as_json(other) for other in processes]})
+        is_end = self.num_in_row > self.max_skipped_steps or self.num_scaler_skips > MAX_SCALER_SKIPS
+        self._records.append({"step": facts["step"], "processes": as_json(processes)})
         self._write(is_end)
         place = f"step {facts['step']} of epoch {facts['epoch']}"
         where = str(self._folder / DIAGNOSIS_FILE) + (", which could not be written" if self._is_refused else "")
         if is_end:
             raise NonFiniteError(
                 f"training ends at {place}: loss or gradient was not finite "
-                f"{max(self._num_in_row, self._num_scaler_skips)} times in a row. None of these steps changed the "
+                f"{max(self.num_in_row, self.num_scaler_skips)} times in a row. None of these steps changed the "
                 f"weights.\n{describe(worst)}\nAll details: {where}\nCheckpoints written before, in "
                 f"{self._folder / 'checkpoints'}, are finite."
             )
         rank_zero_warn(
-            f"{place} is skipped ({self._num_in_row} in a row, training ends after {self.max_skipped_steps}; "
+            f"{place} is skipped ({self.num_in_row} in a row, training ends after {self.max_skipped_steps}; "
             f"{self.num_skipped} in all): loss {worst['loss']:.4g}, gradient norm {worst['gradient_norm']:.4g}. "
             f"Likely cause: {worst['likely_cause']}. See {where}"
         )
@@ -252,12 +237,10 @@ def _first(names: list[str]) -> str:
 def box_facts(targets: Sequence[Targets]) -> JSONDict:
     """Measure the boxes of a step, in network-input pixels."""
     boxes = torch.cat([target.boxes[target.labels != PADDING] for target in targets]).float()
-    labels = torch.cat([target.labels[target.labels != PADDING] for target in targets])
     is_finite = boxes.isfinite().all(dim=1)
     sides = boxes[is_finite][:, 2:] - boxes[is_finite][:, :2]
     return {
-        "num_boxes": int((labels != IGNORE).sum()),
-        "num_regions": int((labels == IGNORE).sum()),  # ignored by the loss
+        "num_boxes": len(boxes),  # also those that the loss ignores
         "num_empty": int((sides <= 0).any(dim=1).sum()),
         "num_non_finite": int((~is_finite).sum()),
         "smallest_side": float(sides.min()) if len(sides) else None,
@@ -301,8 +284,9 @@ def likely_cause(facts: JSONDict) -> tuple[str, str]:
         return f"the weights are not finite ({_some(facts['bad_weights'])}): an earlier update overflowed", LOWER_LR
     if boxes["num_non_finite"] or boxes["num_empty"]:
         return (
-            f"the targets: of {boxes['num_boxes'] + boxes['num_regions']} boxes {boxes['num_empty']} have no area and "
-            f"{boxes['num_non_finite']} are not finite",
+            "the targets: of {num_boxes} boxes {num_empty} have no area and {num_non_finite} are not finite".format(
+                **boxes
+            ),
             "Check the annotations of the images above, and data.train_transforms if they change boxes.",
         )
     bad_outputs = [name for name, values in predictions.items() if values["num_non_finite"]]
@@ -310,28 +294,17 @@ def likely_cause(facts: JSONDict) -> tuple[str, str]:
         problem = "activations beyond 65,504, the largest number of fp16"
         remedy = "Set trainer.precision: bf16-mixed, or 32-true."
         return f"{problem}: {_some(bad_outputs)} overflowed on finite weights", remedy
-    rise = _rise(facts)
     if bad_outputs:
-        return f"{_some(bad_outputs)} overflowed on finite weights{rise}", LOWER_LR
+        return f"{_some(bad_outputs)} overflowed on finite weights", LOWER_LR
     own_loss = f"{LOWER_LR} If the loss is your own, check its values and derivative: docs/add_a_loss.md."
     bad_terms = [name for name, value in facts["loss_terms"].items() if not math.isfinite(value) and name != "loss"]
     if bad_terms:
         ranges = ", ".join(f"{name} {v['smallest']:.3g}..{v['largest']:.3g}" for name, v in predictions.items())
-        return f"{_some(bad_terms)} is not finite although all predictions are ({ranges}){rise}", own_loss
+        return f"{_some(bad_terms)} is not finite although all predictions are ({ranges})", own_loss
     if not math.isfinite(facts["loss"]):
-        return (
-            f"an earlier batch of the step (trainer.accumulate_grad_batches) has a bad loss{rise}",
-            LOWER_LR,
-        )
+        return "an earlier batch of the step (trainer.accumulate_grad_batches) has a bad loss", LOWER_LR
     where = f"in {len(names)} parameters from {names[0]} to {names[-1]}" if names else "only in its norm"
-    return f"the loss is finite and its gradient is not, {where}{rise}", own_loss
-
-
-def _rise(facts: JSONDict) -> str:
-    losses = [numbers["loss"] for numbers in facts["steps_before"]]
-    if len(losses) < 2 or losses[-1] < RISE * median(losses[:-1]):
-        return ""
-    return f"; the loss had risen from {median(losses[:-1]):.3g} to {losses[-1]:.3g} before"
+    return f"the loss is finite and its gradient is not, {where}", own_loss
 
 
 def _some(names: Sequence[str], max_names: int = 3) -> str:
@@ -354,10 +327,6 @@ def describe(facts: JSONDict) -> str:
     )
 
 
-def as_json(node: Any) -> Any:
-    """Return values for a JSON file: NaN and infinity become text."""
-    if isinstance(node, dict):
-        return {key: as_json(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [as_json(value) for value in node]
-    return str(node) if isinstance(node, float) and not math.isfinite(node) else node
+def as_json(facts: Any) -> Any:
+    """Return a copy for a JSON file: NaN and infinity become text."""
+    return json.loads(json.dumps(facts), parse_constant=lambda text: str(float(text)))

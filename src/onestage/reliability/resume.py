@@ -1,6 +1,7 @@
 """Find the checkpoint that `fit --resume` continues from; check that it fits."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from onestage.errors import CheckpointError, ConfigError
 from onestage.evaluation.results import installed_versions
 from onestage.files import read_file
-from onestage.reliability.checkpoints import LAST, PREVIOUS, load_weights, read_checkpoint, stored_step
+from onestage.reliability.checkpoints import LAST, PREVIOUS, load_weights, read_checkpoint, stored_step, unusable
 from onestage.training.module import CHECKPOINT_KEY, DetectionModule
 from onestage.training.optimization import shards_parameters
 from onestage.training.run import version_of
@@ -98,17 +99,13 @@ def _stored_model(config: JSONDict) -> JSONDict:
 
 
 def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name that is too long, for example; `read_checkpoint` has a message for that
-        return False
+    return os.path.isdir(path)  # noqa: PTH112 # Path.is_dir raises if the name is too long
 
 
 def _find_run(experiment_folder: Path, config: JSONDict) -> Resumed | None:
     """Find the newest run with the same configuration and a checkpoint."""
     found = experiment_folder.glob("version_*") if _is_folder(experiment_folder) else ()
-    folders = [path for path in found if version_of(path) >= 0]
-    for folder in sorted(folders, key=version_of, reverse=True):
+    for folder in sorted((path for path in found if version_of(path) >= 0), key=version_of, reverse=True):
         difference = _find_difference(folder / "config.yaml", config)
         newest = newest_checkpoint(folder / "checkpoints") if difference is None else None
         if newest is not None:
@@ -128,15 +125,11 @@ def newest_checkpoint(folder: Path) -> Resumed | None:
     Raises:
         CheckpointError: every checkpoint is damaged.
     """
-    steps = {file: stored_step(file) for file in folder.glob("*.ckpt")}
-    names = (LAST, PREVIOUS)  # at equal steps `last`, of the end of an epoch, is later than `best`
-
-    def order(file: Path) -> tuple[bool, int, int, str]:
-        rank = names.index(file.name) if file.name in names else len(names)
-        return (steps[file] >= 0, -steps[file], rank, file.name)  # unreadable files first, for their warnings
-
+    # Unreadable files come first, for their warnings. At equal steps `last`, of the end of an epoch, is the latest.
+    found = [(stored_step(file), file) for file in folder.glob("*.ckpt")]
+    found.sort(key=lambda pair: (pair[0] >= 0, -pair[0], pair[1].name != LAST, pair[1].name != PREVIOUS, pair[1]))
     problems = []
-    for file in sorted(steps, key=order):
+    for _, file in found:
         try:
             checkpoint = read_checkpoint(file)
         except CheckpointError as error:
@@ -157,9 +150,9 @@ def _find_difference(config_file: Path, config: JSONDict) -> str | None:
     try:
         saved = yaml.safe_load(read_file(config_file, CheckpointError, "a run's configuration", "", max_bytes=8 << 20))
     except (CheckpointError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
-        return f"its {config_file.name} cannot be read"
+        saved = None
     if not isinstance(saved, dict):
-        return f"its {config_file.name} holds no configuration"
+        return f"its {config_file.name} cannot be read"
     then, now = decisive_settings(saved), decisive_settings(config)
     if config.get("auto_batch", False) is not False:
         now[BATCH_SIZE] = then.get(BATCH_SIZE)
@@ -218,10 +211,8 @@ def require_resumable(
     loops = checkpoint.get("loops")
     has_progress = isinstance(loops, dict) and bool(loops.get("fit_loop"))  # else Lightning starts at step 0, silently
     if not isinstance(checkpoint.get(OPTIMIZER), list) or not has_progress:
-        raise CheckpointError(
-            f"{path} holds weights alone, without the optimizer and the progress of a run.\n"
-            "Resume from a last.ckpt; to start a new run from weights see `pretrained` of the detector."
-        )
+        remedy = "Resume from a last.ckpt; to start a new run from weights see `pretrained` of the detector."
+        raise unusable(path, "holds weights alone, without the optimizer and the progress of a run", remedy)
     _require_same_strategy(path, checkpoint, strategy)
     saved = checkpoint[CHECKPOINT_KEY]
     _require_same_optimizer(path, saved, module)
@@ -243,13 +234,11 @@ def _require_same_strategy(path: Path, checkpoint: JSONDict, strategy: Strategy)
         numbers = [number for group in groups for number in group]
         is_split = numbers != sorted(numbers)
     except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} has no `{OPTIMIZER}` that `onestage fit` wrote.\nUse another one.") from error
+        raise unusable(path, f"has no `{OPTIMIZER}` that `onestage fit` wrote", "Use another one.") from error
     if sum(map(bool, groups)) > 1 and is_split != shards_parameters(strategy):  # with one group the order is the same
         kinds = ("whole weights, such as ddp or one process", "split weights, such as fsdp")
-        raise CheckpointError(
-            f"{path} was written by a strategy with {kinds[is_split]}; this run's has {kinds[not is_split]}, and "
-            "the optimizer state cannot be converted.\nSet trainer.strategy as it was then."
-        )
+        problem = f"was written by a strategy with {kinds[is_split]}; this run's has {kinds[not is_split]}"
+        raise unusable(path, f"{problem}. The optimizer state fits one", "Set trainer.strategy as it was then.")
 
 
 def _require_same_optimizer(path: Path, saved: JSONDict, module: DetectionModule) -> None:
@@ -259,22 +248,17 @@ def _require_same_optimizer(path: Path, saved: JSONDict, module: DetectionModule
     now = type(module.make_optimizer())
     is_torch = then.startswith("torch.optim.") and now.__module__.startswith("torch.optim.")
     if is_torch and then.rpartition(".")[2] != now.__name__:
-        raise CheckpointError(
-            f"{path} has the state of {then}; this run's model.optimizer is {now.__name__}, which cannot use it.\n"
-            f"Set model.optimizer: {then}, or start a new run from these weights with `pretrained` of the detector."
-        )
+        problem = f"has the state of {then}; this run's model.optimizer is {now.__name__}, which cannot use it"
+        remedy = f"Set model.optimizer: {then}, or start from these weights with `pretrained` of the detector."
+        raise unusable(path, problem, remedy)
 
 
 def _require_same_data(path: Path, saved: JSONDict, now: dict[str, str]) -> None:
-    details = {
-        "data_fingerprint": ("annotations", "images or boxes were added, removed or changed"),
-        "image_fingerprint": ("images", "names and boxes are the same, but at least one file has other content"),
-    }
-    for key, (noun, detail) in details.items():
+    for key, noun in (("data_fingerprint", "annotations"), ("image_fingerprint", "images")):
         then = saved.get(key, now[key])
         if then != now[key]:
             raise CheckpointError(
-                f"the training {noun} are not those that {path} was trained on: {detail} (fingerprint {now[key]}, then "
+                f"the training {noun} have changed since {path} was written (fingerprint {now[key]}, then "
                 f"{then!r:.99}).\nRestore them, or continue with the new ones by --allow_data_change true, or start a "
                 "new run by --resume none."
             )

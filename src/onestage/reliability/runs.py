@@ -10,8 +10,7 @@ from pathlib import Path
 import filelock
 
 from onestage.errors import ConfigError, ResourceError, RunInUseError
-from onestage.files import OUT_OF_SPACE
-from onestage.reliability.checkpoints import remove_unfinished_files
+from onestage.files import OUT_OF_SPACE, TEMPORARY_SUFFIX
 from onestage.training.run import new_run_folder
 
 LOCK_FILE = ".lock"
@@ -46,7 +45,9 @@ def take_run_folder(folder: Path, *, is_writer: bool = True) -> None:
     """
     if is_writer:
         _lock(folder)
-        remove_unfinished_files(folder)
+        for unfinished in folder.rglob(f".*{TEMPORARY_SUFFIX}"):  # by a process that was killed
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
 
 
 def _lock(folder: Path) -> None:

@@ -112,9 +112,8 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
         kept = ""
         if self.last is not None and is_training(trainer):
             self.last.save(trainer, before_validation=before_validation)
-            kept = (
-                f" Its state is in {self.last.path}; continue with --resume auto." if self.last.path.is_file() else ""
-            )
+            if self.last.path.is_file():
+                kept = f" Its state is in {self.last.path}; continue with --resume auto."
         kind: type[OnestageError] = CancelledError if self.received == signal.SIGINT else TerminatedError
         name = signal.Signals(self.received or signal.SIGTERM).name
         _await_children(trainer)

@@ -12,11 +12,10 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path, PurePath
-from types import NoneType, SimpleNamespace, UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from onestage.errors import CheckpointError
-from onestage.reliability.checkpoints import read_checkpoint
+from onestage.reliability.checkpoints import read_checkpoint, unusable
 from onestage.training.module import CHECKPOINT_KEY, DetectionModule
 from onestage.types import JSONDict
 
@@ -31,6 +30,7 @@ EVALUATION_KEYS = {
 TRUSTED = ("onestage.models", "onestage.losses", "onestage.boxes", "onestage.data")
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 LIMITS = {"image_size": 8192, "batch_size": 4096, "num_train": 100_000, "num_val": 100_000, "draw_seed": 2**32}
+TRUST = "If you trust the file, give the run's own config.yaml with --config."
 MAX_NUMBER = 1_000_000
 MAX_CLASSES = 25_000  # the largest published detector has 9,418
 PLAIN = (str, int, float, bool, NoneType)
@@ -62,11 +62,11 @@ def config_of(path: str | Path) -> JSONDict:
     saved = read_checkpoint(path)[CHECKPOINT_KEY]
     config = evaluation_part(saved, path)
     for refusal in refusals(config):
-        raise _unusable_config(path, str(refusal))
+        raise unusable(path, str(refusal), TRUST)
     _forget_weights(config["model"]["detector"])
     names = saved["class_names"]
     if len(names) > MAX_CLASSES or not all(name.isprintable() for name in names):
-        raise _unusable_config(path, f"has {len(names)} class names; at most {MAX_CLASSES} printable ones are used")
+        raise unusable(path, f"has {len(names)} class names; at most {MAX_CLASSES} printable ones are used", TRUST)
     config["data"] |= {key: saved[key] for key in ("class_names", "category_ids")}
     return config
 
@@ -76,7 +76,7 @@ def foreign_classes(path: str | Path) -> str | None:
     found = list(refusals(evaluation_part(read_checkpoint(path)[CHECKPOINT_KEY], path)))
     for refusal in found:
         if not refusal.is_foreign_class:
-            raise _unusable_config(path, str(refusal))
+            raise unusable(path, str(refusal), TRUST)
     names = sorted({str(refusal.value) for refusal in found})
     return f"it names {', '.join(names)}, not in {', '.join(TRUSTED)}" if names else None
 
@@ -85,18 +85,11 @@ def evaluation_part(saved: JSONDict, path: str | Path) -> JSONDict:
     """Return what evaluation and sharing need of a stored configuration."""
     config = saved.get("config") or {}
     if not all(isinstance(config.get(group), dict) for group in EVALUATION_KEYS):
-        raise CheckpointError(f"checkpoint {path} holds no configuration. Give the run's config.yaml with --config.")
+        raise unusable(path, "holds no configuration", "Give the run's config.yaml with --config.")
     return {
         group: {key: config[group][key] for key in keys if key in config[group]}
         for group, keys in EVALUATION_KEYS.items()
     }
-
-
-def _unusable_config(path: str | Path, problem: str) -> CheckpointError:
-    return CheckpointError(
-        f"the configuration inside checkpoint {path} {problem}.\n"
-        "If you trust the file, give the run's own config.yaml with --config."
-    )
 
 
 def _forget_weights(node: Any) -> None:
@@ -186,24 +179,12 @@ def _is_kind(found: type, expected: type) -> bool:
 
 
 def _parameters(owner: Any) -> dict[str, Types]:
-    """Return the types of the arguments of a class and of its parents."""
-    if hasattr(owner, "_fields"):  # a named tuple
-        return {name: _alternatives(hint) for name, hint in typing.get_type_hints(owner).items()}
-    known: dict[str, Types] = {}
+    """Return the types of the arguments of a class, and of its parents in this package."""
+    hints = typing.get_type_hints(owner) if hasattr(owner, "_fields") else {}  # a named tuple
     for parent in reversed(owner.__mro__):
-        if "__init__" not in vars(parent) or parent is object:
-            continue
-        for name, parameter in inspect.signature(parent.__init__).parameters.items():
-            if name == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                continue
-            # One annotation at a time: if one cannot be resolved, the others are still known.
-            holder = SimpleNamespace(__annotations__={name: parameter.annotation})
-            known[name] = ANYTHING
-            if parameter.annotation is not parameter.empty:
-                with contextlib.suppress(NameError, TypeError, AttributeError, SyntaxError):
-                    names = vars(import_module(parent.__module__))
-                    known[name] = _alternatives(typing.get_type_hints(holder, names)[name])
-    return known
+        if "__init__" in vars(parent) and parent.__module__.startswith("onestage."):
+            hints |= typing.get_type_hints(parent.__init__)
+    return {name: _alternatives(hint) for name, hint in hints.items() if name != "return"}
 
 
 def _alternatives(hint: Any) -> Types:

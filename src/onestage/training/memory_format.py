@@ -72,7 +72,7 @@ def time_formats(detector: Detector, batch: tuple[Tensor, Targets], trainer: pl.
         for number in range(1, ROUNDS + 1):
             for channels_last, times in seconds.items():
                 layout = torch.channels_last if channels_last else torch.contiguous_format
-                copy.to(memory_format=layout)  # type: ignore[call-overload] # missing in torch's stubs
+                copy.to(memory_format=layout)
                 begin = time.perf_counter()
                 with trainer.precision_plugin.forward_context():
                     terms = copy.loss(copy(images.contiguous(memory_format=layout)), targets).terms
