@@ -79,7 +79,10 @@ def examine(
     if num_decoders:
         undecodable = decode_all(usable.values(), num_decoders)
         findings += undecodable
-        usable = {name: _drop(part, {finding.place for finding in undecodable}) for name, part in usable.items()}
+        places = {finding.place for finding in undecodable}
+        for name, part in usable.items():
+            is_kept = [printable(str(path)) not in places for path in part.image_paths]
+            usable[name] = select_images(part, np.flatnonzero(is_kept))
         seconds["decoding"] = time.perf_counter() - start - sum(seconds.values())
     for name, annotations in usable.items():
         findings += check_objects(name, annotations, anchors.max_detections)
@@ -119,12 +122,6 @@ def _check_headers(
     return usable
 
 
-def _drop(annotations: AnnotationSet, places: set[str]) -> AnnotationSet:
-    """Return the set without the images of these (printable) paths."""
-    is_kept = [printable(str(path)) not in places for path in annotations.image_paths]
-    return select_images(annotations, np.flatnonzero(is_kept))
-
-
 def _check_anchors(
     annotations: AnnotationSet | None, anchors: DetectorAnchors, findings: list[Finding]
 ) -> tuple[dict[str, list[int]], Coverage | None]:
@@ -149,10 +146,8 @@ def _check_fraction(split: Split, found: Sequence[Finding], max_bad_fraction: fl
     bad_images = [finding.line for finding in bad if finding.rule not in BOX_RULES]
     num_images = len(annotations) + len(set(annotations.skipped) & set(bad_images))  # with those the parser skipped
     stops = []
-    for noun, lines, total in (
-        ("boxes", bad_boxes, len(annotations.boxes) + len(bad_boxes)),
-        ("images", bad_images, num_images),
-    ):
+    num_boxes = len(annotations.boxes) + len(bad_boxes)
+    for noun, lines, total in (("boxes", bad_boxes, num_boxes), ("images", bad_images, num_images)):
         try:
             require_few_bad(annotations.source, noun, lines, total, max_bad_fraction)
         except AnnotationError as reason:

@@ -4,6 +4,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -119,7 +120,6 @@ def _similar_pairs(pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Pictu
 
 def _content(path: str) -> bytes:
     """Return the bytes of an image; none if it cannot be read, which another check reports."""
-    try:
+    with suppress(ImageError):
         return read_file(Path(path), ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
-    except ImageError:
-        return b""
+    return b""

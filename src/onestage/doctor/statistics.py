@@ -61,19 +61,19 @@ def check_classes(splits: Mapping[str, AnnotationSet]) -> list[Finding]:
             for name, s in splits.items()
         ]
         return [CLASSES_DIFFER.broken(first.source, f"the splits have different categories:{''.join(lines)}")]
-    rows = class_table(splits)
-    train = next(iter(splits))
+    rows, train = class_table(splits), next(iter(splits))
     place = f"{first.source} and {len(others)} more" if others else first.source
     used = [row for row in rows if any(row.num_boxes.values())]
-    missing = [row.name for row in used if not all(row.num_boxes.values())]
+    missing = [row.name for row in used if not all(row.num_boxes.values())]  # empty for a single split
     rare = [row.name for row in used if row.num_boxes[train] < FEW_BOXES]
-    found = []
-    if missing and others:
-        problem = f"{len(missing)} of {len(rows)} classes have no box in one of the splits: {_shortened(missing)}"
-        found.append(ONE_SPLIT_CLASS.broken(place, problem, len(missing)))
-    if rare:
-        problem = f"{len(rare)} of {len(rows)} classes have fewer than {FEW_BOXES} boxes in {train}: {_shortened(rare)}"
-        found.append(RARE_CLASS.broken(place, problem, len(rare)))
+    found = [
+        rule.broken(place, f"{len(names)} of {len(rows)} classes have {problem}: {_shortened(names)}", len(names))
+        for rule, names, problem in (
+            (ONE_SPLIT_CLASS, missing, "no box in one of the splits"),
+            (RARE_CLASS, rare, f"fewer than {FEW_BOXES} boxes in {train}"),
+        )
+        if names
+    ]
     for number, row in enumerate(rows):
         similar = [other.name for other in rows[number + 1 :] if _is_same_word(row.name, other.name)]
         found += [SIMILAR_NAMES.broken(place, f"{row.name!r} and {name!r} are two classes") for name in similar]

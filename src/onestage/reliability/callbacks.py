@@ -137,11 +137,9 @@ class BestCheckpoint(ModelCheckpoint):
         """Raise ConfigError if the sanity check, and so no validation, logs the metric."""
         logged = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
         if logged and str(self.monitor).startswith("val/") and self.monitor not in logged:
-            raise ConfigError(
-                f"best_checkpoint.monitor is {self.monitor}, which the validation does not log.\n"
-                f"Set it to one of {', '.join(logged)}. For a metric that is logged only after training has begun, set "
-                "trainer.num_sanity_val_steps: 0."
-            )
+            problem = f"best_checkpoint.monitor is {self.monitor}, which the validation does not log"
+            remedy = "For a metric that is logged only in training, set trainer.num_sanity_val_steps: 0."
+            raise ConfigError(f"{problem}.\nSet it to one of {', '.join(logged)}. {remedy}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy the best checkpoint; Lightning forgets its score when the folder changes."""
@@ -178,8 +176,7 @@ def _find_stored_best(state: object, beside: Path, own: Path) -> Path | None:
             raise CheckpointError(f"a path to {BEST} is expected, not {str(stored)!r}.")
         read_checkpoint(best)
     except (CheckpointError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        rank_zero_info(f"resume: the best checkpoint so far is not used, so the next one becomes the best: {reason}")
+        rank_zero_info(f"resume: the best checkpoint so far is not used: {str(error).partition(chr(10))[0]}")
         return None
     return best
 
@@ -232,10 +229,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero and (self._saved is not None or _is_readable(self.path)):
             keep_previous(self.path, self.path.with_name(PREVIOUS))  # a damaged file must not replace a good one
         self._is_before_validation = before_validation
-        try:
-            trainer.save_checkpoint(self.path, False)  # False: not the weights alone
-        finally:
-            self._is_before_validation = False
+        trainer.save_checkpoint(self.path, False)  # False: not the weights alone
+        self._is_before_validation = False
         self._saved = moment
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
@@ -294,10 +289,8 @@ class ConfigInCheckpoint(Callback):
             torch.distributed.all_gather_object(settings, repr(sorted(decisive_settings(self.config).items())))
             others = [rank for rank, other in enumerate(settings) if other != settings[0]]
             if others:
-                raise ConfigError(
-                    f"processes {others} have another model or data configuration than process 0.\n"
-                    "Start every process with the same --config files and options."
-                )
+                problem = f"processes {others} have another model or data configuration than process 0"
+                raise ConfigError(f"{problem}.\nStart every process with the same --config files and options.")
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Compute the fingerprints once, in the process that writes files."""

@@ -81,10 +81,8 @@ class NonFiniteGuard(Callback):
         states = [optimizer.state_dict() for optimizer in trainer.optimizers]
         names = non_finite_entries({"state_dict": weights, "optimizer": states})
         if trainer.strategy.reduce_boolean_decision(bool(names), all=False):  # the same answer in all processes
-            raise NonFiniteError(
-                f"training cannot start: {_first(names)} NaN or infinity.\nStart from other weights: `pretrained` of "
-                "the detector, `weights` of its backbone, or another checkpoint with --ckpt_path."
-            )
+            remedy = "Start from other weights: `pretrained` of the detector, or another checkpoint with --ckpt_path."
+            raise NonFiniteError(f"training cannot start: {_first(names)} NaN or infinity.\n{remedy}")
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         """Copy the buffers that the forward pass changes, such as batch norm's statistics."""
@@ -165,9 +163,8 @@ class NonFiniteGuard(Callback):
         return {**facts, "likely_cause": cause, "what_to_change": remedy}
 
     def _report(self, trainer: pl.Trainer, facts: JSONDict) -> None:
-        processes: list[Any] = [facts]
+        processes: list[Any] = [facts] * trainer.world_size
         if trainer.world_size > 1:
-            processes = [None] * trainer.world_size
             dist.all_gather_object(processes, facts)
         worst = next((other for other in processes if not math.isfinite(other["loss"])), processes[0])
         is_end = self.num_in_row > self.max_skipped_steps or self.num_scaler_skips > MAX_SCALER_SKIPS
@@ -176,27 +173,24 @@ class NonFiniteGuard(Callback):
         place = f"step {facts['step']} of epoch {facts['epoch']}"
         where = str(self._folder / DIAGNOSIS_FILE) + (", which could not be written" if self._is_refused else "")
         if is_end:
+            count = max(self.num_in_row, self.num_scaler_skips)
             raise NonFiniteError(
-                f"training ends at {place}: loss or gradient was not finite "
-                f"{max(self.num_in_row, self.num_scaler_skips)} times in a row. None of these steps changed the "
-                f"weights.\n{describe(worst)}\nAll details: {where}\nCheckpoints written before, in "
-                f"{self._folder / 'checkpoints'}, are finite."
+                f"training ends at {place}: loss or gradient was not finite {count} times in a row.\n"
+                f"{describe(worst)}\nAll details: {where}\nWeights and checkpoints are finite."
             )
-        rank_zero_warn(
-            f"{place} is skipped ({self.num_in_row} in a row, training ends after {self.max_skipped_steps}; "
-            f"{self.num_skipped} in all): loss {worst['loss']:.4g}, gradient norm {worst['gradient_norm']:.4g}. "
-            f"Likely cause: {worst['likely_cause']}. See {where}"
-        )
+        counts = f"{self.num_in_row} in a row, training ends after {self.max_skipped_steps}; {self.num_skipped} in all"
+        values = f"loss {worst['loss']:.4g}, gradient norm {worst['gradient_norm']:.4g}"
+        rank_zero_warn(f"{place} is skipped ({counts}): {values}. Likely cause: {worst['likely_cause']}. See {where}")
 
     @rank_zero_only
     def _write(self, is_end: bool) -> None:
-        is_first, self._is_refused = not self._is_refused, False
         content = {"num_skipped": self.num_skipped, "ended_training": is_end, "latest": list(self._records)}
         try:
             with atomic_write(self._folder / DIAGNOSIS_FILE) as temporary:
                 temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            self._is_refused = False
         except ResourceError as error:  # no reason to end the training
-            if is_first:
+            if not self._is_refused:
                 rank_zero_warn(f"{str(error).splitlines()[0]} Training continues without it.")
             self._is_refused = True
 
@@ -207,8 +201,7 @@ class NonFiniteGuard(Callback):
             rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
             raise NonFiniteError(
                 f"training ends at step {trainer.global_step}: the checkpoint was not written: {_first(names)} NaN or "
-                "infinity. Steps with such gradients are skipped, so an update itself overflowed; the learning rate "
-                f"is {max(rates, default=0):.4g}.\n{LOWER_LR} Checkpoints written before are finite."
+                f"infinity: an update overflowed, with learning rate {max(rates, default=0):.4g}.\n{LOWER_LR}"
             )
 
 

@@ -25,7 +25,6 @@ from onestage.reliability.callbacks import LastCheckpoint, is_after_step, is_las
 from onestage.reliability.watchdog import await_watchdog_verdict, is_connection_lost
 
 CHILD_SECONDS = 20.0  # how long the first process waits for those it started, when all of them end
-RESTORING = ("checkpoint_connector.py", "restore")  # Lightning's file and functions that read a checkpoint's entries
 
 
 class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those last: all state is final by then
@@ -195,12 +194,9 @@ def _shortage(error: Exception, batch_size_key: str) -> ResourceError | None:
 
 
 def _malformed_checkpoint(error: Exception) -> CheckpointError | None:
-    """Return an error if Lightning failed while it restored a checkpoint, or None."""
-    file, prefix = RESTORING
+    """Return an error if Lightning failed in the function that restores a checkpoint's entries, or None."""
     frames = traceback.extract_tb(error.__traceback__)
-    if not any(frame.filename.endswith(file) and frame.name.startswith(prefix) for frame in frames):
+    if not any("checkpoint_connector.py" in frame.filename and "restore" in frame.name for frame in frames):
         return None
-    return CheckpointError(
-        f"the checkpoint cannot be restored ({type(error).__name__}: {str(error)[:200]}): an entry is missing or has "
-        "another type.\n`onestage fit` writes no such file. Resume from another one, or start with --resume none."
-    )
+    problem = f"the checkpoint cannot be restored: an entry is malformed ({type(error).__name__}: {str(error)[:200]})"
+    return CheckpointError(f"{problem}.\nResume from another one, or start with --resume none.")

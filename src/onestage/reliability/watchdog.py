@@ -24,8 +24,8 @@ CHECK_SECONDS = 1.0
 DEAD_SECONDS = 2.0  # a process that ended in order has said so by then
 STOPPED_SECONDS = 10.0  # a process of this machine that is stopped this long is lost
 SILENT_SECONDS = 120.0  # a process of another machine that sends nothing; a long call into C delays a heartbeat
-REMEDIES = {"fit": "The last checkpoint is complete: continue with --resume auto."}
 REMEDY = "Checkpoints are unchanged; start the evaluation again."
+FIT_REMEDY = "The last checkpoint is complete: continue with --resume auto."
 LAUNCHER = "ONESTAGE_LAUNCHER"  # in the environment: the process that starts the others of its machine
 
 _generation = 0  # of watchdogs in this process; every process starts them in the same order
@@ -64,7 +64,8 @@ class Watchdog(Callback):
         store.set(f"who/{trainer.global_rank}", f"{socket.gethostname()} {os.getpid()}")
         store.set(f"beat/{trainer.global_rank}", "0")
         trainer.strategy.barrier("watchdog")
-        self._thread = WatchThread(store, trainer.global_rank, trainer.world_size, REMEDIES.get(stage, REMEDY))
+        remedy = FIT_REMEDY if stage == "fit" else REMEDY
+        self._thread = WatchThread(store, trainer.global_rank, trainer.world_size, remedy)
         self._thread.start()
         _watchdog_started.set()
         _detach_lightning_observer(trainer)
@@ -99,7 +100,8 @@ class WatchThread(threading.Thread):
         self._rank = rank
         self._remedy = remedy
         ranks = [other for other in range(world_size) if other != rank]
-        self.peers = [Peer(other, *_host_and_process(store.get(f"who/{other}"))) for other in ranks]
+        places = {other: store.get(f"who/{other}").decode().rpartition(" ") for other in ranks}
+        self.peers = [Peer(other, host, int(process)) for other, (host, _, process) in places.items()]
         self._is_over = threading.Event()
         self._beats: dict[int, tuple[bytes, float]] = {}  # by rank: the last heartbeat, and when it changed
         self._start = time.monotonic()
@@ -113,7 +115,7 @@ class WatchThread(threading.Thread):
 
     def run(self) -> None:
         """Check until the trainer call is over."""
-        threading.Thread(target=self._exchange_beats, name="heartbeats", daemon=True).start()
+        threading.Thread(target=self._exchange_beats, daemon=True).start()
         while not self._is_over.wait(CHECK_SECONDS):
             for peer in self.peers:
                 reason = self.loss_of(peer)
@@ -155,11 +157,6 @@ class WatchThread(threading.Thread):
         return "died" if seconds > DEAD_SECONDS else None
 
 
-def _host_and_process(value: bytes) -> tuple[str, int]:
-    host, _, process = value.decode().rpartition(" ")
-    return host, int(process)
-
-
 def _end(peer: Peer, reason: str, remedy: str) -> NoReturn:
     message = f"error: {peer} {reason}; the run cannot continue without it, so this process ends too.\n{remedy}\n"
     with contextlib.suppress(Exception):
@@ -176,30 +173,22 @@ def process_state(process: int) -> str:
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
-        if Path("/proc/self").exists():
-            return ""
+        return "" if Path("/proc/self").exists() else "R"  # macOS has no /proc: a lost process is not noticed there
     except (OSError, IndexError):
         return "R"
-    with contextlib.suppress(PermissionError):  # no /proc: macOS
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return ""
-    return "R"
 
 
 def is_connection_lost(error: BaseException) -> bool:
     """Return whether gloo, NCCL or the store report that another process is gone."""
-    text = str(error).lower()
     words = ("connection closed by peer", "connection reset", "broken pipe", "socket error", "remote process")
-    return isinstance(error, RuntimeError) and any(word in text for word in words)
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
 def await_watchdog_verdict() -> NoReturn:
     """Let the watchdog name the lost process, or raise ProcessLostError."""
     time.sleep(5 * CHECK_SECONDS)
     raise ProcessLostError(
-        "another process of the run closed its connection; its own message, above or in its log, gives the reason.\n"
+        "another process of the run closed its connection; its own message gives the reason.\n"
         "Correct that and continue: a training with --resume auto."
     )
 
