@@ -116,22 +116,25 @@ def test_resuming_keeps_the_best_checkpoint_until_a_better_one_comes(trained, tm
 
 
 def test_run_shorter_than_its_validation_interval_is_evaluated(fast_options, tmp_path, capsys):
-    options = ["--trainer.check_val_every_n_epoch", "5", "--drawn_images", "0", "--runs_dir", str(tmp_path)]
-    assert run("fit", *fast_options, *options) == 0
+    options = ["--trainer.check_val_every_n_epoch", "5", "--drawn_images", "0", "--trainer.limit_train_batches", "1"]
+    assert run("fit", *fast_options, *options, "--runs_dir", str(tmp_path)) == 0
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("results: ")
     assert list(tmp_path.glob("*/*/checkpoints/best.ckpt"))
 
 
-def test_disabled_checkpointing_trains_and_writes_none(fast_options, tmp_path):
-    options = [*fast_options, "--trainer.enable_checkpointing", "false", "--runs_dir", str(tmp_path)]
-    assert run("fit", *options) == 0
+def test_checkpoints_and_anchor_statistics_can_be_disabled(fast_options, tmp_path):
+    options = ["--trainer.enable_checkpointing", "false", "--anchor_statistics", "false", "--runs_dir", str(tmp_path)]
+    assert run("fit", *fast_options, *options, "--trainer.limit_train_batches", "1") == 0
     folder = tmp_path / "shapes_ssd" / "version_0"
     assert (folder / "results.json").is_file()
     assert not list(folder.rglob("*.ckpt"))
+    assert "anchors/" not in (folder / "metrics.csv").read_text()
 
 
-def test_run_without_validation_prints_its_folder(fast_options, tmp_path, capsys):
-    assert run("fit", *fast_options, "--trainer.limit_val_batches", "0", "--runs_dir", str(tmp_path)) == 0
+def test_run_without_validation_prints_its_folder_and_a_missing_prior_warns(fast_options, tmp_path, capsys):
+    options = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0", "--runs_dir", str(tmp_path)]
+    with pytest.warns(UserWarning, match=r"The first classification loss is .* per positive anchor"):
+        assert run("fit", *fast_options, *options, "--model.detector.init_args.prior", "0.5") == 0
     assert f"the run: {tmp_path / 'shapes_ssd' / 'version_0'}" in capsys.readouterr().out
 
 

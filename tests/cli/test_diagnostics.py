@@ -29,18 +29,6 @@ def test_every_logged_step_has_anchor_statistics_that_add_up(trained):
     assert all(float(row["train/gradient_norm"]) > 0 for row in rows_of(trained) if row["train/loss"])
 
 
-def test_anchor_statistics_can_be_disabled(fast_options, tmp_path):
-    options = ["--anchor_statistics", "false", "--trainer.limit_train_batches", "1", "--runs_dir", str(tmp_path)]
-    assert run("fit", *fast_options, *options) == 0
-    assert not [name for name in rows_of(tmp_path / "shapes_ssd" / "version_0")[0] if name.startswith("anchors/")]
-
-
-def test_missing_prior_warns_after_the_first_batch(fast_options, tmp_path):
-    options = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0", "--runs_dir", str(tmp_path)]
-    with pytest.warns(UserWarning, match=r"The first classification loss is .* per positive anchor"):
-        assert run("fit", *fast_options, *options, "--model.detector.init_args.prior", "0.5") == 0
-
-
 def test_overflowing_learning_rate_ends_with_code_6_and_a_diagnosis(fast_options, tmp_path, capsys):
     options = ["--model.optimizer.lr", "1e30", "--trainer.max_epochs", "2", "--runs_dir", str(tmp_path)]
     assert run("fit", *fast_options, *options, "--trainer.limit_val_batches", "0", "--trainer.precision=32-true") == 6
@@ -57,9 +45,9 @@ def test_overflowing_learning_rate_ends_with_code_6_and_a_diagnosis(fast_options
     assert all(bool(tensor.isfinite().all()) for tensor in checkpoint["state_dict"].values())
 
 
-def test_losses_command_writes_table_and_plot(trained, tmp_path, capsys):
+def test_losses_command_writes_table_and_plot_of_a_split(trained, tmp_path, capsys):
     words = ["--ckpt_path", str(trained / "checkpoints" / "best.ckpt"), "--runs_dir", str(tmp_path)]
-    assert run("losses", *words, "--trainer.accelerator=cpu") == 0
+    assert run("losses", *words, "--split", "test", "--trainer.accelerator=cpu") == 0
     (folder,) = tmp_path.glob("shapes_ssd/version_0")
     printed = capsys.readouterr().out.strip().splitlines()
     assert printed[-1] == f"results: {folder / 'losses.csv'}"
@@ -70,12 +58,9 @@ def test_losses_command_writes_table_and_plot(trained, tmp_path, capsys):
     assert not (folder / "results.json").exists()
 
 
-def test_losses_command_takes_a_split_and_checks_its_gammas(trained, tmp_path, capsys):
+def test_losses_command_checks_its_gammas_and_needs_weights(trained, tmp_path, capsys):
     words = ["--ckpt_path", str(trained / "checkpoints" / "best.ckpt"), "--runs_dir", str(tmp_path)]
-    words += ["--trainer.accelerator=cpu", "--trainer.limit_test_batches", "1"]
-    assert run("losses", *words, "--split", "test", "--gammas", "[3]") == 0
-    assert capsys.readouterr().out.strip().splitlines()[-2].split()[0] == "3"
-    assert run("losses", *words, "--gammas", "[-1]") == 2
+    assert run("losses", *words, "--trainer.accelerator=cpu", "--gammas", "[-1]") == 2
     assert "gammas" in capsys.readouterr().err
     assert run("losses", "--config", str(trained / "config.yaml"), "--runs_dir", str(tmp_path)) == 2
     assert "--ckpt_path" in capsys.readouterr().err
