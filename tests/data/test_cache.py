@@ -121,8 +121,6 @@ def test_size_is_announced_and_too_little_space_is_refused(
     for index in range(4):
         reader.read(index)
     assert float(estimate[1]) * 1e6 == pytest.approx(sum(copy.stat().st_size for copy in copies(folder)), abs=1e4)
-    DiskCache(annotations, 200, folder)
-    assert "no effect: images have short sides of 200 px or less" in printed[-1]
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(ConfigError, match=r"data.cache: disk would need .*\n.*XDG_CACHE_HOME"):
         DiskCache(annotations, 40, folder)

@@ -1,3 +1,5 @@
+"""Folders of images without annotations."""
+
 import os
 from pathlib import Path
 
@@ -30,8 +32,9 @@ def test_a_single_image_is_a_set_of_one(tmp_path: Path) -> None:
     assert list_images(tmp_path / "photo", ("cat",), (1,)).image_paths.tolist() == [str(tmp_path / "photo")]
 
 
-def test_a_pipe_and_a_dangling_link_are_named(tmp_path: Path) -> None:
+def test_a_pipe_and_a_dangling_link_are_named_and_a_link_back_ends(tmp_path: Path) -> None:
     touch(tmp_path / "a.jpg")
+    (tmp_path / "again").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "b.jpg")
     (tmp_path / "c.jpg").symlink_to(tmp_path / "nothing")
     annotations = list_images(tmp_path, ("cat",), (1,))
@@ -42,22 +45,13 @@ def test_a_pipe_and_a_dangling_link_are_named(tmp_path: Path) -> None:
     ]
 
 
-def test_a_link_back_does_not_go_round_in_circles(tmp_path: Path) -> None:
-    touch(tmp_path / "a.jpg")
-    (tmp_path / "again").symlink_to(tmp_path)
-    assert len(list_images(tmp_path, ("cat",), (1,))) == 1
-
-
-@pytest.mark.parametrize("what", ["empty", "missing", "texts", "pipe"])
-def test_no_image_is_an_error_with_place_rule_and_remedy(tmp_path: Path, what: str) -> None:
-    place = tmp_path / what
-    if what == "pipe":
-        os.mkfifo(place)
-    elif what != "missing":
-        place.mkdir()
-    if what == "texts":
-        touch(place / "notes.txt")
-    with pytest.raises(DataError, match=r"holds no images \(\.jpg|neither folder nor image") as caught:
+@pytest.mark.parametrize("kind", ["missing", "texts", "pipe"])
+def test_no_image_is_an_error_with_place_rule_and_remedy(tmp_path: Path, kind: str) -> None:
+    touch(tmp_path / "texts" / "notes.txt")
+    os.mkfifo(tmp_path / "pipe")
+    place = tmp_path / kind
+    with pytest.raises(
+        DataError, match=r"(holds no images \(\.jpg|neither folder nor image)(.|\n)*data\.predict_dir"
+    ) as caught:
         list_images(place, ("cat",), (1,))
     assert str(caught.value).startswith(str(place))
-    assert "data.predict_dir" in str(caught.value)

@@ -1,3 +1,5 @@
+"""Parts of one set: shares of every class, copies together, and the same parts everywhere."""
+
 import logging
 import shutil
 from collections.abc import Sequence
@@ -53,12 +55,6 @@ def test_split_parts_keep_order_boxes_and_labels() -> None:
             assert part.labels[part.objects(place)].tolist() == [row % 3, 3]
 
 
-def test_split_puts_the_only_image_of_a_class_into_training() -> None:
-    train, val = split_by_fraction(annotation_set([*[[0]] * 9, [1]]), 0.2)
-    assert class_counts(train) == [7, 1]
-    assert class_counts(val) == [2, 0]
-
-
 def test_folds_are_disjoint_cover_the_set_and_hold_each_class_equally() -> None:
     whole = annotation_set([*[[0]] * 25, *[[1]] * 10, *[[2, 1]] * 5, *[[]] * 5])
     folds = [split_by_fold(whole, 5, fold) for fold in range(5)]
@@ -68,11 +64,6 @@ def test_folds_are_disjoint_cover_the_set_and_hold_each_class_equally() -> None:
         assert len(val) == 9
         assert class_counts(val) == [5, 3, 1]
         assert not names_of(train) & names_of(val)
-
-
-def test_of_two_images_the_empty_one_is_validated_on() -> None:
-    train, val = split_by_fraction(annotation_set([[], [0]]), 0.5)
-    assert (class_counts(train), class_counts(val)) == ([1], [0])
 
 
 @pytest.fixture
@@ -123,7 +114,7 @@ def test_missing_files_do_not_stop_the_split(tmp_path: Path) -> None:
     assert sorted(parts_by_name([tmp_path / "gone.png", tmp_path / "away.png"]).values()) == [0, 1]
 
 
-@pytest.mark.parametrize(("number", "fraction"), [(1, 0.5), (3, 0.1), (3, 0.95)])
+@pytest.mark.parametrize(("number", "fraction"), [(1, 0.5), (3, 0.1)])
 def test_split_that_leaves_a_part_empty_is_refused(number: int, fraction: float) -> None:
     with pytest.raises(ConfigError, match=r"(?s)data.val_fraction .* leaves \d images to train and \d to validate"):
         split_by_fraction(annotation_set([[0]] * number), fraction)
@@ -137,13 +128,11 @@ def test_split_that_leaves_a_part_empty_is_refused(number: int, fraction: float)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"val_fraction": 0.0}, r"data.val_fraction must be in \(0, 1\), got 0.0"),
-        ({"val_fraction": 1.0}, "data.val_fraction must be"),
+        ({"val_fraction": 1.0}, r"data.val_fraction must be in \(0, 1\), got 1.0"),
         ({"val_fraction": float("nan")}, "data.val_fraction must be"),
         ({"val_fraction": 0.2, "num_folds": 5}, "data.val_fraction conflicts with data.num_folds"),
         ({"num_folds": 1}, "data.num_folds must be >= 2, or null, got 1"),
         ({"num_folds": 5, "fold": 5}, r"data.fold must be in \[0, 5\), got 5"),
-        ({"num_folds": 5, "fold": -1}, r"data.fold must be in \[0, 5\), got -1"),
         ({"fold": 1}, r"(?s)data.fold must be in \[0, 1\), got 1.*data.num_folds"),
     ],
 )

@@ -11,6 +11,7 @@ import math
 import shutil
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -50,16 +51,7 @@ class ImageReader(Protocol):
 
 
 def open_images(kind: CacheKind, annotations: AnnotationSet, image_size: int) -> ImageReader:
-    """Return the reader of a split, after printing how large its cache gets.
-
-    Args:
-        kind: none or disk.
-        annotations: the split.
-        image_size: longest side of the network's input, px.
-
-    Raises:
-        ConfigError: there is not enough space for the cache, or its folder cannot be written.
-    """
+    """Return the reader of a split; see `DiskCache`. image_size: longest side of the network's input, px."""
     if kind == "none":
         return FileReader(annotations)
     return DiskCache(annotations, math.ceil(SHORT_SIDE * image_size), cache_folder() / "images")
@@ -83,7 +75,7 @@ class DiskCache:
 
     A copy's name is a hash of the file's path, size and modification time, of the annotated size and of how copies
     are made, so a copy of another state of the file is never found. It is written atomically, and a checksum detects
-    a damaged copy, which is made again.
+    a damaged copy, which is made again. How large the cache will get is printed.
 
     Args:
         annotations: the split.
@@ -99,34 +91,24 @@ class DiskCache:
         self.annotations = annotations
         self.short_side = short_side
         self.folder = folder
+        remedy = "Set the environment variable XDG_CACHE_HOME to another folder, or data.cache: none."
+        place = printable(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(folder).free
         except OSError as reason:
-            raise ConfigError(
-                f"data.cache: disk needs {printable(folder)}, which cannot be written ({reason.strerror}).\n"
-                "Set the environment variable XDG_CACHE_HOME to another folder, or data.cache: none."
-            ) from None
-        self._announce(self._estimate_bytes(), free)
-
-    def _announce(self, needed: int, free: int) -> None:
-        place, sizes = printable(self.folder), (_format_bytes(needed), _format_bytes(free))
-        copies = f"copies of {len(self.annotations)} images with a short side of {self.short_side} px"
-        if needed:
-            rank_zero_info(f"data.cache: disk will hold about {sizes[0]} in {place} ({sizes[1]} free): {copies}")
-        else:
-            rank_zero_info(f"data.cache: disk has no effect: images have short sides of {self.short_side} px or less")
+            problem = f"needs {place}, which cannot be written ({reason.strerror})"
+            raise ConfigError(f"data.cache: disk {problem}.\n{remedy}") from None
+        needed = self._estimate_bytes()
+        sizes = f"{needed / 1e6:,.2f} MB in {place} ({free / 1e6:,.0f} MB free)"
+        copies = f"copies of {len(annotations)} images with a short side of {short_side} px, if theirs is longer"
+        rank_zero_info(f"data.cache: disk will hold about {sizes}: {copies}")
         if needed > free:
-            raise ConfigError(
-                f"data.cache: disk would need about {sizes[0]} in {place}, where {sizes[1]} are free.\n"
-                "Set the environment variable XDG_CACHE_HOME to another folder, or data.cache: none."
-            )
+            raise ConfigError(f"data.cache: disk would need about {sizes}.\n{remedy}")
 
     def read(self, index: int) -> ReadImage:
         """Return the copy of image `index`, and make it if there is none yet."""
         path = self._path_of(index)
-        if path is None:
-            return self.files.read(index)  # raises an error that names the problem
         found = _read_copy(path)
         if found is not None:
             return found
@@ -142,17 +124,13 @@ class DiskCache:
             logger.warning("data.cache: %s cannot be written (%s); training continues without it", path, problem)
         return _decode_copy(content) or image
 
-    def _path_of(self, index: int) -> Path | None:
+    def _path_of(self, index: int) -> Path:
         image_path = str(self.annotations.image_paths[index])
-        try:
+        state = [CACHE_VERSION, JPEG_QUALITY, self.short_side, str(Path(image_path).absolute())]
+        with suppress(OSError, ValueError):  # a missing file has no copy; reading it names the problem
             status = Path(image_path).stat()
-        except (OSError, ValueError):
-            return None
-        state = (
-            *(CACHE_VERSION, JPEG_QUALITY, self.short_side, str(Path(image_path).absolute())),
-            *(status.st_size, status.st_mtime_ns, *self.annotations.sizes[index].tolist()),
-        )
-        name = hashlib.sha256(repr(state).encode("utf-8", "surrogateescape")).hexdigest()
+            state += [status.st_size, status.st_mtime_ns, *self.annotations.sizes[index].tolist()]
+        name = hashlib.sha256(repr(tuple(state)).encode("utf-8", "surrogateescape")).hexdigest()
         return self.folder / name[:2] / f"{name[2:]}.copy"
 
     def _estimate_bytes(self) -> int:
@@ -160,24 +138,21 @@ class DiskCache:
         count = len(self.annotations)
         lengths = []
         for index in range(0, count, max(count // NUM_SAMPLED, 1)):
-            try:
+            with suppress(ImageError):  # training reports or skips it
                 image = self.files.read(index)
-            except ImageError:  # training reports or skips it
-                continue
-            is_copied = min(image.original_size) > self.short_side
-            lengths.append(len(_encode_copy(image, self.short_side)) if is_copied else 0)
+                is_copied = min(image.original_size) > self.short_side
+                lengths.append(len(_encode_copy(image, self.short_side)) if is_copied else 0)
         return round(np.mean(lengths) * count) if lengths else 0
 
 
 def _read_copy(path: Path) -> ReadImage | None:
-    try:
+    """Return the image of a copy, or None if there is none, or it is damaged."""
+    with suppress(OSError):
         return _decode_copy(path.read_bytes())
-    except OSError:
-        return None
+    return None
 
 
 def _decode_copy(content: bytes) -> ReadImage | None:
-    """Return the image of a copy, or None if it is damaged."""
     if len(content) <= HEADER.size:
         return None
     magic, height, width, checksum = HEADER.unpack_from(content)
@@ -189,15 +164,10 @@ def _decode_copy(content: bytes) -> ReadImage | None:
 
 
 def _encode_copy(image: ReadImage, short_side: int) -> bytes:
-    """Return header and JPEG of an image, resized until its short side is `short_side`, or as it is if smaller."""
+    """Return header and JPEG of an image whose short side is longer than `short_side`, resized to that."""
     height, width = image.original_size
-    factor = min(short_side / max(min(height, width), 1), 1.0)
-    size = (round(width * factor), round(height * factor))
-    pixels = image.pixels if factor == 1 else cv2.resize(image.pixels, size, interpolation=cv2.INTER_AREA)
+    factor = short_side / min(height, width)
+    pixels = cv2.resize(image.pixels, (round(width * factor), round(height * factor)), interpolation=cv2.INTER_AREA)
     _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     content = jpeg.tobytes()
     return HEADER.pack(MAGIC, *image.original_size, zlib.crc32(content)) + content
-
-
-def _format_bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"

@@ -35,8 +35,7 @@ class ImageFolder(Source):
         self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
     ) -> AnnotationSet:
         """List the images; `class_names` are those of the model."""
-        names = class_names or ()
-        return list_images(self.path, names, range(1, len(names) + 1))
+        return list_images(self.path, class_names or (), range(1, len(class_names or ()) + 1))
 
     def describe(self, split: Split) -> str:
         """Return the folder."""
@@ -44,17 +43,15 @@ class ImageFolder(Source):
 
 
 def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence[int]) -> AnnotationSet:
-    """Return the images below a folder, or one image, sorted by path, as a set without objects. Ids are 1..N.
+    """Return the images below a folder, or one image, as a set without objects; see `find_images`. Ids are 1..N.
 
-    Hidden files and folders are ignored, and links to folders are not followed. An entry that is named like an image
-    and is no regular file (a pipe, a dangling link) is named in `skipped`.
+    An entry that is named like an image and is no regular file (a pipe, a dangling link) is named in `skipped`.
 
     Raises:
         DataError: the folder is missing or cannot be listed, or there is no image in it.
     """
-    candidates = find_images(folder) if folder.is_dir() else [folder]
-    paths = [str(path) for path in candidates if path.is_file()]
-    irregular = [printable(path) for path in candidates if not path.is_file()]
+    found = find_images(folder) if folder.is_dir() else [folder]
+    paths = [str(path) for path in found if path.is_file()]
     if not paths:
         problem = f"holds no images ({' '.join(IMAGE_SUFFIXES)})" if folder.is_dir() else "is neither folder nor image"
         raise DataError(f"{printable(folder)}: {problem}.\nGive a folder of images, or one image: data.predict_dir")
@@ -66,25 +63,27 @@ def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence
         class_names,
         category_ids,
         describe=str,
-        findings=[IMAGE_UNREADABLE.broken(place, "is not a regular file") for place in irregular],
+        findings=[
+            IMAGE_UNREADABLE.broken(printable(path), "is not a regular file") for path in found if not path.is_file()
+        ],
         max_bad_fraction=1.0,
     )
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Return every visible entry below a folder that is named like an image, sorted.
+    """Return every entry below a folder that is named like an image, sorted; nothing hidden or below linked folders.
 
     Raises:
         DataError: a folder cannot be listed.
     """
-    found: list[Path] = []
 
     def stop(reason: OSError) -> None:
         place = printable(reason.filename or folder)
         raise DataError(f"{place}: cannot be listed: {reason.strerror}.\nMake it readable, or move it away.")
 
+    found: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [name for name in files if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        is_image = (not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES) for name in files)
+        found += [Path(parent, name) for name, keep in zip(files, is_image, strict=True) if keep]
     return sorted(found)

@@ -51,27 +51,22 @@ def assign_parts(annotations: AnnotationSet, shares: Sequence[float]) -> npt.NDA
     """
     groups = _groups(annotations)
     classes_of_group = [_classes(annotations, rows) for rows in groups]
-    names = sorted({name for classes in classes_of_group for name in classes})
-    groups_of_class = {name: [g for g, classes in enumerate(classes_of_group) if name in classes] for name in names}
-    counts = {name: sum(classes.get(name, 0) for classes in classes_of_group) for name in names}
-    wanted = {name: [share * counts[name] for share in shares] for name in names}  # images of the class, by part
+    remaining: Counter[int] = sum(classes_of_group, Counter())  # class -> images that have no part yet
+    wanted = {name: [share * count for share in shares] for name, count in remaining.items()}  # images, by part
     wanted_images = [share * len(annotations) for share in shares]
     part_of_image = np.full(len(annotations), -1, dtype=np.int64)
-    remaining = dict(counts)
     while remaining:
         rarest = min(remaining, key=lambda name: (name == NOTHING, remaining[name], name))
-        for group in groups_of_class[rarest]:
-            rows = groups[group]
-            if part_of_image[rows[0]] >= 0:
+        for rows, classes in zip(groups, classes_of_group, strict=True):
+            if rarest not in classes or part_of_image[rows[0]] >= 0:
                 continue
             need = wanted[rarest]
             part = max(range(len(shares)), key=lambda p: (need[p], wanted_images[p]))  # used at once
             part_of_image[rows] = part
             wanted_images[part] -= len(rows)
-            for name, count in classes_of_group[group].items():
+            for name, count in classes.items():
                 wanted[name][part] -= count
-                remaining[name] -= count
-        remaining = {name: count for name, count in remaining.items() if count > 0}
+            remaining -= classes
     return part_of_image
 
 
@@ -79,15 +74,14 @@ def _divided(
     annotations: AnnotationSet, is_validation: npt.NDArray[np.bool_], setting: str
 ) -> tuple[AnnotationSet, AnnotationSet]:
     """Return the two parts, each in the order of the whole."""
-    num_validation = int(np.count_nonzero(is_validation))
-    if not 0 < num_validation < len(annotations):
+    rows = np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
+    if not len(rows[0]) or not len(rows[1]):
         raise ConfigError(
-            f"{setting} of {annotations.source} leaves {len(annotations) - num_validation} images to train and "
-            f"{num_validation} to validate on (copies stay together); each part needs at least one.\n"
+            f"{setting} of {annotations.source} leaves {len(rows[0])} images to train and {len(rows[1])} to validate "
+            "on (copies stay together); each part needs at least one.\n"
             "Set data.val_fraction nearer to 0.5, or data.num_folds to fewer parts; or give more images."
         )
-    train = select_images(annotations, np.flatnonzero(~is_validation))
-    validation = select_images(annotations, np.flatnonzero(is_validation))
+    train, validation = (select_images(annotations, part) for part in rows)
     return (
         replace(train, source=f"{annotations.source}, training part ({setting})"),
         replace(validation, source=f"{annotations.source}, validation part ({setting})", findings=()),
@@ -110,44 +104,33 @@ def _groups(annotations: AnnotationSet) -> list[list[int]]:
 def _contents(paths: Sequence[Path]) -> list[object]:
     """Return a key for each file that is equal where the bytes are.
 
-    Of files with the same length the first bytes are compared, and only where those agree too all of them: in a large
-    set, half of the files have the length of another.
+    The first bytes are compared only of files with the same length, and all bytes only where those agree too: in a
+    large set, half of the files have the length of another.
     """
     keys: list[object] = [_length(path) or f"missing {number}" for number, path in enumerate(paths)]
-    for digest in (_head_digest, _digest):
+    for num_bytes in (HEAD_BYTES, -1):
         counts = Counter(keys)
-        keys = [(key, digest(path)) if counts[key] > 1 else key for key, path in zip(keys, paths, strict=True)]
+        keys = [
+            (key, _digest(path, num_bytes) if counts[key] > 1 else None) for key, path in zip(keys, paths, strict=True)
+        ]
     return keys
 
 
 def _length(path: Path) -> int:
     """Return the number of bytes; 0 where there is no such file, which is found out when it is opened to train."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+    return path.stat().st_size if path.is_file() else 0
 
 
-def _head_digest(path: Path) -> bytes | str:
+def _digest(path: Path, num_bytes: int) -> bytes | str:
+    """Return a digest of the first bytes of a file (-1: all); its path if it cannot be read."""
     try:
         with path.open("rb") as file:
-            return hashlib.blake2b(file.read(HEAD_BYTES), digest_size=16).digest()
+            return hashlib.blake2b(file.read(num_bytes), digest_size=16).digest()
     except OSError:
         return str(path)
 
 
-def _digest(path: Path) -> bytes | str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").digest()
-    except OSError:
-        return str(path)
-
-
-def _classes(annotations: AnnotationSet, rows: Sequence[int]) -> dict[int, int]:
+def _classes(annotations: AnnotationSet, rows: Sequence[int]) -> Counter[int]:
     """Return class -> number of images of a group that show it; NOTHING -> those without objects."""
-    counts: dict[int, int] = {}
-    for row in rows:
-        for label in set(annotations.labels[annotations.objects(row)].tolist()) or {NOTHING}:
-            counts[label] = counts.get(label, 0) + 1
-    return counts
+    labels_of_row = (annotations.labels[annotations.objects(row)].tolist() or [NOTHING] for row in rows)
+    return Counter(label for labels in labels_of_row for label in set(labels))
