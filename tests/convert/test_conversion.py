@@ -107,7 +107,7 @@ def test_coco_to_coco_writes_a_cleaned_copy(tmp_path: Path, capsys: pytest.Captu
     Path(tmp_path / "in/train2017/empty.png").unlink()
     words = ["--to", "coco", "--out", str(tmp_path / "out"), "--max_bad_fraction", "0.5"]
     assert main(["convert", str(files[0]), *words]) == 0
-    assert "skipped, because it cannot be used (2)" in capsys.readouterr().out
+    assert "skipped, because it cannot be used (2; see all" in capsys.readouterr().out
     clean = read(tmp_path / "out")
     assert (len(clean), len(clean.boxes), clean.findings) == (3, 5, ())
 
@@ -176,16 +176,6 @@ def test_round_trip_of_real_data_keeps_every_image_box_and_class(name: str, tmp_
         assert_same(read(REAL / name, split), read(tmp_path / "c2", split))
 
 
-@pytest.mark.parametrize("to", ["coco", "voc", "yolo"])
-def test_split_called_valid_survives_a_conversion(to: str, tmp_path: Path) -> None:
-    files = write_source(tmp_path / "in")
-    files[1].rename(files[1].with_name("instances_valid.json"))
-    (tmp_path / "in/val2017").rename(tmp_path / "in/valid")
-    run_conversion([tmp_path / "in"], to, tmp_path / "out")
-    assert recognise(tmp_path / "out").splits == ("train", "val")
-    assert len(read(tmp_path / "out", "val")) == 4
-
-
 def test_difficult_flag_goes_through_coco_and_back(tmp_path: Path) -> None:
     run_conversion(write_source(tmp_path / "in")[:1], "voc", tmp_path / "v")
     losses = run_conversion([tmp_path / "v"], "coco", tmp_path / "c")
@@ -221,29 +211,15 @@ def test_image_annotated_as_stored_is_skipped_for_yolo(tmp_path: Path) -> None:
     assert len(read(tmp_path / "out")) == 3
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_existing_target_is_never_overwritten(tmp_path: Path, kind: str) -> None:
+def test_existing_target_is_never_overwritten(tmp_path: Path) -> None:
     files = write_source(tmp_path / "in")
-    out = tmp_path / "out"
-    if kind == "file":
-        out.write_text("mine")
-    elif kind == "folder":
-        out.mkdir()
-        (out / "mine.txt").write_text("mine")
-    else:
-        out.symlink_to(tmp_path / "gone")
-    with pytest.raises(ConfigError, match="is there already"):
-        run_conversion(files, "yolo", out)
-    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
-
-
-def test_empty_folder_is_filled_and_parents_are_made(tmp_path: Path) -> None:
-    files = write_source(tmp_path / "in")
-    (tmp_path / "out").mkdir()
-    run_conversion(files, "yolo", tmp_path / "out")
-    run_conversion(files, "yolo", tmp_path / "a/b/out")
-    assert (tmp_path / "a/b/out/data.yaml").exists()
-    assert (tmp_path / "a/b/out").stat().st_mode == (tmp_path / "a/b").stat().st_mode
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder/mine").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name in ("file", "folder", "link"):
+        with pytest.raises(ConfigError, match="is there already"):
+            run_conversion(files, "yolo", tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "file", "folder", "link"}
 
 
 def test_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +233,7 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pytes
         real(source, target)
 
     monkeypatch.setattr(os, "link", link)
-    with pytest.raises(DataError, match=r"(?s)cannot be linked.*cross-device.*--images copy"):
+    with pytest.raises(DataError, match=r"(?s)--images link to .*cross-device.*--images copy"):
         run_conversion(files, "coco", tmp_path / "out", images="link")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -272,9 +248,10 @@ def test_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monkeyp
 
 def test_links_share_the_bytes_and_copies_do_not(tmp_path: Path) -> None:
     files = write_source(tmp_path / "in")
-    for images, expected in (("link", True), ("copy", False)):
-        run_conversion(files, "yolo", tmp_path / images, images=images)
-        same = (tmp_path / images / "images/train/a.png").samefile(tmp_path / "in/train2017/a.png")
+    (tmp_path / "link").mkdir()  # an empty folder is filled, and missing parents are made
+    for out, images, expected in (("link", "link", True), ("a/b/copy", "copy", False)):
+        run_conversion(files, "yolo", tmp_path / out, images=images)
+        same = (tmp_path / out / "images/train/a.png").samefile(tmp_path / "in/train2017/a.png")
         assert same is expected
 
 
@@ -282,9 +259,8 @@ def test_links_share_the_bytes_and_copies_do_not(tmp_path: Path) -> None:
     ("given", "message"),
     [
         ({"test": "val"}, "there is no test; there are train, val"),
-        ({"train": "train", "val": "train"}, "called the same: train, train"),
-        ({"train": "first"}, "'first'; it must be train, val or test"),
-        ({"train": "../x"}, "must be train, val or test"),
+        ({"train": "train", "val": "train"}, "must be train, val or test, each once, got train, train"),
+        ({"train": "first"}, "must be train, val or test, each once, got first"),
     ],
 )
 def test_split_names_that_do_not_fit_are_refused(tmp_path: Path, given: dict, message: str) -> None:
@@ -320,7 +296,6 @@ def test_command_reports_the_splits_and_how_to_train(
         ([], 2, "paths"),
         (["gone", "--to", "voc", "--out", "x"], 3, "gone"),
         (["gone", "--to", "voc", "--out", "x", "--max_bad_fraction", "5"], 2, "in [0, 1], got 5"),
-        (["gone", "--to", "voc", "--out", "x", "--max_bad_fraction", "nan"], 2, "--max_bad_fraction: "),
     ],
 )
 def test_wrong_words_end_with_their_exit_code(

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -103,13 +104,13 @@ def convert_splits(
     chosen = [source for source in sources if source.name in names]
     annotation_sets = _read(chosen, max_bad_fraction)
     losses: Losses = Counter()
-    coco_files = [file for annotations in annotation_sets if (file := Path(annotations.source)).is_file()]
-    num_with_outlines = sum(OUTLINE.search(file.read_bytes()) is not None for file in coco_files)
+    files = [file for annotations in annotation_sets if (file := Path(annotations.source)).is_file()]
+    num_with_outlines = sum(OUTLINE.search(file.read_bytes()) is not None for file in files)
     losses["COCO files with outlines or keypoints: only boxes are kept"] += num_with_outlines
     complete = [_with_sizes(annotations, to, losses) for annotations in annotation_sets]
     paths = [annotations.image_paths.tolist() for annotations in complete]
     # VOC has one folder for the images of all splits, in which an image of two splits lies once.
-    shared = _unique_names([path for split_paths in paths for path in split_paths]) if to == "voc" else None
+    shared = _unique_names(list(chain(*paths))) if to == "voc" else None
     file_names = [shared or _unique_names(split_paths) for split_paths in paths]
     renamed = {(path, name) for by_path in file_names for path, name in by_path.items() if Path(path).name != name}
     losses["images get another name"] += len(renamed)
@@ -132,13 +133,13 @@ def _split_names(found: Sequence[str], given: dict[str, str] | None) -> dict[str
     if unknown:
         raise ConfigError(f"--splits: there is no {', '.join(unknown)}; there are {', '.join(found)}.")
     names = given or {name: role_of(name) or ("train" if len(found) == 1 else name) for name in found}
-    remedy = "Name them: --splits " + " ".join(f'"{name}={new}"' for name, new in zip(found, SPLIT_NAMES, strict=False))
-    if len(set(names.values())) < len(names):
-        raise ConfigError(f"Several splits would be called the same: {', '.join(names.values())}.\n{remedy}")
-    wrong = [name for name in names.values() if name not in SPLIT_NAMES]
-    if wrong:
-        written = ", ".join(map(repr, wrong))
-        raise ConfigError(f"A split cannot be called {written}; it must be train, val or test.\n{remedy}")
+    written = list(names.values())
+    if len(set(written)) < len(written) or not set(written) <= set(SPLIT_NAMES):
+        new_names = " ".join(f'"{name}={new}"' for name, new in zip(found, SPLIT_NAMES, strict=False))
+        raise ConfigError(
+            f"--splits: the names must be train, val or test, each once, got {', '.join(written)}.\n"
+            f"Name the splits: --splits {new_names}"
+        )
     return names
 
 
@@ -148,8 +149,8 @@ def _read(sources: Sequence[SplitSource], max_bad_fraction: float) -> list[Annot
     for split in read_splits(sources, max_bad_fraction):
         if split.annotations is None:
             raise AnnotationError(f"{split.findings[0].line}.\n{split.findings[0].remedy}")
-        require_same_categories((annotation_sets or [split.annotations])[0], split.annotations)
         annotation_sets.append(split.annotations)
+        require_same_categories(annotation_sets[0], split.annotations)
     return annotation_sets
 
 
@@ -158,21 +159,18 @@ def _with_sizes(annotations: AnnotationSet, to: Format, losses: Losses) -> Annot
 
     YOLO's fractions are of the image as it is shown, turned by its EXIF orientation.
     """
-    is_asked = np.ones(len(annotations), bool) if to == "yolo" else (annotations.sizes <= 0).any(axis=1)
-    rows = np.flatnonzero(is_asked)
     unsized = replace(annotations, sizes=np.zeros_like(annotations.sizes))
-    sizes = annotations.sizes.copy()
-    is_kept = np.ones(len(annotations), bool)
-    for row, check in zip(rows.tolist(), check_headers(unsized, rows.tolist()), strict=True):
+    is_asked = (annotations.sizes <= 0).any(axis=1) | (to == "yolo")
+    sizes, is_kept = annotations.sizes.copy(), np.ones(len(annotations), bool)
+    rows = np.flatnonzero(is_asked).tolist()
+    for row, check in zip(rows, check_headers(unsized, rows), strict=True):
         shown = (check.height, check.width)
-        if not check.is_usable:
-            losses["images that cannot be opened are skipped"] += 1
-            is_kept[row] = False
-        elif sizes[row].min() <= 0:
+        is_kept[row] = check.is_usable and (sizes[row].min() <= 0 or tuple(sizes[row].tolist()) == shown)
+        if check.is_usable:
             sizes[row] = shown
-        elif tuple(sizes[row].tolist()) != shown:
-            losses["images that are not annotated as they are shown (EXIF) are skipped"] += 1
-            is_kept[row] = False
+            losses["images that are not annotated as they are shown (EXIF) are skipped"] += int(not is_kept[row])
+        else:
+            losses["images that cannot be opened are skipped"] += 1
     if not is_kept.any():
         raise DataError(f"{annotations.source}: none of its images can be opened.\nCorrect the image folder.")
     return select_images(replace(annotations, sizes=sizes), np.flatnonzero(is_kept))
@@ -187,7 +185,7 @@ def _unique_names(paths: Sequence[str]) -> dict[str, str]:
         # A number at the end of a line of VOC's lists would be read as a flag.
         plain = re.sub(r"\s+(?=(-1|0|1)$)", "_", path.stem).strip()
         stem = "".join(sign if sign.isprintable() and sign not in "/\\" else "_" for sign in plain)
-        candidates = [stem, f"{path.parent.name}_{stem}", *(f"{stem}_{number}" for number in range(2, len(paths) + 2))]
+        candidates = chain([stem, f"{path.parent.name}_{stem}"], (f"{stem}_{number}" for number in count(2)))
         stem = next(name for name in candidates if name.casefold() not in taken)
         taken.add(stem.casefold())
         names[text] = stem + path.suffix
@@ -215,17 +213,13 @@ def _transfer(split: WritableSplit, folder: Path, images: ImageTransfer) -> None
     folder.mkdir(parents=True, exist_ok=True)
     for text, name in zip(split.annotations.image_paths.tolist(), split.file_names, strict=True):
         source, target = Path(text).resolve(), folder / name  # resolved: a link to a link may lead out of the folder
-        if target.exists():  # an image of two splits, in VOC
-            continue
         try:
-            if images == "link":
-                os.link(source, target)
-            else:
-                shutil.copyfile(source, target)
+            if not target.exists():  # an image of two splits, in VOC
+                (os.link if images == "link" else shutil.copyfile)(source, target)
         except OSError as reason:
+            problem = f"--images {images} to {printable(folder)} fails: {reason.strerror}"
             remedy = "Copy the images: --images copy" if images == "link" else "Correct the file."
-            problem = f"cannot be {'linked' if images == 'link' else 'copied'} to {printable(folder)}"
-            raise DataError(f"{printable(source)}: {problem}: {reason.strerror}.\n{remedy}") from None
+            raise DataError(f"{printable(source)}: {problem}.\n{remedy}") from None
 
 
 def _require_space(splits: list[WritableSplit], folder: Path) -> None:
@@ -244,10 +238,8 @@ def _report(conversion: Conversion, to: Format, out: Path) -> str:
     ]
     skipped = [finding.line for finding in conversion.findings if finding.effect == "skipped"]
     if skipped:
-        lines += ["", f"skipped, because it cannot be used ({len(skipped)}):"]
+        lines += ["", f"skipped, because it cannot be used ({len(skipped)}; see all: onestage doctor):"]
         lines += [f"  {line}" for line in skipped[:NUM_SHOWN]]
-        more = len(skipped) - NUM_SHOWN
-        lines += [f"  and {more} more; see all: onestage doctor"] if more > 0 else []
     if conversion.losses:
         lines += ["", f"what {to.upper()} cannot carry:"]
         lines += [f"  {number:>7}  {what}" for what, number in conversion.losses.items()]

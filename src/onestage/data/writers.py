@@ -18,6 +18,8 @@ FRACTION_DIGITS = 9  # of a coordinate in 0..1: a millionth of a pixel in the la
 MIN_VOC_SIDE = 1.001  # px; a VOC box of one pixel has xmin equal to xmax, which readers take for a mistake
 
 Losses = Counter[str]  # what a format cannot carry -> number of objects, images or classes
+OUTLINE_AREAS = "objects lose the area of their outline"
+CATEGORY_IDS = "classes lose their category ids"
 
 
 class WritableSplit(NamedTuple):
@@ -36,71 +38,20 @@ def write_coco(root: Path, splits: Sequence[WritableSplit]) -> Losses:
     losses: Losses = Counter()
     (root / "annotations").mkdir(exist_ok=True)
     for name, annotations, file_names in splits:
+        images = zip(annotations.image_ids.tolist(), file_names, annotations.sizes.tolist(), strict=True)
         categories = zip(annotations.category_ids, annotations.class_names, strict=True)
         content = {
             "info": {"description": annotations.source},  # pycocotools asks for it
             "images": [
-                {"id": int(image_id), "file_name": file_name, "width": int(width), "height": int(height)}
-                for image_id, file_name, (height, width) in zip(
-                    annotations.image_ids, file_names, annotations.sizes, strict=True
-                )
+                {"id": image_id, "file_name": file_name, "width": width, "height": height}
+                for image_id, file_name, (height, width) in images
             ],
             "annotations": list(_coco_objects(annotations)),
             "categories": [{"id": int(category), "name": class_name} for category, class_name in categories],
         }
-        losses["difficult flags are in a key `difficult`, which other tools ignore"] += int(
-            annotations.is_difficult.sum()
-        )
         (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    return +losses
-
-
-def write_voc(root: Path, splits: Sequence[WritableSplit]) -> Losses:
-    """Write Annotations/<image>.xml and ImageSets/Main/<split>.txt for images in JPEGImages/."""
-    losses: Losses = Counter()
-    lists = root / "ImageSets" / "Main"
-    lists.mkdir(parents=True)
-    (root / "Annotations").mkdir(exist_ok=True)
-    used = {label for split in splits for label in split.annotations.labels.tolist()}
-    for name, annotations, file_names in splits:
-        boxes = _at_least_one_pixel(annotations.boxes)
-        for row, file_name in enumerate(file_names):
-            xml = _voc_xml(annotations, row, file_name, boxes)
-            (root / "Annotations" / f"{Path(file_name).stem}.xml").write_text(xml, encoding="utf-8")
-        stems = "".join(f"{Path(file_name).stem}\n" for file_name in file_names)
-        (lists / f"{name}.txt").write_text(stems, encoding="utf-8")
-        losses["boxes of at most one pixel are made a little wider"] += int((boxes != annotations.boxes).any(1).sum())
-        losses["crowds are written as difficult objects"] += int(annotations.is_crowd.sum())
-        losses["objects lose the area of their outline"] += _num_outline_areas(annotations)
-    losses["classes without objects are lost"] += len(splits[0].annotations.class_names) - len(used)
-    losses["classes lose their category ids"] += _num_own_ids(splits[0].annotations)
-    return +losses
-
-
-def write_yolo(root: Path, splits: Sequence[WritableSplit]) -> Losses:
-    """Write data.yaml, and labels/<split>/<image>.txt for images in images/<split>/."""
-    losses: Losses = Counter()
-    for name, annotations, file_names in splits:
-        folder = root / "labels" / name
-        folder.mkdir(parents=True)
-        fractions = _fractions(annotations)
-        for row, file_name in enumerate(file_names):
-            rows = range(*annotations.objects(row).indices(len(annotations.labels)))
-            written = [_yolo_line(annotations, fractions, t) for t in rows if not annotations.is_crowd[t]]
-            lines = list(dict.fromkeys(written))
-            losses["objects that occur twice are written once"] += len(written) - len(lines)
-            (folder / f"{Path(file_name).stem}.txt").write_text("".join(lines), encoding="utf-8")
-        losses["crowds are skipped"] += int(annotations.is_crowd.sum())
-        losses["difficult objects are written as any other"] += int(annotations.is_difficult.sum())
-        losses["objects lose the area of their outline"] += _num_outline_areas(annotations)
-    losses["classes lose their category ids"] += _num_own_ids(splits[0].annotations)
-    # Without `path`, every reader takes the folder of the file.
-    settings = {
-        **{split.name: f"images/{split.name}" for split in splits},
-        "names": dict(enumerate(splits[0].annotations.class_names)),
-    }
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    (root / "data.yaml").write_text(text, encoding="utf-8")
+        num_difficult = int(annotations.is_difficult.sum())
+        losses["difficult flags are in a key `difficult`, which other tools ignore"] += num_difficult
     return +losses
 
 
@@ -120,6 +71,28 @@ def _coco_objects(annotations: AnnotationSet) -> Iterator[dict[str, object]]:
         yield entry | ({"difficult": 1} if annotations.is_difficult[row] else {})
 
 
+def write_voc(root: Path, splits: Sequence[WritableSplit]) -> Losses:
+    """Write Annotations/<image>.xml and ImageSets/Main/<split>.txt for images in JPEGImages/."""
+    losses: Losses = Counter()
+    lists = root / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (root / "Annotations").mkdir(exist_ok=True)
+    for name, annotations, file_names in splits:
+        boxes = _at_least_one_pixel(annotations.boxes)
+        stems = [Path(file_name).stem for file_name in file_names]
+        for row, file_name in enumerate(file_names):
+            xml = _voc_xml(annotations, row, file_name, boxes)
+            (root / "Annotations" / f"{stems[row]}.xml").write_text(xml, encoding="utf-8")
+        (lists / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in stems), encoding="utf-8")
+        losses["boxes of at most one pixel are made a little wider"] += int((boxes != annotations.boxes).any(1).sum())
+        losses["crowds are written as difficult objects"] += int(annotations.is_crowd.sum())
+        losses[OUTLINE_AREAS] += _num_outline_areas(annotations)
+    used = set().union(*(split.annotations.labels.tolist() for split in splits))
+    losses["classes without objects are lost"] += len(splits[0].annotations.class_names) - len(used)
+    losses[CATEGORY_IDS] += _num_own_ids(splits[0].annotations)
+    return +losses
+
+
 def _voc_xml(annotations: AnnotationSet, row: int, file_name: str, boxes: npt.NDArray[np.float32]) -> str:
     height, width = annotations.sizes[row].tolist()
     lines = [
@@ -127,12 +100,14 @@ def _voc_xml(annotations: AnnotationSet, row: int, file_name: str, boxes: npt.ND
         f"  <filename>{escape(file_name, quote=False)}</filename>",
         f"  <size><width>{width}</width><height>{height}</height><depth>3</depth></size>",
     ]
-    for t in range(*annotations.objects(row).indices(len(boxes))):
+    for t in range(len(boxes))[annotations.objects(row)]:
         name = escape(annotations.class_names[annotations.labels[t]], quote=False)
         difficult = int(annotations.is_difficult[t] or annotations.is_crowd[t])
         x1, y1, x2, y2 = boxes[t].astype(np.float64).tolist()
         corners = {"xmin": x1 + 1, "ymin": y1 + 1, "xmax": x2, "ymax": y2}  # pixels from 1, both ends inside
-        bndbox = "".join(f"<{corner}>{_decimal(value)}</{corner}>" for corner, value in corners.items())
+        # A coordinate is nearly always a whole number, and is then written as one.
+        numbers = {corner: f"{value:.{DECIMALS}f}".rstrip("0").rstrip(".") for corner, value in corners.items()}
+        bndbox = "".join(f"<{corner}>{number}</{corner}>" for corner, number in numbers.items())
         lines += [
             "  <object>",
             f"    <name>{name}</name>",
@@ -143,30 +118,51 @@ def _voc_xml(annotations: AnnotationSet, row: int, file_name: str, boxes: npt.ND
     return "\n".join([*lines, "</annotation>", ""])
 
 
-def _decimal(value: float) -> str:
-    """Write a coordinate as the whole number that it nearly always is, else with decimals."""
-    return f"{value:.{DECIMALS}f}".rstrip("0").rstrip(".")
-
-
 def _at_least_one_pixel(boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Widen boxes of at most one pixel, about their centre."""
-    missing = np.maximum(MIN_VOC_SIDE - (boxes[:, 2:] - boxes[:, :2]), 0) * (boxes[:, 2:] - boxes[:, :2] <= 1)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    missing = np.where(sides <= 1, MIN_VOC_SIDE - sides, 0)
     low = np.maximum(boxes[:, :2] - missing / 2, 0)
-    high = np.where(missing > 0, low + (boxes[:, 2:] - boxes[:, :2]) + missing, boxes[:, 2:])
+    high = np.where(missing > 0, low + sides + missing, boxes[:, 2:])
     return np.concatenate([low, high], axis=1).astype(np.float32)
 
 
-def _fractions(annotations: AnnotationSet) -> npt.NDArray[np.float64]:
-    """Return cx, cy, width, height of every box in fractions of its image, [T, 4]."""
-    sizes = np.repeat(annotations.sizes, np.diff(annotations.box_offsets), axis=0)[:, ::-1].astype(np.float64)
+def write_yolo(root: Path, splits: Sequence[WritableSplit]) -> Losses:
+    """Write data.yaml, and labels/<split>/<image>.txt for images in images/<split>/."""
+    losses: Losses = Counter()
+    for name, annotations, file_names in splits:
+        folder = root / "labels" / name
+        folder.mkdir(parents=True)
+        lines = _yolo_lines(annotations)
+        for row, file_name in enumerate(file_names):
+            objects = annotations.objects(row)
+            written = [
+                line for line, crowd in zip(lines[objects], annotations.is_crowd[objects], strict=True) if not crowd
+            ]
+            unique = dict.fromkeys(written)
+            losses["objects that occur twice are written once"] += len(written) - len(unique)
+            (folder / f"{Path(file_name).stem}.txt").write_text("".join(unique), encoding="utf-8")
+        losses["crowds are skipped"] += int(annotations.is_crowd.sum())
+        losses["difficult objects are written as any other"] += int(annotations.is_difficult.sum())
+        losses[OUTLINE_AREAS] += _num_outline_areas(annotations)
+    losses[CATEGORY_IDS] += _num_own_ids(splits[0].annotations)
+    # Without `path`, every reader takes the folder of the file.
+    folders = {split.name: f"images/{split.name}" for split in splits}
+    settings = {**folders, "names": dict(enumerate(splits[0].annotations.class_names))}
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    (root / "data.yaml").write_text(text, encoding="utf-8")
+    return +losses
+
+
+def _yolo_lines(annotations: AnnotationSet) -> list[str]:
+    """Return `class cx cy width height` of every object, in fractions of its image."""
+    sizes = np.repeat(annotations.sizes, np.diff(annotations.box_offsets), axis=0)[:, ::-1]
     low, high = annotations.boxes[:, :2].astype(np.float64), annotations.boxes[:, 2:].astype(np.float64)
-    return np.concatenate([(low + high) / 2 / sizes, (high - low) / sizes], axis=1)
-
-
-def _yolo_line(annotations: AnnotationSet, fractions: npt.NDArray[np.float64], row: int) -> str:
-    return (
-        " ".join([str(annotations.labels[row]), *(f"{value:.{FRACTION_DIGITS}g}" for value in fractions[row])]) + "\n"
-    )
+    fractions = np.concatenate([(low + high) / 2 / sizes, (high - low) / sizes], axis=1).tolist()
+    return [
+        " ".join([str(label), *(f"{value:.{FRACTION_DIGITS}g}" for value in box)]) + "\n"
+        for label, box in zip(annotations.labels.tolist(), fractions, strict=True)
+    ]
 
 
 def _num_outline_areas(annotations: AnnotationSet) -> int:
