@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from bad_data import HEIGHT, WIDTH, coco_content, doctor, found, write_coco, write_image
@@ -71,7 +70,7 @@ def test_file_that_is_no_image_is_skipped(tmp_path: Path, content: bytes, expect
     assert_skipped(file, image, "image unreadable", expected)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("share", [0.3, 0.999])
 def test_truncated_jpeg_is_skipped(tmp_path: Path, share: float) -> None:
     file, image = one_image(tmp_path)
     content = image.read_bytes()
@@ -102,49 +101,34 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("size", [(30_000, 30_000), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
-def test_bomb_is_refused_before_anything_is_allocated(tmp_path: Path, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("side", [20_000, 2**31 - 1])
+def test_bomb_is_refused_before_anything_is_allocated(tmp_path: Path, side: int) -> None:
     file, image = one_image(tmp_path, "a1.png")
-    image.write_bytes(png_of(*size))
+    image.write_bytes(png_of(side, side))
     assert len(image.read_bytes()) < 100
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert check_header(str(image)).findings[0].effect == "skipped"
+    assert_skipped(file, image, "image unreadable")
     with pytest.raises(ImageError, match=r"a1\.png"):
         read_image(image)
     unit = 1 if sys.platform == "darwin" else 1024
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < 200e6
-    assert_skipped(file, image, "image unreadable")
 
 
-@pytest.mark.parametrize("mode", ["I;16", "CMYK", "L", "LA", "P", "RGBA"])
-def test_other_colours_become_8_bit_rgb(tmp_path: Path, mode: str) -> None:
-    file, image = one_image(tmp_path, "a1.tif" if mode == "CMYK" else "a1.png")
-    if mode == "I;16":
-        Image.fromarray(np.full((HEIGHT, WIDTH), 0xABCD, dtype=np.uint16)).save(image)
-        assert assert_readable(file, image, None)[0, 0].tolist() == [0xAB] * 3  # scaled, not clipped
-    else:
-        transparency = {"transparency": 0} if mode == "P" else {}
-        Image.new("RGB", (WIDTH, HEIGHT), (204, 204, 204)).convert(mode).save(image, **transparency)
-        assert np.abs(assert_readable(file, image, None)[0, 0].astype(int) - 204).max() <= 2
-
-
-@pytest.mark.parametrize("suffix", [".gif", ".webp", ".tif"])
+@pytest.mark.parametrize("suffix", [".gif", ".tif"])
 def test_first_frame_of_several_is_taken_with_a_warning(tmp_path: Path, suffix: str) -> None:
     file, image = one_image(tmp_path, f"a1{suffix}")
     frames = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "blue", "green")]
-    lossless = {"lossless": True} if suffix == ".webp" else {}
-    frames[0].save(image, save_all=True, append_images=frames[1:], **lossless)
+    frames[0].save(image, save_all=True, append_images=frames[1:])
     assert assert_readable(file, image, "animation")[0, 0].tolist() == [255, 0, 0]
 
 
-def test_suffix_of_another_format_is_no_matter(tmp_path: Path) -> None:
+def test_suffix_of_another_format_is_noted(tmp_path: Path) -> None:
     file, image = one_image(tmp_path)
-    write_image(image.with_suffix(".png"), seed=8)
-    image.with_suffix(".png").replace(image)
+    write_image(image.with_suffix(".png"), seed=8).replace(image)
     assert assert_readable(file, image, "suffix of another format").shape == (HEIGHT, WIDTH, 3)
 
 
-@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("orientation", [3, 6])
 def test_exif_orientation_follows_the_annotated_size(tmp_path: Path, orientation: int) -> None:
     sides = (HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT)
     for annotated in {sides, (HEIGHT, WIDTH)}:
@@ -152,7 +136,6 @@ def test_exif_orientation_follows_the_annotated_size(tmp_path: Path, orientation
         exif = Image.Exif()
         exif[0x0112] = orientation
         Image.fromarray(read_image(image)).resize((WIDTH, HEIGHT)).save(image, exif=exif)
-        assert read_image(image, annotated).shape[:2] == annotated
         code, report = doctor(file)
         assert (code, len(found(report, "turned by EXIF"))) == (0, 1)
     file, image = one_image(tmp_path, size=(60, 60))
@@ -161,35 +144,28 @@ def test_exif_orientation_follows_the_annotated_size(tmp_path: Path, orientation
 
 
 def test_smallest_images_are_skipped_and_long_ones_reported(tmp_path: Path) -> None:
-    for width, height in ((1, 1), (1, 5000)):
-        file, image = one_image(tmp_path)
-        Image.new("RGB", (width, height)).save(image)
-        assert_skipped(file, image, "image too small", f"is {width} x {height} px", "at least 8 px")
-    file, image = one_image(tmp_path, "a1.png")
-    cv2.imwrite(str(image), np.zeros((30, 20_000, 3), dtype=np.uint8))
+    file, image = one_image(tmp_path)
+    Image.new("RGB", (7, 500)).save(image)
+    assert_skipped(file, image, "image too small", "is 7 x 500 px", "at least 8 px")
+    Image.new("RGB", (20_000, 30)).save(image)
     assert_readable(file, image, "extreme shape")
 
 
-@pytest.mark.parametrize("kind", ["folder", "dangling link", "pipe"])
-def test_what_is_no_regular_file_is_skipped_and_never_waited_for(tmp_path: Path, kind: str) -> None:
+def test_what_is_no_regular_file_is_skipped_and_never_waited_for(tmp_path: Path) -> None:
     file, image = one_image(tmp_path)
-    image.unlink()
-    if kind == "folder":
-        image.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(image)
-    else:
-        image.symlink_to(tmp_path / "train" / "nowhere.jpg")
+    for name in ("a1.jpg", "a2.jpg", "a3.jpg"):
+        (image.parent / name).unlink()
+    os.mkfifo(image)
+    (image.parent / "a2.jpg").mkdir()
+    (image.parent / "a3.jpg").symlink_to(tmp_path / "nowhere.jpg")
     results: list[tuple[int, dict]] = []
     thread = threading.Thread(target=lambda: results.append(doctor(file)), daemon=True)
     thread.start()
     thread.join(60)
     assert not thread.is_alive()
     code, findings = results[0][0], found(results[0][1], "image missing")
-    assert (code, [finding["effect"] for finding in findings]) == (3, ["skipped"])
+    assert (code, [finding["effect"] for finding in findings]) == (3, ["skipped"] * 3)
     assert "'a1.jpg' is not in" in findings[0]["problem"]
-    with pytest.raises(ImageError, match=r"a1\.jpg"):
-        read_image(image)
 
 
 @pytest.fixture
@@ -221,7 +197,7 @@ def test_unreadable_file_is_skipped(tmp_path: Path, request: pytest.FixtureReque
 
 @pytest.mark.parametrize(
     "name",
-    ["a" * 251 + ".jpg", "🐈 in Ångström.jpg", "line\nbreak.jpg", "\x1b[31mred\x1b[0m.jpg", "tab\tand'quote.jpg"],
+    ["a" * 251 + ".jpg", "🐈 in Ångström.jpg", "line\nbreak.jpg", "\x1b[31mred\x1b[0m \tand'quote.jpg"],
 )
 def test_odd_names_are_read_and_printed_with_repr(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str

@@ -95,22 +95,15 @@ def test_unexpected_class_names_are_refused_with_the_difference(tmp_path: Path) 
         assert part in str(caught.value)
 
 
-def test_byte_order_mark_is_ignored(tmp_path: Path) -> None:
-    assert len(parse(tmp_path, b"\xef\xbb\xbf" + json.dumps(good_content()).encode())) == 3
-
-
-def test_file_without_objects_is_a_set_of_negatives(tmp_path: Path) -> None:
-    annotations = parse(tmp_path, good_content() | {"annotations": []})
+def test_file_with_byte_order_mark_and_without_objects_is_a_set_of_negatives(tmp_path: Path) -> None:
+    annotations = parse(tmp_path, b"\xef\xbb\xbf" + json.dumps(good_content() | {"annotations": []}).encode())
     assert (len(annotations), len(annotations.boxes), len(annotations.class_names)) == (3, 0, 3)
 
 
-def test_unknown_sizes_are_zero_and_do_not_clip(tmp_path: Path) -> None:
+def test_unknown_sizes_are_zero(tmp_path: Path) -> None:
     content = good_content()
     del content["images"][1]["width"], content["images"][1]["height"]
-    content["annotations"][0]["bbox"] = [10, 20, 3000, 40]
-    annotations = parse(tmp_path, content)
-    assert annotations.sizes.tolist() == [[80, 100], [0, 0], [80, 100]]
-    assert annotations.boxes[1].tolist() == [10, 20, 3010, 60]
+    assert parse(tmp_path, content).sizes.tolist() == [[80, 100], [0, 0], [80, 100]]
 
 
 def test_large_file_is_parsed_without_outlines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +112,7 @@ def test_large_file_is_parsed_without_outlines(tmp_path: Path, monkeypatch: pyte
     content["annotations"][0] = {"segmentation": [[1, 2.5, 3e1]], **content["annotations"][0]}
     content["annotations"][1]["caption"] = '"segmentation": [1], "bbox": 3'
     assert parse(tmp_path, content).boxes.tolist() == parse(tmp_path, good_content()).boxes.tolist()
-    with pytest.raises(AnnotationError, match=r"instances\.json:2:1: is not JSON"):
+    with pytest.raises(AnnotationError, match=r"is not JSON.*line 2 column 1"):
         parse(tmp_path, json.dumps(content)[:-1].encode() + b"\n!}")
 
 
@@ -149,12 +142,10 @@ def test_real_annotations_agree_with_pycocotools(split: str) -> None:
     ("bbox", "rule"),
     [
         ([1, 2, 3], "4 numbers"),
-        ([1, 2, 3, 4, 5], "4 numbers"),
-        (["1", "2", "3", "4"], "4 numbers"),
-        ([1, 2, True, 4], "4 numbers"),
+        (["1", "2", "3", "4"], "finite"),
+        ([1, 2, True, 4], "finite"),
         (None, "4 numbers [x, y, width, height]; outlines are not read"),
         ("1 2 3 4", "4 numbers"),
-        ([1, 2, 0, 4], "must be > 0"),
         ([1, 2, 3, -1e-9], "must be > 0"),
         ([float("nan"), 2, 3, 4], "finite"),
         ([1, 2, float("inf"), 4], "finite"),
@@ -186,21 +177,6 @@ def test_missing_image_is_skipped_with_its_objects(tmp_path: Path) -> None:
     assert "image 3: 'sub/a.jpg' is not in" in line
 
 
-def test_folder_or_pipe_in_place_of_an_image_is_missing(tmp_path: Path) -> None:
-    file = write(tmp_path, good_content())
-    (tmp_path / "images/b.jpg").unlink()
-    (tmp_path / "images/b.jpg").mkdir()
-    (tmp_path / "images/c.jpg").unlink()
-    os.mkfifo(tmp_path / "images/c.jpg")
-    assert parse_coco(file, tmp_path / "images").image_ids.tolist() == [3]
-
-
-def test_box_that_reaches_out_is_clipped_and_not_called_xyxy(tmp_path: Path) -> None:
-    annotations = parse_changed(tmp_path, "annotations", 0, bbox=[10, 20, 95, 40])
-    assert annotations.boxes[1].tolist() == [10, 20, 100, 60]
-    assert [finding.rule for finding in annotations.findings] == ["box clipped"]
-
-
 def test_impossible_area_is_replaced_by_that_of_the_box(tmp_path: Path) -> None:
     for area, expected in ((None, 1200), (1300, 1200), (-1, 1200), (700.5, 700.5)):  # the box has 30 x 40
         annotations = parse_changed(tmp_path, "annotations", 0, area=area)
@@ -220,11 +196,12 @@ def test_ids_that_are_all_strings_are_read_with_a_warning(tmp_path: Path) -> Non
 
 def test_annotation_ids_do_not_matter_and_are_reported(tmp_path: Path) -> None:
     content = good_content()
-    content["annotations"][0]["id"] = content["annotations"][1]["id"] = 0
+    content["annotations"] = [*content["annotations"], *good_content()["annotations"][1:2]]
+    content["annotations"][0]["id"] = 0
     del content["annotations"][2]["id"]
     annotations = parse(tmp_path, content)
-    assert annotations.labels.tolist() == [0, 2, 1]
-    assert [(f.rule, f.num_items) for f in annotations.findings] == [("id 0 or none", 3), ("ids repeated", 1)]
+    assert annotations.labels.tolist() == [0, 0, 2, 1]
+    assert [(f.rule, f.num_items) for f in annotations.findings] == [("id 0 or none", 2), ("ids repeated", 1)]
 
 
 def test_root_category_is_no_class_unless_it_has_boxes(tmp_path: Path) -> None:
@@ -236,10 +213,6 @@ def test_root_category_is_no_class_unless_it_has_boxes(tmp_path: Path) -> None:
     assert [finding.rule for finding in annotations.findings] == ["root category"]
     content["annotations"][0]["category_id"] = 0
     assert parse(tmp_path, content).category_ids == (0, 4, 17, 90)
-
-
-def test_control_characters_of_a_class_name_are_escaped(tmp_path: Path) -> None:
-    assert parse_changed(tmp_path, "categories", 1, name="bo\x1b[31mat").class_names[0] == "'bo\\x1b[31mat'"
 
 
 def test_box_under_a_pixel_is_evaluated_and_not_trained_on(tmp_path: Path) -> None:
@@ -265,32 +238,27 @@ def as_xyxy(content: Content) -> None:
 @pytest.mark.parametrize(
     ("mutate", "rule"),
     [
-        (lambda content: content.pop("images"), "'images'"),
+        (lambda content: content.pop("images"), "'images' must be a list of objects, got no such key"),
         (lambda content: content.pop("annotations"), '"annotations": []'),
-        (lambda content: content.pop("categories"), "'categories'"),
-        (lambda content: content.update(images=[]), "'images' is empty"),
-        (lambda content: content.update(categories=[]), "'categories' is empty"),
-        (lambda content: content.update(images={"id": 1}), "list of objects"),
+        (lambda content: content.update(categories=[]), "'categories' must be a list of objects"),
+        (lambda content: content.update(images={"id": 1}), "got a dict"),
         (lambda content: content.update(annotations=[[1, 2]]), "list of objects"),
         (set_item("images", 0, id=3), "'b.jpg' and 'sub/a.jpg'"),
-        (set_item("images", 0, id="x7"), "image number 0 has id 'x7'"),
-        (set_item("images", 0, id=None), "64-bit integer"),
+        (set_item("images", 0, id="x7"), "id 'x7' must be a 64-bit integer, in {'id': 'x7', 'file_name': 'b.jpg'"),
         (set_item("images", 0, id=1 << 70), "64-bit integer"),
-        (set_item("images", 1, id="3"), "image number 1 has id '3'"),
+        (set_item("images", 1, id="3"), "id '3' must be"),
         (set_item("images", 0, width="wide"), "width 'wide'"),
         (set_item("images", 0, height=-1), "height -1"),
         (set_item("images", 0, height=float("nan")), "height nan"),
-        (set_item("annotations", 1, image_id=None), "annotation number 1 has image_id None"),
-        (set_item("annotations", 1, category_id=None), "category_id None"),
+        (set_item("annotations", 1, image_id=None), "image_id None must be"),
         (set_item("annotations", 1, category_id=5), "annotation 2 has category_id 5"),
         (set_item("annotations", 1, category_id="4"), "category_id '4'"),
-        (set_item("categories", 1, id=90), "several categories have id 90"),
-        (set_item("categories", 1, name="cup"), "several categories have name cup"),
+        (set_item("categories", 1, id=90), "several categories have the id or name 90"),
+        (set_item("categories", 1, name="cup"), "several categories have the id or name 'cup'"),
         (set_item("categories", 1, name=None), "category 4 has name None"),
-        (set_item("categories", 1, name="\ud800"), "it must be text"),
         (as_xyxy, "looks like xyxy"),
         (lambda content: [a.update(bbox=[0.1, 0.2, 0.25, 0.5]) for a in content["annotations"]], "like fractions"),
-        (lambda content: [a.update(bbox=[1, 1, 0, 0]) for a in content["annotations"][:]], "boxes cannot be used"),
+        (lambda content: [a.update(bbox=[1, 1, 0, 0]) for a in content["annotations"]], "boxes can be used"),
     ],
 )
 def test_wrong_table_is_refused_with_place_rule_and_remedy(tmp_path: Path, mutate: Mutation, rule: str) -> None:
@@ -311,20 +279,15 @@ GOOD = json.dumps(good_content()).encode()
     ("content", "rule"),
     [
         (b"", "is empty (0 bytes)"),
-        (b" \n", "is empty"),
         (GOOD[: len(GOOD) // 2], "cut off"),
         (GOOD[:-1], "cut off"),
         (b"\n<!DOCTYPE html><html></html>", "web page"),
-        (b"<html><body>404</body></html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
-        (b'[{"image_id": 1, "score": 0.5}]', "a detections (results) file"),
-        (b'[{"image": "a.jpg", "annotations": []}]', "the keys annotations, image, so this is another format"),
-        (b'"text"', "must be an object"),
-        (b"{'images': []}", "instances.json:1:2: is not JSON"),
-        (GOOD.decode().encode("utf-16"), "UTF-8"),
-        (b'{"images": "\xe4"}', "UTF-8"),
+        (b'[{"image_id": 1, "score": 0.5}]', "the top level is a list, as in a detections (results) file"),
+        (b"{'images': []}", "is not JSON: Expecting property name enclosed in double quotes: line 1 column 2"),
+        (GOOD.decode().encode("utf-16"), "'utf-8' codec can't decode"),
         (b"\x1f\x8b\x08\x00", "compressed"),
-        (b"[" * 200_000, "nested too deeply"),
+        (b"[" * 200_000, "is not JSON: maximum recursion depth"),
         (b'{"images": ' + b"1" * 5000 + b"}", "digits"),
         (GOOD[:-1] + b', "images": []}', "'images' occurs twice"),
     ],
@@ -347,19 +310,7 @@ def test_missing_file_folder_and_pipe_are_refused(tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize(
     "file_name",
-    [
-        "../canary.jpg",
-        "sub/../../canary.jpg",
-        "/etc/hostname",
-        "sub\\a.jpg",
-        "b.jpg\0",
-        "..",
-        ".",
-        "",
-        None,
-        3,
-        "\ud800",
-    ],
+    ["../canary.jpg", "sub/../../canary.jpg", "/etc/hostname", "sub\\a.jpg", "b.jpg\0", ".", "", None, "\ud800"],
 )
 def test_file_name_that_leaves_the_image_folder_is_refused(tmp_path: Path, file_name: Any) -> None:
     content = good_content()
@@ -368,26 +319,19 @@ def test_file_name_that_leaves_the_image_folder_is_refused(tmp_path: Path, file_
         parse(tmp_path, content)
 
 
-@pytest.mark.parametrize("linked", ["file", "folder"])
-def test_link_out_of_the_image_folder_is_refused(tmp_path: Path, linked: str) -> None:
+@pytest.mark.parametrize("linked", ["a.jpg", "."])
+def test_link_out_of_the_image_folder_is_refused_and_one_inside_is_fine(tmp_path: Path, linked: str) -> None:
     file = write(tmp_path, good_content())
-    outside = tmp_path / "outside"
-    (tmp_path / "images/sub").rename(outside)
-    if linked == "file":
-        (tmp_path / "images/sub").mkdir()
-        (tmp_path / "images/sub/a.jpg").symlink_to(outside / "a.jpg")
-    else:
-        (tmp_path / "images/sub").symlink_to(outside)
-    with pytest.raises(AnnotationError, match=r"outside the image folder(.|\n)*data\.path"):
-        parse_coco(file, tmp_path / "images")
-
-
-def test_link_inside_and_linked_image_folder_are_fine(tmp_path: Path) -> None:
-    file = write(tmp_path, good_content())
-    (tmp_path / "images/b.jpg").unlink()
-    (tmp_path / "images/b.jpg").symlink_to(tmp_path / "images/c.jpg")
+    inside, outside = tmp_path / "images/sub" / linked, tmp_path / "outside"
+    inside.rename(tmp_path / "images/real")
+    inside.symlink_to(tmp_path / "images/real")
     (tmp_path / "link").symlink_to(tmp_path / "images")
     assert len(parse_coco(file, tmp_path / "link")) == 3
+    (tmp_path / "images/real").rename(outside)
+    inside.unlink()
+    inside.symlink_to(outside)
+    with pytest.raises(AnnotationError, match=r"outside the image folder(.|\n)*data\.path"):
+        parse_coco(file, tmp_path / "images")
 
 
 def test_image_folder_without_the_images_is_refused_with_the_key(tmp_path: Path) -> None:

@@ -203,8 +203,6 @@ def set_item(table: str, row: int, **values: Any) -> Mutation:
         (lambda content: [a.update(iscrowd=1) for a in content["annotations"]], 3, "no objects"),
         (lambda content: content.pop("categories"), 3, "annotation file"),
         (set_item("annotations", 3, bbox=[5, 5, 0, 9]), 3, "box without size"),
-        (set_item("annotations", 3, bbox=[5, 5, float("nan"), 9]), 3, "box not finite"),
-        (set_item("annotations", 3, bbox=[500, 5, 3, 9]), 3, "box outside"),
         (set_item("annotations", 3, bbox=None), 3, "object malformed"),
         (set_item("annotations", 3, bbox=[90, 70, 40, 40]), 0, "box clipped"),
         (set_item("annotations", 3, id=0), 0, "id 0 or none"),
@@ -232,16 +230,6 @@ def test_too_many_bad_boxes_stop_training_and_doctor(tmp_path: Path) -> None:
     assert found(doctor(file, "--max_bad_fraction", "0.5")[1], "annotation file") == []
 
 
-def test_image_of_another_size_is_reported_by_doctor(tmp_path: Path) -> None:
-    file = write_coco(tmp_path, coco_content())
-    write_image(tmp_path / "train" / "a1.jpg", size=(50, 60))
-    code, report = doctor(file)
-    (finding,) = found(report, "image size")
-    assert (code, finding["effect"], finding["place"]) == (3, "skipped", str(tmp_path / "train" / "a1.jpg"))
-    assert "is 60 x 50 pixels" in finding["problem"]
-    assert "annotated as 100 x 80" in finding["problem"]
-
-
 def test_one_split_twice_is_a_warning_of_doctor(tmp_path: Path) -> None:
     train = write_coco(tmp_path, coco_content())
     code, report = doctor(train, train)
@@ -250,7 +238,7 @@ def test_one_split_twice_is_a_warning_of_doctor(tmp_path: Path) -> None:
     assert doctor(train, train, "--strict")[0] == 1
 
 
-@pytest.mark.parametrize("names", [("cat", "wolf"), ("dog", "cat"), ("cat", "dog", "cow")])
+@pytest.mark.parametrize("names", [("dog", "cat"), ("cat", "dog", "cow")])
 def test_splits_of_other_categories_are_reported_with_both_tables(tmp_path: Path, names: tuple[str, ...]) -> None:
     categories = [{"id": category_id, "name": name} for category_id, name in zip((3, 7, 9), names, strict=False)]
     train = write_coco(tmp_path, coco_content())

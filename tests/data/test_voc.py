@@ -62,25 +62,18 @@ def test_difficult_may_be_missing_or_empty(tmp_path: Path) -> None:
     assert parse_voc(tmp_path, ["train"]).is_difficult.tolist() == [False, False, False, True]
 
 
-def test_parts_of_a_person_are_not_its_box(tmp_path: Path) -> None:
-    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></part>"
-    write(tmp_path, {"a": xml(obj("person", extra=part))})
-    annotations = parse_voc(tmp_path, ["train"])
-    assert (annotations.boxes.tolist(), annotations.class_names) == ([EDGES], ("person",))
-
-
-def test_decimals_spaces_and_any_order_of_tags_are_read(tmp_path: Path) -> None:
+def test_decimals_spaces_any_order_of_tags_and_parts_of_a_person_are_read(tmp_path: Path) -> None:
     box = "<bndbox><ymax> 60.5 </ymax><xmax>40</xmax><ymin>21</ymin><xmin>11.0</xmin></bndbox>"
-    write(tmp_path, {"a": xml(f"<object>{box}<name> dog\n</name></object>")})
+    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></part>"
+    write(tmp_path, {"a": xml(f"<object>{part}{box}<name> dog\n</name></object>")})
     annotations = parse_voc(tmp_path, ["train"])
     assert (annotations.boxes.tolist(), annotations.class_names) == ([[10, 20, 40, 60.5]], ("dog",))
 
 
-@pytest.mark.parametrize("size", ["", "<size/>", "<size><width>0</width><height>0</height><depth>0</depth></size>"])
-def test_missing_size_is_zero_and_does_not_clip(tmp_path: Path, size: str) -> None:
-    write(tmp_path, {"a": xml(obj(box="11 21 4000 60"), size=size)})
-    annotations = parse_voc(tmp_path, ["train"])
-    assert (annotations.sizes.tolist(), annotations.boxes.tolist()) == ([[0, 0]], [[10, 20, 4000, 60]])
+def test_missing_size_is_zero(tmp_path: Path) -> None:
+    sizes = ["", "<size/>", "<size><width>0</width><height>0</height><depth>0</depth></size>"]
+    write(tmp_path, {str(n): xml(obj(), size=size) for n, size in enumerate(sizes)})
+    assert parse_voc(tmp_path, ["train"]).sizes.tolist() == [[0, 0]] * 3
 
 
 def test_given_class_names_decide_the_labels(tmp_path: Path) -> None:
@@ -107,7 +100,7 @@ def test_list_may_have_blank_lines_crlf_flags_and_spaces_in_names(tmp_path: Path
     assert [Path(path).stem for path in parse_voc(tmp_path, ["train"]).image_paths] == ["a", "b", "c", "my dog 2"]
 
 
-@pytest.mark.parametrize("suffix", [".jpeg", ".JPG", ".png", ".webp"])
+@pytest.mark.parametrize("suffix", [".JPG", ".png"])
 def test_stem_finds_the_image_of_any_suffix(tmp_path: Path, suffix: str) -> None:
     write(tmp_path, {"a.b": xml(obj())})
     (tmp_path / "JPEGImages/a.b.jpg").rename(tmp_path / f"JPEGImages/a.b{suffix}")
@@ -148,7 +141,7 @@ def test_image_without_xml_is_a_negative_unless_all_are(tmp_path: Path) -> None:
     assert annotations.box_offsets.tolist() == [0, 1, 1]
     assert [(f.rule, f.effect, f.num_items) for f in annotations.findings] == [("image without XML", "note", 1)]
     write(tmp_path / "all", {"a": None, "b": None})
-    with pytest.raises(AnnotationError, match=r"none of the 2 images has an XML file(.|\n)*data\.path"):
+    with pytest.raises(AnnotationError, match=r"none of its 2 images has an annotation file(.|\n)*data\.path"):
         parse_voc(tmp_path / "all", ["train"])
 
 
@@ -162,9 +155,13 @@ def test_listed_image_that_is_missing_is_skipped_and_named(tmp_path: Path) -> No
     (tmp_path / "JPEGImages/b.jpg").unlink()
     annotations = parse_voc(tmp_path, ["train"])
     assert annotations.image_ids.tolist() == [1, 2]
-    assert annotations.skipped == (f"{tmp_path / 'JPEGImages/b'}: there is no such image",)
+    assert annotations.skipped == (
+        f"{tmp_path / 'JPEGImages/b'}: there is no such image; lists have names without suffix",
+    )
     (tmp_path / "ImageSets/Main/train.txt").write_text("a.jpg\nc.jpg\n")
-    with pytest.raises(AnnotationError, match=r"JPEGImages/a\.jpg: the list names it with its suffix"):
+    with pytest.raises(
+        AnnotationError, match=r"JPEGImages/a\.jpg: there is no such image; lists have names without suffix"
+    ):
         parse_voc(tmp_path, ["train"])
 
 
@@ -173,32 +170,28 @@ XXE = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]>' + xml(obj("&x;"
 
 
 @pytest.mark.parametrize(
-    ("content", "problem", "rule"),
+    ("content", "problem"),
     [
-        (b"", "bad.xml: is empty (0 bytes)", "XML malformed"),
-        (xml(obj())[:100].encode(), "bad.xml:1:", "XML malformed"),
-        (b"<annotation>\n  <object>\n</annotation>", "bad.xml:3:3: is not XML: mismatched tag", "XML malformed"),
-        (b"<annotation>\0</annotation>", "bad.xml:1:13", "XML malformed"),
-        (b"<html><body>404</body></html>", "web page", "XML malformed"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer", "XML malformed"),
-        (BOMB.encode(), "DOCTYPE", "XML with entities"),
-        (XXE.encode(), "DOCTYPE", "XML with entities"),
-        (BOMB.encode("utf-16"), "DOCTYPE", "XML with entities"),
-        (b'<?xml version="1.0" encoding="gbk"?>' + xml(obj()).encode(), "save it as UTF-8", "XML malformed"),
-        (b'<?xml version="1.0" encoding="nonsense"?>' + xml(obj()).encode(), "bad.xml", "XML malformed"),
-        (xml(obj("stra\xdfe")).encode("latin-1"), "save it as UTF-8", "XML malformed"),
-        (b"<root/>", "its first element is 'root'", "XML malformed"),
+        (b"", "bad.xml: is empty (0 bytes)"),
+        (b"<annotation>\n  <object>\n</annotation>", "bad.xml: is not XML: mismatched tag: line 3, column 2"),
+        (b"<annotation>\0</annotation>", "line 1, column 12"),
+        (b"<html><body>404</body></html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        (BOMB.encode(), "DOCTYPE"),
+        (BOMB.encode("utf-16"), "DOCTYPE"),
+        (b'<?xml version="1.0" encoding="gbk"?>' + xml(obj()).encode(), "is not XML: multi-byte encodings"),
+        (b'<?xml version="1.0" encoding="nonsense"?>' + xml(obj()).encode(), "is not XML: unknown encoding"),
+        (xml(obj("stra\xdfe")).encode("latin-1"), "is not XML: not well-formed"),
+        (b"<root/>", "its first element is 'root'"),
     ],
 )
-def test_malformed_xml_file_is_skipped_with_line_and_column(
-    tmp_path: Path, content: bytes, problem: str, rule: str
-) -> None:
+def test_malformed_xml_file_is_skipped_with_line_and_column(tmp_path: Path, content: bytes, problem: str) -> None:
     write(tmp_path, {"good": xml(obj()), "bad": content})
     annotations = parse_voc(tmp_path, ["train"])
     assert [Path(path).stem for path in annotations.image_paths] == ["good"]
     (finding,) = annotations.findings
-    assert (finding.rule, finding.effect) == (rule, "skipped")
-    assert finding.place.startswith(str(tmp_path / "Annotations/bad.xml"))
+    assert (finding.rule, finding.effect) == ("XML malformed", "skipped")
+    assert finding.place == str(tmp_path / "Annotations/bad.xml")
     assert problem in finding.line
     with pytest.raises(AnnotationError, match=r"1 of 2 images(.|\n)*bad\.xml(.|\n)*data\.max_bad_fraction: 0\.5"):
         parse_voc(tmp_path, ["train"], max_bad_fraction=0.0)
@@ -245,17 +238,14 @@ def test_unknown_class_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
         assert part in str(caught.value)
 
 
-def test_fractions_of_the_image_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, {"a": xml(obj(box="0.1 0.25 0.5 0.75"))})
-    with pytest.raises(AnnotationError, match=r"all of the 1 boxes lie within 0\.\.1, like fractions"):
-        parse_voc(tmp_path, ["train"])
-
-
-@pytest.mark.parametrize("content", [b"", b"\n\n", b" \r\n" * 300])
-def test_empty_list_is_refused_with_the_other_lists(tmp_path: Path, content: bytes) -> None:
-    write(tmp_path, {"a": xml(obj())}, "trainval")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "names no image"), (b" \r\n" * 300, "names no image"), ("a\n".encode("utf-16"), "is not UTF-8")],
+)
+def test_list_without_images_or_in_another_encoding_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    write(tmp_path, {"a": xml(obj())})
     (tmp_path / "ImageSets/Main/train.txt").write_bytes(content)
-    with pytest.raises(AnnotationError, match=r"train\.txt: names no image(.|\n)*train, trainval"):
+    with pytest.raises(AnnotationError, match=rf"train\.txt: {message}(.|\n)*another list"):
         parse_voc(tmp_path, ["train"])
 
 
@@ -271,22 +261,15 @@ def test_line_that_leaves_the_image_folder_is_refused(tmp_path: Path, line: str)
 def test_missing_list_is_refused_with_those_that_exist(tmp_path: Path, split: str) -> None:
     write(tmp_path, {"a": xml(obj())}, "val")
     write(tmp_path, {"a": xml(obj())}, "train")
-    with pytest.raises(AnnotationError, match=rf"{split}\.txt: there is no such split list(.|\n)*train, val"):
+    with pytest.raises(AnnotationError, match=rf"there is no list '{split}' in ImageSets/Main; there are: train, val"):
         parse_voc(tmp_path, [split])
 
 
-def test_list_in_another_encoding_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, {"a": xml(obj())})
-    (tmp_path / "ImageSets/Main/train.txt").write_bytes("a\n".encode("utf-16"))
-    with pytest.raises(AnnotationError, match=r"train\.txt: is not UTF-8"):
-        parse_voc(tmp_path, ["train"])
-
-
 def test_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AnnotationError, match=r"nowhere: is not a folder(.|\n)*data\.path"):
+    with pytest.raises(AnnotationError, match=r"nowhere: .* no such folder(.|\n)*data\.path"):
         parse_voc(tmp_path / "nowhere", ["train"])
     write(tmp_path / "VOC2012", {"a": xml(obj())})
-    with pytest.raises(AnnotationError, match=r"2007_train(.|\n)*years found: 2012(.|\n)*data\.path"):
+    with pytest.raises(AnnotationError, match=r"no list '2007_train' .* there are: 2012_train\.\n(.|\n)*data\.path"):
         parse_voc(tmp_path, ["2007_train"])
     with pytest.raises(ConfigError, match=r"data\.source\.train must be a list of at least one name, got \[\]"):
         VOC(tmp_path, train=[])

@@ -1,5 +1,6 @@
 """Rules of annotations, and the checks that turn parsed columns into an `AnnotationSet`. No file is read here."""
 
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,11 +32,15 @@ class Rule(NamedTuple):
         """Return the finding. place: a file, and an item in it; problem: the actual and the expected value."""
         return Finding(self.name, self.effect, place, problem, self.remedy, num_items)
 
-    def broken_by(self, file: Path, reason: DataError) -> Finding:
-        """Return the finding for the error of one file, `<file>[:line]: <problem>`."""
-        text = str(reason).partition("\n")[0].removeprefix(printable(file))
-        line, _, problem = text.partition(": ")
-        return self.broken(f"{printable(file)}{line}", problem)
+    def broken_by(self, file: str | Path, reason: DataError) -> Finding:
+        """Return the finding for the error of one file: `<file>[:line]: <problem>.`, examples, and a remedy."""
+        first, *lines = str(reason).splitlines()
+        place, remedy = printable(file), lines.pop() if lines else self.remedy
+        if first.startswith(place):
+            line, _, first = first.removeprefix(place).partition(": ")
+            place += line
+        problem = "\n  ".join([first, *lines]).rstrip(".")
+        return self.broken(place, problem)._replace(remedy=remedy)
 
 
 # Errors stop a training. Most errors of a file are raised by its parser, with a remedy of their own.
@@ -54,7 +59,6 @@ OBJECT_MALFORMED = Rule("object malformed", "skipped", "Correct the object, or r
 # One image is skipped.
 IMAGE_MISSING = Rule("image missing", "skipped", "Put the image there, or remove it from the annotations or the list.")
 XML_MALFORMED = Rule("XML malformed", "skipped", "Export the file again.")
-XML_ENTITIES = Rule("XML with entities", "skipped", "Entities can read other files and fill memory: check its origin.")
 LABEL_MALFORMED = Rule("label file malformed", "skipped", "Export the file again, as UTF-8 text.")
 IMAGE_UNREADABLE = Rule("image unreadable", "skipped", "Replace the file, or remove it from the data set.")
 IMAGE_TOO_SMALL = Rule("image too small", "skipped", "Replace the file, or remove it from the data set.")
@@ -137,18 +141,15 @@ def build_annotation_set(
         max_bad_fraction: in [0, 1]; see `require_few_bad`.
 
     Raises:
-        AnnotationError: too many bad boxes or images, or no usable box among some.
+        AnnotationError: too many bad boxes or images, or no usable one among some.
     """
     require_images(source, len(images.paths), findings, max_bad_fraction)
     _refuse_fractions(source, objects.boxes)
     boxes, clipped = _clip(source, objects, images.sizes)
     broken_rules = _broken_rules(boxes, objects)
     bad_boxes = [rule.broken(describe(row), problem) for row, (rule, problem) in sorted(broken_rules.items())]
-    skipped = [finding.line for finding in bad_boxes]
-    require_few_bad(source, "boxes", skipped, len(boxes), max_bad_fraction)
+    require_few_bad(source, "boxes", [finding.line for finding in bad_boxes], len(boxes), max_bad_fraction)
     rows = np.setdiff1d(np.arange(len(boxes)), list(broken_rules)).astype(np.int64)
-    if len(boxes) and not len(rows):
-        raise malformed(source, f"none of the {len(boxes)} boxes can be used", "Correct the boxes.", skipped)
     rows = rows[np.argsort(objects.image_rows[rows], kind="stable")]
     counts = np.bincount(objects.image_rows[rows], minlength=len(images.paths))
     box_areas, no_flags = np.prod(boxes[rows, 2:] - boxes[rows, :2], axis=1), np.zeros(len(boxes), dtype=np.bool_)
@@ -182,65 +183,47 @@ def select_images(annotations: AnnotationSet, rows: npt.NDArray[np.int64]) -> An
 
 
 def require_images(source: str, num_images: int, findings: Sequence[Finding], max_bad_fraction: float) -> None:
-    """Raise AnnotationError if no image is left, or too many were skipped; see `require_few_bad`.
-
-    Args:
-        source: file or folder, for the message.
-        num_images: number of images left.
-        findings: each with the effect "skipped" stands for one image.
-        max_bad_fraction: in [0, 1].
-    """
+    """Raise AnnotationError if too many images, or all, were skipped: one for each finding of that effect."""
     skipped = [finding.line for finding in findings if finding.effect == "skipped"]
     require_few_bad(source, "images", skipped, num_images + len(skipped), max_bad_fraction)
-    if not num_images:
-        raise malformed(source, "none of its images can be used", "Correct them, or data.path.", skipped)
 
 
 def require_few_bad(source: str, noun: str, bad: Sequence[str], total: int, max_bad_fraction: float) -> None:
-    """Raise AnnotationError if more than `max_bad_fraction` of all images or boxes would be skipped.
+    """Raise AnnotationError if all `total` items, or more than `max_bad_fraction` in [0, 1], would be skipped.
 
-    Two bad items always pass, because in a small set they say nothing about the rest; with max_bad_fraction = 0 none
-    passes.
-
-    Args:
-        source: file or folder, for the message.
-        noun: "images" or "boxes".
-        bad: one line for each bad item; the message quotes the first few.
-        total: number of items, good and bad.
-        max_bad_fraction: in [0, 1].
+    Two bad items pass among others, because in a small set they say nothing about the rest; with max_bad_fraction = 0
+    none passes. noun: "images" or "boxes"; bad: one line for each bad item.
     """
     allowed = max(max_bad_fraction * total, ALWAYS_ALLOWED) if max_bad_fraction > 0 else 0
+    if bad and len(bad) == total:
+        raise malformed(source, f"none of its {total} {noun} can be used", f"Correct the {noun}, or data.path.", bad)
     if len(bad) > allowed + 1e-6:  # 0.29 * 100 is 28.999999999999996
         problem = f"{len(bad)} of {total} {noun} cannot be used; at most {max_bad_fraction:.4g} of them may be skipped"
-        enough = min(math.ceil(100 * len(bad) / max(total, 1)) / 100, 1.0)
-        more = f", or allow more: data.max_bad_fraction: {enough}" if len(bad) < total else ""
-        raise malformed(source, problem, f"Correct them{more}.", bad)
+        enough = math.ceil(100 * len(bad) / total) / 100
+        raise malformed(source, problem, f"Correct them, or allow more: data.max_bad_fraction: {enough}", bad)
 
 
 def require_same_names(source: str, found: Sequence[str], expected: Sequence[str]) -> None:
     """Raise AnnotationError if the class names of a file are not the expected ones; their order may differ."""
-    if sorted(found) == sorted(expected):
-        return
-    only_found, only_expected = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
-    raise AnnotationError(
-        f"{source}: the classes differ from the expected ones.\n"
-        f"  here: {', '.join(found)}\n  expected: {', '.join(expected)}\n"
-        f"  only here: {', '.join(only_found) or 'none'}; only expected: {', '.join(only_expected) or 'none'}\n"
-        "Give every split, and the checkpoint, the same list of classes."
-    )
+    if sorted(found) != sorted(expected):
+        only_found, only_expected = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
+        raise AnnotationError(
+            f"{source}: the classes differ from the expected ones.\n"
+            f"  here: {', '.join(found)}\n  expected: {', '.join(expected)}\n"
+            f"  only here: {', '.join(only_found) or 'none'}; only expected: {', '.join(only_expected) or 'none'}\n"
+            "Give every split, and the checkpoint, the same list of classes."
+        )
 
 
 def require_same_categories(train: AnnotationSet, other: AnnotationSet) -> None:
     """Raise AnnotationError, with both tables, if two splits have different class names or category ids."""
-
-    def written(annotations: AnnotationSet) -> str:
-        pairs = zip(annotations.category_ids, annotations.class_names, strict=True)
-        return f"{annotations.source}: " + ", ".join(f"{category} {name}" for category, name in pairs)
-
     if (train.class_names, train.category_ids) != (other.class_names, other.category_ids):
+        pairs = [zip(split.category_ids, split.class_names, strict=True) for split in (train, other)]
+        written = [", ".join(f"{category} {name}" for category, name in categories) for categories in pairs]
+        tables = f"{train.source}: {written[0]}\n{other.source}: {written[1]}"
         raise AnnotationError(
-            f"The splits have different categories; ids and names must be the same in all.\n{written(train)}\n"
-            f"{written(other)}\nCorrect the 'categories' of one of the files."
+            f"The splits have different categories; ids and names must be the same in all.\n{tables}\n"
+            "Correct the 'categories' of one of the files."
         )
 
 
@@ -248,20 +231,15 @@ def require_objects(annotations: AnnotationSet) -> AnnotationSet:
     """Return the training set; raise AnnotationError if it holds no object, or only crowds."""
     if annotations.is_crowd.all():  # also true for an empty array
         problem = f"none of its {len(annotations)} training images has an object to learn from; crowds do not count"
-        raise malformed(annotations.source, problem, "Check that this is the annotation file of the training split.")
+        raise malformed(annotations.source, problem, NO_OBJECTS.remedy)
     return annotations
 
 
 def start_messages(annotations: AnnotationSet) -> list[str]:
-    """Return what a training prints about a split when it starts: skipped items, and each other warning."""
-    skipped = annotations.skipped
-    messages = [finding.line for finding in annotations.findings if finding.effect == "warning"]
-    if skipped:
-        more = len(skipped) - NUM_QUOTED
-        lines = [*skipped[:NUM_QUOTED], *([f"and {more} more"] if more > 0 else [])]
-        found = f"{annotations.source}: {len(skipped)} boxes or images were skipped:"
-        messages.append("\n  ".join([found, *lines]))
-    return messages
+    """Return what a training prints about a split when it starts: each warning, and the first skipped items."""
+    title = f"{annotations.source}: {len(annotations.skipped)} boxes or images were skipped, such as:"
+    skipped = ["\n  ".join([title, *annotations.skipped[:NUM_QUOTED]])] if annotations.skipped else []
+    return [finding.line for finding in annotations.findings if finding.effect == "warning"] + skipped
 
 
 def tiny_boxes(annotations: AnnotationSet, image_size: int) -> list[Finding]:
@@ -271,10 +249,9 @@ def tiny_boxes(annotations: AnnotationSet, image_size: int) -> list[Finding]:
     """
     sizes = annotations.sizes[:, ::-1].repeat(np.diff(annotations.box_offsets), axis=0)  # [T, 2] (width, height)
     scale = np.where(sizes > 0, image_size / np.maximum(sizes, 1), 1.0)
-    sides = (annotations.boxes[:, 2:] - annotations.boxes[:, :2]) * scale
-    num_tiny = int(np.count_nonzero((sides < 1).any(axis=1)))
-    problem = f"{num_tiny} of {len(sides)} boxes are less than 1 px wide or high at {image_size} px: not trained on"
-    return [BOX_TINY.broken(annotations.source, problem, num_tiny)] if num_tiny else []
+    is_tiny = ((annotations.boxes[:, 2:] - annotations.boxes[:, :2]) * scale < 1).any(axis=1)
+    problem = f"{{}} of {len(sizes)} boxes are less than 1 px wide or high at {image_size} px: not trained on"
+    return count_findings(annotations.source, {BOX_TINY: (problem, int(np.count_nonzero(is_tiny)))})
 
 
 def find_same_files(splits: Sequence[tuple[str, AnnotationSet]]) -> tuple[list[Finding], set[str]]:
@@ -288,6 +265,17 @@ def find_same_files(splits: Sequence[tuple[str, AnnotationSet]]) -> tuple[list[F
             findings.append(SAME_SPLIT.broken(f"{annotations.source} ({name})", problem, len(both)))
         shared |= set(both)
     return findings, shared
+
+
+def count_findings(source: str, counts: Mapping[Rule, tuple[str, int]]) -> list[Finding]:
+    """Return a finding for each rule with a number of items > 0. counts: rule -> (problem with {} for it, number)."""
+    return [rule.broken(source, problem.format(count), count) for rule, (problem, count) in counts.items() if count]
+
+
+def with_nearest(name: str, known: Sequence[str]) -> str:
+    """Return the name, quoted, with the known name that resembles it most."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"{name!r} (nearest: {nearest[0]!r})" if nearest else repr(name)
 
 
 def _refuse_fractions(source: str, boxes: npt.NDArray[np.float64]) -> None:
@@ -305,14 +293,12 @@ def _clip(
     height_width = sizes[objects.image_rows].astype(np.float64)
     limits = np.where(height_width > 0, height_width, np.inf)[:, [1, 0, 1, 0]]
     clipped = np.clip(objects.boxes, 0.0, limits)  # NaN stays NaN
-    with np.errstate(invalid="ignore"):  # inf - inf where the size is unknown
+    with np.errstate(invalid="ignore", over="ignore"):  # a coordinate beyond float32 becomes infinite; see below
         moved = np.nanmax(np.abs(clipped - objects.boxes), axis=1, initial=0.0)
         overlaps = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
-    num_far = int(np.count_nonzero(np.isfinite(moved) & (moved > CLIP_NOTICE) & overlaps))
-    problem = f"{num_far} of {len(clipped)} boxes reach out of their image and are clipped to it"
-    findings = [BOX_CLIPPED.broken(source, problem, num_far)] if num_far else []
-    with np.errstate(over="ignore"):  # a coordinate beyond float32 becomes infinite; its box is skipped below
-        return clipped.astype(np.float32), findings
+        num_far = int(np.count_nonzero(np.isfinite(moved) & (moved > CLIP_NOTICE) & overlaps))
+        problem = f"{{}} of {len(clipped)} boxes reach out of their image and are clipped to it"
+        return clipped.astype(np.float32), count_findings(source, {BOX_CLIPPED: (problem, num_far)})
 
 
 def _broken_rules(clipped: npt.NDArray[np.float32], objects: ObjectColumns) -> dict[int, tuple[Rule, str]]:

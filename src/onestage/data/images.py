@@ -1,8 +1,9 @@
 """The one image decoder: a file becomes [H, W, 3] uint8 RGB, upright as annotated."""
 
 import io
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -61,24 +62,26 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
     """
     file = Path(path)
     content = read_file(file, ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
-    with open_header(file, content) as pillow_image:
+    with open_header(file, io.BytesIO(content)) as pillow_image:
         header = read_header(file, pillow_image)
         orientation = orientation_to_apply(file, header, annotated_size)
-        if header.format in DECODED_BY_OPENCV:
-            image = _decode_with_opencv(file, content, header)
-        else:
-            image = _decode_with_pillow(file, pillow_image)
+        decode = _decode_with_opencv if header.format in DECODED_BY_OPENCV else _decode_with_pillow
+        try:
+            image = decode(content, pillow_image)
+        except Exception as reason:  # the libraries raise whatever damaged pixels lead them to
+            problem = f"is cut off or damaged ({len(content)} bytes of {header.format}; {_first_line(reason)})"
+            raise ImageError(f"{printable(file)}: {problem}.\n{REMEDY}") from None
     return _turn_upright(image, orientation)
 
 
-def open_header(file: Path, content: bytes) -> Image.Image:
+def open_header(file: Path, stream: BinaryIO) -> Image.Image:
     """Read the header with Pillow; no pixel is decoded or allocated.
 
     Raises:
         ImageError: it is no image, or far too large.
     """
     try:
-        return Image.open(io.BytesIO(content), formats=PILLOW_FORMATS)
+        return Image.open(stream, formats=PILLOW_FORMATS)
     except Image.DecompressionBombError:
         raise _too_many_pixels(file, "far more") from None
     except Exception as reason:  # Pillow's readers raise whatever a damaged header leads them to
@@ -97,12 +100,10 @@ def read_header(file: Path, image: Image.Image) -> ImageHeader:
         raise _too_many_pixels(file, f"{width} x {height}")
     orientation = 1
     if image.format != "TIFF" and image.info.get("exif"):  # Pillow turns TIFF itself
-        try:
+        with suppress(Exception):  # damaged metadata, of which only the orientation matters
             exif = Image.Exif()
             exif.load(image.info["exif"])
             orientation = int(exif.get(ORIENTATION_TAG, 1))
-        except Exception:  # damaged metadata, of which only the orientation matters
-            orientation = 1
     return ImageHeader(image.format or "", height, width, orientation if 1 <= orientation <= 8 else 1)
 
 
@@ -121,27 +122,8 @@ def orientation_to_apply(file: Path, header: ImageHeader, annotated_size: tuple[
     found = f"{stored[1]} x {stored[0]}"
     if upright != stored:
         found += f" ({upright[1]} x {upright[0]} once turned by its EXIF orientation {header.orientation})"
-    raise ImageSizeError(
-        f"{printable(file)}: is {found} pixels (width x height), but annotated as "
-        f"{annotated_size[1]} x {annotated_size[0]}; both must agree, or the boxes would be in the wrong place.\n"
-        "Put the original image back, or annotate this one anew."
-    )
-
-
-def _decode_with_opencv(file: Path, content: bytes, header: ImageHeader) -> RGBImage:
-    """Decode JPEG and PNG from bytes: `cv2.imread` accepts truncated files in silence, `cv2.imdecode` does not."""
-    image: Any = None
-    if header.format == "PNG" or is_whole_jpeg(content):
-        buffer = np.frombuffer(content, dtype=np.uint8)
-        try:
-            image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-        except cv2.error:
-            image = None
-    if image is None or image.shape != (header.height, header.width, 3):
-        raise ImageError(
-            f"{printable(file)}: is cut off or damaged ({len(content)} bytes of {header.format}).\n{REMEDY}"
-        )
-    return np.asarray(image, dtype=np.uint8)
+    problem = f"is {found} pixels (width x height), but annotated as {annotated_size[1]} x {annotated_size[0]}"
+    raise ImageSizeError(f"{printable(file)}: {problem}.\nPut the original image back, or annotate this one anew.")
 
 
 def is_whole_jpeg(content: bytes) -> bool:
@@ -149,18 +131,25 @@ def is_whole_jpeg(content: bytes) -> bool:
     return content.endswith(JPEG_END) or content.rfind(JPEG_END) > content.rfind(JPEG_SCAN)
 
 
-def _decode_with_pillow(file: Path, image: Image.Image) -> RGBImage:
+def _decode_with_opencv(content: bytes, header: Image.Image) -> RGBImage:
+    """Decode JPEG and PNG from bytes: `cv2.imread` accepts truncated files in silence, `cv2.imdecode` does not."""
+    if header.format != "PNG" and not is_whole_jpeg(content):
+        raise ValueError("without its end")
+    buffer = np.frombuffer(content, dtype=np.uint8)
+    image: Any = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None or image.shape != (header.height, header.width, 3):
+        raise ValueError("its pixels cannot be decoded")
+    return np.asarray(image, dtype=np.uint8)
+
+
+def _decode_with_pillow(content: bytes, image: Image.Image) -> RGBImage:
     """Decode the first frame of the formats that are rare in data sets."""
-    try:
-        if image.mode.startswith("I;16"):
-            gray = (np.asarray(image) >> 8).astype(np.uint8)
-            return np.repeat(gray[..., None], 3, axis=2)
-        if image.mode in ("I", "F"):
-            raise ValueError(f"mode {image.mode!r} has no fixed range of values")
-        return np.array(image.convert("RGB"))
-    except Exception as reason:  # as for the header
-        problem = f"is cut off, damaged or of an unknown kind ({_first_line(reason)})"
-        raise ImageError(f"{printable(file)}: {problem}.\n{REMEDY}") from None
+    if image.mode.startswith("I;16"):
+        gray = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode!r} has no fixed range of values")
+    return np.array(image.convert("RGB"))
 
 
 def _turn_upright(image: RGBImage, orientation: int) -> RGBImage:
@@ -175,10 +164,8 @@ def _turn_upright(image: RGBImage, orientation: int) -> RGBImage:
 
 
 def _too_many_pixels(file: Path, size: str) -> ImageError:
-    limit = f"{MAX_PIXELS / 1e6:.0f} million"
-    return ImageError(
-        f"{printable(file)}: claims {size} pixels; at most {limit} are decoded.\nShrink it, or remove it."
-    )
+    problem = f"claims {size} pixels; at most {MAX_PIXELS / 1e6:.0f} million are decoded"
+    return ImageError(f"{printable(file)}: {problem}.\nShrink it, or remove it.")
 
 
 def _first_line(reason: Exception) -> str:

@@ -1,6 +1,5 @@
 """Recognise the format of a path and its splits, for training, doctor, anchors and convert."""
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import FILE, UNKNOWN_CLASS
+from onestage.data.annotations import FILE, UNKNOWN_CLASS, with_nearest
 from onestage.data.coco import COCO, list_annotation_files, split_name
 from onestage.data.source import Source, role_of
 from onestage.data.source import Split as Role
-from onestage.data.voc import VOC, NoClassesError, find_lists, list_stems
+from onestage.data.voc import VOC, NoClassesError, find_list_files, find_lists
 from onestage.data.yolo import NAMES_FILES, SETTINGS_FILES, YOLO
 from onestage.errors import DataError
 from onestage.files import printable
@@ -67,7 +66,7 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
     if not path.is_dir():
         problem = "is not a folder, JSON or YAML file" if path.exists() else "there is no such file or folder"
         raise DataError(f"{printable(path)}: {problem}.\n{KNOWN}.")
-    if list_stems(path):
+    if find_list_files(path):
         return VOC(path)
     if any((path / name).is_file() for name in (*SETTINGS_FILES, *NAMES_FILES)):
         return YOLO(path)
@@ -91,15 +90,7 @@ def describe_source(source: Source) -> list[str]:
 
 
 def find_sources(paths: Sequence[Path], image_root: Path | None = None) -> list[SplitSource]:
-    """Return the splits that the paths hold: train, val, test, each name once.
-
-    Args:
-        paths: COCO files, VOC folders, YOLO files or folders. Several are splits of one set.
-        image_root: the image folder of COCO files; None: found by their first image.
-
-    Raises:
-        DataError: a path is missing, or of an unknown format.
-    """
+    """Return the splits of one set that the paths hold: train, val, test, each name once. See `recognise`."""
     found = [split for path in paths for split in _splits_of(recognise(path, image_root))]
     found.sort(key=lambda split: ROLES.index(role_of(split.name)))
     names = [split.name for split in found]
@@ -111,32 +102,25 @@ def find_sources(paths: Sequence[Path], image_root: Path | None = None) -> list[
 
 def read_splits(sources: Sequence[SplitSource], max_bad_fraction: float = 1.0) -> list[Split]:
     """Read every split; an error becomes a finding. The classes that VOC collects get one order in all splits."""
-    splits = [_read(source, max_bad_fraction) for source in sources]
-    voc = [split.annotations for split in splits if split.format == "VOC" and split.annotations is not None]
-    names = sorted({name for annotations in voc for name in annotations.class_names})
-    return [
-        split._replace(
-            annotations=_with_classes(split.annotations, names),
-            findings=[*split.findings, *_unknown_classes(split.annotations, voc[0].class_names)],
-        )
-        if split.format == "VOC" and split.annotations is not None
-        else split
-        for split in splits
-    ]
-
-
-def as_finding(reason: DataError, place: Path) -> Finding:
-    """Turn an error that stops a training into a finding."""
-    text, _, remedy = str(reason).partition("\n")
-    lines = [text, *remedy.splitlines()[:-1]]  # the last line is the remedy, those between belong to the problem
-    problem = "\n  ".join(lines).removeprefix(f"{printable(place)}: ").rstrip(".")
-    return FILE.broken(printable(place), problem)._replace(remedy=(remedy.splitlines() or [FILE.remedy])[-1])
+    splits = []
+    for source in sources:
+        try:
+            annotations = source.read(max_bad_fraction)
+            splits.append(Split(*source[:3], annotations, list(annotations.findings)))
+        except DataError as reason:
+            splits.append(Split(*source[:3], None, [FILE.broken_by(source.path, reason)]))
+    voc = [split.annotations.class_names for split in splits if split.format == "VOC" and split.annotations is not None]
+    all_names = sorted(set().union(*voc))
+    for number, (*_, annotations, findings) in enumerate(splits):
+        if splits[number].format == "VOC" and annotations is not None:
+            findings += _unknown_classes(annotations, voc[0])
+            splits[number] = splits[number]._replace(annotations=_with_classes(annotations, all_names))
+    return splits
 
 
 def _splits_of(source: Source) -> list[SplitSource]:
     """Return the splits of a source; the name of a single COCO file says which split it is."""
-    splits = source.splits
-    if not splits:
+    if not source.splits:
         problem = "no file says by its name which split it is"
         raise DataError(f"{printable(source.path)}: {problem}.\nGive the files one by one, or call one of them train.")
     own_name = split_name(source.path) if source.path.suffix.lower() == ".json" else ""
@@ -149,26 +133,15 @@ def _splits_of(source: Source) -> list[SplitSource]:
 
     return [
         SplitSource(role_of(own_name) or own_name or split, source.format, source.path, partial(read, split))
-        for split in splits
+        for split in source.splits
     ]
-
-
-def _read(source: SplitSource, max_bad_fraction: float) -> Split:
-    try:
-        annotations = source.read(max_bad_fraction)
-    except DataError as reason:
-        return Split(source.name, source.format, source.path, None, [as_finding(reason, source.path)])
-    return Split(source.name, source.format, source.path, annotations, list(annotations.findings))
 
 
 def _unknown_classes(annotations: AnnotationSet, known: Sequence[str]) -> list[Finding]:
     """Report the classes of a split that the training split, whose classes are the detector's, does not have."""
-    unknown = [name for name in annotations.class_names if name not in known]
-    if not unknown:
-        return []
-    nearest = [(name, difflib.get_close_matches(name, known, n=1, cutoff=0.0)) for name in unknown]
-    written = ", ".join(f"{name!r} (nearest: {near[0]!r})" for name, near in nearest if near)
-    return [UNKNOWN_CLASS.broken(annotations.source, f"the training split has no {written}", len(unknown))]
+    unknown = [with_nearest(name, known) for name in annotations.class_names if name not in known]
+    problem = f"the training split has no {', '.join(unknown)}"
+    return [UNKNOWN_CLASS.broken(annotations.source, problem, len(unknown))] if unknown else []
 
 
 def _with_classes(annotations: AnnotationSet, names: Sequence[str]) -> AnnotationSet:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,13 +11,14 @@ from onestage.data.annotations import (
     BOX_EMPTY,
     BOX_NOT_FINITE,
     BOX_OUTSIDE,
+    FILE,
     OBJECT_MALFORMED,
     require_few_bad,
     select_images,
     tiny_boxes,
 )
 from onestage.data.image_headers import check_headers
-from onestage.data.layouts import Split, as_finding
+from onestage.data.layouts import Split
 from onestage.doctor.anchors import Coverage, DetectorAnchors, check_coverage, measure_coverage
 from onestage.doctor.decoding import decode_all
 from onestage.doctor.leakage import find_leakage
@@ -152,7 +152,7 @@ def _check_fraction(split: Split, found: Sequence[Finding], max_bad_fraction: fl
             require_few_bad(annotations.source, noun, lines, total, max_bad_fraction)
         except AnnotationError as reason:
             problem, *_, remedy = str(reason).splitlines()  # the findings themselves stand in between
-            stops.append(as_finding(AnnotationError(f"{problem}\n{remedy}"), Path(annotations.source)))
+            stops.append(FILE.broken_by(annotations.source, AnnotationError(f"{problem}\n{remedy}")))
     return stops
 
 
