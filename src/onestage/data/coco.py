@@ -244,7 +244,9 @@ def _integer_column(source: str, table: list[JSONDict], key: str, findings: list
             findings += count_findings(source, {rules.IDS_AS_TEXT: (problem, len(numbers) * (kinds == {str}))})
             return numbers
     wanted = str if kinds == {str} else int
-    wrong = [entry for entry in table if type(entry.get(key)) is not wanted or not str(entry[key]).isdigit()]
+    wrong = [
+        entry for entry in table if type(entry.get(key)) is not wanted or not str(entry[key]).lstrip("-").isdigit()
+    ]
     entry = (wrong or table)[0]
     problem = f"{key} {entry.get(key)!r:.80} must be a 64-bit integer, in {entry!s:.120}"
     raise malformed(source, problem, f"Write every {key} of the file as an integer.")
@@ -293,7 +295,12 @@ def _read_images(
         first, second, *_ = (images[n].get("file_name") for n in np.flatnonzero(ids == repeated))
         problem = f"image id {repeated} belongs to {first!r:.80} and {second!r:.80}; ids must be unique"
         raise malformed(source, problem, FRESH_COPY)
-    sizes = np.array([[_side(source, image, key) for key in ("height", "width")] for image in images], dtype=np.int32)
+    sizes = _floats([[image.get("height") or 0, image.get("width") or 0] for image in images], 2)
+    is_size = ((sizes >= 0) & (sizes < 1 << 31) & (sizes == np.floor(sizes))).all(axis=1)
+    for image in (images[n] for n in np.flatnonzero(~is_size)):
+        problem = f"image {image.get('id')} has width {image.get('width')!r:.80} and height {image.get('height')!r:.80}"
+        remedy = "Give the size of the image file in pixels, or leave it out."
+        raise malformed(source, f"{problem}; both must be whole numbers >= 0", remedy)
     names = [image.get("file_name") for image in images]
     present = [folder for folder in folders if folder.is_dir()] or folders
     has_first = (os.path.isfile(folder / str(names[0])) for folder in present)  # noqa: PTH113 # takes any name
@@ -305,17 +312,8 @@ def _read_images(
         for n in np.flatnonzero(~found)
     ]
     rows = np.where(found, np.cumsum(found) - 1, -1)
-    columns = ImageColumns([path for path in paths if path is not None], ids[found], sizes[found])
+    columns = ImageColumns([path for path in paths if path is not None], ids[found], sizes[found].astype(np.int32))
     return columns, dict(zip(ids.tolist(), rows.tolist(), strict=True))
-
-
-def _side(source: str, image: JSONDict, key: str) -> int:
-    """Return the image's height or width; 0 if the file gives none."""
-    value = image.get(key) or 0
-    if isinstance(value, int | float) and 0 <= value < 1 << 31 and value % 1 == 0:
-        return int(value)
-    problem = f"image {image.get('id')} has {key} {value!r:.80}; it must be a whole number >= 0"
-    raise malformed(source, problem, f"Give the {key} of the image file in pixels, or leave it out.")
 
 
 def _read_objects(
