@@ -237,9 +237,12 @@ def require_objects(annotations: AnnotationSet) -> AnnotationSet:
 
 def start_messages(annotations: AnnotationSet) -> list[str]:
     """Return what a training prints about a split when it starts: each warning, and the first skipped items."""
-    title = f"{annotations.source}: {len(annotations.skipped)} boxes or images were skipped, such as:"
-    skipped = ["\n  ".join([title, *annotations.skipped[:NUM_QUOTED]])] if annotations.skipped else []
-    return [finding.line for finding in annotations.findings if finding.effect == "warning"] + skipped
+    messages = [finding.line for finding in annotations.findings if finding.effect == "warning"]
+    if skipped := annotations.skipped:
+        title = f"{annotations.source}: {len(skipped)} boxes or images were skipped:"
+        more = [f"and {len(skipped) - NUM_QUOTED} more"] if len(skipped) > NUM_QUOTED else []
+        messages.append("\n  ".join([title, *skipped[:NUM_QUOTED], *more]))
+    return messages
 
 
 def tiny_boxes(annotations: AnnotationSet, image_size: int) -> list[Finding]:
