@@ -63,6 +63,15 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_others(drawn: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "other"]  # nothing unfinished is left
 
 
+def test_more_objects_in_training_images_leave_validation_as_it_is(drawn: Path, tmp_path: Path) -> None:
+    draw_shapes(tmp_path / "dense", num_train=20, num_val=5, seed=3, max_objects=12)
+    dense, sparse = snapshot(tmp_path / "dense"), snapshot(drawn)
+    assert dense["annotations/instances_val.json"] == sparse["annotations/instances_val.json"]
+    assert dense["JPEGImages/000025.jpg"] == sparse["JPEGImages/000025.jpg"]
+    numbers = [len(json.loads(files["annotations/instances_train.json"])["annotations"]) for files in (dense, sparse)]
+    assert numbers[0] > 1.5 * numbers[1]
+
+
 def test_a_finished_folder_is_not_touched(tmp_path: Path) -> None:
     folder = tmp_path / "shapes"
     draw_shapes(folder, num_train=2, num_val=1, seed=0)
@@ -104,10 +113,10 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
 def test_an_interrupted_drawing_leaves_nothing_and_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(seed: int, index: int) -> scenes.Scene:
+    def interrupt(seed: int, index: int, max_objects: int) -> scenes.Scene:
         if index == 2:
             raise KeyboardInterrupt
-        return draw_scene(seed, index)
+        return draw_scene(seed, index, max_objects)
 
     monkeypatch.setattr("onestage.data.shapes.draw_scene", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -130,10 +139,10 @@ def test_what_a_killed_run_left_is_removed_once_it_is_old(tmp_path: Path) -> Non
 
 
 def test_another_process_that_finishes_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def overtaken(seed: int, index: int) -> scenes.Scene:
+    def overtaken(seed: int, index: int, max_objects: int) -> scenes.Scene:
         monkeypatch.undo()
         draw_shapes(tmp_path / "shapes", num_train=1, num_val=1, seed=0)
-        return draw_scene(seed, index)
+        return draw_scene(seed, index, max_objects)
 
     monkeypatch.setattr("onestage.data.shapes.draw_scene", overtaken)
     draw_shapes(tmp_path / "shapes", num_train=1, num_val=1, seed=0)
@@ -160,7 +169,8 @@ def test_a_parent_that_is_a_file_is_an_error_with_the_key(tmp_path: Path) -> Non
 
 
 def test_the_settings_file_says_what_was_drawn(drawn: Path) -> None:
-    assert json.loads((drawn / "shapes.json").read_text()) == {"num_train": 20, "num_val": 5, "seed": 3, "version": 2}
+    settings = {"num_train": 20, "num_val": 5, "seed": 3, "max_objects": 6, "version": 2}
+    assert json.loads((drawn / "shapes.json").read_text()) == settings
 
 
 def test_boxes_lie_inside_and_hold_the_area_of_a_plausible_shape() -> None:

@@ -35,12 +35,12 @@ class Scene(NamedTuple):
     areas: npt.NDArray[np.int64]  # [M] pixels of the whole shape
 
 
-def draw_scene(seed: int, index: int) -> Scene:
-    """Draw scene `index` of the data set `seed`: the same two numbers give the same scene."""
+def draw_scene(seed: int, index: int, max_objects: int = MAX_OBJECTS) -> Scene:
+    """Draw scene `index` of the data set `seed`: the same numbers give the same scene."""
     rng = np.random.default_rng(np.random.SeedSequence((seed, index)))
     height, width = CANVAS_SIZES[rng.integers(len(CANVAS_SIZES))]
     canvas = _draw_background(rng, height, width)
-    num_objects = 0 if rng.random() < EMPTY_FRACTION else int(rng.integers(1, MAX_OBJECTS + 1))
+    num_objects = 0 if rng.random() < EMPTY_FRACTION else int(rng.integers(1, max_objects + 1))
     labels: list[int] = []
     masks: list[Mask] = []
     visible: list[Mask] = []

@@ -12,7 +12,7 @@ import numpy as np
 
 from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set
 from onestage.data.coco import parse_coco
-from onestage.data.scenes import SHAPE_NAMES, draw_scene
+from onestage.data.scenes import MAX_OBJECTS, SHAPE_NAMES, draw_scene
 from onestage.data.source import Source, Split
 from onestage.data.voc import parse_voc
 from onestage.data.writers import WritableSplit, write_coco, write_voc
@@ -34,6 +34,8 @@ class Shapes(Source):
         num_train: number of training images, >= 1.
         num_val: number of validation images, >= 1; an odd number exercises uneven sharing among processes.
         draw_seed: seed of the drawings, >= 0.
+        max_objects: most objects of a training image, >= 1; more of them teach more in each step. A validation image
+            has at most 6 whatever it is.
         format: which of the two annotation formats is read.
     """
 
@@ -46,12 +48,14 @@ class Shapes(Source):
         num_train: int = 1000,
         num_val: int = 201,
         draw_seed: int = 0,
+        max_objects: int = MAX_OBJECTS,
         format: Literal["coco", "voc"] = "coco",
     ) -> None:
         self.path = Path(path)
         self.num_train = num_train
         self.num_val = num_val
         self.draw_seed = draw_seed
+        self.max_objects = max_objects
         self._annotation_format = format
 
     @property
@@ -67,7 +71,8 @@ class Shapes(Source):
 
     def prepare(self) -> None:
         """Draw the images, unless the folder holds exactly these."""
-        draw_shapes(self.path, num_train=self.num_train, num_val=self.num_val, seed=self.draw_seed)
+        numbers = {"num_train": self.num_train, "num_val": self.num_val, "max_objects": self.max_objects}
+        draw_shapes(self.path, seed=self.draw_seed, **numbers)
 
     def read(
         self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
@@ -83,7 +88,7 @@ class Shapes(Source):
         return f"{printable(self.path)} ({self.num_train if split == 'train' else self.num_val} drawn images)"
 
 
-def draw_shapes(folder: Path, *, num_train: int, num_val: int, seed: int) -> None:
+def draw_shapes(folder: Path, *, num_train: int, num_val: int, seed: int, max_objects: int = MAX_OBJECTS) -> None:
     """Draw the data set into `folder`, unless it is there already. The same arguments give the same files.
 
     The folder gets JPEGImages/000001.jpg ..., annotations/instances_{train,val}.json (file names relative to
@@ -95,14 +100,22 @@ def draw_shapes(folder: Path, *, num_train: int, num_val: int, seed: int) -> Non
         num_train: images of the split train, >= 1.
         num_val: images of the split val, >= 1.
         seed: >= 0.
+        max_objects: of a training image, >= 1.
 
     Raises:
         ConfigError: a number is out of range.
         DataError: `folder` holds something else, or cannot be written.
     """
-    for name, value, minimum in (("num_train", num_train, 1), ("num_val", num_val, 1), ("draw_seed", seed, 0)):
+    numbers = (
+        ("num_train", num_train, 1),
+        ("num_val", num_val, 1),
+        ("draw_seed", seed, 0),
+        ("max_objects", max_objects, 1),
+    )
+    for name, value, minimum in numbers:
         require(value >= minimum, f"data.source.{name}", value, f">= {minimum}")
-    settings = {"num_train": num_train, "num_val": num_val, "seed": seed, "version": DRAWING_VERSION}
+    settings = {"num_train": num_train, "num_val": num_val, "seed": seed, "max_objects": max_objects}
+    settings["version"] = DRAWING_VERSION
     try:
         if _is_finished(folder, settings):
             return
@@ -112,8 +125,11 @@ def draw_shapes(folder: Path, *, num_train: int, num_val: int, seed: int) -> Non
             raise DataError(f"{printable(folder)}: {problem}.\nGive another folder: data.source.path")
         with atomic_folder(folder) as unfinished:
             (unfinished / "JPEGImages").mkdir()
-            indices_by_split = {"train": range(num_train), "val": range(num_train, num_train + num_val)}
-            splits = [_draw_split(unfinished, name, seed, indices) for name, indices in indices_by_split.items()]
+            val = range(num_train, num_train + num_val)
+            splits = [
+                _draw_split(unfinished, "train", seed, range(num_train), max_objects),
+                _draw_split(unfinished, "val", seed, val, MAX_OBJECTS),
+            ]
             write_coco(unfinished, splits)
             write_voc(unfinished, splits)
             (unfinished / SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
@@ -150,11 +166,11 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(outdated, ignore_errors=True)
 
 
-def _draw_split(folder: Path, name: str, seed: int, indices: Iterable[int]) -> WritableSplit:
+def _draw_split(folder: Path, name: str, seed: int, indices: Iterable[int], max_objects: int) -> WritableSplit:
     """Draw the images of a split and return their annotations."""
     paths, sizes, boxes, labels, areas = [], [], [], [], []
     for index in indices:
-        scene = draw_scene(seed, index)
+        scene = draw_scene(seed, index, max_objects)
         paths.append(folder / "JPEGImages" / f"{index + 1:06d}.jpg")
         bgr = cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)
         paths[-1].write_bytes(cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes())
