@@ -4,7 +4,6 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -243,31 +242,6 @@ def start_messages(annotations: AnnotationSet) -> list[str]:
         more = [f"and {len(skipped) - NUM_QUOTED} more"] if len(skipped) > NUM_QUOTED else []
         messages.append("\n  ".join([title, *skipped[:NUM_QUOTED], *more]))
     return messages
-
-
-def tiny_boxes(annotations: AnnotationSet, image_size: int) -> list[Finding]:
-    """Count the objects under 1 px wide or high once their image is stretched to a square of `image_size` px.
-
-    Training skips them (`onestage.data.transforms`); evaluation counts them.
-    """
-    sizes = annotations.sizes[:, ::-1].repeat(np.diff(annotations.box_offsets), axis=0)  # [T, 2] (width, height)
-    scale = np.where(sizes > 0, image_size / np.maximum(sizes, 1), 1.0)
-    is_tiny = ((annotations.boxes[:, 2:] - annotations.boxes[:, :2]) * scale < 1).any(axis=1)
-    problem = f"{{}} of {len(sizes)} boxes are less than 1 px wide or high at {image_size} px: not trained on"
-    return count_findings(annotations.source, {BOX_TINY: (problem, int(np.count_nonzero(is_tiny)))})
-
-
-def find_same_files(splits: Sequence[tuple[str, AnnotationSet]]) -> tuple[list[Finding], set[str]]:
-    """Return a finding for each pair of splits, (name, images), that name the same files, and those files."""
-    findings = []
-    shared: set[str] = set()
-    for (name, annotations), (other_name, other) in combinations(splits, 2):
-        both = sorted({*map(str, annotations.image_paths)} & {*map(str, other.image_paths)})
-        if both:
-            problem = f"{len(both)} images are in {other_name} too, such as {printable(both[0])}"
-            findings.append(SAME_SPLIT.broken(f"{annotations.source} ({name})", problem, len(both)))
-        shared |= set(both)
-    return findings, shared
 
 
 def count_findings(source: str, counts: Mapping[Rule, tuple[str, int]]) -> list[Finding]:

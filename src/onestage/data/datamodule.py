@@ -12,7 +12,7 @@ import numpy.typing as npt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from onestage.data.annotations import find_same_files, require_objects, require_same_categories, start_messages
+from onestage.data.annotations import require_objects, require_same_categories, start_messages
 from onestage.data.cache import CacheKind, open_images
 from onestage.data.dataset import DetectionDataset
 from onestage.data.folder import list_images
@@ -23,7 +23,7 @@ from onestage.data.loader import DetectionLoader, StartMethod, num_auto_workers,
 from onestage.data.resize import Resize, Stretch
 from onestage.data.samplers import EvaluationSampler, Sampling, TrainingSampler, checked_repeats
 from onestage.data.source import Source, Split
-from onestage.data.splits import split_by_fold, split_by_fraction
+from onestage.data.splits import find_same_files, split_by_fold, split_by_fraction
 from onestage.data.transforms import SeededTransform, training_transforms
 from onestage.errors import ConfigError, require
 from onestage.files import printable

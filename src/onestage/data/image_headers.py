@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from onestage.data.annotations import (
+    BOX_TINY,
     EXTREME_SHAPE,
     FIRST_FRAME,
     IMAGE_SIZE_DIFFERS,
@@ -19,9 +20,9 @@ from onestage.data.annotations import (
     IMAGE_UNREADABLE,
     OTHER_SUFFIX,
     TURNED,
+    count_findings,
     require_images,
     select_images,
-    tiny_boxes,
 )
 from onestage.data.images import (
     MAX_IMAGE_BYTES,
@@ -106,6 +107,18 @@ def check_before_start(annotations: AnnotationSet, image_size: int, max_bad_frac
     require_images(annotations.source, len(kept), findings, max_bad_fraction)
     selected = select_images(annotations, kept) if len(bad_rows) else annotations
     return replace(selected, findings=(*annotations.findings, *findings, *tiny_boxes(selected, image_size)))
+
+
+def tiny_boxes(annotations: AnnotationSet, image_size: int) -> list[Finding]:
+    """Count the objects under 1 px wide or high once their image is stretched to a square of `image_size` px.
+
+    Training skips them (`onestage.data.transforms`); evaluation counts them.
+    """
+    sizes = annotations.sizes[:, ::-1].repeat(np.diff(annotations.box_offsets), axis=0)  # [T, 2] (width, height)
+    scale = np.where(sizes > 0, image_size / np.maximum(sizes, 1), 1.0)
+    is_tiny = ((annotations.boxes[:, 2:] - annotations.boxes[:, :2]) * scale < 1).any(axis=1)
+    problem = f"{{}} of {len(sizes)} boxes are less than 1 px wide or high at {image_size} px: not trained on"
+    return count_findings(annotations.source, {BOX_TINY: (problem, int(np.count_nonzero(is_tiny)))})
 
 
 def _read(file: Path) -> tuple[ImageHeader, bool]:

@@ -1,17 +1,19 @@
-"""Stratified splits of one annotated set into training and validation parts."""
+"""Splits: stratified parts of one annotated set, and images that two splits share."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.annotations import select_images
+from onestage.data.annotations import SAME_SPLIT, select_images
 from onestage.errors import ConfigError
-from onestage.types import AnnotationSet
+from onestage.files import printable
+from onestage.types import AnnotationSet, Finding
 
 HEAD_BYTES = 8192  # beyond the tables that the JPEG files of one camera share
 NOTHING = -1  # stands for the class of an image without objects
@@ -68,6 +70,19 @@ def assign_parts(annotations: AnnotationSet, shares: Sequence[float]) -> npt.NDA
                 wanted[name][part] -= count
             remaining -= classes
     return part_of_image
+
+
+def find_same_files(splits: Sequence[tuple[str, AnnotationSet]]) -> tuple[list[Finding], set[str]]:
+    """Return a finding for each pair of splits, (name, images), that name the same files, and those files."""
+    findings = []
+    shared: set[str] = set()
+    for (name, annotations), (other_name, other) in combinations(splits, 2):
+        both = sorted({*map(str, annotations.image_paths)} & {*map(str, other.image_paths)})
+        if both:
+            problem = f"{len(both)} images are in {other_name} too, such as {printable(both[0])}"
+            findings.append(SAME_SPLIT.broken(f"{annotations.source} ({name})", problem, len(both)))
+        shared |= set(both)
+    return findings, shared
 
 
 def _divided(

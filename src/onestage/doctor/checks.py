@@ -15,9 +15,8 @@ from onestage.data.annotations import (
     OBJECT_MALFORMED,
     require_few_bad,
     select_images,
-    tiny_boxes,
 )
-from onestage.data.image_headers import check_headers
+from onestage.data.image_headers import check_headers, tiny_boxes
 from onestage.data.layouts import Split
 from onestage.doctor.anchors import Coverage, DetectorAnchors, check_coverage, measure_coverage
 from onestage.doctor.decoding import decode_all

@@ -13,8 +13,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.annotations import LEAKED_COPY, LEAKED_LIKENESS, find_same_files
+from onestage.data.annotations import LEAKED_COPY, LEAKED_LIKENESS
 from onestage.data.images import MAX_IMAGE_BYTES, MAX_PIXELS, REMEDY
+from onestage.data.splits import find_same_files
 from onestage.errors import ImageError
 from onestage.files import printable, read_file
 from onestage.types import AnnotationSet, Finding
