@@ -146,11 +146,8 @@ def test_real_annotations_agree_with_pycocotools(split: str) -> None:
         ([1, 2, True, 4], "finite"),
         (None, "4 numbers [x, y, width, height]; outlines are not read"),
         ("1 2 3 4", "4 numbers"),
-        ([1, 2, 3, -1e-9], "must be > 0"),
         ([float("nan"), 2, 3, 4], "finite"),
-        ([1, 2, float("inf"), 4], "finite"),
         ([1, 2, 10**400, 4], "finite"),
-        ([500, 2, 3, 4], "must overlap"),
     ],
 )
 def test_bad_box_is_skipped_and_named(tmp_path: Path, bbox: Any, rule: str) -> None:

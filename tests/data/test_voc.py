@@ -207,14 +207,11 @@ def test_file_of_an_entity_is_never_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("element", "rule"),
     [
-        ("<object><name>dog</name></object>", "finite number"),
         ("<object><name>dog</name><bndbox><xmin>1</xmin></bndbox></object>", "finite number"),
         (obj(box="1,5 2 3 4"), "finite number"),
-        (obj(box="nan 2 3 4"), "finite number"),
         (obj(box="1 2 inf 4"), "finite number"),
         (obj(box="5 2 5 4"), "xmin < xmax"),
         (obj(box="1 9 5 4"), "ymin < ymax"),
-        (obj(box="400 2 500 4"), "must overlap"),
         (obj(name=" "), "must have a name"),
     ],
 )

@@ -240,14 +240,13 @@ def _integer_column(source: str, table: list[JSONDict], key: str, findings: list
     with suppress(ValueError, OverflowError):
         if kinds <= {int} or kinds == {str}:
             numbers = np.array(values, dtype=np.int64)
-            problem = f"every {key} (such as {values[:1]}) is a string; read as integers"
-            findings += count_findings(source, {rules.IDS_AS_TEXT: (problem, len(numbers) * (kinds == {str}))})
+            if kinds == {str}:
+                problem = f"every {key} is a string; read as integers"
+                findings.append(rules.IDS_AS_TEXT.broken(source, problem, len(numbers)))
             return numbers
     wanted = str if kinds == {str} else int
-    wrong = [
-        entry for entry in table if type(entry.get(key)) is not wanted or not str(entry[key]).lstrip("-").isdigit()
-    ]
-    entry = (wrong or table)[0]
+    is_right = [type(value) is wanted and str(value).lstrip("-").isdigit() for value in values]
+    entry = table[is_right.index(False) if False in is_right else 0]
     problem = f"{key} {entry.get(key)!r:.80} must be a 64-bit integer, in {entry!s:.120}"
     raise malformed(source, problem, f"Write every {key} of the file as an integer.")
 

@@ -105,8 +105,8 @@ def read_splits(sources: Sequence[SplitSource], max_bad_fraction: float = 1.0) -
     splits = []
     for source in sources:
         try:
-            annotations = source.read(max_bad_fraction)
-            splits.append(Split(*source[:3], annotations, list(annotations.findings)))
+            found = source.read(max_bad_fraction)
+            splits.append(Split(*source[:3], found, list(found.findings)))
         except DataError as reason:
             splits.append(Split(*source[:3], None, [FILE.broken_by(source.path, reason)]))
     voc = [split.annotations.class_names for split in splits if split.format == "VOC" and split.annotations is not None]

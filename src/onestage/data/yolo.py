@@ -316,7 +316,8 @@ def _read_label(path: Path, num_keypoint_values: int) -> LabelFile:
 
 def _read_line(place: str, words: Sequence[str], num_columns: int, is_outline: bool) -> WrittenObject:
     """Read `class cx cy width height`, perhaps with keypoints after it, or `class x1 y1 x2 y2 x3 y3 ...`."""
-    class_index, box, problem = nan, (nan,) * 4, None
+    box: tuple[float, ...] = (nan,) * 4
+    class_index, problem = nan, None
     try:
         class_index, *values = map(float, words)
         if is_outline:
