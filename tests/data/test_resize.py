@@ -8,7 +8,7 @@ import pytest
 import torch
 from image_sets import image_set, noise
 
-from onestage.boxes.placement import to_original
+from onestage.boxes.geometry import to_original
 from onestage.data.dataset import DetectionDataset, collate
 from onestage.data.resize import MEAN_RGB, Letterbox, Placement, Resize, Stretch
 from onestage.data.transforms import SeededTransform

@@ -5,9 +5,10 @@ import pytest
 import torch
 import yaml
 from bad_data import coco_content, write_coco
+from torchvision.ops import box_convert
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes
-from onestage.boxes.iou import as_corners, pairwise_overlap
+from onestage.boxes.geometry import pairwise_overlap
 from onestage.boxes.matchers import IoUMatcher
 from onestage.cli import main
 from onestage.doctor.anchors import (
@@ -68,7 +69,7 @@ def test_coverage_agrees_with_placed_anchors_and_the_matcher(detector, num_ancho
     draw = torch.Generator().manual_seed(0)
     corners = torch.rand(60, 2, generator=draw) * (anchors.image_size - 40)
     boxes = torch.cat([corners, corners + 4 + 36 * torch.rand(60, 2, generator=draw)], dim=1)
-    iou = pairwise_overlap(boxes, as_corners(placed.boxes))[1]
+    iou = pairwise_overlap(boxes, box_convert(placed.boxes, "cxcywh", "xyxy"))[1]
     assert torch.allclose(best_ious(boxes, anchors), iou.amax(dim=1), rtol=1e-4, atol=1e-5)
     assert count_positives(boxes, anchors).tolist() == (iou >= 0.5).sum(dim=1).tolist()
     for row in range(10):

@@ -140,7 +140,3 @@ def test_compiled_loss_is_one_graph_with_equal_value_and_gradient(make, backend)
     expected = reference(logits, labels, quality)
     assert_close(compiled, expected)
     assert_close(torch.autograd.grad(compiled, logits), torch.autograd.grad(expected, logits))
-
-
-def test_repr_shows_the_arguments() -> None:
-    assert SigmoidFocalLoss(None, 1.5).extra_repr() == "alpha=None, gamma=1.5, label_smoothing=0.0"

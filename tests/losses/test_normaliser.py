@@ -12,23 +12,23 @@ def positives(number: int) -> torch.Tensor:
 
 def test_without_momentum_divisor_is_the_number_of_positives_at_least_one() -> None:
     normaliser = PositiveNormaliser()
-    assert normaliser(positives(7), is_training=True) == 7
-    assert normaliser(positives(0), is_training=True) == 1
+    assert normaliser(positives(7)) == 7
+    assert normaliser(positives(0)) == 1
     assert not normaliser.state_dict()
 
 
 def test_running_mean_starts_at_the_first_batch_and_moves_by_a_tenth_per_batch() -> None:
     normaliser = PositiveNormaliser(momentum=0.9)
-    assert_close(normaliser(positives(10), is_training=True), torch.tensor(10.0))
-    assert_close(normaliser(positives(20), is_training=True), torch.tensor(11.0))
-    assert_close(normaliser(positives(0), is_training=True), torch.tensor(0.9 * 11 + 0.1))  # 0 positives count as 1
+    assert_close(normaliser(positives(10)), torch.tensor(10.0))
+    assert_close(normaliser(positives(20)), torch.tensor(11.0))
+    assert_close(normaliser(positives(0)), torch.tensor(0.9 * 11 + 0.1))  # 0 positives count as 1
     assert_close(normaliser.state_dict()["running_mean"], torch.tensor(10.0))
 
 
 def test_evaluation_divides_by_its_own_positives_and_keeps_the_running_mean() -> None:
     normaliser = PositiveNormaliser(momentum=0.9)
-    normaliser(positives(10), is_training=True)
-    assert normaliser(positives(3), is_training=False) == 3
+    normaliser(positives(10))
+    assert normaliser.eval()(positives(3)) == 3
     assert normaliser.running_mean == 10
 
 
@@ -43,7 +43,7 @@ def divisors(
         found = []
         for number in numbers:
             normaliser = PositiveNormaliser(momentum)
-            found.append([normaliser(positives(number), is_training=True) for _ in range(steps)][-1])
+            found.append([normaliser(positives(number)) for _ in range(steps)][-1])
         return found
 
 

@@ -70,23 +70,19 @@ class AnchorGrid(nn.Module):
         """Return the anchors of feature maps with these (rows, columns), one pair per level, on the module's device."""
         if torch.compiler.is_compiling():  # constants of the graph; a cache would hold tensors of one compiled call
             return self._place(grids)
-        key = (tuple(grids), self.shapes.device)
-        if key not in self._cache:
+        if (key := (tuple(grids), self.shapes.device)) not in self._cache:
             with torch.inference_mode(False):  # anchors that a validation step makes serve later training steps
                 self._cache[key] = self._place(grids)
         return self._cache[key]
 
     def _place(self, grids: Sequence[tuple[int, int]]) -> Anchors:
-        device = self.shapes.device
-        boxes, strides, level_sizes = [], [], []
-        all_shapes = self.shapes.float()
-        for level, (rows, columns) in zip(self.levels, grids, strict=True):
-            shapes, all_shapes = all_shapes[: len(level.shapes)], all_shapes[len(level.shapes) :]
+        device, boxes, strides = self.shapes.device, [], []
+        shapes_of_level = self.shapes.float().split([len(level.shapes) for level in self.levels])
+        for level, shapes, (rows, columns) in zip(self.levels, shapes_of_level, grids, strict=True):
             y = (torch.arange(rows, dtype=torch.float32, device=device) + level.offset) * level.stride
             x = (torch.arange(columns, dtype=torch.float32, device=device) + level.offset) * level.stride
-            size = (rows, columns, len(level.shapes), 1)
+            size = (rows, columns, len(shapes), 1)
             centres = [x.view(1, -1, 1, 1).expand(size), y.view(-1, 1, 1, 1).expand(size)]
             boxes.append(torch.cat([*centres, shapes.expand(rows, columns, -1, -1)], dim=-1).view(-1, 4))
-            level_sizes.append(rows * columns * len(level.shapes))
-            strides.append(torch.full((level_sizes[-1],), level.stride, device=device))
-        return Anchors(torch.cat(boxes), torch.cat(strides), tuple(level_sizes))
+            strides.append(torch.full((len(boxes[-1]),), level.stride, device=device))
+        return Anchors(torch.cat(boxes), torch.cat(strides), tuple(map(len, boxes)))

@@ -15,10 +15,7 @@ class DeltaBoxCoder:
     R-CNN eq. 6-9 (arXiv:1311.2524), SSD eq. 2. The variances are not in the SSD paper; they come from its Caffe code.
 
     Args:
-        variances: of the centre and of the size; deltas are divided by them, so that they are of order one.
-
-    Raises:
-        ConfigError: if there are not two variances > 0.
+        variances: two numbers > 0, of the centre and of the size, so that deltas are of order one.
     """
 
     num_outputs = 4

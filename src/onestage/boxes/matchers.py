@@ -5,8 +5,9 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import box_convert
 
-from onestage.boxes.iou import as_corners, pairwise_overlap
+from onestage.boxes.geometry import pairwise_overlap
 from onestage.errors import require
 from onestage.types import BACKGROUND, IGNORE, PADDING, Anchors, Targets
 
@@ -45,12 +46,9 @@ class IoUMatcher:
       BACKGROUND.
 
     Args:
-        positive_iou: at least this IoU makes an anchor positive.
-        negative_iou: a lower IoU makes it background.
+        positive_iou: at least this IoU makes an anchor positive, in (0, 1].
+        negative_iou: a lower IoU makes it background, in (0, positive_iou].
         best_anchors: the rule for the best anchors of an object, "one" or "ties".
-
-    Raises:
-        ConfigError: unless 0 < negative_iou <= positive_iou <= 1 and best_anchors is a known rule.
     """
 
     needs_predictions = False
@@ -67,14 +65,13 @@ class IoUMatcher:
 
     def __call__(self, targets: Targets, anchors: Anchors, predicted: Predicted | None = None) -> Tensor:
         """Return the match of every anchor; see `Matcher`."""
-        # A box without area becomes empty, so that it intersects nothing; a box with NaN counts as one.
+        # A box without area, or with NaN, becomes empty, so that it intersects nothing.
         has_area = (targets.boxes[..., 2:] > targets.boxes[..., :2]).all(dim=-1, keepdim=True)
         boxes = torch.where(has_area, targets.boxes, 0.0)
-        intersection, iou = pairwise_overlap(boxes, as_corners(anchors.boxes))  # [B, M, A]
+        intersection, iou = pairwise_overlap(boxes, box_convert(anchors.boxes, "cxcywh", "xyxy"))  # [B, M, A]
         iou = iou.mul_((targets.labels >= 0)[..., None])
         regions = (targets.labels == IGNORE)[..., None]
-        anchor_areas = anchors.boxes[:, 2] * anchors.boxes[:, 3]  # [A]
-        is_covered = (intersection * regions).amax(dim=1) >= 0.5 * anchor_areas  # [B, A]
+        is_covered = (intersection * regions).amax(dim=1) >= 0.5 * anchors.boxes[:, 2:].prod(dim=1)  # [B, A]
 
         if self.best_anchors == "one":
             iou = _raise_best_anchors(iou)

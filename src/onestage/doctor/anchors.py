@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 import yaml
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes
-from onestage.boxes.iou import as_corners, paired_iou, pairwise_overlap
+from onestage.boxes.geometry import paired_iou, pairwise_overlap
 from onestage.data.annotations import UNREACHED_BOX
 from onestage.doctor.statistics import SIDES, size_bin, stretched_boxes
 from onestage.errors import ConfigError, DataError, require
@@ -128,7 +129,7 @@ def best_ious(boxes: Tensor, anchors: DetectorAnchors) -> Tensor:
 
 def count_positives(boxes: Tensor, anchors: DetectorAnchors) -> Tensor:
     """Return how many anchors have IoU >= 0.5 with each box, [T]. boxes: [T, 4] xyxy."""
-    placed = as_corners(AnchorGrid(anchors.levels)(anchors.grids).boxes)
+    placed = box_convert(AnchorGrid(anchors.levels)(anchors.grids).boxes, "cxcywh", "xyxy")
     ious = (pairwise_overlap(part.float(), placed)[1] for part in torch.split(boxes, 64))
     return torch.cat([(iou >= POSITIVE_IOU).sum(dim=1) for iou in ious])
 

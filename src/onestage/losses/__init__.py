@@ -4,44 +4,9 @@ Constructors raise ConfigError for an argument outside the range in their docstr
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from onestage.losses.adaptive import AutomatedFocalLoss
-    from onestage.losses.box import BoxLoss, CIoULoss, DIoULoss, GIoULoss, IoUBoxLoss, L1Loss, SmoothL1Loss
-    from onestage.losses.class_weights import ClassWeights, EffectiveNumberWeights
-    from onestage.losses.classification import ClassificationLoss, SigmoidClassificationLoss, SoftmaxClassificationLoss
-    from onestage.losses.focal import SigmoidCrossEntropy, SigmoidFocalLoss, SoftmaxCrossEntropy, SoftmaxFocalLoss
-    from onestage.losses.mining import MinedCrossEntropy, OHEMCrossEntropy
-    from onestage.losses.normaliser import PositiveNormaliser
-    from onestage.losses.quality import QualityFocalLoss, VarifocalLoss
-
-__all__ = [
-    "AutomatedFocalLoss",
-    "BoxLoss",
-    "CIoULoss",
-    "ClassWeights",
-    "ClassificationLoss",
-    "DIoULoss",
-    "EffectiveNumberWeights",
-    "GIoULoss",
-    "IoUBoxLoss",
-    "L1Loss",
-    "MinedCrossEntropy",
-    "OHEMCrossEntropy",
-    "PositiveNormaliser",
-    "QualityFocalLoss",
-    "SigmoidClassificationLoss",
-    "SigmoidCrossEntropy",
-    "SigmoidFocalLoss",
-    "SmoothL1Loss",
-    "SoftmaxClassificationLoss",
-    "SoftmaxCrossEntropy",
-    "SoftmaxFocalLoss",
-    "VarifocalLoss",
-]
-
-_NAMES = {
+_NAMES_OF_MODULE = {
     "adaptive": "AutomatedFocalLoss",
     "box": "BoxLoss CIoULoss DIoULoss GIoULoss IoUBoxLoss L1Loss SmoothL1Loss",
     "class_weights": "ClassWeights EffectiveNumberWeights",
@@ -51,7 +16,8 @@ _NAMES = {
     "normaliser": "PositiveNormaliser",
     "quality": "QualityFocalLoss VarifocalLoss",
 }
-_MODULE_OF_NAME = {name: module for module, names in _NAMES.items() for name in names.split()}
+_MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names.split()}
+__all__ = sorted(_MODULE_OF_NAME)
 
 
 def __getattr__(name: str) -> Any:

@@ -43,21 +43,15 @@ class AutomatedFocalLoss(SigmoidFocalLoss):
     def per_anchor_loss(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
         """Update the running mean in training, then return the focal loss, [B, A]."""
         if self.training and class_logits.requires_grad:
-            self._update_mean(class_logits.detach(), labels)
+            is_positive, p_t = labels >= 0, self.true_probability(class_logits.detach(), labels)
+            sums = torch.stack([(p_t * is_positive).sum(), is_positive.sum().to(p_t.dtype)])
+            total, count = sum_over_processes(sums).unbind()
+            rate = (1 - self.momentum) * (count > 0)  # a batch without objects changes nothing
+            self.weighted_probability.mul_(1 - rate).add_(rate * total / count.clamp(min=1))
+            self.total_weight.mul_(1 - rate).add_(rate)
         return super().per_anchor_loss(class_logits, labels, box_quality)
 
     def current_gamma(self) -> Tensor:
         """Return gamma, a scalar >= 0."""
         mean = self.weighted_probability / self.total_weight.clamp(min=TINY)
-        gamma = -mean.clamp(min=TINY, max=1).log()
-        return torch.where(self.total_weight > 0, gamma, 2.0)
-
-    def _update_mean(self, class_logits: Tensor, labels: Tensor) -> None:
-        is_positive = labels >= 0
-        probabilities = self.true_probability(class_logits, labels)
-        total, count = sum_over_processes(
-            torch.stack([(probabilities * is_positive).sum(), is_positive.sum().to(probabilities.dtype)])
-        ).unbind()
-        rate = (1 - self.momentum) * (count > 0)  # a batch without objects changes nothing
-        self.weighted_probability.mul_(1 - rate).add_(rate * total / count.clamp(min=1))
-        self.total_weight.mul_(1 - rate).add_(rate)
+        return torch.where(self.total_weight > 0, -mean.clamp(min=TINY, max=1).log(), 2.0)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
+from torchvision.ops import box_convert, complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
 from onestage.errors import require
 from onestage.types import Anchors, BoxCoder
@@ -28,21 +28,20 @@ class BoxLoss(nn.Module, ABC):
         """
 
     def forward(
-        self, box_outputs: Tensor, gt_boxes: Tensor, anchors: Anchors, box_coder: BoxCoder, weights: Tensor
+        self, box_outputs: Tensor, gt_boxes: Tensor, anchors: Anchors, box_coder: BoxCoder, is_positive: Tensor
     ) -> Tensor:
-        """Return the weighted sum over positive anchors, a scalar; the detector divides it by their number.
+        """Return the sum over positive anchors, a scalar; the detector divides it by their number.
 
         Args:
             box_outputs: [B, A, N], in the units of `box_coder`.
             gt_boxes: [B, A, 4] xyxy, px, the object of each anchor; arbitrary for non-positive anchors.
             anchors: of all levels.
             box_coder: encodes and decodes boxes.
-            weights: [B, A] float >= 0; 0: not positive.
+            is_positive: [B, A] bool.
         """
         with torch.autocast(box_outputs.device.type, enabled=False):
             box_outputs = box_outputs.to(torch.promote_types(box_outputs.dtype, torch.float32))
-            losses = self.per_anchor_loss(box_outputs, gt_boxes, anchors, box_coder, weights > 0)
-            return (losses * weights).sum()
+            return (self.per_anchor_loss(box_outputs, gt_boxes, anchors, box_coder, is_positive) * is_positive).sum()
 
 
 class SmoothL1Loss(BoxLoss):
@@ -65,10 +64,6 @@ class SmoothL1Loss(BoxLoss):
         encoded = box_coder.encode(gt_boxes, anchors)
         target = torch.where(is_positive[..., None], encoded, box_outputs.detach())
         return F.smooth_l1_loss(box_outputs, target, reduction="none", beta=self.beta).sum(dim=-1)
-
-    def extra_repr(self) -> str:
-        """Return the constructor's arguments."""
-        return f"beta={self.beta}"
 
 
 class L1Loss(SmoothL1Loss):
@@ -95,9 +90,7 @@ class IoUBoxLoss(BoxLoss):
         """Return the loss of decoded boxes and objects, [B, A]."""
         boxes = box_coder.decode(box_outputs, anchors)
         # Non-positive anchors are compared with themselves, so that ratios of empty boxes never enter the graph.
-        centres, half_sizes = anchors.boxes[:, :2], 0.5 * anchors.boxes[:, 2:]
-        anchor_boxes = torch.cat([centres - half_sizes, centres + half_sizes], dim=-1)
-        is_positive = is_positive[..., None]
+        is_positive, anchor_boxes = is_positive[..., None], box_convert(anchors.boxes, "cxcywh", "xyxy")
         boxes = torch.where(is_positive, boxes, anchor_boxes)
         gt_boxes = torch.where(is_positive, gt_boxes, anchor_boxes).to(boxes.dtype)
         # Large box outputs can give boxes whose edges round to the same number: 0 / 0 in CIoU's ratio of sides.

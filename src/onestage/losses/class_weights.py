@@ -36,9 +36,8 @@ class ClassWeights(nn.Module):
         Raises:
             ConfigError: the number of weights is not K.
         """
-        num_classes = len(class_counts)
-        rule = f"{num_classes} numbers, one for each class in the order of data.class_names"
-        require(len(self.values) == num_classes, "class_weights", self.values.tolist(), rule)
+        rule = f"{len(class_counts)} numbers, one for each class in the order of data.class_names"
+        require(len(self.values) == len(class_counts), "class_weights", self.values.tolist(), rule)
 
     def forward(self, labels: Tensor) -> Tensor:
         """Return the weight of each anchor, [B, A]; 1 for BACKGROUND and IGNORE. labels: [B, A] int64."""
@@ -75,15 +74,10 @@ class EffectiveNumberWeights(ClassWeights):
         """Compute the weights from the number of training objects of each class, [K]."""
         counts = class_counts.to("cpu", torch.float64)
         weights = (1 - self.beta) / (1 - self.beta ** counts.clamp(min=1))
-        total_weight = (weights * counts).sum()
-        if total_weight > 0:
-            weights = weights * counts.sum() / total_weight
+        if counts.sum() > 0:
+            weights = weights * counts.sum() / (weights * counts).sum()
         self.values = weights.to(self.values.device, torch.float32)
         self.are_fixed = True
-
-    def extra_repr(self) -> str:
-        """Return the constructor's arguments."""
-        return f"beta={self.beta}"
 
 
 Weights = Sequence[float] | ClassWeights | None  # the argument `class_weights` of all classification losses

@@ -1,6 +1,5 @@
 """The seam of classification losses: logits to scores, and one loss per anchor."""
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -72,11 +71,6 @@ class ClassificationLoss(nn.Module, ABC):
         """Return the sum of `anchor_losses`, a scalar; the detector divides it by the number of positive anchors."""
         return self.anchor_losses(class_logits, labels, box_quality).sum()
 
-    def extra_repr(self) -> str:
-        """Return the constructor's arguments but `class_weights`, which is a module."""
-        names = [name for name in inspect.signature(type(self)).parameters if name != "class_weights"]
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
 
 class SigmoidClassificationLoss(ClassificationLoss):
     """A loss with K independent sigmoids; an anchor is background when all of them are low."""
@@ -113,9 +107,7 @@ class SoftmaxClassificationLoss(ClassificationLoss):
 
     def prior_bias(self, num_classes: int, prior: float) -> Tensor:
         """Return zeros, and b = log(K (1 - prior) / prior) for background: all classes together have `prior`."""
-        bias = torch.zeros(num_classes + 1)
-        bias[-1] = math.log(num_classes * (1 - prior) / prior)
-        return bias
+        return torch.tensor([0.0] * num_classes + [math.log(num_classes * (1 - prior) / prior)])
 
     def true_probability(self, class_logits: Tensor, labels: Tensor) -> Tensor:
         """Return p of the object's class, or of the background."""

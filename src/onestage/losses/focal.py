@@ -6,8 +6,14 @@ from torch import Tensor
 
 from onestage.errors import require
 from onestage.losses.class_weights import Weights
-from onestage.losses.classification import SigmoidClassificationLoss, SoftmaxClassificationLoss, one_hot, true_column
-from onestage.losses.fused_focal import saves_memory, sum_negatives
+from onestage.losses.classification import (
+    ClassificationLoss,
+    SigmoidClassificationLoss,
+    SoftmaxClassificationLoss,
+    one_hot,
+    true_column,
+)
+from onestage.losses.fused_focal import SumNegatives, saves_memory
 
 MAX_GAMMA = 100.0  # 0.5^100 = 1e-30; products with smaller factors underflow in float32
 TINY = torch.finfo(torch.float32).tiny
@@ -26,19 +32,19 @@ def focal_loss(class_logits: Tensor, target: Tensor, alpha: float | None, gamma:
     return alpha_t * one_minus_p_t.clamp(min=TINY) ** gamma * cross_entropy
 
 
-class SigmoidFocalLoss(SigmoidClassificationLoss):
-    """Focal loss of the K sigmoids of each anchor. RetinaNet eq. 5 (arXiv:1708.02002).
+def require_gamma(name: str, gamma: float, lowest: float = 0.0) -> None:
+    """Check an exponent of focus; `name` is the class and its argument."""
+    rule = f"in [{lowest:g}, {MAX_GAMMA:g}]"
+    require(lowest <= gamma <= MAX_GAMMA, name, gamma, rule, "The papers use 2.0; 0.0 is cross-entropy.")
 
-    All K sigmoids of a background anchor are negatives; of a positive anchor, all but the one of its class.
 
-    Label smoothing is that of YOLO's classifiers: at positive anchors the target is 1 - smoothing / 2 for the object's
-    class and smoothing / 2 for the others, and the loss is the mixture of the losses of both targets. Background is
-    not smoothed, because a target of smoothing / 2 for 10^5 sigmoids lifts all scores above the usual thresholds.
+class FocalLoss(ClassificationLoss):
+    """The arguments of focal loss; the subclasses define p_t.
 
     Args:
-        alpha: weight of positives in [0, 1]; negatives have 1 - alpha. None: both have weight 1 (eq. 4).
+        alpha: weight of positives in [0, 1]; negatives have 1 - alpha. None: both have weight 1 (RetinaNet eq. 4).
         gamma: focus on hard examples, in [0, 100]; 0 is cross-entropy.
-        label_smoothing: in [0, 1).
+        label_smoothing: of positive anchors, in [0, 1). Background is not smoothed: it would lift all scores.
         class_weights: see `ClassificationLoss`.
     """
 
@@ -50,10 +56,22 @@ class SigmoidFocalLoss(SigmoidClassificationLoss):
         class_weights: Weights = None,
     ) -> None:
         super().__init__(class_weights)
-        _require_arguments(type(self).__name__, alpha, gamma, label_smoothing)
-        self.alpha = alpha
-        self.gamma = gamma
-        self.label_smoothing = label_smoothing
+        name, remedy = type(self).__name__, "RetinaNet uses alpha: 0.25; alpha: null weighs all anchors equally."
+        require(alpha is None or 0 <= alpha <= 1, f"{name}: alpha", alpha, "in [0, 1] or null", remedy)
+        require_gamma(f"{name}: gamma", gamma)
+        remedy = "A usual value is label_smoothing: 0.1; 0.0 disables it."
+        require(0 <= label_smoothing < 1, f"{name}: label_smoothing", label_smoothing, "in [0, 1)", remedy)
+        self.alpha, self.gamma, self.label_smoothing = alpha, gamma, label_smoothing
+
+
+class SigmoidFocalLoss(FocalLoss, SigmoidClassificationLoss):
+    """Focal loss of the K sigmoids of each anchor. RetinaNet eq. 5 (arXiv:1708.02002).
+
+    All K sigmoids of a background anchor are negatives; of a positive anchor, all but the one of its class.
+
+    Label smoothing is that of YOLO's classifiers: the target is 1 - smoothing / 2 for the object's class and
+    smoothing / 2 for the others, and the loss is the mixture of the losses of both targets.
+    """
 
     def per_anchor_loss(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
         """Return the focal loss summed over the sigmoids of each anchor, [B, A]."""
@@ -74,40 +92,20 @@ class SigmoidFocalLoss(SigmoidClassificationLoss):
     def _fused_loss(self, class_logits: Tensor, labels: Tensor) -> Tensor:
         """Return the same sums with one tensor [B, A, K] kept for backward instead of eight."""
         gamma = self.current_gamma()
-        negatives, true_logits = sum_negatives(class_logits, labels, gamma)
+        negatives, true_logits = SumNegatives.apply(class_logits, labels, gamma)
         positives = focal_loss(true_logits, torch.ones_like(true_logits), self.alpha, gamma)
         negative_weight = 1.0 if self.alpha is None else 1 - self.alpha
         return negative_weight * negatives + torch.where(labels >= 0, positives, 0.0)
 
 
-class SoftmaxFocalLoss(SoftmaxClassificationLoss):
+class SoftmaxFocalLoss(FocalLoss, SoftmaxClassificationLoss):
     """FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t) with p_t from a softmax over K classes and background.
 
     A footnote in section 3 of RetinaNet (arXiv:1708.02002) reports similar results for this form.
 
-    Label smoothing at positive anchors is that of arXiv:1512.00567, section 7: the target is 1 - smoothing for the
-    object's class plus smoothing / (K + 1) for every logit, and the loss is the mixture of the losses of these
-    targets. Background is not smoothed, as with sigmoids.
-
-    Args:
-        alpha: weight of positive anchors in [0, 1]; background has 1 - alpha. None: both have weight 1.
-        gamma: focus on hard examples, in [0, 100]; 0 is softmax cross-entropy.
-        label_smoothing: in [0, 1).
-        class_weights: see `ClassificationLoss`.
+    Label smoothing is that of arXiv:1512.00567, section 7: the target is 1 - smoothing for the object's class plus
+    smoothing / (K + 1) for every logit, and the loss is the mixture of the losses of these targets.
     """
-
-    def __init__(
-        self,
-        alpha: float | None = 0.25,
-        gamma: float = 2.0,
-        label_smoothing: float = 0.0,
-        class_weights: Weights = None,
-    ) -> None:
-        super().__init__(class_weights)
-        _require_arguments(type(self).__name__, alpha, gamma, label_smoothing)
-        self.alpha = alpha
-        self.gamma = gamma
-        self.label_smoothing = label_smoothing
 
     def per_anchor_loss(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
         """Return the focal loss of the right answer of each anchor, [B, A]."""
@@ -122,39 +120,18 @@ class SoftmaxFocalLoss(SoftmaxClassificationLoss):
 
     def _focal(self, log_p: Tensor) -> Tensor:
         """Return -(1 - p)^gamma log(p); see `focal_loss` for the clamp."""
-        one_minus_p = -torch.expm1(log_p)
-        return -(one_minus_p.clamp(min=TINY) ** self.gamma) * log_p
+        return -((-torch.expm1(log_p)).clamp(min=TINY) ** self.gamma) * log_p
 
 
 class SigmoidCrossEntropy(SigmoidFocalLoss):
-    """-alpha_t log(p_t) of the K sigmoids of each anchor. RetinaNet eq. 1; eq. 3 with an alpha (arXiv:1708.02002).
-
-    Args: as `SigmoidFocalLoss`, with gamma = 0.
-    """
+    """-alpha_t log(p_t) of the K sigmoids of each anchor. RetinaNet eq. 1; eq. 3 with an alpha (arXiv:1708.02002)."""
 
     def __init__(self, alpha: float | None = None, label_smoothing: float = 0.0, class_weights: Weights = None) -> None:
         super().__init__(alpha, 0.0, label_smoothing, class_weights)
 
 
 class SoftmaxCrossEntropy(SoftmaxFocalLoss):
-    """-alpha_t log(p_t) of each anchor, with p_t from a softmax over K classes and background.
-
-    Args: as `SoftmaxFocalLoss`, with gamma = 0.
-    """
+    """-alpha_t log(p_t) of each anchor, with p_t from a softmax over K classes and background."""
 
     def __init__(self, alpha: float | None = None, label_smoothing: float = 0.0, class_weights: Weights = None) -> None:
         super().__init__(alpha, 0.0, label_smoothing, class_weights)
-
-
-def require_gamma(name: str, gamma: float, lowest: float = 0.0) -> None:
-    """Check an exponent of focus; `name` is the class and its argument."""
-    rule = f"in [{lowest:g}, {MAX_GAMMA:g}]"
-    require(lowest <= gamma <= MAX_GAMMA, name, gamma, rule, "The papers use 2.0; 0.0 is cross-entropy.")
-
-
-def _require_arguments(name: str, alpha: float | None, gamma: float, label_smoothing: float) -> None:
-    remedy = "RetinaNet uses alpha: 0.25; alpha: null gives positives and negatives the same weight."
-    require(alpha is None or 0 <= alpha <= 1, f"{name}: alpha", alpha, "in [0, 1] or null", remedy)
-    require_gamma(f"{name}: gamma", gamma)
-    remedy = "A usual value is label_smoothing: 0.1; 0.0 disables it."
-    require(0 <= label_smoothing < 1, f"{name}: label_smoothing", label_smoothing, "in [0, 1)", remedy)

@@ -16,9 +16,9 @@ class MinedCrossEntropy(SoftmaxCrossEntropy):
     that overlap every object by less than the matcher's `negative_iou`, 0.5 in SSD.
 
     Args:
-        negatives_per_positive: >= 1.
-        min_negatives: per image, >= 0; the number of negatives of an image without objects. 0 in the Caffe code and
-            in torchvision.
+        negatives_per_positive: >= 1; 3 in SSD.
+        min_negatives: per image, >= 0; the number of negatives of an image without objects. 3 gives it the weight of an
+            image with one positive anchor; it is 0 in the Caffe code and in torchvision.
         label_smoothing: as in `SoftmaxFocalLoss`.
         class_weights: see `ClassificationLoss`; they do not influence which negatives are hard.
     """
@@ -31,12 +31,9 @@ class MinedCrossEntropy(SoftmaxCrossEntropy):
         class_weights: Weights = None,
     ) -> None:
         super().__init__(None, label_smoothing, class_weights)
-        name = "MinedCrossEntropy: negatives_per_positive"
-        _require_count(name, negatives_per_positive, 1, "SSD uses 3.")
-        remedy = "3 gives an image without objects the weight of an image with one positive anchor."
-        _require_count("MinedCrossEntropy: min_negatives", min_negatives, 0, remedy)
-        self.negatives_per_positive = negatives_per_positive
-        self.min_negatives = min_negatives
+        _require_count("MinedCrossEntropy: negatives_per_positive", negatives_per_positive, 1)
+        _require_count("MinedCrossEntropy: min_negatives", min_negatives, 0)
+        self.negatives_per_positive, self.min_negatives = negatives_per_positive, min_negatives
 
     def per_anchor_loss(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
         """Return the cross-entropy of positives and hard negatives, [B, A]; 0 elsewhere."""
@@ -63,8 +60,7 @@ class OHEMCrossEntropy(SoftmaxCrossEntropy):
         self, anchors_per_image: int = 128, label_smoothing: float = 0.0, class_weights: Weights = None
     ) -> None:
         super().__init__(None, label_smoothing, class_weights)
-        name = "OHEMCrossEntropy: anchors_per_image"
-        _require_count(name, anchors_per_image, 1, "RetinaNet's table 1d has 128, 256 and 512.")
+        _require_count("OHEMCrossEntropy: anchors_per_image", anchors_per_image, 1)
         self.anchors_per_image = anchors_per_image
 
     def per_anchor_loss(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
@@ -83,5 +79,5 @@ def _is_hardest(losses: Tensor, is_candidate: Tensor, num_hardest: Tensor) -> Te
     return is_candidate & (rank_of_anchor < num_hardest)
 
 
-def _require_count(name: str, value: int, minimum: int, remedy: str) -> None:
-    require(isinstance(value, int) and value >= minimum, name, value, f"an integer >= {minimum}", remedy)
+def _require_count(name: str, value: int, minimum: int) -> None:
+    require(isinstance(value, int) and value >= minimum, name, value, f"an integer >= {minimum}")

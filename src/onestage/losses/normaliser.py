@@ -31,18 +31,16 @@ class PositiveNormaliser(nn.Module):
         self.register_buffer("running_mean", torch.zeros(()), persistent=momentum > 0)
 
     @torch.no_grad()
-    def forward(self, is_positive: Tensor, is_training: bool) -> Tensor:
+    def forward(self, is_positive: Tensor) -> Tensor:
         """Return the divisor, a scalar >= 1 / number of processes, without waiting for the device.
 
-        Args:
-            is_positive: [B, A] bool.
-            is_training: False divides by the batch's own number, at least 1. Evaluation makes no collective call,
-                because processes may have different numbers of batches.
+        Evaluation mode divides by the number in `is_positive` [B, A], at least 1. It makes no collective call, because
+        processes may have different numbers of batches.
         """
         count = is_positive.sum().float()
-        if not is_training:
+        if not self.training:
             return count.clamp(min=1)
-        count = sum_over_processes(count).clamp(min=1) / _num_processes()
+        count = sum_over_processes(count).clamp(min=1) / (dist.get_world_size() if _is_distributed() else 1)
         if self.momentum > 0:
             previous = torch.where(self.running_mean > 0, self.running_mean, count)
             count = self.momentum * previous + (1 - self.momentum) * count
@@ -52,12 +50,11 @@ class PositiveNormaliser(nn.Module):
 
 def sum_over_processes(values: Tensor) -> Tensor:
     """Return the sum over the processes of a distributed run, on the device."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return values
-    values = values.clone()
-    dist.all_reduce(values)
+    if _is_distributed():
+        values = values.clone()
+        dist.all_reduce(values)
     return values
 
 
-def _num_processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

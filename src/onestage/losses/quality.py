@@ -53,8 +53,7 @@ class VarifocalLoss(SigmoidClassificationLoss):
         super().__init__(class_weights)
         require(0 <= alpha < math.inf, "VarifocalLoss: alpha", alpha, "finite and >= 0", "The paper uses 0.75.")
         require_gamma("VarifocalLoss: gamma", gamma)
-        self.alpha = alpha
-        self.gamma = gamma
+        self.alpha, self.gamma = alpha, gamma
 
     def per_anchor_loss(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
         """Return the varifocal loss summed over the sigmoids of each anchor, [B, A]."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes
-from onestage.boxes.iou import paired_iou
+from onestage.boxes.geometry import paired_iou
 from onestage.boxes.matchers import Matcher, Predicted, assign
 from onestage.boxes.nms import Selection, select_detections
 from onestage.errors import require
@@ -38,7 +38,7 @@ class AnchorDetector(Detector):
         box_loss: of positive anchors.
         box_coder: link between box outputs and boxes.
         matcher: assigns objects to anchors.
-        normaliser: (is_positive [B, A], is_training) to the scalar > 0 that divides both losses.
+        normaliser: is_positive [B, A] to the scalar > 0 that divides both losses.
         selection: limits of the detections.
     """
 
@@ -79,10 +79,10 @@ class AnchorDetector(Detector):
         with torch.autocast(box_outputs.device.type, enabled=False):
             labels, gt_boxes = self.assign(predictions, targets)
             is_positive = labels >= 0
-            divisor = self.normaliser(is_positive, is_training=self.training)
+            divisor = self.normaliser(is_positive)
             box_quality = self._box_quality(predictions, gt_boxes, is_positive)
         classification = self.classification_loss(class_logits, labels, box_quality)
-        box = self.box_loss(box_outputs, gt_boxes, anchors, self.box_coder, is_positive.float())
+        box = self.box_loss(box_outputs, gt_boxes, anchors, self.box_coder, is_positive)
         return Losses({"classification": classification / divisor, "box": box / divisor}, is_positive.sum())
 
     @torch.no_grad()

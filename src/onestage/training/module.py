@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from onestage.boxes.placement import to_original
+from onestage.boxes.geometry import to_original
 from onestage.errors import ConfigError, require
 from onestage.evaluation.coco import CocoEvaluator
 from onestage.training.memory_format import usual_memory_format

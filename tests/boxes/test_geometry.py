@@ -2,8 +2,7 @@ import torch
 from torch.testing import assert_close
 from torchvision.ops import box_iou
 
-from onestage.boxes.iou import paired_iou, pairwise_overlap
-from onestage.boxes.placement import to_original
+from onestage.boxes.geometry import paired_iou, pairwise_overlap, to_original
 
 
 def test_iou_of_half_covered_boxes_is_one_third_and_of_empty_boxes_zero() -> None:
