@@ -76,14 +76,8 @@ class TerminatedError(OnestageError):
 def require(condition: bool, name: str, value: object, rule: str, remedy: str = "") -> None:
     """Check an argument: `require(0 <= alpha <= 1, "SigmoidFocalLoss: alpha", alpha, "in [0, 1]")`.
 
-    Write the condition so that NaN fails it: `not x < 0` would accept NaN, `x >= 0` does not.
-
-    Args:
-        condition: whether the value is allowed.
-        name: the key as the user writes it, after its class or group if that is needed to find it.
-        value: the actual value.
-        rule: completes "must be ...".
-        remedy: a sentence with a value or command that works; may be empty.
+    Write the condition so that NaN fails it: `not x < 0` would accept NaN, `x >= 0` does not. `name` is the key as the
+    user writes it, after its class or group if that is needed to find it; `remedy` names a value or command that works.
 
     Raises:
         ConfigError: `<name> must be <rule>, got <value>.`, then the remedy on a line of its own.

@@ -37,11 +37,11 @@ def read_file(
         noun: what the file should be, for the message: "a COCO annotation file".
         remedy: last line of the message.
         max_bytes: a longer file is refused before it is read.
-        may_be_empty: whether an empty file is a file.
+        may_be_empty: whether an empty file is accepted.
 
     Raises:
-        OnestageError: `error`: the file is missing, unreadable, not a regular file, empty, too long, a web page or a
-            Git LFS pointer.
+        OnestageError: `error`: the file is missing, unreadable, not regular, empty, too long, a web page or an LFS
+            pointer.
     """
     place = printable(path)
     try:
@@ -50,14 +50,13 @@ def read_file(
             is_regular = stat.S_ISREG(status.st_mode)
             content = file.read() if is_regular and status.st_size <= max_bytes else None
     except (OSError, ValueError) as reason:  # ValueError: a NUL in the path
-        text = reason.strerror if isinstance(reason, OSError) else str(reason)
+        text = getattr(reason, "strerror", None) or reason
         raise error(f"{place}: cannot be read: {text}. It must be {noun}.\n{remedy}") from None
     if content is None:
         problem = f"has {status.st_size} bytes" if is_regular else "is not a regular file"
         raise error(f"{place}: {problem}; {noun} is a file of at most {max_bytes} bytes.\n{remedy}")
     head = content[:HEAD_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    is_empty = not content.strip(b"\0 \t\r\n") if len(content) <= HEAD_BYTES else False
-    if is_empty and not may_be_empty:
+    if not may_be_empty and len(content) <= HEAD_BYTES and not content.strip(b"\0 \t\r\n"):
         raise error(f"{place}: is empty ({len(content)} bytes); it must be {noun}.\n{remedy}")
     if head.startswith(b"version https://git-lfs"):
         raise error(f"{place}: is a Git LFS pointer, not {noun}.\nFetch the file itself: git lfs pull")
@@ -102,12 +101,11 @@ def find_files(source: str, names: Sequence[object], root: Path) -> list[str | N
             _require_inside(source, root, Path(path))
         paths.append(path)
     if names and not any(paths):
-        problem = f"none of the {len(names)} images is in {printable(root)} (the first is {names[0]!r})"
-        first = _checked(source, names[0])
-        parents = root.resolve().parents[:2]
-        above = [folder for folder in parents if Path(first).name in list_files((folder / first).parent)]
+        first = Path(_checked(source, names[0]))
+        above = [folder for folder in root.resolve().parents[:2] if first.name in list_files(folder / first.parent)]
         if above:
             remedy = f"They are in {printable(above[0])}: give it as data.source.train_images or val_images."
+        problem = f"none of the {len(names)} images is in {printable(root)} (the first is {names[0]!r})"
         raise AnnotationError(f"{source}: {problem}.\n{remedy}")
     return paths
 
@@ -151,24 +149,20 @@ def cache_folder() -> Path:
 
 
 def write_new_file(path: Path, content: bytes) -> None:
-    """Write a file that does not exist yet, atomically.
+    """Write a file that does not exist yet.
 
     Raises:
         ConfigError: the file exists, or cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.link(temporary, path)  # unlike a rename, a link never replaces an existing file
+        with path.open("xb") as file:
+            file.write(content)
     except FileExistsError:
         raise ConfigError(f"{printable(path)}: already exists; nothing is overwritten. Give a new name.") from None
     except OSError as reason:
         problem = f"cannot be written: {reason.strerror or reason}"
         raise ConfigError(f"{printable(path)}: {problem}. Choose a folder that you may write to.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -200,18 +194,15 @@ def write_error(path: Path, error: OSError | RuntimeError, num_written: int = 0)
     number = error.errno if isinstance(error, OSError) else None
     if number is None and not any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
         return error
-    untouched = "An earlier file of that name is unchanged."
     if number in OUT_OF_SPACE or number is None:
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        return ResourceError(
-            f"{path}: cannot be written: the disk or the quota is full after {num_written / 1e6:,.1f} MB, with "
-            f"{free / 1e6:,.1f} MB free in {path.parent}.\n{untouched} Free some space, or set --runs_dir to another "
-            "disk; then continue with --resume auto."
-        )
-    reason = error.strerror if isinstance(error, OSError) else error
+        reason = f"the disk or the quota is full after {num_written / 1e6:,.1f} MB, with {free / 1e6:,.1f} MB free"
+        remedy = "Free some space"
+    else:
+        reason, remedy = getattr(error, "strerror", ""), f"Make {path.parent} writable for this user"
     return ResourceError(
-        f"{path}: cannot be written: {reason}.\n{untouched} Make {path.parent} writable for this user, or set "
-        "--runs_dir to a folder that is; then continue with --resume auto."
+        f"{path}: cannot be written: {reason}.\nAn earlier file of that name is unchanged. {remedy}, or set --runs_dir "
+        "to another disk; then continue with --resume auto."
     )
 
 
@@ -248,8 +239,8 @@ def _checked(source: str, name: object) -> str:
 
 def is_path(name: str) -> bool:
     """Tell whether a file system can hold the name; asking for one that it cannot hold may raise."""
-    is_short = len(name) < MAX_PATH_BYTES and is_encodable(name)
-    return is_short and "\0" not in name and all(len(part.encode()) <= MAX_NAME_BYTES for part in name.split("/"))
+    is_short = len(name) < MAX_PATH_BYTES and is_encodable(name) and "\0" not in name
+    return is_short and all(len(part.encode()) <= MAX_NAME_BYTES for part in name.split("/"))
 
 
 def is_encodable(name: str) -> bool:
