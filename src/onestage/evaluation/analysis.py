@@ -26,6 +26,7 @@ QUANTITIES = (
 FIGURE_GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # the four of the figure, and the largest that the paper trains with
 LARGEST_GAMMA = 100.0  # as of the losses
 GROUPS = ("positives", "negatives")
+HARDEST = (("positives", 0.1), ("negatives", 0.01), ("negatives", 0.001))  # examples whose share of the loss is printed
 LARGEST_LOGIT = 17.0  # of p_t: float32 has no probability between 1 - 6e-8 and 1
 BINS_PER_LOGIT = 64
 NUM_BINS = int(2 * LARGEST_LOGIT * BINS_PER_LOGIT)
@@ -75,17 +76,15 @@ def missing_prior(anchor_losses: AnchorLosses) -> str | None:
     the size of the loss by powers of ten. A loss that mines a few negatives for each positive needs no prior.
     """
     labels, losses, p_t = anchor_losses
-    is_positive, is_negative = labels >= 0, labels == BACKGROUND
-    num_positives, num_negatives = int(is_positive.sum()), int(is_negative.sum())
+    is_negative, total = labels == BACKGROUND, float(losses.sum())
     num_counted = int((is_negative & (losses > 0)).sum())
-    background = float(p_t[is_negative].mean()) if num_negatives else 1.0
-    if num_counted <= num_negatives / 2 or background >= LOWEST_BACKGROUND:
+    background = float(p_t[is_negative].mean())  # NaN without negatives
+    if num_counted <= is_negative.sum() / 2 or background >= LOWEST_BACKGROUND:
         return None
-    share = float(losses[is_negative].sum() / losses.sum())
     return (
-        f"The first classification loss is {float(losses.sum()) / max(1, num_positives):,.4g} per positive anchor, "
-        f"{share:.1%} of it from {num_counted:,} background anchors: the untrained detector gives the background a "
-        f"mean probability of {background:.2f}; with a prior of 0.01 it is 0.96 or more. The objects drown in it.\n"
+        f"The first classification loss is {total / max(1, int((labels >= 0).sum())):,.4g} per positive anchor, "
+        f"{float(losses[is_negative].sum()) / total:.1%} of it from {num_counted:,} background anchors: the untrained "
+        f"detector gives the background a mean probability of {background:.2f}; with a prior of 0.01 it is >= 0.96.\n"
         "Set the detector's prior to 0.01 (model.detector.init_args.prior); a head of your own starts its biases at "
         "classification_loss.prior_bias(num_classes, prior)."
     )
@@ -114,12 +113,7 @@ class LossDistribution:
 
     The loss is FL = -(1 - p_t)^gamma log(p_t), RetinaNet eq. 4; alpha cancels within each group. The loss falls with
     p_t for every gamma, so anchors are counted in bins of p_t's logit, 1/64 wide; the curves are exact at their edges.
-
-    Args:
-        gammas: G of them, each in [0, 100].
-
-    Raises:
-        ConfigError: a gamma is out of range.
+    gammas: G of them, each in [0, 100].
     """
 
     def __init__(self, gammas: Sequence[float] = FIGURE_GAMMAS) -> None:
@@ -139,10 +133,8 @@ class LossDistribution:
         labels, p_t = labels.cpu(), true_probabilities.detach().cpu().double()
         num_nan = int((p_t.isnan() & (labels != IGNORE)).sum())
         if num_nan:
-            raise CheckpointError(
-                f"the detector's p_t is NaN for {num_nan:,} of {p_t.numel():,} anchors of a batch.\n"
-                "Try --trainer.precision 32-true, where nothing overflows; if it stays, take an earlier checkpoint."
-            )
+            remedy = "Try --trainer.precision 32-true, where nothing overflows, or an earlier checkpoint."
+            raise CheckpointError(f"p_t is NaN for {num_nan:,} of {p_t.numel():,} anchors of a batch.\n{remedy}")
         for group, members in enumerate((labels >= 0, labels == BACKGROUND)):
             p = p_t[members].clamp(min=torch.finfo(torch.float32).tiny)
             logits = torch.logit(p, eps=1e-15).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
@@ -198,11 +190,8 @@ def draw_loss_curves(path: Path, curves: dict[str, LossCurve], gammas: Sequence[
 
 def format_loss_shares(curves: dict[str, LossCurve], gammas: Sequence[float]) -> str:
     """Return a table of the loss share of the hardest examples."""
-    columns = [(name, fraction) for name, fraction in (("positives", 0.1), ("negatives", 0.01), ("negatives", 0.001))]
-    columns = [(name, fraction) for name, fraction in columns if name in curves]
-    lines = ["share of the loss that the hardest ... carry", ""]
-    lines.append("gamma" + "".join(f"{f'{fraction:.1%} of {name}':>20}" for name, fraction in columns))
-    shares = [curves[name].loss_of_hardest(fraction) for name, fraction in columns]
-    for row, gamma in enumerate(gammas):
-        lines.append(f"{gamma:<5g}" + "".join(f"{share[row]:>20.1%}" for share in shares))
-    return "\n".join(lines)
+    columns = [(name, fraction) for name, fraction in HARDEST if name in curves]
+    header = "gamma" + "".join(f"{f'{fraction:.1%} of {name}':>20}" for name, fraction in columns)
+    shares = np.array([curves[name].loss_of_hardest(fraction) for name, fraction in columns]).T  # [G, columns]
+    rows = [f"{g:<5g}" + "".join(f"{share:>20.1%}" for share in row) for g, row in zip(gammas, shares, strict=True)]
+    return "\n".join(["share of the loss that the hardest ... carry", "", header, *rows])

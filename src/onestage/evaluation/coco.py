@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics.detection.mean_ap import MeanAveragePrecision
 
-from onestage.errors import ConfigError, require
+from onestage.errors import ConfigError
 from onestage.types import PADDING, AnnotationSet, Detections, JSONDict, Metrics
 
 Package = Literal["faster_coco_eval", "pycocotools"]
@@ -45,23 +45,15 @@ class CocoEvaluator:
 
     Args:
         annotations: the ground truth; boxes in original pixels.
-        max_detections: number of best detections of each image that count, in [1, 100].
         backend: `auto` uses faster_coco_eval where it is installed, else pycocotools.
 
     Raises:
-        ConfigError: max_detections is out of range, or the backend is not installed.
+        ConfigError: the backend is not installed.
     """
 
-    def __init__(self, annotations: AnnotationSet, max_detections: int = 100, backend: Backend = "auto") -> None:
-        is_valid, remedy = 1 <= max_detections <= MAX_DETECTIONS, "COCO defines AP and AR100 on 100 detections."
-        require(is_valid, "max_detections of the evaluation", max_detections, f"in [1, {MAX_DETECTIONS}]", remedy)
+    def __init__(self, annotations: AnnotationSet, backend: Backend = "auto") -> None:
         self.annotations = annotations
-        self.max_detections = max_detections
         self.backend = choose_backend(backend)
-        self.reset()
-
-    def reset(self) -> None:
-        """Discard all collected detections."""
         self._rows_by_image: dict[int, Rows] = {}
         self._is_gathered = False
         self._results: tuple[Metrics, Metrics] | None = None
@@ -84,8 +76,7 @@ class CocoEvaluator:
         Raises:
             ValueError: an index or a label is out of range.
         """
-        if self._is_gathered:
-            raise RuntimeError("this evaluation is complete; call reset() before the next update()")
+        assert not self._is_gathered, "an evaluation takes no images after its first result"
         boxes, scores, labels = (tensor.detach().float() for tensor in detections)
         packed = torch.cat([boxes, scores[..., None], labels[..., None]], dim=-1).flatten(1)
         # One transfer for the whole batch. Indices and labels are exact in float32 up to 2^24.
@@ -129,17 +120,15 @@ class CocoEvaluator:
         rows = rows[rows[:, 5] != PADDING]
         is_finite = np.isfinite(rows).all(axis=1)
         if not is_finite.all():  # pycocotools would rank a NaN score first
-            warnings.warn(
-                f"{int((~is_finite).sum())} detections of {self.annotations.image_paths[index]} have a non-finite box "
-                "or score; they are dropped from the evaluation. Has the training diverged?",
-                stacklevel=3,
-            )
+            count, name = int((~is_finite).sum()), self.annotations.image_paths[index]
+            problem = f"{count} detections of {name} have a non-finite box or score; the evaluation drops them."
+            warnings.warn(f"{problem} Has the training diverged?", stacklevel=3)
             rows = rows[is_finite]
         num_classes = len(self.annotations.class_names)
         if not np.isin(rows[:, 5], np.arange(num_classes)).all():
             raise ValueError(f"detections of image {index} have labels outside [0, {num_classes - 1}]: {rows[:, 5]}")
         order = np.argsort(-rows[:, 4], kind="stable")  # stable, so that ties do not depend on the batch
-        return rows[order[: self.max_detections]]
+        return rows[order[:MAX_DETECTIONS]]
 
     def _gather(self) -> None:
         """Give every process the detections of all, each image once, in the order of the AnnotationSet."""
@@ -152,17 +141,16 @@ class CocoEvaluator:
         self._is_gathered = True
 
     def _compute(self) -> tuple[Metrics, Metrics]:
+        """Return the twelve metrics and the AP of each class."""
         if self._results is None:
             self._gather()
-            is_first = _num_processes() == 1 or dist.get_rank() == 0
-            results = [self._evaluate() if is_first else None]
+            results = [self._evaluate() if _num_processes() == 1 or dist.get_rank() == 0 else None]
             if _num_processes() > 1:
                 dist.broadcast_object_list(results, src=0)
             self._results = cast(tuple[Metrics, Metrics], results[0])
         return self._results
 
     def _evaluate(self) -> tuple[Metrics, Metrics]:
-        """Return the twelve metrics and the AP of each class."""
         predictions = []
         for rows in self._rows_by_image.values():
             boxes, scores, labels = torch.from_numpy(rows).split([4, 1, 1], dim=1)  # type: ignore[no-untyped-call]
@@ -199,10 +187,8 @@ def choose_backend(backend: Backend = "auto") -> Package:
     for choice in choices:
         if choice in get_args(Package) and find_spec(choice) is not None:
             return choice
-    raise ConfigError(
-        f"COCO evaluation with backend {backend!r} needs one of these packages: {', '.join(choices)}.\n"
-        "Install them: pip install faster-coco-eval pycocotools"
-    )
+    problem = f"COCO evaluation with backend {backend!r} needs one of these packages: {', '.join(choices)}."
+    raise ConfigError(f"{problem}\nInstall them: pip install faster-coco-eval pycocotools")
 
 
 def average_precision(

@@ -42,31 +42,22 @@ def draw_boxes(
 
     Returns:
         [H * factor, W * factor, 3] RGB.
-
-    Raises:
-        ValueError: the image is not [H, W, 3] uint8.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"image must be [H, W, 3] uint8, got {list(image.shape)} {image.dtype}")
     height, width = image.shape[:2]
     factor = max(1, min(math.ceil(MIN_SHORT_SIDE / min(height, width)), MAX_LONG_SIDE // max(height, width)))
     picture = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.BICUBIC)
     pen = _Pen(picture, factor)
     for box, label in zip(gt_boxes.tolist(), gt_labels.tolist(), strict=True):
-        pen.draw_object(box, class_names[label])
+        pen.draw(box, class_names[label], None)
     rows = zip(*(column.flip(0).tolist() for column in detections), strict=True) if detections else ()
     for box, score, label in rows:  # the best last, so that it is on top
         if label != PADDING and score >= score_threshold:
-            pen.draw_detection(box, f"{class_names[label]} {score:.2f}", class_colour(label))
+            pen.draw(box, f"{class_names[label]} {score:.2f}", class_colour(label))
     return np.asarray(picture)
 
 
 def save_jpeg(path: Path, image: npt.NDArray[np.uint8]) -> None:
-    """Write a [H, W, 3] RGB image as JPEG, atomically.
-
-    Raises:
-        ResourceError: the file cannot be written.
-    """
+    """Write a [H, W, 3] RGB image as JPEG, atomically."""
     with atomic_write(path) as temporary:
         Image.fromarray(image).save(temporary, format="JPEG", quality=JPEG_QUALITY)
 
@@ -82,54 +73,40 @@ class _Pen:
     """Draw boxes and their names on a picture that was enlarged by `factor`."""
 
     def __init__(self, picture: Image.Image, factor: int) -> None:
-        self.draw = ImageDraw.Draw(picture)
+        self.canvas = ImageDraw.Draw(picture)
         self.width, self.height = picture.size
-        self.factor = factor
-        short_side = min(picture.size)
+        self.factor, short_side = factor, min(picture.size)
         self.thickness = max(2, round(short_side / 250))
         self.font = ImageFont.load_default(size=max(11, round(short_side / 36)))
 
-    def draw_object(self, box: list[float], name: str) -> None:
-        """Draw a dashed white box on a dark line, so that it is visible on any background."""
-        corners = self._inside(box)
-        if corners is None:
+    def draw(self, box: list[float], text: str, colour: Colour | None) -> None:
+        """Draw a solid box with its text above; without a colour dashed white on black, with its text below."""
+        if not all(math.isfinite(value) for value in box):
             return
-        x1, y1, x2, y2 = corners
-        self.draw.rectangle(corners, outline=BLACK, width=self.thickness)
+        x1, x2 = sorted(min(max(round(value * self.factor), 0), self.width - 1) for value in box[0::2])
+        y1, y2 = sorted(min(max(round(value * self.factor), 0), self.height - 1) for value in box[1::2])
+        self.canvas.rectangle((x1, y1, x2, y2), outline=colour or BLACK, width=self.thickness)
+        if colour is not None:
+            luma = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]  # BT.601
+            self._write(text, x1, y1, colour, BLACK if luma > 128 else WHITE, above=True)
+            return
         dash, edge = 4 * self.thickness, self.thickness - 1
         for x in range(x1, x2 + 1, 2 * dash):
             for y in (y1, max(y2 - edge, y1)):
-                self.draw.rectangle((x, y, min(x + dash, x2), min(y + edge, y2)), fill=WHITE)
+                self.canvas.rectangle((x, y, min(x + dash, x2), min(y + edge, y2)), fill=WHITE)
         for y in range(y1, y2 + 1, 2 * dash):
             for x in (x1, max(x2 - edge, x1)):
-                self.draw.rectangle((x, y, min(x + edge, x2), min(y + dash, y2)), fill=WHITE)
-        self._write(name, x1, y2, BLACK, WHITE, above=False)
-
-    def draw_detection(self, box: list[float], text: str, colour: Colour) -> None:
-        """Draw a solid box with its text above."""
-        corners = self._inside(box)
-        if corners is None:
-            return
-        self.draw.rectangle(corners, outline=colour, width=self.thickness)
-        luma = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]  # BT.601
-        self._write(text, corners[0], corners[1], colour, BLACK if luma > 128 else WHITE, above=True)
-
-    def _inside(self, box: list[float]) -> tuple[int, int, int, int] | None:
-        """Return the corners in whole pixels inside the picture, or None for a non-finite box."""
-        if not all(math.isfinite(value) for value in box):
-            return None
-        x1, x2 = sorted(min(max(round(value * self.factor), 0), self.width - 1) for value in box[0::2])
-        y1, y2 = sorted(min(max(round(value * self.factor), 0), self.height - 1) for value in box[1::2])
-        return x1, y1, x2, y2
+                self.canvas.rectangle((x, y, min(x + edge, x2), min(y + dash, y2)), fill=WHITE)
+        self._write(text, x1, y2, BLACK, WHITE, above=False)
 
     def _write(self, text: str, x: int, y: int, ground: Colour, ink: Colour, *, above: bool) -> None:
         """Write text beside the horizontal edge at y, moved and shortened to stay inside the picture."""
         text = "".join(letter if letter.isprintable() else " " for letter in text)
-        while len(text) > 1 and self.draw.textlength(text, font=self.font) + 4 > self.width:
+        while len(text) > 1 and self.canvas.textlength(text, font=self.font) + 4 > self.width:
             text = text[:-2] + "…"
-        left, top, right, bottom = self.draw.textbbox((0, 0), text, font=self.font)
+        left, top, right, bottom = self.canvas.textbbox((0, 0), text, font=self.font)
         width, height = math.ceil(right - left) + 4, math.ceil(bottom - top) + 4
         x = max(0, min(x, self.width - width))
         y = max(0, min(y - height if above else y + 1, self.height - height))
-        self.draw.rectangle((x, y, x + width - 1, y + height - 1), fill=ground)
-        self.draw.text((x + 2 - left, y + 2 - top), text, fill=ink, font=self.font)
+        self.canvas.rectangle((x, y, x + width - 1, y + height - 1), fill=ground)
+        self.canvas.text((x + 2 - left, y + 2 - top), text, fill=ink, font=self.font)

@@ -24,30 +24,15 @@ def write_results(
     seconds: float,
     images_per_second: float,
 ) -> None:
-    """Write the metrics of one evaluation, `validate` or `test`, as JSON, atomically. NaN becomes null.
-
-    Raises:
-        ResourceError: the file cannot be written.
-    """
-    results = {
-        "stage": stage,
-        "metrics": dict(metrics),
-        "per_class": dict(per_class),
-        "class_names": list(class_names),
-        "seconds": seconds,
-        "images_per_second": images_per_second,
-        "versions": installed_versions(),
-    }
+    """Write the metrics of one evaluation, `validate` or `test`, as JSON, atomically. NaN becomes null."""
+    results = {"stage": stage, "metrics": metrics, "per_class": per_class, "class_names": list(class_names)}
+    results |= {"seconds": seconds, "images_per_second": images_per_second, "versions": installed_versions()}
     with atomic_write(path) as temporary:
         temporary.write_text(to_json(results, indent=2) + "\n", encoding="utf-8")
 
 
 def write_coco_results(path: Path, records: Sequence[JSONDict]) -> None:
-    """Write COCO result records as one JSON list, one record per line, atomically.
-
-    Raises:
-        ResourceError: the file cannot be written.
-    """
+    """Write COCO result records as one JSON list, one record per line, atomically."""
     lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records)
     with atomic_write(path) as temporary:
         temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
