@@ -9,7 +9,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -23,46 +22,29 @@ USABLE = 0.9  # fraction of the memory; the rest is for fragmentation, the loade
 STATUS, CGROUP = Path("/proc/self/status"), Path("/sys/fs/cgroup")
 
 
-def largest_batch(peak_bytes: Callable[[int], int | None], limit: int, max_batch_size: int) -> int | None:
-    """Return the number of images that fit, or None if not even one fits.
+def largest_batch(peak_bytes: Callable[[int], int | None], limit: int, max_batch_size: int) -> int:
+    """Return the number of images that fit, 0 if not even one fits.
 
-    Doubles the batch while the straight line through the last two peaks stays below the limit, goes to where that line
-    meets the limit, and from there back in steps of a tenth until a step fits. From 8 images on it uses multiples of 8,
+    Doubles the batch, but never goes beyond the point where the straight line through the last two peaks meets the
+    limit; a batch that does not fit lowers the ceiling to nine tenths of it. From 8 images on it uses multiples of 8,
     the tile size of tensor cores. `peak_bytes` measures a step with a number of images; None means out of memory.
     """
-    peaks: dict[int, int] = {}
-    batch, first_failure = 1, max_batch_size + 1
-    while True:
-        peak = peak_bytes(batch)
-        if peak is None or peak > limit:
-            first_failure = batch
-            break
-        peaks[batch] = peak
-        doubled = min(2 * batch, max_batch_size)
-        if batch == max_batch_size or (len(peaks) > 1 and _batch_at_limit(peaks, limit) < doubled):
-            break
-        batch = doubled
-    if not peaks:
-        return None
-    fits = max(peaks)
-    candidate = min(_batch_at_limit(peaks, limit), first_failure - 1) if len(peaks) > 1 else fits
-    while (candidate := _rounded(candidate)) > fits:
+    peaks: list[tuple[int, int]] = [(0, 0)]  # (images, bytes) of steps that fit
+    ceiling, candidate = max_batch_size, 1
+    while candidate > peaks[-1][0]:
         peak = peak_bytes(candidate)
         if peak is not None and peak <= limit:
-            return candidate
-        candidate = candidate * 9 // 10
-    return fits
-
-
-def _batch_at_limit(peaks: dict[int, int], limit: int) -> int:
-    """Return the batch size at which the line through the last two measurements meets the limit."""
-    small, large = list(peaks)[-2:]
-    bytes_per_image = max(1.0, (peaks[large] - peaks[small]) / (large - small))
-    return large + int((limit - peaks[large]) / bytes_per_image)
-
-
-def _rounded(batch: int) -> int:
-    return batch // 8 * 8 if batch >= 8 else batch
+            peaks.append((candidate, peak))
+        else:
+            ceiling = candidate * 9 // 10
+        images, used = peaks[-1]
+        candidate = min(ceiling, max(1, 2 * images))
+        if len(peaks) > 2:
+            bytes_per_image = max(1.0, (used - peaks[-2][1]) / (images - peaks[-2][0]))
+            candidate = min(candidate, images + int((limit - used) / bytes_per_image))
+        if 8 <= candidate < max_batch_size:
+            candidate = candidate // 8 * 8
+    return peaks[-1][0]
 
 
 class AutoBatch(Callback):
@@ -82,9 +64,7 @@ class AutoBatch(Callback):
     """
 
     def __init__(self, limit: int | None, averages_weights: bool, on_choice: Callable[[int], None]) -> None:
-        self.limit = limit
-        self.averages_weights = averages_weights
-        self.on_choice = on_choice
+        self.limit, self.averages_weights, self.on_choice = limit, averages_weights, on_choice
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the batch size; all processes use the smallest that one of them has found."""
@@ -105,11 +85,9 @@ class AutoBatch(Callback):
         copies = int(self.averages_weights) + int(trainer.world_size > 1)
         extra = copies * sum(parameter.nbytes for parameter in pl_module.detector.parameters())
         with _restored(pl_module.detector, device):
-            batch = largest_batch(lambda images: step_bytes(trainer, pl_module, images), limit - extra, most) or 0
-        if dist.is_available() and dist.is_initialized():
-            found = [0] * trainer.world_size
-            dist.all_gather_object(found, batch)
-            batch = min(found)
+            batch = largest_batch(lambda images: step_bytes(trainer, pl_module, images), limit - extra, most)
+        if trainer.world_size > 1:
+            batch = int(trainer.strategy.reduce(torch.tensor(batch, device=device), reduce_op="min"))
         if batch == 0:
             raise ConfigError(
                 f"auto_batch: a step with one image needs more than {limit / GIB:.2f} GiB on {device}.\n"
@@ -125,8 +103,7 @@ def _restored(detector: torch.nn.Module, device: torch.device) -> Iterator[None]
     """Put the detector on the device in evaluation mode, then restore its weights and its mode."""
     state = {name: value.detach().cpu().clone() for name, value in detector.state_dict().items()}
     is_training = detector.training
-    # In evaluation mode the loss does not wait for other processes, which may take fewer steps here.
-    detector.to(device).eval()
+    detector.to(device).eval()  # whose loss does not wait for other processes: they may take fewer steps here
     try:
         yield
     finally:
@@ -147,10 +124,7 @@ def step_bytes(trainer: pl.Trainer, module: DetectionModule, num_images: int) ->
             losses = module.detector.loss(module.predict_batch(batch), batch.targets)
         module.weighted_loss(losses)["loss"].backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            return torch.cuda.max_memory_reserved(device)
-        return _status_bytes(STATUS, "VmHWM")
+        return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else _status_bytes(STATUS, "VmHWM")
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
@@ -165,11 +139,10 @@ def _crowded_batch(module: DetectionModule, num_images: int, device: torch.devic
     rows = -(-objects // 16) * 16  # as collate pads
     height, width = max(module.data.canvases, key=lambda canvas: canvas[0] * canvas[1])
     images = torch.zeros(num_images, 3, height, width, dtype=torch.uint8, device=device)
-    box = torch.tensor([0.25, 0.25, 0.75, 0.75], device=device) * torch.tensor([width, height] * 2, device=device)
-    labels = torch.zeros(num_images, rows, dtype=torch.int64, device=device)
-    sizes = torch.tensor([[height, width]], device=device).expand(num_images, 2)
-    placements = torch.tensor([[1.0, 1.0, 0.0, 0.0]], device=device).expand(num_images, 4)
-    return Batch(images, Targets(box.expand(num_images, rows, 4), labels), labels[:, 0], sizes, placements)
+    box = torch.tensor([width / 4, height / 4, width * 3 / 4, height * 3 / 4], device=device)
+    targets = Targets(box.expand(num_images, rows, 4), box.new_zeros(num_images, rows, dtype=torch.int64))
+    sizes, placements = box.new_tensor([[height, width]]).long(), box.new_tensor([[1.0, 1.0, 0.0, 0.0]])
+    return Batch(images, targets, targets.labels[:, 0], sizes.expand(num_images, 2), placements.expand(num_images, 4))
 
 
 def free_bytes(device: torch.device, num_processes: int = 1) -> int:

@@ -22,8 +22,8 @@ from onestage.evaluation.analysis import (
 )
 from onestage.evaluation.drawing import draw_boxes, save_jpeg
 from onestage.evaluation.results import format_table, write_coco_results, write_results
-from onestage.training.module import DetectionModule
-from onestage.types import Batch, Detections, Predictions, Stage
+from onestage.training.module import DetectionModule, stage_of
+from onestage.types import Batch, Detections, Predictions
 
 CURVES_FILE = "losses.csv"
 FIGURE_FILE = "losses.png"
@@ -40,9 +40,7 @@ class DetectionImages(Callback):
     """
 
     def __init__(self, folder: Path, num_images: int, score_threshold: float) -> None:
-        self.folder = folder
-        self.num_images = num_images
-        self.score_threshold = score_threshold
+        self.folder, self.num_images, self.score_threshold = folder, num_images, score_threshold
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Use the first process's folder in all processes."""
@@ -52,30 +50,17 @@ class DetectionImages(Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Draw the batch if it is one of the first."""
-        if not trainer.sanity_checking:
-            stage: Stage = "test" if trainer.testing else "val"
-            self._draw(pl_module, stage, batch, outputs, self.num_images - batch_idx * pl_module.data.batch_size)
-
-    on_test_batch_end = on_validation_batch_end
-
-    def on_predict_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Draw the batch."""
-        self._draw(pl_module, "predict", batch, outputs, len(batch.images))
-
-    def _draw(
-        self, module: DetectionModule, stage: Stage, batch: Batch, outputs: dict[str, Tensor], num_images: int
-    ) -> None:
-        for row, index in enumerate(batch.image_indices[: max(0, num_images)].tolist()):
-            annotations = module.data.annotations(stage)
+        data, stage = pl_module.data, stage_of(trainer)
+        left = len(batch.images) if stage == "predict" else self.num_images - batch_idx * data.batch_size
+        for row, index in enumerate(batch.image_indices[: 0 if trainer.sanity_checking else max(0, left)].tolist()):
+            annotations = data.annotations(stage)
             objects = annotations.objects(index)
             drawn = draw_boxes(
-                module.data.read_image(stage, index),
+                data.read_image(stage, index),
                 annotations.boxes[objects],
                 annotations.labels[objects],
                 Detections(*(values[row].cpu() for values in Detections(**outputs))),
-                module.data.class_names,
+                data.class_names,
                 score_threshold=self.score_threshold,
             )
             stem = Path(str(annotations.image_paths[index])).stem
@@ -83,12 +68,13 @@ class DetectionImages(Callback):
             # The id makes the names of two images with one file name differ.
             save_jpeg(self.folder / f"{int(annotations.image_ids[index]):06d}_{safe}.jpg", drawn)
 
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
 
 class ResultsWriter(Callback):
     """Write metrics or predictions after every evaluation, so that an interrupted run has its latest results.
 
-    Args:
-        path: of the file: `results.json` with metrics, or after a prediction a COCO results file.
+    path: of `results.json` with metrics, or after a prediction of a COCO results file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -150,13 +136,9 @@ class LossBar(TQDMProgressBar):
             seconds = (time.perf_counter() - self._start) / (last - first) * trainer.accumulate_grad_batches
             steps = float(trainer.estimated_stepping_batches) - trainer.global_step
             if math.isfinite(steps) and steps * seconds >= 60:
-                self.print(f"training: {run_time(steps, steps * seconds)}")
-
-
-def run_time(steps: float, seconds: float) -> str:
-    """Return "about 5 min for 3,927 steps"."""
-    time_text = f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-    return f"about {time_text} for {steps:,.0f} steps"
+                minutes = steps * seconds / 60
+                time_text = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+                self.print(f"training: about {time_text} for {steps:,.0f} steps")
 
 
 class AnchorMonitor(Callback):
@@ -181,16 +163,14 @@ class AnchorMonitor(Callback):
         if not (is_logged or self._is_first_batch):
             return
         # Without gradient, because adaptive losses count the batches that have one.
-        fields = outputs["predictions"]._asdict().items()
-        detached: dict[str, Any] = {name: one.detach() if isinstance(one, Tensor) else one for name, one in fields}
-        predictions = Predictions(**detached)
+        fields = (value.detach() if isinstance(value, Tensor) else value for value in outputs["predictions"])
+        predictions = Predictions(*fields)
         anchor_losses = pl_module.detector.anchor_losses(predictions, batch.targets)
         if anchor_losses is None:
             return
-        warning = missing_prior(anchor_losses) if self._is_first_batch else None
-        self._is_first_batch = False
-        if warning is not None:
+        if self._is_first_batch and (warning := missing_prior(anchor_losses)):
             rank_zero_warn(warning)
+        self._is_first_batch = False
         if is_logged:
             statistics = anchor_statistics(anchor_losses, predictions.anchors.strides)
             for logger in trainer.loggers:
@@ -198,27 +178,18 @@ class AnchorMonitor(Callback):
 
 
 class LossCollector(pl.LightningModule):
-    """Run a trained detector over a split and collect the p_t of all anchors.
-
-    Args:
-        module: with the trained weights.
-        distribution: receives the anchors.
-
-    Raises:
-        ConfigError: the detector has no `anchor_losses`.
-    """
+    """Run the trained detector of `module` over a split and collect the p_t of all anchors in `distribution`."""
 
     def __init__(self, module: DetectionModule, distribution: LossDistribution) -> None:
         super().__init__()
-        self.module = module
-        self.distribution = distribution
+        self.module, self.distribution = module, distribution
 
     def setup(self, stage: str) -> None:
         """Check that data and detector fit together, as for an evaluation."""
         self.module.setup(stage)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch."""
+        """Add a batch; ConfigError if the detector has no `anchor_losses`."""
         detector = self.module.detector
         anchor_losses = detector.anchor_losses(self.module.predict_batch(batch), batch.targets)
         if anchor_losses is None:
@@ -239,11 +210,7 @@ class LossCollector(pl.LightningModule):
 
 
 def report_losses(folder: Path, distribution: LossDistribution, title: str) -> None:
-    """Write the curves and their figure into `folder`, and print the loss share of the hardest examples.
-
-    Raises:
-        DataError: no anchor was seen.
-    """
+    """Write the curves and their figure into `folder`, and print the loss share of the hardest examples."""
     curves = distribution.curves()
     if not curves:
         raise DataError("no image was seen, hence no loss. Raise trainer.limit_val_batches, or choose another --split.")

@@ -62,9 +62,8 @@ class ExponentialMovingAverage(Callback):
         """Start the average. Only now is the module complete, on its device, and loaded from a checkpoint."""
         if self.decay is None:
             return
-        state = {
-            name: value for name, value in pl_module.state_dict(keep_vars=True).items() if value.is_floating_point()
-        }
+        state = pl_module.state_dict(keep_vars=True)
+        state = {name: value for name, value in state.items() if value.is_floating_point()}
         self._weights = list({id(value): value for value in state.values()}.values())
         positions = {id(value): position for position, value in enumerate(self._weights)}
         self._names = {name: positions[id(value)] for name, value in state.items()}
@@ -75,16 +74,12 @@ class ExponentialMovingAverage(Callback):
                 self._other[position].copy_(self._loaded[name])
             self._loaded = None
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Record the optimizer step: under accumulation not every batch ends in one."""
         self._step = trainer.global_step
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Update the average after an optimizer step."""
         if self._weights and self.decay is not None and trainer.global_step > self._step:
             decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))  # no device synchronisation
@@ -92,21 +87,15 @@ class ExponentialMovingAverage(Callback):
             update(self._other, [weight.data for weight in self._weights], self.num_updates)
             self.num_updates += 1
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the average into the module."""
+    def on_validation_start(self, *_: Any) -> None:
+        """Put the average into the module, also at the end of training: it was evaluated."""
         self._hold_average(True)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore the raw weights; Lightning calls the callbacks that write checkpoints after this one."""
+    def on_validation_end(self, *_: Any) -> None:
+        """Restore the raw weights, also if a validation raises; the callbacks that write checkpoints come later."""
         self._hold_average(False)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Restore the raw weights if a validation raises."""
-        self._hold_average(False)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the module with the average, which was evaluated."""
-        self._hold_average(True)
+    on_train_end, on_exception = on_validation_start, on_validation_end
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Free the memory; the module keeps what it holds."""
@@ -129,18 +118,14 @@ class ExponentialMovingAverage(Callback):
         """Continue the ramp."""
         self.num_updates = int(state_dict.get("num_updates", 0)) if self.decay is not None else 0
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Store the average as `state_dict` and the raw weights beside it, whichever of them the module holds."""
         if self._weights:
             held = checkpoint["state_dict"]
             other = {**held, **{name: self._other[position] for name, position in self._names.items()}}
             checkpoint["state_dict"], checkpoint[RAW_WEIGHTS] = (held, other) if self._is_swapped else (other, held)
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Continue training from the raw weights, and keep the average if there is to be one."""
         raw = checkpoint.get(RAW_WEIGHTS)
         if raw is None:
