@@ -95,7 +95,7 @@ def find_anchors(
     detector.require_canvas((side, side))
     if not isinstance(detector, AnchorDetector):
         return DetectorAnchors(class_path, side, (), (), sys.maxsize)
-    _, levels, grids = detector.anchor_summary((side, side))
+    levels, grids = detector.anchor_summary((side, side))
     return DetectorAnchors(class_path, side, levels, grids, detector.selection.max_detections)
 
 

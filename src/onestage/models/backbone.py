@@ -79,18 +79,19 @@ class TorchvisionBackbone(Backbone):
         frozen_stages: int = 0,
         norm: Literal["batch", "frozen"] = "batch",
     ) -> None:
-        key = "TorchvisionBackbone"
+        key, remedy = "TorchvisionBackbone", "Set name: resnet18."
         known = torchvision.models.list_models(torchvision.models)
-        require(name in known, f"{key}: name", name, "a model of torchvision", "Set name: resnet18.")
+        require(name in known, f"{key}: name", name, "a model of torchvision", remedy)
         require(0 <= frozen_stages <= 4, f"{key}: frozen_stages", frozen_stages, "in [0, 4]")
         require(norm in ("batch", "frozen"), f"{key}: norm", norm, "batch or frozen")
         network = torchvision.models.get_model(name)
         blocks = _blocks_by_stride(network)
-        needed = {*strides, *([2 ** (frozen_stages + 1)] if frozen_stages else [])}
+        frozen_strides = [2 ** (frozen_stages + 1)] if frozen_stages else []  # the coarsest one
         problem, found = f"{key}: strides of the feature maps [B, C, H, W] of {name}", sorted(blocks) or "none"
-        require(needed <= blocks.keys(), problem, found, f"{sorted(needed)} among others", "Set name: resnet18.")
+        needed = sorted({*strides, *frozen_strides})
+        require(set(needed) <= blocks.keys(), problem, found, f"{needed} among others", remedy)
         super().__init__([blocks[stride][-1][1] for stride in strides], strides, IMAGENET_MEAN, IMAGENET_STD)
-        frozen = [block for block, _ in blocks[2 ** (frozen_stages + 1)]] if frozen_stages else []
+        frozen = [block for stride in frozen_strides for block, _ in blocks[stride]]
         for block in frozen:
             network.get_submodule(block).requires_grad_(False)
         _freeze_batch_norm(network, [""] if norm == "frozen" else [f"{block}." for block in frozen])

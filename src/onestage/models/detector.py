@@ -1,6 +1,6 @@
 """The detector that all anchor-based families share."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from onestage.types import AnchorLosses, BoxCoder, Detections, Detector, Losses,
 class AnchorSummary(NamedTuple):
     """Anchors of a detector on one canvas."""
 
-    canvas: tuple[int, int]  # (height, width), px
     levels: tuple[AnchorShapes, ...]
     grids: tuple[tuple[int, int], ...]  # (rows, columns) of each level
 
@@ -98,13 +97,13 @@ class AnchorDetector(Detector):
     def detect(self, predictions: Predictions, content_sizes: Tensor | None = None) -> Detections:
         """Decode, clip to `content_sizes` ([B, 2] (height, width), px; None: the canvas), threshold and suppress."""
         with torch.autocast(predictions.box_outputs.device.type, enabled=False):
-            boxes = self.decode(predictions).clamp(min=0)
+            boxes, level_sizes = self.decode(predictions), predictions.anchors.level_sizes
             if content_sizes is None:
-                boxes = boxes.minimum(self._canvas(predictions))
+                limits = self._canvas(predictions)
             else:
-                boxes = boxes.minimum(content_sizes.to(boxes.dtype).flip(-1).repeat(1, 2)[:, None])  # [B, 1, 4]
-            scores, level_sizes = self.scores(predictions), predictions.anchors.level_sizes
-            return select_detections(boxes, scores, level_sizes, self.selection)
+                limits = content_sizes.to(boxes.dtype).flip(-1).repeat(1, 2)[:, None]  # [B, 1, 4]
+            boxes = boxes.clamp(min=0).minimum(limits)
+            return select_detections(boxes, self.scores(predictions), level_sizes, self.selection)
 
     def scores(self, predictions: Predictions) -> Tensor:
         """Return the score of every anchor and class, [B, A, K] in [0, 1]."""
@@ -132,10 +131,10 @@ class AnchorDetector(Detector):
         if self.classification_loss.class_weights is not None:
             self.classification_loss.class_weights.set_class_counts(class_counts)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
+    def compile(self, *args: Any, **settings: Any) -> None:
         """Compile forward() and the classification loss in place."""
-        super().compile(*args, **kwargs)
-        self.classification_loss.compile(*args, **kwargs)
+        super().compile(*args, **settings)
+        self.classification_loss.compile(*args, **settings)
 
     @torch.no_grad()
     def anchor_summary(self, canvas: tuple[int, int] | None = None) -> AnchorSummary:
@@ -143,13 +142,13 @@ class AnchorDetector(Detector):
 
         Runs the network on a blank image: under `torch.device("meta")` neither that nor building it costs anything.
         """
-        require(canvas is not None or self.image_size is not None, "canvas", canvas, "(height, width), px")
-        canvas = canvas or (cast(int, self.image_size), cast(int, self.image_size))
-        is_training = self.training
+        side, is_training = self.image_size or 0, self.training
+        canvas = canvas or (side, side)
+        require(min(canvas) > 0, "canvas", canvas, "(height, width) > 0, px")
         images = torch.zeros(1, 3, *canvas, dtype=torch.uint8, device=self.anchor_grid.shapes.device)
         maps = self.eval().neck(self.backbone(images))
         self.train(is_training)
-        return AnchorSummary(canvas, self.anchor_grid.levels, tuple((m.shape[-2], m.shape[-1]) for m in maps))
+        return AnchorSummary(self.anchor_grid.levels, tuple((m.shape[-2], m.shape[-1]) for m in maps))
 
     @torch.no_grad()
     def _box_quality(self, predictions: Predictions, gt_boxes: Tensor, is_positive: Tensor) -> Tensor | None:

@@ -51,7 +51,7 @@ class VGG(Backbone):
     ) -> None:
         super().__init__((widths[3], fc_width), (8, 16), PIXEL_MEAN, (PIXEL_STD,) * 3)
         self.is_vgg16 = tuple(depths) == (2, 2, 3, 3, 3) and not batch_norm
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        layers: dict[str, nn.Module] = {}
         in_channels = 3
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
             if stage > stem_stride:
@@ -78,22 +78,13 @@ class VGG(Backbone):
 
 
 def _conv_layers(
-    name: str,
-    in_channels: int,
-    out_channels: int,
-    batch_norm: bool,
-    kernel_size: int = 3,
-    dilation: int = 1,
-    stride: int = 1,
-) -> OrderedDict[str, nn.Module]:
+    name: str, in_channels: int, out_channels: int, batch_norm: bool, kernel_size: int = 3, **settings: int
+) -> dict[str, nn.Module]:
     """Return a padded convolution, its batch norm if any, and its ReLU, by name."""
-    padding = dilation * (kernel_size // 2)
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=not batch_norm)
+    padding = settings.get("dilation", 1) * (kernel_size // 2)
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=not batch_norm, **settings)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    layers: OrderedDict[str, nn.Module] = OrderedDict([(name, conv)])
-    if batch_norm:
-        layers[f"{name}_bn"] = nn.BatchNorm2d(out_channels)
-    else:
-        nn.init.zeros_(conv.get_parameter("bias"))
-    layers[f"{name}_relu"] = nn.ReLU(inplace=True)
-    return layers
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    norm = {f"{name}_bn": nn.BatchNorm2d(out_channels)} if batch_norm else {}
+    return {name: conv, **norm, f"{name}_relu": nn.ReLU(inplace=True)}

@@ -2,6 +2,8 @@
 
 import csv
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,13 @@ class EventLogger(TensorBoardLogger):
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Write metrics, if there is room."""
-        try:
+        with _full_disk_tolerated("TensorBoard's event files"):
             super().log_metrics(metrics, step)
-        except OSError as error:
-            _warn_once("TensorBoard's event files", error)
 
     def save(self) -> None:
         """Flush, if there is room."""
-        try:
+        with _full_disk_tolerated("TensorBoard's event files"):
             super().save()
-        except OSError as error:
-            _warn_once("TensorBoard's event files", error)
 
 
 class TableLogger(CSVLogger):
@@ -64,11 +62,9 @@ class TableLogger(CSVLogger):
 
     def save(self) -> None:
         """Write the rows, if there is room."""
-        try:
+        with _full_disk_tolerated(METRICS_FILE):
             super().save()
-        except OSError as error:
-            self.experiment.metrics = []
-            _warn_once(METRICS_FILE, error)
+        self.experiment.metrics = []  # Lightning clears them only once they are written
 
 
 def _read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -84,7 +80,12 @@ def _read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
 _warned: set[str] = set()
 
 
-def _warn_once(name: str, error: OSError) -> None:
-    if name not in _warned:
-        _warned.add(name)
-        logger.warning("%s cannot be written (%s); training continues without.", name, error.strerror or error)
+@contextmanager
+def _full_disk_tolerated(name: str) -> Iterator[None]:
+    """Warn once, instead of raising, if a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if name not in _warned:
+            _warned.add(name)
+            logger.warning("%s cannot be written (%s); training continues without.", name, error.strerror or error)

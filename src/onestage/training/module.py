@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,14 +23,12 @@ from onestage.training.optimization import (
     WarmupSchedule,
     check_clipping,
     clip_gradients,
-    clips_by_itself,
     decayed_parameters,
     hyperparameters,
     parameter_groups,
     restore_configured_hyperparameters,
     scale_learning_rate,
     shards_parameters,
-    warn_of_long_warmup,
 )
 from onestage.types import Batch, DetectionData, Detector, Losses, Metrics, Predictions, Stage
 
@@ -41,7 +39,6 @@ CHECKPOINT_KEY = "onestage"
 CHECKPOINT_SCHEMA = 2
 
 COMPILERS = ("c++", "g++", "clang++", "cl")  # torch.compile needs one of them
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class DetectionModule(pl.LightningModule):
@@ -76,11 +73,8 @@ class DetectionModule(pl.LightningModule):
         self.loss_weights = _checked_weights(loss_weights or {}, detector)
         is_positive = reference_batch_size is None or reference_batch_size >= 1
         require(is_positive, "model.reference_batch_size", reference_batch_size, ">= 1 image, or null")
-        self.detector = detector
-        self.optimizer = optimizer
-        self.schedule = schedule or WarmupSchedule()
-        self.channels_last = channels_last
-        self.compile_detector = compile
+        self.detector, self.optimizer, self.schedule = detector, optimizer, schedule or WarmupSchedule()
+        self.channels_last, self.compile_detector = channels_last, compile
         self.reference_batch_size = reference_batch_size
         self._decayed = decayed_parameters(detector)
         self._configured: list[dict[str, Any]] = []  # hyperparameters of the optimizer as it was built
@@ -105,8 +99,9 @@ class DetectionModule(pl.LightningModule):
         self.apply_memory_format()
         if stage == "fit":
             if self.detector.uses_class_weights:
-                self.detector.set_class_counts(self._class_counts())
-            check_batch_norm(self.trainer, self.detector)
+                annotations = self.data.annotations("train")
+                labels = torch.from_numpy(annotations.labels[~annotations.is_crowd])
+                self.detector.set_class_counts(labels.bincount(minlength=self.data.num_classes))
             if self.compile_detector:
                 check_compiler()
                 self.detector.compile()  # in place, so that the names in the state dict do not change
@@ -121,18 +116,11 @@ class DetectionModule(pl.LightningModule):
         if self.channels_last and not shards_parameters(self.trainer.strategy):
             self.detector.to(memory_format=torch.channels_last)
 
-    def _class_counts(self) -> Tensor:
-        """Count the training objects of each class, [K]."""
-        annotations = self.data.annotations("train")
-        labels = torch.from_numpy(annotations.labels[~annotations.is_crowd])
-        return labels.bincount(minlength=self.data.num_classes)
-
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the `loss` of one batch and its terms, and the predictions for the callbacks."""
         predictions = self.predict_batch(batch)
         losses = self.weighted_loss(self.detector.loss(predictions, batch.targets))
-        named = {f"train/{name}": value for name, value in losses.items()}
-        self.log_dict(named, prog_bar=True, batch_size=len(batch.images))
+        self.log_dict({f"train/{k}": v for k, v in losses.items()}, prog_bar=True, batch_size=len(batch.images))
         return {**losses, "predictions": predictions}
 
     def predict_batch(self, batch: Batch) -> Predictions:
@@ -149,11 +137,9 @@ class DetectionModule(pl.LightningModule):
         """
         terms = losses.terms
         if terms.keys() != self.loss_weights.keys():
-            name = type(self.detector).__name__
-            raise ConfigError(
-                f"{name}.loss returned the terms {', '.join(sorted(terms))}, but {name}.loss_terms declares "
-                f"{', '.join(sorted(self.loss_weights))}.\nCorrect loss_terms of the class; no term is ignored."
-            )
+            name, found, declared = type(self.detector).__name__, sorted(terms), sorted(self.loss_weights)
+            problem = f"{name}.loss returned the terms {', '.join(found)}, but {name}.loss_terms declares "
+            raise ConfigError(f"{problem}{', '.join(declared)}.\nCorrect loss_terms of the class; no term is ignored.")
         loss = cast(Tensor, sum(weight * terms[name] for name, weight in self.loss_weights.items()))
         return {"loss": loss, **{f"{name}_loss": terms[name] for name in self.loss_weights}}
 
@@ -161,8 +147,7 @@ class DetectionModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start a new evaluation."""
-        stage: Stage = "test" if self.trainer.testing else "predict" if self.trainer.predicting else "val"
-        self.evaluator = CocoEvaluator(self.data.annotations(stage))
+        self.evaluator = CocoEvaluator(self.data.annotations(stage_of(self.trainer)))
         for mean in self.loss_means.values():
             cast(MeanPerPositive, mean).reset()
         self._start = time.perf_counter()
@@ -184,14 +169,14 @@ class DetectionModule(pl.LightningModule):
         detections = self.detector.detect(predictions, batch.original_sizes * scales + offsets)
         boxes = to_original(detections.boxes, batch.placements, batch.original_sizes)
         detections = detections._replace(boxes=boxes)
-        assert self.evaluator is not None
+        assert self.evaluator is not None  # since the start of the epoch
         self.evaluator.update(batch.image_indices, detections)
         return detections._asdict()
 
     def on_validation_epoch_end(self) -> None:
         """Compute and log the metrics of the split."""
         assert self.evaluator is not None
-        prefix = "test" if self.trainer.testing else "val"
+        prefix = stage_of(self.trainer)
         self.metrics = self.evaluator.compute()
         self.evaluation_seconds = time.perf_counter() - self._start
         for name, mean in self.loss_means.items():
@@ -199,8 +184,8 @@ class DetectionModule(pl.LightningModule):
             self.log(f"{prefix}/{name}", cast(MeanPerPositive, mean))
         for name, value in self.metrics.items():
             # NaN means "undefined on this data", which loggers and ModelCheckpoint cannot handle; 0 comes nearest.
-            in_bar = name in ("mAP", "AP50")
-            self.log(f"{prefix}/{name}", 0.0 if math.isnan(value) else value, prog_bar=in_bar)
+            value = 0.0 if math.isnan(value) else value
+            self.log(f"{prefix}/{name}", value, prog_bar=name in ("mAP", "AP50"))
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
@@ -223,8 +208,12 @@ class DetectionModule(pl.LightningModule):
         # A subclass's own scheduler may drive the momentum or keep state in the groups: left as it was saved.
         if self._scheduler is None or schedulers != [self._scheduler]:
             return
-        if not getattr(self.trainer, "fast_dev_run", False):
-            warn_of_long_warmup(self.schedule.warmup_steps, float(self.trainer.estimated_stepping_batches))
+        steps, total_steps = self.schedule.warmup_steps, float(self.trainer.estimated_stepping_batches)
+        if steps > 0.5 * total_steps and not getattr(self.trainer, "fast_dev_run", False):
+            rank_zero_warn(
+                f"model.schedule.warmup_steps is {steps}, but the run has {total_steps:g} steps: for most of it the "
+                "learning rate is below the configured one.\nSet model.schedule.warmup_steps to a tenth of the steps."
+            )
         if self.trainer.ckpt_path is not None:
             restore_configured_hyperparameters(self._configured, self._scheduler)
 
@@ -242,13 +231,11 @@ class DetectionModule(pl.LightningModule):
     def _learning_rate_factor(self, step: int) -> float:
         # Read the length of the run only when a step needs it: reading it while the optimizers are being built makes
         # Lightning set up the loaders before it has restored their position.
-        if step < max(1, self.schedule.warmup_steps) or not self.schedule.needs_total_steps:
+        kind, remedy = self.schedule.kind, "Set trainer.max_epochs or trainer.max_steps."
+        if step < max(1, self.schedule.warmup_steps) or kind == "constant":
             return self.schedule.factor(step, total_steps=math.inf)
         total_steps = float(self.trainer.estimated_stepping_batches)
-        remedy = "Set trainer.max_epochs or trainer.max_steps."
-        require(
-            total_steps < math.inf, "model.schedule.kind", self.schedule.kind, "constant in a run without end", remedy
-        )
+        require(total_steps < math.inf, "model.schedule.kind", kind, "constant in a run without end", remedy)
         return self.schedule.factor(step, total_steps)
 
     def configure_gradient_clipping(
@@ -258,7 +245,7 @@ class DetectionModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by norm or by value, with any optimizer and any strategy that does not clip by itself."""
-        if gradient_clip_val and not clips_by_itself(self.trainer.strategy):
+        if gradient_clip_val:
             clip_gradients(self.trainer, optimizer, float(gradient_clip_val), gradient_clip_algorithm)
 
     # Checkpoints
@@ -304,6 +291,11 @@ class MeanPerPositive(Metric):
         return torch.where(self.num_updates > 0, loss, torch.nan)
 
 
+def stage_of(trainer: pl.Trainer) -> Stage:
+    """Return the split that the running evaluation reads."""
+    return "test" if trainer.testing else "predict" if trainer.predicting else "val"
+
+
 def _checked_weights(loss_weights: dict[str, float], detector: Detector) -> dict[str, float]:
     """Return the weight of every loss term of the detector; 1 where none is given."""
     terms, name = detector.loss_terms, type(detector).__name__
@@ -319,18 +311,3 @@ def check_compiler() -> None:
     names = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
     rule = f"false without a C++ compiler ({', '.join(names)})"
     require(any(map(shutil.which, names)), "model.compile", True, rule, "Install g++, or set model.compile: false.")
-
-
-def check_batch_norm(trainer: pl.Trainer, detector: nn.Module) -> None:
-    """Raise ConfigError if `trainer.sync_batchnorm` cannot run; report if it has no effect."""
-    if not getattr(trainer, "sync_batchnorm", False):
-        return
-    has_batch_norm = any(isinstance(layer, BATCH_NORMS) for layer in detector.modules())
-    if not has_batch_norm or trainer.world_size == 1:
-        reason = "there is one process" if has_batch_norm else f"{type(detector).__name__} has no batch norm"
-        rank_zero_info(f"sync_batchnorm: {reason}, so there is nothing to do.")
-    elif trainer.strategy.root_device.type == "cpu":
-        raise ConfigError(
-            "trainer.sync_batchnorm is true, but torch's SyncBatchNorm runs on GPUs only.\n"
-            "Set trainer.sync_batchnorm: false; each process then normalises by its own images."
-        )

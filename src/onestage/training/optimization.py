@@ -10,7 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -54,11 +54,6 @@ class WarmupSchedule:
         is_valid = milestones == sorted(milestones) and all(0 < milestone < 1 for milestone in milestones)
         require(is_valid, f"{key}.milestones", milestones, "fractions of the run in (0, 1), ascending")
 
-    @property
-    def needs_total_steps(self) -> bool:
-        """Whether the factor after the warm-up depends on the length of the run."""
-        return self.kind != "constant"
-
     def factor(self, step: int, total_steps: float) -> float:
         """Return the factor for optimizer step `step` (0 is the first) of a run of `total_steps`."""
         if step < self.warmup_steps:
@@ -69,16 +64,6 @@ class WarmupSchedule:
             progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
             return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
         return 1.0
-
-
-def warn_of_long_warmup(warmup_steps: int, total_steps: float) -> None:
-    """Warn if most of the run is warm-up, as with the schedule of a large data set on a small one."""
-    if warmup_steps > 0.5 * total_steps:
-        rank_zero_warn(
-            f"model.schedule.warmup_steps is {warmup_steps}, but the run has {total_steps:g} steps: for most of it the "
-            "learning rate is below the configured one.\nSet model.schedule.warmup_steps to a tenth of the steps or "
-            "less, or train for more epochs."
-        )
 
 
 def decayed_parameters(detector: nn.Module) -> frozenset[str]:
@@ -100,14 +85,14 @@ def parameter_groups(detector: nn.Module, decayed: frozenset[str]) -> list[dict[
 
 def scale_learning_rate(optimizer: Optimizer, trainer: pl.Trainer, batch_size: int, reference: int) -> None:
     """Multiply every group's learning rate by images per step / reference: the linear rule of arXiv:1706.02677."""
-    images = batch_size * trainer.world_size * trainer.accumulate_grad_batches
-    before = optimizer.param_groups[0]["lr"]
+    processes, batches, before = trainer.world_size, trainer.accumulate_grad_batches, optimizer.param_groups[0]["lr"]
+    images = batch_size * processes * batches
     for group in optimizer.param_groups:
         group["lr"] *= images / reference
     rank_zero_info(
-        f"learning rate: {before:g} x {images} / {reference} = {optimizer.param_groups[0]['lr']:g} "
-        f"(processes {trainer.world_size} x batch_size {batch_size} x accumulate_grad_batches "
-        f"{trainer.accumulate_grad_batches}; model.reference_batch_size: {reference})"
+        f"learning rate: {before:g} x {images} / {reference} = {before * images / reference:g} "
+        f"(processes {processes} x batch_size {batch_size} x accumulate_grad_batches {batches}; "
+        f"model.reference_batch_size: {reference})"
     )
 
 
@@ -144,11 +129,6 @@ def shards_parameters(strategy: Strategy) -> bool:
     return isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy)
 
 
-def clips_by_itself(strategy: Strategy) -> bool:
-    """Return whether the strategy clips gradients inside its own step."""
-    return isinstance(strategy, DeepSpeedStrategy)
-
-
 def is_fused(optimizer: Optimizer) -> bool:
     """Return whether the optimizer steps in one kernel, which then also undoes the loss scale."""
     return any(group.get("fused") for group in optimizer.param_groups)
@@ -160,11 +140,7 @@ def scaler_of(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
 
 
 def check_clipping(trainer: pl.Trainer, optimizer: Optimizer) -> None:
-    """Refuse gradient clipping where the gradients are only unscaled inside the optimizer's step.
-
-    Raises:
-        ConfigError: fp16, a fused optimizer and clipping come together.
-    """
+    """Raise ConfigError for clipping where the gradients are only unscaled inside the optimizer's step."""
     if trainer.gradient_clip_val and is_fused(optimizer) and scaler_of(trainer) is not None:
         raise ConfigError(
             "trainer.gradient_clip_val needs unscaled gradients, but with trainer.precision 16-mixed a fused optimizer "
@@ -176,6 +152,8 @@ def check_clipping(trainer: pl.Trainer, optimizer: Optimizer) -> None:
 def clip_gradients(trainer: pl.Trainer, optimizer: Optimizer, limit: float, algorithm: str | None) -> None:
     """Clip the gradients, also where Lightning refuses: a fused optimizer under bf16, and by norm under FSDP."""
     parameters: Iterable[nn.Parameter] = (one for group in optimizer.param_groups for one in group["params"])
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        return  # clips inside its own step
     if algorithm == "value":
         nn.utils.clip_grad_value_(parameters, limit)
     elif isinstance(trainer.strategy, FSDPStrategy):

@@ -17,7 +17,7 @@ from onestage.training.callbacks import LossCollector, report_losses
 from onestage.training.module import DetectionModule
 
 DecidedPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
-Precision = Literal["auto"] | DecidedPrecision
+Precision = Literal["auto", DecidedPrecision]
 
 
 class DetectionTrainer(pl.Trainer):
@@ -43,7 +43,7 @@ class DetectionTrainer(pl.Trainer):
     def __init__(
         self,
         *args: Any,
-        precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
+        precision: Precision = "auto",
         use_distributed_sampler: Literal[False] = False,
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
@@ -54,7 +54,6 @@ class DetectionTrainer(pl.Trainer):
         sync_batchnorm: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.sync_batchnorm = sync_batchnorm
         accelerator = kwargs.get("accelerator", "auto")
         decided: DecidedPrecision | None = resolve_precision(precision, accelerator)
         if decided == "16-mixed" and device_of(accelerator) == "cpu":
@@ -77,6 +76,11 @@ class DetectionTrainer(pl.Trainer):
         )
         check_settings(self)
         check_processes(self)
+        if sync_batchnorm and self.world_size > 1 and self.strategy.root_device.type == "cpu":
+            raise ConfigError(
+                "trainer.sync_batchnorm is true, but torch's SyncBatchNorm runs on GPUs only.\n"
+                "Set trainer.sync_batchnorm: false; each process then normalises by its own images."
+            )
 
     def losses(
         self,
@@ -113,11 +117,10 @@ def evaluate_at_least_once(settings: Any) -> None:
 
 def resolve_precision(precision: Precision, accelerator: object) -> DecidedPrecision:
     """Replace `auto` by the faster precision of the accelerator, and report it once."""
-    if precision != "auto":
-        return precision
-    decided, reason = choose_precision(device_of(accelerator))
-    rank_zero_info(f"precision: {decided} ({reason}); override it with trainer.precision")
-    return decided
+    if precision == "auto":
+        precision, reason = choose_precision(device_of(accelerator))
+        rank_zero_info(f"precision: {precision} ({reason}); override it with trainer.precision")
+    return precision
 
 
 def choose_precision(device: str) -> tuple[DecidedPrecision, str]:
@@ -126,19 +129,17 @@ def choose_precision(device: str) -> tuple[DecidedPrecision, str]:
     Decided by the instructions of the device and not by a measurement, so that two runs on one machine agree.
     To measure: python scripts/benchmark.py step.
     """
+    if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16-mixed", "the GPU computes in bf16"
     if device == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16-mixed", "the GPU computes in bf16"
         return "16-mixed", "the GPU has no bf16, so fp16 with a loss scaler"
-    if device == "cpu":
-        # With these instructions a training step of SSD300 is twice as fast in bf16; without them oneDNN emulates bf16
-        # and the step is slower than in fp32.
-        capabilities = torch.cpu.get_capabilities()
-        for instructions in ("amx_bf16", "avx512_bf16"):
-            if capabilities.get(instructions):
-                return "bf16-mixed", f"this CPU has {instructions}"
-        return "32-true", "this CPU has no instructions for bf16"
-    return "32-true", f"no other precision was tried on {device}"
+    if device != "cpu":
+        return "32-true", f"no other precision was tried on {device}"
+    # With these instructions a training step of SSD300 is twice as fast in bf16; without them oneDNN emulates bf16
+    # and the step is slower than in fp32.
+    capabilities = torch.cpu.get_capabilities()
+    found = [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)]
+    return ("bf16-mixed", f"this CPU has {found[0]}") if found else ("32-true", "this CPU has no instructions for bf16")
 
 
 def device_of(accelerator: object) -> str:
@@ -151,11 +152,7 @@ def device_of(accelerator: object) -> str:
 
 
 def check_settings(trainer: pl.Trainer) -> None:
-    """Check settings of the trainer that Lightning does not validate.
-
-    Raises:
-        ConfigError: a number is out of range, or the strategy forks or spawns processes inside the command.
-    """
+    """Raise ConfigError for settings of the trainer that Lightning does not validate."""
     batches, clip = trainer.accumulate_grad_batches, trainer.gradient_clip_val
     remedy = "Set it to 1 for a step after every batch."
     require(batches >= 1, "trainer.accumulate_grad_batches", batches, ">= 1 batch per step", remedy)
@@ -172,16 +169,12 @@ def check_processes(trainer: pl.Trainer) -> None:
 
     With `trainer.devices: 1` Lightning does not ask how many processes there are, and each would train by itself.
     """
-    environment = os.environ
-    if "TORCHELASTIC_RUN_ID" in environment:
-        launcher, processes = "torchrun", int(environment["WORLD_SIZE"])
-        per_node = int(environment["LOCAL_WORLD_SIZE"])
-    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        launcher, processes = "srun", int(environment["SLURM_STEP_NUM_TASKS"])
-        per_node = processes // int(environment.get("SLURM_STEP_NUM_NODES", "1"))
-    else:
-        return
-    if processes != trainer.world_size:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher, processes, per_node = "torchrun", int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    else:  # one SLURM task may start processes itself
+        launcher, processes = "srun", int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+        per_node = processes // int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    if processes != trainer.world_size and (launcher == "torchrun" or processes > 1):
         raise ConfigError(
             f"{launcher} has started {processes} processes, {per_node} on each machine, but trainer.devices x "
             f"trainer.num_nodes is {trainer.num_devices} x {trainer.num_nodes}.\n"
