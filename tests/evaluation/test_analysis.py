@@ -7,7 +7,6 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 from tiny_training import TinyDetector, tiny_batch
-from torch.testing import assert_close
 
 from onestage.errors import CheckpointError, ConfigError
 from onestage.evaluation.analysis import (
@@ -41,13 +40,8 @@ def test_anchor_statistics_of_a_batch_equal_hand_computed_values():
     names += ("loss_of_positives", "loss_of_easy_negatives", "loss_of_hard_negatives", "p_t_of_positives")
     flat = {f"{place}/{name}": v for place, row in expected.items() for name, v in zip(names, row, strict=True)}
     assert anchor_statistics(AnchorLosses(LABELS, LOSSES, P_T), STRIDES) == pytest.approx(flat)
-
-
-def test_undefined_anchor_statistics_are_missing():
-    only_background = AnchorLosses(torch.full((1, 5), BACKGROUND), torch.zeros(1, 5), torch.ones(1, 5))
-    statistics = anchor_statistics(only_background, STRIDES)
-    assert statistics["anchors/negatives"] == 5
-    assert not [name for name in statistics if "loss_of" in name or "p_t" in name]
+    background = AnchorLosses(torch.full((1, 5), BACKGROUND), torch.zeros(1, 5), torch.ones(1, 5))
+    assert not {name for name in anchor_statistics(background, STRIDES) if "loss_of" in name or "p_t" in name}
 
 
 def first_batch(background, gamma=0.0, mined=None):
@@ -84,16 +78,6 @@ def test_untrained_detector_needs_a_prior_unless_negatives_are_mined(loss, prior
     losses = detector.anchor_losses(detector(batch.images), batch.targets)
     assert losses.losses.shape == losses.labels.shape == losses.true_probabilities.shape
     assert (missing_prior(losses) is not None) == (prior == 0.5 and loss is not MinedCrossEntropy)
-
-
-def test_anchor_losses_sum_to_the_classification_term():
-    torch.manual_seed(0)
-    detector, batch = TinyDetector(num_classes=2), tiny_batch([0, 1])
-    predictions = detector(batch.images)
-    losses, parts = detector.loss(predictions, batch.targets), detector.anchor_losses(predictions, batch.targets)
-    assert losses.num_positives > 0
-    expected = losses.terms["classification"].detach() * losses.num_positives
-    assert_close(parts.losses.sum(), expected, rtol=1e-4, atol=0)
 
 
 def test_loss_curve_of_four_examples_equals_hand_computed_values():

@@ -27,6 +27,12 @@ def test_gamma_is_minus_log_of_the_bias_corrected_running_mean() -> None:
     step(loss, 0.9)
     # weights 3/16 and 4/16, 7/16 together: (3/16 * 0.2 + 4/16 * 0.9) / (7/16)
     assert_close(loss.current_gamma(), torch.tensor(-math.log((3 * 0.2 + 4 * 0.9) / 7)))
+    other = AutomatedFocalLoss()
+    other.load_state_dict(loss.state_dict())
+    assert torch.equal(loss.current_gamma(), other.current_gamma())
+    underflown = AutomatedFocalLoss()
+    underflown(torch.full((1, 1, 1), -200.0, requires_grad=True), torch.tensor([[0]]))
+    assert underflown.current_gamma().isfinite()
 
 
 def test_gamma_is_unchanged_by_batches_without_objects_evaluation_and_no_grad() -> None:
@@ -59,16 +65,3 @@ def test_loss_and_gradient_equal_focal_loss_with_the_current_gamma() -> None:
     expected = SigmoidFocalLoss(0.25, loss.current_gamma().item())(logits, labels)
     assert_close(total, expected)
     assert_close(torch.autograd.grad(total, logits), torch.autograd.grad(expected, logits))
-
-
-def test_state_dict_restores_gamma() -> None:
-    loss, other = AutomatedFocalLoss(), AutomatedFocalLoss()
-    step(loss, 0.3)
-    other.load_state_dict(loss.state_dict())
-    assert torch.equal(loss.current_gamma(), other.current_gamma())
-
-
-def test_gamma_is_finite_when_p_t_underflows() -> None:
-    loss = AutomatedFocalLoss()
-    loss(torch.full((1, 1, 1), -200.0, requires_grad=True), torch.tensor([[0]]))
-    assert loss.current_gamma().isfinite()

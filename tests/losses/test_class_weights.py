@@ -73,10 +73,6 @@ def test_weights_of_this_run_are_kept_when_a_checkpoint_is_loaded(number: int) -
             weights.load_state_dict({})
 
 
-def test_loss_without_weights_has_an_empty_state_dict() -> None:
-    assert not SigmoidFocalLoss().state_dict()
-
-
 def test_number_of_weights_must_be_the_number_of_classes() -> None:
     with pytest.raises(ConfigError, match=r"class_weights must be 3 numbers, .* got \[1\.0, 2\.0\]"):
         ClassWeights([1.0, 2.0]).set_class_counts(torch.tensor([1, 2, 3]))

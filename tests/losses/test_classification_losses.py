@@ -1,7 +1,5 @@
 """Promises of every classification loss, whatever its formula."""
 
-import math
-
 import pytest
 import torch
 from loss_references import FAMILY, random_anchors
@@ -26,11 +24,10 @@ def test_gradient_passes_gradcheck(make) -> None:
 
 
 @every_loss
-@pytest.mark.parametrize("size", [100.0, 1000.0, 10_000.0])
-def test_extreme_logits_give_finite_loss_and_gradient(make, size) -> None:
+def test_extreme_logits_give_finite_loss_and_gradient(make) -> None:
     loss = make()
     signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]]).repeat(3, 2)[:, : loss.num_logits(3)]
-    logits = (size * signs)[None].requires_grad_()
+    logits = (10_000 * signs)[None].requires_grad_()
     labels = torch.tensor([[0] * 4 + [1] * 4 + [BACKGROUND] * 4])
     quality = torch.linspace(0, 1, 12)[None]
     total = loss(logits, labels, quality)
@@ -89,15 +86,6 @@ def test_images_without_objects_and_a_single_class_give_finite_gradients(make, l
 
 
 @every_loss
-def test_batch_of_zero_images_has_zero_loss(make) -> None:
-    loss = make().eval()
-    logits = torch.zeros(0, 8, loss.num_logits(3), requires_grad=True)
-    total = loss(logits, torch.zeros(0, 8, dtype=torch.int64))
-    total.backward()
-    assert total == 0
-
-
-@every_loss
 def test_untrained_scores_are_the_prior(make) -> None:
     loss = make()
     scores = loss.scores(loss.prior_bias(4, prior=0.02))
@@ -106,19 +94,15 @@ def test_untrained_scores_are_the_prior(make) -> None:
     assert loss.num_logits(4) == (5 if is_softmax else 4)
 
 
-def test_true_probability_of_sigmoids_is_hand_computed() -> None:
-    def logit(p):
-        return math.log(p / (1 - p))
-
-    logits = torch.tensor([[[logit(0.7), logit(0.2)], [logit(0.1), logit(0.4)]]])
-    true_probability = SigmoidFocalLoss().true_probability(logits, torch.tensor([[1, BACKGROUND]]))
-    assert_close(true_probability, torch.tensor([[0.2, 0.6]]))  # background: 1 - 0.4, the highest score
-
-
-def test_true_probability_of_a_softmax_is_hand_computed() -> None:
-    logits = torch.tensor([[[0.7, 0.2, 0.1], [0.5, 0.1, 0.4]]]).log()
-    true_probability = SoftmaxFocalLoss().true_probability(logits, torch.tensor([[1, BACKGROUND]]))
-    assert_close(true_probability, torch.tensor([[0.2, 0.4]]))
+@pytest.mark.parametrize(
+    ("loss", "logits", "expected"),
+    [  # background of sigmoids: 1 - 0.4, the highest score
+        (SigmoidFocalLoss(), torch.tensor([[[0.7, 0.2], [0.1, 0.4]]]).logit(), [[0.2, 0.6]]),
+        (SoftmaxFocalLoss(), torch.tensor([[[0.7, 0.2, 0.1], [0.5, 0.1, 0.4]]]).log(), [[0.2, 0.4]]),
+    ],
+)
+def test_true_probability_is_hand_computed(loss, logits, expected) -> None:
+    assert_close(loss.true_probability(logits, torch.tensor([[1, BACKGROUND]])), torch.tensor(expected))
 
 
 COMPILED = [

@@ -28,7 +28,7 @@ def loss_and_gradient(loss, logits, labels):
 
 
 @pytest.mark.parametrize("make", LOSSES)
-@pytest.mark.parametrize("size", [1.0, 10.0, 1e4])
+@pytest.mark.parametrize("size", [1.0, 1e4])
 def test_fused_loss_and_gradient_equal_the_plain_formula(make, size, monkeypatch) -> None:
     logits, labels = random_anchors(3)
     logits = (logits.detach() * size).requires_grad_()

@@ -34,11 +34,6 @@ def test_images_without_objects_have_min_negatives() -> None:
     assert_close(MinedCrossEntropy(min_negatives=9)(two_logits(x), labels), torch.tensor(softplus(3, 1, 2)))
 
 
-def test_mined_cross_entropy_with_too_few_negatives_takes_all() -> None:
-    labels = torch.tensor([[0, BACKGROUND, IGNORE]])
-    assert_close(MinedCrossEntropy(3)(torch.zeros(1, 3, 2), labels), torch.tensor(2 * math.log(2)))
-
-
 def test_mined_cross_entropy_of_equal_negatives_takes_the_first() -> None:
     logits = torch.zeros(1, 5, 2, requires_grad=True)
     MinedCrossEntropy(2, min_negatives=2)(logits, torch.tensor([[BACKGROUND] * 5])).backward()

@@ -36,12 +36,6 @@ ARGUMENTS = [
 ]
 
 
-def test_all_kinds_of_arguments_are_covered() -> None:
-    names = {name for _, name in ARGUMENTS}
-    assert {"alpha", "beta", "gamma", "label_smoothing", "momentum", "anchors_per_image", "min_negatives"} <= names
-    assert len(ARGUMENTS) >= 22
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
 @pytest.mark.parametrize(("loss", "argument"), ARGUMENTS)
 def test_non_finite_or_negative_argument_is_refused(loss, argument: str, value: float) -> None:

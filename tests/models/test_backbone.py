@@ -37,12 +37,6 @@ def test_vgg_maps_have_the_published_sizes_and_convolutions(image_size, conv4_si
     assert shapes[26:] == [(1024, 512, 3, 3), (1024,), (1024, 1024, 1, 1), (1024,), (512,)]  # fc6, fc7, L2Norm
 
 
-def test_batch_norm_replaces_the_biases_of_vgg() -> None:
-    narrow = VGG(depths=(1, 1, 1, 1, 1), widths=(2, 2, 2, 2, 2), fc_width=4, batch_norm=True)
-    assert narrow.to_conv4.conv1_1.bias is None
-    assert narrow.to_conv4.conv1_1_bn.num_features == 2
-
-
 @pytest.mark.parametrize(
     ("name", "channels"),
     [

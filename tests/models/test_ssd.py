@@ -12,7 +12,6 @@ from onestage.errors import ConfigError
 from onestage.losses import (
     BoxLoss,
     ClassificationLoss,
-    EffectiveNumberWeights,
     MinedCrossEntropy,
     QualityFocalLoss,
     SigmoidFocalLoss,
@@ -53,7 +52,6 @@ def total_of(losses) -> torch.Tensor:
     return losses.terms["classification"] + losses.terms["box"]
 
 
-@pytest.mark.parametrize("loss", [SigmoidFocalLoss(), MinedCrossEntropy()])
 @pytest.mark.parametrize(
     ("detector_class", "sides", "num_anchors"),
     [
@@ -62,13 +60,13 @@ def total_of(losses) -> torch.Tensor:
         (SSD160, [20, 10, 5, 3, 1], 400 * 4 + 100 * 6 + 25 * 6 + 9 * 4 + 4),
     ],
 )
-def test_published_sizes_have_the_published_maps_and_anchors(detector_class, sides, num_anchors, loss) -> None:
+def test_published_sizes_have_the_published_maps_and_anchors(detector_class, sides, num_anchors) -> None:
+    loss = MinedCrossEntropy()
     with torch.device("meta"):
         detector = detector_class(num_classes=7, anchors="coco", classification_loss=loss)
         side = detector.image_size
         predictions = detector(torch.zeros(2, 3, side, side, dtype=torch.uint8))
         summary = detector.anchor_summary()
-    assert isinstance(detector, Detector)
     assert predictions.class_logits.shape == (2, num_anchors, loss.num_logits(7))
     assert predictions.box_outputs.shape == (2, num_anchors, 4)
     assert predictions.anchors.boxes.shape == (num_anchors, 4)
@@ -166,7 +164,7 @@ def test_bfloat16_autocast_gives_float32_predictions_losses_and_detections() -> 
         predictions = detector(images_of(2).contiguous(memory_format=torch.channels_last))
         losses = detector.loss(predictions, two_objects(2))
         detections = detector.detect(predictions)
-    tensors = (predictions.class_logits, predictions.box_outputs, total_of(losses), detections.boxes)
+    tensors = (*predictions[:2], total_of(losses), detections.boxes)
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
     total_of(losses).backward()
     assert all(p.grad.isfinite().all() for p in detector.parameters())
@@ -224,14 +222,10 @@ def test_detect_finds_the_described_object_and_clips_it() -> None:
     assert detector.detect(predictions._replace(class_logits=shifted)).boxes[0, 0].tolist() == [136, 136, 160, 160]
 
 
-def test_state_dict_holds_weights_alone_and_loads_into_a_new_detector() -> None:
-    detector, other = SSD160(num_classes=2), SSD160(num_classes=2)
-    state = detector.state_dict()
+def test_state_dict_holds_weights_alone() -> None:
+    state = SSD160(num_classes=2).state_dict()
     assert {key.split(".")[0] for key in state} == {"backbone", "neck", "class_head", "box_head"}
     assert not [key for key in state if "pixel" in key]
-    other.load_state_dict(state)
-    images = images_of(1)
-    assert_close(detector.eval()(images).class_logits, other.eval()(images).class_logits)
 
 
 def test_positives_are_averaged_over_processes_in_training_only(monkeypatch) -> None:
@@ -266,15 +260,6 @@ def test_box_quality_is_the_iou_of_the_predicted_box_at_positives() -> None:
         quality, labels = detector.classification_loss.box_quality, detector.classification_loss.labels
         assert_close(quality[labels >= 0], torch.full_like(quality[labels >= 0], iou), rtol=1e-4, atol=1e-4)
         assert (quality[labels < 0] == 0).all()
-
-
-def test_class_counts_reach_the_class_weights() -> None:
-    loss = SigmoidFocalLoss(class_weights=EffectiveNumberWeights())
-    detector = SSD160(num_classes=3, classification_loss=loss)
-    assert detector.uses_class_weights
-    detector.set_class_counts(torch.tensor([1000, 10, 10]))
-    assert loss.class_weights.values[1] > loss.class_weights.values[0]
-    assert not SSD160(num_classes=3).uses_class_weights
 
 
 def test_one_seed_gives_all_but_the_class_head_the_same_weights_for_any_loss() -> None:
@@ -356,8 +341,3 @@ def test_detection_exports_as_one_graph_of_fixed_shapes() -> None:
 def test_arguments_out_of_range_are_refused(changes, message) -> None:
     with pytest.raises(ConfigError, match=message):
         SSD160(**({"num_classes": 3} | changes))
-
-
-def test_images_of_another_size_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"must be \(160, 160\), got \(300, 300\).\nSet data.image_size: 160"):
-        SSD160(num_classes=3)(images_of(1, image_size=300))

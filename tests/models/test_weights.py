@@ -150,5 +150,5 @@ def test_vgg16_weights_give_the_same_features_on_images_divided_by_64(prefix, wi
         (conv4, fc7), (expected_conv4, expected_fc7) = backbone.features(images / 64), source.features(images)
     assert torch.equal(conv4, expected_conv4)  # to the last bit: 64 is a power of two
     assert torch.equal(fc7, expected_fc7) == with_fc
-    with torch.device("meta"), pytest.raises(CheckpointError, match=r"conv1_1.weight must have shape \(64, 3, 3, 3\)"):
+    with torch.device("meta"), pytest.raises(CheckpointError, match=r"conv1_1.weight of shape .* instead of \(64"):
         ssd300(20, backbone_weights=str(tmp_path / "vgg.pth"))

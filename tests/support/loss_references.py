@@ -50,13 +50,3 @@ def one_hot(labels: Tensor, logits: Tensor) -> Tensor:
     for image, anchor in (labels >= 0).nonzero().tolist():
         targets[image, anchor, labels[image, anchor]] = 1
     return targets
-
-
-def written_out(class_logits: Tensor, labels: Tensor, loss_of_anchor) -> Tensor:
-    """Return the sum of `loss_of_anchor(logits [C'], label)` over the anchors that are not ignored."""
-    total = class_logits.new_zeros(())
-    for image in range(labels.shape[0]):
-        for anchor in range(labels.shape[1]):
-            if labels[image, anchor] != IGNORE:
-                total = total + loss_of_anchor(class_logits[image, anchor], int(labels[image, anchor]))
-    return total

@@ -131,14 +131,6 @@ def test_checkpoint_is_the_same_from_every_hook(tmp_path, hook):
     assert saved[RAW_WEIGHTS]["weight"].item() == STEPS
 
 
-def test_run_without_steps_keeps_its_weights(tmp_path):
-    module = Climber()
-    with torch.no_grad():
-        module.weight.fill_(5.0)
-    fit(module, tmp_path, ExponentialMovingAverage(decay=0.9999), limit_train_batches=0)
-    assert module.weight.item() == 5
-
-
 def test_weight_with_two_names_is_averaged_once(tmp_path):
     class Tied(Climber):
         def __init__(self):

@@ -1,22 +1,14 @@
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_training import TinyData, TinyDetector, TinyDetectorWithBatchNorm, quiet_trainer, tiny_batch
-from torch.testing import assert_close
-from torchmetrics import Metric
+from tiny_training import TinyData, TinyDetector, quiet_trainer, tiny_batch
 
 from onestage.errors import ConfigError
-from onestage.training.module import (
-    DetectionModule,
-    MeanPerPositive,
-    check_batch_norm,
-    check_compiler,
-)
+from onestage.training.module import DetectionModule, check_compiler
 from onestage.training.optimization import WarmupSchedule
 from onestage.training.trainer import DetectionTrainer
-from onestage.types import PADDING, Losses, Targets
+from onestage.types import Losses
 
 
 class ThreeTerms(TinyDetector):
@@ -35,7 +27,6 @@ def test_loss_is_weighted_sum_of_all_declared_terms():
     assert {name: float(value) for name, value in losses.items() if name != "loss"} == {
         "classification_loss": 1.0, "box_loss": 4.0, "objectness_loss": 2.0,
     }  # fmt: skip
-    assert set(module.loss_means) == {"loss", "classification_loss", "box_loss", "objectness_loss"}
 
 
 @pytest.mark.parametrize("declared", [("classification",), ("classification", "box", "objectness")])
@@ -118,62 +109,6 @@ def test_schedule_that_needs_the_run_length_is_refused_in_a_run_without_end(tmp_
     with pytest.raises(ConfigError, match=r"kind must be constant in a run without end, got 'cosine'\.\n.*max_epochs"):
         trainer = quiet_trainer(DetectionTrainer, tmp_path, max_epochs=-1)
         trainer.fit(module, datamodule=TinyData(num_images=4, batch_size=1))
-
-
-def update(mean, loss, num_positives):
-    mean.update(torch.tensor(loss), torch.tensor(num_positives))
-
-
-def test_mean_per_positive_weighs_batches_by_their_positives():
-    mean = MeanPerPositive()
-    assert isinstance(mean, Metric)
-    assert mean.compute().isnan()  # before the first update
-    update(mean, 2.0, 24)
-    update(mean, 9.0, 18)
-    assert mean.compute().item() == 5.0  # (48 + 162) / 42; the mean of batches is 5.5
-    mean.reset()
-    update(mean, 4.0, 0)
-    update(mean, 2.0, 0)
-    assert mean.compute().item() == 6.0  # no positives at all: divided by 1
-    update(mean, 5.0, 3)
-    assert mean.compute().item() == 7.0  # (4 + 2 + 15) / 3
-    update(mean, float("nan"), 1)
-    assert mean.compute().isnan()
-
-
-@pytest.mark.parametrize("sizes", [[4], [2, 2], [1, 3]])
-@pytest.mark.parametrize("label", [1, PADDING])
-def test_mean_per_positive_is_independent_of_batches(sizes, label):
-    torch.manual_seed(0)
-    detector = TinyDetector(num_classes=2).eval()
-    images, (boxes, labels), *_ = tiny_batch([0, 1, 2, 3])
-    labels = torch.full_like(labels, PADDING)
-    labels[0, 0] = label  # at most one of four images has an object
-    with torch.no_grad():
-        whole = detector.loss(detector(images), Targets(boxes, labels)).terms["classification"]
-        mean = MeanPerPositive()
-        for rows in torch.arange(4).split(sizes):
-            losses = detector.loss(detector(images[rows]), Targets(boxes[rows], labels[rows]))
-            mean.update(losses.terms["classification"], losses.num_positives)
-    assert_close(mean.compute(), whole, rtol=1e-4, atol=0)
-
-
-def trainer_of(world_size, device="cpu", sync_batchnorm=True):
-    strategy = SimpleNamespace(root_device=torch.device(device))
-    return SimpleNamespace(world_size=world_size, strategy=strategy, sync_batchnorm=sync_batchnorm)
-
-
-def test_sync_batchnorm_on_several_cpu_processes_is_refused(monkeypatch):
-    messages = []
-    monkeypatch.setattr("onestage.training.module.rank_zero_info", messages.append)
-    with pytest.raises(ConfigError, match="runs on GPUs only"):
-        check_batch_norm(trainer_of(2), TinyDetectorWithBatchNorm(num_classes=2))
-    check_batch_norm(trainer_of(2, "cuda"), TinyDetectorWithBatchNorm(num_classes=2))
-    check_batch_norm(trainer_of(2, sync_batchnorm=False), TinyDetectorWithBatchNorm(num_classes=2))
-    assert messages == []
-    check_batch_norm(trainer_of(2), TinyDetector(num_classes=2))
-    check_batch_norm(trainer_of(1), TinyDetectorWithBatchNorm(num_classes=2))
-    assert ["has no batch norm" in messages[0], "one process" in messages[1]] == [True, True]
 
 
 def test_compile_without_compiler_is_refused(monkeypatch):

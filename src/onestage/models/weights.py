@@ -2,7 +2,6 @@
 
 import pickle
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +39,6 @@ def load_vgg16(backbone: nn.Module, value: str, scale: float) -> None:
         value: IMAGENET1K_FEATURES, or the path of a state dict with the keys of torchvision's vgg16 or, as in the
             Caffe-derived vgg16_reducedfc.pth, without "features."; for RGB images of 0..255 less the mean.
         scale: divides the images of `backbone`; the published first layer is multiplied by it.
-
-    Raises:
-        CheckpointError: if the weights cannot be fetched or read, or do not fit.
     """
     weights = read_weights("backbone_weights", value, {IMAGENET: VGG16_Weights.IMAGENET1K_FEATURES})
     weights = {f"features.{name.removeprefix('features.')}": tensor for name, tensor in weights.items()}
@@ -64,7 +60,6 @@ def load_torchvision_ssd300(detector: nn.Module, value: str, num_classes: int, s
         scale: see `load_vgg16`.
 
     Raises:
-        CheckpointError: if the weights cannot be fetched or read, or are not those of an ssd300_vgg16.
         ConfigError: if they were trained on a number of classes that does not give K.
     """
     place = f"pretrained: {value}"
@@ -72,8 +67,7 @@ def load_torchvision_ssd300(detector: nn.Module, value: str, num_classes: int, s
     keys = _parameters(_SSD300) | {"backbone.conv4_norm.weight": "backbone.scale_weight"}
     state = rename(weights, keys, place)
     state["backbone.to_conv4.conv1_1.weight"] = state["backbone.to_conv4.conv1_1.weight"] * scale
-    num_anchors = len(state["box_head.levels.0.bias"]) // 4
-    num_columns = len(state["class_head.levels.0.bias"]) // num_anchors
+    num_columns = 4 * len(state["class_head.levels.0.bias"]) // len(state["box_head.levels.0.bias"])
     columns = _columns(num_columns, num_classes, place)
     for name, tensor in state.items():
         if name.startswith("class_head."):  # [anchors of the cell * columns, ...]
@@ -106,22 +100,17 @@ def read_weights(key: str, value: str, published: Mapping[str, WeightsEnum]) -> 
         CheckpointError: if it cannot be fetched or read.
     """
     remedy = f"Set {key} to one of: {', '.join([*published, 'the path of a state dict', 'null'])}."
-    if value in published:
-        weights = published[value]
-        try:
-            content = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError) as error:  # no network is an OSError, a wrong hash a RuntimeError
-            problem = f"{key}: {value} cannot be fetched from {weights.url}: {error}"
-            remedy = f"Put the file into {torch.hub.get_dir()}/checkpoints by hand. {remedy}"
-            raise CheckpointError(f"{problem}\n{remedy}") from error
-    elif not Path(value).is_file():
-        raise CheckpointError(f"{key}: {value} is not a file.\n{remedy}")
-    else:
-        try:
+    try:
+        if value in published:
+            content = published[value].get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+        else:
             content = torch.load(value, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{key}: {value} cannot be read as a state dict: {reason}\n{remedy}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        problem = f"cannot be read as a state dict: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        if value in published:
+            problem = f"cannot be fetched from {published[value].url}: {error}"
+            remedy = f"Put the file into {torch.hub.get_dir()}/checkpoints by hand. {remedy}"
+        raise CheckpointError(f"{key}: {value} {problem}\n{remedy}") from error
     if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"{key}: {value} must hold tensors by name, got something else.\n{remedy}")
     return content
@@ -130,9 +119,8 @@ def read_weights(key: str, value: str, published: Mapping[str, WeightsEnum]) -> 
 def rename(weights: Mapping[str, Tensor], keys: Mapping[str, str], place: str) -> dict[str, Tensor]:
     """Return tensors under our keys; CheckpointError if one is missing. keys: our key to the file's."""
     missing = [theirs for theirs in keys.values() if theirs not in weights]
-    if missing:
-        problem = f"{place} lacks {len(missing)} of {len(keys)} tensors, {missing[0]} first; it holds another model."
-        raise CheckpointError(f"{problem}\nSet {place.partition(':')[0]} to one of: a file of this model, null.")
+    problem = f"lacks {len(missing)} of {len(keys)} tensors, {missing[:1]} first"
+    _require_model(not missing, place, problem)
     return {ours: weights[theirs] for ours, theirs in keys.items()}
 
 
@@ -140,10 +128,15 @@ def load_tensors(module: nn.Module, state: Mapping[str, Tensor], place: str) -> 
     """Load tensors into a module and keep its others; CheckpointError if a shape differs."""
     own = module.state_dict()
     for key, tensor in state.items():
-        if tensor.shape != own[key].shape:
-            problem = f"{place}: {key} must have shape {tuple(own[key].shape)}, got {tuple(tensor.shape)}."
-            raise CheckpointError(f"{problem}\nSet {place.partition(':')[0]} to one of: a file of this model, null.")
+        problem = f"has {key} of shape {tuple(tensor.shape)} instead of {tuple(own[key].shape)}"
+        _require_model(tensor.shape == own[key].shape, place, problem)
     module.load_state_dict(state, strict=False)
+
+
+def _require_model(holds_model: bool, place: str, problem: str) -> None:
+    if not holds_model:
+        remedy = f"Set {place.partition(':')[0]} to one of: a file of this model, null."
+        raise CheckpointError(f"{place} {problem}; it holds another model.\n{remedy}")
 
 
 def _parameters(layers: Mapping[str, str]) -> dict[str, str]:

@@ -11,9 +11,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import Metric
 
 from onestage.boxes.geometry import to_original
 from onestage.errors import ConfigError, require
@@ -79,13 +78,10 @@ class DetectionModule(pl.LightningModule):
         self._decayed = decayed_parameters(detector)
         self._configured: list[dict[str, Any]] = []  # hyperparameters of the optimizer as it was built
         self._scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
-        self.loss_means = nn.ModuleDict(
-            {name: MeanPerPositive() for name in ("loss", *(f"{term}_loss" for term in self.loss_weights))}
-        )
         self.evaluator: CocoEvaluator | None = None
         self.metrics: Metrics = {}
-        self.evaluation_seconds = 0.0
-        self._start = 0.0
+        self.evaluation_seconds = self._start = 0.0
+        self._loss_sums: dict[str, Tensor] = {}  # of an evaluation
 
     @property
     def data(self) -> DetectionData:
@@ -148,16 +144,18 @@ class DetectionModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start a new evaluation."""
         self.evaluator = CocoEvaluator(self.data.annotations(stage_of(self.trainer)))
-        for mean in self.loss_means.values():
-            cast(MeanPerPositive, mean).reset()
+        names = ("num_positives", "loss", *(f"{term}_loss" for term in self.loss_weights))
+        self._loss_sums = {name: torch.zeros((), device=self.device) for name in names}
         self._start = time.perf_counter()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Collect losses and detections; return the detections in original pixels."""
         predictions = self.predict_batch(batch)
         losses = self.detector.loss(predictions, batch.targets)
+        # The batch's own divisor is undone: the logged loss is that of one batch with all images of all processes.
         for name, value in self.weighted_loss(losses).items():
-            cast(MeanPerPositive, self.loss_means[name]).update(value, losses.num_positives)
+            self._loss_sums[name] += value * losses.num_positives.clamp(min=1)
+        self._loss_sums["num_positives"] += losses.num_positives
         return self._collect(batch, predictions)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -179,9 +177,10 @@ class DetectionModule(pl.LightningModule):
         prefix = stage_of(self.trainer)
         self.metrics = self.evaluator.compute()
         self.evaluation_seconds = time.perf_counter() - self._start
-        for name, mean in self.loss_means.items():
-            # Metric objects, because Lightning averages wrongly where processes hold different numbers of images.
-            self.log(f"{prefix}/{name}", cast(MeanPerPositive, mean))
+        sums = torch.stack(list(self._loss_sums.values()))
+        num_positives, *sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum")).unbind()
+        for name, total in zip(list(self._loss_sums)[1:], sums, strict=True):
+            self.log(f"{prefix}/{name}", total / num_positives.clamp(min=1))
         for name, value in self.metrics.items():
             # NaN means "undefined on this data", which loggers and ModelCheckpoint cannot handle; 0 comes nearest.
             value = 0.0 if math.isnan(value) else value
@@ -260,35 +259,6 @@ class DetectionModule(pl.LightningModule):
             "category_ids": [int(category) for category in self.data.category_ids],
         }
         checkpoint.setdefault(CHECKPOINT_KEY, {}).update(values)
-
-
-class MeanPerPositive(Metric):
-    """Sum of a loss over the number of positive anchors, or over 1 if there is none; NaN before the first update.
-
-    Each batch divides its loss by its own positives, or by 1. This is undone, and the sum over all batches and
-    processes divided once: the value is the loss of one batch that holds all images.
-    """
-
-    full_state_update = False
-    total: Tensor
-    num_positives: Tensor
-    num_updates: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("total", "num_positives", "num_updates"):
-            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
-
-    def update(self, loss: Tensor, num_positives: Tensor) -> None:
-        """Add the loss of a batch, divided by its positives or by 1, and their number; scalars."""
-        self.total += loss * num_positives.clamp(min=1)
-        self.num_positives += num_positives
-        self.num_updates += 1
-
-    def compute(self) -> Tensor:
-        """Return the loss of all batches together."""
-        loss = self.total / self.num_positives.clamp(min=1)
-        return torch.where(self.num_updates > 0, loss, torch.nan)
 
 
 def stage_of(trainer: pl.Trainer) -> Stage:
