@@ -119,15 +119,6 @@ def test_loss_curves_of_batches_equal_those_of_sorted_examples():
     assert list(shares) == sorted(shares)
 
 
-def test_certain_anchors_give_finite_curves():
-    distribution = LossDistribution()
-    distribution.update(torch.tensor([[0, 0, BACKGROUND]]), torch.tensor([[0.0, 1.0, 1.0]]))
-    for curve in distribution.curves().values():
-        assert np.isfinite(curve.fraction_of_loss).all()
-        assert curve.fraction_of_anchors[-1] == 1
-    assert LossDistribution().curves() == {}
-
-
 @pytest.mark.parametrize("labels", [[0, BACKGROUND, BACKGROUND], [BACKGROUND] * 3])
 def test_loss_curves_are_written_as_table_and_figure(tmp_path, labels):
     distribution = LossDistribution(gammas=[0.0, 0.5])
@@ -154,9 +145,12 @@ def test_gamma_out_of_range_is_refused(gamma):
         LossDistribution([0.0, gamma])
 
 
-def test_nan_is_refused_unless_its_anchor_is_ignored():
+def test_certain_anchors_give_finite_curves_and_nan_is_refused_unless_its_anchor_is_ignored():
     distribution = LossDistribution()
-    distribution.update(torch.tensor([[0, IGNORE]]), torch.tensor([[0.5, torch.nan]]))
-    assert distribution.counts.sum() == 1
+    assert distribution.curves() == {}
+    labels = torch.tensor([[0, 0, BACKGROUND, IGNORE]])
+    distribution.update(labels, torch.tensor([[0.0, 1.0, 1.0, torch.nan]]))
+    assert all(np.isfinite(curve.fraction_of_loss).all() for curve in distribution.curves().values())
+    assert distribution.counts.sum() == 3
     with pytest.raises(CheckpointError, match=r"p_t is NaN for 1 of 2 anchors.*\n.*precision 32-true"):
         distribution.update(torch.tensor([[0, BACKGROUND]]), torch.tensor([[0.5, torch.nan]]))

@@ -22,11 +22,6 @@ def found(boxes, scores, labels):
 NOTHING = found([], [], [])
 
 
-def test_image_without_boxes_is_unchanged():
-    image = np.random.default_rng(0).integers(0, 256, (320, 400, 3), np.uint8)
-    np.testing.assert_array_equal(draw_boxes(image, NO_BOXES, NO_LABELS, NOTHING, NAMES), image)
-
-
 def test_detection_is_solid_box_in_colour_of_its_class():
     drawn = draw_boxes(grey(400, 400), NO_BOXES, NO_LABELS, found([[100.0, 150, 300, 350]], [0.9], [1]), NAMES)
     for y, x in [(350, 200), (250, 100), (250, 300)]:  # bottom, left and right edge
@@ -78,16 +73,6 @@ def test_arbitrary_names_are_written_inside_picture(name):
     drawn = draw_boxes(grey(320, 320), NO_BOXES, NO_LABELS, found([[200.0, 5, 310, 310]], [0.9], [0]), [name])
     assert drawn.shape == (320, 320, 3)
     assert (drawn[0:12] != 127).any()  # there is no room above the box, so the name is at the upper border
-
-
-def test_colours_of_80_classes_differ():
-    assert len({class_colour(label) for label in range(80)}) == 80
-
-
-@pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)])
-def test_other_arrays_than_rgb_images_are_refused(image):
-    with pytest.raises(ValueError, match=r"\[H, W, 3\] uint8"):
-        draw_boxes(image, NO_BOXES, NO_LABELS, NOTHING, NAMES)
 
 
 def test_jpeg_replaces_the_old_one_and_names_the_file_on_errors(tmp_path):

@@ -1,9 +1,7 @@
 import json
-import os
 
 import pytest
 
-from onestage.errors import ResourceError
 from onestage.evaluation.coco import choose_backend
 from onestage.evaluation.results import format_table, write_coco_results, write_results
 
@@ -11,14 +9,10 @@ METRICS = {"mAP": 0.25, "AP50": 0.5, "AP75": float("nan")}
 PER_CLASS = {"cat": 0.25, "Füchsin": float("nan")}
 
 
-def write(path):
-    arguments = {"metrics": METRICS, "per_class": PER_CLASS, "class_names": ["cat", "Füchsin"]}
-    write_results(path, stage="validate", seconds=2.0, images_per_second=50.0, **arguments)
-
-
 def test_results_have_null_for_undefined_metrics(tmp_path):
     path = tmp_path / "run" / "results.json"
-    write(path)
+    arguments = {"metrics": METRICS, "per_class": PER_CLASS, "class_names": ["cat", "Füchsin"]}
+    write_results(path, stage="validate", seconds=2.0, images_per_second=50.0, **arguments)
     results = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)  # NaN is not JSON
     assert results["metrics"] == {"mAP": 0.25, "AP50": 0.5, "AP75": None}
     assert results["per_class"] == {"cat": 0.25, "Füchsin": None}
@@ -26,20 +20,6 @@ def test_results_have_null_for_undefined_metrics(tmp_path):
     assert (results["stage"], results["seconds"], results["images_per_second"]) == ("validate", 2.0, 50.0)
     assert {"python", "torch", "torchvision", "torchmetrics", choose_backend()} <= set(results["versions"])
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
-
-
-def test_failed_write_keeps_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    path.write_bytes(b"old")
-
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(ResourceError, match=r"results\.json"):
-        write(path)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

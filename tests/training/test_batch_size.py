@@ -24,11 +24,18 @@ def memory(constant, per_image, fails_at=10**9):
     return peak_bytes, calls
 
 
-def test_search_extrapolates_to_the_limit():
-    peak_bytes, calls = memory(constant=100, per_image=10)
-    # (1000 - 100) / 10 = 90 images fit; as a multiple of eight 88
-    assert largest_batch(peak_bytes, limit=1000, max_batch_size=10_000) == 88
-    assert calls == [1, 2, 4, 8, 16, 32, 64, 88]  # 128 is beyond the line and is not tried
+@pytest.mark.parametrize(
+    ("constant", "per_image", "fails_at", "limit", "steps", "expected"),
+    [
+        # (1000 - 100) / 10 = 90 images fit; as a multiple of eight 88. 128 is beyond the line and is not tried.
+        (100, 10, 10**9, 1000, [1, 2, 4, 8, 16, 32, 64, 88], 88),
+        (0, 1, 21, 10**6, [1, 2, 4, 8, 16, 32, 24], 16),  # out of memory far below the line ends the ascent
+    ],
+)
+def test_search_doubles_up_to_the_limit(constant, per_image, fails_at, limit, steps, expected):
+    peak_bytes, calls = memory(constant, per_image, fails_at)
+    assert largest_batch(peak_bytes, limit, max_batch_size=10_000) == expected
+    assert calls == steps
 
 
 def test_search_steps_back_from_nonlinear_memory():
@@ -38,20 +45,15 @@ def test_search_steps_back_from_nonlinear_memory():
     assert largest_batch(peak_bytes, limit=1000, max_batch_size=10_000) == 64  # 88 and 72 fail
 
 
-def test_out_of_memory_far_below_the_line_ends_the_ascent():
-    peak_bytes, calls = memory(constant=0, per_image=1, fails_at=21)
-    assert largest_batch(peak_bytes, limit=10**6, max_batch_size=10_000) == 16
-    assert calls == [1, 2, 4, 8, 16, 32, 24]
-
-
-@pytest.mark.parametrize("most", [1, 2, 3, 13])
-def test_search_stops_at_max_batch_size(most):
-    assert largest_batch(memory(0, 1)[0], limit=10**6, max_batch_size=most) == most
-
-
-@pytest.mark.parametrize(("limit", "expected"), [(110, 1), (119, 1), (120, 2), (139, 3), (140, 4), (170, 7), (109, 0)])
-def test_small_memories_hold_few_images_or_none(limit, expected):
-    assert largest_batch(memory(constant=100, per_image=10)[0], limit=limit, max_batch_size=100) == expected
+@pytest.mark.parametrize(
+    ("limit", "most", "expected"),
+    [
+        *[(10**6, most, most) for most in (1, 2, 3, 13)],
+        *[(limit, 100, n) for limit, n in ((109, 0), (110, 1), (119, 1), (120, 2), (139, 3), (140, 4), (170, 7))],
+    ],
+)
+def test_few_images_or_small_memories_end_the_search(limit, most, expected):
+    assert largest_batch(memory(constant=100, per_image=10)[0], limit, most) == expected
 
 
 @pytest.mark.parametrize("per_image", [3, 7, 50, 111])

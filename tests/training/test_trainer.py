@@ -63,10 +63,9 @@ def fit(
     return module, trainer
 
 
-@pytest.mark.parametrize(SETTINGS, RUNS)
-def test_combined_settings_take_finite_steps(tmp_path, optimizer, precision, channels_last, clip, decay, batches):
-    values = (optimizer, precision, channels_last, clip, decay, batches)
-    fit(tmp_path, **dict(zip(SETTINGS, values, strict=True)))
+@pytest.mark.parametrize("run", RUNS)
+def test_combined_settings_take_finite_steps(tmp_path, run):
+    fit(tmp_path, **dict(zip(SETTINGS, run, strict=True)))
 
 
 @pytest.mark.slow
