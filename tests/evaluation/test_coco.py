@@ -7,30 +7,23 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from evaluation_data import annotation_set, coco_numbers, detections, random_evaluation
 
-from onestage.errors import ConfigError
-from onestage.evaluation import coco
-from onestage.evaluation.coco import METRIC_NAMES, CocoEvaluator, choose_backend
+from onestage.evaluation.coco import METRIC_NAMES, CocoEvaluator
 from onestage.types import Detections
 
 HERE, THERE, ELSEWHERE = [10.0, 10.0, 30.0, 30.0], [100.0, 100.0, 120.0, 120.0], [300.0, 300.0, 320.0, 320.0]
 LARGE = [200.0, 200.0, 400.0, 400.0]
 
 
-@pytest.fixture(params=["faster_coco_eval", "pycocotools"])
-def backend(request):
-    return request.param
-
-
-def evaluate(annotations, found, backend, **limits):
-    evaluator = CocoEvaluator(annotations, backend=backend, **limits)
+def evaluate(annotations, found):
+    evaluator = CocoEvaluator(annotations)
     evaluator.update(torch.arange(len(found.boxes)), found)
     return evaluator
 
 
-def test_two_of_three_correct_detections_give_hand_computed_metrics(backend):
+def test_two_of_three_correct_detections_give_hand_computed_metrics():
     annotations = annotation_set([[HERE, THERE]], [[0, 0]], class_names=["cat"])
     found = detections([[HERE, ELSEWHERE, THERE]], [[0.9, 0.8, 0.7]], [[0, 0, 0]])
-    evaluator = evaluate(annotations, found, backend)
+    evaluator = evaluate(annotations, found)
     metrics = evaluator.compute()
     # Recall 0 to 0.50: 51 of 101 points with precision 1. Recall 0.51 to 1: 50 points with precision 2/3.
     expected = (51 + 50 * 2 / 3) / 101
@@ -42,39 +35,39 @@ def test_two_of_three_correct_detections_give_hand_computed_metrics(backend):
     assert tuple(metrics) == METRIC_NAMES
 
 
-def test_detection_on_image_without_objects_is_false_positive(backend):
+def test_detection_on_image_without_objects_is_false_positive():
     annotations = annotation_set([[HERE], []], [[0], []])
     found = detections([[HERE], [HERE]], [[0.9], [0.95]], [[0], [0]])
     # One wrong detection ranks before the right one: precision 1/2 at every recall.
-    assert evaluate(annotations, found, backend).compute()["mAP"] == pytest.approx(0.5)
+    assert evaluate(annotations, found).compute()["mAP"] == pytest.approx(0.5)
 
 
-def test_half_overlap_counts_at_first_iou_threshold_only(backend):
+def test_half_overlap_counts_at_first_iou_threshold_only():
     annotations = annotation_set([[[0.0, 0.0, 100.0, 100.0]]], [[1]])
     found = detections([[[0.0, 0.0, 100.0, 52.0]]], [[0.9]], [[1]])  # IoU 0.52: right at 0.50, wrong at 0.55..0.95
-    metrics = evaluate(annotations, found, backend).compute()
+    metrics = evaluate(annotations, found).compute()
     assert (metrics["AP50"], metrics["AP75"]) == (1.0, 0.0)
     assert metrics["mAP"] == pytest.approx(0.1)
 
 
-def test_annotated_area_decides_size_range(backend):
+def test_annotated_area_decides_size_range():
     annotations = annotation_set([[[0.0, 0.0, 100.0, 100.0]]], [[0]], areas=[[900.0]])  # a thin thing: 900 < 32^2
     found = detections([[[0.0, 0.0, 100.0, 100.0]]], [[0.9]], [[0]])
-    metrics = evaluate(annotations, found, backend).compute()
+    metrics = evaluate(annotations, found).compute()
     assert metrics["mAP_small"] == 1.0
     assert math.isnan(metrics["mAP_large"]) and math.isnan(metrics["mAP_medium"])
 
 
 @pytest.mark.parametrize("flag", ["crowds", "difficult"])
 @pytest.mark.parametrize("boxes", [[HERE], [LARGE, HERE], [[210.0, 210.0, 390.0, 390.0], HERE]])
-def test_crowd_and_difficult_objects_are_neither_found_nor_missed(backend, flag, boxes):
+def test_crowd_and_difficult_objects_are_neither_found_nor_missed(flag, boxes):
     annotations = annotation_set([[HERE, LARGE]], [[0, 0]], **{flag: [[0, 1]]})
     found = detections([boxes], [[0.9, 0.8][-len(boxes) :]], [[0] * len(boxes)])
-    assert evaluate(annotations, found, backend).compute()["mAP"] == 1.0
+    assert evaluate(annotations, found).compute()["mAP"] == 1.0
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_metrics_equal_those_of_pycocotools(backend, seed, capfd):
+def test_metrics_equal_those_of_pycocotools(seed, capfd):
     annotations, found = random_evaluation(seed)
     expected = coco_numbers(annotations, found)
     by_class = {
@@ -82,7 +75,7 @@ def test_metrics_equal_those_of_pycocotools(backend, seed, capfd):
         for name, category in zip(annotations.class_names, annotations.category_ids, strict=True)
     }
     capfd.readouterr()
-    evaluator = evaluate(annotations, found, backend)
+    evaluator = evaluate(annotations, found)
     assert evaluator.compute() == pytest.approx(expected, abs=1e-6, nan_ok=True)
     assert evaluator.per_class() == pytest.approx(by_class, abs=1e-6, nan_ok=True)
     assert np.nanmean(list(evaluator.per_class().values())) == pytest.approx(expected["mAP"], abs=1e-6)
@@ -90,8 +83,8 @@ def test_metrics_equal_those_of_pycocotools(backend, seed, capfd):
     assert capfd.readouterr().out == ""  # pycocotools prints
 
 
-def test_repeated_image_counts_once_and_a_missing_one_not_at_all(backend):
-    evaluator = CocoEvaluator(annotation_set([[HERE], [THERE], [THERE]], [[0], [0], [0]]), backend=backend)
+def test_repeated_image_counts_once_and_a_missing_one_not_at_all():
+    evaluator = CocoEvaluator(annotation_set([[HERE], [THERE], [THERE]], [[0], [0], [0]]))
     found = detections([[HERE], [ELSEWHERE], [HERE]], [[0.9], [0.95], [0.9]], [[0], [0], [0]])
     evaluator.update(torch.tensor([0, 1, 0]), found)
     evaluator.update(torch.tensor([0]), detections([[HERE]], [[0.9]], [[0]]))
@@ -101,19 +94,19 @@ def test_repeated_image_counts_once_and_a_missing_one_not_at_all(backend):
     assert len(evaluator.results()) == 2
 
 
-def test_metrics_are_independent_of_batch_order(backend):
+def test_metrics_are_independent_of_batch_order():
     annotations, found = random_evaluation(3)
-    whole = evaluate(annotations, found, backend)
-    parts = CocoEvaluator(annotations, backend=backend)
+    whole = evaluate(annotations, found)
+    parts = CocoEvaluator(annotations)
     for indices in torch.randperm(len(annotations), generator=torch.Generator().manual_seed(0)).split(3):
         parts.update(indices, Detections(*(tensor[indices] for tensor in found)))
     assert repr(parts.compute()) == repr(whole.compute())  # repr, because NaN is not equal to itself
     assert parts.results() == whole.results()
 
 
-def test_best_hundred_detections_of_an_image_are_kept(backend):
+def test_best_hundred_detections_of_an_image_are_kept():
     annotations, found = random_evaluation(4, num_images=6, num_detections=130)
-    evaluator = evaluate(annotations, found, backend)
+    evaluator = evaluate(annotations, found)
     assert len(evaluator.results()) == 6 * 100
     best = found.scores.argsort(dim=1, descending=True, stable=True)[:, :100]
     kept = Detections(
@@ -132,9 +125,9 @@ def test_best_hundred_detections_of_an_image_are_kept(backend):
         ([[HERE]], [[1]], [[THERE]]),  # nothing but crowds
     ],
 )
-def test_metrics_without_objects_to_find_are_nan(backend, objects, crowds, found):
+def test_metrics_without_objects_to_find_are_nan(objects, crowds, found):
     annotations = annotation_set(objects, [[0] * len(boxes) for boxes in objects], crowds=crowds)
-    evaluator = CocoEvaluator(annotations, backend=backend)
+    evaluator = CocoEvaluator(annotations)
     if found:
         scores, labels = [[0.9] * len(boxes) for boxes in found], [[0] * len(boxes) for boxes in found]
         evaluator.update(torch.arange(len(found)), detections(found, scores, labels))
@@ -142,15 +135,15 @@ def test_metrics_without_objects_to_find_are_nan(backend, objects, crowds, found
     assert all(math.isnan(value) for value in evaluator.per_class().values())
 
 
-def test_no_detections_give_zero_for_classes_with_objects_and_nan_for_others(backend):
+def test_no_detections_give_zero_for_classes_with_objects_and_nan_for_others():
     annotations = annotation_set([[HERE], []], [[1], []])
-    evaluator = evaluate(annotations, detections([[], []], [[], []], [[], []]), backend)
+    evaluator = evaluate(annotations, detections([[], []], [[], []], [[], []]))
     assert (evaluator.compute()["mAP"], evaluator.compute()["AR100"]) == (0.0, 0.0)
     assert repr(evaluator.per_class()) == "{'cat': nan, 'dog': 0.0, 'owl': nan}"
 
 
-def test_detection_of_class_without_objects_does_not_change_map(backend):
-    evaluator = evaluate(annotation_set([[HERE]], [[0]]), detections([[HERE, THERE]], [[0.9, 0.8]], [[0, 2]]), backend)
+def test_detection_of_class_without_objects_does_not_change_map():
+    evaluator = evaluate(annotation_set([[HERE]], [[0]]), detections([[HERE, THERE]], [[0.9, 0.8]], [[0, 2]]))
     assert evaluator.compute()["mAP"] == 1.0
     assert math.isnan(evaluator.per_class()["owl"])
 
@@ -170,23 +163,6 @@ def test_non_finite_detection_is_dropped_with_warning(bad):
     with pytest.warns(UserWarning, match=r"1 detections of 0\.jpg"):
         evaluator.update(torch.tensor([0]), detections([[HERE, THERE]], [[0.9, bad]], [[0, 0]]))
     assert evaluator.compute()["mAP"] == 1.0
-
-
-def test_label_and_index_out_of_range_are_refused():
-    evaluator = CocoEvaluator(annotation_set([[HERE]], [[0]]))
-    with pytest.raises(ValueError, match=r"labels outside \[0, 2\]"):
-        evaluator.update(torch.tensor([0]), detections([[HERE]], [[0.9]], [[3]]))
-    with pytest.raises(ValueError, match="image index 1"):
-        evaluator.update(torch.tensor([1]), detections([[HERE]], [[0.9]], [[0]]))
-
-
-def test_backend_falls_back_to_pycocotools_and_names_missing_package(monkeypatch):
-    monkeypatch.setattr(coco, "find_spec", lambda name: None if "faster" in name else object())
-    assert choose_backend("auto") == "pycocotools"
-    with pytest.raises(ConfigError, match="pip install faster-coco-eval"):
-        choose_backend("faster_coco_eval")
-    with pytest.raises(ConfigError, match="'coco'"):
-        choose_backend("coco")
 
 
 NUM_IMAGES = 7

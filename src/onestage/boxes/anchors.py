@@ -24,11 +24,7 @@ def ssd_shapes(size: float, next_size: float, aspect_ratios: Sequence[float]) ->
     """Return the (width, height) of a cell's anchors: two squares, then r:1 and 1:r of each aspect ratio.
 
     SSD section 2.2 (arXiv:1512.02325); the order is torchvision's, so that its heads load without a permutation.
-
-    Args:
-        size: s_k, side of the first square, px.
-        next_size: s_(k+1); the second square has side sqrt(s_k s_(k+1)).
-        aspect_ratios: each > 0.
+    size: s_k, side of the first square, px. next_size: s_(k+1); the second square has side sqrt(s_k s_(k+1)).
     """
     geometric_mean = math.sqrt(size * next_size)
     shapes = [(float(size), float(size)), (geometric_mean, geometric_mean)]

@@ -9,10 +9,7 @@ def pairwise_overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Return intersection, px^2, and IoU of each box with each other box, both [..., M, N].
 
     The IoU of two boxes without area is 0. In place where torchvision's `box_iou` copies: matching is bound by memory.
-
-    Args:
-        boxes: [..., M, 4] xyxy, x1 <= x2 and y1 <= y2; the leading axes broadcast.
-        others: [..., N, 4] xyxy.
+    boxes, others: [..., M, 4] and [..., N, 4] xyxy, x1 <= x2 and y1 <= y2; the leading axes broadcast.
     """
     rows, columns = boxes[..., :, None, :], others[..., None, :, :]
     width = torch.minimum(rows[..., 2], columns[..., 2]) - torch.maximum(rows[..., 0], columns[..., 0])
@@ -28,15 +25,9 @@ def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def to_original(boxes: Tensor, placements: Tensor, original_sizes: Tensor) -> Tensor:
-    """Undo the resize: (box - offset) / scale, clipped to the original image.
+    """Undo the resize of boxes [B, D, 4] xyxy, px: (box - offset) / scale, clipped to the original image.
 
-    Args:
-        boxes: [B, D, 4] xyxy in network-input pixels.
-        placements: [B, 4] (scale_x, scale_y, left, top) of `Batch`.
-        original_sizes: [B, 2] (height, width) of each image as decoded, px.
-
-    Returns:
-        [B, D, 4] xyxy in original pixels.
+    placements: [B, 4] of `Batch`. original_sizes: [B, 2] (height, width) of each image as decoded, px.
     """
     placements = placements.to(boxes.dtype)
     scales, offsets = placements[:, :2].repeat(1, 2), placements[:, 2:].repeat(1, 2)  # [B, 4] (x, y, x, y)

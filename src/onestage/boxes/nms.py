@@ -41,11 +41,7 @@ def select_detections(boxes: Tensor, scores: Tensor, level_sizes: Sequence[int],
     `CANDIDATE_FACTOR` per wanted detection of all levels together. A candidate survives unless a better survivor of
     its class overlaps it by more than the threshold. All shapes are fixed, so the function exports.
 
-    Args:
-        boxes: [B, A, 4] xyxy, px, clipped to the image.
-        scores: [B, A, K], in [0, 1].
-        level_sizes: [L] number of anchors of each level.
-        selection: thresholds and limits.
+    boxes: [B, A, 4] xyxy, px, clipped to the image. scores: [B, A, K]. level_sizes: [L] anchors of each level.
     """
     score_threshold, nms_threshold, max_detections, candidates_per_class, candidates_per_level = selection
     if candidates_per_level is None:

@@ -31,11 +31,7 @@ class SumNegatives(torch.autograd.Function):
     def forward(ctx: Any, class_logits: Tensor, labels: Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return the sums, [B, A], and the logits of the objects' classes, [B, A]; arbitrary without an object.
 
-        Args:
-            ctx: keeps the gradient.
-            class_logits: [B, A, K].
-            labels: [B, A] int64.
-            gamma: >= 0, a number or a scalar tensor without gradient.
+        class_logits: [B, A, K]. labels: [B, A] int64. gamma: >= 0, a number or a scalar tensor without gradient.
         """
         is_positive = (labels >= 0)[..., None]  # [B, A, 1]
         class_of_anchor = labels.clamp(min=0)[..., None]  # [B, A, 1]

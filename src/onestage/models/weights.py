@@ -89,15 +89,10 @@ def _columns(num_columns: int, num_classes: int, place: str) -> list[int]:
 
 
 def read_weights(key: str, value: str, published: Mapping[str, WeightsEnum]) -> Mapping[str, Tensor]:
-    """Return a state dict, without running code from its file.
+    """Return a state dict, without running code from its file; CheckpointError if it cannot be fetched or read.
 
-    Args:
-        key: the configuration key, for messages.
-        value: a name in `published`, fetched once into torch's hub cache, or the path of a file.
-        published: torchvision's weights by name.
-
-    Raises:
-        CheckpointError: if it cannot be fetched or read.
+    key: of the configuration, for messages. value: a name in `published`, torchvision's weights by name, fetched once
+    into torch's hub cache; or the path of a file.
     """
     remedy = f"Set {key} to one of: {', '.join([*published, 'the path of a state dict', 'null'])}."
     try:

@@ -36,7 +36,6 @@ class DetectionTrainer(pl.Trainer):
         limit_predict_batches: the same, per prediction.
         overfit_batches: the same, for both training and validation.
         val_check_interval: between validations: steps, a fraction of an epoch, or a time in Lightning's format.
-        sync_batchnorm: normalise by the images of all processes, for models with batch norm, on GPUs.
         kwargs: Lightning's.
     """
 
@@ -51,7 +50,6 @@ class DetectionTrainer(pl.Trainer):
         limit_predict_batches: int | float | None = None,
         overfit_batches: int | float = 0.0,
         val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
-        sync_batchnorm: bool = False,
         **kwargs: Any,
     ) -> None:
         accelerator = kwargs.get("accelerator", "auto")
@@ -71,12 +69,11 @@ class DetectionTrainer(pl.Trainer):
             limit_predict_batches=limit_predict_batches,
             overfit_batches=overfit_batches,
             val_check_interval=val_check_interval,
-            sync_batchnorm=sync_batchnorm,
             **kwargs,
         )
         check_settings(self)
         check_processes(self)
-        if sync_batchnorm and self.world_size > 1 and self.strategy.root_device.type == "cpu":
+        if kwargs.get("sync_batchnorm") and self.world_size > 1 and self.strategy.root_device.type == "cpu":
             raise ConfigError(
                 "trainer.sync_batchnorm is true, but torch's SyncBatchNorm runs on GPUs only.\n"
                 "Set trainer.sync_batchnorm: false; each process then normalises by its own images."
