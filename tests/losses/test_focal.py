@@ -7,7 +7,14 @@ from loss_references import one_hot, random_anchors
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
-from onestage.losses import SigmoidCrossEntropy, SigmoidFocalLoss, SoftmaxCrossEntropy, SoftmaxFocalLoss
+from onestage.losses import (
+    QualityFocalLoss,
+    SigmoidCrossEntropy,
+    SigmoidFocalLoss,
+    SoftmaxCrossEntropy,
+    SoftmaxFocalLoss,
+    VarifocalLoss,
+)
 from onestage.types import BACKGROUND, IGNORE
 
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.5]
@@ -17,13 +24,26 @@ def logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
-def test_focal_loss_at_even_odds_is_hand_computed() -> None:
-    logits = torch.zeros(1, 1, 1)
-    loss = SigmoidFocalLoss(alpha=0.25, gamma=2.0)
-    # p = 1/2: alpha_t * (1/2)^2 * ln 2, alpha_t = 1/4 for a positive and 3/4 for a negative
-    assert_close(loss(logits, torch.tensor([[0]])), torch.tensor(0.0625 * math.log(2)))
-    assert_close(loss(logits, torch.tensor([[BACKGROUND]])), torch.tensor(0.1875 * math.log(2)))
-    assert loss(logits, torch.tensor([[IGNORE]])) == 0
+LN2, LN3 = math.log(2), math.log(3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "num_logits", "labels", "quality", "expected"),
+    [
+        # p = 1/2: alpha_t * (1/2)^2 * ln 2, alpha_t = 1/4 for a positive and 3/4 for a negative
+        (SigmoidFocalLoss(0.25, 2.0), 1, [0, BACKGROUND, IGNORE], [1, 1, 1], [0.0625 * LN2, 0.1875 * LN2, 0]),
+        # Two classes and background, p = 1/3 each: alpha_t (2/3)^2 ln 3
+        (SoftmaxFocalLoss(0.25, 2.0), 3, [1, BACKGROUND, IGNORE], [1, 1, 1], [1 / 9 * LN3, 3 / 9 * LN3, 0]),
+        # y = 0.8: |0.3|^2 ln 2. The same p at background: 0.25 ln 2.
+        (QualityFocalLoss(2.0), 1, [0, BACKGROUND], [0.8, 0], [0.09 * LN2, 0.25 * LN2]),
+        # q = 0.8: 0.8 ln 2. q = 0 and background: 0.75 * 0.25 ln 2.
+        (VarifocalLoss(0.75, 2.0), 1, [0, 0, BACKGROUND], [0.8, 0, 0], [0.8 * LN2, 0.1875 * LN2, 0.1875 * LN2]),
+    ],
+)
+def test_loss_of_equal_logits_is_hand_computed(loss, num_logits, labels, quality, expected) -> None:
+    logits = torch.zeros(1, len(labels), num_logits)
+    losses = loss.anchor_losses(logits, torch.tensor([labels]), torch.tensor([quality]).float())
+    assert_close(losses, torch.tensor([expected]).float())
 
 
 @pytest.mark.parametrize(("p", "gamma"), [(0.8, 2.0), (0.3, 2.0), (0.6, 0.5), (0.05, 5.0)])
@@ -35,12 +55,12 @@ def test_gradient_equals_the_derivative_by_p_t(p: float, gamma: float) -> None:
     assert logits.grad.item() == pytest.approx(by_p_t * p * (1 - p), rel=1e-9)
 
 
-def test_softmax_focal_loss_of_three_equal_logits_is_hand_computed() -> None:
-    # Two classes and background, p = 1/3 each: alpha_t (2/3)^2 ln 3
-    loss, logits = SoftmaxFocalLoss(alpha=0.25, gamma=2.0), torch.zeros(1, 1, 3)
-    assert_close(loss(logits, torch.tensor([[1]])), torch.tensor(0.25 * 4 / 9 * math.log(3)))
-    assert_close(loss(logits, torch.tensor([[BACKGROUND]])), torch.tensor(0.75 * 4 / 9 * math.log(3)))
-    assert loss(logits, torch.tensor([[IGNORE]])) == 0
+def test_quality_focal_loss_and_gradient_are_zero_where_score_equals_quality() -> None:
+    logits = torch.full((1, 1, 1), logit(0.8), requires_grad=True)
+    loss = QualityFocalLoss()(logits, torch.tensor([[0]]), torch.tensor([[0.8]]))
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-9)
+    assert logits.grad.item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)

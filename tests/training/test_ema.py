@@ -75,6 +75,8 @@ def test_validation_sees_average_and_training_continues_from_raw_weights(tmp_pat
     # Before the first update the sanity check sees the weight itself.
     assert module.validated == pytest.approx([0.0, 3.6, 7.2], rel=1e-6)
     assert module.weight.item() == pytest.approx(7.2, rel=1e-6)  # the module keeps the average
+    assert module.running.item() == pytest.approx(7.2, rel=1e-6)  # running statistics are averaged
+    assert (module.steps.item(), module.constant.item()) == (2 * STEPS, 1)  # counters are not: they would be truncated
 
 
 def test_average_does_not_change_training(tmp_path):
@@ -88,14 +90,6 @@ def test_average_does_not_change_training(tmp_path):
         raw.append((saved.get(RAW_WEIGHTS, saved["state_dict"]), saved["optimizer_states"]))
     assert repr(raw[0]) == repr(raw[1])
     assert raw[0][0]["weight"].item() == 8
-
-
-def test_running_statistics_are_averaged_and_counters_are_not(tmp_path):
-    module = Climber()
-    fit(module, tmp_path, ExponentialMovingAverage(decay=0.9999))
-    assert module.steps.item() == STEPS  # an average of integers would be truncated
-    assert module.running.item() == pytest.approx(3.6, rel=1e-6)
-    assert module.constant.item() == 1
 
 
 def test_accumulated_batches_update_once_per_optimizer_step(tmp_path):
@@ -132,12 +126,8 @@ def test_checkpoint_is_the_same_from_every_hook(tmp_path, hook):
 
 
 def test_weight_with_two_names_is_averaged_once(tmp_path):
-    class Tied(Climber):
-        def __init__(self):
-            super().__init__()
-            self.same = self.weight
-
-    module = Tied()
+    module = Climber()
+    module.same = module.weight
     fit(module, tmp_path, ExponentialMovingAverage(decay=0.9999), max_epochs=2)
     assert module.validated == pytest.approx([3.6, 7.2], rel=1e-6)
     assert module.same is module.weight
@@ -181,19 +171,13 @@ def test_resumed_run_is_bit_identical_to_uninterrupted_run(tmp_path):
     assert rest["callbacks"]["ExponentialMovingAverage"] == {"num_updates": 3 * STEPS}
 
 
-def test_resume_without_average_continues_from_raw_weights(tmp_path):
+def test_average_can_stop_and_start_at_a_resume_without_changing_the_raw_weights(tmp_path):
+    raw = torch.load(last_checkpoint(tmp_path / "raw", decay=None, max_epochs=3), weights_only=True)["state_dict"]
     part = last_checkpoint(tmp_path / "part", max_epochs=1)
-    raw = torch.load(last_checkpoint(tmp_path / "raw", decay=None, max_epochs=3), weights_only=True)["state_dict"]
-    off = torch.load(last_checkpoint(tmp_path / "off", ckpt_path=part, decay=None, max_epochs=3), weights_only=True)
-    assert RAW_WEIGHTS not in off
-    assert all(torch.equal(raw[name], off["state_dict"][name]) for name in raw)
-
-
-def test_average_can_start_at_a_resume(tmp_path):
-    part = last_checkpoint(tmp_path / "part", decay=None, max_epochs=1)
-    later = torch.load(last_checkpoint(tmp_path / "later", ckpt_path=part, max_epochs=3), weights_only=True)
-    raw = torch.load(last_checkpoint(tmp_path / "raw", decay=None, max_epochs=3), weights_only=True)["state_dict"]
-    assert later["callbacks"]["ExponentialMovingAverage"] == {"num_updates": 2 * STEPS}
+    off = last_checkpoint(tmp_path / "off", ckpt_path=part, decay=None, max_epochs=2)
+    later = torch.load(last_checkpoint(tmp_path / "later", ckpt_path=off, max_epochs=3), weights_only=True)
+    assert RAW_WEIGHTS not in torch.load(off, weights_only=True)
+    assert later["callbacks"]["ExponentialMovingAverage"] == {"num_updates": STEPS}
     assert all(torch.equal(raw[name], later[RAW_WEIGHTS][name]) for name in raw)
 
 

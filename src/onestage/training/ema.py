@@ -87,15 +87,19 @@ class ExponentialMovingAverage(Callback):
             update(self._other, [weight.data for weight in self._weights], self.num_updates)
             self.num_updates += 1
 
-    def on_validation_start(self, *_: Any) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the average into the module, also at the end of training: it was evaluated."""
         self._hold_average(True)
 
-    def on_validation_end(self, *_: Any) -> None:
-        """Restore the raw weights, also if a validation raises; the callbacks that write checkpoints come later."""
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restore the raw weights; Lightning calls the callbacks that write checkpoints after this one."""
         self._hold_average(False)
 
-    on_train_end, on_exception = on_validation_start, on_validation_end
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Restore the raw weights if a validation raises."""
+        self._hold_average(False)
+
+    on_train_end = on_validation_start
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Free the memory; the module keeps what it holds."""
