@@ -41,15 +41,6 @@ def test_no_positives_and_empty_boxes_give_zero_loss_and_gradient() -> None:
     assert (box_outputs.grad == 0).all()
 
 
-def test_bfloat16_outputs_give_a_float32_loss_under_autocast() -> None:
-    box_outputs = torch.ones(1, 2, 4, dtype=torch.bfloat16)
-    is_positive = torch.tensor([[True, True]])
-    gt_boxes = torch.tensor([[[50.0, 30.0, 70.0, 110.0], [6.0, 6.0, 14.0, 14.0]]])
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = SmoothL1Loss()(box_outputs, gt_boxes, ANCHORS, DeltaBoxCoder(), is_positive)
-    assert loss.dtype == torch.float32
-
-
 SHIFTED = torch.tensor([[[50.0, 30.0, 70.0, 70.0], [0.0, 0.0, 0.0, 0.0]]])  # anchor 0 is 40, 30, 60, 70
 
 

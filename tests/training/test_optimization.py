@@ -60,6 +60,8 @@ def test_biases_and_batch_norm_have_no_weight_decay():
     assert groups[1]["weight_decay"] == 0
     assert "weight_decay" not in groups[0]
     assert sum(len(group["params"]) for group in groups) == len(names)
+    next(detector.parameters()).requires_grad_(False)  # frozen: in no group
+    assert sum(len(group["params"]) for group in parameter_groups(detector, decayed)) == len(names) - 1
 
 
 def test_parameters_flattened_by_fsdp_keep_their_groups():
@@ -75,12 +77,6 @@ def test_parameters_flattened_by_fsdp_keep_their_groups():
     net[0] = Wrapper(net[0])
     groups = parameter_groups(net, decayed)
     assert [[parameter.numel() for parameter in group["params"]] for group in groups] == [[4 * 3 * 3 * 3], [4, 4, 4]]
-
-
-def test_frozen_parameters_are_in_no_group():
-    net = nn.Linear(2, 1)
-    net.bias.requires_grad_(False)
-    assert [len(group["params"]) for group in parameter_groups(net, decayed_parameters(net))] == [1, 0]
 
 
 def test_learning_rate_scales_with_images_per_step(monkeypatch):

@@ -73,7 +73,7 @@ class AnchorGrid(nn.Module):
 
     def _place(self, grids: Sequence[tuple[int, int]]) -> Anchors:
         device, boxes, strides = self.shapes.device, [], []
-        shapes_of_level = self.shapes.float().split([len(level.shapes) for level in self.levels])
+        shapes_of_level = torch.split(self.shapes.float(), [len(level.shapes) for level in self.levels])
         for level, shapes, (rows, columns) in zip(self.levels, shapes_of_level, grids, strict=True):
             y = (torch.arange(rows, dtype=torch.float32, device=device) + level.offset) * level.stride
             x = (torch.arange(columns, dtype=torch.float32, device=device) + level.offset) * level.stride

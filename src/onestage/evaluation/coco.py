@@ -3,7 +3,7 @@
 import gc
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from onestage.types import PADDING, AnnotationSet, Detections, JSONDict, Metrics
 
 Rows = npt.NDArray[np.float32]  # [n, 6]: x1, y1, x2, y2, score, label
 
-PACKAGE = "faster_coco_eval"  # returns pycocotools' values to the last bit in a fifth of the time
+PACKAGE: Final = "faster_coco_eval"  # returns pycocotools' values to the last bit in a fifth of the time
 MAX_DETECTIONS = 100  # COCO defines AP and AR100 on it; pycocotools has the number built in
 
 # torchmetrics' name of each metric, in COCO's order.

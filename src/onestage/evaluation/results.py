@@ -25,7 +25,7 @@ def write_results(
     images_per_second: float,
 ) -> None:
     """Write the metrics of one evaluation, `validate` or `test`, as JSON, atomically. NaN becomes null."""
-    results = {"stage": stage, "metrics": metrics, "per_class": per_class, "class_names": list(class_names)}
+    results: JSONDict = {"stage": stage, "metrics": metrics, "per_class": per_class, "class_names": list(class_names)}
     results |= {"seconds": seconds, "images_per_second": images_per_second, "versions": installed_versions()}
     with atomic_write(path) as temporary:
         temporary.write_text(to_json(results, indent=2) + "\n", encoding="utf-8")

@@ -91,6 +91,7 @@ class SigmoidFocalLoss(FocalLoss, SigmoidClassificationLoss):
 
     def _fused_loss(self, class_logits: Tensor, labels: Tensor) -> Tensor:
         """Return the same sums with one tensor [B, A, K] kept for backward instead of eight."""
+        negatives: Tensor
         gamma = self.current_gamma()
         negatives, true_logits = SumNegatives.apply(class_logits, labels, gamma)
         positives = focal_loss(true_logits, torch.ones_like(true_logits), self.alpha, gamma)

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class VGG(Backbone):
 
 
 def _conv_layers(
-    name: str, in_channels: int, out_channels: int, batch_norm: bool, kernel_size: int = 3, **settings: int
+    name: str, in_channels: int, out_channels: int, batch_norm: bool, kernel_size: int = 3, **settings: Any
 ) -> dict[str, nn.Module]:
     """Return a padded convolution, its batch norm if any, and its ReLU, by name."""
     padding = settings.get("dilation", 1) * (kernel_size // 2)

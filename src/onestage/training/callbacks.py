@@ -163,7 +163,7 @@ class AnchorMonitor(Callback):
         if not (is_logged or self._is_first_batch):
             return
         # Without gradient, because adaptive losses count the batches that have one.
-        fields = (value.detach() if isinstance(value, Tensor) else value for value in outputs["predictions"])
+        fields: list[Any] = [one.detach() if isinstance(one, Tensor) else one for one in outputs["predictions"]]
         predictions = Predictions(*fields)
         anchor_losses = pl_module.detector.anchor_losses(predictions, batch.targets)
         if anchor_losses is None:

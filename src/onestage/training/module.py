@@ -177,10 +177,9 @@ class DetectionModule(pl.LightningModule):
         prefix = stage_of(self.trainer)
         self.metrics = self.evaluator.compute()
         self.evaluation_seconds = time.perf_counter() - self._start
-        sums = torch.stack(list(self._loss_sums.values()))
-        num_positives, *sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum")).unbind()
-        for name, total in zip(list(self._loss_sums)[1:], sums, strict=True):
-            self.log(f"{prefix}/{name}", total / num_positives.clamp(min=1))
+        sums = cast(Tensor, self.trainer.strategy.reduce(torch.stack([*self._loss_sums.values()]), reduce_op="sum"))
+        for name, total in zip([*self._loss_sums][1:], sums[1:], strict=True):
+            self.log(f"{prefix}/{name}", total / sums[0].clamp(min=1))  # sums[0] is num_positives
         for name, value in self.metrics.items():
             # NaN means "undefined on this data", which loggers and ModelCheckpoint cannot handle; 0 comes nearest.
             value = 0.0 if math.isnan(value) else value
