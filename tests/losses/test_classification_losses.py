@@ -63,16 +63,6 @@ def test_ignored_anchors_have_zero_loss_and_gradient(make) -> None:
 
 
 @every_loss
-def test_loss_is_the_sum_of_non_negative_anchor_losses(make) -> None:
-    loss = make().eval()
-    logits, labels = anchors_of(loss)
-    losses = loss.anchor_losses(logits, labels)
-    assert losses.shape == labels.shape
-    assert (losses >= 0).all()
-    assert_close(loss(logits, labels), losses.sum())
-
-
-@every_loss
 @pytest.mark.parametrize("labels", [[[BACKGROUND] * 8] * 2, [[0, BACKGROUND, IGNORE]]], ids=["background", "one class"])
 def test_images_without_objects_and_a_single_class_give_finite_gradients(make, labels) -> None:
     loss = make()

@@ -143,11 +143,6 @@ def test_processes_forked_inside_the_command_are_refused(strategy):
         quiet_trainer(DetectionTrainer, None, strategy=strategy, devices=2)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true"])
-def test_strategies_that_start_the_command_again_are_accepted(strategy):
-    assert quiet_trainer(DetectionTrainer, None, strategy=strategy, devices=2).world_size == 2
-
-
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}
 
