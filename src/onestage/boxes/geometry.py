@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_area
 
 
 def pairwise_overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -15,7 +14,8 @@ def pairwise_overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     width = torch.minimum(rows[..., 2], columns[..., 2]) - torch.maximum(rows[..., 0], columns[..., 0])
     height = torch.minimum(rows[..., 3], columns[..., 3]) - torch.maximum(rows[..., 1], columns[..., 1])
     intersection = width.clamp_(min=0).mul_(height.clamp_(min=0))
-    union = (box_area(boxes)[..., :, None] + box_area(others)[..., None, :]).sub_(intersection)
+    areas, other_areas = ((corners[..., 2:] - corners[..., :2]).prod(dim=-1) for corners in (boxes, others))
+    union = (areas[..., :, None] + other_areas[..., None, :]).sub_(intersection)
     return intersection, intersection / union.clamp_(min=torch.finfo(union.dtype).tiny)
 
 
