@@ -12,7 +12,8 @@ import torch
 from tiny_training import TinyData, TinyDetector, TinyDetectorWithBatchNorm, quiet_trainer
 
 from onestage.training import memory_format
-from onestage.training.memory_format import CACHE_FILE, resolve_memory_format, time_formats, usual_memory_format
+from onestage.training.memory_format import CACHE_FILE, resolve_memory_format, time_formats
+from onestage.training.module import usual_memory_format
 from onestage.training.trainer import DetectionTrainer
 
 DATA = TinyData(num_images=8, batch_size=4)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from onestage.errors import OnestageError
 from onestage.files import atomic_write, cache_folder
+from onestage.training.module import usual_memory_format
 from onestage.types import PADDING, DetectionData, Detector, Targets
 
 CACHE_FILE = "memory_format.json"
@@ -25,11 +26,6 @@ MAX_PIXELS = 4 * 300 * 300  # of a timed batch: larger batches give the same ans
 ROUNDS = 4  # steps of each format, in turn; the first compiles oneDNN's kernels and does not count
 MAX_SECONDS = 10.0  # no round starts that would end after them
 MIN_GAIN = 0.03  # of the step time; less is noise
-
-
-def usual_memory_format(device: str, precision: str) -> bool:
-    """Return whether channels_last is usually faster: on GPUs, whose tensor cores need it, and in bf16 on CPUs."""
-    return device == "cuda" or (device == "cpu" and precision == "bf16-mixed")
 
 
 def resolve_memory_format(detector: Detector, data: DetectionData, trainer: pl.Trainer) -> bool:

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from onestage.boxes.geometry import to_original
 from onestage.errors import ConfigError, require
 from onestage.evaluation.coco import CocoEvaluator
-from onestage.training.memory_format import usual_memory_format
 from onestage.training.optimization import (
     WarmupSchedule,
     check_clipping,
@@ -258,6 +257,11 @@ class DetectionModule(pl.LightningModule):
             "category_ids": [int(category) for category in self.data.category_ids],
         }
         checkpoint.setdefault(CHECKPOINT_KEY, {}).update(values)
+
+
+def usual_memory_format(device: str, precision: str) -> bool:
+    """Return whether channels_last is usually faster: on GPUs, whose tensor cores need it, and in bf16 on CPUs."""
+    return device == "cuda" or (device == "cpu" and precision == "bf16-mixed")
 
 
 def stage_of(trainer: pl.Trainer) -> Stage:
