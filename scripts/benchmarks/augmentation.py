@@ -22,9 +22,8 @@ from torchvision.transforms import v2
 
 from benchmarks.image_files import read_samples, write_images
 from benchmarks.timing import compare
-from onestage.data.augmentation import SSDAugmentation, SSDPhotometricDistort
+from onestage.data.augmentation import SSDAugmentation, SSDMinIoUCrop, SSDPhotometricDistort, SSDZoomOut
 from onestage.data.cache import DiskCache, FileReader, ImageReader
-from onestage.data.crops import SSDMinIoUCrop, SSDZoomOut
 from onestage.data.resize import MEAN_RGB, Stretch
 from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.types import AnnotationSet

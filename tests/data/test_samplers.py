@@ -1,11 +1,22 @@
-from collections import Counter
+"""The order of the images, how often an epoch shows each, and the rules that decide it."""
 
+import logging
+import math
+from collections import Counter
+from pathlib import Path
+
+import albumentations as A
 import numpy as np
 import pytest
-from torch.utils.data import DistributedSampler
+from annotation_sets import annotation_set
+from data_modules import yolo_data
+from yolo_files import write_yolo
 
+from onestage.data import ClassBalancedSampling, DetectionDataModule, RepeatFactorSampling, Sampling
 from onestage.data.samplers import EvaluationSampler, TrainingSampler, draw_copies
 from onestage.errors import ConfigError, DataError
+
+REPEATS = np.array([0.25, 1.0, 2.5, 0.75, 1.0, 3.0, 1.5])  # 10 images an epoch
 
 
 class Images:
@@ -21,30 +32,31 @@ class Images:
         return self.number
 
 
-def epoch_of(num_images: int, batch_size: int, world_size: int, *, epoch: int = 0, seed: int = 0) -> list[list]:
+def epoch_of(
+    num_images: int, batch_size: int, world_size: int = 1, *, epoch: int = 0, seed: int = 0, repeats=None
+) -> list[list[tuple[int, int]]]:
     """What each process gets in an epoch."""
     shares = []
     for rank in range(world_size):
-        sampler = TrainingSampler(
-            Images(num_images), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
-        )
+        settings = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size, "repeats": repeats}
+        sampler = TrainingSampler(Images(num_images), **settings)
         sampler.set_epoch(epoch)
-        share = list(sampler)
-        assert len(share) == len(sampler)
-        shares.append(share)
+        shares.append(list(sampler))
+        assert len(shares[-1]) == len(sampler)
     return shares
 
 
 def test_training_order_is_a_permutation_tagged_with_its_epoch() -> None:
-    ((*share,),) = epoch_of(20, 5, 1, epoch=3)
+    (share,) = epoch_of(20, 5, epoch=3)
     assert sorted(share) == [(3, index) for index in range(20)]
     assert share != sorted(share)
 
 
-def test_training_order_depends_on_seed_and_epoch_only() -> None:
-    orders = [tuple(i for _, i in epoch_of(20, 5, 1, epoch=e, seed=s)[0]) for s in range(3) for e in range(3)]
-    assert len(set(orders)) == 9
-    assert epoch_of(20, 5, 1, epoch=2, seed=1) == epoch_of(20, 5, 1, epoch=2, seed=1)
+@pytest.mark.parametrize("repeats", [None, REPEATS])
+def test_training_order_depends_on_seed_and_epoch_only(repeats: np.ndarray | None) -> None:
+    orders = [epoch_of(7, 2, epoch=e, seed=s, repeats=repeats)[0] for s in range(3) for e in range(3)]
+    assert len({tuple(index for _, index in order) for order in orders}) == 9
+    assert epoch_of(7, 2, epoch=2, seed=1, repeats=repeats)[0] == orders[5]
 
 
 @pytest.mark.parametrize(("num_images", "batch_size", "world_size"), [(23, 4, 1), (23, 4, 2), (23, 2, 3), (24, 4, 3)])
@@ -57,26 +69,30 @@ def test_training_shards_have_equal_batches_and_no_image_twice(
     assert max(Counter(index for share in shares for _, index in share).values()) == 1
 
 
+@pytest.mark.parametrize(("repeats", "num_images"), [(None, 40), (np.tile(REPEATS, 4), 28)])
 @pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_training_step_has_the_same_images_for_any_number_of_processes(world_size: int) -> None:
-    (alone,) = epoch_of(40, 12, 1)
-    shares = epoch_of(40, 12 // world_size, world_size)
+def test_training_step_has_the_same_images_for_any_number_of_processes(
+    world_size: int, repeats: np.ndarray | None, num_images: int
+) -> None:
+    (alone,) = epoch_of(num_images, 12, repeats=repeats)
+    size = 12 // world_size
+    shares = epoch_of(num_images, size, world_size, repeats=repeats)
     for step in range(3):
-        size = 12 // world_size
         together = [item for share in shares for item in share[step * size : (step + 1) * size]]
         assert sorted(together) == sorted(alone[step * 12 : (step + 1) * 12])
 
 
 def test_training_images_left_out_of_one_epoch_come_in_another() -> None:
-    seen = {index for epoch in range(10) for _, index in epoch_of(23, 8, 1, epoch=epoch)[0]}
+    seen = {index for epoch in range(10) for _, index in epoch_of(23, 8, epoch=epoch)[0]}
     assert seen == set(range(23))
 
 
-def test_training_can_skip_batches() -> None:
-    sampler = TrainingSampler(Images(20), batch_size=3, seed=0, rank=1, world_size=2)
+@pytest.mark.parametrize("repeats", [None, REPEATS])
+def test_training_can_skip_batches(repeats: np.ndarray | None) -> None:
+    sampler = TrainingSampler(Images(7), batch_size=1, seed=0, rank=1, world_size=2, repeats=repeats)
     whole = list(sampler)
     sampler.batches_to_skip = 2
-    assert list(sampler) == whole[6:]
+    assert list(sampler) == whole[2:]
 
 
 def test_training_split_smaller_than_a_batch_names_the_largest_that_fits() -> None:
@@ -86,44 +102,15 @@ def test_training_split_smaller_than_a_batch_names_the_largest_that_fits() -> No
         TrainingSampler(Images(7), batch_size=8, seed=0, world_size=4)
 
 
-# Images that come more than once
-
-REPEATS = np.array([0.25, 1.0, 2.5, 0.75, 1.0, 3.0, 1.5])  # 10 images an epoch
-
-
-def repeated_epoch(epoch: int, *, batch_size: int = 2, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
-    sampler = TrainingSampler(
-        Images(7), batch_size=batch_size, seed=1, rank=rank, world_size=world_size, repeats=REPEATS
-    )
-    sampler.set_epoch(epoch)
-    assert len(sampler) * world_size == 10
-    return list(sampler)
-
-
 def test_repeated_images_come_as_often_as_asked_on_average_and_never_off_by_more_than_one() -> None:
     counts = np.zeros((400, 7))
     for epoch in range(400):
-        items = [item for _, item in repeated_epoch(epoch)]
+        items = [item for _, item in epoch_of(7, 2, epoch=epoch, seed=1, repeats=REPEATS)[0]]
         assert len(set(items)) == 10  # each copy has an item of its own, so it is augmented in its own way
         counts[epoch] = np.bincount([item % 7 for item in items], minlength=7)
     assert (counts >= np.floor(REPEATS)).all()
     assert (counts <= np.ceil(REPEATS)).all()
     assert counts.mean(axis=0) == pytest.approx(REPEATS, abs=0.08)  # three standard deviations of 400 coins
-
-
-def test_repeated_images_depend_on_seed_and_epoch_only_and_not_on_the_number_of_processes() -> None:
-    alone = repeated_epoch(3, batch_size=2)
-    assert alone == repeated_epoch(3, batch_size=2)
-    assert alone != repeated_epoch(4, batch_size=2)
-    shares = [repeated_epoch(3, batch_size=1, rank=rank, world_size=2) for rank in (0, 1)]
-    assert [set(pair) for pair in zip(*shares, strict=True)] == [set(alone[i : i + 2]) for i in range(0, 10, 2)]
-
-
-def test_repeated_images_can_be_resumed_inside_an_epoch() -> None:
-    sampler = TrainingSampler(Images(7), batch_size=2, seed=1, repeats=REPEATS)
-    whole = list(sampler)
-    sampler.batches_to_skip = 3
-    assert list(sampler) == whole[6:]
 
 
 def test_copies_of_whole_repeats_are_not_random() -> None:
@@ -147,9 +134,6 @@ def test_another_choice_of_images_has_another_number() -> None:
     assert len({selection(None), selection(REPEATS), selection(REPEATS[::-1].copy())}) == 3
 
 
-# Evaluation
-
-
 @pytest.mark.parametrize("num_images", [7, 8, 13])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_visits_every_image_exactly_once(num_images: int, world_size: int) -> None:
@@ -165,6 +149,111 @@ def test_evaluation_of_fewer_images_than_processes_is_refused() -> None:
         EvaluationSampler(Images(3), rank=0, world_size=4)
 
 
-def test_lightning_takes_both_for_sharded_already() -> None:
-    assert issubclass(EvaluationSampler, DistributedSampler)
-    assert issubclass(TrainingSampler, DistributedSampler)
+# Rules: how often an epoch shows each image
+
+
+def test_repeat_factor_is_lvis_formula_worked_out_by_hand() -> None:
+    # 16 images: class 0 on 15 of them, class 1 on one (twice, which counts once), class 2 on four, the last is empty
+    images = [[0], [0, 1, 1], *[[0, 2]] * 4, *[[0]] * 9, []]
+    repeats = RepeatFactorSampling(threshold=0.5).repeats(annotation_set(images))
+    # f_0 = 15/16 > t: r = 1    f_1 = 1/16: sqrt(0.5 * 16) = 2.83    f_2 = 1/4: sqrt(2) = 1.41
+    assert repeats.tolist() == pytest.approx([1, math.sqrt(8), *[math.sqrt(2)] * 4, *[1] * 9, 1])
+
+
+def test_repeat_factor_of_lvis_threshold_leaves_a_small_set_as_it_is() -> None:
+    assert RepeatFactorSampling().repeats(annotation_set([[0], [1], [0]])).tolist() == [1, 1, 1]
+
+
+def test_class_balanced_shows_every_class_equally_often() -> None:
+    # class 0 on 6 images, class 1 on 2; one is empty. 8 / 2 / 6 = 2/3 and 8 / 2 / 2 = 2
+    annotations = annotation_set([*[[0]] * 6, [1], [1], []])
+    repeats = ClassBalancedSampling().repeats(annotations)
+    assert repeats.tolist() == pytest.approx([*[2 / 3] * 6, 2, 2, 1])
+    assert repeats.sum() == pytest.approx(9)  # an epoch is as long as before
+
+
+def test_class_balanced_adds_up_the_classes_of_an_image() -> None:
+    # N' = 3, K = 2: class 0 on images 0 and 1, class 1 on images 1 and 2: each gives 3 / 2 / 2
+    repeats = ClassBalancedSampling().repeats(annotation_set([[0], [0, 1], [1]]))
+    assert repeats.tolist() == pytest.approx([0.75, 1.5, 0.75])
+
+
+def test_classes_that_do_not_occur_and_crowds_do_not_count() -> None:
+    annotations = annotation_set([[0], [1], [0, 2]], num_classes=5, crowds=[3])  # the only object of class 2
+    assert ClassBalancedSampling().repeats(annotations).tolist() == pytest.approx([0.75, 1.5, 0.75])
+    assert np.isfinite(RepeatFactorSampling(1.0).repeats(annotations)).all()
+    assert RepeatFactorSampling(1.0).repeats(annotations).tolist() == pytest.approx(
+        [math.sqrt(1.5), math.sqrt(3), math.sqrt(1.5)]
+    )
+
+
+@pytest.mark.parametrize("threshold", [0, -1, 1.5, float("nan")])
+def test_repeat_factor_threshold_out_of_range_is_refused(threshold: float) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sampling\.threshold must be in \(0, 1\], got"):
+        RepeatFactorSampling(threshold)
+
+
+# In a data module
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Eight images with a cat, one with a dog."""
+    line = "{} 0.5 0.5 0.25 0.5\n"
+    write_yolo(tmp_path, {f"{n}": line.format(0) for n in range(8)} | {"rare": line.format(1)})
+    return tmp_path
+
+
+def data_module(root: Path, sampling: Sampling | None, batch_size: int = 4, seed: int = 0) -> DetectionDataModule:
+    transforms = [A.RandomBrightnessContrast(p=1.0)]
+    settings = {"image_size": 32, "num_workers": 0, "train_transforms": transforms, "seed": seed}
+    return yolo_data(root, sampling=sampling, batch_size=batch_size, **settings)
+
+
+def test_rare_class_is_shown_as_often_as_the_frequent_one(root: Path) -> None:
+    (batch,) = data_module(root, ClassBalancedSampling(), batch_size=9).train_dataloader()
+    labels = batch.targets.labels[:, 0].tolist()
+    assert abs(labels.count(0) - labels.count(1)) == 1  # 4.5 each of 9
+    copies = [image for image, label in zip(batch.images, labels, strict=True) if label == 1]
+    assert len({image.numpy().tobytes() for image in copies}) == len(copies)  # of one file, augmented in many ways
+
+
+def test_epoch_with_sampling_is_resumed_and_another_sampling_refused(root: Path) -> None:
+    sampling = RepeatFactorSampling(threshold=1.0)  # 8 * sqrt(9 / 8) + 3 = 11.5 images
+    data = data_module(root, sampling, batch_size=2)
+    loader = data.train_dataloader()
+    whole = [batch.images.numpy().tobytes() for batch in loader]
+    assert len(whole) == 5
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    state = data.state_dict()
+    resumed = data_module(root, RepeatFactorSampling(threshold=1.0), batch_size=2)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    assert [batch.images.numpy().tobytes() for batch in resumed.train_dataloader()] == whole[2:]
+    for other in (RepeatFactorSampling(threshold=0.9), ClassBalancedSampling(), None):
+        changed = data_module(root, other, batch_size=2)
+        changed.load_state_dict(state)
+        with pytest.raises(ConfigError, match=r"in an epoch was 11|data\.sampling and the like"):
+            changed.train_dataloader()
+
+
+def test_sampling_without_effect_is_reported(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        data_module(root, RepeatFactorSampling()).train_dataloader()
+    assert "data.sampling has no effect" in caplog.text
+    assert "Raise its threshold" in caplog.text
+
+
+class Wrong(Sampling):
+    def __init__(self, values: object) -> None:
+        self.values = values
+
+    def repeats(self, annotations: object) -> np.ndarray:
+        return np.array(self.values, dtype=float)
+
+
+@pytest.mark.parametrize("values", [[1.0], [[1.0] * 9], [0.0] * 9, [-1.0] + [1.0] * 8, [math.nan] * 9])
+def test_rule_that_gives_no_numbers_of_times_is_refused(root: Path, values: object) -> None:
+    with pytest.raises(ConfigError, match=r"Wrong gives repeats of shape .* for each of the 9 images"):
+        data_module(root, Wrong(values)).train_dataloader()

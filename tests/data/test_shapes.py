@@ -1,3 +1,5 @@
+"""The embedded data set: what is drawn, and the folder it is drawn into."""
+
 import json
 import os
 import time
@@ -40,11 +42,6 @@ def test_both_formats_of_a_split_are_the_same_set(drawn: Path, split: str, num_i
     assert len(coco.boxes) > num_images
 
 
-def test_category_ids_have_gaps_and_every_shape_has_one() -> None:
-    assert len(SHAPE_CATEGORY_IDS) == len(SHAPE_NAMES) == 6
-    assert max(SHAPE_CATEGORY_IDS) > 6
-
-
 def test_the_images_are_those_of_the_scenes(drawn: Path) -> None:
     annotations = parse_coco(drawn / "annotations/instances_train.json", drawn / "JPEGImages")
     for index in range(4):
@@ -74,6 +71,7 @@ def test_more_objects_in_training_images_leave_validation_as_it_is(drawn: Path, 
 
 def test_a_finished_folder_is_not_touched(tmp_path: Path) -> None:
     folder = tmp_path / "shapes"
+    folder.mkdir()  # an empty folder is filled
     draw_shapes(folder, num_train=2, num_val=1, seed=0)
     (folder / "ImageSets" / "note.txt").write_text("kept")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -97,17 +95,13 @@ def test_a_foreign_folder_or_file_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("mine too")
+    with pytest.raises(DataError, match=r"cannot be written(.|\n)*data\.source\.path"):
+        draw_shapes(tmp_path / "file" / "shapes", num_train=1, num_val=1, seed=0)
     for name in ("mine", "file"):
         with pytest.raises(DataError, match=rf"{name}: is not empty and was not drawn here(.|\n)*data\.source\.path"):
             draw_shapes(tmp_path / name, num_train=1, num_val=1, seed=0)
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
     assert (tmp_path / "file").read_text() == "mine too"
-
-
-def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
-    (tmp_path / "shapes").mkdir()
-    draw_shapes(tmp_path / "shapes", num_train=1, num_val=1, seed=0)
-    assert (tmp_path / "shapes/JPEGImages/000002.jpg").exists()
 
 
 def test_an_interrupted_drawing_leaves_nothing_and_starts_again(
@@ -160,17 +154,6 @@ def test_another_process_that_finishes_first_wins(tmp_path: Path, monkeypatch: p
 def test_numbers_out_of_range_are_refused(tmp_path: Path, settings: dict[str, int], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         draw_shapes(tmp_path / "shapes", **settings)
-
-
-def test_a_parent_that_is_a_file_is_an_error_with_the_key(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot be written(.|\n)*data\.source\.path"):
-        draw_shapes(tmp_path / "file" / "shapes", num_train=1, num_val=1, seed=0)
-
-
-def test_the_settings_file_says_what_was_drawn(drawn: Path) -> None:
-    settings = {"num_train": 20, "num_val": 5, "seed": 3, "max_objects": 6, "version": 2}
-    assert json.loads((drawn / "shapes.json").read_text()) == settings
 
 
 def test_boxes_lie_inside_and_hold_the_area_of_a_plausible_shape() -> None:

@@ -1,11 +1,34 @@
 """Annotation sets made by hand."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from onestage.types import AnnotationSet
+
+
+def hand_written(labels: Sequence[Sequence[int]], boxes: Sequence[Any], **fields: Any) -> AnnotationSet:
+    """A set with boxes[i] and labels[i] in image i. fields: other values of AnnotationSet than the defaults here."""
+    flat = np.array([box for image in boxes for box in image], dtype=np.float32).reshape(-1, 4)
+    flat_labels = np.array([label for image in labels for label in image], dtype=np.int64)
+    names = fields.get("class_names", [f"class {label}" for label in range(flat_labels.max(initial=0) + 1)])
+    defaults = {
+        "source": "hand-written",
+        "image_paths": np.array([f"{row}.jpg" for row in range(len(labels))], dtype=np.str_),
+        "image_ids": np.arange(1, len(labels) + 1),
+        "sizes": np.full((len(labels), 2), 100, dtype=np.int32),
+        "box_offsets": np.cumsum([0, *map(len, labels)]),
+        "boxes": flat,
+        "labels": flat_labels,
+        "areas": np.prod(flat[:, 2:] - flat[:, :2], axis=1),
+        "is_crowd": np.zeros(len(flat), dtype=np.bool_),
+        "is_difficult": np.zeros(len(flat), dtype=np.bool_),
+        "category_ids": tuple(range(1, len(names) + 1)),
+    }
+    return AnnotationSet(**{**defaults, **fields, "class_names": tuple(names)})
 
 
 def annotation_set(
@@ -16,21 +39,11 @@ def annotation_set(
     crowds: Sequence[int] = (),
 ) -> AnnotationSet:
     """One image for each list of labels; object t has the box (t, 0, t + 10, 10). crowds: rows of objects."""
-    labels = np.array([label for image in labels_of_image for label in image], dtype=np.int64)
-    number = len(labels_of_image)
-    num_classes = num_classes or int(labels.max(initial=0)) + 1
-    left = np.arange(len(labels), dtype=np.float32)
-    return AnnotationSet(
-        source="hand-made",
-        image_paths=np.array([str(path) for path in paths or [f"{row}.jpg" for row in range(number)]]),
-        image_ids=np.arange(1, number + 1),
-        sizes=np.full((number, 2), 100, dtype=np.int32),
-        box_offsets=np.concatenate([[0], np.cumsum([len(image) for image in labels_of_image])]).astype(np.int64),
-        boxes=np.stack([left, 0 * left, left + 10, 0 * left + 10], axis=1),
-        labels=labels,
-        areas=np.full(len(labels), 100, dtype=np.float32),
-        is_crowd=np.isin(np.arange(len(labels)), crowds),
-        is_difficult=np.zeros(len(labels), dtype=np.bool_),
-        class_names=tuple(f"class {label}" for label in range(num_classes)),
-        category_ids=tuple(range(1, num_classes + 1)),
-    )
+    ends = np.cumsum([0, *map(len, labels_of_image)]).tolist()
+    boxes = [[[t, 0, t + 10, 10] for t in range(*span)] for span in pairwise(ends)]
+    fields: dict[str, Any] = {"source": "hand-made", "is_crowd": np.isin(np.arange(ends[-1]), crowds)}
+    if num_classes is not None:
+        fields["class_names"] = [f"class {label}" for label in range(num_classes)]
+    if paths is not None:
+        fields["image_paths"] = np.array(list(map(str, paths)))
+    return hand_written(labels_of_image, boxes, **fields)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from annotation_sets import hand_written
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.nn.utils.rnn import pad_sequence
@@ -25,23 +26,19 @@ def annotation_set(
     difficult: Sequence[Sequence[int]] | None = None,
 ) -> AnnotationSet:
     """Return a set with boxes[i], labels[i], ... in image i; image ids are 10, 20, ..., category ids 7, 14, ..."""
-    flat = np.array([box for image in boxes for box in image], np.float32).reshape(-1, 4)
-    own_areas = (flat[:, 2] - flat[:, 0]) * (flat[:, 3] - flat[:, 1])
-    num_images = len(boxes)
-    return AnnotationSet(
-        source="hand-written",
-        image_paths=np.array([f"{index}.jpg" for index in range(num_images)], dtype=np.str_),
-        image_ids=10 * np.arange(1, num_images + 1),
-        sizes=np.full((num_images, 2), 640, np.int32),
-        box_offsets=np.cumsum([0, *(len(image) for image in boxes)]),
-        boxes=flat,
-        labels=np.array([label for image in labels for label in image], np.int64),
-        areas=own_areas if areas is None else np.concatenate([np.asarray(area, np.float32) for area in areas]),
-        is_crowd=np.concatenate(crowds).astype(bool) if crowds else np.zeros(len(flat), bool),
-        is_difficult=np.concatenate(difficult).astype(bool) if difficult else np.zeros(len(flat), bool),
-        class_names=tuple(class_names),
-        category_ids=tuple(7 * (label + 1) for label in range(len(class_names))),
-    )
+    fields = {
+        "image_ids": 10 * np.arange(1, len(boxes) + 1),
+        "sizes": np.full((len(boxes), 2), 640, np.int32),
+        "class_names": class_names,
+        "category_ids": tuple(7 * (label + 1) for label in range(len(class_names))),
+    }
+    if areas is not None:
+        fields["areas"] = np.concatenate([np.asarray(area, np.float32) for area in areas])
+    if crowds is not None:
+        fields["is_crowd"] = np.concatenate(crowds).astype(bool)
+    if difficult is not None:
+        fields["is_difficult"] = np.concatenate(difficult).astype(bool)
+    return hand_written(labels, boxes, **fields)
 
 
 def detections(

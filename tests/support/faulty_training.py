@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotation_sets import hand_written
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -16,7 +17,7 @@ from onestage.reliability.non_finite import NonFiniteGuard
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import WarmupSchedule
 from onestage.training.trainer import DetectionTrainer
-from onestage.types import AnnotationSet, Batch, Detector, Losses, Predictions, Targets
+from onestage.types import Batch, Detector, Losses, Predictions, Targets
 
 NUM_IMAGES = 24
 BATCH_SIZE = 2
@@ -73,20 +74,8 @@ class TinyData(pl.LightningDataModule):
     category_ids: ClassVar = [1]
 
     def annotations(self, stage):
-        return AnnotationSet(
-            source="hand-written",
-            image_paths=np.array([f"{index}.jpg" for index in range(NUM_IMAGES)]),
-            image_ids=np.arange(100, 100 + NUM_IMAGES),
-            sizes=np.full((NUM_IMAGES, 2), 8, np.int32),
-            box_offsets=np.zeros(NUM_IMAGES + 1, np.int64),
-            boxes=np.zeros((0, 4), np.float32),
-            labels=np.zeros(0, np.int64),
-            areas=np.zeros(0, np.float32),
-            is_crowd=np.zeros(0, bool),
-            is_difficult=np.zeros(0, bool),
-            class_names=("thing",),
-            category_ids=(1,),
-        )
+        ids, sizes = np.arange(100, 100 + NUM_IMAGES), np.full((NUM_IMAGES, 2), 8, np.int32)
+        return hand_written([[]] * NUM_IMAGES, [], image_ids=ids, sizes=sizes, class_names=["thing"])
 
     def train_dataloader(self):
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from annotation_sets import hand_written
 
 from onestage.types import AnnotationSet
 
@@ -31,19 +32,5 @@ def image_set(
         cv2.imwrite(path, image[..., ::-1])
     boxes = boxes or [[[0, 0, image.shape[1], image.shape[0]]] for image in pixels]
     labels = labels or [[number] for number in range(len(pixels))]
-    flat = np.array([label for image in labels for label in image], dtype=np.int64)
-    num_classes = int(flat.max(initial=0)) + 1
-    return AnnotationSet(
-        source="hand-written",
-        image_paths=np.array(paths),
-        image_ids=np.arange(1, len(pixels) + 1),
-        sizes=np.array([image.shape[:2] for image in pixels], dtype=np.int32),
-        box_offsets=np.concatenate([[0], np.cumsum([len(image) for image in boxes])]).astype(np.int64),
-        boxes=np.array([box for image in boxes for box in image], dtype=np.float32).reshape(-1, 4),
-        labels=flat,
-        areas=np.ones(len(flat), dtype=np.float32),
-        is_crowd=np.zeros(len(flat), dtype=bool),
-        is_difficult=np.zeros(len(flat), dtype=bool),
-        class_names=tuple(f"class {label}" for label in range(num_classes)),
-        category_ids=tuple(range(1, num_classes + 1)),
-    )
+    sizes = np.array([image.shape[:2] for image in pixels], dtype=np.int32)
+    return hand_written(labels, boxes, image_paths=np.array(paths), sizes=sizes)

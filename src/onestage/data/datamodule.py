@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,16 +22,17 @@ from onestage.data.images import read_image
 from onestage.data.layouts import describe_source, recognise
 from onestage.data.loader import DetectionLoader, StartMethod, num_auto_workers, open_loader
 from onestage.data.resize import Resize, Stretch
-from onestage.data.samplers import EvaluationSampler, Sampling, TrainingSampler, checked_repeats
+from onestage.data.samplers import EvaluationSampler, Sampling, TrainingSampler, count_repeats
 from onestage.data.source import Source, Split
 from onestage.data.splits import find_same_files, split_by_fold, split_by_fraction
-from onestage.data.transforms import SeededTransform, training_transforms
+from onestage.data.transforms import ScaleJitter, SeededTransform, ssd_transforms
 from onestage.errors import ConfigError, require
 from onestage.files import printable
 from onestage.types import AnnotationSet, Stage
 
 DEFAULT_IMAGE_SIZE, MIN_IMAGE_SIZE = 300, 32  # px
 DEFAULT_VAL_FRACTION = 0.2  # where the source has no validation split
+CALLS: dict[str, list[Stage]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +104,10 @@ class DetectionDataModule(LightningDataModule):
         predict_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
+        require(image_size >= MIN_IMAGE_SIZE, "data.image_size", image_size, f">= {MIN_IMAGE_SIZE}")
         self._source = source
         self.path = path
-        self.resize = _checked_resize(image_size, resize)
+        self.resize = resize if resize is not None else Stretch(image_size)
         self.image_size, self.canvases = self.resize.longest_side, self.resize.canvases
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -114,7 +117,7 @@ class DetectionDataModule(LightningDataModule):
         self.train_transforms = train_transforms
         self.mosaic = mosaic
         self.mixup = mixup
-        self.scale_jitter = scale_jitter
+        self._scale_jitter = [ScaleJitter(scale_jitter)] if scale_jitter is not None else []
         self.sampling = sampling
         self.seed = seed
         self.max_bad_fraction = max_bad_fraction
@@ -126,11 +129,9 @@ class DetectionDataModule(LightningDataModule):
         self.predict_dir = predict_dir
         self._class_names = class_names
         self._category_ids = category_ids
-        self._require_valid_settings()
+        self._require_valid_settings(image_size)
         self._annotation_sets: dict[Stage, AnnotationSet] = {}
-        self._divided: tuple[AnnotationSet, AnnotationSet] | None = None
         self._checked_splits: set[Stage] = set()
-        self._is_announced = False
         self._train_loader: DetectionLoader | None = None
         self._position: dict[str, int] = {}  # from a checkpoint, until the training loader exists
 
@@ -168,13 +169,12 @@ class DetectionDataModule(LightningDataModule):
         """The data set's own id of each label, [K]; 1..K where a data set has none."""
         if self._category_ids is not None:
             return list(self._category_ids)
-        has_source = self._source is not None or self.path is not None
-        known = self.source.known_classes if has_source else None
-        if known is not None:
-            id_by_name = dict(zip(*known, strict=True))
-            return [id_by_name.get(name, label) for label, name in enumerate(self.class_names, start=1)]
-        if has_source and "train" in self.source.splits:
-            return list(self.annotations("train").category_ids)
+        if self._source is not None or self.path is not None:
+            if self.source.known_classes is not None:
+                id_by_name = dict(zip(*self.source.known_classes, strict=True))
+                return [id_by_name.get(name, label) for label, name in enumerate(self.class_names, start=1)]
+            if "train" in self.source.splits:
+                return list(self.annotations("train").category_ids)
         return list(range(1, self.num_classes + 1))
 
     def prepare_data(self) -> None:
@@ -189,15 +189,10 @@ class DetectionDataModule(LightningDataModule):
         Args:
             stage: Lightning's name of the call: fit, validate, test or predict.
         """
-        stages: dict[str, tuple[Stage, ...]] = {
-            "fit": ("train", "val"),
-            "validate": ("val",),
-            "test": ("test",),
-            "predict": ("predict",),
-        }
-        for name in stages[stage]:
-            self._check_images(self._split_of(name))
-        if stage == "fit":
+        new_splits = {self._split_of(name) for name in CALLS[stage]} - self._checked_splits
+        for split in sorted(new_splits):
+            self._check_images(split)
+        if stage == "fit" and new_splits:
             self._announce()
             splits = [("training", self.annotations("train")), ("validation", self.annotations("val"))]
             for finding in find_same_files(splits)[0]:  # a warning, because overfitting on purpose is allowed
@@ -227,10 +222,10 @@ class DetectionDataModule(LightningDataModule):
     def train_dataloader(self) -> DetectionLoader:
         """Return the augmented training images; (seed, epoch) decide their order and augmentation."""
         annotations = self.annotations("train")
-        transforms = training_transforms(self.train_transforms, self.resize, self.scale_jitter)
+        transforms = ssd_transforms(self.resize) if self.train_transforms is None else self.train_transforms
         dataset = DetectionDataset(
             annotations,
-            SeededTransform(transforms, self.resize),
+            SeededTransform([*self._scale_jitter, *transforms], self.resize),
             seed=self.seed,
             train_difficult=self.source.train_difficult,
             mosaic=self.mosaic,
@@ -239,15 +234,9 @@ class DetectionDataModule(LightningDataModule):
             images=open_images(self.cache, annotations, self.image_size),
             max_bad_fraction=self.max_bad_fraction,
         )
-        repeats = None
-        if self.sampling is not None:
-            repeats = checked_repeats(self.sampling, annotations)
-            _report_sampling(annotations, repeats)
-        rank, world_size = self._rank_and_world_size()
-        sampler = TrainingSampler(
-            dataset, batch_size=self.batch_size, seed=self.seed, rank=rank, world_size=world_size, repeats=repeats
-        )
-        self._train_loader = self._loader(dataset, sampler)
+        repeats = None if self.sampling is None else count_repeats(self.sampling, annotations)
+        settings = {"batch_size": self.batch_size, "seed": self.seed, **self._process()}
+        self._train_loader = self._loader(dataset, TrainingSampler(dataset, **settings, repeats=repeats))
         self._train_loader.load_state_dict(self._position)
         self._position = {}
         return self._train_loader
@@ -281,8 +270,7 @@ class DetectionDataModule(LightningDataModule):
             SeededTransform([], self.resize),
             train_difficult=self._source is None or self._source.train_difficult,
         )
-        rank, world_size = self._rank_and_world_size()
-        return self._loader(dataset, EvaluationSampler(dataset, rank=rank, world_size=world_size))
+        return self._loader(dataset, EvaluationSampler(dataset, **self._process()))
 
     def _loader(self, dataset: DetectionDataset, sampler: TrainingSampler | EvaluationSampler) -> DetectionLoader:
         num_processes = self.trainer.num_devices if self.trainer is not None else 1  # on this machine
@@ -296,8 +284,10 @@ class DetectionDataModule(LightningDataModule):
             timeout_seconds=self.worker_timeout_seconds,
         )
 
-    def _rank_and_world_size(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+    def _process(self) -> dict[str, int]:
+        """Return the rank of this process and the number of all processes, as samplers take them."""
+        trainer = self.trainer
+        return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer is not None else {}
 
     # Splits
 
@@ -309,21 +299,20 @@ class DetectionDataModule(LightningDataModule):
         return "val" if no_test or (stage == "predict" and self.predict_dir is None) else stage
 
     def _check_images(self, split: Stage) -> None:
-        """Skip the images of a split whose headers show that they cannot be used, once."""
+        """Skip the images of a split whose headers show that they cannot be used."""
         annotations = self.annotations(split)
-        if split in self._checked_splits or split == "predict":
-            return
-        checked = check_before_start(annotations, self.image_size, self.max_bad_fraction)
-        for message in start_messages(replace(checked, findings=checked.findings[len(annotations.findings) :])):
-            _warn(message)
-        self._annotation_sets[split] = checked
+        if split != "predict":
+            checked = check_before_start(annotations, self.image_size, self.max_bad_fraction)
+            for message in start_messages(replace(checked, findings=checked.findings[len(annotations.findings) :])):
+                _warn(message)
+            self._annotation_sets[split] = checked
         self._checked_splits.add(split)
 
     def _read(self, stage: Stage) -> AnnotationSet:
         if stage == "predict":
             return list_images(Path(str(self.predict_dir)), self.class_names, self.category_ids)
         if stage != "test" and self._is_divided:
-            return self._parts()[stage == "val"]
+            return self._parts[stage == "val"]
         if stage == "train":
             return require_objects(self._parse("train", self._class_names))
         annotations = self._parse(stage, self.class_names)
@@ -341,27 +330,23 @@ class DetectionDataModule(LightningDataModule):
         without_val = "train" in splits and "val" not in splits
         return self.val_fraction is not None or self.num_folds is not None or without_val
 
+    @cached_property
     def _parts(self) -> tuple[AnnotationSet, AnnotationSet]:
-        """Return the parts to train and to validate on. The set is read and divided once."""
-        if self._divided is None:
-            whole = self._parse("train", self._class_names)
-            if self.num_folds is not None:
-                train, validation = split_by_fold(whole, self.num_folds, self.fold)
-            else:
-                if self.val_fraction is None:
-                    rank_zero_info(
-                        f"data: {printable(self.source.path)} has no validation split; {DEFAULT_VAL_FRACTION:g} of the "
-                        "training images are held out (data.val_fraction)"
-                    )
-                train, validation = split_by_fraction(whole, self.val_fraction or DEFAULT_VAL_FRACTION)
-            self._divided = require_objects(train), validation
-        return self._divided
+        """The parts of the training set to train and to validate on."""
+        whole = self._parse("train", self._class_names)
+        if self.num_folds is not None:
+            train, validation = split_by_fold(whole, self.num_folds, self.fold)
+        else:
+            if self.val_fraction is None:
+                rank_zero_info(
+                    f"data: {printable(self.source.path)} has no validation split; {DEFAULT_VAL_FRACTION:g} of the "
+                    "training images are held out (data.val_fraction)"
+                )
+            train, validation = split_by_fraction(whole, self.val_fraction or DEFAULT_VAL_FRACTION)
+        return require_objects(train), validation
 
     def _announce(self) -> None:
-        """Print what was recognised, once, on one process."""
-        if self._is_announced:
-            return
-        self._is_announced = True
+        """Print what was recognised, on one process."""
         counts = ", ".join(
             f"{stage} {len(annotations)} images with {len(annotations.boxes)} boxes"
             for stage, annotations in self._annotation_sets.items()
@@ -369,57 +354,32 @@ class DetectionDataModule(LightningDataModule):
         lines = [*describe_source(self.source), f"  {counts}; {self.num_classes} classes"]
         rank_zero_info("data: " + "\n".join(lines))
 
-    def _require_valid_settings(self) -> None:
-        minimums = (("batch_size", 1), ("prefetch_factor", 1), ("seed", 0), ("num_workers", 0))
-        for name, minimum in minimums:
+    def _require_valid_settings(self, image_size: int) -> None:
+        side = self.resize.longest_side
+        remedy = f"Set data.image_size: {side}, or leave it out."
+        is_same = image_size in (DEFAULT_IMAGE_SIZE, side)
+        require(is_same, "data.image_size", image_size, f"{side}, the size of data.resize", remedy)
+        for name, minimum in {"batch_size": 1, "prefetch_factor": 1, "seed": 0, "num_workers": 0}.items():
             value = getattr(self, name)
             require(value == "auto" or value >= minimum, f"data.{name}", value, f">= {minimum}")
-        seconds = self.worker_timeout_seconds
-        require(seconds > 0, "data.worker_timeout_seconds", seconds, "> 0", "Set data.worker_timeout_seconds: 300.")
         for name in ("mosaic", "mixup", "max_bad_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.{name}", value, "in [0, 1]")
-        if self.val_fraction is not None and self.num_folds is not None:
+        seconds, fraction, folds = self.worker_timeout_seconds, self.val_fraction, self.num_folds
+        require(seconds > 0, "data.worker_timeout_seconds", seconds, "> 0", "Set data.worker_timeout_seconds: 300.")
+        if fraction is not None and folds is not None:
             raise ConfigError("data.val_fraction conflicts with data.num_folds; set only one of them.")
-        fraction = self.val_fraction
         is_fraction = fraction is None or 0 < fraction < 1
         require(is_fraction, "data.val_fraction", fraction, "in (0, 1)", "Set data.val_fraction: 0.2.")
-        folds = self.num_folds
         require(folds is None or folds >= 2, "data.num_folds", folds, ">= 2, or null")
         remedy = "Set data.num_folds to the number of parts, and data.fold to the one to validate on."
         require(0 <= self.fold < (folds or 1), "data.fold", self.fold, f"in [0, {folds or 1})", remedy)
         names, ids = self._class_names, self._category_ids
-        has_names = names is None or (len(names) > 0 and len(set(names)) == len(names))
+        has_names = names is None or 0 < len(names) == len(set(names))
         require(has_names, "data.class_names", names, "a list of at least one name without duplicates, or null")
         has_ids = ids is None or (names is not None and len(set(ids)) == len(ids) == len(names))
         remedy = "Leave both out to use those of the training annotations."
         require(has_ids, "data.category_ids", ids, f"one id for each of data.class_names ({names})", remedy)
 
 
-def _checked_resize(image_size: int, resize: Resize | None) -> Resize:
-    """Return the resize that `image_size` or `resize` asks for; refuse two different sizes."""
-    require(image_size >= MIN_IMAGE_SIZE, "data.image_size", image_size, f">= {MIN_IMAGE_SIZE}")
-    if resize is None:
-        return Stretch(image_size)
-    remedy = f"Set data.image_size: {resize.longest_side}, or leave it out."
-    is_same = image_size in (DEFAULT_IMAGE_SIZE, resize.longest_side)
-    require(is_same, "data.image_size", image_size, f"{resize.longest_side}, the size of data.resize", remedy)
-    return resize
-
-
-@rank_zero_only
-def _warn(message: str) -> None:
-    logger.warning("%s", message)
-
-
-@rank_zero_only
-def _report_sampling(annotations: AnnotationSet, repeats: npt.NDArray[np.float64]) -> None:
-    """Print the length of an epoch; warn if `data.sampling` changes nothing. repeats: [N] average shows per epoch."""
-    if np.allclose(repeats, 1):
-        logger.warning(
-            "data.sampling has no effect: no class of %s is rare enough. Raise its threshold, or remove data.sampling.",
-            annotations.source,
-        )
-        return
-    counts = f"{repeats.sum():.0f} images of {len(repeats)}, one of them up to {repeats.max():.1f} times"
-    rank_zero_info(f"data.sampling: an epoch shows {counts}")
+_warn = rank_zero_only(logger.warning)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from onestage.data.cache import FileReader, ImageReader, ReadImage
-from onestage.data.mixing import NUM_TILES, Picture, mixup, mosaic
+from onestage.data.cache import FileReader, ImageReader
 from onestage.data.resize import Placement
-from onestage.data.transforms import SeededTransform
+from onestage.data.transforms import Picture, SeededTransform, mixup, mosaic
 from onestage.errors import ConfigError, ImageError
 from onestage.types import IGNORE, PADDING, AnnotationSet, Batch, Targets
 
@@ -50,10 +49,7 @@ class DetectionDataset(Dataset[Sample]):
         seed: of the augmentation, which is a function of (seed, epoch, index of the image), >= 0.
         train_difficult: whether objects flagged as difficult are targets; if not, the loss ignores their regions, as
             it always ignores crowds.
-        mosaic: probability that an image is put together with three others before its transforms, in [0, 1].
-        mixup: probability that an image is blended with another after their transforms, in [0, 1].
-        on_error: raise an error for an unreadable image, or skip it and take another, a function of
-            (seed, epoch, index).
+        mosaic, mixup, on_error: as in `DetectionDataModule`; the other images are functions of (seed, epoch, index).
         images: reader of the images; None: their files.
         max_bad_fraction: fraction of the images that may fail with `on_error="skip"`; the loader counts them.
     """
@@ -74,12 +70,13 @@ class DetectionDataset(Dataset[Sample]):
         self.annotations = annotations
         self.transform = transform
         self.seed = seed
-        self.train_difficult = train_difficult
         self.mosaic = mosaic
         self.mixup = mixup
         self.on_error = on_error
         self.images = images or FileReader(annotations)
         self.max_bad_fraction = max_bad_fraction
+        is_ignored = annotations.is_crowd if train_difficult else annotations.is_crowd | annotations.is_difficult
+        self._labels = np.where(is_ignored, IGNORE, annotations.labels)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -89,78 +86,66 @@ class DetectionDataset(Dataset[Sample]):
         """Load and transform one image.
 
         Args:
-            key: (epoch, index of the image), or the index alone, which stands for epoch 0.
+            key: (epoch, index of the image), or the index alone, which stands for epoch 0. Copy c of image i has the
+                index c * N + i in a tuple.
 
         Raises:
             ImageError: the file cannot be decoded whole; the message names it.
             ConfigError: a transform cannot handle the image; the message names both.
         """
-        epoch, given_index = key if isinstance(key, tuple) else (0, key)
-        sample_key = (self.seed, epoch, given_index)
-        failures: list[Failure] = []
-        # A sampler that repeats images gives copy c of image i as c * N + i.
-        row = given_index % len(self) if isinstance(key, tuple) else given_index
-        index, image = self._open(row, sample_key, failures)
+        epoch, item = key if isinstance(key, tuple) else (0, key)
+        sample_key = (self.seed, epoch, item)
         random = _generator(sample_key, PARTNERS)
-        picture = self._picture(index, image)
+        failures: list[Failure] = []
+
+        def read_partner() -> tuple[int, Picture, tuple[int, int]]:
+            return self._read(int(random.integers(len(self))), sample_key, failures)  # by chance the same image
+
+        first_index = item % len(self) if isinstance(key, tuple) else item
+        index, picture, original_size = self._read(first_index, sample_key, failures)
         if random.random() < self.mosaic:
-            others = [self._partner(random, sample_key, failures) for _ in range(NUM_TILES - 1)]
-            picture = mosaic([picture, *others], 2 * self.transform.resize.longest_side, random)
+            pictures = [picture, *(read_partner()[1] for _ in range(3))]
+            picture = mosaic(pictures, 2 * self.transform.resize.longest_side, random)
         picture = self._transformed(picture, index, sample_key)
         if random.random() < self.mixup:
-            other = self._partner(random, sample_key, failures)
-            picture = mixup(picture, self._transformed(other, index, (*sample_key, PARTNERS)), random)
+            partner_index, partner, _ = read_partner()
+            picture = mixup(picture, self._transformed(partner, partner_index, (*sample_key, PARTNERS)), random)
         return Sample(
-            image=torch.from_numpy(np.ascontiguousarray(picture.pixels)).permute(2, 0, 1),
+            image=torch.from_numpy(np.ascontiguousarray(picture.image)).permute(2, 0, 1),
             boxes=torch.from_numpy(picture.boxes),
-            labels=torch.from_numpy(self._labels(picture.objects)),
+            labels=torch.from_numpy(self._labels[picture.rows]),
             image_index=index,
-            original_size=image.original_size,
-            placement=self.transform.resize.place(*image.original_size),
+            original_size=original_size,
+            placement=self.transform.resize.place(*original_size),
             failures=tuple(failures),
         )
 
-    def _open(self, index: int, key: SampleKey, failures: list[Failure]) -> tuple[int, ReadImage]:
-        """Return image `index`, or its first readable substitute, a function of (seed, epoch, index)."""
-        random = _generator((key[0], key[1], index), SUBSTITUTES)
-        for _ in range(MAX_SUBSTITUTES):
+    def _read(self, index: int, key: SampleKey, failures: list[Failure]) -> tuple[int, Picture, tuple[int, int]]:
+        """Return image `index`, or its first readable substitute: index, picture, and (height, width) of the file.
+
+        The picture may be smaller than the file, as cached copies are.
+        """
+        random = _generator((*key[:2], index), SUBSTITUTES)
+        for trial in range(MAX_SUBSTITUTES + 1):
             try:
-                return index, self.images.read(index)
+                pixels, original_size = self.images.read(index)
+                break
             except ImageError as error:
-                if self.on_error == "raise":
+                if self.on_error == "raise" or trial == MAX_SUBSTITUTES:
                     raise
                 failures.append(Failure(index, str(error)))
             index = int(random.integers(len(self)))
-        return index, self.images.read(index)
-
-    def _partner(self, random: np.random.Generator, key: SampleKey, failures: list[Failure]) -> Picture:
-        """Return another image, or by chance the same."""
-        return self._picture(*self._open(int(random.integers(len(self))), key, failures))
-
-    def _picture(self, index: int, image: ReadImage) -> Picture:
-        """Return an image with its boxes in its own pixels, which may be fewer than those of its file."""
-        (height, width), (original_height, original_width) = image.pixels.shape[:2], image.original_size
         objects = self.annotations.objects(index)
-        boxes = self.annotations.boxes[objects]
-        if (height, width) != (original_height, original_width):
-            boxes = boxes * np.array([width / original_width, height / original_height] * 2, dtype=np.float32)
-        return Picture(image.pixels, boxes, np.arange(objects.start, objects.stop))
+        scales = [pixels.shape[1] / original_size[1], pixels.shape[0] / original_size[0]] * 2
+        boxes = self.annotations.boxes[objects] * np.array(scales, dtype=np.float32)
+        return index, Picture(pixels, boxes, np.arange(objects.start, objects.stop)), original_size
 
     def _transformed(self, picture: Picture, index: int, key: tuple[int, ...]) -> Picture:
         try:
-            transformed = self.transform(picture.pixels, picture.boxes, key)
+            image, boxes, kept = self.transform(picture.image, picture.boxes, key)
         except ConfigError as error:
             raise ConfigError(f"{self.annotations.image_paths[index]}: {error}") from error
-        return Picture(transformed.image, transformed.boxes, picture.objects[transformed.rows])
-
-    def _labels(
-        self, objects: np.ndarray[tuple[int], np.dtype[np.int64]]
-    ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Return the labels of objects [M], given by their rows; IGNORE for crowds and the like."""
-        is_ignored = self.annotations.is_crowd[objects]
-        if not self.train_difficult:
-            is_ignored = is_ignored | self.annotations.is_difficult[objects]
-        return np.where(is_ignored, IGNORE, self.annotations.labels[objects])
+        return Picture(image, boxes, picture.rows[kept])
 
 
 def _generator(key: SampleKey, use: int) -> np.random.Generator:

@@ -49,8 +49,8 @@ class DetectionLoader(DataLoader[Batch]):
         super().__init__(*args, **kwargs)
         self._epoch = 0  # of the batches returned last
         self._num_returned = 0  # batches of that epoch
-        self._resume_from: dict[str, int] | None = None
-        self._failures: FailureLog | None = None
+        self._resume_from: dict[str, int] = {}
+        self._failures = FailureLog(self.dataset)
         self._processes: set[BaseProcess] = set()  # its workers
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator, and therefore lazy
@@ -60,22 +60,27 @@ class DetectionLoader(DataLoader[Batch]):
             DataError: a worker died, or no batch came for `timeout` seconds.
             ResourceError: a worker died of too little shared memory.
         """
-        sampler = self.sampler
-        self._num_returned = self._take_offset()
-        if isinstance(sampler, TrainingSampler):
+        sampler = self.sampler if isinstance(self.sampler, TrainingSampler) else None
+        position, self._resume_from = self._resume_from, {}
+        self._num_returned = 0
+        if sampler is not None:
             self._epoch = sampler.epoch
+            if position.get("epoch") == sampler.epoch:
+                self._num_returned = position["batches"] % sampler.num_batches
             sampler.batches_to_skip = self._num_returned
         try:
             for loaded in self._await_batches(super().__iter__):
-                if isinstance(sampler, TrainingSampler):
+                if sampler is not None:
                     sampler.batches_to_skip = 0  # for this epoch only; the sampler has read it by now
                 self._num_returned += 1
-                yield self._unpack(loaded)
+                if isinstance(loaded, LoadedBatch):
+                    self._failures.add(loaded.failures)
+                    loaded = loaded.batch
+                yield loaded
         except OnestageError as error:
             raise type(error)(_original_message(error)) from error
         finally:  # also if the epoch is cut short
-            if self._failures is not None:
-                self._failures.end_epoch(self._epoch)
+            self._failures.end_epoch(self._epoch)
 
     def _await_batches(self, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """Iterate over what the workers deliver, and explain their deaths and timeouts."""
@@ -87,7 +92,7 @@ class DetectionLoader(DataLoader[Batch]):
         _workers.update(self._processes)
         while True:
             try:
-                loaded = _deaths.next_of(iterator)
+                loaded = _next_of(iterator)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:  # a dead worker's queue may be cut off, too
@@ -106,35 +111,12 @@ class DetectionLoader(DataLoader[Batch]):
         _workers.difference_update(self._processes)
         self._processes.clear()
 
-    def _unpack(self, loaded: Batch | LoadedBatch) -> Batch:
-        """Return the batch, after counting what its workers could not read."""
-        if not isinstance(loaded, LoadedBatch):
-            return loaded
-        if loaded.failures:
-            if self._failures is None:
-                dataset: Any = self.dataset
-                self._failures = FailureLog(dataset.annotations.source, len(dataset), dataset.max_bad_fraction)
-            self._failures.add(loaded.failures)
-        return loaded.batch
-
-    def _take_offset(self) -> int:
-        """Return how many batches of this epoch were already used before training resumed."""
-        state, self._resume_from = self._resume_from, None
-        if state is None or not isinstance(self.sampler, TrainingSampler) or state["epoch"] != self.sampler.epoch:
-            return 0
-        return state["batches"] % self.sampler.num_batches
-
     def state_dict(self) -> dict[str, int]:
         """Return the position inside the epoch, and what the order of images depends on."""
-        if self._resume_from is not None:
+        if self._resume_from or not isinstance(self.sampler, TrainingSampler):
             return dict(self._resume_from)
-        if not isinstance(self.sampler, TrainingSampler):
-            return {}
-        return {
-            "epoch": self._epoch,
-            "batches": self._num_returned,
-            **{name: getattr(self.sampler, name) for name in KEY_BY_FIELD},
-        }
+        settings = {name: getattr(self.sampler, name) for name in KEY_BY_FIELD}
+        return {"epoch": self._epoch, "batches": self._num_returned, **settings}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Start the next iteration at the position of `state`, if that iteration is of the same epoch.
@@ -142,14 +124,13 @@ class DetectionLoader(DataLoader[Batch]):
         Raises:
             ConfigError: the position lies inside an epoch whose order of images depended on other settings.
         """
-        sampler = self.sampler
-        if not state or not isinstance(sampler, TrainingSampler):
+        if not state or not isinstance(self.sampler, TrainingSampler):
             return
         num_batches = state["num_images"] // (state["batch_size"] * state["world_size"])
         if state["batches"] % num_batches == 0:
             return  # between two epochs other settings do no harm
         for field, key in KEY_BY_FIELD.items():
-            value = getattr(sampler, field)
+            value = getattr(self.sampler, field)
             if value != state.get(field, value):
                 raise ConfigError(
                     f"The checkpoint stopped after {state['batches']} of {num_batches} batches of epoch "
@@ -163,15 +144,11 @@ class FailureLog:
     """Counts, in the training process, the images that its workers could not read.
 
     Args:
-        source: the split, for messages.
-        num_images: of the split.
-        max_bad_fraction: the fraction of them that may fail before the run is stopped.
+        dataset: a `DetectionDataset`; of other datasets, which report no failures, nothing is used.
     """
 
-    def __init__(self, source: str, num_images: int, max_bad_fraction: float) -> None:
-        self.source = source
-        self.num_images = num_images
-        self.max_bad_fraction = max_bad_fraction
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
         self._messages: dict[int, str] = {}  # of all epochs, by image
         self._num_replaced = 0  # in this epoch; an image may be requested more than once
 
@@ -179,19 +156,20 @@ class FailureLog:
         """Count the failures of a batch, and warn about the first images.
 
         Raises:
-            DataError: more images have failed than may.
+            DataError: more images have failed than `max_bad_fraction` of the dataset allows.
         """
+        if not failures:
+            return
+        self._num_replaced += len(failures)
         for image_index, message in failures:
-            self._num_replaced += 1
-            if image_index not in self._messages:
-                if len(self._messages) < NUM_QUOTED:
-                    logger.warning("an image was skipped and another took its place: %s", message)
-                self._messages[image_index] = message
-        limit = self.max_bad_fraction * self.num_images
-        if failures and len(self._messages) > limit:
+            if image_index not in self._messages and len(self._messages) < NUM_QUOTED:
+                logger.warning("an image was skipped and another took its place: %s", message)
+            self._messages.setdefault(image_index, message)
+        max_bad_fraction, num_images = self._dataset.max_bad_fraction, len(self._dataset)
+        if len(self._messages) > max_bad_fraction * num_images:
             raise DataError(
-                f"{self.source}: {len(self._messages)} of {self.num_images} images could not be read, more than "
-                f"data.max_bad_fraction ({self.max_bad_fraction:g}) allows:\n  {self._quoted()}\n"
+                f"{self._dataset.annotations.source}: {len(self._messages)} of {num_images} images could not be read, "
+                f"more than data.max_bad_fraction ({max_bad_fraction:g}) allows:\n  {self._quoted()}\n"
                 "Repair or remove them, or raise data.max_bad_fraction."
             )
 
@@ -200,20 +178,15 @@ class FailureLog:
         num_replaced, self._num_replaced = self._num_replaced, 0
         if num_replaced:
             logger.warning(
-                "epoch %d: %d times an image could not be read and another took its place; so far %d of the %d images "
-                "of %s have failed:\n  %s",
-                epoch,
-                num_replaced,
-                len(self._messages),
-                self.num_images,
-                self.source,
-                self._quoted(),
+                f"epoch {epoch}: {num_replaced} times an image could not be read and another took its place; so far "
+                f"{len(self._messages)} of the {len(self._dataset)} images of {self._dataset.annotations.source} have "
+                f"failed:\n  {self._quoted()}"
             )
 
     def _quoted(self) -> str:
-        lines = [message.partition("\n")[0] for message in list(self._messages.values())[:NUM_QUOTED]]
-        more = len(self._messages) - len(lines)
-        return "\n  ".join([*lines, *([f"and {more} more"] if more else [])])
+        lines = [message.partition("\n")[0] for message in self._messages.values()]
+        more = [f"and {len(lines) - NUM_QUOTED} more"] if len(lines) > NUM_QUOTED else []
+        return "\n  ".join([*lines[:NUM_QUOTED], *more])
 
 
 def open_loader(
@@ -258,53 +231,43 @@ def start_worker(_worker_id: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class _DeferredDeaths:
-    """Delays torch's report of a worker's death until the next batch is awaited.
-
-    torch raises it in its SIGCHLD handler, which would interrupt a training step at any place.
-    """
-
-    def __init__(self) -> None:
-        self._torch_handler: Callable[[int, Any], Any] | None = None
-        self._is_waiting = False
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if self._is_waiting and self._torch_handler is not None:
-            self._torch_handler(number, frame)
-
-    def next_of(self, iterator: Iterator[Any]) -> Any:
-        """Return the next batch; raise RuntimeError if a worker has died since the last one, or dies now."""
-        handler: Any = signal.getsignal(signal.SIGCHLD)
-        is_torch = callable(handler) and str(getattr(handler, "__module__", "")).startswith("torch.")
-        if is_torch and threading.current_thread() is threading.main_thread():
-            self._torch_handler = handler
-            signal.signal(signal.SIGCHLD, self)
-        self._is_waiting = True
-        try:
-            self(signal.SIGCHLD, None)
-            return next(iterator)
-        finally:
-            self._is_waiting = False
-
-
-_deaths = _DeferredDeaths()
+_torch_handler: Any = None  # of SIGCHLD
 _workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # of this process
+
+
+def _next_of(iterator: Iterator[Any]) -> Any:
+    """Return the next batch; raise RuntimeError if a worker has died since the last one, or dies now.
+
+    torch raises it in its handler of SIGCHLD, which would interrupt a training step at any place. So the handler is
+    active only while a batch is awaited.
+    """
+    global _torch_handler
+    previous: Any = signal.getsignal(signal.SIGCHLD)
+    if str(getattr(previous, "__module__", "")).startswith("torch."):
+        _torch_handler, previous = previous, signal.SIG_DFL
+    if _torch_handler is None or threading.current_thread() is not threading.main_thread():
+        return next(iterator)
+    signal.signal(signal.SIGCHLD, _torch_handler)
+    try:
+        _torch_handler(signal.SIGCHLD, None)
+        return next(iterator)
+    finally:
+        signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)  # None: a handler that Python cannot restore
 
 
 def _kill_workers() -> None:
     """Kill what an unclosed iterator has left: multiprocessing would wait for ever, as SIGTERM is ignored."""
-    for worker in list(_workers):
-        if worker.is_alive():
-            worker.kill()
+    for worker in _workers:
+        worker.kill()
 
 
 def _explained(error: Exception, workers: set[BaseProcess], timeout_seconds: float) -> Exception:
     """Return the error to raise for one that a dead or slow worker has caused; others stay as they are."""
     if str(error).startswith("DataLoader timed out"):
         return DataError(
-            f"no batch came from the workers of the loader for {timeout_seconds:g} s. An image may be on a network "
-            "drive that does not answer, or the disk is slow.\nSet data.worker_timeout_seconds higher, or copy the "
-            "data to a local disk; then continue with --resume auto."
+            f"no batch came from the workers of the loader for {timeout_seconds:g} s; the disk or network drive may be "
+            "slow.\nSet data.worker_timeout_seconds higher, or copy the data to a local disk; then continue with "
+            "--resume auto."
         )
     if str(error).startswith("DataLoader worker"):
         workers = workers.union(_workers)  # torch reports those of the other split to whichever loader waits
@@ -320,9 +283,8 @@ def _explained(error: Exception, workers: set[BaseProcess], timeout_seconds: flo
         )
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     return DataError(
-        f"a worker process of the loader {how}.\nThe system kills processes when memory runs out: lower "
-        "data.num_workers. If it happens again at the same place, an image may be the cause: `onestage doctor` checks "
-        "them. Then continue with --resume auto."
+        f"a worker process of the loader {how}, perhaps because memory ran out, or of a damaged image.\nLower "
+        "data.num_workers, or check the images with `onestage doctor`; then continue with --resume auto."
     )
 
 

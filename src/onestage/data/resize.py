@@ -7,12 +7,12 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from onestage.data.images import RGBImage
 from onestage.errors import require
 
 MEAN_RGB = (123, 117, 104)  # ImageNet's mean, as SSD's Caffe code fills with it: about zero once normalised
 MAX_SHRINK = 4.0  # beyond this factor pixels are averaged first, because bilinear sampling would skip them
 
-RGBImage = npt.NDArray[np.uint8]
 Boxes = npt.NDArray[np.floating[Any]]
 
 
@@ -31,18 +31,14 @@ class Placement(NamedTuple):
 
 
 class Resize(ABC):
-    """Fits images of any size to one of a few canvases.
+    """Fits images of any size to one of a few canvases."""
 
-    Attributes:
-        canvases: the (height, width) of the images it makes, px.
-    """
-
-    canvases: tuple[tuple[int, int], ...]
+    canvases: tuple[tuple[int, int], ...]  # (height, width), px
 
     @property
     def longest_side(self) -> int:
         """The longest side of all canvases, px."""
-        return max(side for canvas in self.canvases for side in canvas)
+        return max(map(max, self.canvases))
 
     @abstractmethod
     def place(self, height: int, width: int) -> Placement:
@@ -85,7 +81,7 @@ class Letterbox(Resize):
 
     def __init__(self, size: int, fill: tuple[int, int, int] = MEAN_RGB, centred: bool = True) -> None:
         require(size >= 1, "Letterbox: size", size, ">= 1")
-        require(len(fill) == 3 and all(0 <= value <= 255 for value in fill), "Letterbox: fill", fill, "3 x [0, 255]")
+        require_colour("Letterbox: fill", fill)
         self.size = size
         self.fill = fill
         self.centred = centred
@@ -100,17 +96,33 @@ class Letterbox(Resize):
     def apply(self, image: RGBImage) -> RGBImage:
         """Return the square [size, size, 3] with the scaled image on it."""
         height, width = self._content(*image.shape[:2])
-        if (height, width) == (self.size, self.size):
-            return resample(image, height, width)
-        left, top = (int(offset) for offset in self.place(*image.shape[:2])[2:])
+        left, top = map(int, self.place(*image.shape[:2])[2:])
         canvas = np.full((self.size, self.size, 3), self.fill, dtype=np.uint8)
         canvas[top : top + height, left : left + width] = resample(image, height, width)
         return canvas
 
     def _content(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) of the scaled image, px."""
-        scale = self.size / max(height, width)
-        return max(round(height * scale), 1), max(round(width * scale), 1)
+        return scaled_size((height, width), self.size / max(height, width))
+
+
+def require_colour(name: str, colour: tuple[int, int, int]) -> None:
+    """Raise ConfigError unless `colour` is an RGB colour."""
+    is_colour = len(colour) == 3 and all(0 <= value <= 255 for value in colour)
+    require(is_colour, name, colour, "[red, green, blue], each in [0, 255]")
+
+
+def scaled_size(size: tuple[int, ...], factor: float) -> tuple[int, int]:
+    """Return a (height, width), px, times a factor: whole pixels, at least one."""
+    return max(round(size[0] * factor), 1), max(round(size[1] * factor), 1)
+
+
+def scale_image(image: RGBImage, boxes: Boxes, factor: float) -> tuple[RGBImage, Boxes]:
+    """Scale an image [H, W, 3], averaging pixels if it shrinks, and boxes [n, 4] in its pixels."""
+    height, width = scaled_size(image.shape, factor)
+    scales = np.array([width / image.shape[1], height / image.shape[0]] * 2, dtype=np.float32)
+    interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, (width, height), interpolation=interpolation), dtype=np.uint8), boxes * scales
 
 
 def resample(image: RGBImage, height: int, width: int) -> RGBImage:

@@ -1,16 +1,23 @@
 """Samplers: the order of the images, and how often an epoch shows each, as functions of (seed, epoch)."""
 
+import logging
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data.distributed import DistributedSampler
 
 from onestage.data.dataset import DetectionDataset
 from onestage.errors import ConfigError, DataError, require
 from onestage.types import AnnotationSet
+
+FLOAT_SLACK = 1e-6  # exceeds the rounding error of a sum of a million float64
+
+logger = logging.getLogger(__name__)
 
 
 class Sampling(ABC):
@@ -29,9 +36,6 @@ class RepeatFactorSampling(Sampling):
 
     Args:
         threshold: t, the fraction of images below which a class counts as rare, in (0, 1]. LVIS: 0.001.
-
-    Raises:
-        ConfigError: the threshold is out of its range.
     """
 
     def __init__(self, threshold: float = 0.001) -> None:
@@ -41,12 +45,9 @@ class RepeatFactorSampling(Sampling):
 
     def repeats(self, annotations: AnnotationSet) -> npt.NDArray[np.float64]:
         """Return r_i = max over the classes of image i of r_c, [N], >= 1."""
-        images, classes = _pairs(annotations)
-        fractions = np.bincount(classes, minlength=len(annotations.class_names)) / max(len(annotations), 1)
-        with np.errstate(divide="ignore"):  # a class without objects has no image to repeat
-            class_repeats = np.maximum(1.0, np.sqrt(self.threshold / fractions))
+        images, _, num_images = _pairs(annotations)
         repeats = np.ones(len(annotations))
-        np.maximum.at(repeats, images, class_repeats[classes])
+        np.maximum.at(repeats, images, np.sqrt(self.threshold / (num_images / len(annotations))))
         return repeats
 
 
@@ -60,18 +61,16 @@ class ClassBalancedSampling(Sampling):
 
     def repeats(self, annotations: AnnotationSet) -> npt.NDArray[np.float64]:
         """Return the expected number of times each image is shown, [N]; they add up to N."""
-        images, classes = _pairs(annotations)
-        images_of_class = np.bincount(classes, minlength=len(annotations.class_names))
-        num_classes = max(int(np.count_nonzero(images_of_class)), 1)
+        images, classes, num_images = _pairs(annotations)
         repeats = np.ones(len(annotations))
-        with_objects = np.unique(images)
-        repeats[with_objects] = 0.0
-        np.add.at(repeats, images, len(with_objects) / num_classes / images_of_class[classes])
+        repeats[images] = 0.0
+        share = len(np.unique(images)) / max(len(np.unique(classes)), 1)
+        np.add.at(repeats, images, share / num_images)
         return repeats
 
 
-def checked_repeats(sampling: Sampling, annotations: AnnotationSet) -> npt.NDArray[np.float64]:
-    """Return the repeats of every image, [N].
+def count_repeats(sampling: Sampling, annotations: AnnotationSet) -> npt.NDArray[np.float64]:
+    """Return the repeats of every image, [N]; print the length of an epoch, or warn if every image comes once.
 
     Raises:
         ConfigError: `sampling.repeats` returns another shape, a negative or non-finite number, or only zeros.
@@ -81,22 +80,26 @@ def checked_repeats(sampling: Sampling, annotations: AnnotationSet) -> npt.NDArr
         raise ConfigError(
             f"data.sampling: {type(sampling).__name__} gives repeats of shape {repeats.shape}, "
             f"{repeats.min(initial=0):g} to {repeats.max(initial=0):g}; it must give one number >= 0 for each of the "
-            f"{len(annotations)} images.\n"
-            "Correct its method `repeats`."
+            f"{len(annotations)} images.\nCorrect its method `repeats`."
         )
+    if np.allclose(repeats, 1):
+        problem = f"no class of {annotations.source} is rare enough"
+        remedy = "Raise its threshold, or remove data.sampling."
+        rank_zero_only(logger.warning)(f"data.sampling has no effect: {problem}. {remedy}")
+    else:
+        counts = f"{repeats.sum():.0f} images of {len(repeats)}, one of them up to {repeats.max():.1f} times"
+        rank_zero_info(f"data.sampling: an epoch shows {counts}")
     return repeats
 
 
-def _pairs(annotations: AnnotationSet) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return every (image, class on it) once, without crowds."""
+def _pairs(annotations: AnnotationSet) -> tuple[npt.NDArray[np.int64], ...]:
+    """Return images [n] and classes [n], every pair once and without crowds, and the number of images of each class."""
     images = np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets))
-    is_target = ~annotations.is_crowd
-    num_classes = len(annotations.class_names)
+    is_target, num_classes = ~annotations.is_crowd, len(annotations.class_names)
     pairs = np.unique(images[is_target] * num_classes + annotations.labels[is_target])
-    return pairs // num_classes, pairs % num_classes
+    images, classes = pairs // num_classes, pairs % num_classes
+    return images, classes, np.bincount(classes)[classes]
 
-
-FLOAT_SLACK = 1e-6  # exceeds the rounding error of a sum of a million float64
 
 # Both are DistributedSamplers because Lightning shards every other sampler once more.
 
@@ -115,8 +118,8 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
     Args:
         dataset: the training split, N images.
         batch_size: per process, >= 1.
-        seed: >= 0.
-        rank: of this process, 0..world_size - 1.
+        seed: of the order, >= 0.
+        rank: of this process, in [0, world_size).
         world_size: number of processes.
         repeats: [N] how many times an epoch shows each image on average, >= 0 (see `Sampling`); None: once.
 
@@ -138,7 +141,9 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
         self._repeats = repeats
         # Of every epoch, regardless of how `draw_copies` rounds.
         self.num_images = num_images = len(dataset) if repeats is None else int(repeats.sum() + FLOAT_SLACK)
-        self.selection = _selection(dataset.annotations.image_ids, repeats)
+        # A checksum of the images and how often an epoch shows each, to detect a change.
+        image_sum = zlib.crc32(dataset.annotations.image_ids.tobytes())
+        self.selection = zlib.crc32(b"" if repeats is None else repeats.tobytes(), image_sum)
         self.batch_size = batch_size
         self.world_size = world_size
         self.num_batches = num_images // (batch_size * world_size)  # the same on every process
@@ -148,26 +153,17 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
         if self.num_batches == 0:
             processes = f" on each of {world_size} processes" if world_size > 1 else ""
             raise ConfigError(
-                f"data.batch_size is {batch_size}{processes}, but the training split has only {num_images} images; "
-                f"one batch of all processes must fit into it.\nSet data.batch_size to at most "
-                f"{max(num_images // world_size, 1)}."
+                f"data.batch_size is {batch_size}{processes}, but the training split has only {num_images} images.\n"
+                f"Set data.batch_size to at most {max(num_images // world_size, 1)}."
             )
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Iterate over this process's share of the epoch given by `set_epoch`."""
         generator = np.random.default_rng((self.seed, self.epoch))
-        if self._repeats is None:
-            order = generator.permutation(self.num_images)
-        else:
-            order = generator.permutation(draw_copies(self._repeats, generator))[: self.num_images]
-        share = order[self.rank : self.total_size : self.num_replicas]
-        epoch = self.epoch
-        return ((epoch, index) for index in share[self.batches_to_skip * self.batch_size :].tolist())
-
-
-def _selection(image_ids: npt.NDArray[np.int64], repeats: npt.NDArray[np.float64] | None) -> int:
-    """Return a checksum of the images and how often an epoch shows each, to detect a change."""
-    return zlib.crc32(repeats.tobytes() if repeats is not None else b"", zlib.crc32(image_ids.tobytes()))
+        items = np.arange(self.num_images) if self._repeats is None else draw_copies(self._repeats, generator)
+        order = generator.permutation(items)[: self.num_images]
+        share = order[self.rank : self.total_size : self.num_replicas][self.batches_to_skip * self.batch_size :]
+        return zip(repeat(self.epoch), share.tolist(), strict=False)
 
 
 def draw_copies(repeats: npt.NDArray[np.float64], generator: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -175,24 +171,16 @@ def draw_copies(repeats: npt.NDArray[np.float64], generator: np.random.Generator
 
     Systematic sampling: the fractions are laid end to end in random order, and a grid of step 1 with a random start
     picks those it meets. So each is rounded up with the probability of its fraction, and the sum is always that of
-    `repeats`, rounded up or down.
-
-    Args:
-        repeats: [N], >= 0.
-        generator: of the epoch.
-
-    Returns:
-        [n] with c * N + i for copy c of image i.
+    `repeats`, [N], rounded up or down. Copy c of image i is c * N + i in the result.
     """
-    num_images = len(repeats)
     copies = np.floor(repeats).astype(np.int64)
-    order = generator.permutation(num_images)
+    order = generator.permutation(len(repeats))
     edges = np.concatenate([[0.0], np.cumsum((repeats - copies)[order])]) + generator.random()
     edges[-1] += FLOAT_SLACK  # rounding of a whole sum must not lose an image
     copies[order] += np.diff(np.floor(edges)).astype(np.int64)
-    images = np.repeat(np.arange(num_images), copies)
+    images = np.repeat(np.arange(len(repeats)), copies)
     first = np.repeat(np.cumsum(copies) - copies, copies)
-    return (np.arange(len(images)) - first) * num_images + images
+    return (np.arange(len(images)) - first) * len(repeats) + images
 
 
 class EvaluationSampler(DistributedSampler[int]):
@@ -214,8 +202,7 @@ class EvaluationSampler(DistributedSampler[int]):
         num_images = len(dataset)
         if num_images < world_size:
             raise DataError(
-                f"{dataset.annotations.source} has {num_images} images for {world_size} processes; each needs at "
-                "least one.\n"
+                f"{dataset.annotations.source} has {num_images} images for {world_size} processes.\n"
                 f"Set trainer.devices to at most {max(num_images, 1)}, or give more images."
             )
         self._share = range(rank, num_images, world_size)

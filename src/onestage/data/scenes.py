@@ -7,6 +7,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from onestage.data.images import RGBImage
+
 SHAPE_NAMES = ("circle", "cross", "ring", "square", "star", "triangle")
 CANVAS_SIZES = ((200, 240), (240, 180), (200, 200), (176, 256), (232, 208))  # (height, width), px
 EMPTY_FRACTION = 0.06  # of the scenes show clutter alone
@@ -22,7 +24,6 @@ BLOB_BLUR = (13, 13)  # px; twice, so that no edge is left
 SUBPIXEL_BITS = 4  # cv2 draws with coordinates in 1/16 px
 
 Array = npt.NDArray[np.float32]
-RGBImage = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
 
@@ -128,8 +129,8 @@ def _rasterise(contours: list[Array], centre: npt.NDArray[np.float64], size: tup
 
 def _tight_box(mask: Mask) -> tuple[int, int, int, int]:
     """Return the edges x1, y1, x2, y2 around the pixels of a mask."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    return x, y, x + width, y + height
 
 
 def _paint(rng: np.random.Generator, canvas: Array, coverage: Array) -> None:
@@ -157,8 +158,8 @@ def _blend(canvas: Array, coverage: Array, colour: Array) -> None:
 
 def _window(coverage: Array) -> tuple[slice, slice]:
     """Return the rows and columns that a coverage touches: most things are much smaller than the canvas."""
-    x, y, width, height = cv2.boundingRect((coverage > 0).astype(np.uint8))
-    return slice(y, y + height), slice(x, x + width)
+    x1, y1, x2, y2 = _tight_box(coverage > 0)
+    return slice(y1, y2), slice(x1, x2)
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> Array:

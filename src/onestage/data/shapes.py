@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -95,30 +95,19 @@ def draw_shapes(folder: Path, *, num_train: int, num_val: int, seed: int, max_ob
     JPEGImages, category ids with gaps), Annotations/*.xml and ImageSets/Main/{train,val}.txt. It appears complete or
     not at all: an interrupted drawing starts again. A folder drawn with other settings is replaced.
 
-    Args:
-        folder: missing, empty, or drawn by this function.
-        num_train: images of the split train, >= 1.
-        num_val: images of the split val, >= 1.
-        seed: >= 0.
-        max_objects: of a training image, >= 1.
-
     Raises:
-        ConfigError: a number is out of range.
-        DataError: `folder` holds something else, or cannot be written.
+        ConfigError: a number is out of the range that `Shapes` says.
+        DataError: `folder` holds something that was not drawn here, or cannot be written.
     """
-    numbers = (
-        ("num_train", num_train, 1),
-        ("num_val", num_val, 1),
-        ("draw_seed", seed, 0),
-        ("max_objects", max_objects, 1),
-    )
-    for name, value, minimum in numbers:
+    numbers = {"num_train": num_train, "num_val": num_val, "draw_seed": seed, "max_objects": max_objects}
+    for name, value in numbers.items():
+        minimum = 0 if name == "draw_seed" else 1
         require(value >= minimum, f"data.source.{name}", value, f">= {minimum}")
     settings = {"num_train": num_train, "num_val": num_val, "seed": seed, "max_objects": max_objects}
     settings["version"] = DRAWING_VERSION
+    if _is_finished(folder, settings):
+        return
     try:
-        if _is_finished(folder, settings):
-            return
         is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
         if not is_free and _read_settings(folder) is None:
             problem = f"is not empty and was not drawn here (it has no {SETTINGS_FILE}), so it is not replaced"
@@ -133,8 +122,10 @@ def draw_shapes(folder: Path, *, num_train: int, num_val: int, seed: int, max_ob
             write_coco(unfinished, splits)
             write_voc(unfinished, splits)
             (unfinished / SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
-            if not _is_finished(folder, settings):
-                _remove(folder)
+            if folder.exists() and not _is_finished(folder, settings):
+                # Under another name first, so that no partial one is ever seen.
+                outdated = folder.replace(tempfile.mkdtemp(prefix=unfinished.name, dir=folder.parent))
+                shutil.rmtree(outdated, ignore_errors=True)
     except OSError as reason:
         if _is_finished(folder, settings):  # by another process, meanwhile
             return
@@ -158,34 +149,28 @@ def _read_settings(folder: Path) -> JSONDict | None:
     return settings if isinstance(settings, dict) and "num_train" in settings else None
 
 
-def _remove(folder: Path) -> None:
-    """Remove an outdated drawing, under another name first, so that no partial one is ever seen."""
-    if folder.exists():
-        outdated = Path(tempfile.mkdtemp(prefix=f".{folder.name}.unfinished-", dir=folder.parent))
-        folder.replace(outdated)
-        shutil.rmtree(outdated, ignore_errors=True)
-
-
-def _draw_split(folder: Path, name: str, seed: int, indices: Iterable[int], max_objects: int) -> WritableSplit:
+def _draw_split(folder: Path, name: str, seed: int, indices: range, max_objects: int) -> WritableSplit:
     """Draw the images of a split and return their annotations."""
-    paths, sizes, boxes, labels, areas = [], [], [], [], []
+    names, sizes, boxes, labels, areas = [], [], [], [], []
     for index in indices:
         scene = draw_scene(seed, index, max_objects)
-        paths.append(folder / "JPEGImages" / f"{index + 1:06d}.jpg")
         bgr = cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)
-        paths[-1].write_bytes(cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes())
+        names.append(f"{index + 1:06d}.jpg")
+        _, jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        (folder / "JPEGImages" / names[-1]).write_bytes(jpeg.tobytes())
         sizes.append(scene.image.shape[:2])
         boxes.append(scene.boxes)
         labels.append(scene.labels)
         areas.append(scene.areas)
-    image_rows = np.repeat(np.arange(len(paths)), list(map(len, boxes))).astype(np.int64)
+    paths = [str(folder / "JPEGImages" / file_name) for file_name in names]
+    rows = np.repeat(np.arange(len(names)), list(map(len, boxes)))
     all_boxes, all_areas = np.concatenate(boxes).astype(np.float64), np.concatenate(areas).astype(np.float64)
     annotations = build_annotation_set(
         f"drawn shapes ({name})",
-        ImageColumns(list(map(str, paths)), np.array([int(path.stem) for path in paths]), np.array(sizes, np.int32)),
-        ObjectColumns(image_rows, all_boxes, np.concatenate(labels), areas=all_areas),
+        ImageColumns(paths, np.array(indices) + 1, np.array(sizes, np.int32)),
+        ObjectColumns(rows, all_boxes, np.concatenate(labels), areas=all_areas),
         SHAPE_NAMES,
         SHAPE_CATEGORY_IDS,
         describe=str,
     )
-    return WritableSplit(name, annotations, [path.name for path in paths])
+    return WritableSplit(name, annotations, names)
