@@ -15,7 +15,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.Image
 
+from onestage.convert.conversion import convert_splits
 from onestage.data.coco import parse_coco
 from onestage.data.image_headers import check_header
 from onestage.data.images import read_image
@@ -63,38 +65,18 @@ def mutate(content: bytes, draw: random.Random) -> bytes:
 
 def samples(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Each format -> the file to mutate, and how it is read."""
-    image = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8), (5, 5), 0)
-    folders = ("coco", "voc/JPEGImages", "yolo/images/train")
+    pixels = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8), (5, 5), 0)
     names = [f"image.{suffix}" for suffix in ("jpg", "png", "gif", "webp", "tif")]
-    for path in [*(f"{name}/{stem}.jpg" for name in folders for stem in "ab"), *names]:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        if path.endswith(".gif"):
-            import PIL.Image
-
-            PIL.Image.fromarray(image).save(folder / path)
-        else:
-            cv2.imwrite(str(folder / path), image)
-    boxes = [{"id": n + 1, "image_id": n % 2 + 1, "category_id": 1, "bbox": [5, 6, 20, 10.5], "area": 210, "iscrowd": 0}
+    (folder / "coco").mkdir()
+    for path in ("coco/a.jpg", "coco/b.jpg", *names):
+        PIL.Image.fromarray(pixels).save(folder / path)
+    boxes = [{"id": n + 1, "image_id": n % 2 + 1, "category_id": 1, "bbox": [5 + n, 6, 20, 10.5], "iscrowd": 0}
              for n in range(6)]  # fmt: skip
     images = [{"id": n + 1, "file_name": f"{stem}.jpg", "width": 64, "height": 48} for n, stem in enumerate("ab")]
-    coco = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
-    (folder / "coco.json").write_text(json.dumps(coco))
-    bndbox = "<bndbox><xmin>5</xmin><ymin>6</ymin><xmax>25</xmax><ymax>17.5</ymax></bndbox>"
-    xml = "<annotation><size><width>64</width><height>48</height></size>" + 3 * (
-        f"<object><name>cat</name><difficult>0</difficult>{bndbox}</object>"
-    )
-    for name in ("Annotations", "ImageSets/Main"):
-        (folder / "voc" / name).mkdir(parents=True, exist_ok=True)
-    for stem in "ab":
-        (folder / "voc" / "Annotations" / f"{stem}.xml").write_text(xml + "</annotation>")
-    (folder / "voc" / "ImageSets" / "Main" / "train.txt").write_text("a\nb 1\n")
-    (folder / "yolo" / "labels" / "train").mkdir(parents=True, exist_ok=True)
-    for stem in "ab":
-        (folder / "yolo" / "labels" / "train" / f"{stem}.txt").write_text(
-            "0 0.5 0.5 0.25 0.5\n1 0.2 0.2 0.1 0.1\n1 0.7 0.2 0.25 0.125\n"
-        )
-    settings = "path: .\ntrain: images/train\nval: images/train\nnc: 2\nnames: {0: cat, 1: dog}\n"
-    (folder / "yolo" / "data.yaml").write_text(settings)
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
+    (folder / "coco.json").write_text(json.dumps(content))
+    for to in ("voc", "yolo"):
+        convert_splits(find_sources([folder / "coco.json"]), to, folder / to)
 
     calls = itertools.count()
 
