@@ -40,9 +40,7 @@ def build(
         image_rows=np.array(image_rows, dtype=np.int64),
         boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
         labels=np.arange(len(boxes), dtype=np.int64) % 2,
-        areas=np.array(areas if areas is not None else [np.nan] * len(boxes), dtype=np.float64),
-        is_crowd=np.zeros(len(boxes), dtype=np.bool_),
-        is_difficult=np.zeros(len(boxes), dtype=np.bool_),
+        areas=None if areas is None else np.array(areas, dtype=np.float64),
         problems=problems or {},
     )
     return build_annotation_set(

@@ -140,13 +140,9 @@ def parse_voc(
     """
     source = f"{printable(root)} ({' + '.join(splits)})"
     listed = list(dict.fromkeys(image for split in splits for image in _list_images(root, split)))
-    missing = {
-        row: rules.IMAGE_MISSING.broken(
-            printable(item.image), "there is no such image; lists have names without suffix"
-        )
-        for row, item in enumerate(listed)
-        if item.is_missing
-    }
+    problem = "there is no such image; lists have names without suffix"
+    places = {row: printable(item.image) for row, item in enumerate(listed) if item.is_missing}
+    missing = {row: rules.IMAGE_MISSING.broken(place, problem) for row, place in places.items()}
     notes = {rules.OTHER_FILE_NAME: "in {} XML files <filename> is not the name of the file"}
     file_rules = rules.NO_XML, rules.XML_MALFORMED
     files = read_label_files(source, listed, missing, read_record, *file_rules, notes, max_bad_fraction)

@@ -18,8 +18,6 @@ FRACTION_DIGITS = 9  # of a coordinate in 0..1: a millionth of a pixel in the la
 MIN_VOC_SIDE = 1.001  # px; a VOC box of one pixel has xmin equal to xmax, which readers take for a mistake
 
 Losses = Counter[str]  # what a format cannot carry -> number of objects, images or classes
-OUTLINE_AREAS = "objects lose the area of their outline"
-CATEGORY_IDS = "classes lose their category ids"
 
 
 class WritableSplit(NamedTuple):
@@ -73,7 +71,7 @@ def _coco_objects(annotations: AnnotationSet) -> Iterator[dict[str, object]]:
 
 def write_voc(root: Path, splits: Sequence[WritableSplit]) -> Losses:
     """Write Annotations/<image>.xml and ImageSets/Main/<split>.txt for images in JPEGImages/."""
-    losses: Losses = Counter()
+    losses = _lost_outside_coco(splits)
     lists = root / "ImageSets" / "Main"
     lists.mkdir(parents=True)
     (root / "Annotations").mkdir(exist_ok=True)
@@ -86,10 +84,8 @@ def write_voc(root: Path, splits: Sequence[WritableSplit]) -> Losses:
         (lists / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in stems), encoding="utf-8")
         losses["boxes of at most one pixel are made a little wider"] += int((boxes != annotations.boxes).any(1).sum())
         losses["crowds are written as difficult objects"] += int(annotations.is_crowd.sum())
-        losses[OUTLINE_AREAS] += _num_outline_areas(annotations)
     used = set().union(*(split.annotations.labels.tolist() for split in splits))
     losses["classes without objects are lost"] += len(splits[0].annotations.class_names) - len(used)
-    losses[CATEGORY_IDS] += _num_own_ids(splits[0].annotations)
     return +losses
 
 
@@ -129,7 +125,7 @@ def _at_least_one_pixel(boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float3
 
 def write_yolo(root: Path, splits: Sequence[WritableSplit]) -> Losses:
     """Write data.yaml, and labels/<split>/<image>.txt for images in images/<split>/."""
-    losses: Losses = Counter()
+    losses = _lost_outside_coco(splits)
     for name, annotations, file_names in splits:
         folder = root / "labels" / name
         folder.mkdir(parents=True)
@@ -144,8 +140,6 @@ def write_yolo(root: Path, splits: Sequence[WritableSplit]) -> Losses:
             (folder / f"{Path(file_name).stem}.txt").write_text("".join(unique), encoding="utf-8")
         losses["crowds are skipped"] += int(annotations.is_crowd.sum())
         losses["difficult objects are written as any other"] += int(annotations.is_difficult.sum())
-        losses[OUTLINE_AREAS] += _num_outline_areas(annotations)
-    losses[CATEGORY_IDS] += _num_own_ids(splits[0].annotations)
     # Without `path`, every reader takes the folder of the file.
     folders = {split.name: f"images/{split.name}" for split in splits}
     settings = {**folders, "names": dict(enumerate(splits[0].annotations.class_names))}
@@ -165,12 +159,13 @@ def _yolo_lines(annotations: AnnotationSet) -> list[str]:
     ]
 
 
-def _num_outline_areas(annotations: AnnotationSet) -> int:
-    """Count the objects whose area is not that of their box."""
-    box_areas = np.prod(annotations.boxes[:, 2:] - annotations.boxes[:, :2], axis=1)
-    return int(np.count_nonzero(~np.isclose(annotations.areas, box_areas, rtol=1e-3)))
-
-
-def _num_own_ids(annotations: AnnotationSet) -> int:
-    """Count the classes whose id is not their place in the list."""
-    return sum(category != place for place, category in enumerate(annotations.category_ids, start=1))
+def _lost_outside_coco(splits: Sequence[WritableSplit]) -> Losses:
+    """Count what neither VOC nor YOLO carries."""
+    losses: Losses = Counter()
+    for _, annotations, _ in splits:
+        box_areas = np.prod(annotations.boxes[:, 2:] - annotations.boxes[:, :2], axis=1)
+        is_outline = ~np.isclose(annotations.areas, box_areas, rtol=1e-3)
+        losses["objects lose the area of their outline"] += int(np.count_nonzero(is_outline))
+    ids = splits[0].annotations.category_ids
+    losses["classes lose their category ids"] = sum(category != place for place, category in enumerate(ids, start=1))
+    return losses
