@@ -86,12 +86,6 @@ def yolo_label_studio(root: Path) -> None:
     (root / "classes.txt").write_text("cat\n")
 
 
-def yolo_windows_list(root: Path) -> None:
-    yolo_label_studio(root)
-    (root / "train.txt").write_text("images\\a.jpg\r\n")
-    (root / "data.yaml").write_text("train: .\\train.txt\nnames: [cat]\n")
-
-
 @pytest.mark.parametrize(
     ("write", "format", "num_images_by_split"),
     [
@@ -104,7 +98,6 @@ def yolo_windows_list(root: Path) -> None:
         (lambda root: write_voc(root, "a", "images", "annotations"), "VOC", {"train": 1}),
         (voc_roboflow, "VOC", {"train": 1, "val": 1}),
         (yolo_label_studio, "YOLO", {"train": 1}),
-        (yolo_windows_list, "YOLO", {"train": 1}),
     ],
 )
 def test_layout_is_recognised_with_the_roles_of_its_splits(
