@@ -118,6 +118,7 @@ class Run:
             "seed_everything": self.seed,
             "model.optimizer.lr": self.rate,
             "model.loss_weights.box": self.box_weight,
+            "model.channels_last": str(study.precision == "bf16-mixed").lower(),  # timed, it could differ between runs
             "trainer.max_epochs": study.epochs,
             "trainer.check_val_every_n_epoch": max(1, study.epochs // 4),
             "trainer.precision": study.precision,
