@@ -86,17 +86,17 @@ def find_anchors(
     arguments = {} if table is None else {"anchors": list(table) if isinstance(table, tuple) else table}
     try:
         with torch.device("meta"):  # only the shapes of its tensors matter
-            detector = detector_class(num_classes=1, **arguments)
+            built = detector_class(num_classes=1, **arguments)
     except (TypeError, RuntimeError) as reason:
         raise ConfigError(f"detector: {class_path} cannot be built with num_classes and anchors ({reason}).") from None
-    side = image_size or detector.image_size
+    side = image_size or built.image_size
     remedy = f"{name} takes images of any size. Try: --image_size 512"
     require(side is not None and side > 0, "image_size", side, "> 0", remedy)
-    detector.require_canvas((side, side))
-    if not isinstance(detector, AnchorDetector):
+    built.require_canvas((side, side))
+    if not isinstance(built, AnchorDetector):
         return DetectorAnchors(class_path, side, (), (), sys.maxsize)
-    levels, grids = detector.anchor_summary((side, side))
-    return DetectorAnchors(class_path, side, levels, grids, detector.selection.max_detections)
+    levels, grids = built.anchor_summary((side, side))
+    return DetectorAnchors(class_path, side, levels, grids, built.selection.max_detections)
 
 
 def measure_coverage(

@@ -73,9 +73,9 @@ def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
     if schema != CHECKPOINT_SCHEMA:
         problem = f"has schema {schema!r:.99}; this version of onestage reads schema {CHECKPOINT_SCHEMA}"
         raise unusable(path, problem, "Use the version that wrote it; its number is in the run's results.json.")
-    problem = _find_oversized_tensor(checkpoint, path.stat().st_size) or _find_wrong_type(checkpoint)
-    if problem:
-        raise unusable(path, problem, "`onestage fit` does not write such a file.")
+    fault = _find_oversized_tensor(checkpoint, path.stat().st_size) or _find_wrong_type(checkpoint)
+    if fault is not None:
+        raise unusable(path, fault, "`onestage fit` does not write such a file.")
     return checkpoint
 
 
