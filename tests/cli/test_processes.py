@@ -293,13 +293,6 @@ def test_processes_agree_on_the_auto_batch(config, tmp_path):
     assert yaml.safe_load(saved.read_text())["data"]["batch_size"] == 20
 
 
-@pytest.mark.slow
-def test_torchrun_with_another_number_of_devices_is_rejected(config, tmp_path):
-    _, err = finish(start(fit_words(config, tmp_path, "--trainer.devices=1"), TORCHRUN), exit_code=1)
-    assert "torchrun has started 2 processes" in err
-    assert "--trainer.devices 2 --trainer.num_nodes 1" in err
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [

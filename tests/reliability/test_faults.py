@@ -1,5 +1,6 @@
 """Faults of processes: kills, signals, lost and different ones among several."""
 
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,6 @@ from onestage.reliability import stopping
 from onestage.reliability.callbacks import ConfigInCheckpoint
 from onestage.reliability.checkpoints import read_checkpoint
 from onestage.reliability.resume import newest_checkpoint
-from onestage.training.module import DetectionModule
 
 pytestmark = pytest.mark.fault
 SECONDS = 300  # no test waits longer for a process
@@ -43,30 +43,34 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("where", "count"), [("step", 6), ("write", 3), ("sync", 5), ("replace", 6)])
-def test_killed_run_loses_one_interval_and_resumes_to_the_same_bits(where, count, drawn, uninterrupted, tmp_path):
-    """Killed in a step, half-way through the bytes, before they are on the disk, and before the rename."""
+@pytest.mark.parametrize(
+    ("where", "count", "saved"), [("step", 6, 5), ("write", 3, 2), ("sync", 5, 1), ("replace", 6, 2)]
+)
+def test_killed_run_loses_one_interval_and_resumes_to_the_same_bits(
+    where, count, saved, drawn, uninterrupted, tmp_path
+):
+    """Killed in step 6, half-way through the third save, and before a file is on the disk or has its name."""
     command = tiny_run.words(drawn, tmp_path, "--resume", "auto")
-    killed = os.fork()
-    if killed == 0:
-        steps = tmp_path / "steps"
-        method = DetectionModule.training_step
-
-        def counted(*arguments: object, **named: object) -> object:
-            steps.write_text(str(int(steps.read_text() or 0) + 1 if steps.exists() else 1))
-            return method(*arguments, **named)
-
-        DetectionModule.training_step = counted
-        tiny_run.break_at(where, count, lambda: tiny_run.send(signal.SIGKILL))
-        tiny_run.onestage(*command)
-        os._exit(99)  # the fault did not happen
-    assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == -signal.SIGKILL
+    assert tiny_run.end_of_child(command, where, count) == -signal.SIGKILL
     folder = folder_of(tmp_path)
-    steps = [read_checkpoint(file)["global_step"] for file in (folder / "checkpoints").glob("*.ckpt")]
-    assert max(steps) >= int((tmp_path / "steps").read_text()) - 2  # one not finished, one not saved
+    assert newest_checkpoint(folder / "checkpoints").global_step == saved
     assert tiny_run.onestage(*command) == 0
     assert is_same_end(uninterrupted(), folder)
     assert list(folder.rglob("*.tmp")) == []
+
+
+@pytest.mark.slow
+def test_run_ends_with_the_same_bits_after_fifty_kills(tmp_path):
+    program = Path(tiny_run.__file__).with_name("storm.py")
+    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    print(report)
+    assert (report["kills"], report["kills_in_save"]) == (50, 10)
+    assert report["damaged_files"] == 0
+    assert report["most_steps_lost"] <= report["interval"]
+    assert (report["whole_exit_code"], report["exit_code"]) == (0, 0)
+    assert report["differences"] == []
 
 
 # Signals; that the run resumes exactly is in test_exact_resume.py
@@ -103,12 +107,8 @@ def test_second_sigterm_and_one_inside_the_save_change_nothing(drawn, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_while_stopping_ends_at_once_with_whole_files(first, drawn, tmp_path):
-    child = os.fork()
-    if child == 0:
-        tiny_run.break_at("step", 4, lambda: [tiny_run.send(number) for number in (first, signal.SIGINT)])
-        tiny_run.onestage(*tiny_run.words(drawn, tmp_path))
-        os._exit(99)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    signals = lambda: [tiny_run.send(number) for number in (first, signal.SIGINT)]  # noqa: E731
+    assert tiny_run.end_of_child(tiny_run.words(drawn, tmp_path), "step", 4, signals) == 130
     assert newest_checkpoint(folder_of(tmp_path) / "checkpoints").global_step == 3  # the fourth step was not finished
 
 

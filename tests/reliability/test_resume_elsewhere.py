@@ -34,12 +34,7 @@ def step(file: Path) -> int:
 
 
 def killed_at(where: str, count: int, command: list[str]) -> None:
-    child = os.fork()
-    if child == 0:
-        tiny_run.break_at(where, count, lambda: tiny_run.send(signal.SIGKILL))
-        tiny_run.onestage(*command)
-        os._exit(99)  # the fault did not happen
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert tiny_run.end_of_child(command, where, count) == -signal.SIGKILL
 
 
 def load_with_best_state(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -206,12 +206,8 @@ def test_damaged_checkpoint_is_named_and_never_replaces_the_one_before_it(
     if damage == "deleted":
         last.unlink()
     command = tiny_run.words(drawn, tmp_path, "--resume", "auto")
-    killed = os.fork()
-    if killed == 0:  # in the first save, before the new file has its name
-        tiny_run.break_at("replace", 2, lambda: tiny_run.send(signal.SIGKILL))
-        tiny_run.onestage(*command)
-        os._exit(99)
-    assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == -signal.SIGKILL
+    # In the first save, before the new file has its name:
+    assert tiny_run.end_of_child(command, "replace", 2) == -signal.SIGKILL
     assert read_checkpoint(previous)["global_step"] == 5
     assert tiny_run.onestage(*command) == 0
     err = capsys.readouterr().err

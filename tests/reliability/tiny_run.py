@@ -163,6 +163,16 @@ def break_at(where: str, count: int, action: object) -> None:
         raise ValueError(where)
 
 
+def end_of_child(command: list[str], where: str, count: int, action: object = None) -> int:
+    """Run a command in a child with a fault, SIGKILL by default; return its exit code, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        break_at(where, count, action or (lambda: send(signal.SIGKILL)))
+        onestage(*command)
+        os._exit(99)  # the fault did not happen
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def break_by_environment() -> None:
     """Apply ONESTAGE_FAULT, for example `1:step:3:SIGKILL`: in process 1, at the third step."""
     fault = os.environ.get("ONESTAGE_FAULT", "")

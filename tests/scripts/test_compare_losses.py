@@ -89,37 +89,6 @@ def make_voc(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--selection_seed", "9"], "selection_seed must be 0 as in the existing runs, got 9"),
-        (["--chosen_epochs", "1"], "chosen_epochs must be 12"),
-    ],
-)
-def test_folder_with_other_selection_settings_is_refused(words, told, monkeypatch, capsys, tmp_path):
-    common = ["--folder", str(tmp_path), "--minutes", "-1"]
-    assert call(monkeypatch, *common) == 0
-    assert call(monkeypatch, *common, "--seeds", "4", "--rates", "1e-2", "--losses", "focal") == 0
-    assert call(monkeypatch, *common, *words) == 2
-    assert told in capsys.readouterr().err
-
-
-def test_another_configuration_gets_the_data_set_and_the_loss(tmp_path, capsys):
-    from comparison import plan
-    from onestage.cli import main
-
-    data = make_voc(tmp_path / "cells")
-    (run, *_) = make_study(tmp_path, data=str(data), config=plan.CONFIGS / "voc_ssd300.yaml").weight_runs()
-    with pytest.raises(SystemExit):
-        main([*run.words(), "--print_config"])
-    content = yaml.safe_load(capsys.readouterr().out)
-    assert content["data"]["source"]["init_args"]["path"] == str(data)
-    assert content["data"]["image_size"] == 300
-    assert content["model"]["detector"]["class_path"] == "onestage.models.SSD300"
-    assert content["model"]["detector"]["init_args"]["classification_loss"]["init_args"]["gamma"] == 2.0
-    assert content["model"]["optimizer"]["init_args"]["lr"] == 0.002
-
-
 def test_quick_comparison_prints_its_page_and_keeps_nothing(monkeypatch, capsys):
     import compare_losses
     from comparison import report, step_time

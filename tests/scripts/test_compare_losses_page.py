@@ -1,7 +1,5 @@
 """Summaries and page of the comparison of losses."""
 
-import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -89,29 +87,6 @@ def test_table_has_a_line_per_run_and_page_name_sets_three_files(tmp_path):
     assert (tmp_path / "docs" / "images" / "long_runs.png").is_file()
 
 
-def test_long_study_uses_settings_chosen_by_a_short_one(tmp_path):
-    from comparison import outcomes, plan, report
-
-    short = make_study(tmp_path)
-    assert short.choosing == short
-    long = make_study(tmp_path, precision="bf16-mixed", epochs=8, chosen_epochs=2)
-    assert long.choosing == short
-    for run in short.weight_runs():
-        finish(run, 0.9 if run.box_weight == 0.2 else 0.1)
-    final_runs = long.final_runs(outcomes.best_runs(long.choosing.weight_runs()))
-    assert {(run.rate, run.box_weight) for run in final_runs} == {(2e-3, 0.2)}
-    for run in final_runs:
-        assert run.words()[run.words().index("--trainer.max_epochs") + 1] == "8"
-        finish(run, 0.5)
-    plan.write_settings(long)
-    report.write(tmp_path, tmp_path / "docs")
-    page = (tmp_path / "docs" / "loss_comparison.md").read_text()
-    assert "## shapes, bf16-mixed, 8 epochs" in page
-    assert "chosen on seed 0, in 32-true and 2 epochs, from box weights 0.05, 0.2" in page
-    assert "--chosen_precision 32-true --chosen_epochs 2 --box_weights" in page
-    assert "## shapes, 32-true" not in page  # nothing was asked of it
-
-
 def test_command_on_the_page_makes_the_same_runs(tmp_path, monkeypatch):
     import compare_losses
 
@@ -123,26 +98,6 @@ def test_command_on_the_page_makes_the_same_runs(tmp_path, monkeypatch):
     again = compare_losses._study(compare_losses._parse())
     assert settings_of(again.choosing.weight_runs()) == settings_of(study.choosing.weight_runs())
     assert again == study
-
-
-def test_page_names_commits_and_machines_of_the_runs(tmp_path):
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run(["git", "-C", str(tmp_path), *identity, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
-    head = subprocess.run(["git", "-C", str(tmp_path), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    study = make_study(tmp_path / "runs", losses=("focal",))
-    make_all(study, {"focal": 0.3})
-    page = page_of(tmp_path / "runs")
-    assert f"Commit: {head.stdout.strip()} (checked out now; the runs name none); machine: " in page
-    files = sorted((study.results_folder / "focal").glob(RUNS))
-    for number, file in enumerate(files):
-        origin = {"commit": "abc1234-dirty" if number else "def5678", "machine": "a GPU", "versions": {"torch": "9.0"}}
-        file.write_text(json.dumps(json.loads(file.read_text()) | origin))
-    page = page_of(tmp_path / "runs")
-    assert (
-        f"Commit: abc1234-dirty in {len(files) - 1} runs, def5678 in 1 run; machine: a GPU; versions: torch 9.0."
-        in page
-    )
 
 
 @pytest.mark.slow
