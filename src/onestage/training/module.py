@@ -269,11 +269,6 @@ def stage_of(trainer: pl.Trainer) -> Stage:
     return "test" if trainer.testing else "predict" if trainer.predicting else "val"
 
 
-def usual_memory_format(device: str, precision: str) -> bool:
-    """Return whether channels_last is usually faster: on GPUs, whose tensor cores need it, and in bf16 on CPUs."""
-    return device == "cuda" or (device == "cpu" and precision == "bf16-mixed")
-
-
 def _checked_weights(loss_weights: dict[str, float], detector: Detector) -> dict[str, float]:
     """Return the weight of every loss term of the detector; 1 where none is given."""
     terms, name = detector.loss_terms, type(detector).__name__
