@@ -41,8 +41,8 @@ FORBIDDEN_LIBRARIES = {
     "evaluation": {"lightning", "albumentations"},
 }
 # These may only shrink. The goals are 8,000, 4,500 and 13,000 lines, and 900 and 500 for the first two closures.
-MAX_LINES = {"core": 10500, "add-ons": 5000, "tests": 16600, "file": 450}
-MAX_CLOSURE_LINES = {"models.ssd": 2400, "losses.focal": 800, "data.coco": 1500, "training.module": 1200}
+MAX_LINES = {"core": 9600, "add-ons": 4700, "tests": 15100, "file": 450}
+MAX_CLOSURE_LINES = {"models.ssd": 2150, "losses.focal": 720, "data.coco": 1320, "training.module": 1000}
 
 
 def part_of(path: Path) -> str:

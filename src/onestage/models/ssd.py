@@ -207,5 +207,4 @@ class SSD128(SSD):
     def make_backbone(self) -> VGG:
         """Return a VGG of few narrow layers, with stride 2 in the first one."""
         widths = (16, 24, 64, 128, 128)
-        settings = {"fc_width": 128, "fc6_dilation": 2, "stem_stride": 2}
-        return VGG((1, 1, 1, 1, 1), widths, **settings, batch_norm=True, norm_length=5.0)
+        return VGG((1, 1, 1, 1, 1), widths, fc_width=128, fc6_dilation=2, batch_norm=True, stem_stride=2)

@@ -39,7 +39,6 @@ class VGG(Backbone):
         fc6_dilation: of the 3 x 3 kernel of fc6; 6 fits a map of 19 cells, a smaller map needs less.
         batch_norm: after each convolution, as in torchvision's vgg16_bn; the published SSD has none.
         stem_stride: of the first convolution, 1 or 2; 2 replaces the first pooling, so that no stage has the full size.
-        norm_length: initial length of the features of stage 4; 20 in SSD, whose stages have no batch norm.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class VGG(Backbone):
         fc6_dilation: int = 6,
         batch_norm: bool = False,
         stem_stride: int = 1,
-        norm_length: float = 20.0,
     ) -> None:
         super().__init__((widths[3], fc_width), (8, 16), PIXEL_MEAN, (PIXEL_STD,) * 3)
         self.is_vgg16 = tuple(depths) == (2, 2, 3, 3, 3) and not batch_norm
@@ -72,7 +70,7 @@ class VGG(Backbone):
         split = list(layers).index("pool4")
         self.to_conv4 = nn.Sequential(OrderedDict(list(layers.items())[:split]))
         self.to_fc7 = nn.Sequential(OrderedDict(list(layers.items())[split:]))
-        self.conv4_norm = L2Norm(widths[3], norm_length)
+        self.conv4_norm = L2Norm(widths[3])
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Return stage 4 (stride 8, L2-normalised) and fc7 (stride 16) of normalised images [B, 3, H, W]."""

@@ -23,7 +23,7 @@ from onestage.types import PADDING, DetectionData, Detector, Targets
 
 CACHE_FILE = "memory_format.json"
 MAX_PIXELS = 4 * 300 * 300  # of a timed batch: larger batches give the same answer later
-ROUNDS = 4  # steps of each format, in turn; the first compiles oneDNN's kernels and does not count
+ROUNDS = 20  # steps of each format, in turn; the first compiles oneDNN's kernels and does not count
 MAX_SECONDS = 10.0  # no round starts that would end after them
 MIN_GAIN = 0.03  # of the step time; less is noise
 
