@@ -55,7 +55,9 @@ def test_no_file_names_a_package_registry() -> None:
 
 
 def make(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    outside = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "ONESTAGE_ENV"))
+    }
     return subprocess.run(["make", *words], cwd=folder, env=outside, capture_output=True, text=True)
 
 
