@@ -111,9 +111,9 @@ class NonFiniteGuard(Callback):
             gradient_norm /= scaler.get_scale() if is_scaled else 1.0
         window.is_stepped = True
         numbers = {"step": trainer.global_step, "loss": loss, "gradient_norm": gradient_norm}
+        module.log("train/gradient_norm", gradient_norm)  # also if it is not finite, or loggers repeat the last one
         if not is_loss_bad and not is_norm_bad:
             self.num_in_row = self.num_scaler_skips = 0
-            module.log("train/gradient_norm", gradient_norm)
             return
         with torch.no_grad():
             for name, buffer in module.named_buffers():
