@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onestage.cli.main import COMMANDS as TABLE
-from onestage.cli.main import TRAINER, main
+from onestage.cli.main import COMMANDS as TABLE, TRAINER, main
 from onestage.data.shapes import draw_shapes
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from onestage.cli import main
-from onestage.download import download as download_module
-from onestage.download import fetch as fetch_module
+from onestage.download import download as download_module, fetch as fetch_module
 from onestage.download.download import PARTS, Part, extract, install
 from onestage.download.fetch import RemoteFile
 from onestage.errors import ConfigError, DataError

@@ -12,8 +12,7 @@ import numpy as np
 
 from onestage.data.annotations import FILE, UNKNOWN_CLASS, with_nearest
 from onestage.data.coco import COCO, list_annotation_files, split_name
-from onestage.data.source import Source, role_of
-from onestage.data.source import Split as Role
+from onestage.data.source import Source, Split as Role, role_of
 from onestage.data.voc import VOC, NoClassesError, find_list_files, find_lists
 from onestage.data.yolo import NAMES_FILES, SETTINGS_FILES, YOLO
 from onestage.errors import DataError

@@ -1,0 +1,27 @@
+from .adaptive import AutomatedFocalLoss as AutomatedFocalLoss
+from .box import (
+    BoxLoss as BoxLoss,
+    CIoULoss as CIoULoss,
+    DIoULoss as DIoULoss,
+    GIoULoss as GIoULoss,
+    IoUBoxLoss as IoUBoxLoss,
+    L1Loss as L1Loss,
+    SmoothL1Loss as SmoothL1Loss,
+)
+from .class_weights import ClassWeights as ClassWeights, EffectiveNumberWeights as EffectiveNumberWeights
+from .classification import (
+    ClassificationLoss as ClassificationLoss,
+    SigmoidClassificationLoss as SigmoidClassificationLoss,
+    SoftmaxClassificationLoss as SoftmaxClassificationLoss,
+)
+from .focal import (
+    SigmoidCrossEntropy as SigmoidCrossEntropy,
+    SigmoidFocalLoss as SigmoidFocalLoss,
+    SoftmaxCrossEntropy as SoftmaxCrossEntropy,
+    SoftmaxFocalLoss as SoftmaxFocalLoss,
+)
+from .mining import MinedCrossEntropy as MinedCrossEntropy, OHEMCrossEntropy as OHEMCrossEntropy
+from .normaliser import PositiveNormaliser as PositiveNormaliser
+from .quality import QualityFocalLoss as QualityFocalLoss, VarifocalLoss as VarifocalLoss
+
+__all__: list[str]
