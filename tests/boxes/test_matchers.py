@@ -86,6 +86,14 @@ def test_ties_rule_equals_torchvision_with_low_quality_matches() -> None:
     assert (match >= 0).sum() > (IoUMatcher(0.5, 0.4)(targets, anchors) >= 0).sum()
 
 
+def test_ties_rule_gives_detectron2s_published_values(monkeypatch) -> None:
+    # Its tests/modeling/test_matcher.py. The third object ties at 0.4 with anchors that overlap others better.
+    iou = torch.tensor([[[0.15, 0.45, 0.2, 0.6], [0.3, 0.65, 0.05, 0.1], [0.05, 0.4, 0.25, 0.4]]])
+    monkeypatch.setattr("onestage.boxes.matchers.pairwise_overlap", lambda *boxes: (torch.zeros_like(iou), iou.clone()))
+    targets, anchors = targets_of(*[[0, 0, 1, 1, 0]] * 3), anchors_of(*[[0, 0, 1, 1]] * 4)
+    assert IoUMatcher(0.7, 0.3, "ties")(targets, anchors).tolist() == [[IGNORE, 1, BACKGROUND, 0]]
+
+
 def test_batched_match_equals_a_loop_over_images_and_objects() -> None:
     anchors, targets = GRID(SIDES), random_targets(6)
     match = IoUMatcher(0.5, 0.4)(targets, anchors)

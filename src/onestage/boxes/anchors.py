@@ -34,6 +34,17 @@ def ssd_shapes(size: float, next_size: float, aspect_ratios: Sequence[float]) ->
     return tuple(shapes)
 
 
+def pyramid_shapes(size: float) -> tuple[tuple[float, float], ...]:
+    """Return the (width, height) of RetinaNet's nine anchors: three sizes at each of the ratios 1:2, 1:1 and 2:1.
+
+    Section 4 (arXiv:1708.02002); the order, the whole sizes and the even sides are torchvision's, so that its heads
+    load and its boxes are met. size: side of the smallest square, px; the others have 2^(1/3) and 2^(2/3) of it.
+    """
+    sides = (size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3)))
+    pairs = [(side / math.sqrt(ratio), side * math.sqrt(ratio)) for ratio in (0.5, 1.0, 2.0) for side in sides]
+    return tuple((max(2.0 * round(width / 2), 1.0), max(2.0 * round(height / 2), 1.0)) for width, height in pairs)
+
+
 class AnchorGrid(nn.Module):
     """Anchors of feature maps of any size, cached by the sizes of the maps.
 

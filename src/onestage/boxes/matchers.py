@@ -11,7 +11,7 @@ from onestage.boxes.geometry import pairwise_overlap
 from onestage.errors import require
 from onestage.types import BACKGROUND, IGNORE, PADDING, Anchors, Targets
 
-MAX_PAIRS = 2**26  # object-anchor pairs matched at once: 256 MB for each float32 tensor of that size
+MAX_PAIRS = 2**25  # object-anchor pairs matched at once: 128 MB for each float32 tensor of that size
 
 
 class Predicted(NamedTuple):

@@ -1,11 +1,13 @@
-"""SSD's layers behind the backbone: extra feature maps and 3 x 3 prediction heads."""
+"""Layers behind the backbone: SSD's extra feature maps, prediction heads of each level or shared by all."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
 
 class ExtraLayer(NamedTuple):
@@ -63,19 +65,65 @@ class AnchorHead(nn.Module):
 
     def forward(self, feature_maps: Sequence[Tensor]) -> Tensor:
         """Return [B, A, num_outputs] float32 of maps [B, C_l, H_l, W_l], in the order of `AnchorGrid`."""
-        outputs = [
-            level(features).permute(0, 2, 3, 1).reshape(len(features), -1, self.num_outputs)
-            for level, features in zip(self.levels, feature_maps, strict=True)
-        ]
-        return torch.cat(outputs, dim=1).float()  # bf16 has 8 significant bits: near 300 px it resolves only 2 px
+        outputs = [level(features) for level, features in zip(self.levels, feature_maps, strict=True)]
+        return _by_anchor(outputs, self.num_outputs)
 
-    @torch.no_grad()
     def start_at_prior(self, prior_bias: Tensor) -> None:
         """Set weights to N(0, 0.01^2) and biases to `prior_bias`, [num_outputs]. RetinaNet section 4.1."""
         for level in self.levels:
-            weight, bias = level.get_parameter("weight"), level.get_parameter("bias")
-            nn.init.normal_(weight, std=0.01)
-            bias.copy_(prior_bias.repeat(len(bias) // self.num_outputs))
+            _start_at(level, prior_bias)
+
+
+class SharedHead(nn.Module):
+    """RetinaNet's head: a tower of 3 x 3 convolutions and the outputs, with the same weights for all levels.
+
+    Section 4 (arXiv:1708.02002); group normalisation is torchvision's second version.
+
+    Args:
+        channels: of every level, and of the tower.
+        tower_convs: convolutions of the tower, each with a ReLU.
+        anchors_per_cell: of every level.
+        group_norm: whether a group normalisation with 32 groups replaces the biases of the tower.
+        num_outputs: numbers for each anchor.
+    """
+
+    def __init__(
+        self, channels: int, tower_convs: int, anchors_per_cell: int, group_norm: bool, num_outputs: int
+    ) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+        norm = partial(nn.GroupNorm, 32) if group_norm else None
+        self.tower = nn.Sequential(
+            *[Conv2dNormActivation(channels, channels, norm_layer=norm) for _ in range(tower_convs)]
+        )
+        self.output = nn.Conv2d(channels, anchors_per_cell * num_outputs, 3, padding=1)
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d):
+                _start_at(conv, torch.zeros(1))
+
+    def forward(self, feature_maps: Sequence[Tensor]) -> Tensor:
+        """Return [B, A, num_outputs] float32 of maps [B, channels, H_l, W_l], in the order of `AnchorGrid`."""
+        return _by_anchor([self.output(self.tower(features)) for features in feature_maps], self.num_outputs)
+
+    def start_at_prior(self, prior_bias: Tensor) -> None:
+        """Set the biases of the outputs to `prior_bias`, [num_outputs]. RetinaNet section 4.1."""
+        _start_at(self.output, prior_bias)
+
+
+def _by_anchor(maps: Sequence[Tensor], num_outputs: int) -> Tensor:
+    """Return [B, A, num_outputs] float32 of output maps [B, anchors per cell * num_outputs, H_l, W_l]."""
+    rows = [features.permute(0, 2, 3, 1).reshape(len(features), -1, num_outputs) for features in maps]
+    return torch.cat(rows, dim=1).float()  # bf16 has 8 significant bits: near 300 px it resolves only 2 px
+
+
+@torch.no_grad()
+def _start_at(conv: nn.Module, bias: Tensor) -> None:
+    """Set the weights of a convolution to N(0, 0.01^2) and its biases, if any, to repetitions of `bias`."""
+    for name, parameter in conv.named_parameters(recurse=False):
+        if name == "weight":
+            nn.init.normal_(parameter, std=0.01)
+        else:
+            parameter.copy_(bias.repeat(len(parameter) // len(bias)))
 
 
 def _xavier(conv: nn.Conv2d) -> nn.Module:

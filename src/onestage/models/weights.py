@@ -1,17 +1,23 @@
 """Published weights: read, rename, load."""
 
 import pickle
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, WeightsEnum
-from torchvision.models.detection import SSD300_VGG16_Weights
+from torchvision.models.detection import (
+    RetinaNet_ResNet50_FPN_V2_Weights,
+    RetinaNet_ResNet50_FPN_Weights,
+    SSD300_VGG16_Weights,
+)
+from torchvision.ops import FrozenBatchNorm2d
 
 from onestage.errors import CheckpointError, ConfigError
 
 IMAGENET = "IMAGENET1K_FEATURES"  # torchvision's name of its copy of the Caffe VGG16, 59 MB
-TORCHVISION_COCO = "torchvision_coco"  # torchvision's SSD300_VGG16_Weights.COCO_V1, 136 MB: 25.1 mAP on val2017
+TORCHVISION_COCO = "torchvision_coco"  # torchvision's weights COCO_V1 of the same model, 136 to 146 MB
 
 _INDICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # of the five stages in vgg16().features
 _VGG16 = {  # our layer: torchvision's
@@ -28,6 +34,15 @@ _SSD300 = {
     **{f"neck.{block}.conv": f"backbone.extra.{block + 1}.2" for block in range(4)},
     **{f"class_head.levels.{level}": f"head.classification_head.module_list.{level}" for level in range(6)},
     **{f"box_head.levels.{level}": f"head.regression_head.module_list.{level}" for level in range(6)},
+}
+_RETINANET = {  # torchvision's names, those in files of its versions before 0.13 included: ours
+    r"^backbone\.fpn\.inner_blocks\.(\d)(\.0)?\.": r"neck.laterals.\1.",
+    r"^backbone\.fpn\.layer_blocks\.(\d)(\.0)?\.": r"neck.smoothing.\1.",
+    r"^backbone\.fpn\.extra_blocks\.": "neck.",
+    r"^head\.classification_head\.conv\.": "class_head.tower.",
+    r"^head\.classification_head\.cls_logits\.": "class_head.output.",
+    r"^head\.regression_head\.conv\.": "box_head.tower.",
+    r"^head\.regression_head\.bbox_reg\.": "box_head.output.",
 }
 
 
@@ -70,10 +85,51 @@ def load_torchvision_ssd300(detector: nn.Module, value: str, num_classes: int, s
     num_columns = 4 * len(state["class_head.levels.0.bias"]) // len(state["box_head.levels.0.bias"])
     columns = _columns(num_columns, num_classes, place)
     for name, tensor in state.items():
-        if name.startswith("class_head."):  # [anchors of the cell * columns, ...]
-            by_anchor = tensor.view(-1, num_columns, *tensor.shape[1:])
-            state[name] = by_anchor[:, columns].flatten(0, 1)
+        if name.startswith("class_head."):
+            state[name] = _select_columns(tensor, num_columns, columns)
     load_tensors(detector, state, place)
+
+
+def load_torchvision_retinanet(detector: nn.Module, value: str, num_classes: int, is_second: bool) -> None:
+    """Load torchvision's retinanet_resnet50_fpn or, `is_second`, its retinanet_resnet50_fpn_v2.
+
+    Args:
+        detector: a RetinaNet of that version.
+        value: torchvision_coco, or the path of a state dict with the same keys.
+        num_classes: K of the detector; see `load_torchvision_ssd300`. The file's column 0 is not loaded.
+        is_second: which of the two.
+
+    Raises:
+        ConfigError: if they were trained on a number of classes that does not give K.
+    """
+    place = f"pretrained: {value}"
+    published: WeightsEnum = RetinaNet_ResNet50_FPN_Weights.COCO_V1
+    if is_second:
+        published = RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1
+    weights = {}
+    for name, tensor in read_weights("pretrained", value, {TORCHVISION_COCO: published}).items():
+        for theirs, ours in _RETINANET.items():
+            name = re.sub(theirs, ours, name)
+        # Before torchvision 0.13 the towers were flat lists of convolutions and ReLUs.
+        name = re.sub(r"tower\.(\d)\.(\w+)$", lambda found: f"tower.{int(found[1]) // 2}.0.{found[2]}", name)
+        weights[name] = tensor
+    own = detector.state_dict()
+    state = rename(weights, {name: name for name in own if not name.endswith("num_batches_tracked")}, place)
+    num_columns = 4 * len(state["class_head.output.bias"]) // len(state["box_head.output.bias"])
+    columns = _columns(num_columns, num_classes, place)[:-1]
+    for name in ("class_head.output.weight", "class_head.output.bias"):
+        state[name] = _select_columns(state[name], num_columns, columns)
+    # The published first version was trained with eps = 0 in the batch norms: var + 0 = (var - eps) + eps.
+    if not is_second and (value == TORCHVISION_COCO or value.endswith(published.url.rpartition("/")[2])):
+        for name, module in detector.named_modules():
+            if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
+                state[f"{name}.running_var"] = state[f"{name}.running_var"] - module.eps
+    load_tensors(detector, state, place)
+
+
+def _select_columns(tensor: Tensor, num_columns: int, columns: list[int]) -> Tensor:
+    """Return the rows of these columns of every anchor. tensor: [anchors of the cell * num_columns, ...]."""
+    return tensor.view(-1, num_columns, *tensor.shape[1:])[:, columns].flatten(0, 1)
 
 
 def _columns(num_columns: int, num_classes: int, place: str) -> list[int]:

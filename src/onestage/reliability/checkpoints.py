@@ -257,7 +257,7 @@ def load_weights(module: DetectionModule, path: str | Path, class_names: Sequenc
 def _require_same_model(saved: JSONDict, path: str | Path, module: DetectionModule, class_names: Sequence[str]) -> None:
     detector = module.detector
     for name, value in (("detector", type(detector).__name__), ("image_size", detector.image_size)):
-        if saved.get(name) != value:
+        if value is not None and saved.get(name) != value:  # a detector without image_size takes many sizes
             problem = f"holds {name} {saved.get(name)!r:.99}, the configuration {name} {value}"
             raise unusable(path, problem, "Leave out --config to use the checkpoint's own configuration.")
     if list(saved["class_names"]) != list(class_names):

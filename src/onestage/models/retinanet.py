@@ -1,0 +1,125 @@
+"""RetinaNet (arXiv:1708.02002), on ResNet-50 or any other backbone."""
+
+from typing import Literal
+
+from onestage.boxes.anchors import AnchorGrid, AnchorShapes, pyramid_shapes
+from onestage.boxes.coders import DeltaBoxCoder
+from onestage.boxes.matchers import IoUMatcher
+from onestage.boxes.nms import Selection
+from onestage.errors import require
+from onestage.losses.box import BoxLoss, L1Loss
+from onestage.losses.classification import ClassificationLoss, SigmoidClassificationLoss
+from onestage.losses.focal import SigmoidFocalLoss
+from onestage.losses.normaliser import PositiveNormaliser
+from onestage.models.backbone import Backbone, TorchvisionBackbone
+from onestage.models.detector import AnchorDetector
+from onestage.models.fpn import FPN
+from onestage.models.heads import SharedHead
+from onestage.models.weights import load_torchvision_retinanet
+
+STRIDES = (8, 16, 32, 64, 128)  # of P3 to P7, px
+ANCHOR_SCALE = 4.0  # side of a level's smallest square anchor in strides (section 4: 32 to 512 px on P3 to P7)
+
+
+class RetinaNet(AnchorDetector):
+    """RetinaNet: FPN P3-P7, nine anchors per cell, two shared four-layer towers. COCO 36.4 to 41.5 mAP (torchvision).
+
+    The defaults are torchvision's first version; its second has `p6_from: c5`, `group_norm: true` and GIoULoss.
+
+    Args:
+        num_classes: K, without the background.
+        classification_loss: owns the link between logits and scores. None: SigmoidFocalLoss().
+        box_loss: None: L1Loss().
+        anchors: one `AnchorShapes` for each of P3 to P7, as `onestage anchors` proposes them; None: the paper's.
+        anchor_scale: side of the smallest square anchor of each level in strides, > 0; for small images less than 4.
+        backbone: maps of strides 8, 16 and 32, such as onestage.models.TorchvisionBackbone; None: a ResNet-50 with
+            random weights.
+        channels: of the pyramid and the towers.
+        tower_convs: 3 x 3 convolutions of each tower, >= 0.
+        p6_from: map that P6 is computed from; see `onestage.models.fpn.FPN`.
+        group_norm: whether the towers have group normalisation with 32 groups.
+        pretrained: torchvision_coco or the path of a state dict of torchvision's retinanet_resnet50_fpn or, with group
+            norm and P6 from C5, of its retinanet_resnet50_fpn_v2; it replaces all weights.
+        prior: score of every anchor before training, in (0, 1). The paper's pi.
+        positive_iou: overlap that makes an anchor positive, in (0, 1].
+        negative_iou: overlap below which it is background, in (0, positive_iou].
+        normaliser_momentum: of the running mean of positives that divides the losses, in [0, 1); 0: each batch's own.
+        score_threshold: detections score more than this, in [0, 1).
+        nms_threshold: overlap by more than this suppresses the lower score of a class, in [0, 1].
+        candidates_per_level: (anchor, class) pairs of a level that enter suppression, >= 1.
+        max_detections: D, >= 1.
+
+    Raises:
+        ConfigError: if an argument is out of its range or conflicts with another.
+        CheckpointError: if weights cannot be fetched or read, or do not fit.
+    """
+
+    size_multiple = 32  # so that the maps of the backbone have no partial cells
+
+    def __init__(
+        self,
+        num_classes: int,
+        classification_loss: ClassificationLoss | None = None,
+        box_loss: BoxLoss | None = None,
+        anchors: list[AnchorShapes] | None = None,
+        anchor_scale: float = ANCHOR_SCALE,
+        backbone: Backbone | None = None,
+        channels: int = 256,
+        tower_convs: int = 4,
+        p6_from: Literal["p5", "c5"] = "p5",
+        group_norm: bool = False,
+        pretrained: str | None = None,
+        prior: float = 0.01,
+        positive_iou: float = 0.5,
+        negative_iou: float = 0.4,
+        normaliser_momentum: float = 0.0,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        candidates_per_level: int = 1000,
+        max_detections: int = 300,
+    ) -> None:
+        name = type(self).__name__
+        require(num_classes >= 1, f"{name}: num_classes", num_classes, ">= 1")
+        require(0 < prior < 1, f"{name}: prior", prior, "in (0, 1)", "The paper's is 0.01.")
+        require(anchor_scale > 0, f"{name}: anchor_scale", anchor_scale, "> 0", "The paper's is 4.0.")
+        require(p6_from in ("p5", "c5"), f"{name}: p6_from", p6_from, "p5 or c5")
+        require(tower_convs >= 0, f"{name}: tower_convs", tower_convs, ">= 0")
+        fits, rule = channels > 0 and (not group_norm or channels % 32 == 0), "> 0, a multiple of 32 with group_norm"
+        require(fits, f"{name}: channels", channels, rule)
+        backbone = backbone or TorchvisionBackbone("resnet50", STRIDES[:3])
+        remedy = "Set strides: [8, 16, 32] in the init_args of the backbone."
+        place, fits = f"{name}: strides of the backbone", backbone.strides == STRIDES[:3]
+        require(fits, place, backbone.strides, "(8, 16, 32)", remedy)
+        levels = anchors or [AnchorShapes(stride, pyramid_shapes(anchor_scale * stride), 0.0) for stride in STRIDES]
+        strides, counts = [level.stride for level in levels], {len(level.shapes) for level in levels}
+        require(strides == list(STRIDES), f"{name}: anchors, strides", strides, f"{list(STRIDES)}, one level for each")
+        require(len(counts) == 1, f"{name}: anchors per cell", counts, "the same on all levels, whose heads are shared")
+        loss, box_coder = classification_loss or SigmoidFocalLoss(), DeltaBoxCoder((1.0, 1.0))
+        tower = (channels, tower_convs, counts.pop(), group_norm)
+        class_head = SharedHead(*tower, loss.num_logits(num_classes))
+        class_head.start_at_prior(loss.prior_bias(num_classes, prior))
+        super().__init__(
+            num_classes,
+            backbone=backbone,
+            neck=FPN(backbone.out_channels, channels, p6_from),
+            class_head=class_head,
+            box_head=SharedHead(*tower, box_coder.num_outputs),
+            anchor_grid=AnchorGrid(levels),
+            classification_loss=loss,
+            box_loss=box_loss or L1Loss(),
+            box_coder=box_coder,
+            matcher=IoUMatcher(positive_iou, negative_iou, best_anchors="ties"),
+            normaliser=PositiveNormaliser(normaliser_momentum),
+            selection=Selection(
+                score_threshold, nms_threshold, max_detections, candidates_per_level=candidates_per_level
+            ),
+        )
+        if pretrained is not None:
+            is_torchvision = isinstance(loss, SigmoidClassificationLoss) and group_norm == (p6_from == "c5")
+            is_torchvision &= anchors is None and anchor_scale == ANCHOR_SCALE
+            settings = (
+                f"{type(loss).__name__}, group_norm {group_norm}, p6_from {p6_from}, anchor_scale {anchor_scale:g}"
+            )
+            rule = "torchvision's: sigmoids, the paper's anchors, and group_norm with p6_from c5 or neither"
+            require(is_torchvision, f"pretrained: {pretrained}: detector", settings, rule, "Or set pretrained: null.")
+            load_torchvision_retinanet(self, pretrained, num_classes, group_norm)

@@ -1,0 +1,206 @@
+"""torchvision's RetinaNet is the second implementation: same weights, same images, same outputs."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torchvision.models.detection import RetinaNet as TheirRetinaNet, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import box_iou
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from onestage.boxes.anchors import AnchorShapes, pyramid_shapes
+from onestage.errors import CheckpointError, ConfigError
+from onestage.losses import GIoULoss, MinedCrossEntropy
+from onestage.models import RetinaNet, TorchvisionBackbone
+from onestage.types import PADDING, Targets
+
+STRIDES = (8, 16, 32)
+VERSIONS = {1: {}, 2: {"p6_from": "c5", "group_norm": True, "box_loss": GIoULoss()}}
+
+
+def theirs_of(version: int, num_columns: int, side: int = 128) -> TheirRetinaNet:
+    """Return torchvision's model on a ResNet-18, with random statistics and scores above the threshold."""
+    torch.manual_seed(version)
+    extra = LastLevelP6P7(256 if version == 1 else 512, 256)
+    settings = {"norm_layer": nn.BatchNorm2d, "returned_layers": [2, 3, 4], "extra_blocks": extra}
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5, **settings)
+    norm = partial(nn.GroupNorm, 32) if version == 2 else None
+    head = RetinaNetHead(256, 9, num_columns, norm_layer=norm)
+    model = TheirRetinaNet(backbone, num_columns, head=head, min_size=side, max_size=side).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)
+        for conv in (*head.classification_head.modules(), *head.regression_head.modules()):
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_normal_(conv.weight)
+        outputs = head(list(model.backbone(torch.randn(1, 3, 64, 64)).values()))
+        head.classification_head.cls_logits.weight.div_(outputs["cls_logits"].std())  # else scores would be 0 or 1
+        head.regression_head.bbox_reg.weight.div_(5 * outputs["bbox_regression"].std())
+        head.classification_head.cls_logits.bias.fill_(-2.0)
+    return model
+
+
+def ours_of(version: int, num_classes: int, **changes) -> RetinaNet:
+    backbone = TorchvisionBackbone("resnet18", STRIDES)
+    return RetinaNet(num_classes, backbone=backbone, **(VERSIONS[version] | changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "retinanet.pth"
+    torch.save(theirs_of(1, 8).state_dict(), path)
+    return str(path)
+
+
+def tiny(num_classes: int = 3, **changes) -> RetinaNet:
+    backbone = TorchvisionBackbone("mobilenet_v3_small", STRIDES)
+    return RetinaNet(num_classes, **({"backbone": backbone, "channels": 16, "tower_convs": 1} | changes))
+
+
+@pytest.mark.parametrize(
+    ("version", "side"), [(1, 128), (2, 128), *[pytest.param(v, 256, marks=pytest.mark.slow) for v in (1, 2)]]
+)
+def test_outputs_anchors_and_detections_equal_torchvision_with_its_weights(version, side, tmp_path) -> None:
+    theirs = theirs_of(version, num_columns=8, side=side)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    detector = ours_of(version, 7, pretrained=str(tmp_path / "weights.pth"))
+    images = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        transformed, _ = theirs.transform([image / 255 for image in images])
+        features = list(theirs.backbone(transformed.tensors).values())
+        outputs, anchors = theirs.head(features), theirs.anchor_generator(transformed, features)
+        expected = theirs([image / 255 for image in images])
+        predictions = detector(images)
+    assert predictions.class_logits.shape == (1, 9 * sum((side // stride) ** 2 for stride in (8, 16, 32, 64, 128)), 7)
+    tolerance = {"atol": 1e-3, "rtol": 1e-3}  # sums in another order, by instruction set
+    assert_close(predictions.class_logits, outputs["cls_logits"][..., 1:], **tolerance)  # column 0 is never trained
+    assert_close(predictions.box_outputs, outputs["bbox_regression"], **tolerance)
+    half = predictions.anchors.boxes[:, 2:] / 2
+    centres = predictions.anchors.boxes[:, :2]
+    assert torch.equal(torch.cat([centres - half, centres + half], dim=1), anchors[0])
+    found = detector.detect(predictions)
+    for boxes, scores, labels, theirs_of_image in zip(*found, expected, strict=True):
+        is_ours = theirs_of_image["labels"] > 0
+        assert is_ours.sum() > 150  # the comparison is of something
+        # Their column 0 takes some of the 300 places, so ours has a few more; scores may swap order.
+        distances = (theirs_of_image["boxes"][is_ours, None] - boxes).abs().amax(dim=-1)
+        same = (theirs_of_image["labels"][is_ours, None] == labels + 1) & (distances < 0.05)
+        same &= (theirs_of_image["scores"][is_ours, None] - scores).abs() < 1e-3
+        assert same.any(dim=1).float().mean() > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("version", "num_parameters"), [(1, 34_014_999 + 53_120), (2, 38_198_935)])
+def test_published_models_have_the_published_size_and_keys(version, num_parameters, tmp_path) -> None:
+    make = retinanet_resnet50_fpn if version == 1 else retinanet_resnet50_fpn_v2
+    theirs = make(weights=None, weights_backbone=None)
+    torch.save(theirs.state_dict(), tmp_path / "coco.pth")
+    detector = RetinaNet(80, pretrained=str(tmp_path / "coco.pth"), **VERSIONS[version])
+    # 53,120: the batch norms of a ResNet-50, which are frozen in torchvision's published first version.
+    unused = 11 * 9 * (256 * 9 + 1)  # 91 columns, of which COCO uses 80
+    assert sum(p.numel() for p in theirs.parameters()) == num_parameters
+    assert sum(p.numel() for p in detector.parameters()) == num_parameters - unused
+    person = theirs.state_dict()["head.classification_head.cls_logits.weight"].view(9, 91, 256, 3, 3)[:, 1]
+    assert torch.equal(detector.class_head.output.weight.view(9, 80, 256, 3, 3)[:, 0], person)
+
+
+def test_files_of_torchvision_before_0_13_load_and_the_published_one_was_trained_with_eps_0(tmp_path) -> None:
+    state, old = theirs_of(1, 8).state_dict(), {}
+    for name, tensor in state.items():
+        if "fpn.inner" in name or "fpn.layer" in name:
+            name = name.replace(".0.weight", ".weight").replace(".0.bias", ".bias")
+        if ".conv." in name:
+            *parts, index, _, kind = name.split(".")
+            name = ".".join([*parts, str(2 * int(index)), kind])
+        old[name] = tensor
+    assert "head.regression_head.conv.6.weight" in old
+    assert "backbone.fpn.inner_blocks.2.weight" in old
+    path = tmp_path / "retinanet_resnet50_fpn_coco-eeacb38b.pth"
+    torch.save(old, path)
+    detector = ours_of(1, 7, pretrained=str(path))
+    assert torch.equal(detector.box_head.tower[3][0].bias, state["head.regression_head.conv.3.0.bias"])
+    norm = detector.backbone.body.bn1
+    assert_close(norm.running_var + norm.eps, state["backbone.body.bn1.running_var"])
+
+
+def test_pyramid_shapes_are_three_sizes_in_three_ratios() -> None:
+    # 32 / sqrt(1/2) = 45.25 wide and 22.63 high, as whole half sides 23 and 11; 32 * 2^(1/3) = 40.3, cut to 40
+    shapes = pyramid_shapes(32)
+    assert [shapes[0], shapes[3], shapes[4], shapes[6]] == [(46, 22), (32, 32), (40, 40), (22, 46)]
+
+
+def test_first_loss_follows_from_the_prior_and_a_batch_without_objects_trains() -> None:
+    torch.manual_seed(0)
+    detector = tiny()
+    nothing = Targets(torch.zeros(2, 16, 4), torch.full((2, 16), PADDING))
+    losses = detector.loss(detector(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)), nothing)
+    # 96 + 24 + 6 + 2 + 1 cells of 9 anchors, 3 classes, 2 images: 0.75 * 0.01^2 * -ln(0.99) each
+    assert_close(losses.terms["classification"], torch.tensor(129 * 9 * 3 * 2 * 0.75e-4 * 0.01005), rtol=0.05, atol=0)
+    assert losses.terms["box"] == 0
+    losses.terms["classification"].backward()
+    assert all(p.grad.isfinite().all() for p in detector.parameters() if p.grad is not None)
+
+
+@pytest.mark.slow
+def test_two_images_are_memorised() -> None:
+    torch.manual_seed(0)
+    detector = tiny(2, channels=32, anchor_scale=2.0)
+    images = torch.full((2, 3, 64, 64), 90, dtype=torch.uint8)
+    boxes = torch.tensor([[[8.0, 8, 40, 40], [0, 0, 0, 0]], [[20, 4, 60, 36], [4, 40, 20, 60]]])
+    labels = torch.tensor([[0, PADDING], [1, 0]])
+    for image, rows, classes in zip(images, boxes.long(), labels, strict=True):
+        for (x1, y1, x2, y2), label in zip(rows.tolist(), classes.tolist(), strict=True):
+            image[label, y1:y2, x1:x2] = 250
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
+    for _ in range(120):
+        losses = detector.loss(detector(images), Targets(boxes, labels))
+        optimizer.zero_grad()
+        sum(losses.terms.values()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = detector.detect(detector(images))
+    for row, (truth, classes) in enumerate(zip(boxes, labels, strict=True)):
+        for box, label in zip(truth[classes >= 0], classes[classes >= 0], strict=True):
+            is_it = (box_iou(box[None], found.boxes[row])[0] > 0.7) & (found.labels[row] == label)
+            assert found.scores[row][is_it].max() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"backbone": TorchvisionBackbone("mobilenet_v3_small")},
+            r"must be \(8, 16, 32\), got \(8, 16\)\.\nSet strides",
+        ),
+        ({"p6_from": "p7"}, "p6_from must be p5 or c5, got 'p7'"),
+        ({"anchor_scale": 0}, "anchor_scale must be > 0, got 0"),
+        ({"group_norm": True}, "channels must be > 0, a multiple of 32 with group_norm, got 16"),
+        ({"anchors": [AnchorShapes(8, ((8, 8),))]}, "one level for each, got \\[8"),
+        (
+            {"pretrained": "torchvision_coco", "classification_loss": MinedCrossEntropy()},
+            "got 'MinedCrossEntropy, group",
+        ),
+        ({"pretrained": "torchvision_coco", "anchor_scale": 2.0}, "anchor_scale 2'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny(**changes)
+
+
+def test_weights_of_another_number_of_classes_or_model_are_refused(weights_file, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="trained on 7 classes, the data have 3"):
+        ours_of(1, 3, pretrained=weights_file)
+    with pytest.raises(CheckpointError, match="holds another model"):
+        ours_of(2, 7, pretrained=weights_file)
+
+
+def test_canvas_must_be_a_multiple_of_32() -> None:
+    with pytest.raises(ConfigError, match=r"must be multiples of 32, got \(64, 100\)"):
+        tiny()(torch.zeros(1, 3, 64, 100, dtype=torch.uint8))
