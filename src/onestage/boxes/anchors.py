@@ -84,12 +84,13 @@ class AnchorGrid(nn.Module):
 
     def _place(self, grids: Sequence[tuple[int, int]]) -> Anchors:
         device, boxes, strides = self.shapes.device, [], []
-        shapes_of_level = torch.split(self.shapes.float(), [len(level.shapes) for level in self.levels])
-        for level, shapes, (rows, columns) in zip(self.levels, shapes_of_level, grids, strict=True):
+        for level, (rows, columns) in zip(self.levels, grids, strict=True):
+            # Not from the buffer, which a module in half precision has rounded.
+            shapes = torch.tensor(level.shapes, dtype=torch.float32, device=device)
             y = (torch.arange(rows, dtype=torch.float32, device=device) + level.offset) * level.stride
             x = (torch.arange(columns, dtype=torch.float32, device=device) + level.offset) * level.stride
             size = (rows, columns, len(shapes), 1)
             centres = [x.view(1, -1, 1, 1).expand(size), y.view(-1, 1, 1, 1).expand(size)]
             boxes.append(torch.cat([*centres, shapes.expand(rows, columns, -1, -1)], dim=-1).view(-1, 4))
-            strides.append(torch.full((len(boxes[-1]),), level.stride, device=device))
+            strides.append(torch.full((len(boxes[-1]),), level.stride, dtype=torch.float32, device=device))
         return Anchors(torch.cat(boxes), torch.cat(strides), tuple(map(len, boxes)))

@@ -21,10 +21,12 @@ from onestage.cli.parser import (
     add_run_keys,
     checked_seed,
     experiment_name,
+    record_data,
     require_classes_of_the_data,
     shared_configs,
 )
 from onestage.data.datamodule import DetectionDataModule
+from onestage.data.source import Source
 from onestage.errors import ConfigError
 from onestage.training.batch_size import GIB, AutoBatch
 from onestage.training.callbacks import (
@@ -40,7 +42,7 @@ from onestage.training.loggers import run_loggers
 from onestage.training.memory_format import resolve_memory_format
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import shards_parameters
-from onestage.training.run import RunAddOn
+from onestage.training.run import RunAddOn, link_data_to_model
 from onestage.training.trainer import DetectionTrainer, evaluate_at_least_once, resolve_precision
 from onestage.types import JSONDict
 
@@ -56,8 +58,8 @@ HARMLESS_WARNINGS = (
 )
 
 
-def run_trainer_command(words: list[str]) -> None:
-    """Run `fit`, `validate`, `test`, `predict` or `losses` with its options."""
+def run_trainer_command(words: list[str], data: Source | DetectionDataModule | None = None) -> "DetectionCLI":
+    """Run `fit`, `validate`, `test`, `predict` or `losses` with its options; `data` replaces the configured source."""
     command, *options = words
     options = files_first(options)
     for file in config_files(options):
@@ -66,7 +68,7 @@ def run_trainer_command(words: list[str]) -> None:
         warnings.filterwarnings("ignore", message=message)
     add_on = make_add_on()
     with add_on.command():
-        _run(command, options, add_on)
+        return _run(command, options, add_on, data)
 
 
 def make_add_on() -> RunAddOn:
@@ -76,7 +78,9 @@ def make_add_on() -> RunAddOn:
     return add_on
 
 
-def _run(command: str, options: list[str], add_on: RunAddOn) -> None:
+def _run(
+    command: str, options: list[str], add_on: RunAddOn, data: Source | DetectionDataModule | None
+) -> "DetectionCLI":
     checkpoint = next((path for path in reversed(option_values(options, "--ckpt_path")) if path != "null"), None)
     if command != "fit" and checkpoint is not None:
         config = add_on.stored_config(checkpoint, bool(config_files(options)))
@@ -84,9 +88,9 @@ def _run(command: str, options: list[str], add_on: RunAddOn) -> None:
             with tempfile.TemporaryDirectory(prefix="onestage-") as folder:
                 file = Path(folder) / STORED_CONFIG
                 file.write_text(yaml.safe_dump(config), encoding="utf-8")
-                DetectionCLI(command, ["--config", str(file), *options], add_on)  # first: the user's options override
-            return
-    DetectionCLI(command, options, add_on)
+                options = ["--config", str(file), *options]  # first: the user's options override
+                return DetectionCLI(command, options, add_on, data)
+    return DetectionCLI(command, options, add_on, data)
 
 
 class RunConfig(SaveConfigCallback):
@@ -104,8 +108,14 @@ class DetectionCLI(LightningCLI):
 
     run_folder: Path
 
-    def __init__(self, command: str, options: list[str], add_on: RunAddOn | None = None) -> None:
-        self.command = command
+    def __init__(
+        self,
+        command: str,
+        options: list[str],
+        add_on: RunAddOn | None = None,
+        data: Source | DetectionDataModule | None = None,
+    ) -> None:
+        self.command, self._given_data = command, data
         self.add_on = add_on or make_add_on()
         self._stored: JSONDict = {}  # `fit`: the configuration in its checkpoints
         super().__init__(
@@ -136,8 +146,7 @@ class DetectionCLI(LightningCLI):
         add_run_keys(parser)
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         self.add_on.add_arguments(parser)
-        parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.image_size", "model.detector.init_args.image_size", apply_on="instantiate")
+        link_data_to_model(parser)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=checked_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -162,6 +171,8 @@ class DetectionCLI(LightningCLI):
         settings.trainer.precision = resolve_precision(settings.trainer.precision, settings.trainer.accelerator)
         settings.experiment = settings.experiment or experiment_name(settings.config or [], settings.ckpt_path)
         require_classes_of_the_data(settings.model.detector)
+        if self._given_data is not None:
+            record_data(settings.data, self._given_data)
         if self.command == "fit":
             evaluate_at_least_once(settings.trainer)
             config = yaml.safe_load(self._parser(self.command).dump(settings, skip_unset=False))
@@ -169,16 +180,23 @@ class DetectionCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; report a refused value with its key."""
+        given = self._given_data
         try:
+            if given is not None:
+                self.settings.data.source = given.source if isinstance(given, DetectionDataModule) else given
             super().instantiate_classes()
         except (ConfigError, ValueError, TypeError, ImportError, FileNotFoundError) as error:
             raise ConfigError(refusal(error)) from error
+        if isinstance(given, DetectionDataModule):
+            self.datamodule = given
         if self.command == "fit" and self.model.channels_last == "auto":
             decided = resolve_memory_format(self.model.detector, self.datamodule, self.trainer)
             self.model.channels_last = self.settings.model.channels_last = decided
             self._stored["model"]["channels_last"] = decided
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        if self._given_data is not None:
+            self.settings.data.source = None  # config.yaml and checkpoints hold no objects
         self.run_folder = self._make_run_folder()  # only now, when data and model are known to be valid
         config["default_root_dir"] = str(self.run_folder)
         if config.get("logger") in (None, True):

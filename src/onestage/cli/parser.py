@@ -1,13 +1,17 @@
 """Lightning's parser with our keys, and the configuration files it reads."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat
 from lightning.pytorch.cli import LightningArgumentParser
 
 import onestage.losses
+from onestage.data.datamodule import DetectionDataModule
+from onestage.data.source import Source
 from onestage.errors import require
 
 SHARED_CONFIG = Path("configs") / "trainer.yaml"
@@ -72,6 +76,23 @@ def experiment_name(configs: Sequence[object], checkpoint: str | None) -> str:
     folders = Path(str(checkpoint or "")).absolute().parents
     in_run_folder = len(folders) > 3 and folders[0].name == "checkpoints"
     return folders[2].name if in_run_folder else "onestage"
+
+
+def record_data(settings: Any, data: Source | DetectionDataModule) -> None:
+    """Write what `data` is into the parsed `data` group, for config.yaml and the checkpoints; a source is only named.
+
+    settings: changed in place.
+    """
+    settings.source = settings.path = None
+    if isinstance(data, DetectionDataModule):
+        for name in ("image_size", "batch_size", "val_fraction", "num_folds", "fold", "max_bad_fraction"):
+            settings[name] = getattr(data, name)
+        resize, kind = data.resize, type(data.resize)
+        arguments = {name: getattr(resize, name) for name in inspect.signature(kind).parameters}
+        settings.resize = Namespace(  # type: ignore[no-untyped-call]
+            class_path=f"{kind.__module__}.{kind.__name__}",
+            init_args=Namespace(arguments),  # type: ignore[no-untyped-call]
+        )
 
 
 def require_classes_of_the_data(detector: Any) -> None:

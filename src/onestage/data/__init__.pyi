@@ -19,6 +19,7 @@ from .samplers import (
 )
 from .shapes import Shapes as Shapes
 from .source import Source as Source
+from .torch_datasets import TorchDatasets as TorchDatasets, from_datasets as from_datasets
 from .transforms import ScaleJitter as ScaleJitter, SeededTransform as SeededTransform, ssd_transforms as ssd_transforms
 from .voc import VOC as VOC
 from .yolo import YOLO as YOLO

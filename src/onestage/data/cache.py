@@ -11,15 +11,17 @@ import math
 import shutil
 import struct
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import cv2
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from onestage.data.images import RGBImage, read_image
+from onestage.data.images import read_image
+from onestage.data.source import ReadImage
 from onestage.errors import ConfigError, ImageError, ResourceError
 from onestage.files import atomic_write, cache_folder, printable
 from onestage.types import AnnotationSet
@@ -34,13 +36,6 @@ NUM_SAMPLED = 16  # images that are compressed to estimate the size on disk
 CacheKind = Literal["none", "disk"]
 
 logger = logging.getLogger(__name__)
-
-
-class ReadImage(NamedTuple):
-    """An image, perhaps smaller than in its file."""
-
-    pixels: RGBImage  # [H, W, 3]
-    original_size: tuple[int, int]  # (height, width) of the decoded file
 
 
 class ImageReader(Protocol):
@@ -68,6 +63,17 @@ class FileReader:
         height, width = self.annotations.sizes[index].tolist()
         pixels = read_image(str(self.annotations.image_paths[index]), (height, width))
         return ReadImage(pixels, (pixels.shape[0], pixels.shape[1]))
+
+
+class FunctionReader:
+    """Reads images through a source's own function; see `Source.image_reader`."""
+
+    def __init__(self, load: Callable[[int], ReadImage]) -> None:
+        self.load = load
+
+    def read(self, index: int) -> ReadImage:
+        """Return image `index` in its own size."""
+        return self.load(index)
 
 
 class DiskCache:

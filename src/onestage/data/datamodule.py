@@ -14,11 +14,10 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from onestage.data.annotations import require_objects, require_same_categories, start_messages
-from onestage.data.cache import CacheKind, open_images
+from onestage.data.cache import CacheKind, FileReader, FunctionReader, ImageReader, open_images
 from onestage.data.dataset import DetectionDataset
 from onestage.data.folder import list_images
 from onestage.data.image_headers import check_before_start
-from onestage.data.images import read_image
 from onestage.data.layouts import describe_source, recognise
 from onestage.data.loader import DetectionLoader, StartMethod, num_auto_workers, open_loader
 from onestage.data.resize import Resize, Stretch
@@ -213,9 +212,16 @@ class DetectionDataModule(LightningDataModule):
 
     def read_image(self, stage: Stage, index: int) -> npt.NDArray[np.uint8]:
         """Decode image `index` of the split that `stage` reads: [H, W, 3] RGB in original pixels."""
-        annotations = self.annotations(stage)
-        height, width = annotations.sizes[index].tolist()
-        return read_image(str(annotations.image_paths[index]), (height, width))
+        return self._images(stage).read(index).pixels
+
+    def _images(self, stage: Stage, cache: CacheKind = "none") -> ImageReader:
+        """Return the reader of the images of the split that a stage reads."""
+        annotations, split = self.annotations(stage), self._split_of(stage)
+        if split != "predict":
+            load = self.source.image_reader("train" if split == "val" and self._is_divided else split, annotations)
+            if load is not None:
+                return FunctionReader(load)
+        return open_images(cache, annotations, self.image_size)
 
     # Loaders
 
@@ -231,7 +237,7 @@ class DetectionDataModule(LightningDataModule):
             mosaic=self.mosaic,
             mixup=self.mixup,
             on_error=self.on_error,
-            images=open_images(self.cache, annotations, self.image_size),
+            images=self._images("train", self.cache),
             max_bad_fraction=self.max_bad_fraction,
         )
         repeats = None if self.sampling is None else count_repeats(self.sampling, annotations)
@@ -269,6 +275,7 @@ class DetectionDataModule(LightningDataModule):
             self.annotations(stage),
             SeededTransform([], self.resize),
             train_difficult=self._source is None or self._source.train_difficult,
+            images=self._images(stage),
         )
         return self._loader(dataset, EvaluationSampler(dataset, **self._process()))
 
@@ -301,7 +308,7 @@ class DetectionDataModule(LightningDataModule):
     def _check_images(self, split: Stage) -> None:
         """Skip the images of a split whose headers show that they cannot be used."""
         annotations = self.annotations(split)
-        if split != "predict":
+        if isinstance(self._images(split), FileReader) and split != "predict":
             checked = check_before_start(annotations, self.image_size, self.max_bad_fraction)
             for message in start_messages(replace(checked, findings=checked.findings[len(annotations.findings) :])):
                 _warn(message)

@@ -1,13 +1,23 @@
 """The `Source` of a data set: its files, its splits, and reading a split."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from onestage.types import AnnotationSet
 
 Split = Literal["train", "val", "test"]
+
+
+class ReadImage(NamedTuple):
+    """An image, perhaps smaller than in its file."""
+
+    pixels: npt.NDArray[np.uint8]  # [H, W, 3]
+    original_size: tuple[int, int]  # (height, width) of the decoded file
 
 
 class Source(ABC):
@@ -51,6 +61,10 @@ class Source(ABC):
     @property
     def known_classes(self) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
         """Class names and category ids that are known without reading annotations, or None."""
+        return None
+
+    def image_reader(self, split: Split, annotations: AnnotationSet) -> Callable[[int], ReadImage] | None:
+        """Return a function from a row of `annotations`, of that split, to its image; None: the images are files."""
         return None
 
     def prepare(self) -> None:  # noqa: B027 # a source may have nothing to prepare

@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -90,16 +91,16 @@ class CocoEvaluator:
         self._gather()
         annotations = self.annotations
         return [
-            {
-                "image_id": int(annotations.image_ids[index]),
-                # Not part of COCO's format, whose readers ignore it; the ids of a plain folder mean nothing.
-                "file_name": Path(str(annotations.image_paths[index])).name,
-                "category_id": int(annotations.category_ids[int(label)]),
-                "bbox": [round(x1, 3), round(y1, 3), round(x2 - x1, 3), round(y2 - y1, 3)],
-                "score": round(score, 5),
-            }
+            # The name, because the ids of a plain folder mean nothing.
+            coco_record(
+                int(annotations.image_ids[index]),
+                annotations.category_ids[int(label)],
+                box,
+                score,
+                file_name=Path(str(annotations.image_paths[index])).name,
+            )
             for index, rows in self._rows_by_image.items()
-            for x1, y1, x2, y2, score, label in rows.tolist()
+            for *box, score, label in rows.tolist()
         ]
 
     def _best(self, rows: Rows, index: int) -> Rows:
@@ -152,6 +153,13 @@ class CocoEvaluator:
             "area": torch.tensor(annotations.areas[rows], dtype=torch.float32),
             "iscrowd": torch.tensor(is_ignored, dtype=torch.int64),
         }
+
+
+def coco_record(image_id: int, category_id: int, box: Sequence[float], score: float, **more: Any) -> JSONDict:
+    """Return one COCO result record. box: xyxy, px. more: keys that COCO does not define; its readers ignore them."""
+    x1, y1, x2, y2 = box
+    bbox = [round(x1, 3), round(y1, 3), round(x2 - x1, 3), round(y2 - y1, 3)]
+    return {"image_id": image_id, **more, "category_id": int(category_id), "bbox": bbox, "score": round(score, 5)}
 
 
 def _num_processes() -> int:

@@ -45,8 +45,13 @@ class Backbone(nn.Module, ABC):
         return self.features(self.normalise(images))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Subtract the mean and divide by the deviation: [B, 3, H, W] of 0..255 to float32 around 0."""
-        return (images.float() - self.pixel_mean) / self.pixel_std
+        """Subtract the mean and divide by the deviation: [B, 3, H, W] of 0..255 to floats around 0.
+
+        In float32, then in the precision of the weights, which differs after `.half()` or with trainer.precision
+        bf16-true.
+        """
+        normalised = (images.float() - self.pixel_mean) / self.pixel_std
+        return normalised.to(next(self.parameters()).dtype)
 
     @abstractmethod
     def features(self, images: Tensor) -> list[Tensor]:

@@ -5,15 +5,17 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal, Self, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import onestage
 from onestage.boxes.geometry import to_original
 from onestage.errors import ConfigError, require
 from onestage.evaluation.coco import CocoEvaluator
@@ -28,7 +30,17 @@ from onestage.training.optimization import (
     scale_learning_rate,
     shards_parameters,
 )
-from onestage.types import Batch, DetectionData, Detector, Losses, Metrics, Predictions, Stage
+from onestage.types import (
+    AnnotationSet,
+    Batch,
+    DetectionData,
+    Detections,
+    Detector,
+    Losses,
+    Metrics,
+    Predictions,
+    Stage,
+)
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
@@ -41,6 +53,9 @@ COMPILERS = ("c++", "g++", "clang++", "cl")  # torch.compile needs one of them
 
 class DetectionModule(pl.LightningModule):
     """Train a detector on the weighted sum of its loss terms; evaluate it with COCO's metrics.
+
+    Any Trainer of Lightning takes it, with a `DetectionDataModule` or with loaders of `Batch`. Metrics need the
+    annotations: of the data module, or of a loader over a `DetectionDataset`. Other loaders give losses only.
 
     Args:
         detector: the model; `num_classes` comes from the data module.
@@ -75,6 +90,7 @@ class DetectionModule(pl.LightningModule):
         self.channels_last, self.compile_detector = channels_last, compile
         self.reference_batch_size = reference_batch_size
         self._decayed = decayed_parameters(detector)
+        self._lr: float | None = None  # instead of the configured one
         self._configured: list[dict[str, Any]] = []  # hyperparameters of the optimizer as it was built
         self._scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
         self.evaluator: CocoEvaluator | None = None
@@ -83,13 +99,50 @@ class DetectionModule(pl.LightningModule):
         self._loss_sums: dict[str, Tensor] = {}  # of an evaluation
 
     @property
+    def has_data(self) -> bool:
+        """Whether the Trainer was given a data module of detections, and not only loaders."""
+        return hasattr(getattr(self.trainer, "datamodule", None), "canvases")
+
+    @property
     def data(self) -> DetectionData:
-        """The data module of the run."""
+        """The data module of the run; ConfigError if there are only loaders."""
+        if not self.has_data:
+            problem = "the Trainer was given loaders, but class weights and reference_batch_size need a data module"
+            raise ConfigError(
+                f"{problem}.\nPass datamodule=onestage.data.DetectionDataModule(...) to the Trainer's method."
+            )
         return cast(DetectionData, self.trainer.datamodule)  # type: ignore[attr-defined] # Lightning sets it
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The detector's backbone, under the name that Lightning's BackboneFinetuning looks for."""
+        return cast(nn.Module, self.detector.backbone)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first parameter group, which Lightning's LearningRateFinder reads and sets."""
+        return self._lr if self._lr is not None else float(self.make_optimizer().param_groups[0]["lr"])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._lr = value
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override] # a classmethod to type checkers only
+        cls, checkpoint_path: str | Path, map_location: Any = None, **arguments: Any
+    ) -> Self:
+        """Return the module of a checkpoint, on the CPU unless `map_location` names a device.
+
+        arguments: of the constructor. Without a `detector` it is the one in the checkpoint of `onestage fit`.
+        """
+        if "detector" in arguments:
+            return super().load_from_checkpoint(checkpoint_path, map_location, weights_only=True, **arguments)
+        loaded = onestage.load(checkpoint_path, device=map_location or "cpu").module
+        return cls(loaded.detector, **{"loss_weights": loaded.loss_weights, **arguments})
 
     def setup(self, stage: str) -> None:
         """Check that data and detector fit together, then apply the memory format and compile."""
-        for canvas in self.data.canvases:
+        for canvas in self.data.canvases if self.has_data else ():
             self.detector.require_canvas(canvas)
         self.apply_memory_format()
         if stage == "fit":
@@ -111,6 +164,10 @@ class DetectionModule(pl.LightningModule):
         if self.channels_last and not shards_parameters(self.trainer.strategy):
             self.detector.to(memory_format=torch.channels_last)
 
+    def forward(self, images: Tensor) -> Detections:
+        """Detect on images of the detector's canvas, [B, 3, H, W] uint8 RGB; boxes in their pixels."""
+        return self.detector.detect(self.detector(images))
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the `loss` of one batch and its terms, and the predictions for the callbacks."""
         predictions = self.predict_batch(batch)
@@ -120,6 +177,9 @@ class DetectionModule(pl.LightningModule):
 
     def predict_batch(self, batch: Batch) -> Predictions:
         """Return the predictions of a batch, its images in the memory format of the run."""
+        remedy = "Give the loader collate_fn=onestage.data.collate, or pass a data module: onestage.data.from_datasets."
+        kind = type(batch).__name__
+        require(isinstance(batch, Batch), "loader: a batch", kind, "an onestage.types.Batch", remedy)
         # Converted while they are uint8: a quarter of the bytes of floats. A no-op if they have the format already.
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return cast(Predictions, self.detector(batch.images.contiguous(memory_format=layout)))
@@ -142,7 +202,8 @@ class DetectionModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start a new evaluation."""
-        self.evaluator = CocoEvaluator(self.data.annotations(stage_of(self.trainer)))
+        annotations = self._annotations(stage_of(self.trainer))
+        self.evaluator = CocoEvaluator(annotations) if annotations is not None else None
         names = ("num_positives", "loss", *(f"{term}_loss" for term in self.loss_weights))
         self._loss_sums = {name: torch.zeros((), device=self.device) for name in names}
         self._start = time.perf_counter()
@@ -161,20 +222,34 @@ class DetectionModule(pl.LightningModule):
         """Return the detections of one batch in original pixels."""
         return self._collect(batch, self.predict_batch(batch))
 
+    def _annotations(self, stage: Stage) -> AnnotationSet | None:
+        """Return the split that a stage reads, of the data module or of the loader's dataset; None: unknown."""
+        if self.has_data:
+            return self.data.annotations(stage)
+        loader = getattr(self.trainer, f"{stage}_dataloaders", None)
+        annotations = getattr(getattr(loader, "dataset", None), "annotations", None)
+        return annotations if isinstance(annotations, AnnotationSet) else None
+
     def _collect(self, batch: Batch, predictions: Predictions) -> dict[str, Tensor]:
+        detections = self.detect(batch, predictions)
+        if self.evaluator is not None:
+            self.evaluator.update(batch.image_indices, detections)
+        return detections._asdict()
+
+    def detect(self, batch: Batch, predictions: Predictions | None = None) -> Detections:
+        """Return the detections of a batch in original pixels. predictions: of the batch, if they exist already."""
+        predictions = predictions or self.predict_batch(batch)
         scales, offsets = batch.placements[:, :2].flip(1), batch.placements[:, 2:].flip(1)  # [B, 2] (y, x)
         detections = self.detector.detect(predictions, batch.original_sizes * scales + offsets)
         boxes = to_original(detections.boxes, batch.placements, batch.original_sizes)
-        detections = detections._replace(boxes=boxes)
-        assert self.evaluator is not None  # since the start of the epoch
-        self.evaluator.update(batch.image_indices, detections)
-        return detections._asdict()
+        return detections._replace(boxes=boxes)
 
     def on_validation_epoch_end(self) -> None:
         """Compute and log the metrics of the split."""
-        assert self.evaluator is not None
         prefix = stage_of(self.trainer)
-        self.metrics = self.evaluator.compute()
+        self.metrics = self.evaluator.compute() if self.evaluator is not None else {}
+        if self.evaluator is None:
+            rank_zero_warn(f"{prefix}: only losses are evaluated, since the loader's dataset has no annotations.")
         self.evaluation_seconds = time.perf_counter() - self._start
         sums = cast(Tensor, self.trainer.strategy.reduce(torch.stack([*self._loss_sums.values()]), reduce_op="sum"))
         for name, total in zip([*self._loss_sums][1:], sums[1:], strict=True):
@@ -193,7 +268,7 @@ class DetectionModule(pl.LightningModule):
         """Build the optimizer over two parameter groups and the schedule that steps with it."""
         optimizer = self.make_optimizer()
         check_clipping(self.trainer, optimizer)
-        if self.reference_batch_size is not None:
+        if self.reference_batch_size is not None and self._lr is None:
             scale_learning_rate(optimizer, self.trainer, self.data.batch_size, self.reference_batch_size)
         self._configured = hyperparameters(optimizer)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
@@ -221,9 +296,12 @@ class DetectionModule(pl.LightningModule):
             ConfigError: the optimizer refuses its arguments.
         """
         try:
-            return self.optimizer(parameter_groups(self.detector, self._decayed))
+            optimizer = self.optimizer(parameter_groups(self.detector, self._decayed))
         except (ValueError, RuntimeError) as error:  # each optimizer checks its own arguments
             raise ConfigError(f"model.optimizer cannot be built: {error}.") from error
+        for group in optimizer.param_groups if self._lr is not None else ():
+            group["lr"] = self._lr
+        return optimizer
 
     def _learning_rate_factor(self, step: int) -> float:
         # Read the length of the run only when a step needs it: reading it while the optimizers are being built makes
@@ -249,12 +327,15 @@ class DetectionModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a reader needs to use the weights without the data set, as primitives that load safely."""
+        data, num_classes = self.data if self.has_data else None, self.detector.num_classes
         values = {
             "schema": CHECKPOINT_SCHEMA,
             "detector": type(self.detector).__name__,
-            "image_size": max(side for canvas in self.data.canvases for side in canvas),
-            "class_names": list(self.data.class_names),
-            "category_ids": [int(category) for category in self.data.category_ids],
+            "image_size": max(side for canvas in data.canvases for side in canvas)
+            if data
+            else self.detector.image_size,
+            "class_names": list(data.class_names) if data else [f"class_{label}" for label in range(num_classes)],
+            "category_ids": [int(category) for category in data.category_ids] if data else [*range(1, num_classes + 1)],
         }
         checkpoint.setdefault(CHECKPOINT_KEY, {}).update(values)
 

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
@@ -66,6 +67,12 @@ class RunAddOn:
     def load_weights(self, module: DetectionModule, checkpoint: str, class_names: Sequence[str]) -> None:
         """Load the weights of a checkpoint for evaluation."""
         module.load_state_dict(TorchCheckpointIO().load_checkpoint(checkpoint, weights_only=True)["state_dict"])
+
+
+def link_data_to_model(parser: ArgumentParser) -> None:
+    """Pass the number of classes and the image size of the group `data` to the detector of the group `model`."""
+    parser.link_arguments("data.num_classes", "model.detector.init_args.num_classes", apply_on="instantiate")
+    parser.link_arguments("data.image_size", "model.detector.init_args.image_size", apply_on="instantiate")
 
 
 def new_run_folder(runs_dir: str, experiment: str, *, is_writer: bool = True) -> Path:
