@@ -63,6 +63,7 @@ class Losses(NamedTuple):
 
     terms: dict[str, Tensor]  # scalars, one for each of the detector's `loss_terms`
     num_positives: Tensor  # scalar int64: positive anchors of this batch
+    divisor: Tensor | None = None  # scalar > 0: divided the sums of the batch in evaluation; None: `num_positives`
 
 
 class AnchorLosses(NamedTuple):
@@ -171,7 +172,7 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, predictions: Predictions, targets: Targets) -> Losses:
-        """Return the terms, sums over the batch divided by max(1, `num_positives`) or, in training, by its mean."""
+        """Return the terms, sums over the batch divided by `Losses.divisor` or, in training, by its mean."""
 
     @abstractmethod
     def detect(self, predictions: Predictions, content_sizes: Tensor | None = None) -> Detections:

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from torchvision.models.detection._utils import BoxCoder as TorchvisionCoder
 from torchvision.ops import box_convert
 
-from onestage.boxes.coders import DeltaBoxCoder
+from onestage.boxes.coders import DeltaBoxCoder, GridBoxCoder
 from onestage.errors import ConfigError
 from onestage.types import Anchors
 
@@ -49,3 +49,22 @@ def test_decode_of_a_wild_delta_is_finite() -> None:
 def test_variances_that_are_not_two_positive_numbers_are_refused(variances) -> None:
     with pytest.raises(ConfigError, match="variances must be two numbers > 0"):
         DeltaBoxCoder(variances)
+
+
+def test_grid_coder_gives_hand_computed_outputs_and_the_box_back() -> None:
+    # Cell of 32 px around (48, 16), anchor 20 x 40; object with centre (56, 8) and 40 x 20.
+    anchors = Anchors(torch.tensor([[48.0, 16.0, 20.0, 40.0]]), torch.tensor([32.0]), (1,))
+    gt_box = torch.tensor([[36.0, -2.0, 76.0, 18.0]])
+    # sigmoid(tx) = (56 - 32) / 32 = 3/4, tx = ln 3;  sigmoid(ty) = 8 / 32 = 1/4, ty = -ln 3
+    outputs = torch.tensor([[math.log(3), -math.log(3), math.log(2), -math.log(2)]])
+    assert_close(GridBoxCoder().encode(gt_box, anchors), outputs)
+    assert_close(GridBoxCoder().decode(outputs, anchors), gt_box)
+
+
+def test_grid_coder_stays_finite_on_the_border_of_a_cell_and_for_wild_outputs() -> None:
+    anchors = Anchors(torch.tensor([[16.0, 16.0, 32.0, 32.0]]), torch.tensor([32.0]), (1,))
+    encoded = GridBoxCoder().encode(torch.tensor([[-8.0, 0.0, 8.0, 64.0]]), anchors)  # centre (0, 32)
+    assert encoded.isfinite().all()
+    assert_close(encoded[:, :2].sigmoid(), torch.tensor([[0.0, 1.0]]), atol=2e-6, rtol=0)
+    wild = GridBoxCoder().decode(torch.tensor([[1e6, -1e6, 1e6, -1e6]]), anchors)
+    assert_close(wild, torch.tensor([[32.0 - 1000, 0.0, 32.0 + 1000, 0.0]]))

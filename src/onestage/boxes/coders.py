@@ -43,3 +43,30 @@ class DeltaBoxCoder:
         log_ratios = (box_outputs[..., 2:] * self.size_variance).clamp(max=self.max_log_ratio)
         half_sizes = 0.5 * log_ratios.exp() * anchor_sizes
         return torch.cat([centres - half_sizes, centres + half_sizes], dim=-1)
+
+
+class GridBoxCoder:
+    """The centre as sigmoids within the anchor's cell, the sides as logarithms of ratios to the anchor's.
+
+    YOLOv2 section 2, "Direct location prediction" (arXiv:1612.08242): b_x = (c_x + sigmoid(t_x)) stride,
+    b_w = p_w exp(t_w). Anchors stand in the middle of their cells, an offset of 0.5.
+    """
+
+    num_outputs = 4
+    max_log_ratio = DeltaBoxCoder.max_log_ratio
+    margin = 1e-6  # of a cell: a centre on the border of its cell has no finite logit
+
+    def encode(self, gt_boxes: Tensor, anchors: Anchors) -> Tensor:
+        """Return (t_x, t_y, t_w, t_h) [..., A, 4] of boxes [..., A, 4]; a centre outside of the cell moves into it."""
+        sizes = gt_boxes[..., 2:] - gt_boxes[..., :2]
+        centres = gt_boxes[..., :2] + 0.5 * sizes
+        fractions = (centres - anchors.boxes[..., :2]) / anchors.strides[..., None] + 0.5
+        log_ratios = (sizes / anchors.boxes[..., 2:]).log()
+        return torch.cat([fractions.logit(eps=self.margin), log_ratios], dim=-1)
+
+    def decode(self, box_outputs: Tensor, anchors: Anchors) -> Tensor:
+        """Return the boxes that outputs describe, [..., A, 4] xyxy, px, of at most 62.5 times the anchor's size."""
+        shifts = (box_outputs[..., :2].sigmoid() - 0.5) * anchors.strides[..., None]
+        centres = anchors.boxes[..., :2] + shifts
+        half_sizes = 0.5 * box_outputs[..., 2:].clamp(max=self.max_log_ratio).exp() * anchors.boxes[..., 2:]
+        return torch.cat([centres - half_sizes, centres + half_sizes], dim=-1)

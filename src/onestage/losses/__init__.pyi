@@ -23,5 +23,11 @@ from .focal import (
 from .mining import MinedCrossEntropy as MinedCrossEntropy, OHEMCrossEntropy as OHEMCrossEntropy
 from .normaliser import PositiveNormaliser as PositiveNormaliser
 from .quality import QualityFocalLoss as QualityFocalLoss, VarifocalLoss as VarifocalLoss
+from .yolo import (
+    GridBoxLoss as GridBoxLoss,
+    ObjectSoftmaxLoss as ObjectSoftmaxLoss,
+    SquaredGridBoxLoss as SquaredGridBoxLoss,
+    SquaredObjectnessLoss as SquaredObjectnessLoss,
+)
 
 __all__: list[str]

@@ -1,8 +1,24 @@
 """The detectors and backbones."""
 
 from onestage.models.backbone import Backbone, TorchvisionBackbone
+from onestage.models.darknet import Darknet19, Darknet53
 from onestage.models.retinanet import RetinaNet
 from onestage.models.ssd import SSD, SSD128, SSD160, SSD300, SSD512
 from onestage.models.vgg import VGG
+from onestage.models.yolo import YOLOv2, YOLOv3
 
-__all__ = ["SSD", "SSD128", "SSD160", "SSD300", "SSD512", "VGG", "Backbone", "RetinaNet", "TorchvisionBackbone"]
+__all__ = [
+    "SSD",
+    "SSD128",
+    "SSD160",
+    "SSD300",
+    "SSD512",
+    "VGG",
+    "Backbone",
+    "Darknet19",
+    "Darknet53",
+    "RetinaNet",
+    "TorchvisionBackbone",
+    "YOLOv2",
+    "YOLOv3",
+]

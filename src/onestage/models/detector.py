@@ -39,6 +39,7 @@ class AnchorDetector(Detector):
         matcher: assigns objects to anchors.
         normaliser: is_positive [B, A] to the scalar > 0 that divides both losses.
         selection: limits of the detections.
+        quality_head: maps to quality logits [B, A, 1]; None: the detector has none.
     """
 
     def __init__(
@@ -56,12 +57,13 @@ class AnchorDetector(Detector):
         matcher: Matcher,
         normaliser: nn.Module,
         selection: Selection,
+        quality_head: nn.Module | None = None,
     ) -> None:
         super().__init__()
         selection.require_valid(type(self).__name__)
         self.num_classes, self.selection = num_classes, selection
         self.backbone, self.neck, self.anchor_grid = backbone, neck, anchor_grid
-        self.class_head, self.box_head = class_head, box_head
+        self.class_head, self.box_head, self.quality_head = class_head, box_head, quality_head
         self.classification_loss, self.box_loss, self.normaliser = classification_loss, box_loss, normaliser
         self.box_coder, self.matcher = box_coder, matcher
 
@@ -70,7 +72,8 @@ class AnchorDetector(Detector):
         self.require_canvas((images.shape[-2], images.shape[-1]))
         maps = self.neck(self.backbone(images))
         grids = [(features.shape[-2], features.shape[-1]) for features in maps]
-        return Predictions(self.class_head(maps), self.box_head(maps), self.anchor_grid(grids))
+        quality = self.quality_head(maps)[..., 0] if self.quality_head is not None else None
+        return Predictions(self.class_head(maps), self.box_head(maps), self.anchor_grid(grids), quality)
 
     def loss(self, predictions: Predictions, targets: Targets) -> Losses:
         """Return the two terms of SSD eq. 1, divided by the normaliser's number. Never waits for the device."""
@@ -79,7 +82,7 @@ class AnchorDetector(Detector):
             labels, gt_boxes = self.assign(predictions, targets)
             is_positive = labels >= 0
             divisor = self.normaliser(is_positive)
-            box_quality = self._box_quality(predictions, gt_boxes, is_positive)
+            box_quality = self._box_quality(self.classification_loss, predictions, gt_boxes, is_positive)
         classification = self.classification_loss(class_logits, labels, box_quality)
         box = self.box_loss(box_outputs, gt_boxes, anchors, self.box_coder, is_positive)
         return Losses({"classification": classification / divisor, "box": box / divisor}, is_positive.sum())
@@ -90,7 +93,8 @@ class AnchorDetector(Detector):
         class_logits, loss = predictions.class_logits, self.classification_loss
         with torch.autocast(class_logits.device.type, enabled=False):
             labels, gt_boxes = self.assign(predictions, targets)
-            losses = loss.anchor_losses(class_logits, labels, self._box_quality(predictions, gt_boxes, labels >= 0))
+            box_quality = self._box_quality(loss, predictions, gt_boxes, labels >= 0)
+            losses = loss.anchor_losses(class_logits, labels, box_quality)
             return AnchorLosses(labels, losses, loss.true_probability(class_logits, labels))
 
     @torch.no_grad()
@@ -151,9 +155,11 @@ class AnchorDetector(Detector):
         return AnchorSummary(self.anchor_grid.levels, tuple((m.shape[-2], m.shape[-1]) for m in maps))
 
     @torch.no_grad()
-    def _box_quality(self, predictions: Predictions, gt_boxes: Tensor, is_positive: Tensor) -> Tensor | None:
+    def _box_quality(
+        self, loss: ClassificationLoss, predictions: Predictions, gt_boxes: Tensor, is_positive: Tensor
+    ) -> Tensor | None:
         """Return the IoU of positive anchors' predicted boxes with their objects, 0 elsewhere, if the loss uses it."""
-        if not self.classification_loss.uses_box_quality:
+        if not loss.uses_box_quality:
             return None
         return torch.where(is_positive, paired_iou(self.decode(predictions), gt_boxes), 0.0)
 

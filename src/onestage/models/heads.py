@@ -49,19 +49,24 @@ class ExtraLayers(nn.ModuleList):
 
 
 class AnchorHead(nn.Module):
-    """Predict `num_outputs` numbers for every anchor with one 3 x 3 convolution per level (SSD section 2.1).
+    """Predict `num_outputs` numbers for every anchor with one convolution per level (SSD section 2.1).
 
     Args:
         in_channels: channels of each feature map, [L].
         anchors_per_cell: of each level, [L].
         num_outputs: numbers for each anchor.
+        kernel_size: odd; 3 in SSD, 1 in YOLO.
     """
 
-    def __init__(self, in_channels: Sequence[int], anchors_per_cell: Sequence[int], num_outputs: int) -> None:
+    def __init__(
+        self, in_channels: Sequence[int], anchors_per_cell: Sequence[int], num_outputs: int, kernel_size: int = 3
+    ) -> None:
         super().__init__()
         self.num_outputs = num_outputs
         sizes = zip(in_channels, anchors_per_cell, strict=True)
-        self.levels = nn.ModuleList(_xavier(nn.Conv2d(c, n * num_outputs, 3, padding=1)) for c, n in sizes)
+        padding = kernel_size // 2
+        convs = (nn.Conv2d(c, n * num_outputs, kernel_size, padding=padding) for c, n in sizes)
+        self.levels = nn.ModuleList(map(_xavier, convs))
 
     def forward(self, feature_maps: Sequence[Tensor]) -> Tensor:
         """Return [B, A, num_outputs] float32 of maps [B, C_l, H_l, W_l], in the order of `AnchorGrid`."""

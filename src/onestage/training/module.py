@@ -204,7 +204,7 @@ class DetectionModule(pl.LightningModule):
         """Start a new evaluation."""
         annotations = self._annotations(stage_of(self.trainer))
         self.evaluator = CocoEvaluator(annotations) if annotations is not None else None
-        names = ("num_positives", "loss", *(f"{term}_loss" for term in self.loss_weights))
+        names = ("divisor", "loss", *(f"{term}_loss" for term in self.loss_weights))
         self._loss_sums = {name: torch.zeros((), device=self.device) for name in names}
         self._start = time.perf_counter()
 
@@ -213,9 +213,10 @@ class DetectionModule(pl.LightningModule):
         predictions = self.predict_batch(batch)
         losses = self.detector.loss(predictions, batch.targets)
         # The batch's own divisor is undone: the logged loss is that of one batch with all images of all processes.
+        divisor = losses.num_positives if losses.divisor is None else losses.divisor
         for name, value in self.weighted_loss(losses).items():
-            self._loss_sums[name] += value * losses.num_positives.clamp(min=1)
-        self._loss_sums["num_positives"] += losses.num_positives
+            self._loss_sums[name] += value * divisor.clamp(min=1)
+        self._loss_sums["divisor"] += divisor
         return self._collect(batch, predictions)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -253,7 +254,7 @@ class DetectionModule(pl.LightningModule):
         self.evaluation_seconds = time.perf_counter() - self._start
         sums = cast(Tensor, self.trainer.strategy.reduce(torch.stack([*self._loss_sums.values()]), reduce_op="sum"))
         for name, total in zip([*self._loss_sums][1:], sums[1:], strict=True):
-            self.log(f"{prefix}/{name}", total / sums[0].clamp(min=1))  # sums[0] is num_positives
+            self.log(f"{prefix}/{name}", total / sums[0].clamp(min=1))  # sums[0] is the divisor
         for name, value in self.metrics.items():
             # NaN means "undefined on this data", which loggers and ModelCheckpoint cannot handle; 0 comes nearest.
             value = 0.0 if math.isnan(value) else value

@@ -1,0 +1,377 @@
+"""YOLOv2 (arXiv:1612.08242) and YOLOv3 (arXiv:1804.02767), on Darknet or another backbone."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from onestage.boxes.anchors import AnchorGrid, AnchorShapes
+from onestage.boxes.cell_matcher import CellMatcher
+from onestage.boxes.coders import GridBoxCoder
+from onestage.boxes.nms import Selection
+from onestage.errors import require
+from onestage.losses.box import BoxLoss
+from onestage.losses.classification import ClassificationLoss, SigmoidClassificationLoss, one_hot
+from onestage.losses.focal import SigmoidCrossEntropy
+from onestage.losses.yolo import (
+    GridBoxLoss,
+    ImageNormaliser,
+    ObjectSoftmaxLoss,
+    SquaredGridBoxLoss,
+    SquaredObjectnessLoss,
+)
+from onestage.models.backbone import Backbone
+from onestage.models.darknet import (
+    Darknet19,
+    Darknet53,
+    DarknetPyramid,
+    Passthrough,
+    block_tensors,
+    load_darknet,
+    save_darknet,
+)
+from onestage.models.detector import AnchorDetector
+from onestage.models.heads import AnchorHead
+from onestage.types import BACKGROUND, IGNORE, AnchorLosses, Losses, Predictions, Targets
+
+STRIDE = 32  # px of YOLOv2's cells; its published anchors are in cells
+
+
+class YOLO(AnchorDetector):
+    """The parts that the YOLOs share: one class, box and objectness prediction for every anchor, three loss terms.
+
+    Score = objectness x class score. Terms are sums divided by the number of images, as in darknet. Subclasses add
+    their network, their anchors and their weights of the box loss.
+
+    Args:
+        num_classes: K.
+        backbone: to feature maps.
+        neck: Passthrough or DarknetPyramid.
+        levels: anchors of each map, finest first.
+        classification_loss: of anchors with an object.
+        box_loss: of anchors with an object.
+        objectness_loss: over all anchors, with one sigmoid.
+        ignore_iou: see `CellMatcher`.
+        prior: objectness of every anchor before training, in (0, 1).
+        pretrained: path of a darknet file with all weights, or None.
+        selection: limits of the detections.
+    """
+
+    loss_terms = ("classification", "box", "objectness")
+    size_multiple = 32
+    file_version: ClassVar[tuple[int, int, int]]  # of darknet's files
+    neck: Passthrough | DarknetPyramid
+    class_head: AnchorHead
+    box_head: AnchorHead
+    quality_head: AnchorHead
+    matcher: CellMatcher
+    images_seen: Tensor  # scalar int64: training images so far, of all processes
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: Backbone,
+        neck: Passthrough | DarknetPyramid,
+        levels: Sequence[AnchorShapes],
+        classification_loss: ClassificationLoss,
+        box_loss: BoxLoss,
+        objectness_loss: SigmoidClassificationLoss,
+        ignore_iou: float,
+        prior: float,
+        pretrained: str | None,
+        selection: Selection,
+    ) -> None:
+        name = type(self).__name__
+        require(num_classes >= 1, f"{name}: num_classes", num_classes, ">= 1")
+        require(0 < prior < 1, f"{name}: prior", prior, "in (0, 1)", "Try 0.01.")
+        strides, given = backbone.strides[-len(neck.out_channels) :], tuple(level.stride for level in levels)
+        require(given == strides, f"{name}: anchors, strides", given, f"{strides}, one level for each feature map")
+        in_middle = all(level.offset == 0.5 for level in levels)
+        require(in_middle, f"{name}: anchors, offsets", [level.offset for level in levels], "0.5")
+        anchors_per_cell, coder = [len(level.shapes) for level in levels], GridBoxCoder()
+        outputs = (classification_loss.num_logits(num_classes), coder.num_outputs, 1)
+        # Three 1 x 1 convolutions with the rows of darknet's one.
+        class_head, box_head, quality_head = (
+            AnchorHead(neck.out_channels, anchors_per_cell, count, kernel_size=1) for count in outputs
+        )
+        class_head.start_at_prior(torch.zeros(outputs[0]))
+        box_head.start_at_prior(torch.zeros(outputs[1]))
+        quality_head.start_at_prior(objectness_loss.prior_bias(1, prior))
+        super().__init__(
+            num_classes,
+            backbone=backbone,
+            neck=neck,
+            class_head=class_head,
+            box_head=box_head,
+            quality_head=quality_head,
+            anchor_grid=AnchorGrid(levels),
+            classification_loss=classification_loss,
+            box_loss=box_loss,
+            box_coder=coder,
+            matcher=CellMatcher(ignore_iou),
+            normaliser=ImageNormaliser(),
+            selection=selection,
+        )
+        self.objectness_loss = objectness_loss
+        self.register_buffer("images_seen", torch.zeros((), dtype=torch.int64))
+        if pretrained is not None:
+            self.images_seen.fill_(load_darknet(pretrained, "pretrained", self.darknet_tensors()))
+
+    def loss(self, predictions: Predictions, targets: Targets) -> Losses:
+        """Return the three terms, divided by the number of images. Never waits for the device."""
+        _, box_outputs, anchors, _ = predictions
+        with torch.autocast(box_outputs.device.type, enabled=False):
+            labels, gt_boxes = self.assign(predictions, targets)
+            divisor = self.normaliser(labels >= 0)
+            weights, gt_boxes = self._box_targets(labels, gt_boxes, predictions)
+            box = self.box_loss.per_anchor_loss(box_outputs, gt_boxes, anchors, self.box_coder, weights > 0)
+            logits, labels_of_all = self._objectness(predictions, labels)
+            quality = self._box_quality(self.objectness_loss, predictions, gt_boxes, labels >= 0)
+            terms = {
+                "classification": self._classification(predictions, targets),
+                "box": (box * weights).sum(),
+                "objectness": self.objectness_loss(logits, labels_of_all, quality),
+            }
+        if self.training:
+            self.images_seen += len(labels) * (dist.get_world_size() if dist.is_initialized() else 1)
+        terms = {name: value / divisor for name, value in terms.items()}
+        return Losses(terms, (labels >= 0).sum(), divisor)
+
+    @torch.no_grad()
+    def anchor_losses(self, predictions: Predictions, targets: Targets) -> AnchorLosses:
+        """Return the objectness loss of every anchor."""
+        with torch.autocast(predictions.box_outputs.device.type, enabled=False):
+            labels, gt_boxes = self.assign(predictions, targets)
+            quality = self._box_quality(self.objectness_loss, predictions, gt_boxes, labels >= 0)
+            arguments = self._objectness(predictions, labels)
+            losses = self.objectness_loss.anchor_losses(*arguments, quality)
+            return AnchorLosses(labels, losses, self.objectness_loss.true_probability(*arguments))
+
+    def scores(self, predictions: Predictions) -> Tensor:
+        """Return objectness x class score, [B, A, K] in [0, 1]."""
+        assert predictions.quality_logits is not None
+        return self.objectness_loss.scores(predictions.quality_logits[..., None]) * super().scores(predictions)
+
+    def compile(self, *args: Any, **settings: Any) -> None:
+        """Compile forward() and the losses over classes and objectness in place."""
+        super().compile(*args, **settings)
+        self.objectness_loss.compile(*args, **settings)
+
+    def darknet_tensors(self) -> list[Tensor]:
+        """Return all weights in the order of darknet's files, as views: a change of them changes the detector."""
+        tensors = list(block_tensors(self.backbone))
+        for branch, level in self.neck.branches():
+            tensors += block_tensors(branch)
+            heads = [head.levels[level] for head in (self.box_head, self.quality_head, self.class_head)]
+            for name in ("bias", "weight"):  # rows by anchor: t_x, t_y, t_w, t_h, objectness, classes
+                by_anchor = [
+                    head.get_parameter(name).detach().chunk(len(self.anchor_grid.levels[level].shapes))
+                    for head in heads
+                ]
+                tensors += [part for anchor in zip(*by_anchor, strict=True) for part in anchor]
+        return tensors
+
+    def save_darknet(self, path: Path) -> None:
+        """Write all weights to a `.weights` file of darknet. ResourceError if it cannot be written."""
+        save_darknet(path, self.file_version, int(self.images_seen), self.darknet_tensors())
+
+    @abstractmethod
+    def _box_targets(self, labels: Tensor, gt_boxes: Tensor, predictions: Predictions) -> tuple[Tensor, Tensor]:
+        """Return weight [B, A] and target [B, A, 4] xyxy, px, of the box of every anchor."""
+
+    @abstractmethod
+    def _classification(self, predictions: Predictions, targets: Targets) -> Tensor:
+        """Return the class loss of all objects, a sum."""
+
+    def _objectness(self, predictions: Predictions, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the objectness logits [B, A, 1] and their labels [B, A]: 0, BACKGROUND or IGNORE."""
+        assert predictions.quality_logits is not None
+        return predictions.quality_logits[..., None], labels.clamp(max=0)
+
+    def _sum_over_objects(self, class_logits: Tensor, labels: Tensor) -> Tensor:
+        total: Tensor = self.classification_loss(class_logits, labels)
+        return total
+
+    def _object_rows(self, predictions: Predictions, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the class loss needs of the objects, not of all anchors.
+
+        Returns:
+            The class logits of each object's anchor [B, M, C'], whether the object is the one that the anchor keeps
+            [B, M], and whether another object has the same anchor [B, M, M].
+        """
+        best = self.matcher.best_anchors(targets, predictions.anchors)
+        logits = predictions.class_logits
+        logits = logits.gather(1, best.clamp(min=0)[..., None].expand(-1, -1, logits.shape[2]))
+        has_same = (best[:, :, None] == best[:, None, :]) & (best >= 0)[:, None, :]
+        is_kept = (best >= 0) & ~has_same.triu(diagonal=1).any(dim=2)
+        return logits, is_kept, has_same
+
+
+class YOLOv3(YOLO):
+    """YOLOv3: nine anchors on three maps. 62.0 million numbers with 80 classes; COCO 31.0 mAP at 416 px, 33.0 at 608.
+
+    Args:
+        num_classes: K.
+        objectness_loss: over all anchors; its target is 1, or the IoU of the box if it uses quality. None:
+            SigmoidCrossEntropy().
+        classification_loss: of the K sigmoids of each object; without class weights. None: SigmoidCrossEntropy().
+        box_loss: None: GridBoxLoss(). Weighted by 2 - the object's share of the canvas.
+        anchors: "coco", or one `AnchorShapes` for each of the strides 8, 16, 32, as `onestage anchors` proposes them.
+        backbone: maps of strides 8, 16 and 32; None: Darknet53(). Its channels set the neck's.
+        pretrained: path of a darknet file such as yolov3.weights, for the same K and a Darknet53; it replaces all
+            weights.
+        prior: objectness of every anchor before training, in (0, 1); 0.5 in darknet.
+        ignore_iou: a predicted box that overlaps an object by more is no background, in [0, 1].
+        score_threshold: detections score more than this, in [0, 1).
+        nms_threshold: overlap by more than this suppresses the lower score of a class, in [0, 1].
+        max_detections: D, >= 1.
+
+    Raises:
+        ConfigError: if an argument is out of its range or conflicts with another.
+        CheckpointError: if weights cannot be read or do not fit.
+    """
+
+    file_version = (0, 2, 0)
+    anchors_coco = (  # yolov3.cfg, px at every input size
+        AnchorShapes(8, ((10, 13), (16, 30), (33, 23))),
+        AnchorShapes(16, ((30, 61), (62, 45), (59, 119))),
+        AnchorShapes(32, ((116, 90), (156, 198), (373, 326))),
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        objectness_loss: SigmoidClassificationLoss | None = None,
+        classification_loss: SigmoidClassificationLoss | None = None,
+        box_loss: BoxLoss | None = None,
+        anchors: Literal["coco"] | list[AnchorShapes] = "coco",
+        backbone: Backbone | None = None,
+        pretrained: str | None = None,
+        prior: float = 0.01,
+        ignore_iou: float = 0.7,
+        score_threshold: float = 0.005,
+        nms_threshold: float = 0.45,
+        max_detections: int = 100,
+    ) -> None:
+        loss, backbone = classification_loss or SigmoidCrossEntropy(), backbone or Darknet53()
+        # Its labels are those of single sigmoids, so weights of classes would be those of class 0.
+        require(loss.class_weights is None, "YOLOv3: class_weights of classification_loss", "weights", "null")
+        require(backbone.strides == (8, 16, 32), "YOLOv3: strides of the backbone", backbone.strides, "(8, 16, 32)")
+        super().__init__(
+            num_classes,
+            backbone,
+            DarknetPyramid(backbone.out_channels),
+            _levels("YOLOv3", anchors, {"coco": self.anchors_coco}),
+            loss,
+            box_loss or GridBoxLoss(),
+            objectness_loss or SigmoidCrossEntropy(),
+            ignore_iou,
+            prior,
+            pretrained,
+            Selection(score_threshold, nms_threshold, max_detections),
+        )
+
+    def _box_targets(self, labels: Tensor, gt_boxes: Tensor, predictions: Predictions) -> tuple[Tensor, Tensor]:
+        canvas, sides = self._canvas(predictions)[:2], gt_boxes[..., 2:] - gt_boxes[..., :2]
+        return torch.where(labels >= 0, 2 - (sides / canvas).prod(dim=-1), 0.0), gt_boxes
+
+    def _classification(self, predictions: Predictions, targets: Targets) -> Tensor:
+        """Every sigmoid is asked on its own: an anchor with two objects has both classes (yolo_layer.c)."""
+        logits, is_kept, has_same = self._object_rows(predictions, targets)
+        has_class = (has_same.to(logits.dtype) @ one_hot(targets.labels, logits)) > 0  # [B, M, K]
+        labels = torch.where(has_class, 0, BACKGROUND).masked_fill(~is_kept[..., None], IGNORE)
+        return self._sum_over_objects(logits.flatten(1)[..., None], labels.flatten(1))
+
+
+class YOLOv2(YOLO):
+    """YOLOv2: five anchors on one map of stride 32. 50.7 million numbers with 20 classes; VOC07 76.8 mAP at 416 px.
+
+    Args:
+        num_classes: K.
+        objectness_loss: None: SquaredObjectnessLoss(). See `YOLOv3`.
+        classification_loss: of objects; None: ObjectSoftmaxLoss(), with alpha 0.5 and gamma 2 darknet's focal loss.
+        box_loss: None: SquaredGridBoxLoss().
+        anchors: a table of darknet, or one `AnchorShapes` of stride 32 as `onestage anchors` proposes it.
+        backbone: maps of strides 16 and 32; None: Darknet19(). Its channels set the neck's.
+        pretrained: path of a darknet file such as yolov2-voc.weights, for the same K and a Darknet19.
+        prior: see `YOLOv3`; the squared error has little slope near 0 and 1, hence not 0.01.
+        ignore_iou: see `YOLOv3`.
+        anchor_images: in the first so many images, anchors without an object also learn to predict themselves, with
+            weight 0.01; >= 0.
+        score_threshold: see `YOLOv3`.
+        nms_threshold: see `YOLOv3`.
+        max_detections: D, >= 1.
+
+    Raises:
+        ConfigError: if an argument is out of its range or conflicts with another.
+        CheckpointError: if weights cannot be read or do not fit.
+    """
+
+    file_version = (0, 1, 0)
+    anchor_tables: ClassVar = {  # yolov2-voc.cfg and yolov2.cfg, cells
+        "voc": ((1.3221, 1.73145), (3.19275, 4.00944), (5.05587, 8.09892), (9.47112, 4.84053), (11.2364, 10.0071)),
+        "coco": ((0.57273, 0.677385), (1.87446, 2.06253), (3.33843, 5.47434), (7.88282, 3.52778), (9.77052, 9.16828)),
+    }
+
+    def __init__(
+        self,
+        num_classes: int,
+        objectness_loss: SigmoidClassificationLoss | None = None,
+        classification_loss: ObjectSoftmaxLoss | None = None,
+        box_loss: BoxLoss | None = None,
+        anchors: Literal["voc", "coco"] | list[AnchorShapes] = "voc",
+        backbone: Backbone | None = None,
+        pretrained: str | None = None,
+        prior: float = 0.1,
+        ignore_iou: float = 0.6,
+        anchor_images: int = 12_800,
+        score_threshold: float = 0.005,
+        nms_threshold: float = 0.45,
+        max_detections: int = 100,
+    ) -> None:
+        require(anchor_images >= 0, "YOLOv2: anchor_images", anchor_images, ">= 0")
+        backbone = backbone or Darknet19()
+        require(backbone.strides == (16, STRIDE), "YOLOv2: strides of the backbone", backbone.strides, "(16, 32)")
+        tables = {
+            name: (AnchorShapes(STRIDE, tuple((w * STRIDE, h * STRIDE) for w, h in cells)),)
+            for name, cells in self.anchor_tables.items()
+        }
+        super().__init__(
+            num_classes,
+            backbone,
+            Passthrough(backbone.out_channels),
+            _levels("YOLOv2", anchors, tables),
+            classification_loss or ObjectSoftmaxLoss(),
+            box_loss or SquaredGridBoxLoss(),
+            objectness_loss or SquaredObjectnessLoss(),
+            ignore_iou,
+            prior,
+            pretrained,
+            Selection(score_threshold, nms_threshold, max_detections),
+        )
+        self.anchor_images = anchor_images
+
+    def _box_targets(self, labels: Tensor, gt_boxes: Tensor, predictions: Predictions) -> tuple[Tensor, Tensor]:
+        is_early = (self.images_seen < self.anchor_images) & self.training
+        weights = torch.where(labels >= 0, 1.0, 0.01 * is_early)
+        anchor_boxes: Tensor = box_convert(predictions.anchors.boxes, "cxcywh", "xyxy")
+        return weights, torch.where((labels >= 0)[..., None], gt_boxes, anchor_boxes)
+
+    def _classification(self, predictions: Predictions, targets: Targets) -> Tensor:
+        logits, is_kept, _ = self._object_rows(predictions, targets)
+        return self._sum_over_objects(logits, torch.where(is_kept, targets.labels, IGNORE))
+
+
+def _levels(
+    name: str, anchors: str | list[AnchorShapes], tables: Mapping[str, Sequence[AnchorShapes]]
+) -> Sequence[AnchorShapes]:
+    """Return the table of that name, or the given one."""
+    if not isinstance(anchors, str):
+        return anchors
+    require(anchors in tables, f"{name}: anchors", anchors, f"one of {', '.join(tables)}")
+    return tables[anchors]
