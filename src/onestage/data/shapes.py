@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set
 from onestage.data.coco import parse_coco
-from onestage.data.scenes import MAX_OBJECTS, SHAPE_NAMES, draw_scene
+from onestage.data.scenes import MAX_OBJECTS, SHAPE_NAMES, Scene, draw_scene
 from onestage.data.source import Source, Split
 from onestage.data.voc import parse_voc
 from onestage.data.writers import WritableSplit, write_coco, write_voc
@@ -151,18 +152,19 @@ def _read_settings(folder: Path) -> JSONDict | None:
 
 def _draw_split(folder: Path, name: str, seed: int, indices: range, max_objects: int) -> WritableSplit:
     """Draw the images of a split and return their annotations."""
-    names, sizes, boxes, labels, areas = [], [], [], [], []
-    for index in indices:
+    names = [f"{index + 1:06d}.jpg" for index in indices]
+    paths = [str(folder / "JPEGImages" / file_name) for file_name in names]
+
+    def draw(index: int, path: str) -> tuple[tuple[int, ...], Scene]:
         scene = draw_scene(seed, index, max_objects)
         bgr = cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)
-        names.append(f"{index + 1:06d}.jpg")
         _, jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-        (folder / "JPEGImages" / names[-1]).write_bytes(jpeg.tobytes())
-        sizes.append(scene.image.shape[:2])
-        boxes.append(scene.boxes)
-        labels.append(scene.labels)
-        areas.append(scene.areas)
-    paths = [str(folder / "JPEGImages" / file_name) for file_name in names]
+        Path(path).write_bytes(jpeg.tobytes())
+        return bgr.shape[:2], scene._replace(image=np.zeros((0, 0, 3), dtype=np.uint8))
+
+    with ThreadPoolExecutor() as pool:  # NumPy and OpenCV release the lock for most of the time
+        sizes, scenes = zip(*pool.map(draw, indices, paths), strict=True)
+    boxes, labels, areas = ([getattr(scene, name) for scene in scenes] for name in ("boxes", "labels", "areas"))
     rows = np.repeat(np.arange(len(names)), list(map(len, boxes)))
     all_boxes, all_areas = np.concatenate(boxes).astype(np.float64), np.concatenate(areas).astype(np.float64)
     annotations = build_annotation_set(
