@@ -1,7 +1,8 @@
-"""Read files safely, write them atomically, and find the files that annotations name."""
+"""Read files safely, write them atomically, and read the paths and numbers that other tools write."""
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 import stat
@@ -222,18 +223,66 @@ def printable(name: str | Path) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def as_path(path: str | Path) -> Path:
+    """Return the path of an option or a setting; `~` is the home folder, and one that nobody has stays as it is."""
+    with contextlib.suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
+
+
+def foreign_parts(name: object) -> tuple[str, ...]:
+    """Return the folders and the file of a path that another tool wrote, on any system, without drive, "." and "..".
+
+    Empty for anything that no file system can hold.
+    """
+    text = name.strip().strip("\"'").replace("\\", "/") if isinstance(name, str) else "\0"
+    parts = text.split("/") if is_path(text) else []
+    return tuple(
+        part for n, part in enumerate(parts) if part not in ("", ".", "..") and not (n == 0 and part[1:] == ":")
+    )
+
+
+def find_below(root: Path, name: object) -> Path | None:
+    """Return the file or folder below `root` that a foreign path means, or None.
+
+    Its leading folders may be those of another machine, another system or another working directory: for
+    `/home/me/mine/images/a.jpg` that is `images/a.jpg` if it exists, for `../train/images` it is `train/images`.
+    """
+    parts = foreign_parts(name)
+    paths = (root.joinpath(*parts[start:]) for start in range(len(parts)))
+    return next((path for path in paths if os.path.exists(path)), None)  # noqa: PTH110 # raises for no name
+
+
+def to_number(value: object) -> float:
+    """Return a number that another tool wrote, as such or as text; NaN for anything else, also for true and false."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or (isinstance(value, str) and "_" in value):
+        return math.nan
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf if int(value) > 0 else -math.inf
+
+
+def to_flag(value: object) -> bool:
+    """Return whether another tool set a flag: true or 1, as such or as text."""
+    if value is None or isinstance(value, int):  # nearly always, and there may be a million
+        return value == 1
+    return to_number(value) == 1 or str(value).strip().lower() in ("true", "yes")
+
+
 def _checked(source: str, name: object) -> str:
-    """Return the name, without "." and "//", if it can only lead to a file under the root."""
-    if isinstance(name, str) and name and "\\" not in name and is_path(name):
-        if "/" not in name and name not in (".", ".."):
+    """Return the name, with "/" and without "." and "//", if it can only lead to a file under the root."""
+    if isinstance(name, str) and name and is_path(name):
+        if "/" not in name and "\\" not in name and name not in (".", ".."):
             return name
-        path = PurePosixPath(name)
-        if path.name and not path.is_absolute() and ".." not in path.parts:
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.name and not path.is_absolute() and ".." not in path.parts and path.parts[0][1:] != ":":
             return str(path)
     raise AnnotationError(
-        f"{source}: file_name {name!r:.200} is not a path below the image folder; it must be relative, with '/' "
-        "between folders and without '..'.\nCorrect the file_name, or data.source.train_images if the images lie "
-        "elsewhere."
+        f"{source}: file_name {name!r:.200} is not a path below the image folder; it must be relative and without "
+        "'..'.\nCorrect the file_name, or data.source.train_images if the images lie elsewhere."
     )
 
 

@@ -23,7 +23,7 @@ from onestage.data.image_headers import check_header
 from onestage.data.images import read_image
 from onestage.data.layouts import find_sources, read_splits
 from onestage.data.voc import parse_voc
-from onestage.data.yolo import parse_yolo
+from onestage.data.yolo import YOLO
 from onestage.doctor.anchors import find_anchors
 from onestage.doctor.checks import examine
 from onestage.doctor.report import as_json, as_text
@@ -93,7 +93,7 @@ def samples(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     anchors = find_anchors("SSD160", "voc")
     coco_reader = reader(folder / "coco.json", lambda: parse_coco(folder / "coco.json", folder / "coco"))
     voc_reader = reader(folder / "voc", lambda: parse_voc(folder / "voc", ["train"]))
-    yolo_reader = reader(folder / "yolo" / "data.yaml", lambda: parse_yolo(folder / "yolo" / "data.yaml", "train"))
+    yolo_reader = reader(folder / "yolo" / "data.yaml", lambda: YOLO(folder / "yolo" / "data.yaml").read("train"))
 
     def image_reader(name: str) -> Callable[[], object]:
         return lambda: (check_header(str(folder / name)), read_image(folder / name))

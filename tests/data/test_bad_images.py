@@ -173,8 +173,8 @@ def test_unreadable_file_is_skipped(tmp_path: Path, request: pytest.FixtureReque
 
 def test_odd_names_are_read_and_printed_with_repr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["a" * 251 + ".jpg", "🐈 in Ångström.jpg", "line\nbreak.jpg", "\x1b[31mred\x1b[0m \tand'quote.jpg"]
-    jpeg = write_image(tmp_path / "x.jpg", seed=1).read_bytes()
-    code, report = doctor(write_set(tmp_path, dict.fromkeys(names, jpeg)))
+    jpegs = {name: write_image(tmp_path / "x.jpg", seed).read_bytes() for seed, name in enumerate(names, 1)}
+    code, report = doctor(write_set(tmp_path, jpegs))
     assert (code, report["splits"][0]["num_images"]) == (0, 5)
     file = write_set(tmp_path, dict.fromkeys(names, b""))
     assert main(["doctor", str(file)]) == 3

@@ -47,7 +47,9 @@ FILE = Rule("annotation file", "error", "Correct the file.")
 CLASSES_DIFFER = Rule("classes differ", "error", "Give every split the same categories: ids, names and order.")
 UNKNOWN_CLASS = Rule("class unknown in training", "error", "Correct the names, or set data.class_names to all classes.")
 NO_OBJECTS = Rule("no objects", "error", "Check that this is the annotation file of the training split.")
-LEAKED_COPY = Rule("copy in two splits", "error", "Remove it from one split, or scores are too high.")
+
+NO_TRAINING_SPLIT = Rule("no training split", "error", "Name the training split: train in its folder, file or list.")
+NOT_DIVISIBLE = Rule("too few images", "error", "Give more images, or a validation split.")
 
 # One box is skipped. `onestage convert --to coco` writes a copy without these.
 BOX_NOT_FINITE = Rule("box not finite", "skipped", "Correct the box, or remove it from the file.")
@@ -64,6 +66,12 @@ IMAGE_TOO_SMALL = Rule("image too small", "skipped", "Replace the file, or remov
 IMAGE_SIZE_DIFFERS = Rule("image size", "skipped", "Restore the original image, or annotate this one again.")
 
 # Training continues as the problem says.
+LEAKED_COPY = Rule("copy in two splits", "warning", "Remove it from one split, or scores are too high.")
+NOT_READ = Rule("image type not read", "warning", "Save these images as JPEG or PNG.")
+NO_NAMES = Rule("no class names", "warning", "Write classes.txt there, with a class name on each line.")
+NOT_USED = Rule("not used", "note", "Nothing needs to be done, unless a split should hold them.")
+DEEP_IMAGE = Rule("16 bits", "warning", "Scale the values to 0..65535 first if they end below.")
+TRANSPARENT = Rule("transparency", "note", "Nothing needs to be done, unless the shapes are drawn in it.")
 IDS_REPEATED = Rule("ids repeated", "warning", "Give every annotation its own id; other tools lose objects otherwise.")
 IDS_AS_TEXT = Rule("ids as text", "warning", "Write ids as integers; other tools compare them with numbers.")
 ID_ZERO = Rule("id 0 or none", "note", "Number annotations from 1; COCO's own tools lose the object with id 0.")
@@ -90,6 +98,7 @@ TURNED = Rule("turned by EXIF", "note", "Nothing needs to be done: it is turned 
 EXTREME_SHAPE = Rule("extreme shape", "warning", "It is squeezed into a square: cut it into tiles.")
 UNREACHED_BOX = Rule("box no anchor reaches", "warning", "Try `onestage anchors`, a larger image_size, or tiles.")
 
+BOX_RULES = {rule.name for rule in (BOX_NOT_FINITE, BOX_EMPTY, BOX_OUTSIDE, OBJECT_MALFORMED)}
 RULES = {rule.name: rule for rule in tuple(globals().values()) if isinstance(rule, Rule)}
 
 
@@ -137,17 +146,17 @@ def build_annotation_set(
         category_ids: [K] the data set's own ids, in label order.
         describe: row of an object -> its file, image, id and values as written, for messages.
         findings: the parser's; each with the effect "skipped" stands for one image.
-        max_bad_fraction: in [0, 1]; see `require_few_bad`.
+        max_bad_fraction: in [0, 1]; see `require_few_skipped`.
 
     Raises:
         AnnotationError: too many bad boxes or images, or no usable one among some.
     """
-    require_images(source, len(images.paths), findings, max_bad_fraction)
     _refuse_fractions(source, objects.boxes)
     boxes, clipped = _clip(source, objects, images.sizes)
     broken_rules = _broken_rules(boxes, objects)
     bad_boxes = [rule.broken(describe(row), problem) for row, (rule, problem) in sorted(broken_rules.items())]
-    require_few_bad(source, "boxes", [finding.line for finding in bad_boxes], len(boxes), max_bad_fraction)
+    num_used = len(images.paths), len(boxes) - len(bad_boxes)
+    require_few_skipped(source, *num_used, [*findings, *bad_boxes], max_bad_fraction)
     rows = np.setdiff1d(np.arange(len(boxes)), list(broken_rules)).astype(np.int64)
     rows = rows[np.argsort(objects.image_rows[rows], kind="stable")]
     counts = np.bincount(objects.image_rows[rows], minlength=len(images.paths))
@@ -181,25 +190,29 @@ def select_images(annotations: AnnotationSet, rows: npt.NDArray[np.int64]) -> An
     return replace(annotations, box_offsets=offsets, **per_image, **per_object)
 
 
-def require_images(source: str, num_images: int, findings: Sequence[Finding], max_bad_fraction: float) -> None:
-    """Raise AnnotationError if too many images, or all, were skipped: one for each finding of that effect."""
-    skipped = [finding.line for finding in findings if finding.effect == "skipped"]
-    require_few_bad(source, "images", skipped, num_images + len(skipped), max_bad_fraction)
-
-
-def require_few_bad(source: str, noun: str, bad: Sequence[str], total: int, max_bad_fraction: float) -> None:
-    """Raise AnnotationError if all `total` items, or more than `max_bad_fraction` in [0, 1], would be skipped.
+def require_few_skipped(
+    source: str, num_images: int, num_boxes: int, findings: Sequence[Finding], max_bad_fraction: float
+) -> None:
+    """Raise AnnotationError if all images or boxes, or more than `max_bad_fraction` in [0, 1], are skipped.
 
     Two bad items pass among others, because in a small set they say nothing about the rest; with max_bad_fraction = 0
-    none passes. noun: "images" or "boxes"; bad: one line for each bad item.
+    none passes. num_images, num_boxes: those that are used; findings: each with the effect "skipped" stands for one.
     """
-    allowed = max(max_bad_fraction * total, ALWAYS_ALLOWED) if max_bad_fraction > 0 else 0
-    if bad and len(bad) == total:
-        raise malformed(source, f"none of its {total} {noun} can be used", f"Correct the {noun}, or data.path.", bad)
-    if len(bad) > allowed + 1e-6:  # 0.29 * 100 is 28.999999999999996
-        problem = f"{len(bad)} of {total} {noun} cannot be used; at most {max_bad_fraction:.4g} of them may be skipped"
-        enough = math.ceil(100 * len(bad) / total) / 100
-        raise malformed(source, problem, f"Correct them, or allow more: data.max_bad_fraction: {enough}", bad)
+    skipped = [finding for finding in findings if finding.effect == "skipped"]
+    for noun, num_used in (("images", num_images), ("boxes", num_boxes)):
+        bad = [finding.line for finding in skipped if (finding.rule in BOX_RULES) == (noun == "boxes")]
+        total = num_used + len(bad)
+        if bad and not num_used:
+            raise malformed(
+                source, f"none of its {total} {noun} can be used", f"Correct the {noun}, or data.path.", bad
+            )
+        allowed = max(max_bad_fraction * total, ALWAYS_ALLOWED) if max_bad_fraction > 0 else 0
+        if len(bad) > allowed + 1e-6:  # 0.29 * 100 is 28.999999999999996
+            problem = (
+                f"{len(bad)} of {total} {noun} cannot be used; at most {max_bad_fraction:.4g} of them may be skipped"
+            )
+            enough = math.ceil(100 * len(bad) / total) / 100
+            raise malformed(source, problem, f"Correct them, or allow more: data.max_bad_fraction: {enough}", bad)
 
 
 def require_same_names(source: str, found: Sequence[str], expected: Sequence[str]) -> None:
@@ -208,8 +221,8 @@ def require_same_names(source: str, found: Sequence[str], expected: Sequence[str
         only_found, only_expected = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
         raise AnnotationError(
             f"{source}: the classes differ from the expected ones.\n"
-            f"  here: {', '.join(found)}\n  expected: {', '.join(expected)}\n"
-            f"  only here: {', '.join(only_found) or 'none'}; only expected: {', '.join(only_expected) or 'none'}\n"
+            f"  here: {shortened(found, 100)}\n  expected: {shortened(expected, 100)}\n"
+            f"  only here: {shortened(only_found) or 'none'}; only expected: {shortened(only_expected) or 'none'}\n"
             "Give every split, and the checkpoint, the same list of classes."
         )
 
@@ -234,14 +247,26 @@ def require_objects(annotations: AnnotationSet) -> AnnotationSet:
     return annotations
 
 
-def start_messages(annotations: AnnotationSet) -> list[str]:
-    """Return what a training prints about a split when it starts: each warning, and the first skipped items."""
-    messages = [finding.line for finding in annotations.findings if finding.effect == "warning"]
-    if skipped := annotations.skipped:
-        title = f"{annotations.source}: {len(skipped)} boxes or images were skipped:"
-        more = [f"and {len(skipped) - NUM_QUOTED} more"] if len(skipped) > NUM_QUOTED else []
-        messages.append("\n  ".join([title, *skipped[:NUM_QUOTED], *more]))
+def start_messages(findings: Sequence[Finding], source: str) -> list[str]:
+    """Return what a training prints when it starts: the first warnings of each rule, and the first skipped items."""
+    warnings: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.effect == "warning":
+            warnings.setdefault(finding.rule, []).append(finding.line)
+    messages = [_quoted(lines) for lines in warnings.values()]
+    if skipped := [finding.line for finding in findings if finding.effect == "skipped"]:
+        messages.append(_quoted([f"{source}: {len(skipped)} boxes or images were skipped:", *skipped], NUM_QUOTED + 1))
     return messages
+
+
+def _quoted(lines: Sequence[str], num_quoted: int = NUM_QUOTED) -> str:
+    more = [f"and {len(lines) - num_quoted} more"] if len(lines) > num_quoted else []
+    return "\n  ".join([*lines[:num_quoted], *more])
+
+
+def shortened(names: Sequence[str], num_named: int = 8) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:num_named]) + (f" and {len(names) - num_named} more" if len(names) > num_named else "")
 
 
 def count_findings(source: str, counts: Mapping[Rule, tuple[str, int]]) -> list[Finding]:
@@ -249,10 +274,14 @@ def count_findings(source: str, counts: Mapping[Rule, tuple[str, int]]) -> list[
     return [rule.broken(source, problem.format(count), count) for rule, (problem, count) in counts.items() if count]
 
 
-def with_nearest(name: str, known: Sequence[str]) -> str:
-    """Return the name, quoted, with the known name that resembles it most."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"{name!r} (nearest: {nearest[0]!r})" if nearest else repr(name)
+def with_nearest(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return the names, quoted; the first few with the known name that resembles them most, which takes long."""
+    return [
+        f"{name!r} (nearest: {near[0]!r})"
+        if number < NUM_EXAMPLES and (near := difflib.get_close_matches(name, known, n=1))
+        else repr(name)
+        for number, name in enumerate(names)
+    ]
 
 
 def _refuse_fractions(source: str, boxes: npt.NDArray[np.float64]) -> None:

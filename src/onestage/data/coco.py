@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ import onestage.data.annotations as rules
 from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set, count_findings, malformed
 from onestage.data.source import Source, Split, role_of
 from onestage.errors import AnnotationError
-from onestage.files import find_files, printable, read_file
+from onestage.files import as_path, find_files, printable, read_file, to_flag, to_number
 from onestage.types import AnnotationSet, Finding, JSONDict
 
 TABLES = ("images", "annotations", "categories")
@@ -58,7 +57,7 @@ class COCO(Source):
         val_images: str | Path | None = None,
         test_images: str | Path | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         self._root = self.path.parent if self.path.suffix.lower() == ".json" else self.path
         self._given: dict[Split, str | Path | None] = {"train": train, "val": val, "test": test}
         self._images: dict[Split, str | Path | None] = {"train": train_images, "val": val_images, "test": test_images}
@@ -74,7 +73,7 @@ class COCO(Source):
     ) -> AnnotationSet:
         """Read the JSON file of a split."""
         file, images = self.annotation_file(split), self._images[split]
-        folders = _image_folders(file, self._root) if images is None else [self._root / images]
+        folders = _image_folders(file, self._root) if images is None else [self._root / as_path(images)]
         return parse_coco(file, folders, class_names=class_names, max_bad_fraction=max_bad_fraction)
 
     def describe(self, split: Split) -> str:
@@ -85,9 +84,15 @@ class COCO(Source):
         """Return the JSON file of a split; the usual name if there is none."""
         given = self._given[split]
         if str(given).endswith(".json"):
-            return self._root / str(given)
+            return self._root / as_path(str(given))
         usual = self._root / "annotations" / f"instances_{given or split}.json"
         return usual if given is not None else self._found().get(split, usual)
+
+    def unused(self) -> list[str]:
+        """Return the annotation files of the folder that belong to no split."""
+        used = {self.annotation_file(split) for split in self.splits}
+        files = list_annotation_files(self.path) if self.path.is_dir() else []
+        return [printable(file) for file in files if file not in used]
 
     def _found(self) -> dict[Split, Path]:
         """Return the files of the folder by role. Of several for one role, that of 2017 counts, or else the last."""
@@ -217,9 +222,9 @@ def _parse_json(source: str, content: bytes, hook: Any) -> JSONDict:
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> JSONDict:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"the key {max(keys, key=keys.count)!r} occurs twice in one object")
+    key, count = Counter(key for key, _ in pairs).most_common(1)[0] if pairs else ("", 0)
+    if count > 1:
+        raise ValueError(f"the key {key!r} occurs twice in one object")
     return dict(pairs)
 
 
@@ -294,7 +299,7 @@ def _read_images(
         first, second, *_ = (images[n].get("file_name") for n in np.flatnonzero(ids == repeated))
         problem = f"image id {repeated} belongs to {first!r:.80} and {second!r:.80}; ids must be unique"
         raise malformed(source, problem, FRESH_COPY)
-    sizes = _floats([[image.get("height") or 0, image.get("width") or 0] for image in images], 2)
+    sizes = _floats([[to_number(image.get(side) or 0) for side in ("height", "width")] for image in images], 2)
     is_size = ((sizes >= 0) & (sizes < 1 << 31) & (sizes == np.floor(sizes))).all(axis=1)
     for image in (images[n] for n in np.flatnonzero(~is_size)):
         problem = f"image {image.get('id')} has width {image.get('width')!r:.80} and height {image.get('height')!r:.80}"
@@ -342,8 +347,8 @@ def _read_objects(
     _refuse_corners(source, boxes, images.sizes[rows])
     areas = _read_areas(source, kept, boxes[:, 2] * boxes[:, 3], findings)
     boxes[:, 2:] += boxes[:, :2]
-    is_crowd = np.array([entry.get("iscrowd") == 1 for entry in kept], dtype=np.bool_)
-    is_difficult = np.array([entry.get("difficult") == 1 for entry in kept], dtype=np.bool_)  # not COCO's own
+    is_crowd = np.array([to_flag(entry.get("iscrowd")) for entry in kept], dtype=np.bool_)
+    is_difficult = np.array([to_flag(entry.get("difficult")) for entry in kept], dtype=np.bool_)  # not COCO's own
     return ObjectColumns(rows, boxes, labels, problems, areas, is_crowd, is_difficult), numbers
 
 
@@ -367,12 +372,11 @@ def _floats(lists: list[Any], length: int) -> npt.NDArray[np.float64]:
     """Return [T, length] of T lists of numbers; NaN for anything else."""
     nothing = [np.nan] * length
     rows = [row if isinstance(row, list) and len(row) == length else nothing for row in lists]
-    rows = [row if {int, float}.issuperset(map(type, row)) else nothing for row in rows]
+    rows = [row if {int, float}.issuperset(map(type, row)) else list(map(to_number, row)) for row in rows]
     try:
         return np.array(rows, dtype=np.float64).reshape(-1, length)
     except OverflowError:  # an integer of hundreds of digits
-        limit = sys.float_info.max
-        return np.array([[number if abs(number) < limit else np.inf for number in row] for row in rows])
+        return np.array([list(map(to_number, row)) for row in rows])
 
 
 def _refuse_corners(source: str, boxes: npt.NDArray[np.float64], sizes: npt.NDArray[np.int32]) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,14 +22,13 @@ from onestage.data.loader import DetectionLoader, StartMethod, num_auto_workers,
 from onestage.data.resize import Resize, Stretch
 from onestage.data.samplers import EvaluationSampler, Sampling, TrainingSampler, count_repeats
 from onestage.data.source import Source, Split
-from onestage.data.splits import find_same_files, split_by_fold, split_by_fraction
+from onestage.data.splits import DEFAULT_VAL_FRACTION, find_shared_images, split_by_fold, split_by_fraction
 from onestage.data.transforms import ScaleJitter, SeededTransform, ssd_transforms
 from onestage.errors import ConfigError, require
-from onestage.files import printable
+from onestage.files import as_path, printable
 from onestage.types import AnnotationSet, Stage
 
 DEFAULT_IMAGE_SIZE, MIN_IMAGE_SIZE = 300, 32  # px
-DEFAULT_VAL_FRACTION = 0.2  # where the source has no validation split
 CALLS: dict[str, list[Stage]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
 
 logger = logging.getLogger(__name__)
@@ -144,7 +142,7 @@ class DetectionDataModule(LightningDataModule):
             ConfigError: neither `source` nor `path` is given.
             DataError: `path` is no known data set.
         """
-        if self.path is not None and (self._source is None or self._source.path != Path(self.path)):
+        if self.path is not None and (self._source is None or self._source.path != as_path(self.path)):
             self._source = recognise(self.path)
         if self._source is None:
             raise ConfigError("data.source: missing. Set data.path to your data set, or data.source to a class.")
@@ -161,7 +159,7 @@ class DetectionDataModule(LightningDataModule):
         if self._class_names is not None:
             return list(self._class_names)
         known = self.source.known_classes
-        return list(known[0] if known is not None else self.annotations("train").class_names)
+        return list(known[0] if known is not None else self._train.class_names)
 
     @property
     def category_ids(self) -> list[int]:
@@ -173,7 +171,7 @@ class DetectionDataModule(LightningDataModule):
                 id_by_name = dict(zip(*self.source.known_classes, strict=True))
                 return [id_by_name.get(name, label) for label, name in enumerate(self.class_names, start=1)]
             if "train" in self.source.splits:
-                return list(self.annotations("train").category_ids)
+                return list(self._train.category_ids)
         return list(range(1, self.num_classes + 1))
 
     def prepare_data(self) -> None:
@@ -194,8 +192,9 @@ class DetectionDataModule(LightningDataModule):
         if stage == "fit" and new_splits:
             self._announce()
             splits = [("training", self.annotations("train")), ("validation", self.annotations("val"))]
-            for finding in find_same_files(splits)[0]:  # a warning, because overfitting on purpose is allowed
-                _warn(finding.line)
+            shared = [] if self._is_divided else find_shared_images(splits)[0]
+            for message in start_messages(shared, ""):
+                _warn(message)
 
     def annotations(self, stage: Stage) -> AnnotationSet:
         """Return the split that `stage` reads. It is parsed once.
@@ -206,7 +205,7 @@ class DetectionDataModule(LightningDataModule):
         stage = self._split_of(stage)
         if stage not in self._annotation_sets:
             self._annotation_sets[stage] = annotations = self._read(stage)
-            for message in start_messages(annotations):
+            for message in start_messages(annotations.findings, annotations.source):
                 _warn(message)
         return self._annotation_sets[stage]
 
@@ -308,27 +307,33 @@ class DetectionDataModule(LightningDataModule):
     def _check_images(self, split: Stage) -> None:
         """Skip the images of a split whose headers show that they cannot be used."""
         annotations = self.annotations(split)
-        if isinstance(self._images(split), FileReader) and split != "predict":
+        is_whole = split == "test" or (split != "predict" and not self._is_divided)  # parts are checked as a whole
+        if is_whole and isinstance(self._images(split), FileReader):
             checked = check_before_start(annotations, self.image_size, self.max_bad_fraction)
-            for message in start_messages(replace(checked, findings=checked.findings[len(annotations.findings) :])):
+            for message in start_messages(checked.findings[len(annotations.findings) :], checked.source):
                 _warn(message)
-            self._annotation_sets[split] = checked
+            self._annotation_sets[split] = require_objects(checked) if split == "train" else checked
         self._checked_splits.add(split)
 
     def _read(self, stage: Stage) -> AnnotationSet:
         if stage == "predict":
-            return list_images(Path(str(self.predict_dir)), self.class_names, self.category_ids)
+            return list_images(as_path(str(self.predict_dir)), self.class_names, self.category_ids)
         if stage != "test" and self._is_divided:
             return self._parts[stage == "val"]
         if stage == "train":
-            return require_objects(self._parse("train", self._class_names))
+            return require_objects(self._train)
         annotations = self._parse(stage, self.class_names)
         if self._class_names is None:
-            require_same_categories(self.annotations("train"), annotations)
+            require_same_categories(self._train, annotations)
         return annotations
 
     def _parse(self, split: Split, class_names: Sequence[str] | None) -> AnnotationSet:
         return self.source.read(split, class_names, max_bad_fraction=self.max_bad_fraction)
+
+    @cached_property
+    def _train(self) -> AnnotationSet:
+        """The source's training split, parsed once."""
+        return self._parse("train", self._class_names)
 
     @property
     def _is_divided(self) -> bool:
@@ -339,8 +344,10 @@ class DetectionDataModule(LightningDataModule):
 
     @cached_property
     def _parts(self) -> tuple[AnnotationSet, AnnotationSet]:
-        """The parts of the training set to train and to validate on."""
-        whole = self._parse("train", self._class_names)
+        """The parts of the training set to train and to validate on, without images that cannot be used."""
+        whole = self._train
+        if self.source.image_reader("train", whole) is None:  # the images are files
+            whole = check_before_start(whole, self.image_size, self.max_bad_fraction)
         if self.num_folds is not None:
             train, validation = split_by_fold(whole, self.num_folds, self.fold)
         else:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from onestage.data.annotations import IMAGE_UNREADABLE, ImageColumns, ObjectColumns, build_annotation_set
-from onestage.data.images import IMAGE_SUFFIXES
+from onestage.data.annotations import IMAGE_UNREADABLE, NOT_READ, ImageColumns, ObjectColumns, build_annotation_set
+from onestage.data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from onestage.data.source import Source, Split
 from onestage.errors import DataError
-from onestage.files import printable
-from onestage.types import AnnotationSet
+from onestage.files import as_path, printable
+from onestage.types import AnnotationSet, Finding
 
 
 class ImageFolder(Source):
@@ -24,7 +24,7 @@ class ImageFolder(Source):
     format = "images"
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -45,7 +45,8 @@ class ImageFolder(Source):
 def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence[int]) -> AnnotationSet:
     """Return the images below a folder, or one image, as a set without objects; see `find_images`. Ids are 1..N.
 
-    An entry that is named like an image and is no regular file (a pipe, a dangling link) is named in `skipped`.
+    An entry that is named like an image and is no regular file (a pipe, a dangling link) is named in `skipped`; images
+    of a type that is not read are counted.
 
     Raises:
         DataError: the folder is missing or cannot be listed, or there is no image in it.
@@ -64,13 +65,30 @@ def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence
         category_ids,
         describe=str,
         findings=[
-            IMAGE_UNREADABLE.broken(printable(path), "is not a regular file") for path in found if not path.is_file()
+            *(
+                IMAGE_UNREADABLE.broken(printable(path), "is not a regular file")
+                for path in found
+                if not path.is_file()
+            ),
+            *(count_unread(folder) if folder.is_dir() else ()),
         ],
         max_bad_fraction=1.0,
     )
 
 
-def find_images(folder: Path) -> list[Path]:
+def count_unread(folder: Path) -> list[Finding]:
+    """Return a finding with the number of images below a folder whose type is not read, if there are any."""
+    unread = find_images(folder, UNREAD_SUFFIXES)
+    types = " ".join(sorted({path.suffix.lower() for path in unread}))
+    problem = (
+        f"{len(unread)} images are of a type that is not read ({types}), such as {printable(unread[0])}"
+        if unread
+        else ""
+    )
+    return [NOT_READ.broken(printable(folder), problem, len(unread))] if unread else []
+
+
+def find_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
     """Return every entry below a folder that is named like an image, sorted; nothing hidden or below linked folders.
 
     Raises:
@@ -84,6 +102,6 @@ def find_images(folder: Path) -> list[Path]:
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        is_image = (not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES) for name in files)
+        is_image = (not name.startswith(".") and name.lower().endswith(suffixes) for name in files)
         found += [Path(parent, name) for name, keep in zip(files, is_image, strict=True) if keep]
     return sorted(found)

@@ -11,19 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import (
-    BOX_TINY,
-    EXTREME_SHAPE,
-    FIRST_FRAME,
-    IMAGE_SIZE_DIFFERS,
-    IMAGE_TOO_SMALL,
-    IMAGE_UNREADABLE,
-    OTHER_SUFFIX,
-    TURNED,
-    count_findings,
-    require_images,
-    select_images,
-)
+import onestage.data.annotations as rules
 from onestage.data.images import (
     MAX_IMAGE_BYTES,
     REMEDY,
@@ -45,8 +33,8 @@ MAX_ASPECT = 10.0  # of the sides; stretched to a square, objects would be lines
 START_IMAGES = 20_000  # images of a split that are checked before training; the others are when they are read
 NUM_THREADS = 8  # they wait for the disk, or the network behind it
 SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "BMP": (".bmp",), "WEBP": (".webp",),
-    "TIFF": (".tif", ".tiff"), "GIF": (".gif",),
+    "JPEG": (".jpg", ".jpeg", ".jfif"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "BMP": (".bmp",),
+    "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "GIF": (".gif",),
 }  # fmt: skip
 
 
@@ -85,7 +73,7 @@ def check_header(path: str, annotated_size: tuple[int, int] = (0, 0)) -> HeaderC
 
 def image_finding(file: Path, reason: ImageError) -> Finding:
     """Turn the decoder's error into a finding."""
-    rule = IMAGE_SIZE_DIFFERS if isinstance(reason, ImageSizeError) else IMAGE_UNREADABLE
+    rule = rules.IMAGE_SIZE_DIFFERS if isinstance(reason, ImageSizeError) else rules.IMAGE_UNREADABLE
     return rule.broken_by(file, reason)
 
 
@@ -104,9 +92,10 @@ def check_before_start(annotations: AnnotationSet, image_size: int, max_bad_frac
     findings = [finding for check in checks for finding in check.findings if finding.effect != "note"]
     bad_rows = rows[[not check.is_usable for check in checks]]
     kept = np.setdiff1d(np.arange(num_images), bad_rows)
-    require_images(annotations.source, len(kept), findings, max_bad_fraction)
-    selected = select_images(annotations, kept) if len(bad_rows) else annotations
-    return replace(selected, findings=(*annotations.findings, *findings, *tiny_boxes(selected, image_size)))
+    found = [*annotations.findings, *findings]
+    rules.require_few_skipped(annotations.source, len(kept), len(annotations.boxes), found, max_bad_fraction)
+    selected = rules.select_images(annotations, kept) if len(bad_rows) else annotations
+    return replace(selected, findings=(*found, *tiny_boxes(selected, image_size)))
 
 
 def tiny_boxes(annotations: AnnotationSet, image_size: int) -> list[Finding]:
@@ -118,7 +107,7 @@ def tiny_boxes(annotations: AnnotationSet, image_size: int) -> list[Finding]:
     scale = np.where(sizes > 0, image_size / np.maximum(sizes, 1), 1.0)
     is_tiny = ((annotations.boxes[:, 2:] - annotations.boxes[:, :2]) * scale < 1).any(axis=1)
     problem = f"{{}} of {len(sizes)} boxes are less than 1 px wide or high at {image_size} px: not trained on"
-    return count_findings(annotations.source, {BOX_TINY: (problem, int(np.count_nonzero(is_tiny)))})
+    return rules.count_findings(annotations.source, {rules.BOX_TINY: (problem, int(np.count_nonzero(is_tiny)))})
 
 
 def _read(file: Path) -> tuple[ImageHeader, bool]:
@@ -156,15 +145,15 @@ def _findings(
     height, width = size
     if min(size) < MIN_IMAGE_SIDE:
         problem = f"is {width} x {height} px; both sides must be at least {MIN_IMAGE_SIDE} px"
-        return [IMAGE_TOO_SMALL.broken(place, problem)]
-    found = []
-    if max(size) > MAX_ASPECT * min(size):
-        found.append(EXTREME_SHAPE.broken(place, f"is {width} x {height} px, longer than {MAX_ASPECT:g}:1"))
-    if is_animated:
-        found.append(FIRST_FRAME.broken(place, "has several frames or pages; the first is taken"))
-    if file.suffix.lower() not in SUFFIXES.get(header.format, (file.suffix.lower(),)):
-        found.append(OTHER_SUFFIX.broken(place, f"is a {header.format} file"))
-    if header.orientation != 1:
-        verb = "turned by" if orientation != 1 else "not turned, as annotated, despite"
-        found.append(TURNED.broken(place, f"is {verb} its EXIF orientation {header.orientation}"))
-    return found
+        return [rules.IMAGE_TOO_SMALL.broken(place, problem)]
+    has_other_suffix = file.suffix.lower() not in SUFFIXES.get(header.format, (file.suffix.lower(),))
+    verb = "turned by" if orientation != 1 else "not turned, as annotated, despite"
+    remarks = (
+        (rules.EXTREME_SHAPE, max(size) > MAX_ASPECT * min(size), f"is {width} x {height} px, over {MAX_ASPECT:g}:1"),
+        (rules.FIRST_FRAME, is_animated, "has several frames or pages; the first is taken"),
+        (rules.DEEP_IMAGE, header.is_deep, "has 16 bits per channel; the upper 8 are used"),
+        (rules.TRANSPARENT, header.has_alpha, "has transparent parts; they are shown in their own colours"),
+        (rules.OTHER_SUFFIX, has_other_suffix, f"is a {header.format} file"),
+        (rules.TURNED, header.orientation != 1, f"is {verb} its EXIF orientation {header.orientation}"),
+    )
+    return [rule.broken(place, problem) for rule, is_so, problem in remarks if is_so]

@@ -13,13 +13,22 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 from onestage.errors import ImageError
 from onestage.files import printable, read_file
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+UNREAD_SUFFIXES = (
+    ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".pnm", ".tga", ".exr", ".hdr", ".dng", ".svg", ".psd",
+)  # fmt: skip
 MAX_PIXELS = 64_000_000  # 192 MB as RGB; a file of a hundred bytes can claim a thousand times as much
 MAX_IMAGE_BYTES = 512 << 20  # twice what MAX_PIXELS of uncompressed 16-bit RGB takes, rounded up
 # Only these readers of Pillow may run: others start external programs or are little tested.
 PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
 # Registered here rather than by Pillow's search for readers, which several threads would start together.
 LATE_READERS = (TiffImagePlugin, WebPImagePlugin)
+# Others, such as float and 32-bit integers, have no fixed range of values that 0..255 could stand for.
+PILLOW_MODES = (
+    "1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "I;16", "I;16B", "I;16L",
+    "I;16N",
+)  # fmt: skip
+VALUE_TYPES = {"F": "floating-point values", "I": "32-bit or signed values"}
 DECODED_BY_OPENCV = ("JPEG", "MPO", "PNG")  # a quarter faster than Pillow, as strict given bytes; MPO: several JPEGs
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 ORIENTATION_TAG = 0x0112
@@ -40,6 +49,8 @@ class ImageHeader(NamedTuple):
     height: int  # as stored, before any rotation
     width: int
     orientation: int  # EXIF 1..8; 1 is upright
+    is_deep: bool = False  # 16 bits per channel
+    has_alpha: bool = False
 
 
 def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) -> RGBImage:
@@ -90,21 +101,27 @@ def open_header(file: Path, stream: BinaryIO) -> Image.Image:
 
 
 def read_header(file: Path, image: Image.Image) -> ImageHeader:
-    """Read size and orientation, and refuse a size that is out of bounds before anything is allocated.
+    """Read size, orientation and depth, and refuse a size that is out of bounds before anything is allocated.
 
     Raises:
-        ImageError: the image has more than `MAX_PIXELS` pixels.
+        ImageError: the image has more than `MAX_PIXELS` pixels, or values without a fixed range.
     """
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise _too_many_pixels(file, f"{width} x {height}")
+    if image.mode not in PILLOW_MODES:
+        problem = f"holds {VALUE_TYPES.get(image.mode, image.mode)}, which have no fixed range; it must be 8 or 16 bits"
+        raise ImageError(f"{printable(file)}: {problem}.\nSave it as 8-bit RGB or gray, scaled to 0..255.")
     orientation = 1
     if image.format != "TIFF" and image.info.get("exif"):  # Pillow turns TIFF itself
         with suppress(Exception):  # damaged metadata, of which only the orientation matters
             exif = Image.Exif()
             exif.load(image.info["exif"])
             orientation = int(exif.get(ORIENTATION_TAG, 1))
-    return ImageHeader(image.format or "", height, width, orientation if 1 <= orientation <= 8 else 1)
+    is_deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    has_alpha = image.mode.lower().endswith("a") or "transparency" in image.info
+    orientation = orientation if 1 <= orientation <= 8 else 1
+    return ImageHeader(image.format or "", height, width, orientation, is_deep, has_alpha)
 
 
 def orientation_to_apply(file: Path, header: ImageHeader, annotated_size: tuple[int, int] | None) -> int:
@@ -147,8 +164,6 @@ def _decode_with_pillow(content: bytes, image: Image.Image) -> RGBImage:
     if image.mode.startswith("I;16"):
         gray = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(gray[..., None], 3, axis=2)
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode!r} has no fixed range of values")
     return np.array(image.convert("RGB"))
 
 

@@ -8,15 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.annotations import (
-    ImageColumns,
-    ObjectColumns,
-    Rule,
-    build_annotation_set,
-    count_findings,
-    malformed,
-    require_images,
-)
+import onestage.data.annotations as rules
+from onestage.data.annotations import ImageColumns, ObjectColumns, Rule, count_findings, malformed
 from onestage.errors import AnnotationError
 from onestage.files import list_files, printable
 from onestage.types import AnnotationSet, Finding
@@ -72,7 +65,7 @@ class LabelFiles(NamedTuple):
         problems = dict.fromkeys(np.flatnonzero(label_array < 0).tolist(), unknown_class)
         problems |= {row: item.problem for row, item in enumerate(self.objects) if item.problem}
         is_difficult = np.array([item.is_difficult for item in self.objects], dtype=np.bool_)
-        return build_annotation_set(
+        return rules.build_annotation_set(
             self.source,
             self.images,
             ObjectColumns(self.image_rows, boxes, label_array, problems, is_difficult=is_difficult),
@@ -127,7 +120,7 @@ def read_label_files(
             except AnnotationError as reason:
                 skipped[row] = malformed_file.broken_by(item.label, reason)
     findings = [skipped[row] for row in sorted(skipped)]
-    require_images(source, len(files), findings, max_bad_fraction)
+    rules.require_few_skipped(source, len(files), 0, findings, max_bad_fraction)
     problems = {no_file: "{} images have no annotation file: without objects", **notes}
     objects = [item for file in files.values() for item in file.objects]
     return LabelFiles(

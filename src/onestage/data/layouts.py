@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import FILE, UNKNOWN_CLASS, with_nearest
+from onestage.data.annotations import FILE, UNKNOWN_CLASS, shortened, with_nearest
 from onestage.data.coco import COCO, list_annotation_files, split_name
 from onestage.data.source import Source, Split as Role, role_of
 from onestage.data.voc import VOC, NoClassesError, find_list_files, find_lists
-from onestage.data.yolo import NAMES_FILES, SETTINGS_FILES, YOLO
+from onestage.data.yolo import YOLO, has_labels, has_settings
 from onestage.errors import DataError
-from onestage.files import printable
+from onestage.files import as_path, printable
 from onestage.types import AnnotationSet, Finding
 
 ROLES = ("train", None, "val", "test")  # the order of splits; None: a name of the user's own
@@ -24,7 +24,7 @@ NUM_SEEN = 2000  # files of an unknown folder that are counted
 KNOWN = (
     "Known are: COCO (a JSON file, annotations/instances_*.json, <split>/_annotations.coco.json), "
     "VOC (ImageSets/Main, VOCdevkit, or XML files beside images), "
-    "YOLO (data.yaml, or classes.txt with images/ and labels/)"
+    "YOLO (data.yaml, obj.data, or images/ and labels/)"
 )
 
 
@@ -57,23 +57,24 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
     Raises:
         DataError: the path is missing, or of an unknown format.
     """
-    path = Path(path)
+    path, images = as_path(path), image_root and as_path(image_root).absolute()
     if path.suffix.lower() in (".yaml", ".yml"):
         return YOLO(path)
     if path.suffix.lower() == ".json":
-        return COCO(path, train_images=image_root and image_root.absolute())
+        return COCO(path, train_images=images)
     if not path.is_dir():
         problem = "is not a folder, JSON or YAML file" if path.exists() else "there is no such file or folder"
         raise DataError(f"{printable(path)}: {problem}.\n{KNOWN}.")
-    if find_list_files(path):
-        return VOC(path)
-    if any((path / name).is_file() for name in (*SETTINGS_FILES, *NAMES_FILES)):
-        return YOLO(path)
-    if find_lists(path):
-        return VOC(path)
-    if list_annotation_files(path):
-        images = image_root and image_root.absolute()
-        return COCO(path, train_images=images, val_images=images, test_images=images)
+    recognisers: tuple[tuple[Callable[[Path], object], Callable[[Path], Source]], ...] = (
+        (find_list_files, VOC),
+        (has_settings, YOLO),
+        (find_lists, VOC),
+        (list_annotation_files, partial(COCO, train_images=images, val_images=images, test_images=images)),
+        (has_labels, YOLO),
+    )
+    for is_found, source in recognisers:
+        if is_found(path):
+            return source(path)
     suffixes = Counter(file.suffix.lower() or "no suffix" for file in islice(path.rglob("*.*"), NUM_SEEN))
     seen = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4)) or "nothing"
     raise DataError(f"{printable(path)}: is no data set that is known here; it holds {seen}.\n{KNOWN}.")
@@ -82,9 +83,7 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
 def describe_source(source: Source) -> list[str]:
     """Return the lines that a training prints: the format, the files of each split, and the files of none."""
     lines = [f"{split}: {source.describe(split)}" for split in source.splits]
-    if isinstance(source, COCO) and source.path.is_dir():
-        used = {source.annotation_file(split) for split in source.splits}
-        lines += [f"not used: {printable(file)}" for file in list_annotation_files(source.path) if file not in used]
+    lines += [f"not used: {name}" for name in source.unused()]
     return [f"{source.format} data set {printable(source.path)}", *(f"  {line}" for line in lines)]
 
 
@@ -109,7 +108,7 @@ def read_splits(sources: Sequence[SplitSource], max_bad_fraction: float = 1.0) -
         except DataError as reason:
             splits.append(Split(*source[:3], None, [FILE.broken_by(source.path, reason)]))
     voc = [split.annotations.class_names for split in splits if split.format == "VOC" and split.annotations is not None]
-    all_names = sorted(set().union(*voc))
+    all_names = sorted(set().union(*voc)) or ["object"]
     for number, (*_, annotations, findings) in enumerate(splits):
         if splits[number].format == "VOC" and annotations is not None:
             findings += _unknown_classes(annotations, voc[0])
@@ -128,7 +127,7 @@ def _splits_of(source: Source) -> list[SplitSource]:
         try:
             return source.read(split, max_bad_fraction=max_bad_fraction)
         except NoClassesError:  # a split of negatives
-            return source.read(split, ["object"], max_bad_fraction=max_bad_fraction)
+            return source.read(split, [], max_bad_fraction=max_bad_fraction)
 
     return [
         SplitSource(role_of(own_name) or own_name or split, source.format, source.path, partial(read, split))
@@ -138,13 +137,14 @@ def _splits_of(source: Source) -> list[SplitSource]:
 
 def _unknown_classes(annotations: AnnotationSet, known: Sequence[str]) -> list[Finding]:
     """Report the classes of a split that the training split, whose classes are the detector's, does not have."""
-    unknown = [with_nearest(name, known) for name in annotations.class_names if name not in known]
-    problem = f"the training split has no {', '.join(unknown)}"
+    unknown = sorted(set(annotations.class_names) - set(known))
+    problem = f"the training split has no {shortened(with_nearest(unknown, known))}"
     return [UNKNOWN_CLASS.broken(annotations.source, problem, len(unknown))] if unknown else []
 
 
 def _with_classes(annotations: AnnotationSet, names: Sequence[str]) -> AnnotationSet:
     """Number the classes in the order of `names`, which holds all of the set's own."""
-    new_label = np.array([names.index(name) for name in annotations.class_names], dtype=np.int64)
+    label_of_name = {name: label for label, name in enumerate(names)}
+    new_label = np.array([label_of_name[name] for name in annotations.class_names], dtype=np.int64)
     labels = new_label[annotations.labels] if len(annotations.labels) else annotations.labels
     return replace(annotations, labels=labels, class_names=tuple(names), category_ids=tuple(range(1, len(names) + 1)))

@@ -1,9 +1,9 @@
 """The `Source` of a data set: its files, its splits, and reading a split."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +67,10 @@ class Source(ABC):
         """Return a function from a row of `annotations`, of that split, to its image; None: the images are files."""
         return None
 
+    def unused(self) -> list[str]:
+        """Return the annotation files or lists that lie there and belong to no split."""
+        return []
+
     def prepare(self) -> None:  # noqa: B027 # a source may have nothing to prepare
         """Create the files if the source can; called once, by one process, before `splits`."""
 
@@ -75,3 +79,10 @@ def role_of(name: str) -> Split | None:
     """Return the role of a split by its name: train2017 and trainval are train; val2017, valid, validation are val."""
     words: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "minival", "dev"), "test": ("test",)}
     return next((role for role, starts in words.items() if name.lower().startswith(starts)), None)
+
+
+def names_by_role(names: Iterable[str]) -> dict[str, str]:
+    """Return the name of each role: the role itself if it is among the names, or else the first in order."""
+    ordered = sorted(names, key=lambda name: (name != role_of(name), name))
+    found = {role: name for name in reversed(ordered) if (role := role_of(name)) is not None}
+    return {role: found[role] for role in get_args(Split) if role in found}

@@ -1,20 +1,22 @@
 """Splits: stratified parts of one annotated set, and images that two splits share."""
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from heapq import heapify, heappop, heappush
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.annotations import SAME_SPLIT, select_images
+from onestage.data.annotations import LEAKED_COPY, SAME_SPLIT, select_images
 from onestage.errors import ConfigError
 from onestage.files import printable
 from onestage.types import AnnotationSet, Finding
 
+DEFAULT_VAL_FRACTION = 0.2  # where a source has no validation split
 HEAD_BYTES = 8192  # beyond the tables that the JPEG files of one camera share
 NOTHING = -1  # stands for the class of an image without objects
 
@@ -53,35 +55,66 @@ def assign_parts(annotations: AnnotationSet, shares: Sequence[float]) -> npt.NDA
     """
     groups = _groups(annotations)
     classes_of_group = [_classes(annotations, rows) for rows in groups]
-    remaining: Counter[int] = sum(classes_of_group, Counter())  # class -> images that have no part yet
+    groups_of_class: dict[int, list[int]] = defaultdict(list)
+    remaining: Counter[int] = Counter()  # class -> images that have no part yet
+    for group, classes in enumerate(classes_of_group):
+        remaining.update(classes)
+        for name in classes:
+            groups_of_class[name].append(group)
     wanted = {name: [share * count for share in shares] for name, count in remaining.items()}  # images, by part
     wanted_images = [share * len(annotations) for share in shares]
     part_of_image = np.full(len(annotations), -1, dtype=np.int64)
-    while remaining:
-        rarest = min(remaining, key=lambda name: (name == NOTHING, remaining[name], name))
-        for rows, classes in zip(groups, classes_of_group, strict=True):
-            if rarest not in classes or part_of_image[rows[0]] >= 0:
+    rarest_first = [(name == NOTHING, count, name) for name, count in remaining.items()]
+    heapify(rarest_first)
+    while rarest_first:
+        _, count, rarest = heappop(rarest_first)
+        if count != remaining[rarest]:  # an entry from before some of its images got their part
+            continue
+        for group in groups_of_class.pop(rarest, ()):
+            rows, classes = groups[group], classes_of_group[group]
+            if part_of_image[rows[0]] >= 0:
                 continue
             need = wanted[rarest]
             part = max(range(len(shares)), key=lambda p: (need[p], wanted_images[p]))  # used at once
             part_of_image[rows] = part
             wanted_images[part] -= len(rows)
-            for name, count in classes.items():
-                wanted[name][part] -= count
-            remaining -= classes
+            for name, num_images in classes.items():
+                wanted[name][part] -= num_images
+                remaining[name] -= num_images
+                if name != rarest:
+                    heappush(rarest_first, (name == NOTHING, remaining[name], name))
     return part_of_image
 
 
-def find_same_files(splits: Sequence[tuple[str, AnnotationSet]]) -> tuple[list[Finding], set[str]]:
-    """Return a finding for each pair of splits, (name, images), that name the same files, and those files."""
+def find_shared_images(splits: Sequence[tuple[str, AnnotationSet]]) -> tuple[list[Finding], set[str]]:
+    """Return a finding for each image of two splits, (name, images), and their paths: the same file, or its copy.
+
+    Only files whose length occurs in another split are read.
+    """
     findings = []
     shared: set[str] = set()
     for (name, annotations), (other_name, other) in combinations(splits, 2):
-        both = sorted({*map(str, annotations.image_paths)} & {*map(str, other.image_paths)})
+        both = sorted({*annotations.image_paths.tolist()} & {*other.image_paths.tolist()})
         if both:
             problem = f"{len(both)} images are in {other_name} too, such as {printable(both[0])}"
             findings.append(SAME_SPLIT.broken(f"{annotations.source} ({name})", problem, len(both)))
         shared |= set(both)
+    by_length: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for name, annotations in splits:
+        for path in annotations.image_paths.tolist():
+            if path not in shared:
+                by_length[_length(Path(path))].append((name, path))
+    groups = (group for length, group in by_length.items() if length and len({name for name, _ in group}) > 1)
+    owners = [owner for group in groups for owner in group]
+    by_content: dict[object, list[tuple[str, str]]] = defaultdict(list)
+    for owner, content in zip(owners, _contents([Path(path) for _, path in owners]), strict=True):
+        by_content[content].append(owner)
+    for (first_name, first), *same in by_content.values():
+        copies = [(name, path) for name, path in same if name != first_name]
+        for name, path in copies:
+            problem = f"{name} holds a copy of {printable(first)} in {first_name}"
+            findings.append(LEAKED_COPY.broken(printable(path), problem))
+        shared |= {first, *(path for _, path in same)} if copies else set()
     return findings, shared
 
 

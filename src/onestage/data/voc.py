@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from math import isfinite, nan
+from math import isfinite
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
@@ -11,15 +11,16 @@ from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 import onestage.data.annotations as rules
-from onestage.data.annotations import count_findings, malformed, with_nearest
+from onestage.data.annotations import count_findings, malformed, shortened, with_nearest
 from onestage.data.images import IMAGE_SUFFIXES
 from onestage.data.label_files import LabelFile, LabelledImage, WrittenObject, read_label_files
-from onestage.data.source import Source, Split, role_of
+from onestage.data.source import Source, Split, names_by_role, role_of
 from onestage.errors import AnnotationError, require
-from onestage.files import list_files, printable, read_file, read_text
+from onestage.files import as_path, list_files, printable, read_file, read_text, to_flag, to_number
 from onestage.types import AnnotationSet
 
 SPLIT_FOLDER = Path("ImageSets", "Main")
+CLASS_LIST = re.compile(r"_(train|val|trainval|test)$")
 ALL_IMAGES = "."  # name of the split of a folder without lists
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 MAX_XML_BYTES = 16 << 20  # some 50,000 objects; a file of VOC has a few kB
@@ -56,7 +57,7 @@ class VOC(Source):
         test: Sequence[str] | None = None,
         train_difficult: bool = True,
     ) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         self.train_difficult = train_difficult
         self._given: dict[Split, Sequence[str] | None] = {"train": train, "val": val, "test": test}
         for split, lists in self._given.items():
@@ -79,34 +80,40 @@ class VOC(Source):
         names = " + ".join(self.lists(split))
         return f"{printable(self.path)} ({'all images' if names == ALL_IMAGES else names})"
 
+    def unused(self) -> list[str]:
+        """Return the lists that belong to no split, without those of one class and those that overlap by definition."""
+        used = {name for split in self._given for name in self.lists(split)}
+        files = (
+            (name, file)
+            for name, file in find_list_files(self.path).items()
+            if file.stem not in ("train", "val", "trainval")
+        )
+        return [printable(file) for name, file in files if name not in used and not CLASS_LIST.search(file.stem)]
+
     def lists(self, split: Split) -> tuple[str, ...]:
         """Return the names of the lists of a split; empty if there are none."""
         given = self._given[split]
         return tuple(given) if given is not None else find_lists(self.path).get(split, ())
 
 
-def find_lists(root: Path) -> dict[Split, tuple[str, ...]]:
+def find_lists(root: Path) -> dict[str, tuple[str, ...]]:
     """Return the lists of each split by role. If no name tells the role, a single list is the training split."""
     files = find_list_files(root)
     if not files:
-        folders = {role_of(path.name): path.name for path in sorted(root.glob("*/")) if next(path.glob("*.xml"), None)}
-        found: dict[Split, tuple[str, ...]] = {role: (name,) for role, name in folders.items() if role is not None}
+        folders = names_by_role(path.name for path in root.glob("*/") if role_of(path.name) and _list_folder(path))
+        found: dict[str, tuple[str, ...]] = {role: (name,) for role, name in folders.items()}
         return found or ({"train": (ALL_IMAGES,)} if _list_folder(root) else {})
-
-    def named(*words: str) -> tuple[str, ...]:
-        lists = (tuple(name for name, file in files.items() if file.stem == word) for word in words)
-        return next((names for names in lists if names), ())
-
-    train, val, test = named("train", "trainval"), named("val", "valid", "validation"), named("test")
+    by_stem: dict[str, list[str]] = {}
+    for name, file in files.items():
+        if not CLASS_LIST.search(file.stem):
+            by_stem.setdefault(file.stem, []).append(name)
+    stems = names_by_role(by_stem)
     has_years = not (root / SPLIT_FOLDER).is_dir()
-    if test and named("trainval") and (has_years or not val):  # the papers' sets, such as 07+12
-        train, val, test = named("trainval"), test, ()
-    # Beside the splits VOC has lists of each class, such as dog_train.
-    others = [name for name, file in files.items() if not re.search(r"_(train|val|trainval|test)$", file.stem)]
-    if not (train or val or test) and len(others) == 1:
-        train = (others[0],)
-    lists: dict[Split, tuple[str, ...]] = {"train": train, "val": val, "test": test}
-    return {split: names for split, names in lists.items() if names}
+    if "test" in by_stem and "trainval" in by_stem and (has_years or "val" not in stems):  # the papers', such as 07+12
+        stems = {"train": "trainval", "val": "test"}
+    if not stems and len(by_stem) == 1:
+        stems = {"train": next(iter(by_stem))}
+    return {role: tuple(by_stem[stem]) for role, stem in stems.items()}
 
 
 def find_list_files(root: Path) -> dict[str, Path]:
@@ -148,16 +155,17 @@ def parse_voc(
     files = read_label_files(source, listed, missing, read_record, *file_rules, notes, max_bad_fraction)
     found = {str(item.class_key): item.text for item in reversed(files.objects) if item.class_key}
     names = sorted(found) if class_names is None else class_names
-    if not names:
+    if not names and class_names is None:
         raise NoClassesError(f"{source}: holds no object, so there are no classes.\nGive data.class_names.")
-    unknown = [f"{text}: {with_nearest(name, names)}" for name, text in sorted(found.items()) if name not in names]
+    label_of_name = {name: label for label, name in enumerate(names)}
+    unknown = sorted(found.keys() - label_of_name.keys())
     if unknown:
-        problem = f"{len(unknown)} class names are not among {', '.join(names)}"
-        raise malformed(source, problem, "Correct the names, or add them to data.class_names.", unknown)
+        lines = [f"{found[name]}: {text}" for name, text in zip(unknown, with_nearest(unknown, names), strict=True)]
+        problem = f"{len(unknown)} class names are not among {shortened(names, 100)}"
+        raise malformed(source, problem, "Correct the names, or add them to data.class_names.", lines)
     num_zero = int(np.count_nonzero((files.boxes[:, :2] == 0).any(axis=1)))
     problem = "{} boxes start at pixel 0, though VOC counts from 1: clipped"
     files.findings.extend(count_findings(source, {rules.ZERO_BASED: (problem, num_zero)}))
-    label_of_name = {name: label for label, name in enumerate(names)}
     labels = [label_of_name.get(str(item.class_key), 0) for item in files.objects]
     return files.build(files.boxes - [1, 1, 0, 0], labels, names)
 
@@ -190,6 +198,8 @@ def _list_folder(folder: Path) -> list[LabelledImage]:
 def _pair(image_folder: Path, xml_folder: Path, stems: Sequence[str]) -> list[LabelledImage]:
     """Return the image and the XML file of each stem."""
     names = _images_by_stem(image_folder)
+    stem_of_file = {name: stem for stem, name in names.items()}  # some lists have names with suffix
+    stems = [stem if stem in names else stem_of_file.get(stem, stem) for stem in stems]
     return [
         LabelledImage(image_folder / names.get(stem, stem), xml_folder / f"{stem}.xml", stem not in names)
         for stem in stems
@@ -205,9 +215,12 @@ def _images_by_stem(folder: Path) -> dict[str, str]:
 
 
 def _read_list(path: Path) -> list[str]:
-    """Read one list: an image per line, perhaps followed by -1, 0 or 1 as in VOC's lists of one class."""
+    """Read one list: an image per line, perhaps followed by -1, 0 or 1 as in VOC's lists of one class.
+
+    The folder JPEGImages before a name, with whatever stands before it, does not count.
+    """
     text = read_text(path, AnnotationError, "a list of images", "Use another list, or convert it to UTF-8.")
-    stems = [re.sub(r"\s+(-1|0|1)$", "", line.strip()) for line in text.splitlines()]
+    stems = [re.sub(r"^.*JPEGImages[/\\]|\s+(-1|0|1)$", "", line.strip()) for line in text.splitlines()]
     for number, stem in enumerate(stems, start=1):
         if stem in (".", "..") or {"/", "\\", "\0"}.intersection(stem):
             rule = "a line must be the name of an image in JPEGImages without suffix and without folders"
@@ -234,7 +247,7 @@ def read_record(path: Path) -> LabelFile:
         raise malformed(place, f"is not XML: {reason}", "Export it again, as UTF-8.") from None
     if root.tag != "annotation":
         raise malformed(place, f"its first element is {root.tag!r:.80}; in VOC it is 'annotation'", "Export it again.")
-    height, width = (_number(root.findtext(f"size/{side}")) for side in ("height", "width"))
+    height, width = (to_number(root.findtext(f"size/{side}")) for side in ("height", "width"))
     size = (int(height), int(width)) if 0 < height < 1 << 31 and 0 < width < 1 << 31 else (0, 0)
     objects = [_read_object(element, f"{place}: object {n}") for n, element in enumerate(root.findall("object"), 1)]
     file_name = (root.findtext("filename") or "").strip()
@@ -244,7 +257,7 @@ def read_record(path: Path) -> LabelFile:
 def _read_object(element: Element, place: str) -> WrittenObject:
     """Read one object. Only its own bndbox counts: the `part` elements of a person have their own."""
     name = printable((element.findtext("name") or "").strip())
-    box = xmin, ymin, xmax, ymax = tuple(_number(element.findtext(f"bndbox/{corner}")) for corner in CORNERS)
+    box = xmin, ymin, xmax, ymax = tuple(to_number(element.findtext(f"bndbox/{corner}")) for corner in CORNERS)
     problem = None
     if not name:
         problem = "an object must have a name"
@@ -253,13 +266,5 @@ def _read_object(element: Element, place: str) -> WrittenObject:
     elif xmin >= xmax or ymin >= ymax:
         problem = "xmin < xmax and ymin < ymax must hold"
     written = ", ".join(f"{corner} {value:g}" for corner, value in zip(CORNERS, box, strict=True))
-    is_difficult = _number(element.findtext("difficult")) == 1
+    is_difficult = to_flag(element.findtext("difficult"))
     return WrittenObject(f"{place} ({name}), {written}", name, box, problem, is_difficult)
-
-
-def _number(text: str | None) -> float:
-    """Return a number, or NaN for any other text."""
-    try:
-        return float(text or nan)
-    except ValueError:
-        return nan

@@ -4,7 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import suppress
+from functools import cached_property, partial
 from math import isfinite, nan
 from pathlib import Path
 from typing import NamedTuple
@@ -13,21 +14,23 @@ import numpy as np
 import yaml
 
 import onestage.data.annotations as rules
-from onestage.data.annotations import malformed, require_same_names
+from onestage.data.annotations import malformed, require_same_names, shortened
 from onestage.data.folder import find_images
 from onestage.data.image_headers import NUM_THREADS, check_header
 from onestage.data.images import IMAGE_SUFFIXES
 from onestage.data.label_files import LabelFile, LabelledImage, WrittenObject, read_label_files
-from onestage.data.source import Source, Split
+from onestage.data.source import Source, Split, names_by_role, role_of
 from onestage.errors import AnnotationError
-from onestage.files import is_path, list_files, printable, read_file, read_text
+from onestage.files import as_path, find_below, foreign_parts, is_path, printable, read_file, read_text, to_number
 from onestage.types import AnnotationSet, JSONDict
 
 SETTINGS_FILES = ("data.yaml", "data.yml", "dataset.yaml", "yolo.yaml")
+DARKNET_FILE = "obj.data"  # of CVAT and darknet: names, train and valid
 NAMES_FILES = ("classes.txt", "obj.names", "labels/classes.txt")  # as LabelImg, CVAT and darknet write them
 DEEP_YAML = re.compile(rb"(?:[\[{]\s*){10}")  # thousands of brackets take the parser seconds; data.yaml has 2
+CLASS_INDEX = re.compile(r"^\s*(\d{1,4})(?:\.0*)?\s", re.MULTILINE)  # larger ones are no class indices
 MAX_SETTINGS_BYTES = 1 << 20  # ten thousand classes take a fifth of it
-SPLIT_WORDS = {"val": ("val", "valid", "validation")}
+MAX_SEARCHED = 100  # images of which one must have a label, to take a folder for YOLO's
 TOLERANCE = 1e-3  # of rounding, in fractions of the image
 
 
@@ -37,44 +40,52 @@ class YOLO(Source):
     Args:
         path: data.yaml, or the folder of the data set; see `read_settings`.
         train: name of the training split.
-        val: name of the validation split; val also finds valid and validation.
+        val: name of the validation split; val also finds valid, validation and val2017.
         test: name of the test split.
     """
 
     format = "YOLO"
 
     def __init__(self, path: str | Path, *, train: str = "train", val: str = "val", test: str = "test") -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         self._names: dict[Split, str] = {"train": train, "val": val, "test": test}
 
     @property
     def splits(self) -> tuple[Split, ...]:
         """The splits that data.yaml names or whose folders exist."""
         try:
-            settings = read_settings(self.path)
+            return tuple(split for split, name in self._names.items() if find_entries(self._settings, name))
         except AnnotationError:  # `read` reports it
             return ("train",)
-        return tuple(split for split, name in self._names.items() if find_entries(settings, name))
 
     def read(
         self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
     ) -> AnnotationSet:
         """Read the label files of a split."""
-        return parse_yolo(self.path, self._names[split], class_names=class_names, max_bad_fraction=max_bad_fraction)
+        name = self._names[split]
+        return parse_yolo(self._settings, name, class_names=class_names, max_bad_fraction=max_bad_fraction)
 
     def describe(self, split: Split) -> str:
         """Return the settings file or folder, and the folders and lists of a split."""
-        settings = read_settings(self.path)
-        return f"{settings.source} ({', '.join(find_entries(settings, self._names[split]))})"
+        return f"{self._settings.source} ({', '.join(find_entries(self._settings, self._names[split]))})"
+
+    def unused(self) -> list[str]:
+        """Return the entries that belong to no split, such as `valid` beside `val`."""
+        used = [find_entries(self._settings, name) for name in self._names.values()]
+        return [f"{name}: {', '.join(entry)}" for name, entry in self._settings.entries.items() if entry not in used]
 
     @property
     def known_classes(self) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
         """The names of data.yaml or classes.txt."""
         try:
-            names = tuple(read_settings(self.path).class_names)
+            names = tuple(self._settings.class_names)
         except AnnotationError:
             return None
         return names, tuple(range(1, len(names) + 1))
+
+    @cached_property
+    def _settings(self) -> "YOLOSettings":
+        return read_settings(self.path)
 
 
 class YOLOSettings(NamedTuple):
@@ -83,12 +94,13 @@ class YOLOSettings(NamedTuple):
     source: str  # the file or folder, for messages
     root: Path  # what paths are relative to
     class_names: list[str]  # [K] in order of class index
-    entries: Mapping[str, Sequence[str]]  # split -> folders and lists of images; empty without data.yaml
+    entries: Mapping[str, Sequence[str]]  # name of a split -> its folders and lists of images
     num_keypoint_values: int = 0  # numbers after each box in a pose data set
+    is_named: bool = True  # by a file, and not class_0, class_1, ...
 
 
 def parse_yolo(
-    data: Path, split: str, *, class_names: Sequence[str] | None = None, max_bad_fraction: float = 0.01
+    settings: YOLOSettings, split: str, *, class_names: Sequence[str] | None = None, max_bad_fraction: float = 0.01
 ) -> AnnotationSet:
     """Read the images of a split. Those without a label file, or with an empty one, stay as images without objects.
 
@@ -96,12 +108,11 @@ def parse_yolo(
     becomes the box around it. Image ids are 1..N in order of path, category ids 1..K.
 
     Args:
-        data: data.yaml, or the folder of the data set; see `read_settings`.
-        split: train, val or test.
+        settings: see `read_settings`.
+        split: name of a split; val also finds valid, validation and val2017.
         class_names: as in `Source.read`; the data set must have exactly these.
         max_bad_fraction: as in `Source.read`.
     """
-    settings = read_settings(data)
     source = f"{settings.source} ({split})"
     names = list(class_names or settings.class_names)
     require_same_names(source, settings.class_names, names)
@@ -109,6 +120,10 @@ def parse_yolo(
     with ThreadPoolExecutor(NUM_THREADS) as pool:  # labels are fractions of the image's size
         headers = list(pool.map(check_header, [str(item.image) for item in listed]))
     bad_images = {row: header.findings[0] for row, header in enumerate(headers) if not header.is_usable}
+    missing = {row: printable(item.image) for row, item in enumerate(listed) if item.is_missing}
+    bad_images |= {
+        row: rules.IMAGE_MISSING.broken(path, "is in a list, and not there") for row, path in missing.items()
+    }
     read = partial(_read_label, num_keypoint_values=settings.num_keypoint_values)
     file_rules = rules.NO_LABEL, rules.LABEL_MALFORMED
     notes = {
@@ -116,12 +131,16 @@ def parse_yolo(
         rules.POLYGON: "{} objects are outlines: the box around each is used",
     }
     files = read_label_files(source, listed, bad_images, read, *file_rules, notes, max_bad_fraction)
+    if not settings.is_named:
+        problem = f"nothing names the {len(names)} classes: they are called {shortened(names)}"
+        files.findings.append(rules.NO_NAMES.broken(source, problem))
     sizes = np.array([(headers[row].height, headers[row].width) for row in files.rows], dtype=np.int32)
     width_height = sizes[files.image_rows][:, ::-1]
     centers, halves = files.boxes[:, :2] * width_height, files.boxes[:, 2:] * width_height / 2
     boxes = np.concatenate([centers - halves, centers + halves], axis=1)
+    label_of_name = {name: label for label, name in enumerate(names)}
     label_of_index: dict[str | float, int] = {
-        index: names.index(name) for index, name in enumerate(settings.class_names)
+        index: label_of_name[name] for index, name in enumerate(settings.class_names)
     }
     labels = [label_of_index.get(item.class_key, -1) for item in files.objects]
     unknown_class = f"the class must be a whole number in 0..{len(names) - 1}; the first one is 0"
@@ -129,11 +148,12 @@ def parse_yolo(
 
 
 def read_settings(data: Path) -> YOLOSettings:
-    """Read data.yaml, or derive its content from the folder.
+    """Read data.yaml or obj.data, or derive their content from the folder.
 
     Args:
-        data: the YAML file; or a folder that holds one (data.yaml, dataset.yaml or yolo.yaml), or else classes.txt or
-            obj.names with a name on each line.
+        data: the YAML file; or a folder that holds one (data.yaml, dataset.yaml or yolo.yaml), or obj.data, or else
+            classes.txt or obj.names with a name on each line. Without any of these, the largest class index in the
+            label files tells how many classes there are, and they are called class_0, class_1, ...
 
     Raises:
         AnnotationError: the file is missing or malformed, or its classes are incomplete.
@@ -143,30 +163,38 @@ def read_settings(data: Path) -> YOLOSettings:
     for name in SETTINGS_FILES:
         if (data / name).is_file():
             return _read_yaml(data / name)
-    file = next((data / name for name in NAMES_FILES if (data / name).is_file()), data / NAMES_FILES[0])
-    remedy = f"Put {SETTINGS_FILES[0]} there, or {NAMES_FILES[0]} with a class name on each line; or correct data.path."
-    names = _read_lines(file, "the class names of a YOLO data set", remedy)
-    return YOLOSettings(printable(data), data, _checked_names(printable(file), names, None), {})
+    entries, names_file = _folder_entries(data), next((data / n for n in NAMES_FILES if (data / n).is_file()), None)
+    if (data / DARKNET_FILE).is_file():
+        lines = _read_lines(data / DARKNET_FILE, "the settings of a YOLO data set", "Correct the file, or remove it.")
+        given = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
+        names_file = find_below(data, given.get("names")) or names_file
+        lists = {key: [given[key]] for key in ("train", "valid", "test") if find_below(data, given.get(key))}
+        entries = lists or entries
+    if names_file is None:
+        settings = YOLOSettings(printable(data), data, [], entries, is_named=False)
+        return settings._replace(class_names=[f"class_{index}" for index in range(_count_classes(settings))])
+    names = _read_lines(names_file, "the class names of a YOLO data set", "Write a class name on each line.")
+    return YOLOSettings(printable(data), data, _checked_names(printable(names_file), names, None), entries)
+
+
+def has_settings(folder: Path) -> bool:
+    """Tell whether a folder holds data.yaml, obj.data or class names."""
+    return any((folder / name).is_file() for name in (*SETTINGS_FILES, DARKNET_FILE, *NAMES_FILES))
+
+
+def has_labels(folder: Path) -> bool:
+    """Tell whether one of the first images of a folder has a label file."""
+    entries = _folder_entries(folder).values()
+    images = (image for (entry,) in entries for image in find_images(folder / entry)[:MAX_SEARCHED])
+    return any(_label_of(image, folder).is_file() for image in images)
 
 
 def find_entries(settings: YOLOSettings, split: str) -> Sequence[str]:
-    """Return the folders and lists of a split; empty if there is none.
-
-    Without data.yaml these are images/<split>, or <split>/images as Roboflow exports it. If there is no such folder
-    for any split, the training split is images/, or the folder itself.
-    """
-    words = [word for word in SPLIT_WORDS.get(split, (split,)) if Path(word).name == word]
-    if settings.entries:
-        return next((settings.entries[word] for word in words if settings.entries.get(word)), ())
-    folders = [folder for word in words for folder in (f"images/{word}", f"{word}/images")]
-    found = [folder for folder in folders if (settings.root / folder).is_dir()]
-    if not found and split == "train" and not find_entries(settings, "val"):
-        found = [
-            folder
-            for folder in ("images", ".")
-            if any(name.lower().endswith(IMAGE_SUFFIXES) for name in list_files(settings.root / folder))
-        ]
-    return found[:1]
+    """Return the folders and lists of a split, which may be named otherwise (`valid` for val); empty if none."""
+    if split in settings.entries:
+        return settings.entries[split]
+    name = names_by_role(settings.entries).get(split)
+    return settings.entries[name] if name is not None else ()
 
 
 def list_split(settings: YOLOSettings, split: str) -> list[LabelledImage]:
@@ -180,14 +208,42 @@ def list_split(settings: YOLOSettings, split: str) -> list[LabelledImage]:
     """
     entries = find_entries(settings, split)
     if not entries:
-        where = f"there are: {', '.join(settings.entries)}" if settings.entries else f"images/{split}, {split}/images"
+        where = f"there are: {', '.join(settings.entries) or 'none'}"
         problem, remedy = f"has no split {split!r} ({where})", f"Name its images with {split}: in data.yaml."
         raise malformed(settings.source, problem, remedy)
-    images = sorted({image for entry in entries for image in _list_entry(settings, entry)})
+    images = {image: is_there for entry in entries for image, is_there in _list_entry(settings, entry).items()}
     if not images:
         problem = f"the split {split!r} holds no image ({' '.join(IMAGE_SUFFIXES)})"
         raise malformed(settings.source, problem, "Correct the path of the split.")
-    return [LabelledImage(image, _label_of(image, settings.root)) for image in images]
+    return [LabelledImage(image, _label_of(image, settings.root), not images[image]) for image in sorted(images)]
+
+
+def _folder_entries(root: Path) -> dict[str, list[str]]:
+    """Return images/<split> or <split>/images of a folder; else images, CVAT's obj_train_data, or the folder itself."""
+    for pattern in ("images/*/", "*/images/"):
+        folders = {path.parent.name if path.name == "images" else path.name: path for path in root.glob(pattern)}
+        if roles := names_by_role(folders):
+            return {name: [folders[name].relative_to(root).as_posix()] for name in folders if role_of(name) in roles}
+    images = (name for name in ("images", "obj_train_data", ".") if (root / name).is_dir() and find_images(root / name))
+    name = next(images, None)
+    return {"train": [name]} if name is not None else {}
+
+
+def _count_classes(settings: YOLOSettings) -> int:
+    """Return the largest class index of all label files plus one.
+
+    Raises:
+        AnnotationError: there is no label.
+    """
+    largest = -1
+    for label in {item.label for split in settings.entries for item in list_split(settings, split)}:
+        with suppress(AnnotationError):  # reading the split reports it
+            text = read_text(label, AnnotationError, "a YOLO label file", "") if label.is_file() else ""
+            largest = max([largest, *map(int, CLASS_INDEX.findall(text))])
+    if largest < 0:
+        problem = "names no classes, and no label file has any"
+        raise malformed(settings.source, problem, f"Put {SETTINGS_FILES[0]} or {NAMES_FILES[0]} there.")
+    return largest + 1
 
 
 def _read_lines(file: Path, noun: str, remedy: str) -> list[str]:
@@ -200,34 +256,34 @@ def _read_yaml(file: Path) -> YOLOSettings:
     source, remedy = printable(file), "Give the data.yaml of the data set, or its folder: data.path"
     content = read_file(file, AnnotationError, "a YOLO data set's settings (YAML)", remedy, MAX_SETTINGS_BYTES)
     settings = _parse_yaml(source, content)
-    root, keypoints = settings.get("path") or ".", settings.get("kpt_shape") or (0, 0)
+    root, keypoints = settings.get("path") or ".", settings.get("kpt_shape") or ["0", "0"]
     if "names" not in settings:
         raise malformed(source, "has no 'names'; data.yaml gives path, train, val and names", remedy)
     if not isinstance(root, str) or not is_path(root):
         raise malformed(source, f"path must be a folder, got {str(root)[:80]!r}", "Correct it, or leave it out.")
-    if not (isinstance(keypoints, list | tuple) and [type(number) for number in keypoints] == [int, int]):
+    if not (isinstance(keypoints, list) and len(keypoints) == 2 and all(str(n).isdecimal() for n in keypoints)):
         raise malformed(source, f"kpt_shape must be two whole numbers, got {str(keypoints)[:80]!r}", "Correct it.")
-    folder = file.parent / root
-    keys = [key for key in ("train", *SPLIT_WORDS["val"], "test") if settings.get(key)]
+    folder = file.parent / as_path(root.replace("\\", "/"))
     return YOLOSettings(
         source,
-        folder if folder.is_dir() else file.parent,  # `path` is often that of another machine
+        folder if folder.is_dir() else find_below(file.parent, root) or file.parent,  # often that of another machine
         _checked_names(source, settings["names"], settings.get("nc")),
-        {key: _checked_entries(source, key, settings[key]) for key in keys},
-        keypoints[0] * keypoints[1],
+        {str(k): _checked_entries(source, k, value) for k, value in settings.items() if role_of(str(k)) and value},
+        int(keypoints[0]) * int(keypoints[1]),
     )
 
 
 def _parse_yaml(source: str, content: bytes) -> JSONDict:
-    """Parse YAML without aliases, a few of which can stand for gigabytes."""
+    """Parse YAML, every scalar as the text that it is, without aliases, a few of which can stand for gigabytes."""
     try:
         if DEEP_YAML.search(content):
             raise ValueError("more than 10 nested brackets")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=yaml.SafeLoader)):
             raise ValueError("aliases are not read; write the values out")
-        settings = yaml.safe_load(content)
-        return settings if isinstance(settings, dict) else {}
-    except (yaml.YAMLError, ValueError, RecursionError) as reason:  # ValueError: also a date such as 2024-99-99
+        settings = yaml.BaseLoader(content).get_single_data()
+        is_table = isinstance(settings, dict)
+        return {k: v for k, v in settings.items() if v not in ("", "~", "null")} if is_table else {}
+    except (yaml.YAMLError, ValueError, RecursionError) as reason:
         problem = printable(" ".join(str(reason).split()))
         raise malformed(source, f"is not YAML as in data.yaml: {problem[:300]}", "Correct the line.") from None
 
@@ -235,15 +291,14 @@ def _parse_yaml(source: str, content: bytes) -> JSONDict:
 def _checked_names(source: str, names: object, num_classes: object) -> list[str]:
     """Return the class names in order of index, given as a list or as index: name."""
     if isinstance(names, dict):
-        by_index = {str(key): name for key, name in names.items()}
-        names = [by_index.get(str(index)) for index in range(len(names))]
+        names = [names.get(str(index)) for index in range(len(names))]
     if not isinstance(names, list) or not names:
         raise malformed(source, "names must be a list of names, or a table index: name", "List them in order of index.")
-    texts = ["" if isinstance(name, list | dict | None) else printable(str(name).strip()) for name in names]
+    texts = [printable(name.strip()) if isinstance(name, str) else "" for name in names]
     if "" in texts:
         problem = f"class {texts.index('')} has no name; the classes must be numbered from 0 without gaps"
         raise malformed(source, problem, "Name every class.")
-    if num_classes is not None and num_classes != len(texts):
+    if num_classes and to_number(num_classes) != len(texts):
         problem = f"nc must be the number of names, {len(texts)}, got {str(num_classes)[:20]}"
         raise malformed(source, problem, "Give every class a name, and correct nc or leave it out.")
     name, count = Counter(texts).most_common(1)[0]
@@ -253,38 +308,27 @@ def _checked_names(source: str, names: object, num_classes: object) -> list[str]
 
 
 def _checked_entries(source: str, key: str, value: object) -> list[str]:
-    """Return the folders and lists of a split, with "/" between folders."""
-    given = value if isinstance(value, list) else [value]
-    entries = [entry.replace("\\", "/") for entry in given if isinstance(entry, str) and entry and is_path(entry)]
-    if len(entries) < len(given):
+    """Return the folders and lists of a split."""
+    entries = [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, str)]
+    if not entries or not all(foreign_parts(entry) or entry in (".", "./") for entry in entries):
         raise malformed(source, f"{key} must be a folder, a list file, or a list of these", f"Correct {key}.")
     return entries
 
 
-def _list_entry(settings: YOLOSettings, entry: str) -> list[Path]:
-    """Return the images of one folder or list file."""
-    # Roboflow writes ../train/images for train/images; COCO's folders have no images/.
-    names = (entry, entry.removeprefix("../"), entry.removeprefix("images/"))
-    path = next((path for name in names if (path := settings.root / name).exists()), settings.root / entry)
-    if path.is_dir():
-        return find_images(path)
-    if path.suffix != ".txt" or not path.is_file():
+def _list_entry(settings: YOLOSettings, entry: str) -> dict[Path, bool]:
+    """Return the images of one folder or list file -> whether each is there."""
+    path = settings.root if not foreign_parts(entry) else find_below(settings.root, entry)
+    if path is not None and path.is_dir():
+        return dict.fromkeys(find_images(path), True)
+    if path is None or path.suffix != ".txt" or not path.is_file():
         problem = f"{entry!r} is neither a folder nor a list file (.txt) in {printable(settings.root)}"
         raise malformed(settings.source, problem, "Correct it, or path: in data.yaml.")
     lines = _read_lines(path, "a list of images", "Give a text file with the path of an image on each line.")
-    return [_listed_image(settings, path, number, line) for number, line in enumerate(lines, start=1)]
-
-
-def _listed_image(settings: YOLOSettings, file: Path, number: int, line: str) -> Path:
-    """Return the image that a line names, relative to the root or, with ./, to the list. It must lie below one."""
-    line = line.replace("\\", "/")
-    image = (file.parent if line.startswith("./") else settings.root) / line if is_path(line) else None
-    roots = {settings.root.resolve(), file.parent.resolve()}
-    if image is None or not any(image.resolve().is_relative_to(root) for root in roots):
-        problem = f"{line!r:.200} is not a path below {printable(settings.root)}"
-        remedy = "Correct the line, or set path: in data.yaml to a folder that holds all images."
-        raise malformed(f"{printable(file)}:{number}", problem, remedy)
-    return image
+    found = [find_below(settings.root, line) or find_below(path.parent, line) for line in lines]
+    return {
+        image or Path(f"{path}:{number}: {printable(line)[:200]}"): image is not None
+        for number, (line, image) in enumerate(zip(lines, found, strict=True), start=1)
+    }
 
 
 def _label_of(image: Path, root: Path) -> Path:
@@ -317,19 +361,18 @@ def _read_label(path: Path, num_keypoint_values: int) -> LabelFile:
 def _read_line(place: str, words: Sequence[str], num_columns: int, is_outline: bool) -> WrittenObject:
     """Read `class cx cy width height`, perhaps with keypoints after it, or `class x1 y1 x2 y2 x3 y3 ...`."""
     box: tuple[float, ...] = (nan,) * 4
-    class_index, problem = nan, None
-    try:
-        class_index, *values = map(float, words)
-        if is_outline:
-            sides = [(min(numbers), max(numbers)) for numbers in (values[::2], values[1::2])]
-            box = (*((low + high) / 2 for low, high in sides), *(high - low for low, high in sides))
-        elif len(words) == num_columns:
-            box = tuple(values := values[:4])
-        else:
-            score = " (6 are those of detections, with a score)" if len(words) == 6 else ""
-            problem = f"has {len(words)} columns; a line must have 5: class cx cy width height{score}"
-        if not problem and not (isfinite(sum(values)) and all(-TOLERANCE <= value <= 1 + TOLERANCE for value in box)):
-            problem = "cx, cy, width, height must be in 0..1: fractions of the width and height of the image"
-    except ValueError:
+    class_index, *values = map(to_number, words)
+    problem = None
+    if not values or not isfinite(sum(values)):
         problem = "a line must hold numbers with spaces between, class cx cy width height"
+    elif is_outline:
+        sides = [(min(numbers), max(numbers)) for numbers in (values[::2], values[1::2])]
+        box = (*((low + high) / 2 for low, high in sides), *(high - low for low, high in sides))
+    elif len(words) == num_columns:
+        box = tuple(values[:4])
+    else:
+        score = " (6 are those of detections, with a score)" if len(words) == 6 else ""
+        problem = f"has {len(words)} columns; a line must have 5: class cx cy width height{score}"
+    if not problem and not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in box):
+        problem = "cx, cy, width, height must be in 0..1: fractions of the width and height of the image"
     return WrittenObject(f"{place}: {printable(' '.join(words))[:80]}", class_index, box, problem)

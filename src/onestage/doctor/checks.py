@@ -3,19 +3,12 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import (
-    BOX_EMPTY,
-    BOX_NOT_FINITE,
-    BOX_OUTSIDE,
-    FILE,
-    OBJECT_MALFORMED,
-    require_few_bad,
-    select_images,
-)
+from onestage.data.annotations import FILE, require_few_skipped, select_images
 from onestage.data.image_headers import check_headers, tiny_boxes
 from onestage.data.layouts import Split
 from onestage.doctor.anchors import Coverage, DetectorAnchors, check_coverage, measure_coverage
@@ -28,12 +21,11 @@ from onestage.doctor.statistics import (
     class_table,
     shape_counts,
     stretched_boxes,
-)
+)  # fmt: skip
+from onestage.doctor.usage import check_use
 from onestage.errors import AnnotationError
 from onestage.files import printable
 from onestage.types import AnnotationSet, Finding, JSONDict
-
-BOX_RULES = {rule.name for rule in (BOX_EMPTY, BOX_NOT_FINITE, BOX_OUTSIDE, OBJECT_MALFORMED)}
 
 
 class Diagnosis(NamedTuple):
@@ -47,6 +39,7 @@ class Diagnosis(NamedTuple):
     findings: list[Finding]
     seconds: dict[str, float]  # per pass
     num_headers: int
+    training_command: str = ""  # empty if training would stop
 
     @property
     def exit_code(self) -> int:
@@ -61,6 +54,7 @@ def examine(
     near_copies: bool = True,
     num_decoders: int = 0,
     max_bad_fraction: float = 0.01,
+    path: Path | None = None,
 ) -> tuple[Diagnosis, dict[str, AnnotationSet]]:
     """Check splits as training would meet them; return the diagnosis, and the splits without unusable images.
 
@@ -70,6 +64,7 @@ def examine(
         near_copies: compare splits by what their images show.
         num_decoders: processes that decode every image; 0: none is decoded.
         max_bad_fraction: that training may skip, in [0, 1].
+        path: the data set, to find files that belong to no split; None: the splits come from several paths.
     """
     findings = [finding for split in splits for finding in split.findings]
     start = time.perf_counter()
@@ -84,8 +79,9 @@ def examine(
             usable[name] = select_images(part, np.flatnonzero(is_kept))
         seconds["decoding"] = time.perf_counter() - start - sum(seconds.values())
     for name, annotations in usable.items():
-        findings += check_objects(name, annotations, anchors.max_detections)
+        findings += check_objects(annotations, anchors.max_detections, is_training=name == splits[0].name)
         findings += tiny_boxes(annotations, anchors.image_size)
+    findings += check_use(path, splits, usable) if path is not None else []
     findings += find_leakage(list(usable.items()), near_copies)
     seconds["leakage"] = time.perf_counter() - start - sum(seconds.values())
     shapes, coverage = _check_anchors(next(iter(usable.values()), None), anchors, findings)
@@ -113,11 +109,14 @@ def _check_headers(
         if split.annotations is not None:
             checks = check_headers(split.annotations)
             found = [finding for check in checks for finding in check.findings]
-            findings += [*found, *_check_fraction(split, found, max_bad_fraction)]
+            is_usable = np.array([check.is_usable for check in checks], dtype=np.bool_)
+            both = [*split.findings, *found]
+            findings += found
+            findings += _check_fraction(split.annotations, int(is_usable.sum()), both, max_bad_fraction)
             sizes = np.array([(check.height, check.width) for check in checks], dtype=np.int32).reshape(-1, 2)
             known = split.annotations.sizes
             sized = replace(split.annotations, sizes=np.where(known > 0, known, sizes))
-            usable[split.name] = select_images(sized, np.flatnonzero([check.is_usable for check in checks]))
+            usable[split.name] = select_images(sized, np.flatnonzero(is_usable))
     return usable
 
 
@@ -136,23 +135,16 @@ def _check_anchors(
     return shape_counts(boxes), coverage
 
 
-def _check_fraction(split: Split, found: Sequence[Finding], max_bad_fraction: float) -> list[Finding]:
+def _check_fraction(
+    annotations: AnnotationSet, num_usable: int, found: Sequence[Finding], max_bad_fraction: float
+) -> list[Finding]:
     """Return a finding if training would stop because too many boxes or images are skipped."""
-    annotations = split.annotations
-    assert annotations is not None
-    bad = [finding for finding in [*split.findings, *found] if finding.effect == "skipped"]
-    bad_boxes = [finding.line for finding in bad if finding.rule in BOX_RULES]
-    bad_images = [finding.line for finding in bad if finding.rule not in BOX_RULES]
-    num_images = len(annotations) + len(set(annotations.skipped) & set(bad_images))  # with those the parser skipped
-    stops = []
-    num_boxes = len(annotations.boxes) + len(bad_boxes)
-    for noun, lines, total in (("boxes", bad_boxes, num_boxes), ("images", bad_images, num_images)):
-        try:
-            require_few_bad(annotations.source, noun, lines, total, max_bad_fraction)
-        except AnnotationError as reason:
-            problem, *_, remedy = str(reason).splitlines()  # the findings themselves stand in between
-            stops.append(FILE.broken_by(annotations.source, AnnotationError(f"{problem}\n{remedy}")))
-    return stops
+    try:
+        require_few_skipped(annotations.source, num_usable, len(annotations.boxes), found, max_bad_fraction)
+    except AnnotationError as reason:
+        problem, *_, remedy = str(reason).splitlines()  # the findings themselves stand in between
+        return [FILE.broken_by(annotations.source, AnnotationError(f"{problem}\n{remedy}"))]
+    return []
 
 
 def _summarise(split: Split, annotations: AnnotationSet) -> JSONDict:

@@ -29,6 +29,7 @@ def doctor(
     """Check a data set before training; nothing is written to it.
 
     Exit codes: 0 clean; 1 warnings, with --strict; 2 bad command line; 3 something stops training or is skipped by it.
+    The last lines name the command that trains on what was found.
 
     onestage doctor data/voc
     onestage doctor data/coco/annotations/instances_train2017.json data/coco/annotations/instances_val2017.json
@@ -52,6 +53,7 @@ def doctor(
     from onestage.doctor.anchors import find_anchors
     from onestage.doctor.checks import examine
     from onestage.doctor.report import as_json, as_text
+    from onestage.doctor.usage import training_command
 
     require(0 <= max_bad_fraction <= 1, "max_bad_fraction", max_bad_fraction, "in [0, 1]", "Try: 0.01")
     placed = find_anchors(detector, anchors, image_size)
@@ -61,10 +63,16 @@ def doctor(
         require_sheet(draw, num_drawn)
     splits = read_splits(find_sources(paths, images))
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_decoders = num_cores if decode else 0
     diagnosis, usable = examine(
-        splits, placed, near_copies=near_copies, num_decoders=num_decoders, max_bad_fraction=max_bad_fraction
+        splits,
+        placed,
+        near_copies=near_copies,
+        num_decoders=num_cores if decode else 0,
+        max_bad_fraction=max_bad_fraction,
+        path=paths[0] if len(paths) == 1 else None,
     )
+    if not any(finding.effect == "error" for finding in diagnosis.findings):
+        diagnosis = diagnosis._replace(training_command=training_command(paths, images, splits))
     exit_code = diagnosis.exit_code
     if not exit_code and strict and any(finding.effect == "warning" for finding in diagnosis.findings):
         exit_code = EXIT_WARNINGS

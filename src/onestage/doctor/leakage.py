@@ -1,7 +1,5 @@
 """Images in two splits: the same file, an exact copy, or a near copy."""
 
-import hashlib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,9 +11,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.annotations import LEAKED_COPY, LEAKED_LIKENESS
+from onestage.data.annotations import LEAKED_LIKENESS
 from onestage.data.images import MAX_IMAGE_BYTES, MAX_PIXELS, REMEDY
-from onestage.data.splits import find_same_files
+from onestage.data.splits import find_shared_images
 from onestage.errors import ImageError
 from onestage.files import printable, read_file
 from onestage.types import AnnotationSet, Finding
@@ -45,34 +43,10 @@ def find_leakage(splits: Sequence[tuple[str, AnnotationSet]], near_copies: bool 
     """
     if len(splits) < 2:
         return []
-    owners = [(name, str(path)) for name, annotations in splits for path in annotations.image_paths]
-    same, shared = find_same_files(splits)
-    copies, copied = _find_exact_copies([owner for owner in owners if owner[1] not in shared])
-    rest = [owner for owner in owners if owner[1] not in shared | copied]
-    return [*same, *copies, *(_find_near_copies(rest) if near_copies else [])]
-
-
-def _find_exact_copies(owners: Sequence[tuple[str, str]]) -> tuple[list[Finding], set[str]]:
-    """Return a finding for each file with a copy in another split, and the copies. owners: (split, path)."""
-    by_size: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    by_digest: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
-    for owner in owners:
-        file = Path(owner[1])
-        by_size[file.stat().st_size if file.is_file() else 0].append(owner)
-    for same_size in by_size.values():
-        if len({name for name, _ in same_size}) > 1:
-            for owner in same_size:
-                if content := _content(owner[1]):
-                    by_digest[hashlib.sha256(content).digest()].append(owner)
-    findings = []
-    copies: set[str] = set()
-    for (first_name, first), *same in by_digest.values():
-        others = [(name, path) for name, path in same if name != first_name]
-        for name, path in others:
-            problem = f"{name} holds a copy of {printable(first)} in {first_name}"
-            findings.append(LEAKED_COPY.broken(printable(path), problem))
-        copies |= {first, *(path for _, path in same)} if others else set()
-    return findings, copies
+    findings, shared = find_shared_images(splits)
+    owners = [(name, path) for name, annotations in splits for path in annotations.image_paths.tolist()]
+    rest = [owner for owner in owners if owner[1] not in shared]
+    return [*findings, *(_find_near_copies(rest) if near_copies else [])]
 
 
 def _find_near_copies(owners: Sequence[tuple[str, str]]) -> list[Finding]:

@@ -16,7 +16,7 @@ from onestage.types import Effect, Finding
 NUM_SHOWN = 20  # findings per rule in the text
 NUM_CLASSES_SHOWN = 100
 TITLES = {
-    "error": "ERROR     stops training",
+    "error": "ERROR     stops training, or the test of a test split",
     "skipped": "ERROR     skipped by training",
     "warning": "WARNING   training continues",
     "note": "NOTE      nothing needs to be done",
@@ -41,6 +41,7 @@ def as_json(diagnosis: Diagnosis, exit_code: int) -> str:
         "findings": [finding._asdict() for finding in diagnosis.findings],
         "seconds": diagnosis.seconds,
         "num_headers": diagnosis.num_headers,
+        "training_command": diagnosis.training_command,
     }  # fmt: skip
     return json.dumps(content, indent=1, allow_nan=False)
 
@@ -123,6 +124,8 @@ def _summary_lines(diagnosis: Diagnosis) -> Iterator[str]:
     rest = "the rest is clean" if not num_warnings else f"{num_warnings} warning{'s' * (num_warnings > 1)}"
     if counts["error"]:
         rest = "training would stop"
+    if diagnosis.training_command:
+        yield f"to train on it: {diagnosis.training_command}"
     errors = f"{num_errors} error{'s' * (num_errors != 1)} in the data"
     yield f"{errors}, {rest}" if num_errors or num_warnings else "clean"
 

@@ -1,27 +1,17 @@
 """Classes, objects and box shapes of a data set."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from onestage.data.annotations import (
-    BOX_REPEATED,
-    CLASSES_DIFFER,
-    MANY_OBJECTS,
-    NO_OBJECT_IMAGES,
-    NO_OBJECTS,
-    ONE_SPLIT_CLASS,
-    RARE_CLASS,
-    SIMILAR_NAMES,
-    require_objects,
-)
+import onestage.data.annotations as rules
+from onestage.data.annotations import require_objects, shortened
 from onestage.errors import AnnotationError
 from onestage.types import AnnotationSet, Finding
 
 FEW_BOXES = 20  # of a class in the training split; fewer teach and measure little
-NUM_NAMED = 8  # classes that a line names
 SIDES = (16, 32, 64, 128, 256)  # px; bounds of the size bins
 RATIOS = (1 / 3, 1 / 1.5, 1.5, 3)  # width / height; bounds of the shape bins
 
@@ -57,50 +47,54 @@ def check_classes(splits: Mapping[str, AnnotationSet]) -> list[Finding]:
     first, *others = splits.values()
     if len({(annotations.class_names, annotations.category_ids) for annotations in splits.values()}) > 1:
         lines = [
-            f"\n  {name}: " + ", ".join(f"{i} {c}" for i, c in zip(s.category_ids, s.class_names, strict=True))
+            f"\n  {name}: " + shortened([f"{i} {c}" for i, c in zip(s.category_ids, s.class_names, strict=True)], 100)
             for name, s in splits.items()
         ]
-        return [CLASSES_DIFFER.broken(first.source, f"the splits have different categories:{''.join(lines)}")]
+        return [rules.CLASSES_DIFFER.broken(first.source, f"the splits have different categories:{''.join(lines)}")]
     rows, train = class_table(splits), next(iter(splits))
     place = f"{first.source} and {len(others)} more" if others else first.source
     used = [row for row in rows if any(row.num_boxes.values())]
     missing = [row.name for row in used if not all(row.num_boxes.values())]  # empty for a single split
     rare = [row.name for row in used if row.num_boxes[train] < FEW_BOXES]
     found = [
-        rule.broken(place, f"{len(names)} of {len(rows)} classes have {problem}: {_shortened(names)}", len(names))
+        rule.broken(place, f"{len(names)} of {len(rows)} classes have {problem}: {shortened(names)}", len(names))
         for rule, names, problem in (
-            (ONE_SPLIT_CLASS, missing, "no box in one of the splits"),
-            (RARE_CLASS, rare, f"fewer than {FEW_BOXES} boxes in {train}"),
+            (rules.ONE_SPLIT_CLASS, missing, "no box in one of the splits"),
+            (rules.RARE_CLASS, rare, f"fewer than {FEW_BOXES} boxes in {train}"),
         )
         if names
     ]
-    for number, row in enumerate(rows):
-        similar = [other.name for other in rows[number + 1 :] if _is_same_word(row.name, other.name)]
-        found += [SIMILAR_NAMES.broken(place, f"{row.name!r} and {name!r} are two classes") for name in similar]
+    alike: dict[str, list[str]] = {}
+    for row in rows:
+        alike.setdefault(_word(row.name), []).append(repr(row.name))
+    for names in alike.values():
+        if len(names) > 1:
+            problem = f"{shortened(names)} are {len(names)} classes"
+            found.append(rules.SIMILAR_NAMES.broken(place, problem, len(names)))
     return found
 
 
-def check_objects(name: str, annotations: AnnotationSet, max_detections: int) -> list[Finding]:
+def check_objects(annotations: AnnotationSet, max_detections: int, is_training: bool = False) -> list[Finding]:
     """Find what is unusual about the usable objects of a split. max_detections: of the detector, per image."""
     place, counts, found = annotations.source, np.diff(annotations.box_offsets), []
-    if name.startswith("train"):
+    if is_training:
         try:
             require_objects(annotations)
         except AnnotationError as reason:
-            found.append(NO_OBJECTS.broken(place, str(reason).partition("\n")[0].removeprefix(f"{place}: ")))
+            found.append(rules.NO_OBJECTS.broken(place, str(reason).partition("\n")[0].removeprefix(f"{place}: ")))
     if num_empty := int(np.count_nonzero(counts == 0)):
         problem = f"{num_empty} of {len(counts)} images have no object"
-        found.append(NO_OBJECT_IMAGES.broken(place, problem, num_empty))
+        found.append(rules.NO_OBJECT_IMAGES.broken(place, problem, num_empty))
     rows = _image_rows(annotations)
     keys = np.column_stack([rows, annotations.labels, annotations.boxes])
     _, first, num_same = np.unique(keys, axis=0, return_index=True, return_counts=True)
     if num_repeated := len(keys) - len(first):
         path = annotations.image_paths[rows[first[num_same > 1][0]]]
         problem = f"{num_repeated} boxes repeat a box and class of their image, the first in {path!s:.200}"
-        found.append(BOX_REPEATED.broken(place, problem, num_repeated))
+        found.append(rules.BOX_REPEATED.broken(place, problem, num_repeated))
     if num_many := int(np.count_nonzero(counts > max_detections)):
         problem = f"{num_many} images have more than {max_detections} objects, the maximum is {counts.max()}"
-        found.append(MANY_OBJECTS.broken(place, problem, num_many))
+        found.append(rules.MANY_OBJECTS.broken(place, problem, num_many))
     return found
 
 
@@ -131,12 +125,7 @@ def _image_rows(annotations: AnnotationSet) -> npt.NDArray[np.int64]:
     return np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets))
 
 
-def _is_same_word(name: str, other: str) -> bool:
-    """Whether two names differ only in case, spaces, hyphens, or a plural's s."""
-    first, second = ("".join(c for c in word.casefold() if c.isalnum()) for word in (name, other))
-    return first == second or (first.rstrip("s") == second.rstrip("s") and len(first) > 2)
-
-
-def _shortened(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-    return ", ".join(names[:NUM_NAMED]) + more
+def _word(name: str) -> str:
+    """Return a name without what may differ between two ways to write it: case, spaces, hyphens, a plural's s."""
+    word = "".join(sign for sign in name.casefold() if sign.isalnum()) or name
+    return word.rstrip("s") or word if len(word) > 2 else word

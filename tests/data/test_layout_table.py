@@ -1,0 +1,410 @@
+"""Layouts and faults in one table: recognised, with the right roles, the same to doctor and training, and lossless."""
+
+import json
+import shlex
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from bad_data import doctor, found
+from jsonargparse import ArgumentParser
+from layout_files import (
+    LABEL,
+    XML,
+    coco_folder,
+    edit_json,
+    picture,
+    voc_folder,
+    voc_image,
+    voc_lists,
+    yolo_images,
+)  # fmt: skip
+from PIL import Image
+
+from onestage.convert.conversion import convert_splits
+from onestage.data import DetectionDataModule
+from onestage.data.layouts import describe_source, find_sources, read_splits, recognise
+from onestage.doctor.anchors import find_anchors
+from onestage.doctor.checks import Diagnosis, examine
+from onestage.errors import ConfigError, DataError
+
+ANCHORS = find_anchors("SSD160", "voc")
+
+
+# -- layouts -----------------------------------------------------------------------------------------------------------
+
+
+def coco_official(root: Path) -> None:
+    coco_folder(root, "train2017", "val2017", "test2017")
+    for name in ("captions_val2017", "person_keypoints_val2017"):
+        (root / "annotations" / f"{name}.json").write_text("[]")
+
+
+def coco_roboflow(root: Path) -> None:
+    coco_folder(root, "train", "valid", "test")
+    for name in ("train", "valid", "test"):
+        (root / "annotations" / f"instances_{name}.json").rename(root / name / "_annotations.coco.json")
+
+
+def coco_of_windows(root: Path) -> None:
+    coco_folder(root, "train")
+    (root / "train" / "sub").mkdir()
+    (root / "train" / "a0.jpg").rename(root / "train" / "sub" / "a0.jpg")
+    edit_json(root / "annotations" / "instances_train.json", "images", [0], file_name="sub\\a0.jpg", width="100")
+
+
+def voc_years(root: Path) -> None:
+    voc_folder(root / "VOCdevkit" / "VOC2007", trainval="a b", test="c", train="a", val="b")
+    voc_folder(root / "VOCdevkit" / "VOC2012", trainval="d e", train="d", val="e")
+
+
+def voc_beside(*folders: str, images: str = ".", xmls: str = ".") -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        for folder in folders:
+            for stem in "abc":
+                voc_image(root / folder, f"{stem}{folder[:1].strip('.')}", images, xmls)
+
+    return write
+
+
+def voc_list_of_windows(root: Path) -> None:
+    voc_folder(root, train="a b c d", val="e")
+    lines = "C:\\sets\\JPEGImages\\a.jpg\r\nJPEGImages/b\r\nc.jpg\r\nd\r\n"
+    (root / "ImageSets" / "Main" / "train.txt").write_bytes(lines.encode())
+
+
+def yolo(*folders: str, yaml: str = "", names: str = "classes.txt", labels: str = "") -> Callable[[Path], None]:
+    """Write folders of images, each with a folder of labels beside it; and data.yaml, or a file of class names."""
+
+    def write(root: Path) -> None:
+        for folder in folders:
+            stems = " ".join(f"{stem}{sum(map(ord, folder)) % 97}" for stem in "abc")
+            yolo_images(root, folder, labels or folder.replace("images", "labels"), stems)
+        if yaml:
+            (root / "data.yaml").write_text(yaml)
+        elif names:
+            (root / names).write_text("cat\n")
+
+    return write
+
+
+def yolo_cvat(root: Path) -> None:
+    yolo_images(root, "obj_train_data", "obj_train_data", "a b c")
+    yolo_images(root, "obj_valid_data", "obj_valid_data", "d")
+    lists = {"train": "abc", "valid": "d"}
+    for name, stems in lists.items():
+        (root / f"{name}.txt").write_text("".join(f"data/obj_{name}_data/{stem}.jpg\n" for stem in stems))
+    (root / "obj.names").write_text("cat\n")
+    settings = "classes = 1\ntrain = data/train.txt\nvalid = data/valid.txt\nnames = data/obj.names\nbackup = backup/\n"
+    (root / "obj.data").write_text(settings)
+
+
+def yolo_list(*lines: str) -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        yolo_images(root, "images/train", "labels/train")
+        (root / "list.txt").write_text("\n".join(lines))
+        (root / "data.yaml").write_text("train: list.txt\nnames: {0: cat}\n")
+
+    return write
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def coco_pair(change: Callable[[Path], object], num_images: int = 4) -> Callable[[Path], None]:
+    """Write a COCO folder with train and val, then change it."""
+
+    def write(root: Path) -> None:
+        coco_folder(root, "train", "val", num_images=num_images)
+        change(root)
+
+    return write
+
+
+def edited(split: str, table: str, rows: list[int] | slice = slice(None), **values: object) -> Callable[[Path], None]:
+    return coco_pair(lambda root: edit_json(root / f"annotations/instances_{split}.json", table, rows, **values))
+
+
+def with_image(image: Image.Image, name: str) -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        image.save(root / "train" / name)
+        file = root / "annotations" / "instances_train.json"
+        edit_json(file, "images", [0], file_name=name, width=image.width, height=image.height)
+        edit_json(file, "annotations", [0, 1], bbox=[1, 1, 10, 10], area=100)
+
+    return coco_pair(write)
+
+
+def two_missing_and_two_torn(root: Path) -> None:
+    for number in range(4):
+        path = root / "train" / f"a{number}.jpg"
+        path.unlink() if number < 2 else path.write_bytes(path.read_bytes()[:400])
+
+
+def voc_val(name: str) -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        voc_folder(root, train="a b", val="c")
+        (root / "Annotations" / "c.xml").write_text(XML.replace("NAME", name) if name else "<annotation/>")
+
+    return write
+
+
+def voc_torn_xml(root: Path) -> None:
+    voc_folder(root, train="a b c", val="d")
+    (root / "Annotations" / "a.xml").write_text("<annotation>")
+
+
+def unused_files(root: Path) -> None:
+    yolo("images/train", "images/val")(root)
+    (root / "labels" / "train" / "gone.txt").write_text(LABEL)
+    (root / "images" / "train" / "photo.avif").write_bytes(b"AVIF")
+    for name in ("more/x.jpg", "more/y.jpg"):
+        picture(root / name)
+
+
+def copied(root: Path) -> None:
+    shutil.copyfile(root / "train" / "a1.jpg", root / "val" / "a2.jpg")
+
+
+FLOAT = Image.fromarray(np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40))
+DEEP = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
+RED = Image.new("RGBA", (40, 30), (255, 0, 0, 0))
+FOURS = {"train": 4, "val": 4}
+PAIR = {"train": 3, "val": 3}
+YAML = "train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['cat']\n"
+
+
+class Case(NamedTuple):
+    write: Callable[[Path], None]
+    format: str
+    splits: dict[str, int]  # role -> images that stay
+    rules: frozenset[str] | set[str] = frozenset()  # of doctor's findings, among others
+    stops: bool = False  # doctor names an error, and training does not start
+    unused: int = 0  # files that are counted as not used
+
+
+CASES = {
+    "COCO: the official archive": Case(coco_official, "COCO", {**FOURS, "test": 4}, unused=2),
+    "COCO: Roboflow": Case(coco_roboflow, "COCO", {**FOURS, "test": 4}),
+    "COCO: one file of any name": Case(lambda root: coco_folder(root, "zoo", num_images=6), "COCO", {"train": 6}),
+    "COCO: several training files": Case(
+        lambda root: coco_folder(root, "train2014", "train2017", "minitrain", "val2014"), "COCO", FOURS, unused=10
+    ),
+    "COCO: separators and numbers as text": Case(coco_of_windows, "COCO", {"train": 4}),
+    "COCO: no training split": Case(
+        lambda root: coco_folder(root, "val", "test"), "COCO", {"val": 4, "test": 4}, {"no training split"}, stops=True
+    ),
+    "VOC: lists, also of a class": Case(
+        lambda root: voc_folder(root, train="a b", valid="c", test="d", dog_train="a"),
+        "VOC", {"train": 2, "val": 1, "test": 1},
+    ),
+    "VOC: two years": Case(voc_years, "VOC", {"train": 4, "val": 1}),
+    "VOC: XML beside images": Case(voc_beside("."), "VOC", {"train": 3}),
+    "VOC: images and annotations": Case(voc_beside(".", images="images", xmls="annotations"), "VOC", {"train": 3}),
+    "VOC: Roboflow": Case(voc_beside("train", "valid", "test"), "VOC", {**PAIR, "test": 3}),
+    "VOC: folders of splits": Case(voc_beside("train", "val", images="images", xmls="annotations"), "VOC", PAIR),
+    "VOC: a list of Windows": Case(voc_list_of_windows, "VOC", {"train": 4, "val": 1}),
+    "VOC: an unused list": Case(
+        lambda root: voc_folder(root, train="a b", val="c", north="d"), "VOC", {"train": 2, "val": 1}, unused=3
+    ),
+    "YOLO: Label Studio": Case(yolo("images"), "YOLO", {"train": 3}),
+    "YOLO: labels beside images": Case(yolo("."), "YOLO", {"train": 3}),
+    "YOLO: folders of splits": Case(yolo("images/train", "images/val"), "YOLO", PAIR),
+    "YOLO: folders named as COCO's": Case(yolo("images/train2017", "images/val2017"), "YOLO", PAIR),
+    "YOLO: Roboflow": Case(yolo("train/images", "valid/images", yaml=YAML), "YOLO", PAIR),
+    "YOLO: no class names": Case(yolo("images/train", "images/val", names=""), "YOLO", PAIR, {"no class names"}),
+    "YOLO: no class names, flat": Case(yolo("images", names=""), "YOLO", {"train": 3}, {"no class names"}),
+    "YOLO: CVAT and darknet": Case(yolo_cvat, "YOLO", {"train": 3, "val": 1}),
+    "YOLO: a list of Windows": Case(
+        yolo_list("C:\\sets\\mine\\images\\train\\a.jpg", "images\\train\\b.jpg", ".\\images\\train\\c.jpg"),
+        "YOLO", {"train": 3},
+    ),
+    "YOLO: a list of another machine": Case(
+        yolo_list(*(f'"/home/me/mine/images/train/{stem}.jpg"' for stem in "abc")), "YOLO", {"train": 3}
+    ),
+    "YOLO: a list of no existing image": Case(
+        yolo_list("images/x.jpg", "../../y.jpg"), "YOLO", {}, {"annotation file"}, stops=True
+    ),
+    "YOLO: valid beside val": Case(yolo("images/train", "images/val", "images/valid"), "YOLO", PAIR, unused=4),
+    "YOLO: names that are words of YAML": Case(
+        yolo("images/train", "images/val", yaml="train: images/train\nval: images/val\nnames: [no]\n"), "YOLO", PAIR
+    ),
+    "a copy in two splits": Case(coco_pair(copied), "COCO", FOURS, {"copy in two splits"}),
+    "one image in two splits": Case(
+        lambda root: voc_folder(root, train="a b", val="b c"), "VOC", {"train": 2, "val": 2},
+        {"same images in two splits"},
+    ),
+    "a float TIFF": Case(with_image(FLOAT, "f.tif"), "COCO", {"train": 3, "val": 4}, {"image unreadable"}, unused=1),
+    "a 16-bit PNG": Case(with_image(DEEP, "f.png"), "COCO", FOURS, {"16 bits"}, unused=1),
+    "a transparent PNG": Case(with_image(RED, "f.png"), "COCO", FOURS, {"transparency"}, unused=1),
+    "a list of Git LFS": Case(
+        coco_pair(lambda r: (r / "annotations/instances_val.json").write_text("version https://git-lfs.github.com\n")),
+        "COCO", {"train": 4}, {"annotation file"}, stops=True,
+    ),
+    "no objects": Case(edited("train", "annotations", iscrowd="1"), "COCO", FOURS, {"no objects"}, stops=True),
+    "no objects in a single file": Case(
+        lambda root: coco_folder(root, "zoo", annotations=[]), "COCO", {"train": 4}, {"no objects"}, stops=True
+    ),
+    "VOC: a split of negatives": Case(voc_val(""), "VOC", {"train": 2, "val": 1}, {"image without objects"}),
+    "an unknown VOC class": Case(voc_val("cow"), "VOC", {"train": 2, "val": 1}, {"class unknown in training"}, True),
+    "other categories": Case(edited("val", "categories", [0], name="cow"), "COCO", FOURS, {"classes differ"}, True),
+    "bad boxes": Case(edited("train", "annotations", [0, 3], bbox=None), "COCO", FOURS, {"object malformed"}),
+    "too many bad boxes": Case(
+        edited("train", "annotations", [0, 1, 2], bbox=None), "COCO", FOURS, {"annotation file"}, stops=True
+    ),
+    "missing and torn images, too many together": Case(
+        coco_pair(two_missing_and_two_torn, num_images=9), "COCO", {"train": 5, "val": 9}, {"annotation file"}, True
+    ),
+    "a torn XML file": Case(voc_torn_xml, "VOC", {"train": 2, "val": 1}, {"XML malformed"}),
+    "too few images to divide": Case(
+        lambda root: coco_folder(root, "train", num_images=2), "COCO", {"train": 2}, {"too few images"}, stops=True
+    ),
+    "files that nothing uses": Case(unused_files, "YOLO", PAIR, unused=4),
+}  # fmt: skip
+
+
+def diagnose(path: Path) -> tuple[Diagnosis, dict[str, int]]:
+    """Return doctor's findings, and the number of usable images of each split, in order."""
+    splits = read_splits(find_sources([path]))
+    diagnosis, usable = examine(splits, ANCHORS, near_copies=False, path=path)
+    return diagnosis, {name: len(annotations) for name, annotations in usable.items()}
+
+
+def start_training(path: Path) -> DetectionDataModule | None:
+    """Do what `fit` and `test` do with data before their first batch; return None if that stops."""
+    data = DetectionDataModule(path=path, image_size=64, batch_size=1, num_workers=0)
+    try:
+        for call in ("fit", "test"):
+            data.setup(call)
+        data.train_dataloader()
+    except (DataError, ConfigError):
+        return None
+    return data
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_doctor_and_training_agree_on_roles_findings_and_what_is_unused(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    case.write(tmp_path)
+    assert recognise(tmp_path).format == case.format
+    diagnosis, num_images = diagnose(tmp_path)
+    assert num_images == case.splits
+    effects = {finding.rule: finding.effect for finding in diagnosis.findings}
+    assert case.rules <= effects.keys()
+    assert ("error" in effects.values()) == case.stops
+    assert sum(finding.num_items for finding in diagnosis.findings if finding.rule == "not used") == case.unused
+    data = start_training(tmp_path)
+    assert (data is None) == case.stops
+    if data is not None:
+        sets = {id(part): part for part in map(data.annotations, ("train", "val", "test"))}.values()
+        assert sum(map(len, sets)) == sum(case.splits.values())
+        skipped = {line for part in sets for line in part.skipped}
+        assert skipped == {finding.line for finding in diagnosis.findings if finding.effect == "skipped"}
+
+
+def contents(path: Path) -> dict[str, Counter[bytes]]:
+    """Return the bytes of the images of each split."""
+    splits = read_splits(find_sources([path]))
+    return {
+        split.name: Counter(Path(image).read_bytes() for image in split.annotations.image_paths.tolist())
+        for split in splits
+        if split.annotations is not None
+    }
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if ":" in name and not case.stops])
+def test_no_image_and_no_split_is_lost_in_conversions(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    CASES[name].write(source)
+    before = contents(source)
+    for number, to in enumerate(("voc", "yolo", "coco")):
+        target = tmp_path / f"{number}"
+        convert_splits(find_sources([source]), to, target, images="link")
+        source = target
+        assert contents(target) == before
+
+
+@pytest.mark.parametrize("write", [lambda root: None, lambda root: coco_folder(root, "north", "south")])
+def test_folder_without_a_known_split_is_refused_by_both(write: Callable[[Path], None], tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "notes.md").write_text("")
+    with pytest.raises(DataError, match=r"(?s)holds 1 \.md.*Known are: COCO|no file says .* which split.*one by one"):
+        find_sources([tmp_path])
+    with pytest.raises(DataError):
+        DetectionDataModule(path=tmp_path).setup("fit")
+    for name in ("gone", "notes.md"):
+        with pytest.raises(DataError, match=r"no such file or folder|is not a folder, JSON or YAML file"):
+            recognise(tmp_path / name)
+
+
+def test_command_counts_what_is_unused_and_says_how_to_train(tmp_path: Path) -> None:
+    unused_files(tmp_path)
+    code, report = doctor(tmp_path)
+    assert (code, report["training_command"]) == (0, f"make train DATA={tmp_path}")
+    problems = " ".join(finding["problem"] for finding in found(report, "not used"))
+    for words in ("2 images are in no split", "1 images are of a type that is not read (.avif)", "gone.txt"):
+        assert words in problems
+    lines = describe_source(recognise(tmp_path))
+    assert [line.partition(":")[0].strip() for line in lines] == [f"YOLO data set {tmp_path}", "train", "val"]
+
+
+def test_command_for_several_files_trains_on_them(tmp_path: Path) -> None:
+    coco_folder(tmp_path, "train2017", "val2017", "mine")
+    files = [tmp_path / "annotations" / f"instances_{name}.json" for name in ("val2017", "train2017", "mine")]
+    assert [split.name for split in find_sources(files)] == ["train", "mine", "val"]
+    assert [split.name for split in find_sources(files[:1] * 2)] == ["val (1)", "val (2)"]
+    assert recognise(files[0]).splits == ("train",)  # a single file is what a training trains on
+    command = doctor(*files[:2])[1]["training_command"]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(DetectionDataModule, "data")
+    words = shlex.split(command)
+    data = parser.instantiate(parser.parse_args(words[words.index("--data.source") :])).data
+    data.setup("fit")
+    assert [str(tmp_path / f"{name}2017/a0.jpg") for name in ("train", "val")] == [
+        str(data.annotations(stage).image_paths[0]) for stage in ("train", "val")
+    ]
+
+
+def test_voc_splits_get_one_order_of_classes(tmp_path: Path) -> None:
+    voc_image(tmp_path, "a", name="dogs")
+    voc_image(tmp_path, "b", name="dog")
+    voc_lists(tmp_path, train="a", val="b")
+    train, val = read_splits(find_sources([tmp_path]))
+    assert train.annotations is not None
+    assert val.annotations is not None
+    assert train.annotations.class_names == val.annotations.class_names == ("dog", "dogs")
+    assert (train.annotations.labels.tolist(), val.annotations.labels.tolist()) == ([1], [0])
+    assert "'dog' (nearest: 'dogs')" in val.findings[0].problem
+
+
+def test_names_of_classes_that_nothing_names_are_numbered(tmp_path: Path) -> None:
+    yolo_images(tmp_path, "images", "labels", "a b", "2 0.5 0.5 0.25 0.5\n")
+    (split,) = read_splits(find_sources([tmp_path]))
+    assert split.annotations is not None
+    assert split.annotations.class_names == ("class_0", "class_1", "class_2")
+    assert "the 3 classes: they are called class_0, class_1, class_2" in split.findings[0].problem
+    shutil.rmtree(tmp_path / "labels")
+    with pytest.raises(DataError, match="is no data set"):
+        recognise(tmp_path)
+
+
+def test_split_that_cannot_be_read_becomes_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text("train: images/gone\nnames: [cat]\n")
+    (split,) = read_splits(find_sources([tmp_path]))
+    assert split.annotations is None
+    assert "'images/gone' is neither a folder nor a list" in split.findings[0].problem
+    assert split.findings[0].remedy == "Correct it, or path: in data.yaml."
+
+
+def test_categories_that_differ_are_reported_with_both_tables(tmp_path: Path) -> None:
+    coco_folder(tmp_path, "train", "val")
+    file = tmp_path / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text()) | {"categories": [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}]}
+    file.write_text(json.dumps(content))
+    (finding,) = (finding for finding in diagnose(tmp_path)[0].findings if finding.rule == "classes differ")
+    assert "3 cat, 7 dog" in finding.problem
+    assert "3 dog, 7 cat" in finding.problem
