@@ -96,10 +96,10 @@ def find_files(source: str, names: Sequence[object], root: Path) -> list[str | N
         folder, _, file_name = _checked(source, name).rpartition("/")
         if folder not in listings:
             listings[folder] = list_files(root / folder)
-            _require_inside(source, root, root / folder)
+            require_inside(source, [root], root / folder)
         path = f"{root / folder}{os.sep}{file_name}" if file_name in listings[folder] else None
         if path and listings[folder][file_name]:
-            _require_inside(source, root, Path(path))
+            require_inside(source, [root], Path(path))
         paths.append(path)
     if names and not any(paths):
         first = Path(_checked(source, names[0]))
@@ -297,11 +297,11 @@ def is_encodable(name: str) -> bool:
     return name.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in name)
 
 
-def _require_inside(source: str, root: Path, path: Path) -> None:
-    """Refuse a link that leads out of the root: an unpacked archive must not open files elsewhere."""
+def require_inside(source: str, roots: Sequence[Path], path: Path) -> None:
+    """Refuse a link that leads out of all roots: an unpacked archive must not open files elsewhere."""
     target = path.resolve()
-    if not target.is_relative_to(root.resolve()):
-        problem = f"{printable(path)} is a link to {printable(target)}, outside the image folder"
+    if not any(target.is_relative_to(root.resolve()) for root in roots):
+        problem = f"{printable(path)} is a link to {printable(target)}, outside the data set's folder"
         raise AnnotationError(f"{source}: {problem}.\nCorrect data.path, so that it leads to the files themselves.")
 
 

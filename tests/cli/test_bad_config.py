@@ -84,6 +84,16 @@ def test_unusable_value_names_key_rule_and_value_and_writes_nothing(capsys, fast
     assert list(tmp_path.rglob("*.ckpt")) == []
 
 
+@pytest.mark.parametrize("experiment", ["../../x", "a/b", "..", ".", "/tmp/x", "red\x1b[31m"])
+def test_experiment_that_is_no_folder_name_is_refused(capsys, fast_options, tmp_path, experiment):
+    words = ["--experiment", experiment, "--runs_dir", str(tmp_path / "a" / "runs")]
+    for more in ([], ["--trainer.fast_dev_run", "true"], ["--resume", "auto"]):
+        text = message_of(capsys, "fit", *fast_options, *words, *more)
+        assert "experiment must be one folder name" in text
+        assert "\x1b" not in text
+    assert list(tmp_path.iterdir()) == []
+
+
 def printed_config(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, dict[str, object]]:
     with pytest.raises(SystemExit):
         run("fit", *words, "--print_config")

@@ -338,7 +338,7 @@ def test_link_out_of_the_image_folder_is_refused_and_one_inside_is_fine(tmp_path
     (tmp_path / "images/real").rename(outside)
     inside.unlink()
     inside.symlink_to(outside)
-    with pytest.raises(AnnotationError, match=r"outside the image folder(.|\n)*data\.path"):
+    with pytest.raises(AnnotationError, match=r"outside the data set's folder(.|\n)*data\.path"):
         parse_coco(file, tmp_path / "images")
 
 

@@ -274,3 +274,16 @@ def test_no_object_at_all_needs_class_names(tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match=r"no object(.|\n)*data\.class_names"):
         parse_voc(tmp_path, ["train"])
     assert parse_voc(tmp_path, ["train"], class_names=["dog"]).box_offsets.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("linked", ["JPEGImages/a.jpg", "Annotations/a.xml"])
+def test_link_out_of_the_folder_is_refused_and_one_inside_is_fine(tmp_path: Path, linked: str) -> None:
+    root = write(tmp_path / "set", {"a": xml(obj())})
+    inside = (root / linked).rename(root / "real")
+    (root / linked).symlink_to(inside)
+    assert len(parse_voc(root, ["train"])) == 1
+    inside.rename(tmp_path / "outside")
+    (root / linked).unlink()
+    (root / linked).symlink_to(tmp_path / "outside")
+    with pytest.raises(AnnotationError, match=r"outside the data set's folder(.|\n)*data\.path"):
+        parse_voc(root, ["train"])

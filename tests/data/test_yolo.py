@@ -271,3 +271,17 @@ def test_line_that_leads_elsewhere_is_a_missing_image(tmp_path: Path, line: str)
     (skipped,) = YOLO(data).read("train").skipped
     assert "list.txt:2: " in skipped
     assert "is in a list, and not there" in skipped
+
+
+@pytest.mark.parametrize("linked", ["images/train/a.png", "labels/train/a.txt"])
+def test_link_out_of_the_folder_is_refused_and_one_inside_is_fine(tmp_path: Path, linked: str) -> None:
+    root = tmp_path / "set"
+    data = write_yolo(root, {"a": GOOD})
+    inside = (root / linked).rename(root / "real")
+    (root / linked).symlink_to(inside)
+    assert len(YOLO(data).read("train")) == 1
+    inside.rename(tmp_path / "outside")
+    (root / linked).unlink()
+    (root / linked).symlink_to(tmp_path / "outside")
+    with pytest.raises(AnnotationError, match=r"outside the data set's folder(.|\n)*data\.path"):
+        YOLO(data).read("train")

@@ -186,6 +186,13 @@ def test_member_never_leaves_the_folder(suffix, name, folder, tmp_path):
     assert not Path("/tmp/onestage_evil").exists()
 
 
+@pytest.mark.parametrize("suffix", ["tar", "zip"])
+@pytest.mark.parametrize("name", ["", ".", "x" * 300, "a/" + "y" * 300])
+def test_member_without_a_usable_name_is_refused(suffix, name, folder, tmp_path):
+    with pytest.raises(DataError, match=r"is damaged|no file system"):
+        extract(make_archive(tmp_path / f"archive.{suffix}", {name: b"x"}), folder, max_bytes=100)
+
+
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
 def test_links_out_of_the_folder_and_devices_are_refused(kind, folder, tmp_path):
     with pytest.raises(DataError, match="not safe to unpack"):

@@ -132,6 +132,29 @@ def test_pickle_that_allocates_gigabytes_is_not_loaded(tmp_path, monkeypatch):
     assert "asks for memory that it does not fill" in refused(path)
 
 
+def with_pickle(checkpoint: Path, content: bytes) -> Path:
+    hostile = checkpoint.with_name("hostile.ckpt")
+    with zipfile.ZipFile(checkpoint) as whole, zipfile.ZipFile(hostile, "w") as changed_file:
+        for member in whole.infolist():
+            is_pickle = member.filename.endswith(".pkl")
+            changed_file.writestr(member.filename, content if is_pickle else whole.read(member))
+    return hostile
+
+
+def test_pickle_of_millions_of_empty_dictionaries_is_not_loaded(checkpoint, monkeypatch):
+    path = with_pickle(checkpoint, b"\x80\x02](" + b"}" * (2 << 20) + b"e.")  # 130 MB and a minute
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    assert "beside its tensors" in refused(path)
+
+
+def test_control_characters_of_a_checkpoint_do_not_reach_the_terminal(checkpoint, capsys):
+    path = with_pickle(checkpoint, b"\x80\x02cevil\x1b[31m\nx\n.")
+    assert run("validate", "--ckpt_path", str(path)) == 2
+    printed = capsys.readouterr().err
+    assert "\x1b" not in printed
+    assert "nothing in it was run" in printed
+
+
 def test_compressed_archive_is_refused_before_it_is_unpacked(checkpoint, monkeypatch):
     bomb = checkpoint.with_name("bomb.ckpt")
     with zipfile.ZipFile(checkpoint) as whole, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:

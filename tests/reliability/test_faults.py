@@ -1,5 +1,6 @@
 """Faults of processes: kills, signals, lost and different ones among several."""
 
+import csv
 import json
 import os
 import signal
@@ -71,6 +72,16 @@ def test_run_ends_with_the_same_bits_after_fifty_kills(tmp_path):
     assert report["most_steps_lost"] <= report["interval"]
     assert (report["whole_exit_code"], report["exit_code"]) == (0, 0)
     assert report["differences"] == []
+
+
+@pytest.mark.slow
+def test_kill_in_the_save_after_a_validation_leaves_one_row_of_it(drawn, tmp_path):
+    command = tiny_run.words(drawn, tmp_path, "--resume", "auto", epochs=1)
+    assert tiny_run.end_of_child(command, "write", 10) == -signal.SIGKILL  # 7 steps, before the validation, best, last
+    assert tiny_run.onestage(*command) == 0
+    with (folder_of(tmp_path) / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val/mAP"]]
+    assert len({row["step"] for row in rows}) == len(rows)
 
 
 # Signals; that the run resumes exactly is in test_exact_resume.py
@@ -193,11 +204,12 @@ def test_two_processes_resume_to_the_same_bits_after_a_kill(drawn, tmp_path):
 
 def test_processes_with_different_configurations_are_refused(monkeypatch):
     def gather(gathered: list[object], own: object) -> None:
-        gathered[:] = [own, str(own).replace("0.1", "0.2"), own]
+        gathered[:] = [own, {**own, "model.optimizer.init_args.lr": "0.2"}, own]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    config = {"model": {"optimizer": {"init_args": {"lr": 0.1}}}, "data": {"batch_size": 4}}
-    with pytest.raises(ConfigError, match=r"processes \[1\] have another model or data configuration"):
-        ConfigInCheckpoint(config).setup(SimpleNamespace(world_size=3), None, "fit")
+    decisive = {"model.optimizer.init_args.lr": 0.1, "data.batch_size": 4}
+    expected = r"processes \[1\] have another configuration than process 0: model.optimizer.init_args.lr\."
+    with pytest.raises(ConfigError, match=expected):
+        ConfigInCheckpoint({}, decisive).setup(SimpleNamespace(world_size=3), None, "fit")
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda gathered, own: gathered.__setitem__(0, own))
-    ConfigInCheckpoint(config).setup(SimpleNamespace(world_size=1), None, "fit")
+    ConfigInCheckpoint({}, decisive).setup(SimpleNamespace(world_size=1), None, "fit")

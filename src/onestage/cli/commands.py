@@ -28,6 +28,7 @@ from onestage.cli.parser import (
 from onestage.data.datamodule import DetectionDataModule
 from onestage.data.source import Source
 from onestage.errors import ConfigError
+from onestage.files import atomic_write
 from onestage.training.batch_size import GIB, AutoBatch
 from onestage.training.callbacks import (
     CURVES_FILE,
@@ -98,9 +99,8 @@ class RunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write all settings, for `--config` and `--resume auto`."""
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
+        with atomic_write(Path(trainer.default_root_dir) / "config.yaml") as temporary:  # a kill must not damage it
+            self.parser.save(self.config, temporary, skip_unset=False, overwrite=True, multifile=False)
 
 
 class DetectionCLI(LightningCLI):
@@ -169,7 +169,7 @@ class DetectionCLI(LightningCLI):
         """Resolve the `auto` of precision and names, so that config.yaml repeats the run."""
         settings = self.settings
         settings.trainer.precision = resolve_precision(settings.trainer.precision, settings.trainer.accelerator)
-        settings.experiment = settings.experiment or experiment_name(settings.config or [], settings.ckpt_path)
+        settings.experiment = experiment_name(settings.experiment, settings.config or [], settings.ckpt_path)
         require_classes_of_the_data(settings.model.detector)
         if self._given_data is not None:
             record_data(settings.data, self._given_data)

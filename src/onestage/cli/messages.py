@@ -19,7 +19,8 @@ MODULES_OF_CLASSES = (  # whose public classes a misspelt name can mean
 )  # fmt: skip
 UNKNOWN_KEY = re.compile(r"(?:Option '|accept option '|unrecognized arguments: --|Key ')([\w.]+)")
 UNKNOWN_CLASS = re.compile(
-    r"given class_path '([\w.]+)':\s+(?:module '[\w.]+' has no attribute|No module named)|dot import path string: (\w+)"
+    r"given class_path '([\w.]+)':\s+(?:module '[\w.]+' has no attribute|No module named|No [\w.]+ attribute)"
+    r"|dot import path string: (\w+)"
 )
 MISSING = re.compile(r"^the following arguments are required: (.*?)\.?$", re.MULTILINE)
 FAILED_LINK = re.compile(r"Call to compute_fn of link .* failed: (?P<reason>.*)", re.DOTALL)  # the reason is ours

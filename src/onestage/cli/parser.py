@@ -67,8 +67,19 @@ def shared_configs() -> list[Path]:
     return [path for path in (SHARED_CONFIG, source_tree / SHARED_CONFIG) if path.is_file()]
 
 
-def experiment_name(configs: Sequence[object], checkpoint: str | None) -> str:
-    """Return the name of a run's folder: the last configuration's, else the checkpoint's experiment."""
+def experiment_name(given: str | None, configs: Sequence[object], checkpoint: str | None) -> str:
+    """Return the name of a run's folder: the given one, else the last configuration's or the checkpoint's experiment.
+
+    Raises:
+        ConfigError: it is not a plain folder name.
+    """
+    name = given or _derived_name(configs, checkpoint)
+    is_plain = name.isprintable() and name == Path(name).name and name != ".."
+    require(is_plain, "experiment", name, "one folder name", "Set --runs_dir to write somewhere else.")
+    return name
+
+
+def _derived_name(configs: Sequence[object], checkpoint: str | None) -> str:
     stems = [Path(str(path)).stem for path in configs]
     names = [stem for stem in stems if stem not in (SHARED_CONFIG.stem, Path(STORED_CONFIG).stem)]
     if names:

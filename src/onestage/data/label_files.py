@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onestage.data.annotations as rules
 from onestage.data.annotations import ImageColumns, ObjectColumns, Rule, count_findings, malformed
 from onestage.errors import AnnotationError
-from onestage.files import list_files, printable
+from onestage.files import list_files, printable, require_inside
 from onestage.types import AnnotationSet, Finding
 
 
@@ -79,6 +79,7 @@ class LabelFiles(NamedTuple):
 
 def read_label_files(
     source: str,
+    root: Path,
     listed: Sequence[LabelledImage],
     bad_images: Mapping[int, Finding],
     read: Callable[[Path], LabelFile],
@@ -91,6 +92,7 @@ def read_label_files(
 
     Args:
         source: file or folder, for messages.
+        root: the folder of the data set, which no link may leave.
         listed: the images of a split.
         bad_images: row of an image -> why it is skipped.
         read: reads one file; raises AnnotationError if it is malformed, and its image is skipped.
@@ -100,9 +102,13 @@ def read_label_files(
         max_bad_fraction: as in `Source.read`.
 
     Raises:
-        AnnotationError: no image has a file, or too many are skipped.
+        AnnotationError: no image has a file, a link leaves `root`, or too many are skipped.
     """
-    names = {folder: list_files(folder) for folder in {item.label.parent for item in listed}}
+    files_of_images = [path for item in listed for path in (item.image, item.label)]
+    names = {folder: list_files(folder) for folder in {path.parent for path in files_of_images}}
+    for path in files_of_images:
+        if names[path.parent].get(path.name):  # a link
+            require_inside(source, [root, path.parent], path)
     has_file = [item.label.name in names[item.label.parent] for item in listed]
     if len(bad_images) < len(listed) and not any(has_file):
         problem = (

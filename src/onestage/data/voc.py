@@ -152,7 +152,7 @@ def parse_voc(
     missing = {row: rules.IMAGE_MISSING.broken(place, problem) for row, place in places.items()}
     notes = {rules.OTHER_FILE_NAME: "in {} XML files <filename> is not the name of the file"}
     file_rules = rules.NO_XML, rules.XML_MALFORMED
-    files = read_label_files(source, listed, missing, read_record, *file_rules, notes, max_bad_fraction)
+    files = read_label_files(source, root, listed, missing, read_record, *file_rules, notes, max_bad_fraction)
     found = {str(item.class_key): item.text for item in reversed(files.objects) if item.class_key}
     names = sorted(found) if class_names is None else class_names
     if not names and class_names is None:

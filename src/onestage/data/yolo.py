@@ -130,7 +130,7 @@ def parse_yolo(
         rules.BOX_REPEATED: "{} lines occur twice in their file: read once",
         rules.POLYGON: "{} objects are outlines: the box around each is used",
     }
-    files = read_label_files(source, listed, bad_images, read, *file_rules, notes, max_bad_fraction)
+    files = read_label_files(source, settings.root, listed, bad_images, read, *file_rules, notes, max_bad_fraction)
     if not settings.is_named:
         problem = f"nothing names the {len(names)} classes: they are called {shortened(names)}"
         files.findings.append(rules.NO_NAMES.broken(source, problem))

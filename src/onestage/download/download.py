@@ -13,12 +13,18 @@ from filelock import FileLock, Timeout
 
 from onestage.download.fetch import RemoteFile, fetch
 from onestage.errors import DataError, require
-from onestage.files import printable
+from onestage.files import is_path, printable
 
 MAX_GROWTH = 20.0  # unpacked size of an archive at most, in multiples of its own
 DOWNLOADS = ".downloads"
 # The filter is absent before Python 3.11.4; `fetch` has compared the archive's checksum in any case.
 TAR_OPTIONS: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+
+
+ARCHIVE_ERRORS = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError,
+    IndexError, IsADirectoryError, NotADirectoryError, FileExistsError,  # of members without a name, or of one twice
+)  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -165,17 +171,24 @@ def extract(archive: Path, folder: Path, max_bytes: int) -> None:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as zip_file:
-                _require_size(archive, sum(info.file_size for info in zip_file.infolist()), max_bytes)
+                infos = zip_file.infolist()
+                _require_harmless(
+                    archive, [info.filename for info in infos], sum(i.file_size for i in infos), max_bytes
+                )
                 zip_file.extractall(folder)
         else:
             with tarfile.open(archive, "r:") as tar_file:
-                _require_size(archive, sum(info.size for info in tar_file), max_bytes)
+                members = tar_file.getmembers()
+                _require_harmless(archive, [info.name for info in members], sum(m.size for m in members), max_bytes)
                 tar_file.extractall(folder, **TAR_OPTIONS)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as reason:
+    except ARCHIVE_ERRORS as reason:
         raise _unusable(archive, f"is damaged, not an archive, or not safe to unpack ({reason})") from None
 
 
-def _require_size(archive: Path, num_bytes: int, max_bytes: int) -> None:
+def _require_harmless(archive: Path, names: Sequence[str], num_bytes: int, max_bytes: int) -> None:
+    unusable = next((name for name in names if not is_path(name)), None)
+    if unusable is not None:
+        raise _unusable(archive, f"has a member that no file system can hold: {unusable!r:.99}")
     if num_bytes > max_bytes:
         raise _unusable(archive, f"unpacks to {num_bytes / 1e9:.1f} GB, expected at most {max_bytes / 1e9:.1f} GB")
 

@@ -13,7 +13,7 @@ from onestage.errors import CheckpointError
 from onestage.reliability.callbacks import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint, SeededSteps
 from onestage.reliability.checkpoints import AtomicCheckpointIO, load_weights, read_checkpoint
 from onestage.reliability.non_finite import NonFiniteGuard
-from onestage.reliability.resume import Resumed, find_checkpoint, require_resumable
+from onestage.reliability.resume import Resumed, decisive_settings, find_checkpoint, require_resumable
 from onestage.reliability.runs import new_locked_folder, take_run_folder
 from onestage.reliability.stopping import StopOnSignal, mapped_errors
 from onestage.reliability.stored_config import config_of
@@ -28,6 +28,7 @@ class Reliability(RunAddOn):
 
     def __init__(self) -> None:
         self._resumed: Resumed | None = None
+        self._decisive: JSONDict = {}
 
     @contextmanager
     def command(self) -> Iterator[None]:
@@ -60,6 +61,7 @@ class Reliability(RunAddOn):
 
     def before_instantiate(self, settings: Any, config: JSONDict) -> None:
         """Find the checkpoint to resume from; adopt what its run has decided for `auto`."""
+        self._decisive = decisive_settings(config)
         self._resumed = find_checkpoint(settings.resume, settings.ckpt_path, config)
         if self._resumed is not None:
             self._resumed.adopt(settings)
@@ -85,7 +87,7 @@ class Reliability(RunAddOn):
             config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
         seeded = SeededSteps(int(settings.seed_everything))
-        return [ConfigInCheckpoint(stored), seeded, *callbacks, Watchdog(), StopOnSignal(last)]
+        return [ConfigInCheckpoint(stored, self._decisive), seeded, *callbacks, Watchdog(), StopOnSignal(last)]
 
     def checkpoint_to_resume(
         self, settings: Any, module: DetectionModule, data: LightningDataModule, trainer: Trainer

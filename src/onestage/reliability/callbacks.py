@@ -27,7 +27,7 @@ from onestage.reliability.checkpoints import (
     read_checkpoint,
     require_writable,
 )
-from onestage.reliability.resume import decisive_settings, fingerprints
+from onestage.reliability.resume import fingerprints
 from onestage.training.module import CHECKPOINT_KEY
 from onestage.types import JSONDict
 
@@ -276,20 +276,27 @@ def _is_readable(path: Path) -> bool:
 
 
 class ConfigInCheckpoint(Callback):
-    """Store configuration, data fingerprints and versions in every checkpoint."""
+    """Store configuration, data fingerprints and versions in every checkpoint.
 
-    def __init__(self, config: JSONDict) -> None:
-        self.config = config
+    Args:
+        config: the groups `model` and `data`.
+        decisive: the settings that all processes must have in common, by their dotted keys.
+    """
+
+    def __init__(self, config: JSONDict, decisive: JSONDict) -> None:
+        self.config, self.decisive = config, decisive
         self._origin: JSONDict = {}
 
     def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         """Raise ConfigError, in every process, if they have different configurations."""
         if trainer.world_size > 1:
             settings: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(settings, repr(sorted(decisive_settings(self.config).items())))
+            torch.distributed.all_gather_object(settings, {key: repr(value) for key, value in self.decisive.items()})
             others = [rank for rank, other in enumerate(settings) if other != settings[0]]
             if others:
-                problem = f"processes {others} have another model or data configuration than process 0"
+                pairs = set(settings[0].items()) ^ set(settings[others[0]].items())
+                keys = ", ".join(sorted({key for key, _ in pairs}))
+                problem = f"processes {others} have another configuration than process 0: {keys}"
                 raise ConfigError(f"{problem}.\nStart every process with the same --config files and options.")
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:

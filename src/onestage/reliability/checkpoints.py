@@ -21,7 +21,8 @@ from onestage.types import JSONDict
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 MAX_VALUES = 1_000_000  # in a checkpoint, tensors counted as one; 100,000 classes need 200,000
-MAX_JSON_BYTES = 64 << 20
+MAX_PICKLE_BYTES = 1 << 20  # torch takes 10 s for a million opcodes; 25,000 class names need 700 kB
+MAX_JSON_BYTES = 8 << 20  # "[],[],[]" becomes thirty times as many bytes
 SHARED_KEYS = {"schema", "detector", "class_names", "category_ids"}
 
 
@@ -145,8 +146,11 @@ def _require_harmless(path: Path, archive: zipfile.ZipFile, size: int) -> None:
     if declared > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
         problem = f"is compressed: {size:,} bytes that would become {declared:,}. torch never compresses"
         raise unusable(path, problem, "It was not unpacked. Use the file that `onestage fit` wrote.")
+    pickles = [member for member in members if member.filename.endswith(".pkl")]
+    if sum(member.file_size for member in pickles) > MAX_PICKLE_BYTES:
+        raise unusable(path, f"has more than {MAX_PICKLE_BYTES:,} bytes beside its tensors. It was not loaded")
     # bytearray is the one callable that torch accepts and that allocates memory by itself.
-    if any(member.filename.endswith(".pkl") and b"bytearray" in archive.read(member) for member in members):
+    if any(b"bytearray" in archive.read(member) for member in pickles):
         raise unusable(path, "asks for memory that it does not fill. It was not loaded")
 
 

@@ -39,6 +39,8 @@ PATHS_IN_DATA = ("_annotations", "_images")  # ends of keys; of such a path only
 LENGTHS = ("trainer.max_epochs", "trainer.max_steps")  # a run may be lengthened
 OPTIMIZER = "optimizer_states"  # Lightning's key; missing in checkpoints that hold weights alone
 
+MAX_CONFIG_BYTES = 256 << 10  # of config.yaml; a full one has 10 kB, and YAML takes seconds for each MB
+MAX_SETTINGS = 100_000
 READ_BYTES = 2 << 30  # image files of so many bytes together are read, in seconds; of more only the sizes are compared
 READ_THREADS = 8  # a disk answers several at a time; hashing releases the interpreter lock
 
@@ -148,12 +150,11 @@ def newest_checkpoint(folder: Path) -> Resumed | None:
 def _find_difference(config_file: Path, config: JSONDict) -> str | None:
     """Return how the run of a configuration file differs from this one, or None."""
     try:
-        saved = yaml.safe_load(read_file(config_file, CheckpointError, "a run's configuration", "", max_bytes=8 << 20))
-    except (CheckpointError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
-        saved = None
-    if not isinstance(saved, dict):
+        text = read_file(config_file, CheckpointError, "a run's configuration", "", MAX_CONFIG_BYTES)
+        then = decisive_settings(yaml.safe_load(text))
+    except (CheckpointError, yaml.YAMLError, ValueError, RecursionError):
         return f"its {config_file.name} cannot be read"
-    then, now = decisive_settings(saved), decisive_settings(config)
+    now = decisive_settings(config)
     if config.get("auto_batch", False) is not False:
         now[BATCH_SIZE] = then.get(BATCH_SIZE)
     if now.get(MEMORY_FORMAT) == "auto":
@@ -174,12 +175,19 @@ def _is_longer(then: Any, now: Any) -> bool:
     return isinstance(before, int | float) and isinstance(after, int | float) and after >= before
 
 
-def decisive_settings(config: JSONDict) -> dict[str, Any]:
-    """Return the settings that decide what a run computes, by their dotted keys."""
+def decisive_settings(config: Any) -> dict[str, Any]:
+    """Return the settings that decide what a run computes, by their dotted keys; ValueError if it is no configuration.
+
+    config: as in config.yaml.
+    """
+    if not isinstance(config, dict) or not isinstance(config.get("trainer") or {}, dict):
+        raise ValueError("keys and values are missing")
     chosen = {key: config.get(key) for key in DECISIVE}
     chosen["trainer"] = {key: (config.get("trainer") or {}).get(key) for key in DECISIVE_IN_TRAINER}
     settings = {}
-    for key, value in _leaves(chosen):
+    for number, (key, value) in enumerate(_leaves(chosen)):
+        if number > MAX_SETTINGS:  # a few aliases can stand for billions of values
+            raise ValueError("too many values")
         name = key.rpartition(".")[2]
         if not key.startswith("data."):
             settings[key] = value

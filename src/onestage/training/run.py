@@ -13,7 +13,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
-from onestage.errors import require
 from onestage.training.module import DetectionModule
 from onestage.types import JSONDict
 
@@ -79,11 +78,8 @@ def new_run_folder(runs_dir: str, experiment: str, *, is_writer: bool = True) ->
     """Create the next free folder runs_dir/experiment/version_<n>.
 
     Raises:
-        ConfigError: `experiment` is not a plain folder name.
         OSError: the folder cannot be created.
     """
-    is_plain = experiment.isprintable() and experiment == Path(experiment).name and experiment not in ("", "..")
-    require(is_plain, "experiment", experiment, "one folder name", "Set --runs_dir to write somewhere else.")
     parent = Path(runs_dir) / experiment
     if not is_writer:
         return parent / "folder_of_the_first_process"
