@@ -10,7 +10,7 @@ from image_sets import image_set, noise
 
 from onestage.boxes.geometry import to_original
 from onestage.data.dataset import DetectionDataset, collate
-from onestage.data.resize import MEAN_RGB, Letterbox, Placement, Resize, Stretch
+from onestage.data.resize import MEAN_RGB, Letterbox, Placement, Resize, ShortestEdge, Stretch
 from onestage.data.transforms import SeededTransform
 from onestage.errors import ConfigError
 
@@ -18,9 +18,9 @@ from onestage.errors import ConfigError
 def test_stretch_scales_each_axis_to_the_square() -> None:
     stretch = Stretch(60)
     assert stretch.canvases == ((60, 60),)
-    assert stretch.place(30, 120) == Placement(scale_x=0.5, scale_y=2.0, left=0.0, top=0.0)
+    assert stretch.place(30, 120, (60, 60)) == Placement(scale_x=0.5, scale_y=2.0, left=0.0, top=0.0)
     image = noise(30, 120)
-    assert np.array_equal(stretch.apply(image), cv2.resize(image, (60, 60), interpolation=cv2.INTER_LINEAR))
+    assert np.array_equal(stretch.apply(image, (60, 60)), cv2.resize(image, (60, 60), interpolation=cv2.INTER_LINEAR))
 
 
 @pytest.mark.parametrize(
@@ -35,20 +35,20 @@ def test_stretch_scales_each_axis_to_the_square() -> None:
 )
 def test_letterbox_placement_by_hand(centred: bool, size: tuple[int, int], expected: Placement) -> None:
     letterbox = Letterbox(32, centred=centred)
-    placement = letterbox.place(*size)
+    placement = letterbox.place(*size, (32, 32))
     assert placement == pytest.approx(expected)
 
 
 def test_letterbox_pixels_are_the_scaled_image_and_the_fill() -> None:
     image = np.full((20, 40, 3), 200, dtype=np.uint8)
-    canvas = Letterbox(32).apply(image)  # 32 x 16, 8 px above and below
+    canvas = Letterbox(32).apply(image, (32, 32))  # 32 x 16, 8 px above and below
     assert canvas.shape == (32, 32, 3)
     assert (canvas[8:24] == 200).all()
     assert (canvas[:8] == MEAN_RGB).all()
     assert (canvas[24:] == MEAN_RGB).all()
 
 
-@pytest.mark.parametrize("resize", [Stretch(64), Letterbox(64), Letterbox(64, centred=False)])
+@pytest.mark.parametrize("resize", [Stretch(64), Letterbox(64), Letterbox(64, centred=False), ShortestEdge(32, 60)])
 def test_boxes_return_to_original_pixels(tmp_path: Path, resize: Resize) -> None:
     boxes = [[[10, 5, 70, 35]], [[3, 20, 41, 77]]]
     annotations = image_set(tmp_path, [noise(40, 100), noise(83, 47)], boxes)
@@ -58,16 +58,54 @@ def test_boxes_return_to_original_pixels(tmp_path: Path, resize: Resize) -> None
     torch.testing.assert_close(originals, torch.tensor(boxes, dtype=torch.float32), atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("size", "canvas", "scales"),  # scales (x, y)
+    [
+        ((480, 640), (800, 1344), (1067 / 640, 800 / 480)),  # COCO's usual size: 800 x 1066.7
+        ((640, 480), (1344, 800), (800 / 480, 1067 / 640)),
+        ((100, 400), (800, 1344), (1333 / 400, 333 / 100)),  # the longer side limits: 333.25 x 1333
+        ((500, 500), (800, 1344), (1.6, 1.6)),
+    ],
+)
+def test_shortest_edge_placement_by_hand(size, canvas, scales) -> None:
+    resize = ShortestEdge()
+    assert resize.canvas_of(*size) == canvas
+    assert resize.place(*size, canvas) == pytest.approx(Placement(*scales))
+
+
+def test_shortest_edge_takes_the_smallest_canvas_and_shrinks_to_fit_another() -> None:
+    resize = ShortestEdge(32, 64, canvases=[(32, 64), (64, 32), (32, 32)])
+    assert [resize.canvas_of(*size) for size in ((10, 10), (10, 12), (12, 10))] == [(32, 32), (32, 64), (64, 32)]
+    assert resize.place(12, 10, (32, 64)) == pytest.approx(Placement(27 / 10, 32 / 12))  # 38.4 px do not fit into 32
+    page = resize.apply(np.full((12, 10, 3), 200, dtype=np.uint8), (32, 64))
+    assert page.shape == (32, 64, 3)
+    assert (page[:, :27] == 200).all()
+    assert (page[:, 27:] == MEAN_RGB).all()
+
+
+def test_batch_of_several_canvases_is_padded_at_the_right_and_at_the_bottom(tmp_path: Path) -> None:
+    annotations = image_set(tmp_path, [noise(40, 100), noise(100, 40)], [[[10, 5, 70, 35]], [[3, 20, 35, 77]]])
+    dataset = DetectionDataset(annotations, SeededTransform([], ShortestEdge(32, 64)))
+    samples = [dataset[0], dataset[1]]
+    assert [sample.image.shape for sample in samples] == [(3, 32, 64), (3, 64, 32)]
+    batch = collate(samples)
+    assert batch.images.shape == (2, 3, 64, 64)
+    assert torch.equal(batch.images[1, :, :, :32], samples[1].image)
+    assert (batch.images[0, :, 32:].permute(1, 2, 0) == torch.tensor(MEAN_RGB)).all()
+
+
 def test_large_images_are_averaged_before_they_are_sampled() -> None:
     stripes = np.zeros((640, 640, 3), dtype=np.uint8)
     stripes[:, ::2] = 255  # bilinear sampling alone would pick single columns: black or white
-    assert np.abs(Stretch(32).apply(stripes).astype(int) - 127.5).max() < 2
+    assert np.abs(Stretch(32).apply(stripes, (32, 32)).astype(int) - 127.5).max() < 2
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: Stretch(0), r"Stretch: size must be >= 1, got 0\."),
+        (lambda: ShortestEdge(900, 800), r"shortest must be in \[1, longest\], longest is 800, got 900"),
+        (lambda: ShortestEdge(canvases=[]), r"ShortestEdge: canvases must be at least one \(height, width\)"),
         (lambda: Letterbox(-1), r"Letterbox: size must be >= 1, got -1\."),
         (lambda: Letterbox(64, fill=(0, 0, 256)), r"Letterbox: fill must be .*\[0, 255\], got \(0, 0, 256\)"),
     ],

@@ -20,16 +20,20 @@ REPEATS = np.array([0.25, 1.0, 2.5, 0.75, 1.0, 3.0, 1.5])  # 10 images an epoch
 
 
 class Images:
-    """A data set of which only the length matters."""
+    """A data set of which only the length matters, and the images of each canvas."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, canvases: tuple[int, ...] = (0,)) -> None:
         self.number = number
+        self.canvases = np.resize(canvases, number)  # of images 0, 1, 2, ...
         self.annotations = self
         self.image_ids = np.arange(number)
         self.source = "some/folder"
 
     def __len__(self) -> int:
         return self.number
+
+    def rows_by_canvas(self) -> list[np.ndarray]:
+        return [np.flatnonzero(self.canvases == canvas) for canvas in np.unique(self.canvases)]
 
 
 def epoch_of(
@@ -80,6 +84,24 @@ def test_training_step_has_the_same_images_for_any_number_of_processes(
     for step in range(3):
         together = [item for share in shares for item in share[step * size : (step + 1) * size]]
         assert sorted(together) == sorted(alone[step * 12 : (step + 1) * 12])
+
+
+@pytest.mark.parametrize("repeats", [None, np.resize(REPEATS, 60)])
+def test_every_step_of_all_processes_has_images_of_one_canvas(repeats: np.ndarray | None) -> None:
+    images, seen, orders = Images(60, canvases=(0, 0, 1)), set(), []
+    for epoch in range(6):
+        shares = []
+        for rank in range(2):
+            sampler = TrainingSampler(images, batch_size=3, seed=0, rank=rank, world_size=2, repeats=repeats)
+            sampler.set_epoch(epoch)
+            shares.append(np.array([item % 60 for _, item in sampler]).reshape(-1, 3))
+            assert len(shares[-1]) == sampler.num_batches == sum(size // 6 for size in sampler._sizes)
+        steps = images.canvases[np.concatenate(shares, axis=1)]
+        assert (steps == steps[:, :1]).all()
+        orders.append(tuple(steps[:, 0]))
+        seen |= set(np.concatenate(shares).flat)
+    assert len(set(orders)) > 1  # the canvases are mixed, differently in every epoch
+    assert repeats is not None or seen == set(range(60))  # what one epoch leaves out comes in another
 
 
 def test_training_images_left_out_of_one_epoch_come_in_another() -> None:
@@ -142,6 +164,10 @@ def test_evaluation_visits_every_image_exactly_once(num_images: int, world_size:
     assert sorted(index for share in shares for index in share) == list(range(num_images))
     assert [len(sampler) for sampler in samplers] == [len(share) for share in shares]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_evaluation_orders_images_by_canvas() -> None:
+    assert list(EvaluationSampler(Images(7, canvases=(0, 1)))) == [0, 2, 4, 6, 1, 3, 5]
 
 
 def test_evaluation_of_fewer_images_than_processes_is_refused() -> None:

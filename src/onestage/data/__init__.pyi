@@ -9,7 +9,12 @@ from .datamodule import DetectionDataModule as DetectionDataModule
 from .dataset import DetectionDataset as DetectionDataset, Sample as Sample, collate as collate
 from .folder import ImageFolder as ImageFolder
 from .loader import DetectionLoader as DetectionLoader
-from .resize import Letterbox as Letterbox, Resize as Resize, Stretch as Stretch
+from .resize import (
+    Letterbox as Letterbox,
+    Resize as Resize,
+    ShortestEdge as ShortestEdge,
+    Stretch as Stretch,
+)
 from .samplers import (
     ClassBalancedSampling as ClassBalancedSampling,
     EvaluationSampler as EvaluationSampler,

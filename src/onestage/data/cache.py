@@ -46,7 +46,7 @@ class ImageReader(Protocol):
 
 
 def open_images(kind: CacheKind, annotations: AnnotationSet, image_size: int) -> ImageReader:
-    """Return the reader of a split; see `DiskCache`. image_size: longest side of the network's input, px."""
+    """Return the reader of a split; see `DiskCache`. image_size: shortest side of the network's inputs, px."""
     if kind == "none":
         return FileReader(annotations)
     return DiskCache(annotations, math.ceil(SHORT_SIDE * image_size), cache_folder() / "images")

@@ -41,7 +41,8 @@ class DetectionDataModule(LightningDataModule):
         source: the files and splits, such as `onestage.data.COCO`.
         path: a data set whose layout is recognised; it replaces `source`.
         image_size: side of the square network input, px, >= 32: short for `resize: Stretch(image_size)`.
-        resize: fits images to the network input in another way, such as `onestage.data.Letterbox(300)`.
+        resize: fits images to the network input in another way, such as `onestage.data.Letterbox(300)` or
+            `onestage.data.ShortestEdge(800, 1333)`; its size is then the network's.
         batch_size: images per process and step.
         num_workers: processes that load images, 0 for none; auto: one per CPU core that this process may use, less
             one for training, at most 16.
@@ -220,7 +221,7 @@ class DetectionDataModule(LightningDataModule):
             load = self.source.image_reader("train" if split == "val" and self._is_divided else split, annotations)
             if load is not None:
                 return FunctionReader(load)
-        return open_images(cache, annotations, self.image_size)
+        return open_images(cache, annotations, min(map(min, self.canvases)))
 
     # Loaders
 

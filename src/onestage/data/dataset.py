@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from onestage.data.cache import FileReader, ImageReader
-from onestage.data.resize import Placement
+from onestage.data.resize import MEAN_RGB, Canvas, Placement
 from onestage.data.transforms import Picture, SeededTransform, mixup, mosaic
 from onestage.errors import ConfigError, ImageError
 from onestage.types import IGNORE, PADDING, AnnotationSet, Batch, Targets
@@ -82,6 +83,20 @@ class DetectionDataset(Dataset[Sample]):
         """Return the number of images."""
         return len(self.annotations)
 
+    def rows_by_canvas(self) -> list[npt.NDArray[np.int64]]:
+        """Return the images of each canvas in use, by their annotated sizes; samplers fill batches with them."""
+        canvases = self.transform.resize.canvases
+        if len(canvases) == 1:
+            return [np.arange(len(self))]
+        numbers = np.array([canvases.index(self._canvas_of(row)) for row in range(len(self))], dtype=np.int64)
+        return [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
+
+    def _canvas_of(self, index: int, decoded_size: tuple[int, int] | None = None) -> Canvas:
+        """Return the canvas of image `index`: of its annotated size, else of its decoded one, else the first."""
+        annotated: tuple[int, int] = tuple(self.annotations.sizes[index].tolist())
+        size = annotated if all(annotated) else decoded_size
+        return self.transform.resize.canvas_of(*size) if size else self.transform.resize.canvases[0]
+
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         """Load and transform one image.
 
@@ -103,20 +118,22 @@ class DetectionDataset(Dataset[Sample]):
 
         first_index = item % len(self) if isinstance(key, tuple) else item
         index, picture, original_size = self._read(first_index, sample_key, failures)
+        canvas = self._canvas_of(first_index, original_size)  # of the whole batch, also if a substitute is read
         if random.random() < self.mosaic:
             pictures = [picture, *(read_partner()[1] for _ in range(3))]
             picture = mosaic(pictures, 2 * self.transform.resize.longest_side, random)
-        picture = self._transformed(picture, index, sample_key)
+        picture = self._transformed(picture, index, sample_key, canvas)
         if random.random() < self.mixup:
             partner_index, partner, _ = read_partner()
-            picture = mixup(picture, self._transformed(partner, partner_index, (*sample_key, PARTNERS)), random)
+            partner = self._transformed(partner, partner_index, (*sample_key, PARTNERS), canvas)
+            picture = mixup(picture, partner, random)
         return Sample(
             image=torch.from_numpy(np.ascontiguousarray(picture.image)).permute(2, 0, 1),
             boxes=torch.from_numpy(picture.boxes),
             labels=torch.from_numpy(self._labels[picture.rows]),
             image_index=index,
             original_size=original_size,
-            placement=self.transform.resize.place(*original_size),
+            placement=self.transform.resize.place(*original_size, canvas),
             failures=tuple(failures),
         )
 
@@ -140,9 +157,9 @@ class DetectionDataset(Dataset[Sample]):
         boxes = self.annotations.boxes[objects] * np.array(scales, dtype=np.float32)
         return index, Picture(pixels, boxes, np.arange(objects.start, objects.stop)), original_size
 
-    def _transformed(self, picture: Picture, index: int, key: tuple[int, ...]) -> Picture:
+    def _transformed(self, picture: Picture, index: int, key: tuple[int, ...], canvas: Canvas) -> Picture:
         try:
-            image, boxes, kept = self.transform(picture.image, picture.boxes, key)
+            image, boxes, kept = self.transform(picture.image, picture.boxes, key, canvas)
         except ConfigError as error:
             raise ConfigError(f"{self.annotations.image_paths[index]}: {error}") from error
         return Picture(image, boxes, picture.rows[kept])
@@ -166,7 +183,9 @@ def collate_with_failures(samples: Sequence[Sample]) -> LoadedBatch:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one image size; pad their objects to one length, a multiple of 16 and at least 16.
+    """Stack samples; pad their objects to one length, a multiple of 16 and at least 16.
+
+    Images of several canvases, which only evaluation puts into a batch, are padded at the right and at the bottom.
 
     The images are [B, 3, H, W] in channels_last memory, the layout of the decoder.
     """
@@ -177,8 +196,15 @@ def collate(samples: Sequence[Sample]) -> Batch:
     for row, sample in enumerate(samples):
         boxes[row, : len(sample.boxes)] = sample.boxes
         labels[row, : len(sample.labels)] = sample.labels
+    images = [sample.image.permute(1, 2, 0) for sample in samples]
+    if len({image.shape for image in images}) > 1:
+        height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+        pages = torch.tensor(MEAN_RGB, dtype=torch.uint8).repeat(len(images), height, width, 1)
+        for page, image in zip(pages, images, strict=True):
+            page[: image.shape[0], : image.shape[1]] = image
+        images = list(pages)
     return Batch(
-        images=torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
+        images=torch.stack(images).permute(0, 3, 1, 2),
         targets=Targets(boxes, labels),
         image_indices=torch.tensor([sample.image_index for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),

@@ -116,7 +116,8 @@ class DetectionLoader(DataLoader[Batch]):
         if self._resume_from or not isinstance(self.sampler, TrainingSampler):
             return dict(self._resume_from)
         settings = {name: getattr(self.sampler, name) for name in KEY_BY_FIELD}
-        return {"epoch": self._epoch, "batches": self._num_returned, **settings}
+        batches = {"batches": self._num_returned, "num_batches": self.sampler.num_batches}
+        return {"epoch": self._epoch, **batches, **settings}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Start the next iteration at the position of `state`, if that iteration is of the same epoch.
@@ -126,7 +127,7 @@ class DetectionLoader(DataLoader[Batch]):
         """
         if not state or not isinstance(self.sampler, TrainingSampler):
             return
-        num_batches = state["num_images"] // (state["batch_size"] * state["world_size"])
+        num_batches = state.get("num_batches", state["num_images"] // (state["batch_size"] * state["world_size"]))
         if state["batches"] % num_batches == 0:
             return  # between two epochs other settings do no harm
         for field, key in KEY_BY_FIELD.items():

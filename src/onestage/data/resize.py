@@ -1,5 +1,6 @@
 """Resizing of images to the network's canvas, and the placement that undoes it."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ MEAN_RGB = (123, 117, 104)  # ImageNet's mean, as SSD's Caffe code fills with it
 MAX_SHRINK = 4.0  # beyond this factor pixels are averaged first, because bilinear sampling would skip them
 
 Boxes = npt.NDArray[np.floating[Any]]
+Canvas = tuple[int, int]  # (height, width), px
 
 
 class Placement(NamedTuple):
@@ -33,20 +35,32 @@ class Placement(NamedTuple):
 class Resize(ABC):
     """Fits images of any size to one of a few canvases."""
 
-    canvases: tuple[tuple[int, int], ...]  # (height, width), px
+    canvases: tuple[Canvas, ...]  # (height, width), px
+    fill: tuple[int, int, int] = MEAN_RGB  # RGB colour of what the image leaves free
 
     @property
     def longest_side(self) -> int:
         """The longest side of all canvases, px."""
         return max(map(max, self.canvases))
 
-    @abstractmethod
-    def place(self, height: int, width: int) -> Placement:
-        """Return where an image of this size, px, lies on its canvas."""
+    def canvas_of(self, height: int, width: int) -> Canvas:
+        """Return the canvas of images of this size, px, >= 1."""
+        return self.canvases[0]
 
     @abstractmethod
-    def apply(self, image: RGBImage) -> RGBImage:
+    def place(self, height: int, width: int, canvas: Canvas) -> Placement:
+        """Return where an image of this size, px, lies on a canvas; augmentation may have changed the size."""
+
+    def apply(self, image: RGBImage, canvas: Canvas) -> RGBImage:
         """Return the canvas [canvas height, canvas width, 3] with an image [H, W, 3] on it."""
+        placement = self.place(image.shape[0], image.shape[1], canvas)
+        height, width = round(image.shape[0] * placement.scale_y), round(image.shape[1] * placement.scale_x)
+        if (height, width) == canvas:
+            return resample(image, height, width)
+        left, top = int(placement.left), int(placement.top)
+        filled = np.full((*canvas, 3), self.fill, dtype=np.uint8)
+        filled[top : top + height, left : left + width] = resample(image, height, width)
+        return filled
 
 
 class Stretch(Resize):
@@ -61,13 +75,9 @@ class Stretch(Resize):
         self.size = size
         self.canvases = ((size, size),)
 
-    def place(self, height: int, width: int) -> Placement:
+    def place(self, height: int, width: int, canvas: Canvas) -> Placement:
         """Return the scales of the two axes; the offsets are 0."""
         return Placement(self.size / width, self.size / height)
-
-    def apply(self, image: RGBImage) -> RGBImage:
-        """Return the stretched image [size, size, 3]."""
-        return resample(image, self.size, self.size)
 
 
 class Letterbox(Resize):
@@ -87,23 +97,56 @@ class Letterbox(Resize):
         self.centred = centred
         self.canvases = ((size, size),)
 
-    def place(self, height: int, width: int) -> Placement:
+    def place(self, height: int, width: int, canvas: Canvas) -> Placement:
         """Return scales and offsets; the sides are rounded to whole pixels, so the two scales differ a little."""
-        new_height, new_width = self._content(height, width)
+        new_height, new_width = scaled_size((height, width), self.size / max(height, width))
         left, top = ((self.size - new_width) // 2, (self.size - new_height) // 2) if self.centred else (0, 0)
         return Placement(new_width / width, new_height / height, left, top)
 
-    def apply(self, image: RGBImage) -> RGBImage:
-        """Return the square [size, size, 3] with the scaled image on it."""
-        height, width = self._content(*image.shape[:2])
-        left, top = map(int, self.place(*image.shape[:2])[2:])
-        canvas = np.full((self.size, self.size, 3), self.fill, dtype=np.uint8)
-        canvas[top : top + height, left : left + width] = resample(image, height, width)
-        return canvas
 
-    def _content(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) of the scaled image, px."""
-        return scaled_size((height, width), self.size / max(height, width))
+class ShortestEdge(Resize):
+    """Scale the shorter side of every image to one length unless the longer becomes too long; fill a canvas.
+
+    The resize of Faster R-CNN (arXiv:1506.01497) and RetinaNet, on few canvases instead of one per batch, so that
+    shapes repeat. An image lies at the upper left of the smallest canvas that holds it at its scale; if none does, it
+    shrinks to fit the canvas on which it is largest. Training batches hold images of one canvas.
+
+    Args:
+        shortest: length of the shorter side, px, >= 1.
+        longest: limit of the longer side, px, >= `shortest`.
+        canvases: (height, width) of each, px; null: a wide and a tall one, `shortest` and `longest` rounded up to
+            multiples of 32.
+        fill: RGB colour of the rest, each in [0, 255].
+    """
+
+    def __init__(
+        self,
+        shortest: int = 800,
+        longest: int = 1333,
+        canvases: list[tuple[int, int]] | None = None,
+        fill: tuple[int, int, int] = MEAN_RGB,
+    ) -> None:
+        require(1 <= shortest <= longest, "ShortestEdge: shortest", shortest, f"in [1, longest], longest is {longest}")
+        require_colour("ShortestEdge: fill", fill)
+        low, high = (-(-length // 32) * 32 for length in (shortest, longest))
+        canvases = [(low, high), (high, low)] if canvases is None else canvases
+        is_valid = len(canvases) > 0 and all(side >= 1 for canvas in canvases for side in canvas)
+        require(is_valid, "ShortestEdge: canvases", canvases, "at least one (height, width), each >= 1")
+        self.shortest, self.longest, self.fill = shortest, longest, fill
+        self.canvases = tuple(sorted(dict.fromkeys((height, width) for height, width in canvases), key=math.prod))
+
+    def canvas_of(self, height: int, width: int) -> Canvas:
+        """Return the smallest canvas on which an image of this size, px, >= 1, is largest."""
+        return max(self.canvases, key=lambda canvas: self._scale(height, width, canvas))  # the first of equal ones
+
+    def place(self, height: int, width: int, canvas: Canvas) -> Placement:
+        """Return the scales; the sides are rounded to whole pixels, so the two differ a little. The offsets are 0."""
+        new_height, new_width = scaled_size((height, width), self._scale(height, width, canvas))
+        return Placement(new_width / width, new_height / height)
+
+    def _scale(self, height: int, width: int, canvas: Canvas) -> float:
+        limit = min(self.shortest / min(height, width), self.longest / max(height, width))
+        return min(limit, canvas[0] / height, canvas[1] / width)
 
 
 def require_colour(name: str, colour: tuple[int, int, int]) -> None:

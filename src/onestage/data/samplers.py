@@ -111,6 +111,8 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
     not used in this epoch. So every process has the same number of batches, and the images of a step depend on the
     size of the whole batch only, not on the number of processes.
 
+    All images of a step have one canvas; where the resize has several, an epoch drops a rest of each.
+
     Without `repeats` no image comes twice in an epoch. With them, an epoch shows image i `floor(repeats[i])` or one
     more times, `repeats[i]` times on average over the epochs. Its copy number c is item (epoch, c * N + i), which
     `DetectionDataset` augments in its own way.
@@ -139,30 +141,42 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed)
         self._repeats = repeats
+        self._groups = dataset.rows_by_canvas()
         # Of every epoch, regardless of how `draw_copies` rounds.
-        self.num_images = num_images = len(dataset) if repeats is None else int(repeats.sum() + FLOAT_SLACK)
-        # A checksum of the images and how often an epoch shows each, to detect a change.
-        image_sum = zlib.crc32(dataset.annotations.image_ids.tobytes())
-        self.selection = zlib.crc32(b"" if repeats is None else repeats.tobytes(), image_sum)
+        self._sizes = [len(g) if repeats is None else int(repeats[g].sum() + FLOAT_SLACK) for g in self._groups]
+        self.num_images = sum(self._sizes)
+        # A checksum of the images, of how often an epoch shows each, and of their canvases, to detect a change.
+        self.selection = zlib.crc32(dataset.annotations.image_ids.tobytes())
+        for values in ([] if repeats is None else [repeats]) + self._groups[1:]:
+            self.selection = zlib.crc32(values.tobytes(), self.selection)
         self.batch_size = batch_size
         self.world_size = world_size
-        self.num_batches = num_images // (batch_size * world_size)  # the same on every process
+        self.num_batches = sum(size // (batch_size * world_size) for size in self._sizes)  # the same on every process
         self.num_samples = self.num_batches * batch_size
         self.total_size = self.num_samples * world_size
         self.batches_to_skip = 0  # set by the loader for the one epoch in which training resumes
         if self.num_batches == 0:
             processes = f" on each of {world_size} processes" if world_size > 1 else ""
+            images = f"{max(self._sizes)} images{' of one canvas' if len(self._groups) > 1 else ''}"
             raise ConfigError(
-                f"data.batch_size is {batch_size}{processes}, but the training split has only {num_images} images.\n"
-                f"Set data.batch_size to at most {max(num_images // world_size, 1)}."
+                f"data.batch_size is {batch_size}{processes}, but the training split has only {images}.\n"
+                f"Set data.batch_size to at most {max(max(self._sizes) // world_size, 1)}."
             )
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Iterate over this process's share of the epoch given by `set_epoch`."""
         generator = np.random.default_rng((self.seed, self.epoch))
-        items = np.arange(self.num_images) if self._repeats is None else draw_copies(self._repeats, generator)
-        order = generator.permutation(items)[: self.num_images]
-        share = order[self.rank : self.total_size : self.num_replicas][self.batches_to_skip * self.batch_size :]
+        images_per_step, orders = self.batch_size * self.num_replicas, []
+        for group, size in zip(self._groups, self._sizes, strict=True):
+            items = group
+            if self._repeats is not None:
+                copies, places = np.divmod(draw_copies(self._repeats[group], generator), len(group))
+                items = copies * len(self._repeats) + group[places]
+            orders.append(generator.permutation(items)[: size // images_per_step * images_per_step])
+        order = np.concatenate(orders)
+        if len(orders) > 1:  # of whole steps
+            order = generator.permutation(order.reshape(-1, images_per_step)).reshape(-1)
+        share = order[self.rank :: self.num_replicas][self.batches_to_skip * self.batch_size :]
         return zip(repeat(self.epoch), share.tolist(), strict=False)
 
 
@@ -186,7 +200,8 @@ def draw_copies(repeats: npt.NDArray[np.float64], generator: np.random.Generator
 class EvaluationSampler(DistributedSampler[int]):
     """Visits every image exactly once, over all processes: process r of W takes images r, r + W, r + 2 W, ...
 
-    Nothing is repeated to make the shares equal, so processes may differ by one image.
+    Nothing is repeated to make the shares equal, so processes may differ by one image. The images of a canvas follow
+    each other, so that few batches hold several.
 
     Args:
         dataset: the split, N images.
@@ -205,7 +220,7 @@ class EvaluationSampler(DistributedSampler[int]):
                 f"{dataset.annotations.source} has {num_images} images for {world_size} processes.\n"
                 f"Set trainer.devices to at most {max(num_images, 1)}, or give more images."
             )
-        self._share = range(rank, num_images, world_size)
+        self._share = np.concatenate(dataset.rows_by_canvas())[rank::world_size].tolist()
         self.num_samples = len(self._share)
         self.total_size = num_images
 

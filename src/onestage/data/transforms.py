@@ -19,7 +19,7 @@ from onestage.data.augmentation import (
     require_rgb,
 )
 from onestage.data.images import RGBImage
-from onestage.data.resize import MEAN_RGB, Boxes, Resize, Stretch, require_colour, scale_image
+from onestage.data.resize import MEAN_RGB, Boxes, Canvas, Resize, Stretch, require_colour, scale_image
 from onestage.errors import ConfigError, OnestageError, require
 
 MIN_SIDE = 1.0  # px of the network input; a network cannot find less of an object
@@ -100,17 +100,19 @@ class SeededTransform:
         params = A.BboxParams(format="pascal_voc", label_fields=["rows"], min_width=MIN_TRACE, min_height=MIN_TRACE)
         self._pipeline = A.Compose(list(transforms), bbox_params=params) if transforms and not is_ssd else None
 
-    def __call__(self, image: RGBImage, boxes: Boxes, key: tuple[int, ...]) -> Picture:
+    def __call__(self, image: RGBImage, boxes: Boxes, key: tuple[int, ...], canvas: Canvas | None = None) -> Picture:
         """Transform an image with its boxes.
 
         Args:
             image: [H, W, 3] uint8 RGB.
             boxes: [n, 4] xyxy edges in pixels of the image; they are clipped to it.
             key: (seed, epoch, index of the image), each >= 0, and a number that separates several uses of one image.
+            canvas: one of the resize; None: that of the image's size.
 
         Raises:
             ConfigError: a transform fails on this image, or the result is not a uint8 RGB image.
         """
+        canvas = canvas or self.resize.canvas_of(image.shape[0], image.shape[1])
         has_transforms = self._ssd is not None or self._pipeline is not None
         max_factor = MAX_CANVASES * self.resize.longest_side / max(image.shape[:2])
         if has_transforms and max_factor < 1:  # SSD's smallest crop of 0.3 keeps its detail
@@ -121,11 +123,10 @@ class SeededTransform:
         boxes = boxes[rows]
         if has_transforms:
             image, boxes, rows = self._augment(image, boxes, rows, np.random.SeedSequence(key))
-        placement = self.resize.place(image.shape[0], image.shape[1])
-        canvas = self.resize.apply(image)
-        boxes = placement.to_canvas(boxes).clip(0, np.array([canvas.shape[1], canvas.shape[0]] * 2, dtype=np.float32))
+        placement = self.resize.place(image.shape[0], image.shape[1], canvas)
+        boxes = placement.to_canvas(boxes).clip(0, np.array([canvas[1], canvas[0]] * 2, dtype=np.float32))
         is_kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
-        return Picture(canvas, boxes[is_kept], rows[is_kept])
+        return Picture(self.resize.apply(image, canvas), boxes[is_kept], rows[is_kept])
 
     def _augment(
         self, image: RGBImage, boxes: Boxes, rows: npt.NDArray[np.int64], sequence: np.random.SeedSequence

@@ -131,10 +131,12 @@ class Predictor:
         self.module.to(self.device).eval()  # `evaluate` leaves it on the CPU
         samples, resize = [], self.data.resize
         for row, image in enumerate(images):
-            canvas = torch.from_numpy(resize.apply(image)).permute(2, 0, 1)
             height, width = image.shape[:2]
+            canvas = resize.canvas_of(height, width)
+            pixels, placement = resize.apply(image, canvas), resize.place(height, width, canvas)
             no_boxes, no_labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-            samples.append(Sample(canvas, no_boxes, no_labels, row, (height, width), resize.place(height, width)))
+            chw = torch.from_numpy(pixels).permute(2, 0, 1)
+            samples.append(Sample(chw, no_boxes, no_labels, row, (height, width), placement))
         found: dict[int, ImageDetections] = {}
         for shape in {sample.image.shape for sample in samples}:  # one batch for each canvas
             batch = collate([sample for sample in samples if sample.image.shape == shape])
