@@ -92,17 +92,7 @@ def test_predictions_of_the_shared_weights_lie_inside_every_original_image(train
     "words",
     [
         ("losses", "--ckpt_path", "CHECKPOINT", "--config", "CONFIG"),
-        (
-            "fit",
-            "--config",
-            "CONFIG",
-            "--auto_batch",
-            "4",
-            "--trainer.max_epochs",
-            "1",
-            "--model.channels_last",
-            "auto",
-        ),
+        ("fit", "--config", "CONFIG", "--auto_batch", "4", "--data.resize=null", "--data.image_size=64"),
         ("doctor", "DATA", "--detector", "RetinaNet", "--image_size", "128"),
         ("anchors", "DATA", "--detector", "RetinaNet", "--image_size", "128"),
     ],
