@@ -200,6 +200,7 @@ class DetectionData(Protocol):
     num_classes: int  # K
     class_names: list[str]  # [K]
     category_ids: list[int]  # [K] the data set's own id of each label
+    seed: int  # of the order, the augmentation and the input size
 
     def annotations(self, stage: Stage) -> AnnotationSet:
         """Return the split that `stage` reads; `Batch.image_indices` are rows of it."""

@@ -17,8 +17,10 @@ from onestage.doctor.anchors import (
     cluster_shapes,
     count_positives,
     find_anchors,
+    mean_shape_iou,
     measure_coverage,
     propose_anchors,
+    propose_shapes,
     write_table,
 )
 from onestage.errors import ConfigError
@@ -98,6 +100,41 @@ def test_fitted_anchors_reach_boxes_that_the_published_ones_miss():
         (level.stride, len(level.shapes)) for level in before.levels
     ]
     assert propose_anchors(boxes, before) == after  # the seed decides
+
+
+def test_mean_shape_iou_compares_sides_alone():
+    boxes = torch.tensor([[100.0, 100, 110, 110], [0, 0, 10, 20]])
+    # 10 x 10 in 10 x 10, and 10 x 20 over 20 x 20
+    assert mean_shape_iou(boxes, SMALL) == pytest.approx((1 + 200 / 400) / 2)
+
+
+@pytest.mark.parametrize(("detector", "num_shapes", "counts"), [("YOLOv3", 9, [3, 3, 3]), ("YOLOv2", 5, [5])])
+def test_clusters_are_dealt_to_the_levels_by_area(detector, num_shapes, counts):
+    draw = torch.Generator().manual_seed(3)
+    sides = 8 + 60 * torch.rand(400, 2, generator=draw)
+    boxes = torch.cat([torch.zeros(400, 2), sides], dim=1)
+    before = find_anchors(detector, None, 416)
+    after = propose_shapes(boxes, before, num_shapes)
+    assert [len(level.shapes) for level in after.levels] == counts
+    areas = [width * height for level in after.levels for width, height in level.shapes]
+    assert areas == sorted(areas)
+    assert mean_shape_iou(boxes, after) > max(0.6, mean_shape_iou(boxes, before))
+    assert find_anchors(detector, after.levels, 416).grids == before.grids
+    assert propose_shapes(boxes, before, num_shapes) == after  # the seed decides
+
+
+def test_shapes_that_the_levels_cannot_share_or_the_boxes_do_not_have_are_refused(tmp_path, capsys):
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 20, 10]])
+    with pytest.raises(ConfigError, match=r"shapes must be at most 2, the different shapes found, got 3"):
+        propose_shapes(boxes, SMALL, 3)
+    words = [str(write_coco(tmp_path, coco_content())), "--detector", "YOLOv3", "--image_size", "416"]
+    assert main(["anchors", *words, "--shapes", "10"]) == 2
+    assert "shapes must be a multiple of 3, the levels of YOLOv3, got 10.\nTry: --shapes 9" in capsys.readouterr().err
+    words[2] = "YOLOv2"
+    assert main(["anchors", *words, "--shapes", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("mean best shape IoU") == 2
+    assert yaml.safe_load(shown)["model"]["detector"]["class_path"] == "onestage.models.YOLOv2"
 
 
 def test_command_writes_a_table_that_config_detector_and_doctor_take(tmp_path, capsys):

@@ -55,6 +55,7 @@ HARMLESS_WARNINGS = (
     "Experiment logs directory .* exists and is not empty",  # it was just created for this run
     ".*isinstance.treespec, LeafSpec.",  # between Lightning and torch
     "It is recommended to use .self.log.*sync_dist=True",  # every process logs the numbers of all
+    "You have overridden .on_after_batch_transfer. in .LightningModule.",  # model.multi_scale, which needs the step
     "The '.*_dataloader' does not have many workers",  # num_workers: auto has counted the cores
 )
 

@@ -162,9 +162,7 @@ def propose_anchors(boxes: Tensor, anchors: DetectorAnchors, seed: int = 0) -> D
         factors = strides.clamp(max=anchors.image_size / 2) / clusters.prod(dim=1).sqrt()
         starts.append(clusters * factors.clamp(min=1)[:, None])
     _, shapes = max((_improve(start, anchors, sample) for start in starts), key=lambda fit: fit[0])
-    rounded = iter([(round(width, 2), round(height, 2)) for width, height in shapes])
-    levels = tuple(level._replace(shapes=tuple(next(rounded) for _ in level.shapes)) for level in anchors.levels)
-    return anchors._replace(levels=levels)
+    return _with_shapes(anchors, shapes)
 
 
 def cluster_shapes(sides: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
@@ -194,8 +192,31 @@ def cluster_shapes(sides: Tensor, num_clusters: int, generator: torch.Generator)
     return centres[centres.prod(dim=1).argsort()]
 
 
-def compare_anchors(annotations: AnnotationSet, anchors: DetectorAnchors) -> str:
+def propose_shapes(boxes: Tensor, anchors: DetectorAnchors, num_shapes: int, seed: int = 0) -> DetectorAnchors:
+    """Return `num_shapes` clusters of the boxes' shapes, dealt to the levels by area (YOLOv2, section 2).
+
+    boxes: [T, 4] xyxy, px. ConfigError if the levels cannot share the clusters equally, or the shapes are too few.
+    """
+    num_levels = len(anchors.levels)
+    rule, remedy = f"a multiple of {num_levels}, the levels of {anchors.detector}", f"Try: --shapes {3 * num_levels}"
+    require(num_shapes >= 1 and num_shapes % num_levels == 0, "shapes", num_shapes, rule, remedy)
+    generator = torch.Generator().manual_seed(seed)
+    sample = boxes[torch.randperm(len(boxes), generator=generator)[:FITTED_BOXES]].float()
+    clusters = cluster_shapes(sample[:, 2:] - sample[:, :2], num_shapes, generator)
+    require(len(clusters) == num_shapes, "shapes", num_shapes, f"at most {len(clusters)}, the different shapes found")
+    return _with_shapes(anchors, clusters.tolist(), num_shapes // num_levels)
+
+
+def mean_shape_iou(boxes: Tensor, anchors: DetectorAnchors) -> float:
+    """Return the mean IoU of boxes [T, 4] xyxy with the best anchor on the same centre: YOLOv2's table 1."""
+    shapes = boxes.new_tensor([shape for level in anchors.levels for shape in level.shapes])
+    return float(_shape_iou(boxes[:, 2:] - boxes[:, :2], shapes).amax(dim=1).mean())
+
+
+def compare_anchors(annotations: AnnotationSet, anchors: DetectorAnchors, num_shapes: int | None = None) -> str:
     """Fit anchors to the boxes of a split; return them as YAML, with the coverage before and after as comments.
+
+    num_shapes: of `propose_shapes`; None: `propose_anchors`.
 
     Raises:
         ConfigError: the detector has no anchors.
@@ -206,7 +227,8 @@ def compare_anchors(annotations: AnnotationSet, anchors: DetectorAnchors) -> str
     boxes, labels = stretched_boxes(annotations, anchors.image_size)[is_object], annotations.labels[is_object]
     if not len(boxes):
         raise DataError(f"{annotations.source}: holds no object to fit anchors to.\nGive the training split.")
-    fitted = propose_anchors(torch.from_numpy(boxes), anchors)
+    corners = torch.from_numpy(boxes)
+    fitted = propose_anchors(corners, anchors) if num_shapes is None else propose_shapes(corners, anchors, num_shapes)
     find_anchors(anchors.class_path, fitted.levels, anchors.image_size)  # the detector takes them
     text = f"# {len(boxes)} boxes of {printable(annotations.source)}\n"
     for name, table in (("before", anchors), ("after", fitted)):
@@ -215,6 +237,8 @@ def compare_anchors(annotations: AnnotationSet, anchors: DetectorAnchors) -> str
             f"# {name}: {100 * coverage.share:.1f} % of the boxes have an anchor with IoU >= {POSITIVE_IOU:g}, mean "
             f"best IoU {coverage.mean_best_iou:.3f}, {coverage.positives_per_object:.1f} anchors per object\n"
         )
+        if num_shapes is not None:
+            text += f"# {name}: mean best shape IoU {mean_shape_iou(corners, table):.3f}\n"
     return text + write_table(fitted)
 
 
@@ -227,6 +251,15 @@ def write_table(anchors: DetectorAnchors) -> str:
         offset = "" if level.offset == AnchorShapes._field_defaults["offset"] else f", offset: {level.offset:g}"
         rows += f"        - {{stride: {level.stride:.8g}, shapes: [{shapes}]{offset}}}\n"
     return head + rows
+
+
+def _with_shapes(anchors: DetectorAnchors, shapes: list[list[float]], per_level: int | None = None) -> DetectorAnchors:
+    """Deal shapes (width, height) to the levels; per_level: to each, None: as many as it has."""
+    rounded = iter([(round(width, 2), round(height, 2)) for width, height in shapes])
+    counts = [per_level or len(level.shapes) for level in anchors.levels]
+    dealt = [tuple(next(rounded) for _ in range(count)) for count in counts]
+    levels = zip(anchors.levels, dealt, strict=True)
+    return anchors._replace(levels=tuple(level._replace(shapes=row) for level, row in levels))
 
 
 def _read_table(file: str) -> tuple[AnchorShapes, ...]:

@@ -91,11 +91,13 @@ def anchors(
     detector: str = "SSD300",
     anchors: str | None = None,
     image_size: int | None = None,
+    shapes: int | None = None,
     out: Path | None = None,
 ) -> int:
     """Fit a detector's anchors to the boxes of a training split.
 
     onestage anchors data/mine --detector SSD300 --out anchors.yaml
+    onestage anchors data/mine --detector YOLOv3 --image_size 416 --shapes 9
     onestage doctor data/mine --detector SSD300 --anchors anchors.yaml
     onestage fit --config configs/coco_ssd300.yaml --config anchors.yaml
 
@@ -105,6 +107,8 @@ def anchors(
         detector: class path of the detector; a name without dots is a class of onestage.models.
         anchors: anchors to start from: the detector's argument anchors, or a YAML file of an earlier call.
         image_size: side of the network input, px, for detectors that take any.
+        shapes: number of k-means clusters of all widths and heights, YOLO's anchors; without it the fit keeps the
+            detector's number and lets as many boxes as possible reach IoU 0.5.
         out: new YAML file; without it the anchors are printed.
     """
     from onestage.data.layouts import find_sources
@@ -114,7 +118,7 @@ def anchors(
     placed = find_anchors(detector, anchors, image_size)
     if out is not None and out.exists():
         raise ConfigError(f"out: {printable(out)} already exists; nothing is overwritten. Give a new name.")
-    text = compare_anchors(find_sources([path], images)[0].read(1.0), placed)
+    text = compare_anchors(find_sources([path], images)[0].read(1.0), placed, shapes)
     if out is None:
         _print(text.rstrip("\n"))
     else:

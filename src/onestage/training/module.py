@@ -19,6 +19,7 @@ import onestage
 from onestage.boxes.geometry import to_original
 from onestage.errors import ConfigError, require
 from onestage.evaluation.coco import CocoEvaluator
+from onestage.training.multi_scale import MultiScale
 from onestage.training.optimization import (
     WarmupSchedule,
     check_clipping,
@@ -70,6 +71,7 @@ class DetectionModule(pl.LightningModule):
         reference_batch_size: images per step for which the optimizer's learning rate was chosen; the rate is
             multiplied by images per step / reference (arXiv:1706.02677). One step sees data.batch_size images of each
             process and each accumulated batch. null: the learning rate is used unchanged.
+        multi_scale: input sizes that change during training; null: always that of the data.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class DetectionModule(pl.LightningModule):
         channels_last: bool | Literal["auto"] = "auto",
         compile: bool = False,
         reference_batch_size: int | None = None,
+        multi_scale: MultiScale | None = None,
     ) -> None:
         super().__init__()
         self.loss_weights = _checked_weights(loss_weights or {}, detector)
@@ -88,7 +91,9 @@ class DetectionModule(pl.LightningModule):
         require(is_positive, "model.reference_batch_size", reference_batch_size, ">= 1 image, or null")
         self.detector, self.optimizer, self.schedule = detector, optimizer, schedule or WarmupSchedule()
         self.channels_last, self.compile_detector = channels_last, compile
-        self.reference_batch_size = reference_batch_size
+        self.reference_batch_size, self.multi_scale = reference_batch_size, multi_scale
+        if multi_scale is not None:  # before all callbacks; defined in the class, Lightning would warn in every run
+            self.on_after_batch_transfer = self._resize_batch  # type: ignore[method-assign]
         self._decayed = decayed_parameters(detector)
         self._lr: float | None = None  # instead of the configured one
         self._configured: list[dict[str, Any]] = []  # hyperparameters of the optimizer as it was built
@@ -107,7 +112,9 @@ class DetectionModule(pl.LightningModule):
     def data(self) -> DetectionData:
         """The data module of the run; ConfigError if there are only loaders."""
         if not self.has_data:
-            problem = "the Trainer was given loaders, but class weights and reference_batch_size need a data module"
+            problem = (
+                "the Trainer was given loaders, but class weights, reference_batch_size, multi_scale need a data module"
+            )
             raise ConfigError(
                 f"{problem}.\nPass datamodule=onestage.data.DetectionDataModule(...) to the Trainer's method."
             )
@@ -146,6 +153,8 @@ class DetectionModule(pl.LightningModule):
             self.detector.require_canvas(canvas)
         self.apply_memory_format()
         if stage == "fit":
+            for canvas in self.multi_scale.require_canvases(self.data.canvases) if self.multi_scale else ():
+                self.detector.require_canvas(canvas)
             if self.detector.uses_class_weights:
                 annotations = self.data.annotations("train")
                 labels = torch.from_numpy(annotations.labels[~annotations.is_crowd])
@@ -167,6 +176,12 @@ class DetectionModule(pl.LightningModule):
     def forward(self, images: Tensor) -> Detections:
         """Detect on images of the detector's canvas, [B, 3, H, W] uint8 RGB; boxes in their pixels."""
         return self.detector.detect(self.detector(images))
+
+    def _resize_batch(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Resize a training batch to the input size of the step."""
+        if self.multi_scale is None or not self.trainer.training:
+            return batch
+        return self.multi_scale.resize(batch, self.trainer.global_step, self.data.seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the `loss` of one batch and its terms, and the predictions for the callbacks."""
