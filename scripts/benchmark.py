@@ -7,6 +7,7 @@
     python scripts/benchmark.py loader    images per second of the loader's workers, and of a training step of SSD300
     python scripts/benchmark.py detect    from outputs to detections, and torchvision's postprocess_detections
     python scripts/benchmark.py map       COCO evaluation, and pycocotools and torchmetrics
+    python scripts/benchmark.py doctor    many classes, boxes and images: seconds, and gigabytes at most
     python scripts/benchmark.py save      writing and reading a checkpoint, and Lightning's
 
 All contestants alternate in one process (A B, B A, ...): compare ratios, not times.
@@ -23,6 +24,7 @@ PARTS = {  # name -> (module, default number of rounds)
     "loader": ("loader", 5),
     "detect": ("detection", 9),
     "map": ("mean_average_precision", 3),
+    "doctor": ("large_sets", 1),
     "save": ("saving", 7),
 }
 WITH_IMAGES = ("data", "loader")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from onestage.data.image_headers import check_header
 from onestage.data.images import read_image
 from onestage.errors import ImageError
 
@@ -58,33 +59,89 @@ def test_jpeg_is_decoded_as_pillow_does(tmp_path: Path, options: dict[str, objec
     np.testing.assert_allclose(read_image(path), np.asarray(Image.open(path)), atol=3)
 
 
-@pytest.mark.parametrize(
-    ("suffix", "mode"),
-    [*((".png", mode) for mode in ("1", "L", "LA", "P", "RGBA")), (".jpg", "CMYK"), (".jpg", "L"), (".tif", "CMYK")],
-)
-def test_other_colours_become_rgb(tmp_path: Path, suffix: str, mode: str) -> None:
-    path = save(tmp_path / f"a{suffix}", picture().convert(mode), quality=95)
-    np.testing.assert_allclose(read_image(path), np.asarray(Image.open(path).convert("RGB")), atol=3)
+GREEN = (10, 200, 30)
+# Mode of Pillow, colour in it, expected RGB, formats that hold it; all worked out by hand.
+MODES = [
+    ("1", 1, (255, 255, 255), ".png .tif .bmp .gif"),
+    ("L", 77, (77, 77, 77), ".png .tif .bmp .gif .jpg .webp"),
+    ("LA", (77, 9), (77, 77, 77), ".png .tif"),
+    ("RGB", GREEN, GREEN, ".png .tif .bmp .webp .gif .jpg"),
+    ("RGBX", (*GREEN, 9), GREEN, ".tif .jpg"),
+    ("RGBA", (*GREEN, 200), GREEN, ".png .tif .webp"),
+    ("RGBA", (*GREEN, 0), GREEN, ".png .tif"),  # shown, and not painted over
+    ("CMYK", (255, 0, 0, 0), (0, 255, 255), ".tif .jpg"),
+    ("CMYK", (0, 255, 255, 0), (255, 0, 0), ".tif .jpg"),
+    ("CMYK", (0, 0, 0, 155), (100, 100, 100), ".tif .jpg"),
+    ("YCbCr", (76, 85, 255), (254, 0, 0), ".tif .jpg"),  # R = Y + 1.402 (Cr - 128), B = Y + 1.772 (Cb - 128)
+    ("LAB", (255, 128, 128), (255, 255, 255), ".tif"),  # L of 255; a and b of 128 are 0
+    ("I;16", 0xABCD, (0xAB,) * 3, ".png .tif"),
+    ("I;16B", 0x12FF, (0x12,) * 3, ".tif"),
+]
+PIXELS = [  # of OpenCV, as BGR
+    (np.uint8, 77, (77, 77, 77), ".png .tif .bmp .webp .jpg"),
+    (np.uint8, (30, 200, 10), GREEN, ".png .tif .bmp .webp .jpg"),
+    (np.uint8, (30, 200, 10, 99), GREEN, ".png .tif .webp"),
+    (np.uint16, 0x12FF, (0x12,) * 3, ".png .tif"),
+    (np.uint16, 0x00FF, (0, 0, 0), ".png .tif"),  # and a warning; see below
+    (np.uint16, (0x00FF, 0x1234, 0xABCD), (0xAB, 0x12, 0), ".png .tif"),
+    (np.uint16, (0x00FF, 0x1234, 0xABCD, 9), (0xAB, 0x12, 0), ".png .tif"),
+]
+FLOATS = [
+    ("Pillow", "F", 0.5),
+    ("Pillow", "I", 3),
+    *(("OpenCV", kind, value) for kind in (np.float32, np.float64, np.int32) for value in (1, (1, 2, 3))),
+]
 
 
-def test_transparency_is_dropped_and_not_painted_over(tmp_path: Path) -> None:
-    transparent = picture().copy()
-    transparent.putalpha(0)
-    np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", transparent)), np.asarray(picture()))
+def flat(kind: object, colour: object, path: Path) -> Path:
+    """Write an image of one colour."""
+    if isinstance(kind, str):
+        options = {"lossless": True} if path.suffix == ".webp" else {"quality": 95}
+        return save(path, Image.new(kind, (16, 16), colour), **options)
+    pixels = np.full((16, 16, *np.shape(colour)), colour, dtype=kind)
+    assert cv2.imwrite(str(path), pixels, [cv2.IMWRITE_WEBP_QUALITY, 101] if path.suffix == ".webp" else [])
+    return path
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_16_bits_are_scaled_and_not_clipped(tmp_path: Path, suffix: str) -> None:
-    deep = np.array([[0, 255, 256, 0x1234, 0xFFFF]], dtype=np.uint16)
-    path = save(tmp_path / f"a{suffix}", Image.fromarray(deep))
-    assert read_image(path)[0, :, 0].tolist() == [0, 0, 1, 0x12, 0xFF]
-    assert read_image(path).shape == (1, 5, 3)
+@pytest.mark.parametrize(("kind", "colour", "expected", "suffixes"), [*MODES, *PIXELS])
+def test_every_mode_and_depth_is_decoded_to_hand_computed_values(
+    tmp_path: Path, kind: object, colour: object, expected: tuple[int, ...], suffixes: str
+) -> None:
+    for suffix in suffixes.split():
+        path = flat(kind, colour, tmp_path / f"a{suffix}")
+        image = read_image(path)
+        np.testing.assert_allclose(image[[0, 8], [0, 8]], [expected] * 2, atol=3 if suffix == ".jpg" else 1)
+        said = {finding.rule for finding in check_header(str(path)).findings}
+        assert ("16 bits" in said) == (kind is np.uint16 or "16" in str(kind))
+        assert ("transparency" in said) == (
+            kind in ("LA", "RGBA") or (np.shape(colour) == (4,) and kind in (np.uint8, np.uint16))
+        )
 
 
-def test_16_bit_colour_png(tmp_path: Path) -> None:
-    deep = np.array([[[0xABCD, 0x1234, 0x00FF]]], dtype=np.uint16)  # blue, green, red in OpenCV's order
-    cv2.imwrite(str(tmp_path / "a.png"), deep)
-    assert read_image(tmp_path / "a.png")[0, 0].tolist() == [0x00, 0x12, 0xAB]
+@pytest.mark.parametrize(("library", "kind", "colour"), FLOATS)
+def test_values_without_a_fixed_range_are_refused_by_their_header(
+    tmp_path: Path, library: str, kind: object, colour: object
+) -> None:
+    path = flat(kind, colour, tmp_path / "a.tif")
+    check = check_header(str(path))
+    assert not check.is_usable
+    with pytest.raises(
+        ImageError, match=r"values, which have no fixed range|is not an image that can be read"
+    ) as caught:
+        read_image(path)
+    assert str(caught.value).startswith(check.findings[0].line)
+
+
+@pytest.mark.parametrize(("mode", "suffixes"), [("P", ".png .tif .gif .bmp"), ("PA", ".tif")])
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_palettes_of_any_depth_give_their_colours(tmp_path: Path, mode: str, suffixes: str, bits: int) -> None:
+    picture_of_indices = Image.new("P", (16, 16), 1)
+    picture_of_indices.putpalette([200, 0, 0, *GREEN])
+    for suffix in suffixes.split():
+        path = save(
+            tmp_path / f"a{suffix}", picture_of_indices.convert(mode), **({"bits": bits} if mode == "P" else {})
+        )
+        assert read_image(path)[8, 8].tolist() == list(GREEN)
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".tif", ".png"])

@@ -1,0 +1,127 @@
+"""Paths and scalars that other tools and systems write: one meaning each, or refused."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from layout_files import coco_folder, picture, voc_folder, yolo_images
+
+from onestage.data import COCO, VOC, YOLO, DetectionDataModule, ImageFolder
+from onestage.data.layouts import recognise
+from onestage.files import as_path, find_below, foreign_parts, to_flag, to_number
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (3, 3), (2.5, 2.5), ("3", 3), (" 2.50\n", 2.5), ("+1e2", 100), ("-0", 0), ("007", 7), (10**400, math.inf),
+        (-(10**400), -math.inf), ("1e999", math.inf), ("nan", math.nan), ("1,5", math.nan), ("1_000", math.nan),
+        ("0x10", math.nan), ("12 px", math.nan), ("", math.nan), (True, math.nan), (False, math.nan), (None, math.nan),
+        ([1], math.nan), ({"a": 1}, math.nan), (b"3", math.nan),
+    ],
+)  # fmt: skip
+def test_number_is_read_or_is_none(value: object, number: float) -> None:
+    assert to_number(value) == pytest.approx(number, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "flag"),
+    [
+        (1, True), (True, True), ("1", True), (" 1 ", True), ("true", True), ("True", True), ("yes", True), (1.0, True),
+        (0, False), (False, False), ("0", False), ("", False), (None, False), ("false", False), (2, False),
+        ("Unspecified", False), ([1], False),
+    ],
+)  # fmt: skip
+def test_flag_is_set_by_1_and_true(value: object, flag: bool) -> None:
+    assert to_flag(value) is flag
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("images/a.jpg", ("images", "a.jpg")),
+        ("images\\a.jpg", ("images", "a.jpg")),
+        (".\\images//a.jpg", ("images", "a.jpg")),
+        ("C:\\sets\\a.jpg", ("sets", "a.jpg")),
+        ("\\\\server\\share\\a.jpg", ("server", "share", "a.jpg")),
+        ("/home/me/a.jpg", ("home", "me", "a.jpg")),
+        ("../../a.jpg", ("a.jpg",)),
+        ('"a b.jpg"\r', ("a b.jpg",)),
+        ("..", ()),
+        ("", ()),
+        ("a\0b", ()),
+        ("\ud800", ()),
+        ("x" * 300, ()),
+        ("a/" * 3000, ()),
+        (None, ()),
+        (3, ()),
+    ],
+)
+def test_path_of_any_system_is_split_and_leads_nowhere_else(
+    name: object, parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert foreign_parts(name) == parts
+    (tmp_path / "outside.jpg").write_text("")
+    (tmp_path / "set").mkdir()
+    assert find_below(tmp_path / "set", name) is None
+    assert find_below(tmp_path / "set", "../outside.jpg") is None
+    if parts:
+        (tmp_path / "set" / parts[-1]).write_text("")
+        assert find_below(tmp_path / "set", name) == tmp_path / "set" / parts[-1]
+
+
+def test_home_folder_is_the_same_to_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    coco_folder(tmp_path / "mine", "train", "val")
+    assert as_path("~/mine") == as_path(Path("~/mine")) == tmp_path / "mine"
+    assert as_path("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+    sources = [kind("~/mine") for kind in (COCO, VOC, YOLO, ImageFolder)]
+    assert {source.path for source in [*sources, recognise("~/mine")]} == {tmp_path / "mine"}
+    data = DetectionDataModule(path="~/mine", predict_dir="~/mine/val", image_size=64)
+    assert (len(data.annotations("train")), len(data.annotations("predict"))) == (4, 4)
+    assert data.source is data.source  # recognised once
+    source = COCO("~/mine", train="~/mine/annotations/instances_val.json", train_images="~/mine/val")
+    assert len(source.read("train")) == 4
+
+
+@pytest.mark.parametrize(
+    "names", ["[yes, 1.0, 2024-01-01]", "{0: yes, 1: 1.0, 2: 2024-01-01}", "\n- yes\n- 1.0\n- 2024-01-01"]
+)
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_names_in_yaml_stay_text(tmp_path: Path, names: str, line_end: str) -> None:
+    yolo_images(tmp_path, "images", "labels")
+    text = f"path: ..\\{tmp_path.name}\ntrain: images\nval: null\ntest: ~\nnc: 3\nnames: {names}\n"
+    (tmp_path / "data.yaml").write_bytes(text.replace("\n", line_end).encode("utf-8-sig"))
+    source = YOLO(tmp_path)
+    assert source.splits == ("train",)
+    assert source.read("train").class_names == ("yes", "1.0", "2024-01-01")
+
+
+def test_flags_and_numbers_as_text_are_read_in_coco_and_voc(tmp_path: Path) -> None:
+    coco_folder(tmp_path / "coco", "train")
+    file = tmp_path / "coco" / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0] |= {"iscrowd": "1", "bbox": ["10", "20", "30", "40"], "area": "1200"}
+    content["images"][0] |= {"width": "100", "height": 80.0}
+    file.write_text(json.dumps(content))
+    annotations = COCO(tmp_path / "coco").read("train")
+    assert annotations.is_crowd.tolist() == [True, *[False] * 7]
+    assert annotations.boxes[0].tolist() == [10, 20, 40, 60]
+    assert annotations.findings == ()
+    voc_folder(tmp_path / "voc", train="a")
+    xml = tmp_path / "voc" / "Annotations" / "a.xml"
+    xml.write_text(xml.read_text().replace("<bndbox>", "<difficult>true</difficult><bndbox>"))
+    assert VOC(tmp_path / "voc").read("train").is_difficult.tolist() == [True]
+
+
+def test_windows_names_and_links_stay_inside_the_set(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    yolo_images(root, "images", "labels", "a")
+    picture(tmp_path / "secret.jpg")
+    (root / "list.txt").write_text("images\\a.jpg\r\n..\\..\\secret.jpg\r\n")
+    (root / "data.yaml").write_text("train: list.txt\nnames: [cat]\n")
+    annotations = YOLO(root).read("train")
+    assert annotations.image_paths.tolist() == [os.fspath(root / "images" / "a.jpg")]
+    assert len(annotations.skipped) == 1
