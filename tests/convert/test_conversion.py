@@ -14,7 +14,7 @@ from yolo_files import write_image
 
 from onestage.cli import main
 from onestage.convert.conversion import convert_splits
-from onestage.data.layouts import find_sources, recognise
+from onestage.data.layouts import find_splits, read_splits, recognise
 from onestage.data.writers import Losses
 from onestage.errors import AnnotationError, ConfigError, DataError
 from onestage.types import AnnotationSet
@@ -66,7 +66,7 @@ def read(path: Path, split: str = "train") -> AnnotationSet:
 
 
 def run_conversion(source: list[Path], to: str, out: Path, **options: object) -> Losses:
-    return convert_splits(find_sources(source), to, out, **options).losses
+    return convert_splits(find_splits(source), to, out, **options).losses
 
 
 def objects_of(annotations: AnnotationSet, row: int) -> list[tuple[str, list[float]]]:
@@ -285,7 +285,10 @@ def test_command_reports_the_splits_and_how_to_train(
     text = capsys.readouterr().out
     assert "val: 4 images, 6 boxes" in text
     assert text.rstrip().endswith(f"make train DATA={out}")
-    assert [(split.name, len(split.read(0.01))) for split in find_sources([out])] == [("train", 4), ("val", 4)]
+    assert [(split.name, len(split.annotations)) for split in read_splits(find_splits([out]))] == [
+        ("train", 4),
+        ("val", 4),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from onestage.convert.conversion import convert_splits
 from onestage.data.coco import parse_coco
 from onestage.data.image_headers import check_header
 from onestage.data.images import read_image
-from onestage.data.layouts import find_sources, read_splits
+from onestage.data.layouts import find_splits, read_splits
 from onestage.data.voc import parse_voc
 from onestage.data.yolo import YOLO
 from onestage.doctor.anchors import find_anchors
@@ -76,14 +76,14 @@ def samples(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
     (folder / "coco.json").write_text(json.dumps(content))
     for to in ("voc", "yolo"):
-        convert_splits(find_sources([folder / "coco.json"]), to, folder / to)
+        convert_splits(find_splits([folder / "coco.json"]), to, folder / to)
 
     calls = itertools.count()
 
     def reader(path: Path, parse: Callable[[], object]) -> Callable[[], object]:
         def read() -> object:
             if next(calls) % DOCTOR_EVERY == 0:  # it must have something to say, whatever the parser says
-                diagnosis, _ = examine(read_splits(find_sources([path])), anchors, near_copies=False)
+                diagnosis, _ = examine(read_splits(find_splits([path])), anchors, near_copies=False)
                 assert as_text(diagnosis)
                 assert as_json(diagnosis, diagnosis.exit_code)
             return parse()

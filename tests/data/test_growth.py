@@ -13,7 +13,7 @@ from layout_files import XML
 
 from onestage.data.annotations import require_same_names, with_nearest
 from onestage.data.coco import parse_coco
-from onestage.data.layouts import find_sources, read_splits
+from onestage.data.layouts import find_splits, read_splits
 from onestage.data.splits import assign_parts
 from onestage.doctor.anchors import find_anchors
 from onestage.doctor.checks import examine
@@ -107,7 +107,7 @@ def voc_classes(size: int, folder: Path) -> Callable[[], object]:
         start = XML.index("<object>")
         objects = [XML[start : XML.index("</annotation>")].replace("NAME", f"class {n}") for n in range(size)]
         (root / f"{stem}.xml").write_text(XML[:start] + "".join(objects) + "</annotation>")
-    return lambda: read_splits(find_sources([root]))
+    return lambda: read_splits(find_splits([root]))
 
 
 @pytest.mark.parametrize("table", ["classes", "boxes", "images"])
@@ -131,7 +131,7 @@ def test_doctor_of_many_classes_grows_with_their_number(tmp_path: Path) -> None:
     anchors, counts = find_anchors("SSD160", "voc"), []
     for size in (30, 300):
         (tmp_path / str(size)).mkdir()
-        splits = read_splits(find_sources([coco_file(tmp_path / str(size), size, size, size)]))
+        splits = read_splits(find_splits([coco_file(tmp_path / str(size), size, size, size)]))
         counts.append(count_operations(lambda splits=splits: examine(splits, anchors, near_copies=False)))
     assert counts[1] <= MAX_GROWTH * counts[0]
 

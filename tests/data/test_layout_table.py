@@ -27,7 +27,7 @@ from PIL import Image
 
 from onestage.convert.conversion import convert_splits
 from onestage.data import DetectionDataModule
-from onestage.data.layouts import describe_source, find_sources, read_splits, recognise
+from onestage.data.layouts import describe_source, find_splits, read_splits, recognise
 from onestage.doctor.anchors import find_anchors
 from onestage.doctor.checks import Diagnosis, examine
 from onestage.errors import ConfigError, DataError
@@ -269,8 +269,8 @@ CASES = {
 
 def diagnose(path: Path) -> tuple[Diagnosis, dict[str, int]]:
     """Return doctor's findings, and the number of usable images of each split, in order."""
-    splits = read_splits(find_sources([path]))
-    diagnosis, usable = examine(splits, ANCHORS, near_copies=False, path=path)
+    splits = read_splits(find_splits([path]))
+    diagnosis, usable = examine(splits, ANCHORS, near_copies=False)
     return diagnosis, {name: len(annotations) for name, annotations in usable.items()}
 
 
@@ -308,7 +308,7 @@ def test_doctor_and_training_agree_on_roles_findings_and_what_is_unused(name: st
 
 def contents(path: Path) -> dict[str, Counter[bytes]]:
     """Return the bytes of the images of each split."""
-    splits = read_splits(find_sources([path]))
+    splits = read_splits(find_splits([path]))
     return {
         split.name: Counter(Path(image).read_bytes() for image in split.annotations.image_paths.tolist())
         for split in splits
@@ -323,7 +323,7 @@ def test_no_image_and_no_split_is_lost_in_conversions(name: str, tmp_path: Path)
     before = contents(source)
     for number, to in enumerate(("voc", "yolo", "coco")):
         target = tmp_path / f"{number}"
-        convert_splits(find_sources([source]), to, target, images="link")
+        convert_splits(find_splits([source]), to, target, images="link")
         source = target
         assert contents(target) == before
 
@@ -333,7 +333,7 @@ def test_folder_without_a_known_split_is_refused_by_both(write: Callable[[Path],
     write(tmp_path)
     (tmp_path / "notes.md").write_text("")
     with pytest.raises(DataError, match=r"(?s)holds 1 \.md.*Known are: COCO|no file says .* which split.*one by one"):
-        find_sources([tmp_path])
+        find_splits([tmp_path])
     with pytest.raises(DataError):
         DetectionDataModule(path=tmp_path).setup("fit")
     for name in ("gone", "notes.md"):
@@ -355,8 +355,8 @@ def test_command_counts_what_is_unused_and_says_how_to_train(tmp_path: Path) -> 
 def test_command_for_several_files_trains_on_them(tmp_path: Path) -> None:
     coco_folder(tmp_path, "train2017", "val2017", "mine")
     files = [tmp_path / "annotations" / f"instances_{name}.json" for name in ("val2017", "train2017", "mine")]
-    assert [split.name for split in find_sources(files)] == ["train", "mine", "val"]
-    assert [split.name for split in find_sources(files[:1] * 2)] == ["val (1)", "val (2)"]
+    assert [split.name for split in find_splits(files)] == ["train", "mine", "val"]
+    assert [split.name for split in find_splits(files[:1] * 2)] == ["val (1)", "val (2)"]
     assert recognise(files[0]).splits == ("train",)  # a single file is what a training trains on
     command = doctor(*files[:2])[1]["training_command"]
     parser = ArgumentParser(exit_on_error=False)
@@ -373,7 +373,7 @@ def test_voc_splits_get_one_order_of_classes(tmp_path: Path) -> None:
     voc_image(tmp_path, "a", name="dogs")
     voc_image(tmp_path, "b", name="dog")
     voc_lists(tmp_path, train="a", val="b")
-    train, val = read_splits(find_sources([tmp_path]))
+    train, val = read_splits(find_splits([tmp_path]))
     assert train.annotations is not None
     assert val.annotations is not None
     assert train.annotations.class_names == val.annotations.class_names == ("dog", "dogs")
@@ -383,7 +383,7 @@ def test_voc_splits_get_one_order_of_classes(tmp_path: Path) -> None:
 
 def test_names_of_classes_that_nothing_names_are_numbered(tmp_path: Path) -> None:
     yolo_images(tmp_path, "images", "labels", "a b", "2 0.5 0.5 0.25 0.5\n")
-    (split,) = read_splits(find_sources([tmp_path]))
+    (split,) = read_splits(find_splits([tmp_path]))
     assert split.annotations is not None
     assert split.annotations.class_names == ("class_0", "class_1", "class_2")
     assert "the 3 classes: they are called class_0, class_1, class_2" in split.findings[0].problem
@@ -394,7 +394,7 @@ def test_names_of_classes_that_nothing_names_are_numbered(tmp_path: Path) -> Non
 
 def test_split_that_cannot_be_read_becomes_a_finding(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text("train: images/gone\nnames: [cat]\n")
-    (split,) = read_splits(find_sources([tmp_path]))
+    (split,) = read_splits(find_splits([tmp_path]))
     assert split.annotations is None
     assert "'images/gone' is neither a folder nor a list" in split.findings[0].problem
     assert split.findings[0].remedy == "Correct it, or path: in data.yaml."

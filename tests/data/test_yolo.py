@@ -103,11 +103,6 @@ def names_of(data: Path, split: str = "train") -> list[str]:
     return [Path(path).name for path in annotations.image_paths]
 
 
-def test_folder_is_as_good_as_its_yaml(tmp_path: Path) -> None:
-    data = write_yolo(tmp_path, {"a": GOOD, "b": GOOD})
-    assert names_of(tmp_path) == names_of(data) == ["a.png", "b.png"]
-
-
 @pytest.mark.parametrize("name", ["classes.txt", "obj.names", "labels/classes.txt"])
 def test_class_names_of_folders_without_yaml_are_read(tmp_path: Path, name: str) -> None:
     write_yolo(tmp_path, {"a": GOOD}).unlink()
@@ -116,18 +111,6 @@ def test_class_names_of_folders_without_yaml_are_read(tmp_path: Path, name: str)
     assert names_of(tmp_path) == ["a.png"]
     with pytest.raises(AnnotationError, match=r"no split 'val' \(there are: train\)"):
         YOLO(tmp_path).read("val")
-
-
-def test_roboflow_export_with_a_wrong_parent_and_valid_for_val(tmp_path: Path) -> None:
-    for split in ("train", "valid"):
-        write_image(tmp_path / split / "images" / "a.jpg")
-        (tmp_path / split / "labels").mkdir()
-        (tmp_path / split / "labels" / "a.txt").write_text(GOOD)
-    (tmp_path / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['cat']\n")
-    assert names_of(tmp_path) == names_of(tmp_path, "val") == ["a.jpg"]
-    (tmp_path / "data.yaml").unlink()
-    (tmp_path / "classes.txt").write_text("cat\n")
-    assert names_of(tmp_path, "val") == ["a.jpg"]
 
 
 def test_split_of_lists_and_folders_takes_each_image_once(tmp_path: Path) -> None:

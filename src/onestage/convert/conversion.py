@@ -14,7 +14,7 @@ import numpy as np
 
 from onestage.data.annotations import require_same_categories, select_images
 from onestage.data.image_headers import check_headers
-from onestage.data.layouts import SplitSource, find_sources, read_splits
+from onestage.data.layouts import Split, find_splits, read_splits
 from onestage.data.source import role_of
 from onestage.data.writers import Losses, WritableSplit, write_coco, write_voc, write_yolo
 from onestage.errors import AnnotationError, ConfigError, DataError, require
@@ -85,20 +85,20 @@ def convert(
     require(0 <= max_bad_fraction <= 1, "--max_bad_fraction", max_bad_fraction, "in [0, 1]")
     pairs = [word.partition("=") for word in splits or ()]
     names = {name: new or name for name, _, new in pairs} or None
-    conversion = convert_splits(find_sources(paths, image_root), to, out, images, names, max_bad_fraction)
+    conversion = convert_splits(find_splits(paths, image_root), to, out, images, names, max_bad_fraction)
     print(_report(conversion, to, out))
     return 0
 
 
 def convert_splits(
-    sources: Sequence[SplitSource],
+    sources: Sequence[Split],
     to: Format,
     out: Path,
     images: ImageTransfer = "copy",
     name_by_split: dict[str, str] | None = None,
     max_bad_fraction: float = 0.01,
 ) -> Conversion:
-    """Write the splits that `find_sources` found; see `convert`. name_by_split: split -> new name; None: all."""
+    """Write the splits that `find_splits` found; see `convert`. name_by_split: split -> new name; None: all."""
     _require_free(out)
     names = _split_names([source.name for source in sources], name_by_split)
     chosen = [source for source in sources if source.name in names]
@@ -143,7 +143,7 @@ def _split_names(found: Sequence[str], given: dict[str, str] | None) -> dict[str
     return names
 
 
-def _read(sources: Sequence[SplitSource], max_bad_fraction: float) -> list[AnnotationSet]:
+def _read(sources: Sequence[Split], max_bad_fraction: float) -> list[AnnotationSet]:
     """Read the splits, with one order of classes."""
     annotation_sets: list[AnnotationSet] = []
     for split in read_splits(sources, max_bad_fraction):

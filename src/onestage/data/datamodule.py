@@ -322,7 +322,7 @@ class DetectionDataModule(LightningDataModule):
         if stage != "test" and self._is_divided:
             return self._parts[stage == "val"]
         if stage == "train":
-            return require_objects(self._train)
+            return self._train
         annotations = self._parse(stage, self.class_names)
         if self._class_names is None:
             require_same_categories(self._train, annotations)
@@ -334,7 +334,7 @@ class DetectionDataModule(LightningDataModule):
     @cached_property
     def _train(self) -> AnnotationSet:
         """The source's training split, parsed once."""
-        return self._parse("train", self._class_names)
+        return require_objects(self._parse("train", self._class_names))
 
     @property
     def _is_divided(self) -> bool:

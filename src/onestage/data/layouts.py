@@ -13,7 +13,7 @@ import numpy as np
 from onestage.data.annotations import FILE, UNKNOWN_CLASS, shortened, with_nearest
 from onestage.data.coco import COCO, list_annotation_files, split_name
 from onestage.data.source import Source, Split as Role, role_of
-from onestage.data.voc import VOC, NoClassesError, find_list_files, find_lists
+from onestage.data.voc import VOC, find_list_files, find_lists
 from onestage.data.yolo import YOLO, has_labels, has_settings
 from onestage.errors import DataError
 from onestage.files import as_path, printable
@@ -28,23 +28,14 @@ KNOWN = (
 )
 
 
-class SplitSource(NamedTuple):
-    """One split that a path holds."""
+class Split(NamedTuple):
+    """One split that a path holds, and what `read_splits` made of it."""
 
     name: str  # train, val or test; the name of the file if it says none of these
-    format: str  # COCO, VOC or YOLO
-    path: Path
-    read: Callable[[float], AnnotationSet]  # max_bad_fraction -> the split
-
-
-class Split(NamedTuple):
-    """A split that was read, or the finding that says why it cannot be read."""
-
-    name: str
-    format: str
-    path: Path
-    annotations: AnnotationSet | None
-    findings: list[Finding]
+    source: Source
+    role: Role  # for `source.read`
+    annotations: AnnotationSet | None = None  # None: not read yet, or a finding says why it cannot be read
+    findings: tuple[Finding, ...] = ()
 
 
 def recognise(path: str | Path, image_root: Path | None = None) -> Source:
@@ -87,7 +78,7 @@ def describe_source(source: Source) -> list[str]:
     return [f"{source.format} data set {printable(source.path)}", *(f"  {line}" for line in lines)]
 
 
-def find_sources(paths: Sequence[Path], image_root: Path | None = None) -> list[SplitSource]:
+def find_splits(paths: Sequence[Path], image_root: Path | None = None) -> list[Split]:
     """Return the splits of one set that the paths hold: train, val, test, each name once. See `recognise`."""
     found = [split for path in paths for split in _splits_of(recognise(path, image_root))]
     found.sort(key=lambda split: ROLES.index(role_of(split.name)))
@@ -98,41 +89,31 @@ def find_sources(paths: Sequence[Path], image_root: Path | None = None) -> list[
     ]
 
 
-def read_splits(sources: Sequence[SplitSource], max_bad_fraction: float = 1.0) -> list[Split]:
+def read_splits(splits: Sequence[Split], max_bad_fraction: float = 1.0) -> list[Split]:
     """Read every split; an error becomes a finding. The classes that VOC collects get one order in all splits."""
-    splits = []
-    for source in sources:
+    read = []
+    for split in splits:
         try:
-            found = source.read(max_bad_fraction)
-            splits.append(Split(*source[:3], found, list(found.findings)))
+            found = split.source.read(split.role, max_bad_fraction=max_bad_fraction)
+            read.append(split._replace(annotations=found, findings=found.findings))
         except DataError as reason:
-            splits.append(Split(*source[:3], None, [FILE.broken_by(source.path, reason)]))
-    voc = [split.annotations.class_names for split in splits if split.format == "VOC" and split.annotations is not None]
-    all_names = sorted(set().union(*voc)) or ["object"]
-    for number, (*_, annotations, findings) in enumerate(splits):
-        if splits[number].format == "VOC" and annotations is not None:
-            findings += _unknown_classes(annotations, voc[0])
-            splits[number] = splits[number]._replace(annotations=_with_classes(annotations, all_names))
-    return splits
+            read.append(split._replace(findings=(FILE.broken_by(split.source.path, reason),)))
+    voc = [part for split in read if split.source.format == "VOC" and (part := split.annotations) is not None]
+    all_names = sorted(set().union(*(part.class_names for part in voc))) or ["object"]
+    for number, split in enumerate(read):
+        if split.source.format == "VOC" and (whole := split.annotations) is not None:
+            findings = (*split.findings, *_unknown_classes(whole, voc[0].class_names))
+            read[number] = split._replace(annotations=_with_classes(whole, all_names), findings=findings)
+    return read
 
 
-def _splits_of(source: Source) -> list[SplitSource]:
+def _splits_of(source: Source) -> list[Split]:
     """Return the splits of a source; the name of a single COCO file says which split it is."""
     if not source.splits:
         problem = "no file says by its name which split it is"
         raise DataError(f"{printable(source.path)}: {problem}.\nGive the files one by one, or call one of them train.")
     own_name = split_name(source.path) if source.path.suffix.lower() == ".json" else ""
-
-    def read(split: Role, max_bad_fraction: float) -> AnnotationSet:
-        try:
-            return source.read(split, max_bad_fraction=max_bad_fraction)
-        except NoClassesError:  # a split of negatives
-            return source.read(split, [], max_bad_fraction=max_bad_fraction)
-
-    return [
-        SplitSource(role_of(own_name) or own_name or split, source.format, source.path, partial(read, split))
-        for split in source.splits
-    ]
+    return [Split(role_of(own_name) or own_name or split, source, split) for split in source.splits]
 
 
 def _unknown_classes(annotations: AnnotationSet, known: Sequence[str]) -> list[Finding]:

@@ -26,10 +26,6 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 MAX_XML_BYTES = 16 << 20  # some 50,000 objects; a file of VOC has a few kB
 
 
-class NoClassesError(AnnotationError):
-    """There is no object to take the classes from."""
-
-
 class VOC(Source):
     """PASCAL VOC: XML files in `Annotations` for the images that the lists in `ImageSets/Main` name.
 
@@ -141,9 +137,6 @@ def parse_voc(
             folder of the images, "." for `root`.
         class_names: as in `Source.read`; None takes all that occur, sorted.
         max_bad_fraction: as in `Source.read`.
-
-    Raises:
-        NoClassesError: no names are given, and there is no object.
     """
     source = f"{printable(root)} ({' + '.join(splits)})"
     listed = list(dict.fromkeys(image for split in splits for image in _list_images(root, split)))
@@ -155,8 +148,6 @@ def parse_voc(
     files = read_label_files(source, root, listed, missing, read_record, *file_rules, notes, max_bad_fraction)
     found = {str(item.class_key): item.text for item in reversed(files.objects) if item.class_key}
     names = sorted(found) if class_names is None else class_names
-    if not names and class_names is None:
-        raise NoClassesError(f"{source}: holds no object, so there are no classes.\nGive data.class_names.")
     label_of_name = {name: label for label, name in enumerate(names)}
     unknown = sorted(found.keys() - label_of_name.keys())
     if unknown:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +53,6 @@ def examine(
     near_copies: bool = True,
     num_decoders: int = 0,
     max_bad_fraction: float = 0.01,
-    path: Path | None = None,
 ) -> tuple[Diagnosis, dict[str, AnnotationSet]]:
     """Check splits as training would meet them; return the diagnosis, and the splits without unusable images.
 
@@ -64,7 +62,6 @@ def examine(
         near_copies: compare splits by what their images show.
         num_decoders: processes that decode every image; 0: none is decoded.
         max_bad_fraction: that training may skip, in [0, 1].
-        path: the data set, to find files that belong to no split; None: the splits come from several paths.
     """
     findings = [finding for split in splits for finding in split.findings]
     start = time.perf_counter()
@@ -81,7 +78,8 @@ def examine(
     for name, annotations in usable.items():
         findings += check_objects(annotations, anchors.max_detections, is_training=name == splits[0].name)
         findings += tiny_boxes(annotations, anchors.image_size)
-    findings += check_use(path, splits, usable) if path is not None else []
+    if all(split.source is splits[0].source for split in splits):
+        findings += check_use(splits, usable)
     findings += find_leakage(list(usable.items()), near_copies)
     seconds["leakage"] = time.perf_counter() - start - sum(seconds.values())
     shapes, coverage = _check_anchors(next(iter(usable.values()), None), anchors, findings)
@@ -151,7 +149,7 @@ def _summarise(split: Split, annotations: AnnotationSet) -> JSONDict:
     """Return the counts of a split. Crowds are boxes too."""
     return {
         "name": split.name,
-        "format": split.format,
+        "format": split.source.format,
         "source": annotations.source,
         "num_images": len(annotations),
         "num_empty_images": int(np.count_nonzero(np.diff(annotations.box_offsets) == 0)),

@@ -49,7 +49,7 @@ def doctor(
         anchors: the detector's argument anchors (voc or coco for SSD), or a YAML file of `onestage anchors`.
         image_size: side of the network input, px, for detectors that take any.
     """
-    from onestage.data.layouts import find_sources, read_splits
+    from onestage.data.layouts import find_splits, read_splits
     from onestage.doctor.anchors import find_anchors
     from onestage.doctor.checks import examine
     from onestage.doctor.report import as_json, as_text
@@ -61,7 +61,7 @@ def doctor(
         from onestage.doctor.sheet import require_sheet, write_sheet  # a second of imports
 
         require_sheet(draw, num_drawn)
-    splits = read_splits(find_sources(paths, images))
+    splits = read_splits(find_splits(paths, images))
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     diagnosis, usable = examine(
         splits,
@@ -69,7 +69,6 @@ def doctor(
         near_copies=near_copies,
         num_decoders=num_cores if decode else 0,
         max_bad_fraction=max_bad_fraction,
-        path=paths[0] if len(paths) == 1 else None,
     )
     if not any(finding.effect == "error" for finding in diagnosis.findings):
         diagnosis = diagnosis._replace(training_command=training_command(paths, images, splits))
@@ -111,14 +110,15 @@ def anchors(
             detector's number and lets as many boxes as possible reach IoU 0.5.
         out: new YAML file; without it the anchors are printed.
     """
-    from onestage.data.layouts import find_sources
+    from onestage.data.layouts import find_splits
     from onestage.doctor.anchors import compare_anchors, find_anchors
     from onestage.files import printable, write_new_file
 
     placed = find_anchors(detector, anchors, image_size)
     if out is not None and out.exists():
         raise ConfigError(f"out: {printable(out)} already exists; nothing is overwritten. Give a new name.")
-    text = compare_anchors(find_sources([path], images)[0].read(1.0), placed, shapes)
+    split = find_splits([path], images)[0]
+    text = compare_anchors(split.source.read(split.role, max_bad_fraction=1.0), placed, shapes)
     if out is None:
         _print(text.rstrip("\n"))
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 from onestage.data.annotations import NO_TRAINING_SPLIT, NOT_DIVISIBLE, NOT_USED
 from onestage.data.coco import COCO
 from onestage.data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
-from onestage.data.layouts import Split, recognise
+from onestage.data.layouts import Split
 from onestage.data.source import Source, role_of
 from onestage.data.splits import DEFAULT_VAL_FRACTION, split_by_fraction
 from onestage.errors import ConfigError
@@ -16,15 +16,14 @@ from onestage.files import printable
 from onestage.types import AnnotationSet, Finding
 
 
-def check_use(path: Path, splits: Sequence[Split], usable: Mapping[str, AnnotationSet]) -> list[Finding]:
+def check_use(splits: Sequence[Split], usable: Mapping[str, AnnotationSet]) -> list[Finding]:
     """Find splits that training misses, and files of a data set that belong to no split.
 
     Args:
-        path: the data set; see `recognise`.
-        splits: all of its splits, as read.
+        splits: all splits of one path, as read.
         usable: them without images that cannot be used.
     """
-    source = recognise(path)
+    source = splits[0].source
     findings, place = [], printable(source.path)
     if "train" not in source.splits:
         problem = f"there is only {', '.join(source.splits)}"
@@ -45,9 +44,9 @@ def training_command(paths: Sequence[Path], image_root: Path | None, splits: Seq
     """Return the command that trains on what was read; empty if the paths have no form that one command names."""
     if len(paths) == 1 and image_root is None:
         return f"make train DATA={shlex.quote(str(paths[0]))}"
-    if any(split.format != "COCO" or split.path.is_dir() for split in splits):
+    if any(split.source.format != "COCO" or split.source.path.is_dir() for split in splits):
         return ""
-    files = {role_of(split.name) or "train": split.path for split in splits}
+    files = {role_of(split.name) or "train": split.source.path for split in splits}
     options = {"source": "onestage.data.COCO", "source.path": "."}
     options |= {f"source.{role}": str(file) for role, file in files.items()}
     options |= {f"source.{role}_images": str(image_root) for role in files if image_root is not None}
