@@ -5,8 +5,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,19 @@ def _image_folders(file: Path, root: Path) -> list[Path]:
     ]  # fmt: skip
 
 
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Do not search for garbage: there is none, and searching a million new objects for it doubles the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_without_garbage_collection()
 def parse_coco(
     annotation_file: Path,
     image_folders: Path | Sequence[Path],
@@ -203,8 +216,6 @@ def _parse_json(source: str, content: bytes, hook: Any) -> JSONDict:
     """Parse JSON whose top level is an object. hook: as `object_pairs_hook` of `json.loads`."""
     if content[:2] in (b"PK", b"\x1f\x8b"):
         raise malformed(source, "is compressed; it must be JSON text", "Unpack it first (unzip, gunzip).")
-    was_enabled = gc.isenabled()
-    gc.disable()  # there is no garbage, and searching a million new objects for it doubles the time
     try:
         parsed = json.loads(content.decode("utf-8-sig"), object_pairs_hook=hook)
     except (ValueError, RecursionError) as reason:  # ValueError: also not UTF-8, and integers of thousands of digits
@@ -212,9 +223,6 @@ def _parse_json(source: str, content: bytes, hook: Any) -> JSONDict:
         is_cut = text and ("Unterminated" in str(reason) or len(text) - place < 16)
         problem = f"is not JSON: {reason}{'; the file ends there, so it was cut off' if is_cut else ''}"
         raise malformed(source, problem, FRESH_COPY) from None
-    finally:
-        if was_enabled:
-            gc.enable()
     if not isinstance(parsed, dict):
         problem = f"the top level is a {type(parsed).__name__}, as in a detections (results) file"
         raise malformed(source, f"{problem}; it must be an object with {', '.join(TABLES)}", OTHER_PATH)
