@@ -163,6 +163,7 @@ def test_coco_to_yolo_counts_losses(tmp_path: Path) -> None:
     assert (tmp_path / "out/labels/train/a.txt").read_text() == "0 0.3578125 0.575 0.503125 0.5\n1 0.5 0.5 1 1\n"
 
 
+@pytest.mark.slow  # tests/data/test_layout_table.py has quick round trips
 @pytest.mark.parametrize("name", ["bccd", "coco128/annotations"])
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not here")
 def test_round_trip_of_real_data_keeps_every_image_box_and_class(name: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from onestage.data.annotations import start_messages
 from onestage.data.folder import list_images
 from onestage.errors import DataError
 
@@ -32,10 +33,11 @@ def test_a_single_image_is_a_set_of_one(tmp_path: Path) -> None:
     assert list_images(tmp_path / "photo", ("cat",), (1,)).image_paths.tolist() == [str(tmp_path / "photo")]
 
 
-def test_a_pipe_and_a_dangling_link_are_named_and_a_link_back_ends(tmp_path: Path) -> None:
+def test_what_is_not_read_is_named_or_counted_and_a_link_back_ends(tmp_path: Path) -> None:
     touch(tmp_path / "a.jpg")
     (tmp_path / "again").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "b.jpg")
+    touch(tmp_path / "d.avif", tmp_path / "sub" / "e.JP2")
     (tmp_path / "c.jpg").symlink_to(tmp_path / "nothing")
     annotations = list_images(tmp_path, ("cat",), (1,))
     assert len(annotations) == 1
@@ -43,6 +45,8 @@ def test_a_pipe_and_a_dangling_link_are_named_and_a_link_back_ends(tmp_path: Pat
         str(tmp_path / "b.jpg"),
         str(tmp_path / "c.jpg"),
     ]
+    (warning,) = start_messages(annotations.findings[2:], "")
+    assert f"{tmp_path}: 2 images are of a type that is not read (.avif .jp2), such as" in warning
 
 
 @pytest.mark.parametrize("kind", ["missing", "texts", "pipe"])

@@ -253,7 +253,7 @@ def test_line_that_leads_elsewhere_is_a_missing_image(tmp_path: Path, line: str)
     data.write_text("train: list.txt\nnames: [cat]\n")
     (skipped,) = YOLO(data).read("train").skipped
     assert "list.txt:2: " in skipped
-    assert "is in a list, and not there" in skipped
+    assert "there is no such image" in skipped
 
 
 @pytest.mark.parametrize("linked", ["images/train/a.png", "labels/train/a.txt"])

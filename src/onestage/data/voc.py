@@ -6,14 +6,13 @@ from math import isfinite
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
-import numpy as np
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 import onestage.data.annotations as rules
-from onestage.data.annotations import count_findings, malformed, shortened, with_nearest
+from onestage.data.annotations import malformed, shortened, with_nearest
 from onestage.data.images import IMAGE_SUFFIXES
-from onestage.data.label_files import LabelFile, LabelledImage, WrittenObject, read_label_files
+from onestage.data.label_files import LabelFile, LabelFormat, LabelledImage, WrittenObject, read_label_files
 from onestage.data.source import Source, Split, names_by_role, role_of
 from onestage.errors import AnnotationError, require
 from onestage.files import as_path, list_files, printable, read_file, read_text, to_flag, to_number
@@ -23,6 +22,14 @@ SPLIT_FOLDER = Path("ImageSets", "Main")
 CLASS_LIST = re.compile(r"_(train|val|trainval|test)$")
 ALL_IMAGES = "."  # name of the split of a folder without lists
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+LABEL_FORMAT = LabelFormat(
+    rules.NO_XML,
+    rules.XML_MALFORMED,
+    {
+        rules.OTHER_FILE_NAME: "in {} XML files <filename> is not the name of the file",
+        rules.ZERO_BASED: "{} boxes start at pixel 0, though VOC counts from 1: clipped",
+    },
+)
 MAX_XML_BYTES = 16 << 20  # some 50,000 objects; a file of VOC has a few kB
 
 
@@ -140,25 +147,23 @@ def parse_voc(
     """
     source = f"{printable(root)} ({' + '.join(splits)})"
     listed = list(dict.fromkeys(image for split in splits for image in _list_images(root, split)))
-    problem = "there is no such image; lists have names without suffix"
-    places = {row: printable(item.image) for row, item in enumerate(listed) if item.is_missing}
-    missing = {row: rules.IMAGE_MISSING.broken(place, problem) for row, place in places.items()}
-    notes = {rules.OTHER_FILE_NAME: "in {} XML files <filename> is not the name of the file"}
-    file_rules = rules.NO_XML, rules.XML_MALFORMED
-    files = read_label_files(source, root, listed, missing, read_record, *file_rules, notes, max_bad_fraction)
-    found = {str(item.class_key): item.text for item in reversed(files.objects) if item.class_key}
-    names = sorted(found) if class_names is None else class_names
-    label_of_name = {name: label for label, name in enumerate(names)}
-    unknown = sorted(found.keys() - label_of_name.keys())
-    if unknown:
-        lines = [f"{found[name]}: {text}" for name, text in zip(unknown, with_nearest(unknown, names), strict=True)]
-        problem = f"{len(unknown)} class names are not among {shortened(names, 100)}"
-        raise malformed(source, problem, "Correct the names, or add them to data.class_names.", lines)
-    num_zero = int(np.count_nonzero((files.boxes[:, :2] == 0).any(axis=1)))
-    problem = "{} boxes start at pixel 0, though VOC counts from 1: clipped"
-    files.findings.extend(count_findings(source, {rules.ZERO_BASED: (problem, num_zero)}))
-    labels = [label_of_name.get(str(item.class_key), 0) for item in files.objects]
-    return files.build(files.boxes - [1, 1, 0, 0], labels, names)
+    names = list(class_names or ())
+
+    def find_classes(objects: Sequence[WrittenObject]) -> dict[str | float, int]:
+        found = {str(item.class_key): item.text for item in reversed(objects) if item.class_key}
+        names.extend(sorted(found) if class_names is None else ())
+        label_of_name: dict[str | float, int] = {name: label for label, name in enumerate(names)}
+        unknown = sorted(found.keys() - label_of_name.keys())
+        if unknown:
+            lines = [f"{found[name]}: {text}" for name, text in zip(unknown, with_nearest(unknown, names), strict=True)]
+            problem = f"{len(unknown)} class names are not among {shortened(names, 100)}"
+            raise malformed(source, problem, "Correct the names, or add them to data.class_names.", lines)
+        return label_of_name
+
+    def read(row: int) -> LabelFile:
+        return read_record(listed[row].label)
+
+    return read_label_files(source, root, listed, read, find_classes, names, LABEL_FORMAT, max_bad_fraction)
 
 
 def _list_images(root: Path, split: str) -> list[LabelledImage]:
@@ -242,7 +247,11 @@ def read_record(path: Path) -> LabelFile:
     size = (int(height), int(width)) if 0 < height < 1 << 31 and 0 < width < 1 << 31 else (0, 0)
     objects = [_read_object(element, f"{place}: object {n}") for n, element in enumerate(root.findall("object"), 1)]
     file_name = (root.findtext("filename") or "").strip()
-    return LabelFile(objects, size, {rules.OTHER_FILE_NAME: int(file_name != "" and Path(file_name).stem != path.stem)})
+    notes = {
+        rules.OTHER_FILE_NAME: int(file_name != "" and Path(file_name).stem != path.stem),
+        rules.ZERO_BASED: sum(min(item.box[:2]) == -1 for item in objects),
+    }
+    return LabelFile(objects, size, notes)
 
 
 def _read_object(element: Element, place: str) -> WrittenObject:
@@ -258,4 +267,4 @@ def _read_object(element: Element, place: str) -> WrittenObject:
         problem = "xmin < xmax and ymin < ymax must hold"
     written = ", ".join(f"{corner} {value:g}" for corner, value in zip(CORNERS, box, strict=True))
     is_difficult = to_flag(element.findtext("difficult"))
-    return WrittenObject(f"{place} ({name}), {written}", name, box, problem, is_difficult)
+    return WrittenObject(f"{place} ({name}), {written}", name, (xmin - 1, ymin - 1, xmax, ymax), problem, is_difficult)

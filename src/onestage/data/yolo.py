@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 from math import isfinite, nan
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import yaml
 
 import onestage.data.annotations as rules
@@ -18,7 +18,7 @@ from onestage.data.annotations import malformed, require_same_names, shortened
 from onestage.data.folder import find_images
 from onestage.data.image_headers import NUM_THREADS, check_header
 from onestage.data.images import IMAGE_SUFFIXES
-from onestage.data.label_files import LabelFile, LabelledImage, WrittenObject, read_label_files
+from onestage.data.label_files import LabelFile, LabelFormat, LabelledImage, WrittenObject, read_label_files
 from onestage.data.source import Source, Split, names_by_role, role_of
 from onestage.errors import AnnotationError
 from onestage.files import as_path, find_below, foreign_parts, is_path, printable, read_file, read_text, to_number
@@ -119,32 +119,25 @@ def parse_yolo(
     listed = list_split(settings, split)
     with ThreadPoolExecutor(NUM_THREADS) as pool:  # labels are fractions of the image's size
         headers = list(pool.map(check_header, [str(item.image) for item in listed]))
-    bad_images = {row: header.findings[0] for row, header in enumerate(headers) if not header.is_usable}
-    missing = {row: printable(item.image) for row, item in enumerate(listed) if item.is_missing}
-    bad_images |= {
-        row: rules.IMAGE_MISSING.broken(path, "is in a list, and not there") for row, path in missing.items()
-    }
-    read = partial(_read_label, num_keypoint_values=settings.num_keypoint_values)
-    file_rules = rules.NO_LABEL, rules.LABEL_MALFORMED
+    label_of_name = {name: label for label, name in enumerate(names)}
+    label_of_index: dict[str | float, int] = {n: label_of_name[name] for n, name in enumerate(settings.class_names)}
     notes = {
         rules.BOX_REPEATED: "{} lines occur twice in their file: read once",
         rules.POLYGON: "{} objects are outlines: the box around each is used",
     }
-    files = read_label_files(source, settings.root, listed, bad_images, read, *file_rules, notes, max_bad_fraction)
-    if not settings.is_named:
-        problem = f"nothing names the {len(names)} classes: they are called {shortened(names)}"
-        files.findings.append(rules.NO_NAMES.broken(source, problem))
-    sizes = np.array([(headers[row].height, headers[row].width) for row in files.rows], dtype=np.int32)
-    width_height = sizes[files.image_rows][:, ::-1]
-    centers, halves = files.boxes[:, :2] * width_height, files.boxes[:, 2:] * width_height / 2
-    boxes = np.concatenate([centers - halves, centers + halves], axis=1)
-    label_of_name = {name: label for label, name in enumerate(names)}
-    label_of_index: dict[str | float, int] = {
-        index: label_of_name[name] for index, name in enumerate(settings.class_names)
-    }
-    labels = [label_of_index.get(item.class_key, -1) for item in files.objects]
     unknown_class = f"the class must be a whole number in 0..{len(names) - 1}; the first one is 0"
-    return files._replace(images=files.images._replace(sizes=sizes)).build(boxes, labels, names, unknown_class)
+    label_format = LabelFormat(rules.NO_LABEL, rules.LABEL_MALFORMED, notes, unknown_class)
+
+    def read(row: int) -> LabelFile:
+        size = (headers[row].width, headers[row].height)
+        return _read_label(listed[row].label, size, settings.num_keypoint_values)
+
+    classes = names, label_format, max_bad_fraction
+    found = read_label_files(source, settings.root, listed, read, lambda _: label_of_index, *classes, headers)
+    if settings.is_named:
+        return found
+    problem = f"nothing names the {len(names)} classes: they are called {shortened(names)}"
+    return replace(found, findings=(*found.findings, rules.NO_NAMES.broken(source, problem)))
 
 
 def read_settings(data: Path) -> YOLOSettings:
@@ -342,8 +335,8 @@ def _label_of(image: Path, root: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def _read_label(path: Path, num_keypoint_values: int) -> LabelFile:
-    """Read one label file; each line counts once."""
+def _read_label(path: Path, size: tuple[int, int], num_keypoint_values: int) -> LabelFile:
+    """Read one label file; each line counts once. size: (width, height) of the image."""
     text = read_text(path, AnnotationError, "a YOLO label file", rules.LABEL_MALFORMED.remedy)
     number_of_line: dict[tuple[str, ...], int] = {}
     num_lines = num_outlines = 0
@@ -354,11 +347,14 @@ def _read_label(path: Path, num_keypoint_values: int) -> LabelFile:
         if words and number_of_line.setdefault(words, number) == number:
             is_outline = len(words) >= 7 and len(words) % 2 == 1 and not num_keypoint_values
             num_outlines += is_outline
-            objects.append(_read_line(f"{printable(path)}:{number}", words, 5 + num_keypoint_values, is_outline))
+            place = f"{printable(path)}:{number}"
+            objects.append(_read_line(place, words, size, 5 + num_keypoint_values, is_outline))
     return LabelFile(objects, notes={rules.BOX_REPEATED: num_lines - len(objects), rules.POLYGON: num_outlines})
 
 
-def _read_line(place: str, words: Sequence[str], num_columns: int, is_outline: bool) -> WrittenObject:
+def _read_line(
+    place: str, words: Sequence[str], size: tuple[int, int], num_columns: int, is_outline: bool
+) -> WrittenObject:
     """Read `class cx cy width height`, perhaps with keypoints after it, or `class x1 y1 x2 y2 x3 y3 ...`."""
     box: tuple[float, ...] = (nan,) * 4
     class_index, *values = map(to_number, words)
@@ -375,4 +371,6 @@ def _read_line(place: str, words: Sequence[str], num_columns: int, is_outline: b
         problem = f"has {len(words)} columns; a line must have 5: class cx cy width height{score}"
     if not problem and not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in box):
         problem = "cx, cy, width, height must be in 0..1: fractions of the width and height of the image"
-    return WrittenObject(f"{place}: {printable(' '.join(words))[:80]}", class_index, box, problem)
+    x, y, width, height = (fraction * side for fraction, side in zip(box, size * 2, strict=True))
+    edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    return WrittenObject(f"{place}: {printable(' '.join(words))[:80]}", class_index, edges, problem)

@@ -15,6 +15,8 @@ from onestage.errors import ConfigError
 from onestage.files import printable
 from onestage.types import AnnotationSet, Finding
 
+MAX_TRIED = 1000  # images; a larger set can be divided
+
 
 def check_use(splits: Sequence[Split], usable: Mapping[str, AnnotationSet]) -> list[Finding]:
     """Find splits that training misses, and files of a data set that belong to no split.
@@ -28,7 +30,7 @@ def check_use(splits: Sequence[Split], usable: Mapping[str, AnnotationSet]) -> l
     if "train" not in source.splits:
         problem = f"there is only {', '.join(source.splits)}"
         findings.append(NO_TRAINING_SPLIT.broken(place, problem))
-    elif "val" not in source.splits and "train" in usable:
+    elif "val" not in source.splits and len(usable.get("train", ())) in range(1, MAX_TRIED):
         try:
             split_by_fraction(usable["train"], DEFAULT_VAL_FRACTION)
         except ConfigError as reason:
