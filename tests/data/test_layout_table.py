@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from bad_data import doctor, found
+from command_line import REPOSITORY, run
 from jsonargparse import ArgumentParser
 from layout_files import (
     LABEL,
@@ -55,6 +56,17 @@ def coco_of_windows(root: Path) -> None:
     (root / "train" / "sub").mkdir()
     (root / "train" / "a0.jpg").rename(root / "train" / "sub" / "a0.jpg")
     edit_json(root / "annotations" / "instances_train.json", "images", [0], file_name="sub\\a0.jpg", width="100")
+
+
+def coco_label_studio(root: Path) -> None:
+    coco_folder(root, "x")
+    (root / "x").rename(root / "images")
+    (root / "annotations" / "instances_x.json").rename(root / "result.json")
+    (root / "annotations").rmdir()
+    content = json.loads((root / "result.json").read_text())
+    for image in content["images"]:
+        image["file_name"] = f"images\\{image['file_name']}"
+    (root / "result.json").write_text(json.dumps(content))
 
 
 def voc_years(root: Path) -> None:
@@ -195,6 +207,7 @@ CASES = {
         lambda root: coco_folder(root, "train2014", "train2017", "minitrain", "val2014"), "COCO", FOURS, unused=10
     ),
     "COCO: separators and numbers as text": Case(coco_of_windows, "COCO", {"train": 4}),
+    "COCO: Label Studio on Windows": Case(coco_label_studio, "COCO", {"train": 4}),
     "COCO: no training split": Case(
         lambda root: coco_folder(root, "val", "test"), "COCO", {"val": 4, "test": 4}, {"no training split"}, stops=True
     ),
@@ -205,6 +218,7 @@ CASES = {
     "VOC: two years": Case(voc_years, "VOC", {"train": 4, "val": 1}),
     "VOC: XML beside images": Case(voc_beside("."), "VOC", {"train": 3}),
     "VOC: images and annotations": Case(voc_beside(".", images="images", xmls="annotations"), "VOC", {"train": 3}),
+    "VOC: a folder for each camera": Case(voc_beside("cam1", "cam2/deep"), "VOC", {"train": 6}),
     "VOC: Roboflow": Case(voc_beside("train", "valid", "test"), "VOC", {**PAIR, "test": 3}),
     "VOC: folders of splits": Case(voc_beside("train", "val", images="images", xmls="annotations"), "VOC", PAIR),
     "VOC: a list of Windows": Case(voc_list_of_windows, "VOC", {"train": 4, "val": 1}),
@@ -218,6 +232,9 @@ CASES = {
     "YOLO: Roboflow": Case(yolo("train/images", "valid/images", yaml=YAML), "YOLO", PAIR),
     "YOLO: no class names": Case(yolo("images/train", "images/val", names=""), "YOLO", PAIR, {"no class names"}),
     "YOLO: no class names, flat": Case(yolo("images", names=""), "YOLO", {"train": 3}, {"no class names"}),
+    "YOLO: neither class names nor objects": Case(
+        lambda root: yolo_images(root, "images", "labels", text=""), "YOLO", {}, {"annotation file"}, stops=True
+    ),
     "YOLO: CVAT and darknet": Case(yolo_cvat, "YOLO", {"train": 3, "val": 1}),
     "YOLO: a list of Windows": Case(
         yolo_list("C:\\sets\\mine\\images\\train\\a.jpg", "images\\train\\b.jpg", ".\\images\\train\\c.jpg"),
@@ -408,3 +425,13 @@ def test_categories_that_differ_are_reported_with_both_tables(tmp_path: Path) ->
     (finding,) = (finding for finding in diagnose(tmp_path)[0].findings if finding.rule == "classes differ")
     assert "3 cat, 7 dog" in finding.problem
     assert "3 dog, 7 cat" in finding.problem
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "code"), [("a copy in two splits", 0), ("no objects", 3), ("a torn XML file", 0)])
+def test_fit_ends_as_the_table_says(name: str, code: int, tmp_path: Path) -> None:
+    CASES[name].write(tmp_path / "set")
+    options = "--trainer.fast_dev_run true --trainer.accelerator cpu --data.num_workers 0 --data.batch_size 1"
+    config = str(REPOSITORY / "configs" / "shapes_ssd.yaml")
+    path = ["--data.path", str(tmp_path / "set"), "--runs_dir", str(tmp_path / "runs")]
+    assert run("fit", "--config", config, *path, *options.split()) == code

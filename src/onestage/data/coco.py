@@ -315,7 +315,8 @@ def _read_images(
         raise malformed(source, f"{problem}; both must be whole numbers >= 0", remedy)
     names = [image.get("file_name") for image in images]
     present = [folder for folder in folders if folder.is_dir()] or folders
-    has_first = (os.path.isfile(folder / str(names[0])) for folder in present)  # noqa: PTH113 # takes any name
+    first = str(names[0]).replace("\\", "/")
+    has_first = (os.path.isfile(folder / first) for folder in present)  # noqa: PTH113 # takes any name
     root = next((folder for folder, is_file in zip(present, has_first, strict=True) if is_file), present[0])
     paths = find_files(source, names, root)
     found = np.array([path is not None for path in paths])

@@ -188,7 +188,8 @@ def _list_folder(folder: Path) -> list[LabelledImage]:
             image_folders = [folder] if xml_folder == folder else [folder / "JPEGImages", folder / "images", folder]
             images = next((path for path in image_folders if _images_by_stem(path)), folder)
             return _pair(images, xml_folder, sorted(stems | set(_images_by_stem(images))))
-    return []
+    nested = [item for path in sorted(folder.glob("*/")) for item in _list_folder(path)]  # one for each camera, say
+    return nested if any(not item.is_missing for item in nested) else []
 
 
 def _pair(image_folder: Path, xml_folder: Path, stems: Sequence[str]) -> list[LabelledImage]:

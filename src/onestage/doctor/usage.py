@@ -58,9 +58,11 @@ def training_command(paths: Sequence[Path], image_root: Path | None, splits: Seq
 
 def _find_unused(source: Source, splits: Sequence[Split]) -> Iterator[tuple[str, list[str]]]:
     """Yield (noun, files) for the files below the folder of a data set that no split uses."""
+    if any(split.annotations is None for split in splits):
+        return
     if not isinstance(source, COCO):
         yield "lists or folders are of no split", source.unused()
-    if not source.path.is_dir() or any(split.annotations is None for split in splits):
+    if not source.path.is_dir():
         return
     sets = [split.annotations for split in splits if split.annotations is not None]
     used = {os.path.normpath(path) for annotations in sets for path in annotations.image_paths.tolist()}
