@@ -3,12 +3,14 @@
 import contextlib
 import io
 import math
+from functools import partial
 
 import numpy as np
 import torch
 
 from benchmarks.timing import compare
-from onestage.evaluation.coco import TORCHMETRICS_NAMES, CocoEvaluator
+from onestage.evaluation.backends import BACKENDS, Package
+from onestage.evaluation.coco import METRIC_NAMES, CocoEvaluator
 from onestage.types import AnnotationSet, Detections
 
 NUM_CLASSES = 80
@@ -24,11 +26,15 @@ def run(rounds: int, quick: bool) -> None:
     def record(name: str, values: dict[str, float]) -> None:
         numbers[name] = values
 
+    def evaluate_and_record(package: Package) -> None:
+        record(f"onestage, {package}", with_onestage(annotations, detections, package))
+
     contestants = {
         "pycocotools": lambda: record("pycocotools", with_pycocotools(annotations, detections)),
         "torchmetrics, default": lambda: record("torchmetrics, default", with_torchmetrics(annotations, detections)),
-        "onestage": lambda: record("onestage", with_onestage(annotations, detections)),
     }
+    for package in BACKENDS[:2]:
+        contestants[f"onestage, {package}"] = partial(evaluate_and_record, package)
     num_images, num_detections = detections.scores.shape
     title = f"mAP of {num_images} images x {num_detections} detections x {NUM_CLASSES} classes"
     compare(f"{title}, {len(annotations.labels)} objects", contestants, rounds, warm_up=False)
@@ -37,10 +43,10 @@ def run(rounds: int, quick: bool) -> None:
             abs(value - values[metric]) for metric, value in numbers["pycocotools"].items() if not math.isnan(value)
         )
         print(f"{name}: mAP {values['mAP']:.6f}, largest difference of the twelve to pycocotools {difference:.1e}")
-    assert numbers["onestage"].keys() == numbers["pycocotools"].keys()
-    assert np.allclose(
-        list(numbers["onestage"].values()), list(numbers["pycocotools"].values()), rtol=0, atol=1e-6, equal_nan=True
-    ), "the twelve numbers differ from those of pycocotools"
+    expected = list(numbers["pycocotools"].values())
+    for backend in BACKENDS[:2]:
+        ours = list(numbers[f"onestage, {backend}"].values())
+        assert np.allclose(ours, expected, rtol=0, atol=1e-6, equal_nan=True), f"{backend} differs from pycocotools"
     print("asserted: all twelve numbers within 1e-6 of pycocotools")
 
 
@@ -88,9 +94,9 @@ def _random_boxes(random: np.random.Generator, count: int) -> np.ndarray:
     return np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
 
 
-def with_onestage(annotations: AnnotationSet, detections: Detections) -> dict[str, float]:
-    """Batch by batch, as a validation epoch does; the AP of each class included."""
-    evaluator = CocoEvaluator(annotations)
+def with_onestage(annotations: AnnotationSet, detections: Detections, backend: Package) -> dict[str, float]:
+    """Batch by batch, as a validation epoch does; the AP of each class and the analysis included."""
+    evaluator = CocoEvaluator(annotations, backend)
     for indices in torch.arange(len(annotations)).split(BATCH_SIZE):
         evaluator.update(indices, Detections(*(tensor[indices] for tensor in detections)))
     assert len(evaluator.per_class()) == NUM_CLASSES
@@ -113,7 +119,10 @@ def with_torchmetrics(annotations: AnnotationSet, detections: Detections) -> dic
         }
         metric.update([prediction], [target])
     values = metric.compute()
-    return _with_nan({name: float(values[key]) for name, key in TORCHMETRICS_NAMES.items()})
+    sizes = ("small", "medium", "large")
+    keys = ("map", "map_50", "map_75", *(f"map_{size}" for size in sizes))
+    keys += ("mar_1", "mar_10", "mar_100", *(f"mar_{size}" for size in sizes))
+    return _with_nan({name: float(values[key]) for name, key in zip(METRIC_NAMES, keys, strict=True)})
 
 
 def with_pycocotools(annotations: AnnotationSet, detections: Detections) -> dict[str, float]:
@@ -130,7 +139,7 @@ def with_pycocotools(annotations: AnnotationSet, detections: Detections) -> dict
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return _with_nan(dict(zip(TORCHMETRICS_NAMES, evaluation.stats.tolist(), strict=True)))
+    return _with_nan(dict(zip(METRIC_NAMES, evaluation.stats.tolist(), strict=True)))
 
 
 def _coco_dataset(annotations: AnnotationSet) -> dict[str, object]:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from evaluation_data import annotation_set, coco_numbers, detections, random_evaluation
 
+from onestage.evaluation.backends import BACKENDS
 from onestage.evaluation.coco import METRIC_NAMES, CocoEvaluator
 from onestage.types import Detections
 
@@ -14,8 +15,8 @@ HERE, THERE, ELSEWHERE = [10.0, 10.0, 30.0, 30.0], [100.0, 100.0, 120.0, 120.0],
 LARGE = [200.0, 200.0, 400.0, 400.0]
 
 
-def evaluate(annotations, found):
-    evaluator = CocoEvaluator(annotations)
+def evaluate(annotations, found, backend="auto"):
+    evaluator = CocoEvaluator(annotations, backend)
     evaluator.update(torch.arange(len(found.boxes)), found)
     return evaluator
 
@@ -66,16 +67,18 @@ def test_crowd_and_difficult_objects_are_neither_found_nor_missed(flag, boxes):
     assert evaluate(annotations, found).compute()["mAP"] == 1.0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_metrics_equal_those_of_pycocotools(seed, capfd):
-    annotations, found = random_evaluation(seed)
+def test_metrics_of_every_backend_equal_those_of_pycocotools(seed, backend, capfd):
+    pytest.importorskip(backend)
+    annotations, found = random_evaluation(seed, num_images=20, num_classes=3)
     expected = coco_numbers(annotations, found)
     by_class = {
         name: coco_numbers(annotations, found, category)["mAP"]
         for name, category in zip(annotations.class_names, annotations.category_ids, strict=True)
     }
     capfd.readouterr()
-    evaluator = evaluate(annotations, found)
+    evaluator = evaluate(annotations, found, backend)
     assert evaluator.compute() == pytest.approx(expected, abs=1e-6, nan_ok=True)
     assert evaluator.per_class() == pytest.approx(by_class, abs=1e-6, nan_ok=True)
     assert np.nanmean(list(evaluator.per_class().values())) == pytest.approx(expected["mAP"], abs=1e-6)

@@ -17,7 +17,7 @@ def test_results_have_null_for_undefined_metrics(tmp_path):
     assert results["per_class"] == {"cat": 0.25, "Füchsin": None}
     assert results["class_names"] == ["cat", "Füchsin"]
     assert (results["stage"], results["seconds"], results["images_per_second"]) == ("validate", 2.0, 50.0)
-    assert {"python", "torch", "torchvision", "torchmetrics", "faster_coco_eval"} <= set(results["versions"])
+    assert {"python", "torch", "torchvision", "torchmetrics", "hotcoco"} <= set(results["versions"])
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import onestage.losses
 from onestage.errors import ConfigError
-from onestage.evaluation import analysis
+from onestage.evaluation import anchor_losses
 from onestage.losses import (
     BoxLoss,
     ClassificationLoss,
@@ -69,7 +69,7 @@ def test_value_outside_the_range_is_refused_with_rule_and_value(loss, argument: 
 
 
 def test_gammas_of_the_loss_curves_have_the_same_limit() -> None:
-    assert analysis.LARGEST_GAMMA == focal.MAX_GAMMA
+    assert anchor_losses.LARGEST_GAMMA == focal.MAX_GAMMA
 
 
 @pytest.mark.parametrize("weights", [[1.0, -2.0], [0.0, 0.0], [1.0, math.nan], [1.0, math.inf]])

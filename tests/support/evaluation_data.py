@@ -9,6 +9,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.nn.utils.rnn import pad_sequence
 
+from onestage.evaluation.coco import CocoEvaluator
+from onestage.evaluation.matching import Found, Objects
 from onestage.types import PADDING, AnnotationSet, Detections
 
 NAMES_IN_COCO_ORDER = (
@@ -90,8 +92,15 @@ def _random_boxes(random: np.random.Generator, count: int) -> np.ndarray:
     return np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
 
 
-def coco_numbers(annotations: AnnotationSet, found: Detections, category_id: int | None = None) -> dict[str, float]:
-    """Return the metrics of pycocotools from the records of a COCO file; NaN for -1."""
+def flat(annotations: AnnotationSet, found: Detections) -> tuple[Found, Objects]:
+    """Return detections and objects as the flat arrays of an evaluator that has seen all images in order."""
+    evaluator = CocoEvaluator(annotations)
+    evaluator.update(torch.arange(len(found.boxes)), found)
+    return evaluator.detections(), evaluator.objects()
+
+
+def coco_objects(annotations: AnnotationSet, found: Detections) -> tuple[dict, list[dict]]:
+    """Return the content of a COCO annotation file and of a results file."""
     objects, records = [], []
     for index, image_id in enumerate(annotations.image_ids.tolist()):
         for row in range(*annotations.objects(index).indices(len(annotations.labels))):
@@ -110,13 +119,15 @@ def coco_numbers(annotations: AnnotationSet, found: Detections, category_id: int
                 category = annotations.category_ids[int(label)]
                 values = {"bbox": _xywh(box.numpy()), "score": float(score)}
                 records.append({"image_id": image_id, "category_id": category, **values})
+    categories = [{"id": category, "name": str(category)} for category in annotations.category_ids]
+    images = [{"id": image_id} for image_id in annotations.image_ids.tolist()]
+    return {"info": {}, "images": images, "annotations": objects, "categories": categories}, records
+
+
+def coco_numbers(annotations: AnnotationSet, found: Detections, category_id: int | None = None) -> dict[str, float]:
+    """Return the metrics of pycocotools from the records of a COCO file; NaN for -1."""
     truth = COCO()
-    truth.dataset = {
-        "info": {},
-        "images": [{"id": image_id} for image_id in annotations.image_ids.tolist()],
-        "annotations": objects,
-        "categories": [{"id": category} for category in annotations.category_ids],
-    }
+    truth.dataset, records = coco_objects(annotations, found)
     truth.createIndex()
     evaluation = COCOeval(truth, truth.loadRes(records), "bbox")
     if category_id is not None:

@@ -1,37 +1,37 @@
 """COCO's twelve metrics, exact for any number of processes."""
 
-import gc
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics.detection.mean_ap import MeanAveragePrecision
 
+from onestage.evaluation.analysis import Analysis, analyse
+from onestage.evaluation.backends import Backend, precision_recall_tables
+from onestage.evaluation.matching import Found, Objects
 from onestage.types import PADDING, AnnotationSet, Detections, JSONDict, Metrics
 
 Rows = npt.NDArray[np.float32]  # [n, 6]: x1, y1, x2, y2, score, label
 
-PACKAGE: Final = "faster_coco_eval"  # returns pycocotools' values to the last bit in a fifth of the time
 MAX_DETECTIONS = 100  # COCO defines AP and AR100 on it; pycocotools has the number built in
+SIZES = ("small", "medium", "large")
+METRIC_NAMES = (
+    *("mAP", "AP50", "AP75", *(f"mAP_{size}" for size in SIZES)),
+    *("AR1", "AR10", "AR100", *(f"AR_{size}" for size in SIZES)),
+)
 
-# torchmetrics' name of each metric, in COCO's order.
-TORCHMETRICS_NAMES = {
-    **{"mAP": "map", "AP50": "map_50", "AP75": "map_75"},
-    **{f"mAP_{size}": f"map_{size}" for size in ("small", "medium", "large")},
-    **{f"AR{limit}": f"mar_{limit}" for limit in (1, 10, 100)},
-    **{f"AR_{size}": f"mar_{size}" for size in ("small", "medium", "large")},
-}
-METRIC_NAMES = tuple(TORCHMETRICS_NAMES)
 
-# torchmetrics' default is a float32 linspace, where 0.01 is 0.009999999776: recall bins shift at ties, and AP is wrong
-# by up to 1.3e-4.
-RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101).tolist()
+class Evaluation(NamedTuple):
+    """The result of an evaluation, the same in all processes."""
+
+    metrics: Metrics  # the twelve of METRIC_NAMES, in [0, 1], NaN where there is no object to find
+    per_class: Metrics  # AP (IoU 0.50:0.95) of each class by name, NaN where there is no object
+    analysis: Analysis
 
 
 class CocoEvaluator:
@@ -41,14 +41,16 @@ class CocoEvaluator:
     Objects with `is_crowd` are neither found nor missed, as COCO defines, and neither are those with VOC's
     `is_difficult`, which VOC's own metric also ignores (its matching rule differs slightly, and so do the values).
 
-    annotations: the ground truth; boxes in original pixels.
+    Args:
+        annotations: the ground truth; boxes in original pixels.
+        backend: the package that computes the metrics; auto: the fastest that is installed. All give equal numbers.
     """
 
-    def __init__(self, annotations: AnnotationSet) -> None:
-        self.annotations = annotations
+    def __init__(self, annotations: AnnotationSet, backend: Backend = "auto") -> None:
+        self.annotations, self.backend = annotations, backend
         self._rows_by_image: dict[int, Rows] = {}
         self._is_gathered = False
-        self._results: tuple[Metrics, Metrics] | None = None
+        self._results: Evaluation | None = None
 
     @property
     def num_images(self) -> int:
@@ -75,19 +77,29 @@ class CocoEvaluator:
                 self._rows_by_image[index] = self._best(rows.reshape(-1, 6), index)
 
     def compute(self) -> Metrics:
-        """Return the twelve metrics, in [0, 1], NaN where the evaluated images have no object to find.
+        """Return the twelve metrics, in [0, 1], NaN where the evaluated images have no object to find."""
+        return dict(self.evaluation().metrics)
+
+    def per_class(self) -> Metrics:
+        """Return the AP (IoU 0.50:0.95) of each class by name, NaN where there is no object."""
+        return dict(self.evaluation().per_class)
+
+    def evaluation(self) -> Evaluation:
+        """Return everything.
 
         The first call after an update is collective: every process must call it. The detections are exchanged once,
         the first process evaluates, and all processes receive its result.
         """
-        return dict(self._compute()[0])
-
-    def per_class(self) -> Metrics:
-        """Return the AP (IoU 0.50:0.95) of each class by name, NaN where there is no object; see `compute`."""
-        return dict(self._compute()[1])
+        if self._results is None:
+            self._gather()
+            results = [self._evaluate() if _num_processes() == 1 or dist.get_rank() == 0 else None]
+            if _num_processes() > 1:
+                dist.broadcast_object_list(results, src=0)
+            self._results = cast(Evaluation, results[0])
+        return self._results
 
     def results(self) -> list[JSONDict]:
-        """Return COCO result records (own ids, boxes as xywh in original pixels). Collective like `compute`."""
+        """Return COCO result records (own ids, boxes as xywh in original pixels). Collective like `evaluation`."""
         self._gather()
         annotations = self.annotations
         return [
@@ -124,35 +136,50 @@ class CocoEvaluator:
         self._rows_by_image = dict(sorted(self._rows_by_image.items()))
         self._is_gathered = True
 
-    def _compute(self) -> tuple[Metrics, Metrics]:
-        """Return the twelve metrics and the AP of each class."""
-        if self._results is None:
-            self._gather()
-            results = [self._evaluate() if _num_processes() == 1 or dist.get_rank() == 0 else None]
-            if _num_processes() > 1:
-                dist.broadcast_object_list(results, src=0)
-            self._results = cast(tuple[Metrics, Metrics], results[0])
-        return self._results
-
-    def _evaluate(self) -> tuple[Metrics, Metrics]:
-        predictions = []
-        for rows in self._rows_by_image.values():
-            boxes, scores, labels = torch.from_numpy(rows).split([4, 1, 1], dim=1)  # type: ignore[no-untyped-call]
-            predictions.append({"boxes": boxes, "scores": scores.flatten(), "labels": labels.flatten().long()})
-        targets = [self._target(index) for index in self._rows_by_image]
-        metrics, by_label = average_precision(predictions, targets)
+    def _evaluate(self) -> Evaluation:
+        found, objects = self.detections(), self.objects()
         names = self.annotations.class_names
-        return metrics, {name: by_label.get(label, float("nan")) for label, name in enumerate(names)}
+        precision, recall = precision_recall_tables(found, objects, self.num_images, len(names), self.backend)
+        by_class = [_mean(precision[:, :, label, 0, -1]) for label in range(len(names))]
+        per_class = dict(zip(names, by_class, strict=True))
+        return Evaluation(twelve_metrics(precision, recall), per_class, analyse(found, objects, len(names)))
 
-    def _target(self, index: int) -> dict[str, Tensor]:
-        annotations, rows = self.annotations, self.annotations.objects(index)
-        is_ignored = annotations.is_crowd[rows] | annotations.is_difficult[rows]
-        return {
-            "boxes": torch.tensor(annotations.boxes[rows], dtype=torch.float32),
-            "labels": torch.tensor(annotations.labels[rows], dtype=torch.int64),
-            "area": torch.tensor(annotations.areas[rows], dtype=torch.float32),
-            "iscrowd": torch.tensor(is_ignored, dtype=torch.int64),
-        }
+    def detections(self) -> Found:
+        """Return the detections of the collected images."""
+        rows = list(self._rows_by_image.values())
+        table = np.concatenate([np.zeros((0, 6), np.float32), *rows])
+        images = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
+        return Found(images, table[:, :4], table[:, 4], table[:, 5].astype(np.int64))
+
+    def objects(self) -> Objects:
+        """Return the objects of the collected images."""
+        annotations, evaluated = self.annotations, np.array(list(self._rows_by_image), dtype=np.int64)
+        counts = np.diff(annotations.box_offsets)[evaluated]
+        rows = np.flatnonzero(
+            np.isin(np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets)), evaluated)
+        )
+        is_ignored = annotations.is_crowd | annotations.is_difficult
+        images = np.repeat(np.arange(len(evaluated)), counts)
+        boxes, labels, areas = annotations.boxes[rows], annotations.labels[rows], annotations.areas[rows]
+        return Objects(images, boxes, labels, areas, is_ignored[rows])
+
+
+def twelve_metrics(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64]) -> Metrics:
+    """Return COCO's twelve metrics from COCOeval's tables, as its `summarize` does; see `precision_recall_tables`."""
+    by_area = [precision[..., area, -1] for area in range(1 + len(SIZES))]
+    average_precisions = [by_area[0], by_area[0][0], by_area[0][5], *by_area[1:]]  # IoU 0.50:0.95, 0.50 and 0.75
+    recalls = [
+        *(recall[..., 0, limit] for limit in range(3)),
+        *(recall[..., 1 + size, -1] for size in range(len(SIZES))),
+    ]
+    return dict(zip(METRIC_NAMES, map(_mean, [*average_precisions, *recalls]), strict=True))
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float:
+    """Return the mean of the defined values, which are not -1; NaN if there is none."""
+    defined = values[values > -1]
+    # COCOeval adds 2e-16 to the denominator of a precision; in float32 a perfect result is 1 again.
+    return float(np.float32(defined.mean())) if defined.size else float("nan")
 
 
 def coco_record(image_id: int, category_id: int, box: Sequence[float], score: float, **more: Any) -> JSONDict:
@@ -164,40 +191,3 @@ def coco_record(image_id: int, category_id: int, box: Sequence[float], score: fl
 
 def _num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def average_precision(
-    predictions: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]
-) -> tuple[Metrics, dict[int, float]]:
-    """Evaluate lists with one entry per image.
-
-    Args:
-        predictions: boxes [D, 4] xyxy px, scores [D], labels [D], on the CPU: torchmetrics reads number by number.
-        targets: boxes [M, 4], labels [M], area [M] (px^2) and iscrowd [M], 0 or 1.
-
-    Returns:
-        The twelve metrics by name, in [0, 1], and the AP (IoU 0.50:0.95, all areas) of each label that occurs on
-        either side. NaN where there is no object to find.
-    """
-    if not any(len(target["labels"]) for target in targets):
-        return dict.fromkeys(METRIC_NAMES, float("nan")), {}
-    metric = MeanAveragePrecision(
-        backend=PACKAGE,
-        rec_thresholds=RECALL_THRESHOLDS,
-        extended_summary=True,  # the precision table; `class_metrics` would evaluate a second time
-        sync_on_compute=False,  # the lists are complete, and other processes may not be evaluating
-    )
-    metric.update(predictions, targets)
-    was_enabled = gc.isenabled()
-    gc.disable()  # COCO's format is a dict per box: collecting what is still in use is a quarter of the time
-    try:
-        values = metric.compute()
-    finally:
-        if was_enabled:
-            gc.enable()
-    metrics = {name: float(values[key]) for name, key in TORCHMETRICS_NAMES.items()}
-    # [IoU threshold, recall, class, area range, detection limit], -1 where undefined; all areas, 100 detections.
-    precision = torch.as_tensor(values["precision"])[:, :, :, 0, -1].flatten(0, 1)
-    by_class = torch.where(precision > -1, precision, torch.nan).nanmean(dim=0).tolist()
-    by_label = dict(zip(values["classes"].reshape(-1).tolist(), by_class, strict=True))
-    return {name: value if value >= 0 else float("nan") for name, value in metrics.items()}, by_label

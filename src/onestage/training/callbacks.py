@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from onestage.errors import ConfigError, DataError
-from onestage.evaluation.analysis import (
+from onestage.evaluation.anchor_losses import (
     LossDistribution,
     anchor_statistics,
     draw_loss_curves,

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 
 from onestage.errors import ConfigError, require
-from onestage.evaluation.analysis import FIGURE_GAMMAS, LossDistribution
+from onestage.evaluation.anchor_losses import FIGURE_GAMMAS, LossDistribution
 from onestage.training.callbacks import LossCollector, report_losses
 from onestage.training.module import DetectionModule
 
