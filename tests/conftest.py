@@ -27,7 +27,7 @@ def fast_options(drawn: Path) -> list[str]:
         "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1", "--trainer.accelerator", "cpu",
         "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false",
         "--trainer.enable_model_summary", "false",
-        "--drawn_images", "3", "--drawn_score", "0.01",
+        "--drawn_images", "3",
     ]  # fmt: skip
 
 

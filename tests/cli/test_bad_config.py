@@ -66,7 +66,6 @@ LOSS = "model.detector.init_args.classification_loss"
         (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches"),
         (["--model.loss_weights.box", ".nan"], "model.loss_weights.box"),
         (["--seed_everything", "true"], "seed_everything must be a whole number in [0, 4294967295], got True"),
-        (["--drawn_score", "2"], "drawn_score"),
         ([f"--{LOSS}.init_args.alpha", "2"], "SigmoidFocalLoss: alpha must be in [0, 1] or null, got 2.0"),
         ([f"--{LOSS}", "onestage.losses.FocalLoss"], "unknown class onestage.losses.FocalLoss; did you mean"),
         (["--model.detector.num_classes", "3"], "num_classes"),

@@ -43,6 +43,14 @@ def test_padding_and_detections_below_threshold_are_not_drawn():
     assert tuple(drawn[0, 0]) == (127, 127, 127)  # the padding row
 
 
+def test_best_ten_detections_are_drawn_while_no_threshold_is_known():
+    boxes = [[10.0 + 25 * row, 200, 25.0 + 25 * row, 300] for row in range(11)]
+    detections = found(boxes, [0.01] * 11, [0] * 11)
+    drawn = draw_boxes(grey(320, 320), NO_BOXES, NO_LABELS, detections, NAMES, score_threshold=None)
+    assert tuple(drawn[280, 235]) == class_colour(0)  # the tenth
+    assert tuple(drawn[280, 260]) == (127, 127, 127)  # the eleventh
+
+
 @pytest.mark.parametrize(
     ("height", "width", "factor"),
     [(300, 500, 1), (299, 500, 2), (100, 150, 3), (10, 400, 5), (5, 3000, 1), (1, 1, 300)],

@@ -215,7 +215,7 @@ class DetectionCLI(LightningCLI):
         settings = self.settings
         own: list[Callback] = [ResultsWriter(self.results_path)] if self.command != "losses" else []
         if self.command == "predict" or (settings.drawn_images > 0 and self.command != "losses"):
-            own.append(DetectionImages(self.run_folder / "predictions", settings.drawn_images, settings.drawn_score))
+            own.append(DetectionImages(self.run_folder / "predictions", settings.drawn_images))
         if self.command == "fit" and config["logger"] is not False:
             own.append(LearningRateMonitor("step"))
         if self.command == "fit" and settings.anchor_statistics:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat
+from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from lightning.pytorch.cli import LightningArgumentParser
 
 import onestage.losses
@@ -45,7 +45,6 @@ def add_run_keys(parser: LightningArgumentParser) -> None:
         ("experiment", str | None, None, "name of the run's folder; default: the name of the last --config"),
         ("runs_dir", str, "runs", "folder of all runs"),
         ("drawn_images", NonNegativeInt, 16, "number of images drawn in each evaluation"),
-        ("drawn_score", ClosedUnitInterval, 0.5, "lowest score of a drawn detection, in [0, 1]"),
         ("anchor_statistics", bool, True, "log which anchors the classification loss comes from"),
     )
     for name, kind, default, text in keys:

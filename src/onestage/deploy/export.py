@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-SHARED = ("schema", "detector", "image_size", "class_names", "category_ids", "config", "versions")
+SHARED = ("schema", "detector", "image_size", "class_names", "category_ids", "score_threshold", "config", "versions")
 
 
 def export(*, ckpt_path: Path, format: Literal["safetensors"] = "safetensors", output: Path | None = None) -> int:

@@ -29,7 +29,7 @@ from onestage.training.trainer import DetectionTrainer, device_of
 from onestage.types import PADDING, Detections, Detector, JSONDict, Metrics
 
 ImageLike = str | Path | Image.Image | RGBImage
-DEFAULT_SCORE = 0.5
+DEFAULT_SCORE = 0.5  # of a model that was never evaluated
 EXACT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # Pillow's 8-bit modes
 
 
@@ -108,7 +108,8 @@ class Predictor:
 
         Args:
             images: a path, a PIL image, or [H, W, 3] uint8 RGB (OpenCV reads BGR: pass `image[..., ::-1]`).
-            score: lowest score of a returned detection, in [0, 1]; None: 0.5.
+            score: lowest score of a returned detection, in [0, 1]; None: that with the best F1 in the evaluation of the
+                checkpoint.
             batch_size: images that the network takes at once.
 
         Returns:
@@ -117,7 +118,8 @@ class Predictor:
         Raises:
             ImageError: an image cannot be decoded, or is no 8-bit RGB image.
         """
-        threshold = DEFAULT_SCORE if score is None else score
+        best = self.module.score_threshold
+        threshold = score if score is not None else DEFAULT_SCORE if best is None else best
         require(0 <= threshold <= 1, "predict: score", score, "in [0, 1]")
         require(batch_size >= 1, "predict: batch_size", batch_size, ">= 1")
         if not isinstance(images, list | tuple):

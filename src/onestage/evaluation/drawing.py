@@ -19,6 +19,7 @@ BLACK: Colour = (0, 0, 0)
 MIN_SHORT_SIDE = 300  # a label takes about 80 x 12 px; on a smaller image it would hide the objects
 MAX_LONG_SIDE = 2000  # limit of enlarging: a strip of 10 x 5,000 px is not enlarged
 JPEG_QUALITY = 90
+NUM_BEST = 10  # detections of an image that are drawn while no threshold is known
 
 
 def draw_boxes(
@@ -28,7 +29,7 @@ def draw_boxes(
     detections: Detections | None,
     class_names: Sequence[str],
     *,
-    score_threshold: float = 0.5,
+    score_threshold: float | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Draw objects as dashed white boxes and detections as solid boxes in the colour of their class.
 
@@ -38,7 +39,7 @@ def draw_boxes(
         gt_labels: [M] 0..K-1.
         detections: of this image: boxes [D, 4] in its pixels, scores [D], labels [D]; None: only objects are drawn.
         class_names: [K].
-        score_threshold: detections below it are not drawn, in [0, 1].
+        score_threshold: detections below it are not drawn, in [0, 1]; None: the NUM_BEST best are.
 
     Returns:
         [H * factor, W * factor, 3] RGB.
@@ -49,9 +50,12 @@ def draw_boxes(
     pen = _Pen(picture, factor)
     for box, label in zip(gt_boxes.tolist(), gt_labels.tolist(), strict=True):
         pen.draw(box, class_names[label], None)
+    if score_threshold is None and detections:
+        detections, score_threshold = Detections(*(column[:NUM_BEST] for column in detections)), 0.0
+    lowest = score_threshold or 0.0
     rows = zip(*(column.flip(0).tolist() for column in detections), strict=True) if detections else ()
     for box, score, label in rows:  # the best last, so that it is on top
-        if label != PADDING and score >= score_threshold:
+        if label != PADDING and score >= lowest:
             pen.draw(box, f"{class_names[label]} {score:.2f}", class_colour(label))
     return np.asarray(picture)
 

@@ -9,10 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from onestage.evaluation.analysis import Analysis, ClassAnalysis
 from onestage.evaluation.backends import choose_backend
 from onestage.evaluation.coco import METRIC_NAMES
 from onestage.files import atomic_write
 from onestage.types import JSONDict, Metrics
+
+CLASS_COLUMNS = "   AP50  prec.  recall   F1  score  objects"  # precision, recall and F1 at the score with the best F1
 
 
 def write_results(
@@ -21,15 +24,30 @@ def write_results(
     stage: str,
     metrics: Metrics,
     per_class: Mapping[str, float],
+    analysis: Analysis,
     class_names: Sequence[str],
     seconds: float,
     images_per_second: float,
 ) -> None:
     """Write the metrics of one evaluation, `validate` or `test`, as JSON, atomically. NaN becomes null."""
     results: JSONDict = {"stage": stage, "metrics": metrics, "per_class": per_class, "class_names": list(class_names)}
+    results |= {
+        "score_threshold": analysis.score_threshold,
+        "overall": _class_as_json(analysis.overall),
+        "classes": {name: _class_as_json(one) for name, one in zip(class_names, analysis.classes, strict=True)},
+        "confusion": analysis.confusion,  # rows: objects, columns: detections; the last of both is the background
+        "error_types": analysis.error_types,  # AP50 that each costs
+    }
     results |= {"seconds": seconds, "images_per_second": images_per_second, "versions": installed_versions()}
     with atomic_write(path) as temporary:
         temporary.write_text(to_json(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _class_as_json(one: ClassAnalysis) -> JSONDict:
+    """Return the analysis of a class; precision and recall at its best threshold, the curve by recall in percent."""
+    curve = [round(value, 4) for value in one.precision]
+    values: JSONDict = {"num_objects": one.num_objects, "AP50": one.ap50, "VOC07": one.voc07, "VOC10": one.voc10}
+    return values | one.best._asdict() | {"precision_by_recall": curve}
 
 
 def write_coco_results(path: Path, records: Sequence[JSONDict]) -> None:
@@ -61,15 +79,32 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def format_table(metrics: Metrics, per_class: Mapping[str, float]) -> str:
-    """Return the twelve metrics in rows and the AP of each class, in percent, for the terminal."""
-    cells = [f"{name:<10} {_percent(metrics[name])}" for name in METRIC_NAMES if name in metrics]
+def format_table(metrics: Metrics, per_class: Mapping[str, float], analysis: Analysis | None = None) -> str:
+    """Return the metrics, a row for each class and the error types for the terminal, in percent."""
+    names = [name for name in (*METRIC_NAMES, "VOC07", "VOC10") if name in metrics]
+    cells = [f"{name:<10} {_percent(metrics[name])}" for name in names]
     lines = ["   ".join(cells[start : start + 3]) for start in range(0, len(cells), 3)]
     if per_class:
         width = max(len("class"), *(len(name) for name in per_class))
-        lines += ["", f"{'class':<{width}}    AP"]
-        lines += [f"{name:<{width}} {_percent(value)}" for name, value in per_class.items()]
+        details = (
+            [""] * (1 + len(per_class)) if analysis is None else [CLASS_COLUMNS, *map(_class_cells, analysis.classes)]
+        )
+        lines += ["", f"{'class':<{width}}    AP{details[0]}"]
+        rows = zip(per_class.items(), details[1:], strict=True)
+        lines += [f"{name:<{width}} {_percent(value)}{detail}" for (name, value), detail in rows]
+        if analysis is not None:
+            lines += [f"{'all':<{width}} {_percent(metrics['mAP'])}{_class_cells(analysis.overall)}", ""]
+            costs = [f"{name} {_percent(value).strip()}" for name, value in analysis.error_types.items()]
+            lines += ["AP50 lost by error: " + ", ".join(costs)]
     return "\n".join(lines)
+
+
+def _class_cells(one: ClassAnalysis) -> str:
+    """Return what follows the AP of a class in its row."""
+    best = one.best
+    cells = map(_percent, (one.ap50, best.precision, best.recall, best.f1))
+    threshold = "    -" if math.isnan(best.threshold) else f"{best.threshold:5.2f}"
+    return "  " + "  ".join([*cells, threshold, f"{one.num_objects:>7}"])
 
 
 def _percent(value: float) -> str:

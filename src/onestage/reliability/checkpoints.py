@@ -255,6 +255,7 @@ def load_weights(module: DetectionModule, path: str | Path, class_names: Sequenc
     except RuntimeError as error:
         lines = "\n".join(str(error).splitlines()[:6])
         raise unusable(path, f"does not fit the configured detector:\n{lines}") from error
+    module.restore_threshold(checkpoint[CHECKPOINT_KEY].get("score_threshold"))
     return checkpoint
 
 

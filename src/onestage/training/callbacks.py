@@ -36,11 +36,12 @@ class DetectionImages(Callback):
     Args:
         folder: receives the JPEGs; those of an earlier evaluation are replaced.
         num_images: number of images per process and evaluation.
-        score_threshold: detections below it are not drawn, in [0, 1].
+
+    Detections below the module's score threshold are not drawn; before the first evaluation the best ones are.
     """
 
-    def __init__(self, folder: Path, num_images: int, score_threshold: float) -> None:
-        self.folder, self.num_images, self.score_threshold = folder, num_images, score_threshold
+    def __init__(self, folder: Path, num_images: int) -> None:
+        self.folder, self.num_images = folder, num_images
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Use the first process's folder in all processes."""
@@ -61,7 +62,7 @@ class DetectionImages(Callback):
                 annotations.labels[objects],
                 Detections(*(values[row].cpu() for values in Detections(**outputs))),
                 data.class_names,
-                score_threshold=self.score_threshold,
+                score_threshold=pl_module.score_threshold,
             )
             stem = Path(str(annotations.image_paths[index])).stem
             safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in stem)[:100]
@@ -89,6 +90,7 @@ class ResultsWriter(Callback):
                 stage="test" if trainer.testing else "validate",
                 metrics=pl_module.metrics,
                 per_class=evaluator.per_class(),
+                analysis=evaluator.evaluation().analysis,
                 class_names=pl_module.data.class_names,
                 seconds=seconds,
                 images_per_second=evaluator.num_images / max(seconds, 1e-9),
@@ -106,7 +108,8 @@ class ResultsWriter(Callback):
 def print_report(module: DetectionModule) -> None:
     """Print the table of the latest evaluation."""
     assert module.evaluator is not None
-    print(format_table(module.metrics, module.evaluator.per_class()))
+    evaluation = module.evaluator.evaluation()
+    print(format_table(module.metrics, evaluation.per_class, evaluation.analysis))
 
 
 class LossBar(TQDMProgressBar):

@@ -100,6 +100,7 @@ class DetectionModule(pl.LightningModule):
         self._scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
         self.evaluator: CocoEvaluator | None = None
         self.metrics: Metrics = {}
+        self.score_threshold: float | None = None  # with the best F1 of the latest evaluation; None: unknown
         self.evaluation_seconds = self._start = 0.0
         self._loss_sums: dict[str, Tensor] = {}  # of an evaluation
 
@@ -264,6 +265,10 @@ class DetectionModule(pl.LightningModule):
         """Compute and log the metrics of the split."""
         prefix = stage_of(self.trainer)
         self.metrics = self.evaluator.compute() if self.evaluator is not None else {}
+        if self.evaluator is not None:
+            analysis = self.evaluator.evaluation().analysis
+            self.score_threshold = analysis.score_threshold or self.score_threshold
+            self.metrics |= {"VOC07": analysis.overall.voc07, "VOC10": analysis.overall.voc10}
         if self.evaluator is None:
             rank_zero_warn(f"{prefix}: only losses are evaluated, since the loader's dataset has no annotations.")
         self.evaluation_seconds = time.perf_counter() - self._start
@@ -353,7 +358,18 @@ class DetectionModule(pl.LightningModule):
             "class_names": list(data.class_names) if data else [f"class_{label}" for label in range(num_classes)],
             "category_ids": [int(category) for category in data.category_ids] if data else [*range(1, num_classes + 1)],
         }
+        if self.score_threshold is not None:
+            values["score_threshold"] = self.score_threshold
         checkpoint.setdefault(CHECKPOINT_KEY, {}).update(values)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the score threshold of the evaluation before the checkpoint was written."""
+        self.restore_threshold(checkpoint.get(CHECKPOINT_KEY, {}).get("score_threshold"))
+
+    def restore_threshold(self, value: object) -> None:
+        """Take the score threshold that a checkpoint holds, if it holds a valid one."""
+        if isinstance(value, float) and 0 <= value <= 1:
+            self.score_threshold = value
 
 
 def usual_memory_format(device: str, precision: str) -> bool:
