@@ -8,6 +8,7 @@ Sizes are (height, width). Labels are 0..K-1; a data set's own category ids stay
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -181,6 +182,15 @@ class Detector(nn.Module, ABC):
     def anchor_losses(self, predictions: Predictions, targets: Targets) -> AnchorLosses | None:
         """Return the loss of every anchor in the term that all anchors share; None: not available."""
         return None
+
+    def published_state(self, value: str) -> Mapping[str, Tensor]:
+        """Return published weights under the names of this detector; their shapes may be those of other classes.
+
+        value: the name of the weights, or the path of a state dict.
+        """
+        remedy = "Give a .ckpt or .safetensors file."
+        require(False, "init_from", value, f"a checkpoint: {type(self).__name__} has no published weights", remedy)
+        return {}
 
     @property
     def uses_class_weights(self) -> bool:

@@ -26,7 +26,7 @@ def message_of(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -
     ("words", "expected"),
     [
         (["fti"], "Did you mean: onestage fit"),
-        (["fit"], "model.detector: missing. Give an experiment (--config configs/shapes_ssd.yaml)"),
+        (["fit"], "model.detector: missing. Give an experiment, --config shapes_ssd"),
         (["fit", "--trainer.max_epoch", "1"], "did you mean trainer.max_epochs"),
         (["fit", "--config", "nowhere.yaml"], "No such file"),
         (["validate", "--ckpt_path", "nowhere.ckpt"], "does not exist"),

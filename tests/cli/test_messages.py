@@ -3,7 +3,7 @@
 import lightning.pytorch.loggers  # noqa: F401 # its classes are suggested
 import pytest
 
-from onestage.cli.messages import check_config_file, explain, files_first, option_values
+from onestage.cli.messages import CONFIGS, check_config_file, explain, files_first, find_config, option_values
 from onestage.errors import ConfigError
 
 KEYS = ["trainer.max_epochs", "model.detector", "data"]
@@ -87,6 +87,19 @@ def test_bad_config_file_is_reported_with_line_and_rule(tmp_path, content, expec
     with pytest.raises(ConfigError, match=expected) as caught:
         check_config_file(str(file))
     assert "bad.yaml" in str(caught.value)
+
+
+def test_config_that_ships_is_found_by_name_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for typed in ("shapes_ssd", "configs/shapes_ssd.yaml", "shapes_ssd.yaml"):
+        assert files_first(["--config", typed]) == ["--config", str(CONFIGS / "shapes_ssd.yaml")]
+    assert find_config("compare/mining") == str(CONFIGS / "compare" / "mining.yaml")
+    for typed in ("../pyproject", "nowhere", "x" * 5000, "compare", ""):
+        assert find_config(typed) == typed
+    (tmp_path / "shapes_ssd").write_text("")  # the user's own file comes first
+    assert find_config("shapes_ssd") == "shapes_ssd"
+    with pytest.raises(ConfigError, match=r"Shipped are: (.*, )?shapes_ssd, "):
+        check_config_file("nowhere")
 
 
 def test_missing_config_file_suggests_the_nearest_name(tmp_path):

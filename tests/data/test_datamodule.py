@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import albumentations as A
+import bad_data
 import cv2
 import numpy as np
 import pytest
@@ -341,3 +342,24 @@ def test_every_public_name_exists_and_importing_the_package_is_light() -> None:
         "assert os.environ['NO_ALBUMENTATIONS_UPDATE']"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_validation_file_with_fewer_categories_passes_with_a_notice(tmp_path: Path, caplog) -> None:
+    for name in ("train", "val"):
+        content = bad_data.coco_content()
+        if name == "val":
+            content["categories"] = content["categories"][1:]  # only dog (7)
+            content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] == 7]
+        bad_data.write_coco(tmp_path, content, name)
+    data = coco_data(tmp_path, train="train.json", val="val.json", train_images="train", val_images="val")
+    val = data.annotations("val")
+    assert (val.class_names, val.category_ids) == (("cat", "dog"), (3, 7))
+    assert set(val.labels.tolist()) == {1}
+    assert "the file does not name cat" in caplog.text
+    swapped = coco_data(tmp_path, train="val.json", val="train.json", train_images="val", val_images="train")
+    with pytest.raises(AnnotationError, match=r"only here: cat(.|\n)*data\.class_names"):
+        swapped.annotations("val")
+    names = {"class_names": ["dog", "cat"], "train_images": "val", "val_images": "train"}  # the remedy
+    named = coco_data(tmp_path, train="val.json", val="train.json", **names)
+    assert named.annotations("val").category_ids == (7, 3)
+    assert named.annotations("train").category_ids == (7, 9)  # an unused one

@@ -90,7 +90,7 @@ def test_coco_weights_of_91_columns_give_the_80_labels_in_order_of_their_ids(tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_classes": 6}, "trained on 20 classes, the data have 6.*\n.*null, backbone_weights: IMAGENET1K_FEATURES"),
+        ({"num_classes": 6}, "trained on 20 classes, the data have 6.*\n.*null and give --init_from "),
         ({"classification_loss": SigmoidFocalLoss()}, "got 'SSD300, coco, SigmoidFocalLoss'.\n.*MinedCrossEntropy"),
         ({"anchors": "voc"}, "got 'SSD300, voc, MinedCrossEntropy'"),
         ({"backbone": VGG(widths=(2, 2, 2, 2, 2), fc_width=4, batch_norm=True)}, "pretrained: .* detector must be"),

@@ -56,6 +56,7 @@ HARMLESS_WARNINGS = (
     ".*isinstance.treespec, LeafSpec.",  # between Lightning and torch
     "It is recommended to use .self.log.*sync_dist=True",  # every process logs the numbers of all
     "You have overridden .on_after_batch_transfer. in .LightningModule.",  # model.multi_scale, which needs the step
+    "Found .* module.s. in eval mode at the start of training",  # model.freeze
     "The '.*_dataloader' does not have many workers",  # num_workers: auto has counted the cores
 )
 
@@ -294,4 +295,6 @@ class DetectionCLI(LightningCLI):
         if self.results_path.is_file():
             print(f"results: {self.results_path}", flush=True)
         else:
-            print(f"nothing was evaluated (trainer.limit_*_batches?); the run: {self.run_folder}", flush=True)
+            last = self.run_folder / "checkpoints" / "last.ckpt"
+            kept = f"; the weights: {last}" if last.is_file() else ""
+            print(f"nothing was evaluated (trainer.limit_*_batches?){kept}; the run: {self.run_folder}", flush=True)

@@ -48,6 +48,7 @@ examples:
   onestage doctor mine
   onestage convert data/voc --to coco --out data/voc_coco
 
+The files of configs/ ship with the package: --config shapes_ssd works in any folder.
 Every command of the trainer reads configs/trainer.yaml first; later files and options override earlier ones.
 """
 

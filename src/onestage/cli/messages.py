@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from onestage.errors import ConfigError
-from onestage.files import read_text
+from onestage.files import is_path, read_text
 
+CONFIGS = (Path(__file__).parents[1] / "configs").resolve()  # also in an installed package
 MAX_CONFIG_NODES = 100_000  # the largest configuration of this project has 200
 MODULES_OF_CLASSES = (  # whose public classes a misspelt name can mean
     "onestage.models", "onestage.losses", "onestage.data", "lightning.pytorch.loggers", "torch.optim",
@@ -44,8 +45,9 @@ def explain(message: str, command: str, options: Sequence[str], known_keys: Iter
     if missing or "onestage.types.Detector is abstract" in message:
         names = missing[1].replace(f"{command}.", "") if missing else "model.detector"
         return (
-            f"{names}: missing. Give an experiment (--config configs/shapes_ssd.yaml), or for all commands but fit a "
-            "checkpoint (--ckpt_path runs/.../checkpoints/best.ckpt)"
+            f"{names}: missing. Give an experiment, --config shapes_ssd, or for all commands but fit a checkpoint, "
+            f"--ckpt_path runs/.../checkpoints/best.ckpt.\n"
+            f"Experiments: {', '.join(shipped_configs())}, or your own file."
         )
     if unknown := UNKNOWN_KEY.search(message):
         meant = _nearest_key(unknown[1], known_keys)
@@ -124,7 +126,7 @@ def option_values(options: Sequence[str], *names: str) -> list[str]:
 
 
 def files_first(options: Sequence[str]) -> list[str]:
-    """Move every --config before the other options, so that options always override files.
+    """Move every --config before the other options, so that options always override files; find those that ship.
 
     The parser lets a file override the options before it: a saved config.yaml has a value for every key and would
     silently reset a --ckpt_path typed before it.
@@ -134,10 +136,20 @@ def files_first(options: Sequence[str]) -> list[str]:
     words = iter(options)
     for word in words:
         if word in ("--config", "-c"):
-            files += [word, *[value for value in [next(words, None)] if value is not None]]
+            files += [word, *[find_config(value) for value in [next(words, None)] if value is not None]]
+        elif word.startswith(("--config=", "-c=")):
+            name, _, value = word.partition("=")
+            files.append(f"{name}={find_config(value)}")
         else:
-            (files if word.startswith(("--config=", "-c=")) else others).append(word)
+            others.append(word)
     return files + others
+
+
+def find_config(value: str) -> str:
+    """Return the path of a configuration: a file, or one that ships with the package, such as shapes_ssd."""
+    shipped = (CONFIGS / value.removeprefix("configs/"), CONFIGS / f"{value}.yaml")
+    found = [path for path in shipped if is_path(value) and path.is_file() and path.resolve().is_relative_to(CONFIGS)]
+    return str(found[0]) if found and not Path(value).is_file() else value
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -154,6 +166,11 @@ class StrictLoader(yaml.SafeLoader):
         return dict(super().construct_mapping(node, deep))
 
 
+def shipped_configs() -> list[str]:
+    """Return the names of the experiments that ship with the package, for --config."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "trainer")
+
+
 def check_config_file(file: str) -> None:
     """Validate a configuration file before it is parsed, for messages with file and line.
 
@@ -161,9 +178,10 @@ def check_config_file(file: str) -> None:
         ConfigError: the file is missing, unreadable, empty, no YAML mapping, or has a duplicate key.
     """
     path = Path(file)
-    names = [other.name for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    others = [*path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    names = {other.name: str(other) for other in others} | {name: name for name in shipped_configs()}
     close = get_close_matches(path.name, names, n=1)
-    remedy = f"Did you mean {path.parent / close[0]}?" if close else "See configs/shapes_ssd.yaml for one that works."
+    remedy = f"Did you mean {names[close[0]]}?" if close else f"Shipped are: {', '.join(shipped_configs())}."
     text = read_text(path, ConfigError, "a configuration in YAML", remedy)
     try:
         content = yaml.load(text, Loader=StrictLoader)
@@ -178,7 +196,7 @@ def check_config_file(file: str) -> None:
         raise ConfigError(f"{file}: {problem}.\nWrite the values themselves instead of nested & and * marks.")
     if not isinstance(content, dict):
         what = "is empty" if content is None else f"holds a {type(content).__name__}, not keys and values"
-        raise ConfigError(f"{file}: {what}. See configs/shapes_ssd.yaml for one that works.")
+        raise ConfigError(f"{file}: {what}. See {CONFIGS}/shapes_ssd.yaml for one that works.")
 
 
 def _expanded_size(node: object, known: dict[int, float]) -> float:

@@ -10,6 +10,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from lightning.pytorch.cli import LightningArgumentParser
 
 import onestage.losses
+from onestage.cli.messages import CONFIGS
 from onestage.data.datamodule import DetectionDataModule
 from onestage.data.source import Source
 from onestage.errors import require
@@ -61,9 +62,8 @@ def checked_seed(seed: int) -> int:
 
 
 def shared_configs() -> list[Path]:
-    """Return configs/trainer.yaml of the working directory, or of the source tree of this package."""
-    source_tree = Path(__file__).resolve().parents[3]
-    return [path for path in (SHARED_CONFIG, source_tree / SHARED_CONFIG) if path.is_file()]
+    """Return configs/trainer.yaml of the working directory, and that of this package."""
+    return [path for path in (SHARED_CONFIG, CONFIGS / SHARED_CONFIG.name) if path.is_file()]
 
 
 def experiment_name(given: str | None, configs: Sequence[object], checkpoint: str | None) -> str:

@@ -45,6 +45,7 @@ class Rule(NamedTuple):
 # Errors stop a training. Most errors of a file are raised by its parser, with a remedy of their own.
 FILE = Rule("annotation file", "error", "Correct the file.")
 CLASSES_DIFFER = Rule("classes differ", "error", "Give every split the same categories: ids, names and order.")
+CLASSES_MISSING = Rule("classes missing", "warning", "Nothing needs to be done if there is no such object.")
 UNKNOWN_CLASS = Rule("class unknown in training", "error", "Correct the names, or set data.class_names to all classes.")
 NO_OBJECTS = Rule("no objects", "error", "Check that this is the annotation file of the training split.")
 
@@ -215,16 +216,31 @@ def require_few_skipped(
             raise malformed(source, problem, f"Correct them, or allow more: data.max_bad_fraction: {enough}", bad)
 
 
-def require_same_names(source: str, found: Sequence[str], expected: Sequence[str]) -> None:
-    """Raise AnnotationError if the class names of a file are not the expected ones; their order may differ."""
-    if sorted(found) != sorted(expected):
-        only_found, only_expected = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
+def require_known_names(source: str, found: Sequence[str], expected: Sequence[str]) -> list[Finding]:
+    """Raise AnnotationError if a class of a file is not expected. Expected classes may be missing: a finding."""
+    only_found, only_expected = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
+    if only_found:
         raise AnnotationError(
             f"{source}: the classes differ from the expected ones.\n"
             f"  here: {shortened(found, 100)}\n  expected: {shortened(expected, 100)}\n"
-            f"  only here: {shortened(only_found) or 'none'}; only expected: {shortened(only_expected) or 'none'}\n"
-            "Give every split, and the checkpoint, the same list of classes."
+            f"  only here: {shortened(only_found)}; only expected: {shortened(only_expected) or 'none'}\n"
+            "Set data.class_names to all classes, or remove the others from the file."
         )
+    return missing_classes(source, only_expected)
+
+
+def missing_classes(source: str, names: Sequence[str]) -> list[Finding]:
+    """Return the finding for classes that a file does not have."""
+    problem = f"the file does not name {shortened(names)}: no object of that class"
+    return [CLASSES_MISSING.broken(source, problem, len(names))] if names else []
+
+
+def fill_category_ids(annotations: AnnotationSet, ids: Sequence[int] = ()) -> AnnotationSet:
+    """Replace the ids < 0, of classes that the file does not name, by those in `ids` ([K]) or by unused ones."""
+    own = annotations.category_ids
+    spare = ids or range(max(own) + 1, max(own) + 1 + len(own))
+    filled = tuple(spare[label] if category < 0 else category for label, category in enumerate(own))
+    return replace(annotations, category_ids=filled)
 
 
 def require_same_categories(train: AnnotationSet, other: AnnotationSet) -> None:

@@ -154,7 +154,7 @@ def parse_coco(
         annotation_file: JSON with `images`, `annotations` and `categories`; `annotations` may be an empty list.
         image_folders: the folder that `file_name` is relative to; of several, the first one that holds the first
             image. No file outside it is ever opened.
-        class_names: as in `Source.read`; the file must have exactly these.
+        class_names: as in `Source.read`; the file may lack some, whose category ids are then < 0.
         max_bad_fraction: as in `Source.read`.
     """
     source = printable(annotation_file)
@@ -163,10 +163,11 @@ def parse_coco(
     findings = _check_ids(source, annotations)
     category_ids = _integer_column(source, annotations, "category_id", findings).tolist()
     classes = _read_categories(source, categories, set(category_ids), findings)
+    ids = set(classes.values())
     if class_names is not None:
-        rules.require_same_names(source, list(classes), class_names)
-        classes = {name: classes[name] for name in class_names}
-    label_of_id = {category_id: label for label, category_id in enumerate(classes.values())}
+        findings += rules.require_known_names(source, list(classes), class_names)
+        classes = {name: classes.get(name, -1 - label) for label, name in enumerate(class_names)}  # -1, ...: missing
+    label_of_id = {category_id: label for label, category_id in enumerate(classes.values()) if category_id in ids}
     labels = np.array([label_of_id.get(category_id, -1) for category_id in category_ids], dtype=np.int64)
     for annotation in (annotations[row] for row in np.flatnonzero(labels < 0)):
         problem = f"annotation {annotation.get('id')} has category_id {annotation['category_id']}"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from onestage.data.annotations import require_objects, require_same_categories, start_messages
+from onestage.data.annotations import fill_category_ids, require_objects, require_same_categories, start_messages
 from onestage.data.cache import CacheKind, FileReader, FunctionReader, ImageReader, open_images
 from onestage.data.dataset import DetectionDataset
 from onestage.data.folder import list_images
@@ -329,7 +329,9 @@ class DetectionDataModule(LightningDataModule):
         return annotations
 
     def _parse(self, split: Split, class_names: Sequence[str] | None) -> AnnotationSet:
-        return self.source.read(split, class_names, max_bad_fraction=self.max_bad_fraction)
+        annotations = self.source.read(split, class_names, max_bad_fraction=self.max_bad_fraction)
+        of_train = split != "train" and self._class_names is None
+        return fill_category_ids(annotations, self._train.category_ids if of_train else self._category_ids or ())
 
     @cached_property
     def _train(self) -> AnnotationSet:

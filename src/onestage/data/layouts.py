@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import FILE, UNKNOWN_CLASS, shortened, with_nearest
+from onestage.data.annotations import FILE, UNKNOWN_CLASS, missing_classes, shortened, with_nearest
 from onestage.data.coco import COCO, list_annotation_files, split_name
 from onestage.data.source import Source, Split as Role, role_of
 from onestage.data.voc import VOC, find_list_files, find_lists
@@ -104,6 +104,11 @@ def read_splits(splits: Sequence[Split], max_bad_fraction: float = 1.0) -> list[
         if split.source.format == "VOC" and (whole := split.annotations) is not None:
             findings = (*split.findings, *_unknown_classes(whole, voc[0].class_names))
             read[number] = split._replace(annotations=_with_classes(whole, all_names), findings=findings)
+        elif split.annotations is not None:
+            whole = _with_categories_of(read[0].annotations, split.annotations)
+            lacking = sorted({*whole.class_names} - {*split.annotations.class_names})
+            findings = (*split.findings, *missing_classes(whole.source, lacking))
+            read[number] = split._replace(annotations=whole, findings=findings)
     return read
 
 
@@ -121,6 +126,14 @@ def _unknown_classes(annotations: AnnotationSet, known: Sequence[str]) -> list[F
     unknown = sorted(set(annotations.class_names) - set(known))
     problem = f"the training split has no {shortened(with_nearest(unknown, known))}"
     return [UNKNOWN_CLASS.broken(annotations.source, problem, len(unknown))] if unknown else []
+
+
+def _with_categories_of(train: AnnotationSet | None, other: AnnotationSet) -> AnnotationSet:
+    """Return a split with the categories of the training split, of which its file may lack some."""
+    known = dict(zip(train.class_names, train.category_ids, strict=True)) if train is not None else {}
+    if not dict(zip(other.class_names, other.category_ids, strict=True)).items() < known.items():
+        return other  # the same, or others, which is a finding of its own
+    return replace(_with_classes(other, [*known]), category_ids=tuple(known.values()))
 
 
 def _with_classes(annotations: AnnotationSet, names: Sequence[str]) -> AnnotationSet:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import yaml
 
 import onestage.data.annotations as rules
-from onestage.data.annotations import malformed, require_same_names, shortened
+from onestage.data.annotations import malformed, require_known_names, shortened
 from onestage.data.folder import find_images
 from onestage.data.image_headers import NUM_THREADS, check_header
 from onestage.data.images import IMAGE_SUFFIXES
@@ -110,12 +110,12 @@ def parse_yolo(
     Args:
         settings: see `read_settings`.
         split: name of a split; val also finds valid, validation and val2017.
-        class_names: as in `Source.read`; the data set must have exactly these.
+        class_names: as in `Source.read`; the data set may lack some.
         max_bad_fraction: as in `Source.read`.
     """
     source = f"{settings.source} ({split})"
     names = list(class_names or settings.class_names)
-    require_same_names(source, settings.class_names, names)
+    notices = require_known_names(source, settings.class_names, names)
     listed = list_split(settings, split)
     with ThreadPoolExecutor(NUM_THREADS) as pool:  # labels are fractions of the image's size
         headers = list(pool.map(check_header, [str(item.image) for item in listed]))
@@ -134,10 +134,10 @@ def parse_yolo(
 
     classes = names, label_format, max_bad_fraction
     found = read_label_files(source, settings.root, listed, read, lambda _: label_of_index, *classes, headers)
-    if settings.is_named:
-        return found
-    problem = f"nothing names the {len(names)} classes: they are called {shortened(names)}"
-    return replace(found, findings=(*found.findings, rules.NO_NAMES.broken(source, problem)))
+    if not settings.is_named:
+        problem = f"nothing names the {len(names)} classes: they are called {shortened(names)}"
+        notices.append(rules.NO_NAMES.broken(source, problem))
+    return replace(found, findings=(*found.findings, *notices))
 
 
 def read_settings(data: Path) -> YOLOSettings:

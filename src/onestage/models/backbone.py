@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torchvision
@@ -39,6 +39,7 @@ class Backbone(nn.Module, ABC):
         self.out_channels, self.strides = tuple(out_channels), tuple(strides)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+        self._frozen: list[nn.Module] = []  # a list, so that they are not registered twice
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the feature maps [B, C_l, H_l, W_l], finest first. images: [B, 3, H, W] uint8 RGB."""
@@ -56,6 +57,31 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the feature maps of normalised images, [B, 3, H, W] float."""
+
+    def freezable_stages(self) -> Sequence[Sequence[nn.Module]]:
+        """Return the modules of each stage that `freeze` can freeze, the first stage first; none by default."""
+        return ()
+
+    def freeze(self, num_stages: int) -> None:
+        """Keep the weights of the first stages, and the statistics of their batch norms, as they are.
+
+        Raises:
+            ConfigError: the backbone has fewer stages.
+        """
+        stages, name = self.freezable_stages(), type(self).__name__
+        rule = f"in [0, {len(stages)}], the stages of {name} that can be frozen"
+        require(0 <= num_stages <= len(stages), "model.freeze", num_stages, rule)
+        self._frozen = [module for stage in stages[:num_stages] for module in stage]
+        for module in self._frozen:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode of all but the frozen modules, which stay in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
 
 class TorchvisionBackbone(Backbone):
@@ -100,6 +126,7 @@ class TorchvisionBackbone(Backbone):
         for block in frozen:
             network.get_submodule(block).requires_grad_(False)
         _freeze_batch_norm(network, [""] if norm == "frozen" else [f"{block}." for block in frozen])
+        self._blocks = {stride: [block for block, _ in found] for stride, found in blocks.items()}
         self.body = create_feature_extractor(network, {blocks[stride][-1][0]: str(stride) for stride in strides})
         if weights is not None:
             key, published = f"{key}.weights", torchvision.models.get_model_weights(name)
@@ -110,6 +137,12 @@ class TorchvisionBackbone(Backbone):
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the feature maps of normalised images, [B, 3, H, W] float."""
         return list(self.body(images).values())
+
+    def freezable_stages(self) -> Sequence[Sequence[nn.Module]]:
+        """Return the blocks up to stride 4, 8, 16 and so on, as `frozen_stages` counts them."""
+        modules, strides = dict(self.body.named_modules()), [4 << power for power in range(4)]
+        names = [self._blocks[stride] for stride in strides if stride in self._blocks and stride <= max(self.strides)]
+        return [[modules[name] for name in stage if name in modules] for stage in names]
 
 
 def _blocks_by_stride(network: nn.Module) -> dict[int, list[tuple[str, int]]]:

@@ -64,6 +64,10 @@ class Darknet19(Backbone):
         """Return the maps of strides 16 and 32 of normalised images [B, 3, H, W]."""
         return _last_maps(self.stages, images, 2)
 
+    def freezable_stages(self) -> Sequence[Sequence[nn.Module]]:
+        """Return the stages, each of which begins with a smaller map."""
+        return [[stage] for stage in self.stages]
+
 
 class Darknet53(Backbone):
     """Darknet-53 without its classifier: maps of strides 8, 16 and 32. YOLOv3 table 1 (arXiv:1804.02767).
@@ -90,6 +94,10 @@ class Darknet53(Backbone):
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the maps of strides 8, 16 and 32 of normalised images [B, 3, H, W]."""
         return _last_maps(self.stages, images, 3)
+
+    def freezable_stages(self) -> Sequence[Sequence[nn.Module]]:
+        """Return the stages, each of which begins with a smaller map."""
+        return [[stage] for stage in self.stages]
 
 
 class Passthrough(nn.Module):

@@ -1,6 +1,9 @@
 """RetinaNet (arXiv:1708.02002), on ResNet-50 or any other backbone."""
 
+from collections.abc import Mapping
 from typing import Literal
+
+from torch import Tensor
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes, pyramid_shapes
 from onestage.boxes.coders import DeltaBoxCoder
@@ -15,7 +18,7 @@ from onestage.models.backbone import Backbone, TorchvisionBackbone
 from onestage.models.detector import AnchorDetector
 from onestage.models.fpn import FPN
 from onestage.models.heads import SharedHead
-from onestage.models.weights import load_torchvision_retinanet
+from onestage.models.weights import load_torchvision_retinanet, torchvision_retinanet
 
 STRIDES = (8, 16, 32, 64, 128)  # of P3 to P7, px
 ANCHOR_SCALE = 4.0  # side of a level's smallest square anchor in strides (section 4: 32 to 512 px on P3 to P7)
@@ -114,6 +117,7 @@ class RetinaNet(AnchorDetector):
                 score_threshold, nms_threshold, max_detections, candidates_per_level=candidates_per_level
             ),
         )
+        self.group_norm = group_norm
         if pretrained is not None:
             is_torchvision = isinstance(loss, SigmoidClassificationLoss) and group_norm == (p6_from == "c5")
             is_torchvision &= anchors is None and anchor_scale == ANCHOR_SCALE
@@ -123,3 +127,7 @@ class RetinaNet(AnchorDetector):
             rule = "torchvision's: sigmoids, the paper's anchors, and group_norm with p6_from c5 or neither"
             require(is_torchvision, f"pretrained: {pretrained}: detector", settings, rule, "Or set pretrained: null.")
             load_torchvision_retinanet(self, pretrained, num_classes, group_norm)
+
+    def published_state(self, value: str) -> Mapping[str, Tensor]:
+        """Return the weights of torchvision's RetinaNet of this version; see `torchvision_retinanet`."""
+        return torchvision_retinanet(self, "init_from", value, self.group_norm)

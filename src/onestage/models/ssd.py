@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes, ssd_shapes
 from onestage.boxes.coders import DeltaBoxCoder
 from onestage.boxes.matchers import IoUMatcher
@@ -16,7 +18,7 @@ from onestage.models.backbone import Backbone
 from onestage.models.detector import AnchorDetector
 from onestage.models.heads import AnchorHead, ExtraLayer, ExtraLayers
 from onestage.models.vgg import PIXEL_STD, VGG
-from onestage.models.weights import load_torchvision_ssd300, load_vgg16
+from onestage.models.weights import load_torchvision_ssd300, load_vgg16, torchvision_ssd300
 
 AnchorTable = Literal["voc", "coco"]
 
@@ -148,6 +150,10 @@ class SSD(AnchorDetector):
 
 class SSD300(SSD):
     """SSD300: 8732 anchors on maps of 38, 19, 10, 5, 3 and 1 cells. VOC07 77.2 mAP, COCO 25.1 (SSD table 1 and 5)."""
+
+    def published_state(self, value: str) -> Mapping[str, Tensor]:
+        """Return the weights of torchvision's ssd300_vgg16; see `torchvision_ssd300`."""
+        return torchvision_ssd300("init_from", value, PIXEL_STD)
 
     image_size = 300
     _strides = (8, 16, 32, 64, 100, 300)

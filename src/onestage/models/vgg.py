@@ -77,6 +77,11 @@ class VGG(Backbone):
         conv4 = self.to_conv4(images)
         return [self.conv4_norm(conv4), self.to_fc7(conv4)]
 
+    def freezable_stages(self) -> Sequence[Sequence[nn.Module]]:
+        """Return the convolutions, with their batch norms, of the five stages."""
+        layers = [*self.to_conv4.named_children(), *self.to_fc7.named_children()]
+        return [[layer for name, layer in layers if name.startswith(f"conv{n}_")] for n in range(1, 6)]
+
 
 def _conv_layers(
     name: str, in_channels: int, out_channels: int, batch_norm: bool, kernel_size: int = 3, **settings: Any

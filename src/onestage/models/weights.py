@@ -78,16 +78,22 @@ def load_torchvision_ssd300(detector: nn.Module, value: str, num_classes: int, s
         ConfigError: if they were trained on a number of classes that does not give K.
     """
     place = f"pretrained: {value}"
-    weights = read_weights("pretrained", value, {TORCHVISION_COCO: SSD300_VGG16_Weights.COCO_V1})
-    keys = _parameters(_SSD300) | {"backbone.conv4_norm.weight": "backbone.scale_weight"}
-    state = rename(weights, keys, place)
-    state["backbone.to_conv4.conv1_1.weight"] = state["backbone.to_conv4.conv1_1.weight"] * scale
+    state = torchvision_ssd300("pretrained", value, scale)
     num_columns = 4 * len(state["class_head.levels.0.bias"]) // len(state["box_head.levels.0.bias"])
     columns = _columns(num_columns, num_classes, place)
     for name, tensor in state.items():
         if name.startswith("class_head."):
             state[name] = _select_columns(tensor, num_columns, columns)
     load_tensors(detector, state, place)
+
+
+def torchvision_ssd300(key: str, value: str, scale: float) -> dict[str, Tensor]:
+    """Return the weights of torchvision's ssd300_vgg16 under our names; see `read_weights` and `load_vgg16`."""
+    weights = read_weights(key, value, {TORCHVISION_COCO: SSD300_VGG16_Weights.COCO_V1})
+    keys = _parameters(_SSD300) | {"backbone.conv4_norm.weight": "backbone.scale_weight"}
+    state = rename(weights, keys, f"{key}: {value}")
+    state["backbone.to_conv4.conv1_1.weight"] = state["backbone.to_conv4.conv1_1.weight"] * scale
+    return state
 
 
 def load_torchvision_retinanet(detector: nn.Module, value: str, num_classes: int, is_second: bool) -> None:
@@ -103,28 +109,35 @@ def load_torchvision_retinanet(detector: nn.Module, value: str, num_classes: int
         ConfigError: if they were trained on a number of classes that does not give K.
     """
     place = f"pretrained: {value}"
+    state = torchvision_retinanet(detector, "pretrained", value, is_second)
+    num_columns = 4 * len(state["class_head.output.bias"]) // len(state["box_head.output.bias"])
+    columns = _columns(num_columns, num_classes, place)[:-1]
+    for name in ("class_head.output.weight", "class_head.output.bias"):
+        state[name] = _select_columns(state[name], num_columns, columns)
+    load_tensors(detector, state, place)
+
+
+def torchvision_retinanet(detector: nn.Module, key: str, value: str, is_second: bool) -> dict[str, Tensor]:
+    """Return the weights of torchvision's RetinaNet under our names; see `load_torchvision_retinanet`."""
     published: WeightsEnum = RetinaNet_ResNet50_FPN_Weights.COCO_V1
     if is_second:
         published = RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1
     weights = {}
-    for name, tensor in read_weights("pretrained", value, {TORCHVISION_COCO: published}).items():
+    for name, tensor in read_weights(key, value, {TORCHVISION_COCO: published}).items():
         for theirs, ours in _RETINANET.items():
             name = re.sub(theirs, ours, name)
         # Before torchvision 0.13 the towers were flat lists of convolutions and ReLUs.
         name = re.sub(r"tower\.(\d)\.(\w+)$", lambda found: f"tower.{int(found[1]) // 2}.0.{found[2]}", name)
         weights[name] = tensor
     own = detector.state_dict()
-    state = rename(weights, {name: name for name in own if not name.endswith("num_batches_tracked")}, place)
-    num_columns = 4 * len(state["class_head.output.bias"]) // len(state["box_head.output.bias"])
-    columns = _columns(num_columns, num_classes, place)[:-1]
-    for name in ("class_head.output.weight", "class_head.output.bias"):
-        state[name] = _select_columns(state[name], num_columns, columns)
+    keys = {name: name for name in own if not name.endswith("num_batches_tracked")}
+    state = rename(weights, keys, f"{key}: {value}")
     # The published first version was trained with eps = 0 in the batch norms: var + 0 = (var - eps) + eps.
     if not is_second and (value == TORCHVISION_COCO or value.endswith(published.url.rpartition("/")[2])):
         for name, module in detector.named_modules():
             if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
                 state[f"{name}.running_var"] = state[f"{name}.running_var"] - module.eps
-    load_tensors(detector, state, place)
+    return state
 
 
 def _select_columns(tensor: Tensor, num_columns: int, columns: list[int]) -> Tensor:
@@ -139,7 +152,7 @@ def _columns(num_columns: int, num_classes: int, place: str) -> list[int]:
     if (num_columns, num_classes) == (91, 80):
         names = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
         return [i for i, name in enumerate(names) if name not in ("__background__", "N/A")] + [0]
-    remedy = f"To train on your classes set pretrained: null, backbone_weights: {IMAGENET}."
+    remedy = f"To train on your classes set pretrained: null and give --init_from {place.partition(': ')[2]}"
     problem = f"{place} was trained on {num_columns - 1} classes, the data have {num_classes}; they must be the same"
     raise ConfigError(f"{problem} (or COCO's 80 for its 90 category ids).\n{remedy}")
 

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from onestage.errors import CheckpointError
 from onestage.reliability.callbacks import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint, SeededSteps
 from onestage.reliability.checkpoints import AtomicCheckpointIO, load_weights, read_checkpoint
+from onestage.reliability.fine_tuning import check_init_from, load_fitting_weights
 from onestage.reliability.non_finite import NonFiniteGuard
 from onestage.reliability.resume import Resumed, decisive_settings, find_checkpoint, require_resumable
 from onestage.reliability.runs import new_locked_folder, take_run_folder
@@ -57,10 +58,16 @@ class Reliability(RunAddOn):
         )
         change = "resume although annotations or images have changed"
         parser.add_argument("--resume", type=str, default="none", help=resume)
+        weights = (
+            "start a new run from the weights of a checkpoint (.ckpt, .safetensors) or of torchvision "
+            "(torchvision_coco, or the path of a state dict), of the same classes or others; the rest starts fresh"
+        )
+        parser.add_argument("--init_from", type=str | None, default=None, help=weights)
         parser.add_argument("--allow_data_change", type=bool, default=False, help=change)
 
     def before_instantiate(self, settings: Any, config: JSONDict) -> None:
         """Find the checkpoint to resume from; adopt what its run has decided for `auto`."""
+        check_init_from(settings.init_from, settings.resume, settings.ckpt_path)
         self._decisive = decisive_settings(config)
         self._resumed = find_checkpoint(settings.resume, settings.ckpt_path, config)
         if self._resumed is not None:
@@ -94,6 +101,8 @@ class Reliability(RunAddOn):
     ) -> str | None:
         """Return the checkpoint to continue from, or raise CheckpointError."""
         if self._resumed is None:
+            if settings.init_from is not None:
+                load_fitting_weights(module, settings.init_from, data.class_names)  # type: ignore[attr-defined] # ours
             return None
         checkpoint = self._resumed.checkpoint
         require_resumable(checkpoint, module, data, trainer.strategy, settings.allow_data_change)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def _read_archive(path: Path, mapped: bool) -> dict[str, Any]:
     checkpoint = _load_archive(path, mapped)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or CHECKPOINT_KEY not in checkpoint:
         problem = f"was not written by `onestage fit` (no `state_dict` or no `{CHECKPOINT_KEY}` in it)"
-        remedy = "For weights of other origin see the `weights` of the backbone and `pretrained` of the detector."
+        remedy = "Weights of torchvision are given as --init_from or as `weights` of the backbone."
         raise unusable(path, problem, remedy)
     return checkpoint
 
@@ -128,13 +128,13 @@ def _load_archive(path: Path, mapped: bool, check_bytes: bool = True) -> Any:
     except (CheckpointError, PermissionError):
         raise
     except Exception as error:  # zipfile, struct and zlib raise a dozen kinds between them
-        raise unusable(path, f"is truncated or damaged ({size:,} bytes; {_first_line(error)})") from error
+        raise unusable(path, f"is truncated or damaged ({size:,} bytes; {first_line(error)})") from error
     if damaged is not None:
         raise unusable(path, f"is damaged: the checksum of {printable(damaged)} is wrong")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises half a dozen kinds here, among them those of pickle
-        problem = f"cannot be loaded as plain tensors and numbers ({_first_line(error)})"
+        problem = f"cannot be loaded as plain tensors and numbers ({first_line(error)})"
         remedy = "Only checkpoints written by this project are read; nothing in it was run."
         raise unusable(path, problem, remedy) from error
 
@@ -230,7 +230,8 @@ def _is_plain_dict(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
@@ -246,10 +247,7 @@ def load_weights(module: DetectionModule, path: str | Path, class_names: Sequenc
     checkpoint = read_checkpoint(path)
     _require_same_model(checkpoint[CHECKPOINT_KEY], path, module, class_names)
     weights = checkpoint["state_dict"]
-    broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
-    if broken:
-        problem = f"has NaN or infinite weights in {len(broken)} of {len(weights)} tensors: {', '.join(broken[:5])}"
-        raise unusable(path, problem, "Use an earlier one.")
+    require_finite(path, weights)
     try:
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -257,6 +255,14 @@ def load_weights(module: DetectionModule, path: str | Path, class_names: Sequenc
         raise unusable(path, f"does not fit the configured detector:\n{lines}") from error
     module.restore_threshold(checkpoint[CHECKPOINT_KEY].get("score_threshold"))
     return checkpoint
+
+
+def require_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if a weight is NaN or infinite."""
+    broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+    if broken:
+        problem = f"has NaN or infinite weights in {len(broken)} of {len(weights)} tensors: {', '.join(broken[:5])}"
+        raise unusable(path, problem, "Use an earlier one.")
 
 
 def _require_same_model(saved: JSONDict, path: str | Path, module: DetectionModule, class_names: Sequence[str]) -> None:
@@ -269,7 +275,8 @@ def _require_same_model(saved: JSONDict, path: str | Path, module: DetectionModu
         then, now = (", ".join(map(printable, names)) for names in (saved["class_names"], class_names))
         counts = f"{len(saved['class_names'])} classes, the data has {len(class_names)}"
         problem = f"was trained on {counts}; they must be the same, in the same order"
-        raise unusable(path, problem, f"Of the checkpoint: {then}\nOf the data: {now}")
+        remedy = f"To train it on these classes: onestage fit --init_from {path}"
+        raise unusable(path, problem, f"Of the checkpoint: {then}\nOf the data: {now}\n{remedy}")
 
 
 # Writing

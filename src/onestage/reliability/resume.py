@@ -219,7 +219,7 @@ def require_resumable(
     loops = checkpoint.get("loops")
     has_progress = isinstance(loops, dict) and bool(loops.get("fit_loop"))  # else Lightning starts at step 0, silently
     if not isinstance(checkpoint.get(OPTIMIZER), list) or not has_progress:
-        remedy = "Resume from a last.ckpt; to start a new run from weights see `pretrained` of the detector."
+        remedy = f"Resume from a last.ckpt, or start a new run from these weights: --init_from {path}"
         raise unusable(path, "holds weights alone, without the optimizer and the progress of a run", remedy)
     _require_same_strategy(path, checkpoint, strategy)
     saved = checkpoint[CHECKPOINT_KEY]
@@ -257,7 +257,7 @@ def _require_same_optimizer(path: Path, saved: JSONDict, module: DetectionModule
     is_torch = then.startswith("torch.optim.") and now.__module__.startswith("torch.optim.")
     if is_torch and then.rpartition(".")[2] != now.__name__:
         problem = f"has the state of {then}; this run's model.optimizer is {now.__name__}, which cannot use it"
-        remedy = f"Set model.optimizer: {then}, or start from these weights with `pretrained` of the detector."
+        remedy = f"Set model.optimizer: {then}, or start a new run from its weights: --init_from {path}"
         raise unusable(path, problem, remedy)
 
 

@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,8 +23,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from onestage.errors import CancelledError, CheckpointError, ConfigError, OnestageError, ResourceError, TerminatedError
 from onestage.files import OUT_OF_SPACE
 from onestage.reliability.callbacks import LastCheckpoint, is_after_step, is_last_batch, is_training, validation_follows
+from onestage.reliability.checkpoints import BEST, LAST, first_line
 from onestage.reliability.watchdog import await_watchdog_verdict, is_connection_lost
 
+PACKAGE = Path(__file__).parents[1]
+LIGHTNING_PARTS = {"callbacks": "trainer.callbacks", "loggers": "trainer.logger", "profilers": "trainer.profiler"}
 CHILD_SECONDS = 20.0  # how long the first process waits for those it started, when all of them end
 
 
@@ -113,6 +117,8 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
             self.last.save(trainer, before_validation=before_validation)
             if self.last.path.is_file():
                 kept = f" Its state is in {self.last.path}; continue with --resume auto."
+                if not self.last.path.with_name(BEST).is_file():
+                    kept += f"\nNothing was validated yet, so there is no {BEST}: to evaluate it, use {LAST}."
         kind: type[OnestageError] = CancelledError if self.received == signal.SIGINT else TerminatedError
         name = signal.Signals(self.received or signal.SIGTERM).name
         _await_children(trainer)
@@ -164,7 +170,7 @@ def mapped_errors(batch_size_key: str = "data.batch_size") -> Iterator[None]:
     except Exception as error:
         if is_connection_lost(error):
             await_watchdog_verdict()
-        mapped = _shortage(error, batch_size_key) or _malformed_checkpoint(error)
+        mapped = _shortage(error, batch_size_key) or _malformed_checkpoint(error) or _misused(error)
         if mapped is None:
             raise
         raise mapped from error
@@ -190,6 +196,19 @@ def _shortage(error: Exception, batch_size_key: str) -> ResourceError | None:
             f"out of memory: {text}\nLower {batch_size_key}, or let --auto_batch true find what fits; "
             "trainer.accumulate_grad_batches keeps the batch of a step. Checkpoints are untouched."
         )
+    return None
+
+
+def _misused(error: Exception) -> ConfigError | None:
+    """Return an error that names the callback, logger or profiler of Lightning that raised, or None."""
+    for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
+        path, owner = Path(frame.f_code.co_filename), frame.f_locals.get("self")
+        if path.is_relative_to(PACKAGE):
+            return None
+        if path.parent.name in LIGHTNING_PARTS and "pytorch" in path.parts and owner is not None:
+            name, key = type(owner).__name__, LIGHTNING_PARTS[path.parent.name]
+            problem = f"{name} cannot work in this run: {type(error).__name__}: {first_line(error)}"
+            return ConfigError(f"{key}: {problem}\nCorrect its arguments as Lightning's manual says, or leave it out.")
     return None
 
 

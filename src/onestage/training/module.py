@@ -68,6 +68,7 @@ class DetectionModule(pl.LightningModule):
         channels_last: memory format of network and images. auto: the faster one, which `fit` times on a CPU.
         compile: compile the network and its classification loss in place with torch.compile on the first step of
             `fit`. Needs a C++ compiler; on a CPU it gains nothing and costs 40 s.
+        freeze: number of the backbone's first stages that keep their weights, for fine-tuning; 0: all are trained.
         reference_batch_size: images per step for which the optimizer's learning rate was chosen; the rate is
             multiplied by images per step / reference (arXiv:1706.02677). One step sees data.batch_size images of each
             process and each accumulated batch. null: the learning rate is used unchanged.
@@ -84,6 +85,7 @@ class DetectionModule(pl.LightningModule):
         compile: bool = False,
         reference_batch_size: int | None = None,
         multi_scale: MultiScale | None = None,
+        freeze: int = 0,
     ) -> None:
         super().__init__()
         self.loss_weights = _checked_weights(loss_weights or {}, detector)
@@ -94,6 +96,11 @@ class DetectionModule(pl.LightningModule):
         self.reference_batch_size, self.multi_scale = reference_batch_size, multi_scale
         if multi_scale is not None:  # before all callbacks; defined in the class, Lightning would warn in every run
             self.on_after_batch_transfer = self._resize_batch  # type: ignore[method-assign]
+        if freeze:
+            backbone: Any = getattr(detector, "backbone", None)
+            rule = f"0 for {type(detector).__name__}, whose backbone cannot be frozen"
+            require(hasattr(backbone, "freeze"), "model.freeze", freeze, rule)
+            backbone.freeze(freeze)
         self._decayed = decayed_parameters(detector)
         self._lr: float | None = None  # instead of the configured one
         self._configured: list[dict[str, Any]] = []  # hyperparameters of the optimizer as it was built

@@ -1,0 +1,70 @@
+"""Begin a new run from trained weights: `onestage fit --init_from`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from onestage.errors import CheckpointError, ConfigError
+from onestage.files import printable
+from onestage.reliability.checkpoints import read_checkpoint, require_finite, unusable
+from onestage.training.module import CHECKPOINT_KEY, DetectionModule
+
+OWN_SUFFIXES = (".ckpt", ".safetensors")
+# The last layer of a class head, whose outputs belong to the classes; the tower before it does not.
+CLASS_OUTPUTS = ("detector.class_head.levels.", "detector.class_head.output.")
+MAX_LINES = 20
+
+
+def check_init_from(init_from: str | None, resume: str, ckpt_path: str | None) -> None:
+    """Raise ConfigError if a run is to begin from weights and to continue another run."""
+    if init_from is not None and (ckpt_path is not None or resume not in ("none", "auto")):
+        other = f"--ckpt_path {ckpt_path}" if ckpt_path is not None else f"--resume {resume}"
+        raise ConfigError(f"--init_from {init_from} and {other} conflict; pass only one.")
+
+
+def load_fitting_weights(module: DetectionModule, path: str, class_names: Sequence[str]) -> None:
+    """Load the tensors that fit, and report those that do not: they keep their fresh values.
+
+    Args:
+        module: as it was built: its class head starts at the prior.
+        path: a .ckpt or .safetensors file of this project, or torchvision's weights of this detector: torchvision_coco,
+            or the path of a state dict.
+        class_names: of the data. The class outputs are loaded only if the file has the same classes in this order.
+
+    Raises:
+        CheckpointError: the file cannot be read, has weights that are not finite, or nothing in it fits.
+        ConfigError: there are no published weights of this detector.
+    """
+    if Path(path).suffix in OWN_SUFFIXES:
+        saved = read_checkpoint(path)
+        weights, classes = saved["state_dict"], list(saved[CHECKPOINT_KEY]["class_names"])
+    else:
+        published = module.detector.published_state(path)
+        weights, classes = {f"detector.{name}": tensor for name, tensor in published.items()}, []
+    require_finite(path, weights)
+    has_same_classes = classes == list(class_names)
+    fitting, fresh = {}, []
+    for name, own in module.state_dict().items():
+        given, shape = weights.get(name), tuple(own.shape)
+        if given is None:
+            fresh.append(f"{name}: missing there, {shape} here")
+        elif given.shape != own.shape:
+            fresh.append(f"{name}: {tuple(given.shape)} there, {shape} here")
+        elif name.startswith(CLASS_OUTPUTS) and not has_same_classes:
+            fresh.append(f"{name}: {shape} in both, but of other classes")
+        else:
+            fitting[name] = given
+    if not any(name.startswith("detector.backbone.") for name in fitting):
+        raise _nothing_fits(path, fresh)
+    module.load_state_dict(fitting, strict=False)
+    lines = [f"init_from: {len(fitting)} of {len(fitting) + len(fresh)} tensors are loaded from {printable(path)}"]
+    if fresh:
+        more = [f"and {len(fresh) - MAX_LINES} more"] if len(fresh) > MAX_LINES else []
+        lines = [f"{lines[0]}; these start fresh:", *fresh[:MAX_LINES], *more]
+    rank_zero_info("\n  ".join(lines))
+
+
+def _nothing_fits(path: str, fresh: Sequence[str]) -> CheckpointError:
+    problem = "holds no tensor that fits the backbone of the configured detector:\n  " + "\n  ".join(fresh[:3])
+    return unusable(path, problem, "Set model.detector to the detector that it was trained with.")

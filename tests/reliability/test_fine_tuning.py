@@ -1,0 +1,169 @@
+"""A new run from weights: what fits is loaded, the rest starts fresh; frozen stages; whether it helps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from command_line import REPOSITORY
+from tiny_run import folder_of
+from tiny_training import TinyDetectorWithBatchNorm
+from torchvision.models.detection import ssd300_vgg16
+
+from onestage.data.shapes import draw_shapes
+from onestage.errors import CheckpointError, ConfigError
+from onestage.models import SSD300, TorchvisionBackbone
+from onestage.reliability.checkpoints import read_checkpoint
+from onestage.reliability.fine_tuning import check_init_from, load_fitting_weights
+from onestage.training.module import DetectionModule
+
+HEAD = "detector.class_head.levels.0"
+NAMES = ["a", "b", "c"]
+
+
+def module_of(num_classes: int, **settings: object) -> DetectionModule:
+    return DetectionModule(TinyDetectorWithBatchNorm(num_classes), **settings)
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A checkpoint of three classes, all of whose weights are moved by one."""
+    state = {name: tensor + 1 for name, tensor in module_of(3).state_dict().items()}
+    ours = {"schema": 2, "detector": "X", "image_size": 64, "class_names": NAMES, "category_ids": [1, 2, 3]}
+    torch.save({"state_dict": state, "global_step": 5, "onestage": ours}, tmp_path / "best.ckpt")
+    return tmp_path / "best.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (NAMES, None),
+        (["c", "b", "a"], "in both, but of other classes"),
+        (["a", "b"], f"{HEAD}.bias: (12,) there, (8,) here"),
+    ],
+)
+def test_what_fits_is_loaded_and_the_rest_is_listed_and_starts_at_the_prior(trained, caplog, names, reason):
+    module = module_of(len(names))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with caplog.at_level("INFO"):
+        load_fitting_weights(module, str(trained), names)
+    saved = torch.load(trained, weights_only=True)["state_dict"]
+    for name, tensor in module.state_dict().items():
+        is_fresh = reason is not None and name.startswith("detector.class_head.")
+        assert torch.equal(tensor, before[name] if is_fresh else saved[name]), name
+    assert (reason or "init_from: ") in caplog.text
+    if reason:
+        prior = module.state_dict()[f"{HEAD}.bias"].sigmoid()
+        assert torch.allclose(prior, torch.full_like(prior, 0.01))
+
+
+def test_file_of_another_network_or_with_nan_is_refused(trained):
+    with pytest.raises(CheckpointError, match=r"holds no tensor that fits the backbone"):
+        load_fitting_weights(DetectionModule(SSD300(2)), str(trained), NAMES)
+    content = torch.load(trained, weights_only=True)
+    content["state_dict"][f"{HEAD}.bias"][0] = float("nan")
+    torch.save(content, trained)
+    with pytest.raises(CheckpointError, match="NaN"):
+        load_fitting_weights(module_of(3), str(trained), NAMES)
+    with pytest.raises(ConfigError, match="has no published weights"):
+        load_fitting_weights(module_of(3), "torchvision_coco", NAMES)
+
+
+@pytest.mark.slow
+def test_torchvision_weights_of_other_classes_give_all_but_the_class_head(tmp_path, caplog):
+    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=91).state_dict()
+    torch.save(theirs, tmp_path / "ssd.pth")
+    module = DetectionModule(SSD300(2, anchors="coco"))
+    with caplog.at_level("INFO"):
+        load_fitting_weights(module, str(tmp_path / "ssd.pth"), ["cat", "dog"])
+    ours = module.state_dict()
+    assert torch.equal(ours["detector.box_head.levels.3.weight"], theirs["head.regression_head.module_list.3.weight"])
+    assert caplog.text.count("detector.class_head.") == 12  # six levels, weights and biases
+    assert "(364,) there, (8,) here" in caplog.text  # 4 anchors of 91 or of 2 classes
+
+
+def test_init_from_conflicts_with_continuing_another_run():
+    check_init_from("a.ckpt", "auto", None)
+    for resume, ckpt_path in (("b.ckpt", None), ("none", "b.ckpt")):
+        with pytest.raises(ConfigError, match=r"--init_from a\.ckpt and .* b\.ckpt conflict"):
+            check_init_from("a.ckpt", resume, ckpt_path)
+
+
+def test_frozen_stages_keep_weights_and_batch_norm_statistics():
+    module = module_of(2, freeze=2).train()
+    before = {name: tensor.clone() for name, tensor in module.detector.backbone.state_dict().items()}
+    optimizer = module.make_optimizer()
+    module.detector.backbone(torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8))[1].sum().backward()
+    optimizer.step()
+    changed = {name for name, tensor in module.detector.backbone.state_dict().items() if not before[name].equal(tensor)}
+    assert not [name for name in changed if name.startswith(("to_conv4.conv1", "to_conv4.conv2"))]
+    assert {"to_conv4.conv3_1.weight", "to_conv4.conv3_1_bn.running_mean"} <= changed
+    assert module_of(2).state_dict().keys() == module.state_dict().keys()  # a checkpoint fits either
+    with pytest.raises(ConfigError, match=r"model\.freeze must be in \[0, 5\], the stages of VGG"):
+        module_of(2, freeze=6)
+
+
+def test_freeze_counts_the_stages_of_torchvision_backbones_as_frozen_stages_does():
+    for num_stages in (1, 2):
+        one, other = TorchvisionBackbone("resnet18", frozen_stages=num_stages), TorchvisionBackbone("resnet18")
+        other.freeze(num_stages)
+        names = [{name for name, p in each.named_parameters() if p.requires_grad} for each in (one, other)]
+        assert names[0] == names[1]
+        assert other.train().body.get_submodule("layer2.0.bn1").training is (num_stages < 2)
+        assert other.body.get_submodule("layer3.0.bn1").training
+
+
+def test_fit_starts_from_the_weights_of_another_run(drawn, uninterrupted, tmp_path, capsys):
+    best = uninterrupted() / "checkpoints" / "best.ckpt"
+    options = ("--init_from", str(best), "--model.freeze", "5", "--trainer.max_steps", "1", "--resume", "auto")
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, *options)) == 0
+    assert "tensors are loaded from" in capsys.readouterr().err
+    old, new = (
+        read_checkpoint(path)["state_dict"] for path in (best, folder_of(tmp_path) / "checkpoints" / "last.ckpt")
+    )
+    names = [name for name in new if ".conv1_1." in name or ".conv5_1." in name]
+    assert names
+    assert all(torch.equal(old[name], new[name]) for name in names)
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--init_from", str(best), "--resume", str(best))) == 2
+
+
+def keep_classes(folder: Path, names: set[str]) -> Path:
+    """Remove the other classes of a drawn set from its files."""
+    for file in folder.glob("annotations/*.json"):
+        content = json.loads(file.read_text())
+        content["categories"] = [entry for entry in content["categories"] if entry["name"] in names]
+        ids = {entry["id"] for entry in content["categories"]}
+        content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] in ids]
+        file.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_half_of_the_drawn_classes_beats_scratch_at_equal_steps(tmp_path):
+    def fit(data: Path, experiment: str, steps: int, *options: str) -> Path:
+        words = ["fit", "--config", str(REPOSITORY / "configs" / "shapes_ssd.yaml"), "--data.path", str(data)]
+        words += ["--trainer.max_steps", str(steps), "--trainer.max_epochs", "-1", "--experiment", experiment]
+        words += [
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.check_val_every_n_epoch",
+            "100",
+            "--model.channels_last=false",
+        ]
+        words += ["--trainer.enable_progress_bar", "false", "--drawn_images", "0", "--runs_dir", str(tmp_path / "runs")]
+        assert tiny_run.onestage(*words, "--model.schedule.warmup_steps", "20", *options) == 0
+        return tmp_path / "runs" / experiment / "version_0"
+
+    def mean_average_precision(run: Path) -> float:
+        return json.loads((run / "results.json").read_text())["metrics"]["mAP"]
+
+    for name in ("one", "other"):
+        draw_shapes(tmp_path / name, num_train=400, num_val=60, seed=0)
+    first = keep_classes(tmp_path / "one", {"circle", "square", "triangle"})
+    second = keep_classes(tmp_path / "other", {"star", "ring", "cross"})
+    weights = fit(first, "first", 300) / "checkpoints" / "last.ckpt"
+    tuned = mean_average_precision(fit(second, "tuned", 60, "--init_from", str(weights)))
+    scratch = mean_average_precision(fit(second, "scratch", 60))
+    print(tuned, scratch)
+    assert tuned > scratch + 0.02
