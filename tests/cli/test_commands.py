@@ -13,9 +13,15 @@ from command_line import REPOSITORY, run
 
 
 def test_run_folder_holds_the_documented_files(trained):
-    assert {"config.yaml", "checkpoints", "metrics.csv", "results.json", "predictions"} <= {
-        path.name for path in trained.iterdir()
-    }
+    assert {
+        "config.yaml",
+        "checkpoints",
+        "metrics.csv",
+        "results.json",
+        "predictions",
+        "confusion.png",
+        "pr_curves.png",
+    } <= {path.name for path in trained.iterdir()}
     assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert list(trained.glob("events.out.tfevents.*"))
     assert len(list((trained / "predictions").glob("*.jpg"))) == 3
@@ -40,6 +46,9 @@ def test_results_hold_finite_numbers_by_name(trained):
     assert set(results["per_class"]) == set(results["class_names"])
     assert results["seconds"] > 0
     assert results["images_per_second"] == pytest.approx(7 / results["seconds"])
+    assert {"classes", "overall", "confusion", "error_types"} <= results.keys()
+    best = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)["onestage"]
+    assert best["score_threshold"] == results["score_threshold"]
     assert torch.__version__.startswith(results["versions"]["torch"])
 
 

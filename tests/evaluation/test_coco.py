@@ -177,7 +177,7 @@ def evaluate_parts(parts):
     for indices in parts:
         evaluator.update(indices, Detections(*(tensor[indices] for tensor in found)))
     metrics = evaluator.compute()
-    return repr((metrics, evaluator.per_class(), evaluator.results()))
+    return repr((metrics, evaluator.evaluation(), evaluator.results()))
 
 
 def run_process(rank, folder):

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from onestage.evaluation.anchor_losses import (
     write_loss_curves,
 )
 from onestage.evaluation.drawing import draw_boxes, save_jpeg
+from onestage.evaluation.figures import write_figures
 from onestage.evaluation.results import format_table, write_coco_results, write_results
 from onestage.training.module import DetectionModule, stage_of
 from onestage.types import Batch, Detections, Predictions
@@ -73,7 +75,7 @@ class DetectionImages(Callback):
 
 
 class ResultsWriter(Callback):
-    """Write metrics or predictions after every evaluation, so that an interrupted run has its latest results.
+    """Write results after every evaluation, so that an interrupted run has its latest: metrics, pictures, predictions.
 
     path: of `results.json` with metrics, or after a prediction of a COCO results file.
     """
@@ -95,6 +97,9 @@ class ResultsWriter(Callback):
                 seconds=seconds,
                 images_per_second=evaluator.num_images / max(seconds, 1e-9),
             )
+            # Drawing takes a second, and `fit` ends with an evaluation of its best weights.
+            if trainer.state.fn != TrainerFn.FITTING:
+                write_figures(self.path.parent, evaluator.evaluation().analysis, pl_module.data.class_names)
 
     on_test_end = on_validation_end
 
