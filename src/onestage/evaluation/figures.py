@@ -79,7 +79,8 @@ def draw_confusion(analysis: Analysis, class_names: Sequence[str]) -> "Figure":
 
 def _largest(analysis: Analysis) -> list[int]:
     """Return the labels of the MAX_CLASSES classes with the most objects."""
-    return np.argsort([-one.num_objects for one in analysis.classes], kind="stable")[:MAX_CLASSES].tolist()
+    by_objects = sorted(range(len(analysis.classes)), key=lambda label: -analysis.classes[label].num_objects)
+    return by_objects[:MAX_CLASSES]
 
 
 def _name(name: str) -> str:
