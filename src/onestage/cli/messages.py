@@ -100,8 +100,12 @@ def _wrong_type(message: str) -> str:
 def refusal(error: BaseException) -> str:
     """Return the message of the constructor that rejected a value, out of jsonargparse's."""
     text = str(error)
-    lines = [line.strip().removeprefix("- ") for line in text.splitlines() if " must be " in line]  # of a union's types
-    reason = next(iter(lines), f"the configuration cannot be built: {text}")
+    lines = [line.strip() for line in text.splitlines()]
+    causes = [
+        line[2:] for line in lines if line[:2] == "- " and not re.match("- (Expected|Not a|a )", line)
+    ]  # of a union
+    rules = [line.removeprefix("- ") for line in lines if " must be " in line]
+    reason = next(iter(rules), f"the configuration cannot be built: {next(iter(causes), text)}")
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ConfigError):

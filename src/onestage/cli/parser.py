@@ -2,9 +2,11 @@
 
 import inspect
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from lightning.pytorch.cli import LightningArgumentParser
@@ -22,6 +24,10 @@ DATA_HELP = (
     "The data set: --data.path recognises COCO, VOC and YOLO; or a class of onestage.data: COCO, VOC, YOLO, Shapes, or "
     "your own. Keys of a class: --data.source.help onestage.data.COCO, --model.detector.help onestage.models.SSD300"
 )
+
+
+# Defaults of Lightning's callbacks, such as Timer's interval, which jsonargparse cannot write otherwise.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 class DetectionParser(LightningArgumentParser):
