@@ -115,9 +115,16 @@ def list_files(folder: Path) -> dict[str, bool]:
     """Return the names of the regular files in a folder -> whether each is a link. Empty if there is no such folder."""
     try:
         with os.scandir(folder) as entries:
-            return {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
+            return {entry.name: entry.is_symlink() for entry in entries if _is_file(entry)}
     except OSError:
         return {}
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself; the other files of the folder are there all the same
+        return False
 
 
 @contextlib.contextmanager

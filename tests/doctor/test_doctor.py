@@ -16,7 +16,6 @@ from PIL import Image
 from onestage.cli import main
 from onestage.data.annotations import RULES
 from onestage.doctor import decoding
-from onestage.doctor.anchors import find_anchors
 from onestage.doctor.decoding import Task
 from onestage.doctor.statistics import check_objects
 
@@ -140,9 +139,9 @@ def test_classes_of_one_split_rare_classes_and_repeated_boxes_are_found(tmp_path
     assert "cat, dog" in found(doctor(few)[1], "rare class")[0]["problem"]
 
 
-def test_more_objects_than_the_detector_returns_are_reported():
-    max_detections = find_anchors("SSD300").max_detections
-    found_in = check_objects(annotation_set([[0] * 200, [0] * 201]), max_detections)
+@pytest.mark.parametrize("max_detections", [100, 200])
+def test_more_objects_than_the_metrics_count_are_reported(max_detections):
+    found_in = check_objects(annotation_set([[0] * 100, [0] * 101]), max_detections)
     assert [(finding.rule, finding.num_items) for finding in found_in] == [("many objects", 1)]
 
 

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_repeated_image_counts_once_and_a_missing_one_not_at_all():
     # The third image was never passed.
     # Of two objects one is found, after one wrong detection: precision 1/2 up to recall 0.50, then 0.
     assert evaluator.compute()["mAP"] == pytest.approx(51 * 0.5 / 101)
-    assert len(evaluator.results()) == 2
+    assert len(evaluator.results(Path())) == 2
 
 
 def test_metrics_are_independent_of_batch_order():
@@ -104,13 +105,13 @@ def test_metrics_are_independent_of_batch_order():
     for indices in torch.randperm(len(annotations), generator=torch.Generator().manual_seed(0)).split(3):
         parts.update(indices, Detections(*(tensor[indices] for tensor in found)))
     assert repr(parts.compute()) == repr(whole.compute())  # repr, because NaN is not equal to itself
-    assert parts.results() == whole.results()
+    assert parts.results(Path()) == whole.results(Path())
 
 
-def test_best_hundred_detections_of_an_image_are_kept():
+def test_metrics_count_the_best_hundred_detections_of_an_image_and_results_hold_all():
     annotations, found = random_evaluation(4, num_images=6, num_detections=130)
     evaluator = evaluate(annotations, found)
-    assert len(evaluator.results()) == 6 * 100
+    assert len(evaluator.results(Path())) == 6 * 130
     best = found.scores.argsort(dim=1, descending=True, stable=True)[:, :100]
     kept = Detections(
         found.boxes.gather(1, best[..., None].expand(-1, -1, 4)),
@@ -157,7 +158,8 @@ def test_results_have_ids_of_data_set_and_original_pixels():
     found = detections([[[10.0, 20.5, 30.25, 60.12345]]], [[0.1234567]], [[2]])
     evaluator.update(torch.tensor([2]), found)
     expected = {"image_id": 30, "category_id": 21, "bbox": [10.0, 20.5, 20.25, 39.623], "score": 0.12346}
-    assert evaluator.results() == [{**expected, "file_name": "2.jpg"}]
+    assert evaluator.results(Path()) == [{**expected, "file_name": "2.jpg"}]
+    assert evaluator.images(Path()) == [{"id": 30, "file_name": "2.jpg", "detections": 1}]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -177,7 +179,7 @@ def evaluate_parts(parts):
     for indices in parts:
         evaluator.update(indices, Detections(*(tensor[indices] for tensor in found)))
     metrics = evaluator.compute()
-    return repr((metrics, evaluator.evaluation(), evaluator.results()))
+    return repr((metrics, evaluator.evaluation(), evaluator.results(Path())))
 
 
 def run_process(rank, folder):
@@ -196,3 +198,13 @@ def test_two_processes_with_uneven_shares_equal_one_process(tmp_path, monkeypatc
     expected = evaluate_parts([torch.arange(NUM_IMAGES)])
     for rank in range(2):
         assert (tmp_path / f"{rank}.txt").read_text().splitlines() == [expected, expected]
+
+
+def test_crowded_images_are_warned_of_and_results_name_images_relative_to_a_root():
+    annotations = annotation_set([[HERE] * 101, [HERE]], [[0] * 101, [0]])
+    evaluator = CocoEvaluator(annotations)
+    evaluator.update(torch.tensor([0, 1]), detections([[HERE], [HERE]], [[0.9], [0.9]], [[0], [0]]))
+    with pytest.warns(UserWarning, match="1 of 2 images have more than 100 objects, up to 101"):
+        evaluator.compute()
+    elsewhere = evaluator.results(Path("/nowhere"))[0]["file_name"]
+    assert elsewhere == Path("0.jpg").absolute().as_posix()

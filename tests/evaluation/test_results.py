@@ -4,7 +4,7 @@ import pytest
 from evaluation_data import annotation_set, detections, flat
 
 from onestage.evaluation.analysis import analyse
-from onestage.evaluation.results import format_table, write_coco_results, write_results
+from onestage.evaluation.results import format_table, write_records, write_results
 
 HERE, THERE = [0.0, 0.0, 100.0, 100.0], [200.0, 200.0, 300.0, 300.0]
 # One cat found at 0.75, then something wrong; no Füchsin.
@@ -36,7 +36,7 @@ def test_coco_results_round_trip(tmp_path, count):
     records = [
         {"image_id": index, "category_id": 7, "bbox": [1.0, 2.5, 3.0, 4.0], "score": 0.5} for index in range(count)
     ]
-    write_coco_results(tmp_path / "predictions.json", records)
+    write_records(tmp_path / "predictions.json", records)
     assert json.loads((tmp_path / "predictions.json").read_text()) == records
 
 

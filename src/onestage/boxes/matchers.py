@@ -119,7 +119,7 @@ def assign(
     num_pairs = targets.labels.shape[1] * len(anchors.boxes)
     images_per_chunk = max(1, MAX_PAIRS // max(1, num_pairs))
     matches = []
-    for start in range(0, len(targets.labels), images_per_chunk):
+    for start in range(0, max(1, len(targets.labels)), images_per_chunk):
         images = slice(start, start + images_per_chunk)
         part = Predicted(predicted.boxes[images], predicted.scores[images]) if predicted is not None else None
         matches.append(matcher(Targets(targets.boxes[images], targets.labels[images]), anchors, part))

@@ -99,6 +99,8 @@ def _survives(boxes: Tensor, labels: Tensor, is_candidate: Tensor, iou_threshold
     In float64: far from the origin float32 would change the overlaps in the third decimal.
     """
     num_images, num_boxes = labels.shape
+    if num_images == 0:
+        return is_candidate
     ranks = torch.arange(num_boxes, device=labels.device)
     order = -(ranks + num_boxes * ~is_candidate).double()  # after all candidates, what is none: it suppresses none
     boxes = boxes.double()

@@ -25,10 +25,11 @@ from onestage.cli.parser import (
     require_classes_of_the_data,
     shared_configs,
 )
+from onestage.data.annotations import IMAGE_UNREADABLE, malformed
 from onestage.data.datamodule import DetectionDataModule
 from onestage.data.source import Source
-from onestage.errors import ConfigError
-from onestage.files import atomic_write
+from onestage.errors import ConfigError, DataError
+from onestage.files import atomic_write, printable
 from onestage.training.batch_size import GIB, AutoBatch
 from onestage.training.callbacks import (
     CURVES_FILE,
@@ -287,6 +288,21 @@ class DetectionCLI(LightningCLI):
         super()._run_subcommand(subcommand)
         if subcommand != "fit" or not self.settings.trainer.fast_dev_run:
             self._print_results()
+        if subcommand in ("validate", "test", "predict"):
+            self._require_all_read(subcommand)
+
+    def _require_all_read(self, subcommand: str) -> None:
+        """Raise DataError, after everything was written, if images could not be read."""
+        evaluator = self.model.evaluator
+        listed = [finding for finding in evaluator.annotations.findings if finding.rule == IMAGE_UNREADABLE.name]
+        problems = [*(finding.line for finding in listed), *evaluator.unreadable.values()]
+        if problems:
+            total = len(evaluator.annotations) + len(listed)
+            lines = [problem.partition("\n")[0] for problem in problems]
+            place, problem = printable(evaluator.annotations.source), f"{len(lines)} of {total} images cannot be read"
+            remedy = f"All others were evaluated. Replace or remove these files, then {subcommand} again."
+            # The other processes end with the same code and without the message.
+            raise malformed(place, problem, remedy, lines) if self.trainer.is_global_zero else DataError()
 
     @rank_zero_only
     def _print_results(self) -> None:

@@ -87,7 +87,9 @@ NO_LABEL = NO_XML._replace(name="image without label file")
 POLYGON = Rule("outline", "note", "Nothing needs to be done: the box around it is used.")
 OTHER_FILE_NAME = Rule("other file name", "note", "Nothing needs to be done: the name of the XML file decides.")
 NO_OBJECT_IMAGES = Rule("image without objects", "note", "They are trained on as background; check that this is meant.")
-MANY_OBJECTS = Rule("many objects", "warning", "Raise the detector's max_detections above it.")
+MANY_OBJECTS = Rule(
+    "many objects", "warning", "Raise max_detections above it; COCO's metrics count 100 detections an image."
+)
 SIMILAR_NAMES = Rule("similar class names", "warning", "Write the class in one way.")
 ONE_SPLIT_CLASS = Rule("class in one split", "warning", "Split again, by class: a class in one split is not measured.")
 RARE_CLASS = Rule("rare class", "warning", "Collect more, or drop the class; its score will be mostly chance.")

@@ -223,6 +223,12 @@ class DetectionDataModule(LightningDataModule):
                 return FunctionReader(load)
         return open_images(cache, annotations, min(map(min, self.canvases)))
 
+    @property
+    def predicted_root(self) -> Path:
+        """The folder of `predict_dir`, or else of the data set: results name its images relative to it."""
+        given = Path(self.predict_dir) if self.predict_dir is not None else self.source.path
+        return given if given.is_dir() else given.parent
+
     # Loaders
 
     def train_dataloader(self) -> DetectionLoader:
@@ -240,6 +246,8 @@ class DetectionDataModule(LightningDataModule):
             images=self._images("train", self.cache),
             max_bad_fraction=self.max_bad_fraction,
         )
+        if getattr(self.trainer, "overfit_batches", 0):  # the same images in every epoch
+            return self._loader(dataset, EvaluationSampler(dataset, is_even=True, **self._process()))
         repeats = None if self.sampling is None else count_repeats(self.sampling, annotations)
         settings = {"batch_size": self.batch_size, "seed": self.seed, **self._process()}
         self._train_loader = self._loader(dataset, TrainingSampler(dataset, **settings, repeats=repeats))
@@ -276,6 +284,7 @@ class DetectionDataModule(LightningDataModule):
             SeededTransform([], self.resize),
             train_difficult=self._source is None or self._source.train_difficult,
             images=self._images(stage),
+            on_error="leave_out",
         )
         return self._loader(dataset, EvaluationSampler(dataset, **self._process()))
 
@@ -291,7 +300,7 @@ class DetectionDataModule(LightningDataModule):
             timeout_seconds=self.worker_timeout_seconds,
         )
 
-    def _process(self) -> dict[str, int]:
+    def _process(self) -> dict[str, Any]:
         """Return the rank of this process and the number of all processes, as samplers take them."""
         trainer = self.trainer
         return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer is not None else {}

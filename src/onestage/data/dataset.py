@@ -17,13 +17,14 @@ from onestage.types import IGNORE, PADDING, AnnotationSet, Batch, Targets
 
 OBJECTS_STEP = 16  # targets are padded to a multiple of it, so that their shape seldom changes
 MAX_SUBSTITUTES = 8  # unreadable images in a row after which the error is raised: the disk may be gone
+UNREAD = (0, 0)
 PARTNERS, SUBSTITUTES = 1, 2  # uses of randomness beside the augmentation, each with its own generator
 
 SampleKey = tuple[int, int, int]  # seed, epoch, index of the image
 
 
 class Failure(NamedTuple):
-    """An image that could not be read, so that another took its place."""
+    """An image that could not be read, so that another took its place or, in an evaluation, none."""
 
     image_index: int  # row of the AnnotationSet
     message: str
@@ -36,7 +37,7 @@ class Sample(NamedTuple):
     boxes: Tensor  # [M, 4] float32 xyxy, px of `image`
     labels: Tensor  # [M] int64: 0..K-1 or IGNORE
     image_index: int  # row of the image in the AnnotationSet
-    original_size: tuple[int, int]  # (height, width) of the decoded file
+    original_size: tuple[int, int]  # (height, width) of the decoded file; UNREAD: the image is left out
     placement: Placement  # of the decoded file on `image`; it does not describe random augmentation
     failures: tuple[Failure, ...] = ()  # images that others took the place of
 
@@ -50,7 +51,8 @@ class DetectionDataset(Dataset[Sample]):
         seed: of the augmentation, which is a function of (seed, epoch, index of the image), >= 0.
         train_difficult: whether objects flagged as difficult are targets; if not, the loss ignores their regions, as
             it always ignores crowds.
-        mosaic, mixup, on_error: as in `DetectionDataModule`; the other images are functions of (seed, epoch, index).
+        mosaic, mixup: as in `DetectionDataModule`; the other images are functions of (seed, epoch, index).
+        on_error: as in `DetectionDataModule`; or "leave_out": the batch is shorter by each image that cannot be read.
         images: reader of the images; None: their files.
         max_bad_fraction: fraction of the images that may fail with `on_error="skip"`; the loader counts them.
     """
@@ -64,7 +66,7 @@ class DetectionDataset(Dataset[Sample]):
         train_difficult: bool = True,
         mosaic: float = 0.0,
         mixup: float = 0.0,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: Literal["raise", "skip", "leave_out"] = "raise",
         images: ImageReader | None = None,
         max_bad_fraction: float = 0.01,
     ) -> None:
@@ -117,7 +119,12 @@ class DetectionDataset(Dataset[Sample]):
             return self._read(int(random.integers(len(self))), sample_key, failures)  # by chance the same image
 
         first_index = item % len(self) if isinstance(key, tuple) else item
-        index, picture, original_size = self._read(first_index, sample_key, failures)
+        try:
+            index, picture, original_size = self._read(first_index, sample_key, failures)
+        except ImageError as error:
+            if self.on_error != "leave_out":
+                raise
+            return self._left_out(Failure(first_index, str(error)))
         canvas = self._canvas_of(first_index, original_size)  # of the whole batch, also if a substitute is read
         if random.random() < self.mosaic:
             pictures = [picture, *(read_partner()[1] for _ in range(3))]
@@ -148,7 +155,7 @@ class DetectionDataset(Dataset[Sample]):
                 pixels, original_size = self.images.read(index)
                 break
             except ImageError as error:
-                if self.on_error == "raise" or trial == MAX_SUBSTITUTES:
+                if self.on_error != "skip" or trial == MAX_SUBSTITUTES:
                     raise
                 failures.append(Failure(index, str(error)))
             index = int(random.integers(len(self)))
@@ -156,6 +163,12 @@ class DetectionDataset(Dataset[Sample]):
         scales = [pixels.shape[1] / original_size[1], pixels.shape[0] / original_size[0]] * 2
         boxes = self.annotations.boxes[objects] * np.array(scales, dtype=np.float32)
         return index, Picture(pixels, boxes, np.arange(objects.start, objects.stop)), original_size
+
+    def _left_out(self, failure: Failure) -> Sample:
+        """Return a blank sample, which `collate_with_failures` removes."""
+        blank = torch.zeros(3, *self.transform.resize.canvases[0], dtype=torch.uint8)
+        boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+        return Sample(blank, boxes, labels, failure.image_index, UNREAD, Placement(1.0, 1.0), (failure,))
 
     def _transformed(self, picture: Picture, index: int, key: tuple[int, ...], canvas: Canvas) -> Picture:
         try:
@@ -178,8 +191,14 @@ class LoadedBatch(NamedTuple):
 
 
 def collate_with_failures(samples: Sequence[Sample]) -> LoadedBatch:
-    """Collate samples, and collect their failures."""
-    return LoadedBatch(collate(samples), tuple(failure for sample in samples for failure in sample.failures))
+    """Collate the samples that could be read, perhaps none, and collect the failures of all."""
+    failures = tuple(failure for sample in samples for failure in sample.failures)
+    read = [sample for sample in samples if sample.original_size != UNREAD]
+    batch = collate(read or samples)
+    if not read:
+        targets = Targets(*(values[:0] for values in batch.targets))
+        batch = Batch(batch.images[:0], targets, *(values[:0] for values in batch[2:]))
+    return LoadedBatch(batch, failures)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

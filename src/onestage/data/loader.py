@@ -111,6 +111,11 @@ class DetectionLoader(DataLoader[Batch]):
         _workers.difference_update(self._processes)
         self._processes.clear()
 
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """The reason for each image, by its row, that could not be read so far."""
+        return dict(self._failures.messages)
+
     def state_dict(self) -> dict[str, int]:
         """Return the position inside the epoch, and what the order of images depends on."""
         if self._resume_from or not isinstance(self.sampler, TrainingSampler):
@@ -150,7 +155,8 @@ class FailureLog:
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
-        self._messages: dict[int, str] = {}  # of all epochs, by image
+        self._leaves_out = getattr(dataset, "on_error", "raise") == "leave_out"
+        self.messages: dict[int, str] = {}  # of all epochs, by image
         self._num_replaced = 0  # in this epoch; an image may be requested more than once
 
     def add(self, failures: Sequence[Failure]) -> None:
@@ -163,29 +169,30 @@ class FailureLog:
             return
         self._num_replaced += len(failures)
         for image_index, message in failures:
-            if image_index not in self._messages and len(self._messages) < NUM_QUOTED:
-                logger.warning("an image was skipped and another took its place: %s", message)
-            self._messages.setdefault(image_index, message)
+            if image_index not in self.messages and len(self.messages) < NUM_QUOTED:
+                what = "left out" if self._leaves_out else "skipped and another took its place"
+                logger.warning("an image was %s: %s", what, message)
+            self.messages.setdefault(image_index, message)
         max_bad_fraction, num_images = self._dataset.max_bad_fraction, len(self._dataset)
-        if len(self._messages) > max_bad_fraction * num_images:
+        if len(self.messages) > max_bad_fraction * num_images and not self._leaves_out:
             raise DataError(
-                f"{self._dataset.annotations.source}: {len(self._messages)} of {num_images} images could not be read, "
+                f"{self._dataset.annotations.source}: {len(self.messages)} of {num_images} images could not be read, "
                 f"more than data.max_bad_fraction ({max_bad_fraction:g}) allows:\n  {self._quoted()}\n"
                 "Repair or remove them, or raise data.max_bad_fraction."
             )
 
     def end_epoch(self, epoch: int) -> None:
-        """Report what the epoch skipped, if anything, and reset the count."""
+        """Report what the epoch replaced, if anything, and reset the count."""
         num_replaced, self._num_replaced = self._num_replaced, 0
-        if num_replaced:
+        if num_replaced and not self._leaves_out:
             logger.warning(
                 f"epoch {epoch}: {num_replaced} times an image could not be read and another took its place; so far "
-                f"{len(self._messages)} of the {len(self._dataset)} images of {self._dataset.annotations.source} have "
+                f"{len(self.messages)} of the {len(self._dataset)} images of {self._dataset.annotations.source} have "
                 f"failed:\n  {self._quoted()}"
             )
 
     def _quoted(self) -> str:
-        lines = [message.partition("\n")[0] for message in self._messages.values()]
+        lines = [message.partition("\n")[0] for message in self.messages.values()]
         more = [f"and {len(lines) - NUM_QUOTED} more"] if len(lines) > NUM_QUOTED else []
         return "\n  ".join([*lines[:NUM_QUOTED], *more])
 

@@ -9,6 +9,7 @@ from itertools import repeat
 import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch.utils.data import SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from onestage.data.dataset import DetectionDataset
@@ -197,22 +198,24 @@ def draw_copies(repeats: npt.NDArray[np.float64], generator: np.random.Generator
     return (np.arange(len(images)) - first) * len(repeats) + images
 
 
-class EvaluationSampler(DistributedSampler[int]):
+class EvaluationSampler(DistributedSampler[int], SequentialSampler):
     """Visits every image exactly once, over all processes: process r of W takes images r, r + W, r + 2 W, ...
 
     Nothing is repeated to make the shares equal, so processes may differ by one image. The images of a canvas follow
-    each other, so that few batches hold several.
+    each other, so that few batches hold several. A SequentialSampler, because `overfit_batches` replaces every other
+    sampler, and all processes would get the same images.
 
     Args:
         dataset: the split, N images.
         rank: of this process, 0..world_size - 1.
         world_size: number of processes.
+        is_even: whether the last images are left out so that all shares are equal, as training needs.
 
     Raises:
         DataError: a process would get no image, and the others would wait for it forever.
     """
 
-    def __init__(self, dataset: DetectionDataset, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, dataset: DetectionDataset, *, rank: int = 0, world_size: int = 1, is_even: bool = False) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
         num_images = len(dataset)
         if num_images < world_size:
@@ -220,7 +223,8 @@ class EvaluationSampler(DistributedSampler[int]):
                 f"{dataset.annotations.source} has {num_images} images for {world_size} processes.\n"
                 f"Set trainer.devices to at most {max(num_images, 1)}, or give more images."
             )
-        self._share = np.concatenate(dataset.rows_by_canvas())[rank::world_size].tolist()
+        order = np.concatenate(dataset.rows_by_canvas())
+        self._share = order[: num_images - num_images % world_size if is_even else None][rank::world_size].tolist()
         self.num_samples = len(self._share)
         self.total_size = num_images
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import onestage.data.annotations as rules
 from onestage.data.annotations import require_objects, shortened
 from onestage.errors import AnnotationError
+from onestage.evaluation.coco import MAX_DETECTIONS
 from onestage.types import AnnotationSet, Finding
 
 FEW_BOXES = 20  # of a class in the training split; fewer teach and measure little
@@ -94,8 +95,9 @@ def check_objects(annotations: AnnotationSet, max_detections: int, is_training: 
         path = annotations.image_paths[rows[repeated[0]]]
         problem = f"{len(repeated)} boxes repeat a box and class of their image, the first in {path!s:.200}"
         found.append(rules.BOX_REPEATED.broken(place, problem, len(repeated)))
-    if num_many := int(np.count_nonzero(counts > max_detections)):
-        problem = f"{num_many} images have more than {max_detections} objects, the maximum is {counts.max()}"
+    limit = min(max_detections, MAX_DETECTIONS)
+    if num_many := int(np.count_nonzero(counts > limit)):
+        problem = f"{num_many} images have more than {limit} objects, the maximum is {counts.max()}"
         found.append(rules.MANY_OBJECTS.broken(place, problem, num_many))
     return found
 

@@ -49,6 +49,7 @@ class CocoEvaluator:
     def __init__(self, annotations: AnnotationSet, backend: Backend = "auto") -> None:
         self.annotations, self.backend = annotations, backend
         self._rows_by_image: dict[int, Rows] = {}
+        self.unreadable: dict[int, str] = {}  # reason by row; of all processes after `compute` or `results`
         self._is_gathered = False
         self._results: Evaluation | None = None
 
@@ -74,7 +75,7 @@ class CocoEvaluator:
         packed = torch.cat([packed, image_indices.to(packed)[:, None]], dim=1).cpu()
         for index, rows in zip(packed[:, -1].int().tolist(), packed[:, :-1].numpy(), strict=True):
             if index not in self._rows_by_image:
-                self._rows_by_image[index] = self._best(rows.reshape(-1, 6), index)
+                self._rows_by_image[index] = self._sorted(rows.reshape(-1, 6), index)
 
     def compute(self) -> Metrics:
         """Return the twelve metrics, in [0, 1], NaN where the evaluated images have no object to find."""
@@ -98,24 +99,38 @@ class CocoEvaluator:
             self._results = cast(Evaluation, results[0])
         return self._results
 
-    def results(self) -> list[JSONDict]:
-        """Return COCO result records (own ids, boxes as xywh in original pixels). Collective like `evaluation`."""
+    def images(self, root: Path) -> list[JSONDict]:
+        """Return id, file name and number of detections, or the error, of every image. Collective like `evaluation`."""
+        self._gather()
+        outcomes: dict[int, JSONDict] = {
+            index: {"detections": len(rows)} for index, rows in self._rows_by_image.items()
+        }
+        outcomes |= {index: {"error": reason.partition("\n")[0]} for index, reason in self.unreadable.items()}
+        ids = self.annotations.image_ids
+        return [{"id": int(ids[i]), "file_name": self._name(i, root), **outcomes[i]} for i in sorted(outcomes)]
+
+    def results(self, root: Path) -> list[JSONDict]:
+        """Return COCO result records (own ids, boxes as xywh in original pixels). Collective like `evaluation`.
+
+        root: folder that the names of the images are relative to; an image elsewhere keeps its whole path.
+        """
         self._gather()
         annotations = self.annotations
         return [
             # The name, because the ids of a plain folder mean nothing.
-            coco_record(
-                int(annotations.image_ids[index]),
-                annotations.category_ids[int(label)],
-                box,
-                score,
-                file_name=Path(str(annotations.image_paths[index])).name,
+            coco_record(int(image_id), annotations.category_ids[int(label)], box, score, file_name=name)
+            for image_id, name, rows in (
+                (annotations.image_ids[index], self._name(index, root), rows)
+                for index, rows in self._rows_by_image.items()
             )
-            for index, rows in self._rows_by_image.items()
             for *box, score, label in rows.tolist()
         ]
 
-    def _best(self, rows: Rows, index: int) -> Rows:
+    def _name(self, index: int, root: Path) -> str:
+        path, folder = Path(str(self.annotations.image_paths[index])).absolute(), root.absolute()
+        return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
+
+    def _sorted(self, rows: Rows, index: int) -> Rows:
         rows = rows[rows[:, 5] != PADDING]
         is_finite = np.isfinite(rows).all(axis=1)
         if not is_finite.all():  # pycocotools would rank a NaN score first
@@ -124,19 +139,21 @@ class CocoEvaluator:
             warnings.warn(f"{problem} Has the training diverged?", stacklevel=3)
             rows = rows[is_finite]
         order = np.argsort(-rows[:, 4], kind="stable")  # stable, so that ties do not depend on the batch
-        return rows[order[:MAX_DETECTIONS]]
+        return rows[order]
 
     def _gather(self) -> None:
         """Give every process the detections of all, each image once, in the order of the AnnotationSet."""
         if not self._is_gathered and _num_processes() > 1:
             parts: list[Any] = [None] * _num_processes()
             # One message: torchmetrics' own exchange sends tensor by tensor and needs equal counts.
-            dist.all_gather_object(parts, self._rows_by_image)
-            self._rows_by_image = {index: rows for part in reversed(parts) for index, rows in part.items()}
+            dist.all_gather_object(parts, (self._rows_by_image, self.unreadable))
+            self._rows_by_image = {index: rows for part, _ in reversed(parts) for index, rows in part.items()}
+            self.unreadable = {index: reason for _, part in parts for index, reason in part.items()}
         self._rows_by_image = dict(sorted(self._rows_by_image.items()))
         self._is_gathered = True
 
     def _evaluate(self) -> Evaluation:
+        self._warn_of_crowded_images()
         found, objects = self.detections(), self.objects()
         names = self.annotations.class_names
         precision, recall = precision_recall_tables(found, objects, self.num_images, len(names), self.backend)
@@ -144,9 +161,18 @@ class CocoEvaluator:
         per_class = dict(zip(names, by_class, strict=True))
         return Evaluation(twelve_metrics(precision, recall), per_class, analyse(found, objects, len(names)))
 
+    def _warn_of_crowded_images(self) -> None:
+        counts = np.diff(self.annotations.box_offsets)[list(self._rows_by_image)]
+        if num_crowded := int(np.count_nonzero(counts > MAX_DETECTIONS)):
+            warnings.warn(
+                f"{num_crowded} of {len(counts)} images have more than {MAX_DETECTIONS} objects, up to {counts.max()}: "
+                f"COCO's metrics count {MAX_DETECTIONS} detections of an image, so some cannot be found.",
+                stacklevel=2,
+            )
+
     def detections(self) -> Found:
-        """Return the detections of the collected images."""
-        rows = list(self._rows_by_image.values())
+        """Return the best hundred detections of each collected image."""
+        rows = [rows[:MAX_DETECTIONS] for rows in self._rows_by_image.values()]
         table = np.concatenate([np.zeros((0, 6), np.float32), *rows])
         images = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
         return Found(images, table[:, :4], table[:, 4], table[:, 5].astype(np.int64))

@@ -62,8 +62,8 @@ def _class_as_json(one: ClassAnalysis) -> JSONDict:
     return values | one.best._asdict() | {"precision_by_recall": curve}
 
 
-def write_coco_results(path: Path, records: Sequence[JSONDict]) -> None:
-    """Write COCO result records as one JSON list, one record per line, atomically."""
+def write_records(path: Path, records: Sequence[JSONDict]) -> None:
+    """Write records, such as COCO results, as one JSON list, one record per line, atomically."""
     lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records)
     with atomic_write(path) as temporary:
         temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")

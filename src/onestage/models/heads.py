@@ -117,7 +117,9 @@ class SharedHead(nn.Module):
 
 def _by_anchor(maps: Sequence[Tensor], num_outputs: int) -> Tensor:
     """Return [B, A, num_outputs] float32 of output maps [B, anchors per cell * num_outputs, H_l, W_l]."""
-    rows = [features.permute(0, 2, 3, 1).reshape(len(features), -1, num_outputs) for features in maps]
+    cells = (features.permute(0, 2, 3, 1) for features in maps)
+    # Not one reshape, which cannot infer the number of anchors of a batch without images.
+    rows = [torch.unflatten(features, -1, (-1, num_outputs)).flatten(1, 3) for features in cells]
     return torch.cat(rows, dim=1).float()  # bf16 has 8 significant bits: near 300 px it resolves only 2 px
 
 

@@ -23,11 +23,12 @@ from onestage.evaluation.anchor_losses import (
 )
 from onestage.evaluation.drawing import draw_boxes, save_jpeg
 from onestage.evaluation.figures import write_figures
-from onestage.evaluation.results import format_table, write_coco_results, write_results
+from onestage.evaluation.results import format_table, write_records, write_results
 from onestage.training.module import DetectionModule, stage_of
 from onestage.types import Batch, Detections, Predictions
 
 CURVES_FILE = "losses.csv"
+IMAGES_FILE = "images.json"
 FIGURE_FILE = "losses.png"
 TIMED_BATCHES = (10, 30)  # the run time is estimated from those between; the first ones are slower
 
@@ -104,10 +105,12 @@ class ResultsWriter(Callback):
     on_test_end = on_validation_end
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write the detections of all processes, in original pixels and with the data set's own category ids."""
-        records = pl_module.evaluator.results()  # collective
+        """Write the detections of all processes, with the data set's own category ids, and a list of all images."""
+        root = pl_module.data.predicted_root
+        records, images = pl_module.evaluator.results(root), pl_module.evaluator.images(root)  # collective
         if trainer.is_global_zero:
-            write_coco_results(self.path, records)
+            write_records(self.path, records)
+            write_records(self.path.with_name(IMAGES_FILE), images)
 
 
 def print_report(module: DetectionModule) -> None:

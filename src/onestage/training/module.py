@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -250,9 +251,16 @@ class DetectionModule(pl.LightningModule):
         """Return the split that a stage reads, of the data module or of the loader's dataset; None: unknown."""
         if self.has_data:
             return self.data.annotations(stage)
-        loader = getattr(self.trainer, f"{stage}_dataloaders", None)
-        annotations = getattr(getattr(loader, "dataset", None), "annotations", None)
+        annotations = getattr(getattr(self._loader(stage), "dataset", None), "annotations", None)
         return annotations if isinstance(annotations, AnnotationSet) else None
+
+    def _loader(self, stage: Stage) -> Any:
+        return getattr(self.trainer, f"{stage}_dataloaders", None)
+
+    def _note_unreadable(self) -> None:
+        """Tell the evaluator which images the loader has left out."""
+        if self.evaluator is not None:
+            self.evaluator.unreadable |= getattr(self._loader(stage_of(self.trainer)), "unreadable", {})
 
     def _collect(self, batch: Batch, predictions: Predictions) -> dict[str, Tensor]:
         detections = self.detect(batch, predictions)
@@ -271,6 +279,7 @@ class DetectionModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Compute and log the metrics of the split."""
         prefix = stage_of(self.trainer)
+        self._note_unreadable()
         self.metrics = self.evaluator.compute() if self.evaluator is not None else {}
         if self.evaluator is not None:
             analysis = self.evaluator.evaluation().analysis
@@ -286,6 +295,10 @@ class DetectionModule(pl.LightningModule):
             # NaN means "undefined on this data", which loggers and ModelCheckpoint cannot handle; 0 comes nearest.
             value = 0.0 if math.isnan(value) else value
             self.log(f"{prefix}/{name}", value, prog_bar=name in ("mAP", "AP50"))
+
+    def on_predict_epoch_end(self) -> None:
+        """Complete the evaluator, whose detections `onestage predict` writes."""
+        self._note_unreadable()
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
@@ -341,6 +354,15 @@ class DetectionModule(pl.LightningModule):
         require(total_steps < math.inf, "model.schedule.kind", kind, "constant in a run without end", remedy)
         return self.schedule.factor(step, total_steps)
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step the schedule; leave the rate of groups alone that a callback, such as BackboneFinetuning, has added."""
+        own = self._scheduler
+        if own is not None and scheduler is own:
+            for group in own.optimizer.param_groups[len(own.base_lrs) :]:
+                own.base_lrs.append(1.0)
+                own.lr_lambdas.append(partial(_rate_of, group))
+        super().lr_scheduler_step(scheduler, metric)
+
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -377,6 +399,10 @@ class DetectionModule(pl.LightningModule):
         """Take the score threshold that a checkpoint holds, if it holds a valid one."""
         if isinstance(value, float) and 0 <= value <= 1:
             self.score_threshold = value
+
+
+def _rate_of(group: dict[str, Any], _step: int) -> float:
+    return float(group["lr"])
 
 
 def usual_memory_format(device: str, precision: str) -> bool:

@@ -1,0 +1,149 @@
+"""Uses of Lightning and torch that their manuals show: other loaders, precisions, callbacks."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder
+from PIL import Image
+from tiny_training import TinyData, TinyDetector, quiet_trainer, tiny_batch
+from torch.utils.data import DataLoader, SequentialSampler
+
+from onestage.boxes.anchors import AnchorGrid, AnchorShapes
+from onestage.data import EvaluationSampler, from_datasets
+from onestage.errors import ConfigError
+from onestage.losses import ClassWeights, SigmoidFocalLoss
+from onestage.training.module import DetectionModule
+from onestage.training.optimization import WarmupSchedule
+from onestage.types import Batch, Detections
+
+
+def module_of(**settings: Any) -> DetectionModule:
+    return DetectionModule(TinyDetector(num_classes=2), schedule=WarmupSchedule(warmup_steps=0), **settings)
+
+
+def samples(count: int) -> list[Any]:
+    return [
+        (Image.new("RGB", (64, 64), (index, 0, 0)), {"boxes": [[4.0, 4, 40, 40]], "labels": [index % 2]})
+        for index in range(count)
+    ]
+
+
+def shapes_data(count: int = 8, **settings: Any) -> Any:
+    settings = {"image_size": 64, "batch_size": 2, "num_workers": 0, **settings}
+    return from_datasets(samples(count), samples(2), class_names=["even", "odd"], **settings)
+
+
+def loader(count: int = 4) -> DataLoader[Any]:
+    return TinyData(count, 2).train_dataloader()
+
+
+def test_loaders_train_and_validate_without_a_data_module(tmp_path):
+    module = module_of()
+    trainer = quiet_trainer(pl.Trainer, tmp_path, max_epochs=1, limit_val_batches=1.0)
+    with pytest.warns(UserWarning, match="only losses are evaluated"):
+        trainer.fit(module, train_dataloaders=loader(), val_dataloaders=loader())
+    assert trainer.global_step == 2
+    assert "val/loss" in trainer.callback_metrics
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    saved = torch.load(tmp_path / "plain.ckpt", weights_only=True)["onestage"]
+    assert saved["class_names"] == ["class_0", "class_1"]
+    assert saved["image_size"] == 64
+    trainer.validate(module, dataloaders=shapes_data().val_dataloader(), verbose=False)
+    assert "mAP" in module.metrics  # its data set has annotations
+    found = trainer.predict(module, dataloaders=loader(2))
+    assert found[0]["boxes"].shape[::2] == (2, 4)
+
+
+def test_what_needs_a_data_module_says_so(tmp_path):
+    loss = SigmoidFocalLoss(class_weights=ClassWeights())
+    weighted = DetectionModule(TinyDetector(num_classes=2, classification_loss=loss))
+    for module in (weighted, module_of(reference_batch_size=32)):
+        trainer = quiet_trainer(pl.Trainer, tmp_path, max_steps=1)
+        with pytest.raises(ConfigError, match=r"need a data module\.\nPass datamodule="):
+            trainer.fit(module, train_dataloaders=loader())
+
+
+def test_foreign_batch_is_refused_with_a_remedy(tmp_path):
+    with pytest.raises(ConfigError, match=r"a batch must be an onestage.types.Batch, got 'list'\.\n.*collate"):
+        quiet_trainer(pl.Trainer, tmp_path, max_steps=1).fit(
+            module_of(), train_dataloaders=DataLoader([(torch.zeros(3, 64, 64), 1)])
+        )
+
+
+def test_calling_the_module_detects_on_a_batch_of_images():
+    module = module_of().eval()
+    found = module(tiny_batch([0, 1]).images)
+    expected = module.detector.detect(module.detector(tiny_batch([0, 1]).images))
+    assert isinstance(found, Detections)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_half_precision_weights_train_and_evaluate(tmp_path, precision):
+    module = module_of()
+    trainer = quiet_trainer(pl.Trainer, tmp_path, max_epochs=1, limit_val_batches=1.0, precision=precision)
+    trainer.fit(module, datamodule=shapes_data())
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    assert "mAP" in module.metrics
+
+
+def test_anchors_are_those_of_float32_after_half():
+    grid = AnchorGrid([AnchorShapes(8, ((101.3, 33.7),))])
+    expected = grid([(2, 2)]).boxes
+    half = AnchorGrid([AnchorShapes(8, ((101.3, 33.7),))]).half()([(2, 2)])
+    assert half.boxes.dtype == half.strides.dtype == torch.float32
+    assert torch.equal(half.boxes, expected)
+
+
+def test_batch_without_images_has_zero_loss_and_no_detections():
+    module, batch = module_of(), tiny_batch([0])
+    empty = Batch(
+        batch.images[:0], type(batch.targets)(*(part[:0] for part in batch.targets)), *(p[:0] for p in batch[2:])
+    )
+    predictions = module.predict_batch(empty)
+    losses = module.weighted_loss(module.detector.loss(predictions, empty.targets))
+    losses["loss"].backward()
+    assert losses["loss"].item() == 0
+    assert all(len(part) == 0 for part in module.detect(empty))
+
+
+def test_overfit_batches_repeats_the_same_images_in_shares_of_equal_size(tmp_path):
+    seen = []
+
+    class Recording(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(batch.image_indices.tolist())
+
+    trainer = quiet_trainer(pl.Trainer, tmp_path, max_epochs=3, overfit_batches=2, callbacks=[Recording()])
+    trainer.fit(module_of(), datamodule=shapes_data())
+    assert seen == [[0, 1], [2, 3]] * 3
+    dataset = shapes_data(7).train_dataloader().dataset
+    shares = [EvaluationSampler(dataset, rank=rank, world_size=2, is_even=True) for rank in range(2)]
+    assert [list(share) for share in shares] == [[0, 2, 4], [1, 3, 5]]
+    assert isinstance(shares[0], SequentialSampler)  # Lightning replaces all others
+
+
+def test_backbone_finetuning_freezes_and_then_trains_the_backbone(tmp_path):
+    module = module_of()
+    before = next(module.backbone.parameters()).clone()
+    callbacks = [BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.1)]
+    frozen = quiet_trainer(pl.Trainer, tmp_path, max_epochs=1, callbacks=callbacks)
+    frozen.fit(module, datamodule=shapes_data())
+    assert torch.equal(next(module.backbone.parameters()), before)
+    trained = quiet_trainer(pl.Trainer, tmp_path, max_epochs=2, callbacks=callbacks)
+    trained.fit(module, datamodule=shapes_data())
+    assert not torch.equal(next(module.backbone.parameters()), before)
+
+
+def test_learning_rate_finder_sets_the_rate_of_the_training(tmp_path):
+    module = module_of()
+    assert module.lr == 1e-3  # SGD's default
+    finder = LearningRateFinder(num_training_steps=8, min_lr=1e-6, max_lr=1e-4, early_stop_threshold=None)
+    trainer = quiet_trainer(pl.Trainer, tmp_path, max_steps=2, callbacks=[finder])
+    trainer.fit(module, datamodule=shapes_data(24))
+    suggestion = finder.optimal_lr.suggestion()
+    assert module.lr == (suggestion if suggestion is not None else 1e-3)
+    if suggestion is not None:
+        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(suggestion)
