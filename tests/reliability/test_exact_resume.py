@@ -26,6 +26,17 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "fp16": ("--trainer.precision=16-mixed", "--model.optimizer.init_args.fused=false"),
     "validation inside epochs": ("--trainer.val_check_interval", "0.5"),
     "accumulation over validations": ("--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=0.5"),
+    "yolo of many sizes": (
+        "--model.detector",
+        "onestage.models.YOLOv3",
+        "--model.detector.backbone",
+        "onestage.models.Darknet53",
+        "--model.detector.backbone.width",
+        "2",
+        "--model.multi_scale.sizes=[32,64]",
+        "--model.multi_scale.every_n_steps",
+        "1",
+    ),
     "sgd": ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr=0.01", "--model.optimizer.momentum=0.9"),
 }
 STOPS = [  # number of the call at which SIGTERM comes
@@ -41,6 +52,7 @@ STOPS = [  # number of the call at which SIGTERM comes
     ("accumulation over validations", STEP, 4),  # the signal is first seen in the validation that follows
     ("accumulation over validations", VALIDATION, 1),
     ("sgd", STEP, 10),
+    ("yolo of many sizes", STEP, 5),
 ]
 
 
