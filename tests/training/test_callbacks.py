@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,3 +77,25 @@ def test_run_time_is_printed_once_unless_the_run_has_no_end(tmp_path, monkeypatc
         limit_train_batches=5 if max_steps > 0 else None, max_time=None if max_steps > 0 else {"seconds": 1},
     )  # fmt: skip
     assert lines == ([f"training: {printed}"] if printed else [])
+
+
+def test_bar_has_short_names_and_fits_80_columns():
+    names = ("train/loss", "train/classification_loss", "train/box_loss", "val/mAP", "val/AP50", "v_num")
+    shown = SimpleNamespace(progress_bar_metrics=dict(zip(names, (10.5, 5.25, 0.126, 0.58, 1.0, 3.0), strict=True)))
+    metrics = LossBar().get_metrics(shown, None)
+    assert metrics == {"loss": "10.50", "cls": "5.25", "box": "0.13", "mAP": "0.58", "AP50": "1.00"}
+    postfix = ", " + ", ".join(f"{name}={value}" for name, value in metrics.items())
+    line = LossBar.BAR_FORMAT.format(desc="Epoch 11:", n_fmt="188", total_fmt="188", remaining="00:32", postfix=postfix)
+    assert len(line) <= 80
+
+
+def test_without_a_terminal_the_bar_is_off_and_each_validation_prints_one_line(capsys):
+    metrics = {"val/loss": torch.tensor(0.5234), "val/mAP": torch.tensor(0.5821), "val/AP50": torch.tensor(0.879)}
+    moment = {"is_global_zero": True, "sanity_checking": False, "current_epoch": 4, "global_step": 940}
+    trainer = SimpleNamespace(**moment, state=SimpleNamespace(fn="fit"), callback_metrics=metrics)
+    bar = LossBar()
+    bar.setup(trainer, None, "fit")
+    assert not bar.is_enabled
+    bar.on_validation_start(trainer, None)
+    bar.on_validation_end(trainer, None)
+    assert capsys.readouterr().out == "epoch 5, step 940: loss 0.523  mAP 58.2  AP50 87.9\n"

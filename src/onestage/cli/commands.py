@@ -1,5 +1,6 @@
 """The trainer commands: Lightning's command line over our module and data."""
 
+import logging
 import tempfile
 import warnings
 from copy import deepcopy
@@ -52,6 +53,7 @@ from onestage.types import JSONDict
 RUN_ADD_ONS = (
     "onestage.reliability.add_on:Reliability",
 )  # fmt: skip
+ADVERTISED = "litlogger"  # a product that Lightning recommends at every start
 HARMLESS_WARNINGS = (
     "Experiment logs directory .* exists and is not empty",  # it was just created for this run
     ".*isinstance.treespec, LeafSpec.",  # between Lightning and torch
@@ -70,6 +72,8 @@ def run_trainer_command(words: list[str], data: Source | DetectionDataModule | N
         check_config_file(file)
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: ADVERTISED not in record.getMessage())
     add_on = make_add_on()
     with add_on.command():
         return _run(command, options, add_on, data)

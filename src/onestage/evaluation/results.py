@@ -27,7 +27,7 @@ from onestage.evaluation.coco import METRIC_NAMES
 from onestage.files import atomic_write
 from onestage.types import JSONDict, Metrics
 
-CLASS_COLUMNS = "   AP50  prec.  recall   F1  score  objects"  # precision, recall and F1 at the score with the best F1
+CLASS_COLUMNS = "   AP50  prec.  recall    F1  score  objects"  # precision, recall and F1 at the score with the best F1
 
 
 def write_results(

@@ -1,6 +1,7 @@
 """Callbacks that report a run: images, results, anchor statistics, loss curves, the progress bar."""
 
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,15 @@ from onestage.types import Batch, Detections, Predictions
 CURVES_FILE = "losses.csv"
 IMAGES_FILE = "images.json"
 FIGURE_FILE = "losses.png"
+SHORT_NAMES = {
+    **{
+        "train/loss": "loss",
+        "train/classification_loss": "cls",
+        "train/box_loss": "box",
+        "train/objectness_loss": "obj",
+    },
+    **{"val/mAP": "mAP", "val/AP50": "AP50"},
+}
 TIMED_BATCHES = (10, 30)  # the run time is estimated from those between; the first ones are slower
 
 
@@ -121,13 +131,39 @@ def print_report(module: DetectionModule) -> None:
 
 
 class LossBar(TQDMProgressBar):
-    """Progress bar with losses and mAP; after 30 batches it prints how long the training will take."""
+    """Progress bar of 80 columns with losses and mAP, and a line that stays for each validation.
+
+    Without a terminal only the lines are printed. After 30 batches it prints how long the training will take.
+    """
+
+    BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} [{remaining}{postfix}]"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Switch the bar off if standard output is a file or a pipe, where each refresh would be written."""
+        super().setup(trainer, pl_module, stage)
+        if not sys.stdout.isatty():
+            self.disable()
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Return the metrics behind the bar, without the version: it is in the name of the run folder."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        """Return the metrics behind the bar by short names."""
+        metrics = trainer.progress_bar_metrics
+        return {short: f"{metrics[name]:.2f}" for name, short in SHORT_NAMES.items() if name in metrics}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the metrics of a validation during training."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and trainer.is_global_zero:
+            metrics = {name.removeprefix("val/"): float(value) for name, value in trainer.callback_metrics.items()}
+            parts = [f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []
+            parts += [f"{name} {100 * metrics[name]:.1f}" for name in ("mAP", "AP50") if name in metrics]
+            self.print(f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}: {'  '.join(parts)}")
+
+    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+        """Print above the bar, or as any line if there is none."""
+        if self.is_enabled:
+            super().print(*args, sep=sep, **kwargs)
+        else:
+            print(*args, sep=sep, flush=True, **kwargs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the bar, and count batches from here."""
@@ -149,7 +185,8 @@ class LossBar(TQDMProgressBar):
             if math.isfinite(steps) and steps * seconds >= 60:
                 minutes = steps * seconds / 60
                 time_text = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-                self.print(f"training: about {time_text} for {steps:,.0f} steps")
+                if trainer.is_global_zero:
+                    self.print(f"training: about {time_text} for {steps:,.0f} steps")
 
 
 class AnchorMonitor(Callback):
