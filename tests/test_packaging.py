@@ -4,7 +4,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,20 @@ def test_no_file_names_a_package_registry() -> None:
     paths = [ROOT / name for name in listed.stdout.split()] or sorted((ROOT / "src").rglob("*.py"))
     texts = {path: path.read_bytes().decode(errors="replace") for path in paths if path.is_file()}
     assert [path.name for path, text in texts.items() if path != Path(__file__) and REGISTRY_ADDRESS.search(text)] == []
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_configurations_and_stubs(tmp_path: Path) -> None:
+    for name in ("src", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    words = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", "out", "."]
+    subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, check=True)
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"onestage/{path.relative_to(ROOT)}" for path in ROOT.glob("configs/**/*.yaml")} <= {*names}
+    assert "onestage/__init__.pyi" in names
 
 
 def make(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:

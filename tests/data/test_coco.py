@@ -280,6 +280,11 @@ GOOD = json.dumps(good_content()).encode()
         (GOOD[:-1], "cut off"),
         (b"\n<!DOCTYPE html><html></html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (
+            b'[{"image": "a.jpg", "annotations": []}]',
+            "the top level is a list, as in CreateML's annotations;",
+        ),
+        (b"[1]", "the top level is a list; it must be an object"),
         (b'[{"image_id": 1, "score": 0.5}]', "the top level is a list, as in a detections (results) file"),
         (b"{'images': []}", "is not JSON: Expecting property name enclosed in double quotes: line 1 column 2"),
         (GOOD.decode().encode("utf-16"), "'utf-8' codec can't decode"),

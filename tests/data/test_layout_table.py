@@ -435,3 +435,10 @@ def test_fit_ends_as_the_table_says(name: str, code: int, tmp_path: Path) -> Non
     config = str(REPOSITORY / "configs" / "shapes_ssd.yaml")
     path = ["--data.path", str(tmp_path / "set"), "--runs_dir", str(tmp_path / "runs")]
     assert run("fit", "--config", config, *path, *options.split()) == code
+
+
+@pytest.mark.parametrize("name", ["a.xml", "a.txt"])
+def test_single_label_file_is_answered_with_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(DataError, match=f"Give the folder of the data set, such as {tmp_path}"):
+        recognise(tmp_path / name)

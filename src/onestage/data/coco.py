@@ -225,7 +225,10 @@ def _parse_json(source: str, content: bytes, hook: Any) -> JSONDict:
         problem = f"is not JSON: {reason}{'; the file ends there, so it was cut off' if is_cut else ''}"
         raise malformed(source, problem, FRESH_COPY) from None
     if not isinstance(parsed, dict):
-        problem = f"the top level is a {type(parsed).__name__}, as in a detections (results) file"
+        first = parsed[0] if isinstance(parsed, list) and parsed and isinstance(parsed[0], dict) else {}
+        kinds = {"image_id": "a detections (results) file", "annotations": "CreateML's annotations"}
+        kind = next((f", as in {kinds[key]}" for key in kinds if key in first), "")
+        problem = f"the top level is a {type(parsed).__name__}{kind}"
         raise malformed(source, f"{problem}; it must be an object with {', '.join(TABLES)}", OTHER_PATH)
     return parsed
 

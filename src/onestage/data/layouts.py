@@ -55,7 +55,9 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
         return COCO(path, train_images=images)
     if not path.is_dir():
         problem = "is not a folder, JSON or YAML file" if path.exists() else "there is no such file or folder"
-        raise DataError(f"{printable(path)}: {problem}.\n{KNOWN}.")
+        is_label = path.suffix.lower() in (".xml", ".txt") and path.exists()
+        remedy = f"Give the folder of the data set, such as {printable(path.parent)}.\n" if is_label else ""
+        raise DataError(f"{printable(path)}: {problem}.\n{remedy}{KNOWN}.")
     recognisers: tuple[tuple[Callable[[Path], object], Callable[[Path], Source]], ...] = (
         (find_list_files, VOC),
         (has_settings, YOLO),

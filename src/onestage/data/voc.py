@@ -176,7 +176,8 @@ def _list_images(root: Path, split: str) -> list[LabelledImage]:
     if not listed:
         found = ", ".join(list(lists)[:30]) or ("none" if root.is_dir() else "no such folder")
         problem = f"there is no list {split!r} in {SPLIT_FOLDER}; there are: {found}"
-        raise malformed(printable(root), problem, "Correct data.path, or the name of the split.")
+        remedy = "Correct data.path, or the name of the split; or hold out a part of another: data.val_fraction: 0.2"
+        raise malformed(printable(root), problem, remedy)
     return listed
 
 
