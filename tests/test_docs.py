@@ -29,7 +29,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def run_example(page: str) -> types.ModuleType:
-    (source,) = blocks(page, "python")
+    source = blocks(page, "python")[0]
     module = types.ModuleType("example")
     exec(compile(source, page, "exec"), module.__dict__)
     return module

@@ -4,6 +4,7 @@ from onestage.models.backbone import Backbone, TorchvisionBackbone
 from onestage.models.darknet import Darknet19, Darknet53
 from onestage.models.retinanet import RetinaNet
 from onestage.models.ssd import SSD, SSD128, SSD160, SSD300, SSD512
+from onestage.models.ssdlite import MobileNetV3, SSDLite320
 from onestage.models.vgg import VGG
 from onestage.models.yolo import YOLOv2, YOLOv3
 
@@ -17,7 +18,9 @@ __all__ = [
     "Backbone",
     "Darknet19",
     "Darknet53",
+    "MobileNetV3",
     "RetinaNet",
+    "SSDLite320",
     "TorchvisionBackbone",
     "YOLOv2",
     "YOLOv3",

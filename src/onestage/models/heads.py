@@ -32,13 +32,17 @@ class ExtraLayers(nn.ModuleList):
         super().__init__()
         self.out_channels = list(in_channels)
         for layer in layers:
-            reduce = nn.Conv2d(self.out_channels[-1], layer.reduced_channels, kernel_size=1)
-            conv = nn.Conv2d(layer.reduced_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
-            # No batch norm: the last maps have 1 to 9 cells, too few values for its statistics.
-            block = [("reduce", _xavier(reduce)), ("reduce_relu", nn.ReLU(inplace=True))]
-            block += [("conv", _xavier(conv)), ("conv_relu", nn.ReLU(inplace=True))]
-            self.append(nn.Sequential(OrderedDict(block)))
+            self.append(self.make_block(self.out_channels[-1], layer))
             self.out_channels.append(layer.out_channels)
+
+    def make_block(self, in_channels: int, layer: ExtraLayer) -> nn.Module:
+        """Return the layer that makes the next map."""
+        reduce = nn.Conv2d(in_channels, layer.reduced_channels, kernel_size=1)
+        conv = nn.Conv2d(layer.reduced_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+        # No batch norm: the last maps have 1 to 9 cells, too few values for its statistics.
+        block = [("reduce", _xavier(reduce)), ("reduce_relu", nn.ReLU(inplace=True))]
+        block += [("conv", _xavier(conv)), ("conv_relu", nn.ReLU(inplace=True))]
+        return nn.Sequential(OrderedDict(block))
 
     def forward(self, feature_maps: Sequence[Tensor]) -> list[Tensor]:
         """Return the given maps [B, C, H, W] and one more for each layer."""
@@ -76,7 +80,7 @@ class AnchorHead(nn.Module):
     def start_at_prior(self, prior_bias: Tensor) -> None:
         """Set weights to N(0, 0.01^2) and biases to `prior_bias`, [num_outputs]. RetinaNet section 4.1."""
         for level in self.levels:
-            _start_at(level, prior_bias)
+            _start_at(level[-1] if isinstance(level, nn.Sequential) else level, prior_bias)
 
 
 class SharedHead(nn.Module):

@@ -45,10 +45,10 @@ class SSD(AnchorDetector):
         image_size: side of the square input, px; only the published size (None) is accepted.
         anchors: a table of the paper (COCO's objects are smaller), or one `AnchorShapes` for each feature map, finest
             first, as `onestage anchors` proposes them.
-        backbone: maps of strides 8 and 16, such as onestage.models.TorchvisionBackbone; None: the paper's.
+        backbone: maps of `backbone_strides`, such as onestage.models.TorchvisionBackbone; None: the paper's.
         backbone_weights: IMAGENET1K_FEATURES, the path of a VGG16's state dict, or None for random weights.
-        pretrained: torchvision_coco or the path of a state dict of torchvision's ssd300_vgg16, for SSD300 with
-            MinedCrossEntropy and anchors "coco"; it replaces all weights.
+        pretrained: torchvision_coco or the path of a state dict of torchvision's ssd300_vgg16 or, for SSDLite320, its
+            ssdlite320_mobilenet_v3_large, with MinedCrossEntropy and anchors "coco"; it replaces all weights.
         prior: score of every anchor before training, in (0, 1). RetinaNet's pi.
         positive_iou: overlap that makes an anchor positive, in (0, 1].
         negative_iou: overlap below which it is background, in (0, positive_iou].
@@ -66,6 +66,9 @@ class SSD(AnchorDetector):
     image_size: int
     anchor_tables: ClassVar[Mapping[AnchorTable, Sequence[AnchorShapes]]]
     extra_layers: ClassVar[Sequence[ExtraLayer]]
+    backbone_strides: tuple[int, int] = (8, 16)
+    neck_class: type[ExtraLayers] = ExtraLayers
+    head_class: type[AnchorHead] = AnchorHead
 
     def __init__(
         self,
@@ -92,12 +95,14 @@ class SSD(AnchorDetector):
         require(num_classes >= 1, f"{name}: num_classes", num_classes, ">= 1")
         require(0 < prior < 1, f"{name}: prior", prior, "in (0, 1)", "RetinaNet's is 0.01.")
         levels = self._anchor_levels(anchors)
+        is_own_backbone = backbone is None
         backbone, loss = backbone or self.make_backbone(), classification_loss or SigmoidFocalLoss()
-        require(backbone.strides == (8, 16), f"{name}: strides of the backbone", backbone.strides, "(8, 16)")
-        neck = ExtraLayers(backbone.out_channels, self.extra_layers)
+        fits, rule = backbone.strides == self.backbone_strides, str(self.backbone_strides)
+        require(fits, f"{name}: strides of the backbone", backbone.strides, rule)
+        neck = self.neck_class(backbone.out_channels, self.extra_layers)
         anchors_per_cell, box_coder = [len(level.shapes) for level in levels], DeltaBoxCoder((0.1, 0.2))
-        box_head = AnchorHead(neck.out_channels, anchors_per_cell, box_coder.num_outputs)
-        class_head = AnchorHead(neck.out_channels, anchors_per_cell, loss.num_logits(num_classes))
+        box_head = self.head_class(neck.out_channels, anchors_per_cell, box_coder.num_outputs)
+        class_head = self.head_class(neck.out_channels, anchors_per_cell, loss.num_logits(num_classes))
         class_head.start_at_prior(loss.prior_bias(num_classes, prior))
         super().__init__(
             num_classes,
@@ -115,11 +120,15 @@ class SSD(AnchorDetector):
         )
         is_vgg16 = isinstance(backbone, VGG) and backbone.is_vgg16
         if pretrained is not None:
-            is_torchvision = isinstance(self, SSD300) and isinstance(loss, SoftmaxClassificationLoss) and is_vgg16
-            found, rule = f"{name}, {anchors}, {type(loss).__name__}", "torchvision's: SSD300, coco, a softmax"
+            found, rule = (
+                f"{name}, {anchors}, {type(loss).__name__}",
+                "torchvision's: SSD300 or SSDLite320, coco, a softmax",
+            )
             remedy = "Set anchors: coco and classification_loss: onestage.losses.MinedCrossEntropy, or pretrained: null"
-            require(is_torchvision and anchors == "coco", f"pretrained: {pretrained}: detector", found, rule, remedy)
-            load_torchvision_ssd300(self, pretrained, num_classes, PIXEL_STD)
+            fits = is_own_backbone and isinstance(loss, SoftmaxClassificationLoss) and anchors == "coco"
+            require(
+                fits and self.load_torchvision(pretrained), f"pretrained: {pretrained}: detector", found, rule, remedy
+            )
         elif backbone_weights is not None:
             place, rule = f"backbone_weights: {backbone_weights}: backbone of {name}", "VGG16 without batch norm"
             remedy = "Set backbone_weights: null, or choose SSD300 or SSD512 without another backbone."
@@ -129,6 +138,10 @@ class SSD(AnchorDetector):
     def make_backbone(self) -> Backbone:
         """Return the network of the first two feature maps, with random weights."""
         return VGG()
+
+    def load_torchvision(self, value: str) -> bool:
+        """Load torchvision's weights of this class; return False if it has none."""
+        return False
 
     def _anchor_levels(self, anchors: AnchorTable | list[AnchorShapes]) -> Sequence[AnchorShapes]:
         """Return the table of that name, or the given one, checked to fit the feature maps."""
@@ -163,6 +176,11 @@ class SSD300(SSD):
     }
     _unpadded = ExtraLayer(128, 256, stride=1, padding=0)
     extra_layers: ClassVar = (ExtraLayer(256, 512), ExtraLayer(128, 256), _unpadded, _unpadded)  # conv8_2 to conv11_2
+
+    def load_torchvision(self, value: str) -> bool:
+        """Load ssd300_vgg16."""
+        load_torchvision_ssd300(self, value, self.num_classes, PIXEL_STD)
+        return True
 
 
 class SSD512(SSD):

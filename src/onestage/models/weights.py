@@ -11,6 +11,7 @@ from torchvision.models.detection import (
     RetinaNet_ResNet50_FPN_V2_Weights,
     RetinaNet_ResNet50_FPN_Weights,
     SSD300_VGG16_Weights,
+    SSDLite320_MobileNet_V3_Large_Weights,
 )
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -34,6 +35,12 @@ _SSD300 = {
     **{f"neck.{block}.conv": f"backbone.extra.{block + 1}.2" for block in range(4)},
     **{f"class_head.levels.{level}": f"head.classification_head.module_list.{level}" for level in range(6)},
     **{f"box_head.levels.{level}": f"head.regression_head.module_list.{level}" for level in range(6)},
+}
+_SSDLITE320 = {  # torchvision's names: ours
+    "backbone.features.": "backbone.parts.",
+    "backbone.extra.": "neck.",
+    "head.classification_head.module_list.": "class_head.levels.",
+    "head.regression_head.module_list.": "box_head.levels.",
 }
 _RETINANET = {  # torchvision's names, those in files of its versions before 0.13 included: ours
     r"^backbone\.fpn\.inner_blocks\.(\d)(\.0)?\.": r"neck.laterals.\1.",
@@ -94,6 +101,24 @@ def torchvision_ssd300(key: str, value: str, scale: float) -> dict[str, Tensor]:
     state = rename(weights, keys, f"{key}: {value}")
     state["backbone.to_conv4.conv1_1.weight"] = state["backbone.to_conv4.conv1_1.weight"] * scale
     return state
+
+
+def load_torchvision_ssdlite320(detector: nn.Module, value: str, num_classes: int) -> None:
+    """Load torchvision's ssdlite320_mobilenet_v3_large into an SSDLite320. See `load_torchvision_ssd300`."""
+    place = f"pretrained: {value}"
+    weights = {}
+    published = {TORCHVISION_COCO: SSDLite320_MobileNet_V3_Large_Weights.COCO_V1}
+    for name, tensor in read_weights("pretrained", value, published).items():
+        for theirs, ours in _SSDLITE320.items():
+            name = name.replace(theirs, ours)
+        weights[name] = tensor
+    state = rename(weights, {name: name for name in detector.state_dict()}, place)
+    num_columns = 4 * len(state["class_head.levels.0.1.bias"]) // len(state["box_head.levels.0.1.bias"])
+    columns = _columns(num_columns, num_classes, place)
+    for name, tensor in state.items():
+        if re.fullmatch(r"class_head\.levels\.\d\.1\.\w+", name):  # behind the depthwise convolution
+            state[name] = _select_columns(tensor, num_columns, columns)
+    load_tensors(detector, state, place)
 
 
 def load_torchvision_retinanet(detector: nn.Module, value: str, num_classes: int, is_second: bool) -> None:

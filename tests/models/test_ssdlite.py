@@ -1,0 +1,68 @@
+"""torchvision's SSDLite320 is the second implementation: same weights, same images, same outputs."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+from torchvision.models.detection.image_list import ImageList
+
+from onestage.errors import ConfigError
+from onestage.losses import MinedCrossEntropy
+from onestage.models import SSDLite320
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    torch.manual_seed(0)
+    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.01, 0.1)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights_file(theirs, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "ssdlite.pth"
+    torch.save(theirs.state_dict(), path)
+    return str(path)
+
+
+def test_outputs_and_anchors_equal_torchvision_with_its_weights(theirs, weights_file) -> None:
+    detector = SSDLite320(4, MinedCrossEntropy(), anchors="coco", pretrained=weights_file).eval()
+    images = torch.randint(0, 256, (1, 3, 320, 320), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        transformed, _ = theirs.transform([image / 255 for image in images])
+        features = list(theirs.backbone(transformed.tensors).values())
+        expected = theirs.head(features)
+        (anchors,) = theirs.anchor_generator(ImageList(transformed.tensors, [(320, 320)]), features)
+        predictions = detector(images)
+    logits = expected["cls_logits"]
+    scale = float(logits.std())
+    assert scale > 0.01  # the comparison is of something
+    assert_close(predictions.class_logits / scale, logits[..., [1, 2, 3, 4, 0]] / scale, atol=1e-3, rtol=1e-3)
+    boxes = expected["bbox_regression"]
+    assert_close(predictions.box_outputs / boxes.std(), boxes / boxes.std(), atol=1e-3, rtol=1e-3)
+    assert len(predictions.anchors.boxes) == 3234
+    half = predictions.anchors.boxes[:, 2:] / 2
+    corners = torch.cat([predictions.anchors.boxes[:, :2] - half, predictions.anchors.boxes[:, :2] + half], dim=1)
+    assert_close(corners, anchors, atol=1e-3, rtol=0)
+
+
+def test_published_size_and_maps() -> None:
+    with torch.device("meta"):
+        detector = SSDLite320(90, MinedCrossEntropy())
+        summary = detector.anchor_summary()
+    assert sum(p.numel() for p in detector.parameters()) == 3_440_060  # of torchvision, with 91 columns
+    assert [rows for rows, _ in summary.grids] == [20, 10, 5, 3, 2, 1]
+
+
+def test_weights_need_a_softmax_and_the_same_classes(weights_file) -> None:
+    with pytest.raises(ConfigError, match="got 'SSDLite320, coco, SigmoidFocalLoss'"):
+        SSDLite320(4, anchors="coco", pretrained=weights_file)
+    with pytest.raises(ConfigError, match="trained on 4 classes, the data have 3"):
+        SSDLite320(3, MinedCrossEntropy(), anchors="coco", pretrained=weights_file)
