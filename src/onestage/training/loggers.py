@@ -43,6 +43,7 @@ class TableLogger(CSVLogger):
     def __init__(self, save_dir: str, *, name: str, version: str, resumed_step: int | None) -> None:
         super().__init__(save_dir, name=name, version=version)
         self._resumed_step = resumed_step
+        self._restored: set[tuple[int, frozenset[str]]] = set()  # step and keys of each restored row
 
     @property
     def experiment(self) -> Any:
@@ -54,14 +55,19 @@ class TableLogger(CSVLogger):
         writer = super().experiment
         if header and isinstance(writer, ExperimentWriter):
             writer.metrics_keys = header
+            kept = [row for row in rows if int(row["step"]) < before]
+            self._restored = {(int(row["step"]), frozenset(key for key in row if row[key])) for row in kept}
             with atomic_write(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as lines:
                 table = csv.DictWriter(lines, fieldnames=header)
                 table.writeheader()
-                table.writerows(row for row in rows if int(row["step"]) < before)
+                table.writerows(kept)
         return writer
 
     def save(self) -> None:
-        """Write the rows, if there is room."""
+        """Write the rows, if there is room; not those of a validation that a kill after it made the run repeat."""
+        writer = self.experiment
+        if self._restored and isinstance(writer, ExperimentWriter):
+            writer.metrics = [row for row in writer.metrics if (row["step"], frozenset(row)) not in self._restored]
         with _full_disk_tolerated(METRICS_FILE):
             super().save()
         self.experiment.metrics = []  # Lightning clears them only once they are written
