@@ -201,6 +201,7 @@ def test_train_reads_a_source_with_the_settings_of_the_config(drawn, tmp_path):
     assert onestage.load(result.checkpoint, device="cpu").class_names == onestage.data.Shapes(drawn).known_classes[0]
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_docs_run(trained, drawn, photo, tmp_path, monkeypatch):
     checkpoint = tmp_path / "runs" / "shapes_ssd" / "version_0" / "checkpoints" / "best.ckpt"
     checkpoint.parent.mkdir(parents=True)
