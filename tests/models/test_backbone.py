@@ -71,13 +71,19 @@ def test_torchvision_weights_from_a_file_give_the_features_of_the_classifier(tmp
 
 
 def test_frozen_stages_have_neither_gradients_nor_running_statistics() -> None:
-    body = TorchvisionBackbone("resnet18", frozen_stages=1).train().body
-    assert isinstance(body.bn1, FrozenBatchNorm2d)
-    assert isinstance(body.layer1.get_submodule("1").bn2, FrozenBatchNorm2d)
-    assert isinstance(body.layer2.get_submodule("0").bn1, nn.BatchNorm2d)
+    backbone = TorchvisionBackbone("resnet18")
+    backbone.freeze(1)
+    body = backbone.train().body
+    modules = {"bn1": False, "layer1.1.bn2": False, "layer2.0.bn1": True}
+    assert {name: body.get_submodule(name).training for name in modules} == modules
     frozen = {name.split(".")[0] for name, parameter in body.named_parameters() if not parameter.requires_grad}
-    assert frozen == {"conv1", "layer1"}
-    assert not [m for m in TorchvisionBackbone("resnet18", norm="frozen").modules() if isinstance(m, nn.BatchNorm2d)]
+    assert frozen == {"conv1", "bn1", "layer1"}
+
+
+def test_norm_frozen_replaces_every_batch_norm() -> None:
+    modules = list(TorchvisionBackbone("resnet18", norm="frozen").modules())
+    assert not [module for module in modules if isinstance(module, nn.BatchNorm2d)]
+    assert any(isinstance(module, FrozenBatchNorm2d) for module in modules)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +95,6 @@ def test_frozen_stages_have_neither_gradients_nor_running_statistics() -> None:
             r"of resnet18 must be \[8, 64\] among others, got \[2, 4, 8, 16, 32",
         ),
         ({"name": "squeezenet1_1"}, "got 'none'.\nSet name: resnet18"),
-        ({"name": "resnet18", "frozen_stages": 5}, r"frozen_stages must be in \[0, 4\], got 5"),
         ({"name": "resnet18", "norm": "layer"}, "norm must be batch or frozen, got 'layer'"),
     ],
 )

@@ -13,7 +13,7 @@ from torchvision.models.detection import ssd300_vgg16
 
 from onestage.data.shapes import draw_shapes
 from onestage.errors import CheckpointError, ConfigError
-from onestage.models import SSD300, TorchvisionBackbone
+from onestage.models import SSD300
 from onestage.reliability.checkpoints import read_checkpoint
 from onestage.reliability.fine_tuning import check_init_from, load_fitting_weights
 from onestage.training.module import DetectionModule
@@ -102,16 +102,6 @@ def test_frozen_stages_keep_weights_and_batch_norm_statistics():
     assert module_of(2).state_dict().keys() == module.state_dict().keys()  # a checkpoint fits either
     with pytest.raises(ConfigError, match=r"model\.freeze must be in \[0, 5\], the stages of VGG"):
         module_of(2, freeze=6)
-
-
-def test_freeze_counts_the_stages_of_torchvision_backbones_as_frozen_stages_does():
-    for num_stages in (1, 2):
-        one, other = TorchvisionBackbone("resnet18", frozen_stages=num_stages), TorchvisionBackbone("resnet18")
-        other.freeze(num_stages)
-        names = [{name for name, p in each.named_parameters() if p.requires_grad} for each in (one, other)]
-        assert names[0] == names[1]
-        assert other.train().body.get_submodule("layer2.0.bn1").training is (num_stages < 2)
-        assert other.body.get_submodule("layer3.0.bn1").training
 
 
 def test_fit_starts_from_the_weights_of_another_run(drawn, uninterrupted, tmp_path, capsys):

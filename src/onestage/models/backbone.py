@@ -94,7 +94,6 @@ class TorchvisionBackbone(Backbone):
         name: of the model, such as resnet18.
         strides: of the feature maps, px, finest first.
         weights: name of torchvision's weights, such as IMAGENET1K_V1, the path of a state dict, or None (random).
-        frozen_stages: number of stages without training: 1 freezes all blocks up to stride 4, 2 up to stride 8, ...
         norm: "batch"; "frozen" fixes the statistics and parameters of all batch norms, for small batches.
 
     Raises:
@@ -107,25 +106,19 @@ class TorchvisionBackbone(Backbone):
         name: str,
         strides: tuple[int, ...] = (8, 16),
         weights: str | None = None,
-        frozen_stages: int = 0,
         norm: Literal["batch", "frozen"] = "batch",
     ) -> None:
         key, remedy = "TorchvisionBackbone", "Set name: resnet18."
         known = torchvision.models.list_models(torchvision.models)
         require(name in known, f"{key}: name", name, "a model of torchvision", remedy)
-        require(0 <= frozen_stages <= 4, f"{key}: frozen_stages", frozen_stages, "in [0, 4]")
         require(norm in ("batch", "frozen"), f"{key}: norm", norm, "batch or frozen")
         network = torchvision.models.get_model(name)
         blocks = _blocks_by_stride(network)
-        frozen_strides = [2 ** (frozen_stages + 1)] if frozen_stages else []  # the coarsest one
         problem, found = f"{key}: strides of the feature maps [B, C, H, W] of {name}", sorted(blocks) or "none"
-        needed = sorted({*strides, *frozen_strides})
-        require(set(needed) <= blocks.keys(), problem, found, f"{needed} among others", remedy)
+        require(set(strides) <= blocks.keys(), problem, found, f"{sorted(strides)} among others", remedy)
         super().__init__([blocks[stride][-1][1] for stride in strides], strides, IMAGENET_MEAN, IMAGENET_STD)
-        frozen = [block for stride in frozen_strides for block, _ in blocks[stride]]
-        for block in frozen:
-            network.get_submodule(block).requires_grad_(False)
-        _freeze_batch_norm(network, [""] if norm == "frozen" else [f"{block}." for block in frozen])
+        if norm == "frozen":
+            _freeze_batch_norm(network)
         self._blocks = {stride: [block for block, _ in found] for stride, found in blocks.items()}
         self.body = create_feature_extractor(network, {blocks[stride][-1][0]: str(stride) for stride in strides})
         if weights is not None:
@@ -139,7 +132,7 @@ class TorchvisionBackbone(Backbone):
         return list(self.body(images).values())
 
     def freezable_stages(self) -> Sequence[Sequence[nn.Module]]:
-        """Return the blocks up to stride 4, 8, 16 and so on, as `frozen_stages` counts them."""
+        """Return the blocks up to stride 4, 8, 16 and so on."""
         modules, strides = dict(self.body.named_modules()), [4 << power for power in range(4)]
         names = [self._blocks[stride] for stride in strides if stride in self._blocks and stride <= max(self.strides)]
         return [[modules[name] for name in stage if name in modules] for stage in names]
@@ -172,10 +165,10 @@ def _blocks_by_stride(network: nn.Module) -> dict[int, list[tuple[str, int]]]:
     return by_stride
 
 
-def _freeze_batch_norm(network: nn.Module, prefixes: Sequence[str]) -> None:
-    """Replace batch norms whose name, with a dot at its end, has a prefix by ones with fixed statistics."""
+def _freeze_batch_norm(network: nn.Module) -> None:
+    """Replace all batch norms by ones with fixed statistics."""
     for name, module in list(network.named_modules()):
-        if isinstance(module, nn.BatchNorm2d) and f"{name}.".startswith(tuple(prefixes)):
+        if isinstance(module, nn.BatchNorm2d):
             fixed = FrozenBatchNorm2d(module.num_features, module.eps)
             fixed.load_state_dict(module.state_dict())
             parent, _, child = name.rpartition(".")
