@@ -15,8 +15,9 @@ from onestage.training.ema import ExponentialMovingAverage
 from onestage.types import DetectionData, Detector
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-EXPERIMENTS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "trainer.yaml")
-LOSSES = sorted((CONFIGS / "compare").glob("*.yaml"))  # each is laid over an experiment
+OVERLAYS = [CONFIGS / "quick.yaml", *sorted((CONFIGS / "compare").glob("*.yaml"))]  # each is laid over an experiment
+EXPERIMENTS = sorted({*CONFIGS.glob("*.yaml")} - {*OVERLAYS, CONFIGS / "trainer.yaml"})
+LOSSES = OVERLAYS[1:]
 
 
 class Built(DetectionCLI):
@@ -88,7 +89,7 @@ def test_every_loss_overlay_names_all_arguments(loss: Path) -> None:
     assert written["init_args"].keys() == signature(constructor).parameters.keys()
 
 
-@pytest.mark.parametrize("config", EXPERIMENTS + LOSSES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", EXPERIMENTS + OVERLAYS, ids=lambda path: path.stem)
 def test_every_config_header_has_its_command(config: Path) -> None:
     header = [line for line in config.read_text().splitlines() if line.startswith("#")]
     assert len(header) >= 2

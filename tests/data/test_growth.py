@@ -11,7 +11,7 @@ import pytest
 from annotation_sets import annotation_set
 from layout_files import XML
 
-from onestage.data.annotations import require_same_names, with_nearest
+from onestage.data.annotations import require_known_names, with_nearest
 from onestage.data.coco import parse_coco
 from onestage.data.layouts import find_splits, read_splits
 from onestage.data.splits import assign_parts
@@ -89,7 +89,7 @@ def classes_to_divide(size: int, _: Path) -> Callable[[], object]:
 def other_classes(size: int, _: Path) -> Callable[[], object]:
     def compare() -> None:
         with pytest.raises(AnnotationError) as caught:
-            require_same_names("a.json", names(size), [f"other {n}" for n in range(size)])
+            require_known_names("a.json", names(size), [f"other {n}" for n in range(size)])
         assert len(str(caught.value)) < 5000
 
     return compare

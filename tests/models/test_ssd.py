@@ -336,7 +336,7 @@ def test_detection_exports_as_one_graph_of_fixed_shapes() -> None:
         ({"candidates_per_class": 0}, "candidates_per_class must be >= 1, got 0"),
         ({"max_detections": 0}, "max_detections must be >= 1, got 0"),
         ({"backbone_weights": "IMAGENET1K_FEATURES"}, "must be VGG16 without batch norm, got 'VGG'"),
-        ({"pretrained": "torchvision_coco"}, "must be torchvision's: SSD300, coco, a softmax, got 'SSD160, voc"),
+        ({"pretrained": "torchvision_coco"}, "SSD300 or SSDLite320, coco, a softmax, got 'SSD160, voc"),
     ],
 )
 def test_arguments_out_of_range_are_refused(changes, message) -> None:

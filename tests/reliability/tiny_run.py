@@ -39,7 +39,7 @@ class ForgetfulDetector(TinyDetector):
 def words(data: Path, runs: Path, *options: str, epochs: int = 2, source: str = "Shapes") -> list[str]:
     """Return the command line of a run of 8 steps an epoch, saved at every step."""
     sources = {
-        "Shapes": ["path", str(data), "num_train", "32", "num_val", "7", "draw_seed", "0"],
+        "Shapes": ["path", str(data), "num_train", "32", "num_val", "7", "draw_seed", "0", "max_objects", "6"],
         "COCO": ["path", str(data)],
     }
     keys = [f"--data.source.{word}" if index % 2 == 0 else word for index, word in enumerate(sources[source])]
