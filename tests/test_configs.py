@@ -28,7 +28,8 @@ class Built(DetectionCLI):
 
 
 def build(options: list[str], tmp_path: Path, command: str = "fit") -> Built:
-    return Built(command, [*options, "--runs_dir", str(tmp_path / "runs"), "--trainer.accelerator", "cpu"])
+    options = [*options, "--runs_dir", str(tmp_path / "runs"), "--trainer.accelerator", "cpu"]
+    return Built(command, [*options, "--model.channels_last", "false"])  # auto would time it
 
 
 def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
