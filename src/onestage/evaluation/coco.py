@@ -13,12 +13,11 @@ from torch import Tensor
 
 from onestage.evaluation.analysis import Analysis, analyse
 from onestage.evaluation.backends import Backend, precision_recall_tables
-from onestage.evaluation.matching import Found, Objects
+from onestage.evaluation.matching import MAX_DETECTIONS, Found, Objects
 from onestage.types import PADDING, AnnotationSet, Detections, JSONDict, Metrics
 
 Rows = npt.NDArray[np.float32]  # [n, 6]: x1, y1, x2, y2, score, label
 
-MAX_DETECTIONS = 100  # COCO defines AP and AR100 on it; pycocotools has the number built in
 SIZES = ("small", "medium", "large")
 METRIC_NAMES = (
     *("mAP", "AP50", "AP75", *(f"mAP_{size}" for size in SIZES)),
