@@ -45,7 +45,7 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("where", "count", "saved"), [("step", 6, 5), ("write", 3, 2), ("sync", 5, 1), ("replace", 6, 2)]
+    ("where", "count", "saved"), [("step", 6, 5), ("write", 3, 2), ("sync", 7, 1), ("replace", 7, 2)]
 )
 def test_killed_run_loses_one_interval_and_resumes_to_the_same_bits(
     where, count, saved, drawn, uninterrupted, tmp_path

@@ -44,7 +44,7 @@ def load_with_best_state(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return checkpoint, state
 
 
-@pytest.mark.parametrize(("where", "count"), [("replace", 3), ("step", 1)])
+@pytest.mark.parametrize(("where", "count"), [("replace", 4), ("step", 1)])
 def test_kill_before_the_first_save_in_a_new_folder_loses_no_step(
     where, count, stopped, drawn, uninterrupted, tmp_path, capsys
 ):
