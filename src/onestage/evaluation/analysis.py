@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from onestage.evaluation.error_types import error_types
-from onestage.evaluation.matching import Found, Objects, Pairs, match, overlapping_pairs
+from onestage.evaluation.matching import Found, Objects, Pairs, match, overlapping_pairs, rows_by_class
 from onestage.evaluation.precision_recall import (
     RECALLS,
     OperatingPoint,
@@ -15,6 +15,8 @@ from onestage.evaluation.precision_recall import (
     make_curve,
 )
 from onestage.evaluation.voc import voc_average_precision
+
+MAX_CONFUSED = 1000  # classes; with more there is no matrix, which would take gigabytes
 
 
 class ClassAnalysis(NamedTuple):
@@ -50,20 +52,22 @@ def analyse(found: Found, objects: Objects, num_classes: int) -> Analysis:
     is_correct = matched.objects >= 0
     counts = np.bincount(objects.labels[~objects.is_ignored], minlength=num_classes)
     classes = []
-    for label, voc07, voc10 in zip(range(num_classes), voc["VOC07"], voc["VOC10"], strict=True):
-        rows = ~matched.is_ignored & (found.labels == label)
-        curve = make_curve(found.scores[rows], is_correct[rows], int(counts[label]))
+    by_class = rows_by_class(found.labels, num_classes)
+    for rows, count, voc07, voc10 in zip(by_class, counts.tolist(), voc["VOC07"], voc["VOC10"], strict=True):
+        kept = rows[~matched.is_ignored[rows]]
+        curve = make_curve(found.scores[kept], is_correct[kept], count)
         precision = interpolated_precision(curve, RECALLS["COCO"]).tolist()
         classes.append(
             ClassAnalysis(curve.num_objects, average_precision(curve), best_threshold(curve), precision, voc07, voc10)
         )
-    rows = ~matched.is_ignored
-    best = best_threshold(make_curve(found.scores[rows], is_correct[rows], int(counts.sum())))
+    is_counted = ~matched.is_ignored
+    best = best_threshold(make_curve(found.scores[is_counted], is_correct[is_counted], int(counts.sum())))
     with_objects = [one for one in classes if one.num_objects] or classes
     ap50, voc07, voc10 = (float(np.mean([getattr(c, n) for c in with_objects])) for n in ("ap50", "voc07", "voc10"))
     mean_precision = np.mean([one.precision for one in with_objects], axis=0).tolist()
     overall = ClassAnalysis(int(counts.sum()), ap50, best, mean_precision, voc07, voc10)
-    confusion = confusion_matrix(found, objects, pairs, num_classes, best.threshold)
+    is_small = num_classes <= MAX_CONFUSED
+    confusion = confusion_matrix(found, objects, pairs, num_classes, best.threshold) if is_small else []
     return Analysis(overall, classes, confusion, error_types(found, objects, pairs, matched, num_classes))
 
 

@@ -18,7 +18,7 @@ Backend = Literal["auto", Package]
 BACKENDS: tuple[Package, ...] = get_args(Package)  # the fastest first
 Table = npt.NDArray[np.float64]
 
-NUM_IOUS, LIMITS, NUM_AREAS = 10, (1, 10, 100), 4
+NUM_IOUS, NUM_AREAS, NUM_LIMITS = 10, 4, 3  # limits: 1, 10, 100 detections of an image
 # torchmetrics' default is a float32 linspace, where 0.01 is 0.009999999776: recall bins shift at ties, and AP is wrong
 # by up to 1.3e-4.
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101).tolist()
@@ -38,8 +38,8 @@ def precision_recall_tables(
     Metrics are computed by torchmetrics' MeanAveragePrecision, except with hotcoco, which torchmetrics does not know
     and which reads arrays: the dictionary for each box that torchmetrics makes takes longer than the evaluation.
     """
-    precision = np.full((NUM_IOUS, len(RECALL_THRESHOLDS), num_classes, NUM_AREAS, len(LIMITS)), -1.0)
-    recall = np.full((NUM_IOUS, num_classes, NUM_AREAS, len(LIMITS)), -1.0)
+    precision = np.full((NUM_IOUS, len(RECALL_THRESHOLDS), num_classes, NUM_AREAS, NUM_LIMITS), -1.0)
+    recall = np.full((NUM_IOUS, num_classes, NUM_AREAS, NUM_LIMITS), -1.0)
     if not len(objects.labels):
         return precision, recall
     package = choose_backend(backend)

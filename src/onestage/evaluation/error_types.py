@@ -14,6 +14,7 @@ from onestage.evaluation.matching import (
     Objects,
     Pairs,
     best_overlaps,
+    rows_by_class,
 )
 from onestage.evaluation.precision_recall import average_precision, make_curve
 
@@ -86,9 +87,8 @@ def _first_claims(members: Booleans, targets: Integers, found: Found, taken: Int
 def _mean_ap(found: Found, labels: Integers, correct: Booleans, kept: Booleans, num_objects: Integers) -> float:
     """Return AP50 over the classes with objects."""
     values = [
-        average_precision(make_curve(found.scores[rows], correct[rows], int(count)))
-        for label, count in enumerate(num_objects.tolist())
+        average_precision(make_curve(found.scores[rows[kept[rows]]], correct[rows[kept[rows]]], count))
+        for rows, count in zip(rows_by_class(labels, len(num_objects)), num_objects.tolist(), strict=True)
         if count
-        for rows in [kept & (labels == label)]
     ]
     return float(np.mean(values)) if values else float("nan")

@@ -19,11 +19,11 @@ MAX_LETTERS = 20  # of a class name
 
 
 def write_figures(folder: Path, analysis: Analysis, class_names: Sequence[str]) -> None:
-    """Write pr_curves.png and confusion.png, atomically. class_names: [K]."""
-    for name, figure in (
-        (PR_FILE, draw_precision_recall(analysis, class_names)),
-        (CONFUSION_FILE, draw_confusion(analysis, class_names)),
-    ):
+    """Write pr_curves.png and, if there is a matrix, confusion.png, atomically. class_names: [K]."""
+    figures = {PR_FILE: draw_precision_recall(analysis, class_names)}
+    if analysis.confusion:
+        figures[CONFUSION_FILE] = draw_confusion(analysis, class_names)
+    for name, figure in figures.items():
         with atomic_write(folder / name) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
 

@@ -113,6 +113,12 @@ def match(found: Found, objects: Objects, pairs: Pairs, *, same_class: bool = Tr
     return Match(matched, is_ignored & (matched < 0))
 
 
+def rows_by_class(labels: Integers, num_classes: int) -> list[Integers]:
+    """Return the rows of each class, [K], in one pass: a mask for each class would cost D x K. labels: [D] 0..K-1."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.searchsorted(labels[order], np.arange(1, num_classes)))
+
+
 def _ranks(groups: Integers, scores: Floats) -> Integers:
     """Return the rank of each detection among those of its group, [D]; 0 is the best."""
     order = np.lexsort((-scores, groups))

@@ -7,7 +7,8 @@ results.json, where NaN is null and every share is in [0, 1]:
 - classes: by name, and overall, of all together: num_objects, AP50, VOC07, VOC10, threshold (the score with the best
   F1), precision, recall and f1 there, precision_by_recall (101 values at IoU 0.5, recall 0, 0.01, ..., 1)
 - confusion: [K + 1][K + 1] counts at score_threshold; rows are objects, columns detections; the last of both is the
-  background: a missed object stands in the last column, a detection without an object in the last row
+  background: a missed object stands in the last column, a detection without an object in the last row; empty above
+  1,000 classes
 - error_types: AP50 that each of TIDE's six types costs, by name
 - seconds, images_per_second, versions
 """
@@ -16,6 +17,7 @@ import contextlib
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +29,7 @@ from onestage.evaluation.coco import METRIC_NAMES
 from onestage.files import atomic_write
 from onestage.types import JSONDict, Metrics
 
+NUMBERS = re.compile(r"\[\n\s+(?:(?:[\d.e+-]+|null),?\s+)+\]")  # a list of numbers, which fits on one line
 CLASS_COLUMNS = "   AP50  prec.  recall    F1  score  objects"  # precision, recall and F1 at the score with the best F1
 
 
@@ -47,12 +50,13 @@ def write_results(
         "score_threshold": analysis.score_threshold,
         "overall": _class_as_json(analysis.overall),
         "classes": {name: _class_as_json(one) for name, one in zip(class_names, analysis.classes, strict=True)},
-        "confusion": analysis.confusion,  # rows: objects, columns: detections; the last of both is the background
-        "error_types": analysis.error_types,  # AP50 that each costs
+        "confusion": analysis.confusion,
+        "error_types": analysis.error_types,
     }
     results |= {"seconds": seconds, "images_per_second": images_per_second, "versions": installed_versions()}
     with atomic_write(path) as temporary:
-        temporary.write_text(to_json(results, indent=2) + "\n", encoding="utf-8")
+        text = NUMBERS.sub(lambda found: f"[{' '.join(found[0][1:-1].split())}]", to_json(results, indent=2))
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _class_as_json(one: ClassAnalysis) -> JSONDict:

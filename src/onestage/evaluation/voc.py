@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from onestage.evaluation.matching import POSITIVE_IOU, Found, Objects, Pairs, best_overlaps
+from onestage.evaluation.matching import POSITIVE_IOU, Found, Objects, Pairs, best_overlaps, rows_by_class
 from onestage.evaluation.precision_recall import average_precision, make_curve
 
 RULES = ("VOC07", "VOC10")  # 11 recalls until 2009, the area under the curve from 2010 on
@@ -24,10 +24,10 @@ def voc_average_precision(found: Found, objects: Objects, pairs: Pairs, num_clas
     is_correct = np.zeros(len(found.scores), dtype=bool)
     is_correct[candidates[first]] = True
     values: dict[str, list[float]] = {rule: [] for rule in RULES}
-    for label in range(num_classes):
-        rows = (found.labels == label) & ~is_ignored
-        num_objects = int(np.count_nonzero((objects.labels == label) & ~objects.is_ignored))
-        curve = make_curve(found.scores[rows], is_correct[rows], num_objects)
+    num_objects = np.bincount(objects.labels[~objects.is_ignored], minlength=num_classes)
+    for rows, count in zip(rows_by_class(found.labels, num_classes), num_objects.tolist(), strict=True):
+        kept = rows[~is_ignored[rows]]
+        curve = make_curve(found.scores[kept], is_correct[kept], count)
         for rule in RULES:
             values[rule].append(average_precision(curve, rule))
     return values

@@ -283,7 +283,8 @@ class DetectionModule(pl.LightningModule):
         self.metrics = self.evaluator.compute() if self.evaluator is not None else {}
         if self.evaluator is not None:
             analysis = self.evaluator.evaluation().analysis
-            self.score_threshold = analysis.score_threshold or self.score_threshold
+            if analysis.score_threshold is not None:
+                self.score_threshold = analysis.score_threshold
             self.metrics |= {"VOC07": analysis.overall.voc07, "VOC10": analysis.overall.voc10}
         if self.evaluator is None:
             rank_zero_warn(f"{prefix}: only losses are evaluated, since the loader's dataset has no annotations.")
