@@ -183,13 +183,13 @@ class Detector(nn.Module, ABC):
         """Return the loss of every anchor in the term that all anchors share; None: not available."""
         return None
 
-    def published_state(self, value: str) -> Mapping[str, Tensor]:
+    def published_state(self, key: str, value: str) -> Mapping[str, Tensor]:
         """Return published weights under the names of this detector; their shapes may be those of other classes.
 
-        value: the name of the weights, or the path of a state dict.
+        key: of the configuration, for messages. value: the name of the weights, or the path of a state dict.
         """
         remedy = "Give a .ckpt or .safetensors file."
-        require(False, "init_from", value, f"a checkpoint: {type(self).__name__} has no published weights", remedy)
+        require(False, key, value, f"a checkpoint: {type(self).__name__} has no published weights", remedy)
         return {}
 
     @property

@@ -10,6 +10,8 @@ from torchvision.models.detection.image_list import ImageList
 from onestage.errors import ConfigError
 from onestage.losses import MinedCrossEntropy
 from onestage.models import SSDLite320
+from onestage.reliability.fine_tuning import load_fitting_weights
+from onestage.training.module import DetectionModule
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +68,11 @@ def test_weights_need_a_softmax_and_the_same_classes(weights_file) -> None:
         SSDLite320(4, anchors="coco", pretrained=weights_file)
     with pytest.raises(ConfigError, match="trained on 4 classes, the data have 3"):
         SSDLite320(3, MinedCrossEntropy(), anchors="coco", pretrained=weights_file)
+
+
+def test_published_weights_start_a_run_of_other_classes(weights_file, caplog) -> None:
+    module = DetectionModule(SSDLite320(3))
+    with caplog.at_level("INFO"):
+        load_fitting_weights(module, weights_file, ["a", "b", "c"])
+    fresh = {name for name, _ in module.detector.named_parameters() if f"detector.{name}: " in caplog.text}
+    assert fresh == {f"class_head.levels.{level}.1.{part}" for level in range(6) for part in ("weight", "bias")}

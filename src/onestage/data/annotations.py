@@ -248,13 +248,11 @@ def fill_category_ids(annotations: AnnotationSet, ids: Sequence[int] = ()) -> An
 def require_same_categories(train: AnnotationSet, other: AnnotationSet) -> None:
     """Raise AnnotationError, with both tables, if two splits have different class names or category ids."""
     if (train.class_names, train.category_ids) != (other.class_names, other.category_ids):
-        pairs = [zip(split.category_ids, split.class_names, strict=True) for split in (train, other)]
-        written = [", ".join(f"{category} {name}" for category, name in categories) for categories in pairs]
-        tables = f"{train.source}: {written[0]}\n{other.source}: {written[1]}"
-        raise AnnotationError(
-            f"The splits have different categories; ids and names must be the same in all.\n{tables}\n"
-            "Correct the 'categories' of one of the files."
-        )
+        lines = ["The splits have different categories; ids and names must be the same in all."]
+        for split in (train, other):
+            pairs = zip(split.category_ids, split.class_names, strict=True)
+            lines.append(f"{split.source}: {shortened([f'{category} {name}' for category, name in pairs], 100)}")
+        raise AnnotationError("\n".join([*lines, "Correct the 'categories' of one of the files."]))
 
 
 def require_objects(annotations: AnnotationSet) -> AnnotationSet:
@@ -271,13 +269,14 @@ def start_messages(findings: Sequence[Finding], source: str) -> list[str]:
     for finding in findings:
         if finding.effect == "warning":
             warnings.setdefault(finding.rule, []).append(finding.line)
-    messages = [_quoted(lines) for lines in warnings.values()]
+    messages = [quoted(lines) for lines in warnings.values()]
     if skipped := [finding.line for finding in findings if finding.effect == "skipped"]:
-        messages.append(_quoted([f"{source}: {len(skipped)} boxes or images were skipped:", *skipped], NUM_QUOTED + 1))
+        messages.append(quoted([f"{source}: {len(skipped)} boxes or images were skipped:", *skipped], NUM_QUOTED + 1))
     return messages
 
 
-def _quoted(lines: Sequence[str], num_quoted: int = NUM_QUOTED) -> str:
+def quoted(lines: Sequence[str], num_quoted: int = NUM_QUOTED) -> str:
+    """Return the first lines of a list below each other, and how many more there are."""
     more = [f"and {len(lines) - num_quoted} more"] if len(lines) > num_quoted else []
     return "\n  ".join([*lines[:num_quoted], *more])
 

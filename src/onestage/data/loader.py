@@ -15,13 +15,13 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
+from onestage.data.annotations import NUM_QUOTED, quoted
 from onestage.data.dataset import DetectionDataset, Failure, LoadedBatch, collate_with_failures
 from onestage.data.samplers import EvaluationSampler, TrainingSampler
 from onestage.errors import ConfigError, DataError, OnestageError, ResourceError
 from onestage.types import Batch
 
 MAX_AUTO_WORKERS = 16  # more than one GPU needs at 200 images/s and core
-NUM_QUOTED = 3  # images that a report quotes
 KEY_BY_FIELD = {
     "seed": "seed_everything",
     "batch_size": "data.batch_size",
@@ -192,9 +192,7 @@ class FailureLog:
             )
 
     def _quoted(self) -> str:
-        lines = [message.partition("\n")[0] for message in self.messages.values()]
-        more = [f"and {len(lines) - NUM_QUOTED} more"] if len(lines) > NUM_QUOTED else []
-        return "\n  ".join([*lines[:NUM_QUOTED], *more])
+        return quoted([message.partition("\n")[0] for message in self.messages.values()])
 
 
 def open_loader(

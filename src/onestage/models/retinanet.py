@@ -18,7 +18,7 @@ from onestage.models.backbone import Backbone, TorchvisionBackbone
 from onestage.models.detector import AnchorDetector
 from onestage.models.fpn import FPN
 from onestage.models.heads import SharedHead
-from onestage.models.weights import load_torchvision_retinanet, torchvision_retinanet
+from onestage.models.weights import load_published, torchvision_retinanet
 
 STRIDES = (8, 16, 32, 64, 128)  # of P3 to P7, px
 ANCHOR_SCALE = 4.0  # side of a level's smallest square anchor in strides (section 4: 32 to 512 px on P3 to P7)
@@ -126,8 +126,9 @@ class RetinaNet(AnchorDetector):
             )
             rule = "torchvision's: sigmoids, the paper's anchors, and group_norm with p6_from c5 or neither"
             require(is_torchvision, f"pretrained: {pretrained}: detector", settings, rule, "Or set pretrained: null.")
-            load_torchvision_retinanet(self, pretrained, num_classes, group_norm)
+            state = self.published_state("pretrained", pretrained)
+            load_published(self, state, f"pretrained: {pretrained}", num_classes, loss.num_logits(num_classes))
 
-    def published_state(self, value: str) -> Mapping[str, Tensor]:
+    def published_state(self, key: str, value: str) -> Mapping[str, Tensor]:
         """Return the weights of torchvision's RetinaNet of this version; see `torchvision_retinanet`."""
-        return torchvision_retinanet(self, "init_from", value, self.group_norm)
+        return torchvision_retinanet(self, key, value, self.group_norm)

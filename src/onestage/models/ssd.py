@@ -18,7 +18,7 @@ from onestage.models.backbone import Backbone
 from onestage.models.detector import AnchorDetector
 from onestage.models.heads import AnchorHead, ExtraLayer, ExtraLayers
 from onestage.models.vgg import PIXEL_STD, VGG
-from onestage.models.weights import load_torchvision_ssd300, load_vgg16, torchvision_ssd300
+from onestage.models.weights import load_published, load_vgg16, torchvision_ssd300
 
 AnchorTable = Literal["voc", "coco"]
 
@@ -120,15 +120,14 @@ class SSD(AnchorDetector):
         )
         is_vgg16 = isinstance(backbone, VGG) and backbone.is_vgg16
         if pretrained is not None:
-            found, rule = (
-                f"{name}, {anchors}, {type(loss).__name__}",
-                "torchvision's: SSD300 or SSDLite320, coco, a softmax",
-            )
+            place, found = f"pretrained: {pretrained}", f"{name}, {anchors}, {type(loss).__name__}"
+            rule = "torchvision's: SSD300 or SSDLite320, coco, a softmax"
             remedy = "Set anchors: coco and classification_loss: onestage.losses.MinedCrossEntropy, or pretrained: null"
             fits = is_own_backbone and isinstance(loss, SoftmaxClassificationLoss) and anchors == "coco"
-            require(
-                fits and self.load_torchvision(pretrained), f"pretrained: {pretrained}: detector", found, rule, remedy
-            )
+            fits &= type(self).published_state is not SSD.published_state
+            require(fits, f"{place}: detector", found, rule, remedy)
+            state = self.published_state("pretrained", pretrained)
+            load_published(self, state, place, num_classes, loss.num_logits(num_classes))
         elif backbone_weights is not None:
             place, rule = f"backbone_weights: {backbone_weights}: backbone of {name}", "VGG16 without batch norm"
             remedy = "Set backbone_weights: null, or choose SSD300 or SSD512 without another backbone."
@@ -138,10 +137,6 @@ class SSD(AnchorDetector):
     def make_backbone(self) -> Backbone:
         """Return the network of the first two feature maps, with random weights."""
         return VGG()
-
-    def load_torchvision(self, value: str) -> bool:
-        """Load torchvision's weights of this class; return False if it has none."""
-        return False
 
     def _anchor_levels(self, anchors: AnchorTable | list[AnchorShapes]) -> Sequence[AnchorShapes]:
         """Return the table of that name, or the given one, checked to fit the feature maps."""
@@ -164,10 +159,6 @@ class SSD(AnchorDetector):
 class SSD300(SSD):
     """SSD300: 8732 anchors on maps of 38, 19, 10, 5, 3 and 1 cells. VOC07 77.2 mAP, COCO 25.1 (SSD table 1 and 5)."""
 
-    def published_state(self, value: str) -> Mapping[str, Tensor]:
-        """Return the weights of torchvision's ssd300_vgg16; see `torchvision_ssd300`."""
-        return torchvision_ssd300("init_from", value, PIXEL_STD)
-
     image_size = 300
     _strides = (8, 16, 32, 64, 100, 300)
     anchor_tables: ClassVar = {
@@ -177,10 +168,9 @@ class SSD300(SSD):
     _unpadded = ExtraLayer(128, 256, stride=1, padding=0)
     extra_layers: ClassVar = (ExtraLayer(256, 512), ExtraLayer(128, 256), _unpadded, _unpadded)  # conv8_2 to conv11_2
 
-    def load_torchvision(self, value: str) -> bool:
-        """Load ssd300_vgg16."""
-        load_torchvision_ssd300(self, value, self.num_classes, PIXEL_STD)
-        return True
+    def published_state(self, key: str, value: str) -> Mapping[str, Tensor]:
+        """Return the weights of torchvision's ssd300_vgg16; see `torchvision_ssd300`."""
+        return torchvision_ssd300(key, value, PIXEL_STD)
 
 
 class SSD512(SSD):

@@ -1,6 +1,6 @@
 """SSDLite (arXiv:1801.04381, section 6.2) on MobileNetV3-Large (arXiv:1905.02244), for phones and CPUs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar, cast
 
@@ -12,7 +12,7 @@ from onestage.boxes.anchors import AnchorShapes, ssd_shapes
 from onestage.models.backbone import Backbone
 from onestage.models.heads import AnchorHead, ExtraLayer, ExtraLayers
 from onestage.models.ssd import SSD
-from onestage.models.weights import load_torchvision_ssdlite320
+from onestage.models.weights import torchvision_ssdlite320
 
 PIXEL_MEAN_AND_STD = 127.5  # images of -1..1
 BATCH_NORM = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)  # torchvision's; the papers give neither
@@ -80,10 +80,9 @@ class SSDLite320(SSD):
         """Return the network of the first two feature maps, with random weights."""
         return MobileNetV3()
 
-    def load_torchvision(self, value: str) -> bool:
-        """Load ssdlite320_mobilenet_v3_large."""
-        load_torchvision_ssdlite320(self, value, self.num_classes)
-        return True
+    def published_state(self, key: str, value: str) -> Mapping[str, Tensor]:
+        """Return the weights of torchvision's ssdlite320_mobilenet_v3_large; see `torchvision_ssdlite320`."""
+        return torchvision_ssdlite320(self, key, value)
 
 
 def _initialise(module: nn.Module) -> nn.Module:

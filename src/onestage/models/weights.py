@@ -18,6 +18,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from onestage.errors import CheckpointError, ConfigError
 
 IMAGENET = "IMAGENET1K_FEATURES"  # torchvision's name of its copy of the Caffe VGG16, 59 MB
+# The outputs of class heads, which belong to the classes; the layers before them do not. levels.N.1 is SSDLite's.
+CLASS_OUTPUT = re.compile(r"class_head\.(output|levels\.\d+(\.1)?)\.(weight|bias)")
 TORCHVISION_COCO = "torchvision_coco"  # torchvision's weights COCO_V1 of the same model, 136 to 146 MB
 
 _INDICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # of the five stages in vgg16().features
@@ -70,27 +72,29 @@ def load_vgg16(backbone: nn.Module, value: str, scale: float) -> None:
     load_tensors(backbone, state, f"backbone_weights: {value}")
 
 
-def load_torchvision_ssd300(detector: nn.Module, value: str, num_classes: int, scale: float) -> None:
-    """Load torchvision's ssd300_vgg16, whose classes without the background become labels 0..K-1.
+def load_published(
+    detector: nn.Module, state: Mapping[str, Tensor], place: str, num_classes: int, num_logits: int
+) -> None:
+    """Load torchvision's weights of a whole detector; its classes without the background become labels 0..K-1.
 
-    Its COCO weights have a logit for each category id up to 90; for K = 80 the ids in use become the labels in order.
+    COCO weights have a logit for each category id up to 90; for K = 80 the ids in use become the labels in order.
 
     Args:
-        detector: an SSD300 with COCO's anchors and a softmax over K + 1 classes.
-        value: torchvision_coco, or the path of a state dict with the same keys.
+        detector: of the published network.
+        state: see `Detector.published_state`; of each anchor's class outputs the first is the background.
+        place: key and value of the configuration, for messages.
         num_classes: K of the detector.
-        scale: see `load_vgg16`.
+        num_logits: of the detector for each anchor: K, or K + 1 with the background.
 
     Raises:
         ConfigError: if they were trained on a number of classes that does not give K.
     """
-    place = f"pretrained: {value}"
-    state = torchvision_ssd300("pretrained", value, scale)
-    num_columns = 4 * len(state["class_head.levels.0.bias"]) // len(state["box_head.levels.0.bias"])
-    columns = _columns(num_columns, num_classes, place)
-    for name, tensor in state.items():
-        if name.startswith("class_head."):
-            state[name] = _select_columns(tensor, num_columns, columns)
+    state = dict(state)
+    for name in filter(CLASS_OUTPUT.fullmatch, state):
+        num_columns = 4 * len(state[name]) // len(state[name.replace("class_head", "box_head")])
+        columns = _columns(num_columns, num_classes, place)[:num_logits]
+        rows = state[name].view(-1, num_columns, *state[name].shape[1:])  # [anchors of the cell, columns, ...]
+        state[name] = rows[:, columns].flatten(0, 1)
     load_tensors(detector, state, place)
 
 
@@ -103,47 +107,22 @@ def torchvision_ssd300(key: str, value: str, scale: float) -> dict[str, Tensor]:
     return state
 
 
-def load_torchvision_ssdlite320(detector: nn.Module, value: str, num_classes: int) -> None:
-    """Load torchvision's ssdlite320_mobilenet_v3_large into an SSDLite320. See `load_torchvision_ssd300`."""
-    place = f"pretrained: {value}"
+def torchvision_ssdlite320(detector: nn.Module, key: str, value: str) -> dict[str, Tensor]:
+    """Return the weights of torchvision's ssdlite320_mobilenet_v3_large under our names; see `read_weights`."""
     weights = {}
     published = {TORCHVISION_COCO: SSDLite320_MobileNet_V3_Large_Weights.COCO_V1}
-    for name, tensor in read_weights("pretrained", value, published).items():
+    for name, tensor in read_weights(key, value, published).items():
         for theirs, ours in _SSDLITE320.items():
             name = name.replace(theirs, ours)
         weights[name] = tensor
-    state = rename(weights, {name: name for name in detector.state_dict()}, place)
-    num_columns = 4 * len(state["class_head.levels.0.1.bias"]) // len(state["box_head.levels.0.1.bias"])
-    columns = _columns(num_columns, num_classes, place)
-    for name, tensor in state.items():
-        if re.fullmatch(r"class_head\.levels\.\d\.1\.\w+", name):  # behind the depthwise convolution
-            state[name] = _select_columns(tensor, num_columns, columns)
-    load_tensors(detector, state, place)
-
-
-def load_torchvision_retinanet(detector: nn.Module, value: str, num_classes: int, is_second: bool) -> None:
-    """Load torchvision's retinanet_resnet50_fpn or, `is_second`, its retinanet_resnet50_fpn_v2.
-
-    Args:
-        detector: a RetinaNet of that version.
-        value: torchvision_coco, or the path of a state dict with the same keys.
-        num_classes: K of the detector; see `load_torchvision_ssd300`. The file's column 0 is not loaded.
-        is_second: which of the two.
-
-    Raises:
-        ConfigError: if they were trained on a number of classes that does not give K.
-    """
-    place = f"pretrained: {value}"
-    state = torchvision_retinanet(detector, "pretrained", value, is_second)
-    num_columns = 4 * len(state["class_head.output.bias"]) // len(state["box_head.output.bias"])
-    columns = _columns(num_columns, num_classes, place)[:-1]
-    for name in ("class_head.output.weight", "class_head.output.bias"):
-        state[name] = _select_columns(state[name], num_columns, columns)
-    load_tensors(detector, state, place)
+    return rename(weights, {name: name for name in detector.state_dict()}, f"{key}: {value}")
 
 
 def torchvision_retinanet(detector: nn.Module, key: str, value: str, is_second: bool) -> dict[str, Tensor]:
-    """Return the weights of torchvision's RetinaNet under our names; see `load_torchvision_retinanet`."""
+    """Return the weights of torchvision's retinanet_resnet50_fpn or, `is_second`, its v2 under our names.
+
+    detector: a RetinaNet of that version. See `read_weights`.
+    """
     published: WeightsEnum = RetinaNet_ResNet50_FPN_Weights.COCO_V1
     if is_second:
         published = RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1
@@ -163,11 +142,6 @@ def torchvision_retinanet(detector: nn.Module, key: str, value: str, is_second: 
             if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
                 state[f"{name}.running_var"] = state[f"{name}.running_var"] - module.eps
     return state
-
-
-def _select_columns(tensor: Tensor, num_columns: int, columns: list[int]) -> Tensor:
-    """Return the rows of these columns of every anchor. tensor: [anchors of the cell * num_columns, ...]."""
-    return tensor.view(-1, num_columns, *tensor.shape[1:])[:, columns].flatten(0, 1)
 
 
 def _columns(num_columns: int, num_classes: int, place: str) -> list[int]:

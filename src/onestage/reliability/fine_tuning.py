@@ -5,14 +5,14 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from onestage.data.annotations import quoted
 from onestage.errors import CheckpointError, ConfigError
 from onestage.files import printable
+from onestage.models.weights import CLASS_OUTPUT
 from onestage.reliability.checkpoints import read_checkpoint, require_finite, unusable
 from onestage.training.module import CHECKPOINT_KEY, DetectionModule
 
 OWN_SUFFIXES = (".ckpt", ".safetensors")
-# The last layer of a class head, whose outputs belong to the classes; the tower before it does not.
-CLASS_OUTPUTS = ("detector.class_head.levels.", "detector.class_head.output.")
 MAX_LINES = 20
 
 
@@ -40,7 +40,7 @@ def load_fitting_weights(module: DetectionModule, path: str, class_names: Sequen
         saved = read_checkpoint(path)
         weights, classes = saved["state_dict"], list(saved[CHECKPOINT_KEY]["class_names"])
     else:
-        published = module.detector.published_state(path)
+        published = module.detector.published_state("init_from", path)
         weights, classes = {f"detector.{name}": tensor for name, tensor in published.items()}, []
     require_finite(path, weights)
     has_same_classes = classes == list(class_names)
@@ -51,18 +51,17 @@ def load_fitting_weights(module: DetectionModule, path: str, class_names: Sequen
             fresh.append(f"{name}: missing there, {shape} here")
         elif given.shape != own.shape:
             fresh.append(f"{name}: {tuple(given.shape)} there, {shape} here")
-        elif name.startswith(CLASS_OUTPUTS) and not has_same_classes:
+        elif CLASS_OUTPUT.fullmatch(name.removeprefix("detector.")) and not has_same_classes:
             fresh.append(f"{name}: {shape} in both, but of other classes")
         else:
             fitting[name] = given
     if not any(name.startswith("detector.backbone.") for name in fitting):
         raise _nothing_fits(path, fresh)
     module.load_state_dict(fitting, strict=False)
-    lines = [f"init_from: {len(fitting)} of {len(fitting) + len(fresh)} tensors are loaded from {printable(path)}"]
+    text = f"init_from: {len(fitting)} of {len(fitting) + len(fresh)} tensors are loaded from {printable(path)}"
     if fresh:
-        more = [f"and {len(fresh) - MAX_LINES} more"] if len(fresh) > MAX_LINES else []
-        lines = [f"{lines[0]}; these start fresh:", *fresh[:MAX_LINES], *more]
-    rank_zero_info("\n  ".join(lines))
+        text = f"{text}; these start fresh:\n  {quoted(fresh, MAX_LINES)}"
+    rank_zero_info(text)
 
 
 def _nothing_fits(path: str, fresh: Sequence[str]) -> CheckpointError:
