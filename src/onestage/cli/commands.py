@@ -1,8 +1,6 @@
 """The trainer commands: Lightning's command line over our module and data."""
 
-import logging
 import tempfile
-import warnings
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -53,15 +51,6 @@ from onestage.types import JSONDict
 RUN_ADD_ONS = (
     "onestage.reliability.add_on:Reliability",
 )  # fmt: skip
-ADVERTISED = "litlogger"  # a product that Lightning recommends at every start
-HARMLESS_WARNINGS = (
-    "Experiment logs directory .* exists and is not empty",  # it was just created for this run
-    ".*isinstance.treespec, LeafSpec.",  # between Lightning and torch
-    "It is recommended to use .self.log.*sync_dist=True",  # every process logs the numbers of all
-    "You have overridden .on_after_batch_transfer. in .LightningModule.",  # model.multi_scale, which needs the step
-    "Found .* module.s. in eval mode at the start of training",  # model.freeze
-    "The '.*_dataloader' does not have many workers",  # num_workers: auto has counted the cores
-)
 
 
 def run_trainer_command(words: list[str], data: Source | DetectionDataModule | None = None) -> "DetectionCLI":
@@ -70,10 +59,6 @@ def run_trainer_command(words: list[str], data: Source | DetectionDataModule | N
     options = files_first(options)
     for file in config_files(options):
         check_config_file(file)
-    for message in HARMLESS_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: ADVERTISED not in record.getMessage())
     add_on = make_add_on()
     with add_on.command():
         return _run(command, options, add_on, data)

@@ -1,6 +1,8 @@
 """Lightning's Trainer with a detector's defaults, and checks of its settings before the first step."""
 
+import logging
 import os
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +22,18 @@ DecidedPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Precision = Literal["auto", DecidedPrecision]
 
 
+HARMLESS_WARNINGS = (
+    "Experiment logs directory .* exists and is not empty",  # it was just created for this run
+    ".*isinstance.treespec, LeafSpec.",  # between Lightning and torch
+    "It is recommended to use .self.log.*sync_dist=True",  # every process logs the numbers of all
+    "You have overridden .on_after_batch_transfer. in .LightningModule.",  # model.multi_scale, which needs the step
+    "Found .* module.s. in eval mode at the start of training",  # model.freeze
+    "The '.*_dataloader' does not have many workers",  # num_workers: auto has counted the cores
+)
+
+
 class DetectionTrainer(pl.Trainer):
-    """Lightning's Trainer with precision `auto` and exact distributed evaluation.
+    """Lightning's Trainer with precision `auto` and exact distributed evaluation, without some of its warnings.
 
     The limits are repeated for their types: with Lightning's Optional[Union[int, float]], whose order typing does not
     keep, `--trainer.limit_val_batches 1` would become 1.0, all batches instead of one.
@@ -52,6 +64,7 @@ class DetectionTrainer(pl.Trainer):
         val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
+        _silence_lightning()
         accelerator = kwargs.get("accelerator", "auto")
         decided: DecidedPrecision | None = resolve_precision(precision, accelerator)
         if decided == "16-mixed" and device_of(accelerator) == "cpu":
@@ -101,6 +114,18 @@ class DetectionTrainer(pl.Trainer):
         run(LossCollector(model, distribution), datamodule=datamodule, verbose=False)
         if self.is_global_zero:
             report_losses(Path(self.default_root_dir), distribution, title=str(ckpt_path or "the configured weights"))
+
+
+def _silence_lightning() -> None:
+    """Leave out warnings that say nothing here, and the advertisement at every start."""
+    for message in HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_no_advertisement)  # added once: logging compares filters
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
 
 
 def evaluate_at_least_once(settings: Any) -> None:
