@@ -1,9 +1,18 @@
 """A short run on a small drawn set, shared by the tests of commands."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command_line import REPOSITORY, run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep to an empty cache: a memory format that this machine remembers must decide no test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
