@@ -1,5 +1,6 @@
 """The commands as a user types them, on a small drawn set."""
 
+import csv
 import json
 import math
 import shutil
@@ -11,6 +12,8 @@ import torch
 import yaml
 from command_line import REPOSITORY, run
 
+from onestage.evaluation.coco import METRIC_NAMES
+
 
 def test_run_folder_holds_the_documented_files(trained):
     assert {
@@ -21,9 +24,12 @@ def test_run_folder_holds_the_documented_files(trained):
         "predictions",
         "confusion.png",
         "pr_curves.png",
+        "curves.png",
+        "labels.png",
+        "train_batch.jpg",
     } <= {path.name for path in trained.iterdir()}
     assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-    assert list(trained.glob("events.out.tfevents.*"))
+    assert list(trained.glob("events.out.tfevents.*")) and not (trained / "hparams.yaml").exists()
     assert len(list((trained / "predictions").glob("*.jpg"))) == 3
 
 
@@ -55,6 +61,9 @@ def test_results_hold_finite_numbers_by_name(trained):
 def test_metrics_csv_has_losses_and_map(trained):
     header = (trained / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/loss", "train/classification_loss", "train/box_loss", "val/mAP", "val/loss"} <= set(header)
+    (row,) = csv.DictReader((trained / "epochs.csv").open())
+    assert set(METRIC_NAMES) <= {name.removeprefix("val/") for name in row}
+    assert (row["epoch"], row["step"]) == ("1", "4") and float(row["train/box_loss"]) > 0 and float(row["lr"]) > 0
 
 
 def test_saved_config_repeats_the_run_exactly(trained, tmp_path):

@@ -4,14 +4,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from faulty_training import FaultyDetector, train
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from onestage.training import callbacks
 from onestage.training.callbacks import AnchorMonitor, LossBar
 from onestage.types import BACKGROUND, AnchorLosses, Anchors
 
 
-class RecordingLogger(CSVLogger):
+class RecordingLogger(TensorBoardLogger):
     """Keep the anchor statistics in memory."""
 
     def __init__(self, folder: Path) -> None:

@@ -44,6 +44,7 @@ from onestage.training.memory_format import resolve_memory_format
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import shards_parameters
 from onestage.training.run import RunAddOn, link_data_to_model
+from onestage.training.run_files import EPOCHS_FILE, EpochTable, TrainingPictures
 from onestage.training.trainer import DetectionTrainer, evaluate_at_least_once, resolve_precision
 from onestage.types import JSONDict
 
@@ -207,6 +208,9 @@ class DetectionCLI(LightningCLI):
         own: list[Callback] = [ResultsWriter(self.results_path)] if self.command != "losses" else []
         if self.command == "predict" or (settings.drawn_images > 0 and self.command != "losses"):
             own.append(DetectionImages(self.run_folder / "predictions", settings.drawn_images))
+        if self.command == "fit":
+            own.append(EpochTable(self.run_folder / EPOCHS_FILE))
+            own += [TrainingPictures(self.run_folder)] if settings.drawn_images > 0 else []
         if self.command == "fit" and config["logger"] is not False:
             own.append(LearningRateMonitor("step"))
         if self.command == "fit" and settings.anchor_statistics:

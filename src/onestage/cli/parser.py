@@ -51,7 +51,7 @@ def add_run_keys(parser: LightningArgumentParser) -> None:
     keys: tuple[tuple[str, Any, Any, str], ...] = (
         ("experiment", str | None, None, "name of the run's folder; default: the name of the last --config"),
         ("runs_dir", str, "runs", "folder of all runs"),
-        ("drawn_images", NonNegativeInt, 16, "number of images drawn in each evaluation"),
+        ("drawn_images", NonNegativeInt, 16, "number of images drawn in each evaluation; 0: no pictures"),
         ("anchor_statistics", bool, True, "log which anchors the classification loss comes from"),
     )
     for name, kind, default, text in keys:

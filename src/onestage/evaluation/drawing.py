@@ -60,6 +60,22 @@ def draw_boxes(
     return np.asarray(picture)
 
 
+def draw_sheet(
+    images: npt.NDArray[np.uint8],
+    objects: Sequence[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]],
+    class_names: Sequence[str],
+) -> npt.NDArray[np.uint8]:
+    """Draw images of one size, [N, H, W, 3] RGB, in a square of rows and columns, each with its (boxes, labels)."""
+    drawn = [draw_boxes(image, *own, None, class_names) for image, own in zip(images, objects, strict=True)]
+    height, width = drawn[0].shape[:2]
+    columns = math.ceil(math.sqrt(len(drawn)))
+    sheet = np.full((math.ceil(len(drawn) / columns) * height, columns * width, 3), 255, dtype=np.uint8)
+    for number, picture in enumerate(drawn):
+        y, x = number // columns * height, number % columns * width
+        sheet[y : y + height, x : x + width] = picture
+    return sheet
+
+
 def save_jpeg(path: Path, image: npt.NDArray[np.uint8]) -> None:
     """Write a [H, W, 3] RGB image as JPEG, atomically."""
     with atomic_write(path) as temporary:

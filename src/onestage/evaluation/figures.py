@@ -1,6 +1,7 @@
-"""Pictures of an evaluation: precision-recall curves and the confusion matrix."""
+"""Figures of a run: precision-recall curves, the confusion matrix, training curves, the labels of a split."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import numpy as np
 from onestage.evaluation.analysis import Analysis
 from onestage.evaluation.precision_recall import RECALLS
 from onestage.files import atomic_write
+from onestage.types import AnnotationSet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,8 +26,13 @@ def write_figures(folder: Path, analysis: Analysis, class_names: Sequence[str]) 
     if analysis.confusion:
         figures[CONFUSION_FILE] = draw_confusion(analysis, class_names)
     for name, figure in figures.items():
-        with atomic_write(folder / name) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
+        save_figure(folder / name, figure)
+
+
+def save_figure(path: Path, figure: "Figure") -> None:
+    """Write a figure as PNG, atomically."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def draw_precision_recall(analysis: Analysis, class_names: Sequence[str]) -> "Figure":
@@ -74,6 +81,73 @@ def draw_confusion(analysis: Analysis, class_names: Sequence[str]) -> "Figure":
     threshold = analysis.score_threshold
     at = "" if threshold is None else f", score >= {threshold:.2f}"
     axes.set(title=f"Objects (rows) and what was detected\nIoU >= 0.5{at}", xlabel="detected as", ylabel="object")
+    return figure
+
+
+Curves = dict[str, dict[str, list[tuple[float, float]]]]  # panel -> name -> points (step, value)
+
+
+def training_curves(rows: Sequence[Mapping[str, str]], max_points: int = 300) -> Curves:
+    """Return the curves of the rows of metrics.csv or epochs.csv: losses, learning rate and mAP, without empty ones.
+
+    Of a longer curve, points next to each other are averaged.
+    """
+    columns: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, text in row.items():
+            if text and math.isfinite(float(text)):
+                columns.setdefault(name, []).append((float(row["step"]), float(text)))
+    # The learning rates of the parameter groups are equal.
+    rates = sorted(name for name in columns if name.startswith("lr"))[:1]
+    losses = sorted(name for name in columns if name.endswith("loss") and name.startswith(("train/", "val/")))
+    scores: list[str] = [name for name in ("val/mAP", "val/AP50", "val/AP75") if name in columns]
+    panels = {"loss": losses, "learning rate": rates, "mAP": scores}
+    return {panel: {name: _thinned(columns[name], max_points) for name in own} for panel, own in panels.items() if own}
+
+
+def _thinned(points: list[tuple[float, float]], max_points: int) -> list[tuple[float, float]]:
+    parts = np.array_split(np.array(points), min(max_points, len(points)))
+    return [(float(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts]
+
+
+def draw_training(rows: Sequence[Mapping[str, str]]) -> "Figure":
+    """Draw the curves of the rows of metrics.csv."""
+    from matplotlib.figure import Figure
+
+    curves = training_curves(rows)
+    figure = Figure(figsize=(5 * max(1, len(curves)), 4), layout="constrained")
+    for position, (panel, lines) in enumerate(curves.items(), start=1):
+        axes = figure.add_subplot(1, len(curves), position)
+        for name, points in lines.items():
+            axes.plot(*np.array(points).T, label=name, linewidth=1.2, marker="." if len(points) < 30 else "")
+        axes.set(title=panel, xlabel="step", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def draw_labels(annotations: AnnotationSet) -> "Figure":
+    """Draw the objects of a split: how many of each class, how large, and where in the image their centres lie."""
+    from matplotlib.figure import Figure
+
+    names, num_classes = annotations.class_names, len(annotations.class_names)
+    counts = np.bincount(annotations.labels, minlength=num_classes)
+    shown = np.argsort(-counts, kind="stable")[:MAX_CLASSES][::-1]
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    by_class, by_size, by_place = (figure.add_subplot(1, 3, position) for position in (1, 2, 3))
+    by_class.barh([_name(names[label]) for label in shown], counts[shown])
+    more = f" (of {num_classes})" if num_classes > len(shown) else ""
+    by_class.set(title=f"objects of {len(shown)}{more} classes", xlabel="objects")
+    sides = np.sqrt(np.prod(annotations.boxes[:, 2:] - annotations.boxes[:, :2], axis=1))
+    by_size.hist(sides, bins=np.geomspace(sides.min(initial=8), sides.max(initial=512), 40).tolist())
+    for bound in (32, 96):
+        by_size.axvline(bound, color="black", linewidth=0.8, linestyle="--")
+    by_size.set(title="sizes; dashed: COCO's 32 and 96 px", xlabel="square root of the area, px", xscale="log")
+    sizes = annotations.sizes[:, ::-1].repeat(np.diff(annotations.box_offsets), axis=0)
+    known = (sizes > 0).all(axis=1)  # not every annotation gives the size of its image
+    centres = (annotations.boxes[known, :2] + annotations.boxes[known, 2:]) / 2 / sizes[known]
+    by_place.hist2d(centres[:, 0], centres[:, 1], bins=40, range=[[0, 1], [0, 1]], cmap="Blues")
+    by_place.set(title="centres", xlabel="x / width", ylabel="y / height", ylim=(1, 0), aspect="equal")
     return figure
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
@@ -190,7 +191,7 @@ class LossBar(TQDMProgressBar):
 
 
 class AnchorMonitor(Callback):
-    """Log `anchors/*` at every logged step, and check the first batch for a missing prior bias.
+    """Log `anchors/*` to TensorBoard at every logged step, and check the first batch for a missing prior bias.
 
     Uses the first process's batch that ends the step. A detector without `anchor_losses` is skipped.
     """
@@ -207,7 +208,8 @@ class AnchorMonitor(Callback):
         """Log the composition of the loss of this batch."""
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         every = trainer.log_every_n_steps  # type: ignore[attr-defined] # Lightning sets it
-        is_logged = bool(trainer.loggers) and ends_step and trainer.global_step % every == 0
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        is_logged = bool(loggers) and ends_step and trainer.global_step % every == 0
         if not (is_logged or self._is_first_batch):
             return
         # Without gradient, because adaptive losses count the batches that have one.
@@ -221,8 +223,8 @@ class AnchorMonitor(Callback):
         self._is_first_batch = False
         if is_logged:
             statistics = anchor_statistics(anchor_losses, predictions.anchors.strides)
-            for logger in trainer.loggers:
-                logger.log_metrics(statistics, step=trainer.global_step - 1)  # the row of the loss of this step
+            for logger in loggers:  # dozens of columns would bury the losses in metrics.csv
+                logger.log_metrics(statistics, step=trainer.global_step - 1)  # that of the loss
 
 
 class LossCollector(pl.LightningModule):

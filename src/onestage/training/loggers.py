@@ -32,9 +32,9 @@ class EventLogger(TensorBoardLogger):
             super().log_metrics(metrics, step)
 
     def save(self) -> None:
-        """Flush, if there is room."""
+        """Flush, if there is room; Lightning would also write hparams.yaml, empty because config.yaml has it all."""
         with _full_disk_tolerated("TensorBoard's event files"):
-            super().save()
+            self.experiment.flush()
 
 
 class TableLogger(CSVLogger):
@@ -51,7 +51,7 @@ class TableLogger(CSVLogger):
         if self._resumed_step is None:
             return super().experiment
         file, before, self._resumed_step = Path(self.log_dir) / METRICS_FILE, self._resumed_step, None
-        header, rows = _read_rows(file)  # before the writer deletes the file
+        header, rows = read_rows(file)  # before the writer deletes the file
         writer = super().experiment
         if header and isinstance(writer, ExperimentWriter):
             writer.metrics_keys = header
@@ -73,8 +73,8 @@ class TableLogger(CSVLogger):
         self.experiment.metrics = []  # Lightning clears them only once they are written
 
 
-def _read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the header and every complete row: a killed run may have left half a line."""
+def read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the header and every complete row of a table with steps: a killed run may have left half a line."""
     if not file.is_file():
         return [], []
     with file.open(newline="", encoding="utf-8") as lines:
