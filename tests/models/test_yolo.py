@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from onestage.boxes.anchors import AnchorShapes
 from onestage.errors import ConfigError
-from onestage.losses import ClassWeights, ObjectSoftmaxLoss, QualityFocalLoss, SigmoidCrossEntropy, SigmoidFocalLoss
+from onestage.losses import ClassWeights, QualityFocalLoss, SigmoidCrossEntropy, SigmoidFocalLoss
 from onestage.models import Darknet19, Darknet53, TorchvisionBackbone, YOLOv2, YOLOv3
 from onestage.types import BACKGROUND, PADDING, Predictions, Targets
 
@@ -260,29 +260,3 @@ def test_autocast_gives_float32_predictions_and_losses(kind) -> None:
         losses = detector.loss(predictions, some_objects())
     values = (*predictions[:2], predictions.quality_logits, *losses.terms.values())
     assert {value.dtype for value in values} == {torch.float32}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["v2", "v3"])
-def test_two_images_are_memorised(kind) -> None:
-    focal = {"classification_loss": ObjectSoftmaxLoss()} if kind == "v2" else {}
-    backbone = Darknet19(8) if kind == "v2" else Darknet53(6, ONCE)
-    detector = yolo(kind, backbone=backbone, **focal).train()
-    for norm in detector.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = 0.1  # statistics of the last of few steps
-    images, targets = images_of(2), some_objects()
-    targets.labels[0, 0] = PADDING  # it shares its anchor
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
-    for _ in range(100):
-        total = sum(detector.loss(detector(images), targets).terms.values())
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-    found = detector.eval().detect(detector(images))
-    for image, rows in ((0, (1, 2)), (1, (0,))):
-        for row in rows:
-            (place,) = (found.labels[image, : len(rows)] == targets.labels[image, row]).nonzero()[:, 0].tolist()
-            assert found.scores[image, place] > 0.6
-            assert_close(found.boxes[image, place], targets.boxes[image, row], atol=3.0, rtol=0)
-        assert found.scores[image, len(rows)] < 0.3

@@ -70,3 +70,22 @@ class GridBoxCoder:
         centres = anchors.boxes[..., :2] + shifts
         half_sizes = 0.5 * box_outputs[..., 2:].clamp(max=self.max_log_ratio).exp() * anchors.boxes[..., 2:]
         return torch.cat([centres - half_sizes, centres + half_sizes], dim=-1)
+
+
+class DistanceBoxCoder:
+    """Distances from the anchor's centre to the left, top, right and bottom edge, in strides.
+
+    FCOS eq. 1 (arXiv:1904.01355); negative outputs count as 0, as in arXiv:2006.09214 and in torchvision.
+    """
+
+    num_outputs = 4
+
+    def encode(self, gt_boxes: Tensor, anchors: Anchors) -> Tensor:
+        """Return the distances [..., A, 4] of boxes [..., A, 4]; negative where the centre lies outside."""
+        centres = anchors.boxes[..., :2]
+        return torch.cat([centres - gt_boxes[..., :2], gt_boxes[..., 2:] - centres], dim=-1) / anchors.strides[:, None]
+
+    def decode(self, box_outputs: Tensor, anchors: Anchors) -> Tensor:
+        """Return the boxes that distances describe, [..., A, 4] xyxy, px; they contain the anchor's centre."""
+        centres, distances = anchors.boxes[..., :2], box_outputs.relu() * anchors.strides[:, None]
+        return torch.cat([centres - distances[..., :2], centres + distances[..., 2:]], dim=-1)

@@ -76,16 +76,25 @@ class AnchorDetector(Detector):
         return Predictions(self.class_head(maps), self.box_head(maps), self.anchor_grid(grids), quality)
 
     def loss(self, predictions: Predictions, targets: Targets) -> Losses:
-        """Return the two terms of SSD eq. 1, divided by the normaliser's number. Never waits for the device."""
+        """Return the two terms of SSD eq. 1 and those of `quality_terms`, divided by the normaliser's number.
+
+        Never waits for the device.
+        """
         class_logits, box_outputs, anchors, _ = predictions
         with torch.autocast(box_outputs.device.type, enabled=False):
             labels, gt_boxes = self.assign(predictions, targets)
             is_positive = labels >= 0
             divisor = self.normaliser(is_positive)
             box_quality = self._box_quality(self.classification_loss, predictions, gt_boxes, is_positive)
+            others = self.quality_terms(predictions, gt_boxes, is_positive)
         classification = self.classification_loss(class_logits, labels, box_quality)
         box = self.box_loss(box_outputs, gt_boxes, anchors, self.box_coder, is_positive)
-        return Losses({"classification": classification / divisor, "box": box / divisor}, is_positive.sum())
+        terms = {"classification": classification, "box": box, **others}
+        return Losses({name: value / divisor for name, value in terms.items()}, is_positive.sum())
+
+    def quality_terms(self, predictions: Predictions, gt_boxes: Tensor, is_positive: Tensor) -> dict[str, Tensor]:
+        """Return the sums of further terms over positive anchors; see `BoxLoss.forward`. None by default."""
+        return {}
 
     @torch.no_grad()
     def anchor_losses(self, predictions: Predictions, targets: Targets) -> AnchorLosses:

@@ -6,6 +6,11 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from onestage.errors import require
+from onestage.models.backbone import Backbone, TorchvisionBackbone
+
+STRIDES = (8, 16, 32, 64, 128)  # of P3 to P7, px
+
 
 class FPN(nn.Module):
     """RetinaNet's neck: P3 to P5 from three maps of a backbone, P6 and P7 by strided convolutions (section 4).
@@ -37,3 +42,16 @@ class FPN(nn.Module):
         levels = [smooth(features) for smooth, features in zip(self.smoothing, merged, strict=True)]
         levels.append(self.p6(feature_maps[-1] if self.p6_from == "c5" else levels[-1]))
         return [*levels, self.p7(levels[-1].relu())]
+
+
+def pyramid_backbone(name: str, backbone: Backbone | None) -> Backbone:
+    """Return a backbone with the maps C3 to C5, for a detector of that name; None: a ResNet-50 with random weights.
+
+    Raises:
+        ConfigError: its strides are others.
+    """
+    backbone = backbone or TorchvisionBackbone("resnet50", STRIDES[:3])
+    remedy = "Set strides: [8, 16, 32] in the init_args of the backbone."
+    place, fits = f"{name}: strides of the backbone", backbone.strides == STRIDES[:3]
+    require(fits, place, backbone.strides, "(8, 16, 32)", remedy)
+    return backbone

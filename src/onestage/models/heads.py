@@ -75,7 +75,7 @@ class AnchorHead(nn.Module):
     def forward(self, feature_maps: Sequence[Tensor]) -> Tensor:
         """Return [B, A, num_outputs] float32 of maps [B, C_l, H_l, W_l], in the order of `AnchorGrid`."""
         outputs = [level(features) for level, features in zip(self.levels, feature_maps, strict=True)]
-        return _by_anchor(outputs, self.num_outputs)
+        return by_anchor(outputs, self.num_outputs)
 
     def start_at_prior(self, prior_bias: Tensor) -> None:
         """Set weights to N(0, 0.01^2) and biases to `prior_bias`, [num_outputs]. RetinaNet section 4.1."""
@@ -92,18 +92,25 @@ class SharedHead(nn.Module):
         channels: of every level, and of the tower.
         tower_convs: convolutions of the tower, each with a ReLU.
         anchors_per_cell: of every level.
-        group_norm: whether a group normalisation with 32 groups replaces the biases of the tower.
+        group_norm: whether the tower has group normalisations with 32 groups.
         num_outputs: numbers for each anchor.
+        tower_bias: whether the tower's convolutions have biases; None: without group normalisation.
     """
 
     def __init__(
-        self, channels: int, tower_convs: int, anchors_per_cell: int, group_norm: bool, num_outputs: int
+        self,
+        channels: int,
+        tower_convs: int,
+        anchors_per_cell: int,
+        group_norm: bool,
+        num_outputs: int,
+        tower_bias: bool | None = None,
     ) -> None:
         super().__init__()
         self.num_outputs = num_outputs
         norm = partial(nn.GroupNorm, 32) if group_norm else None
         self.tower = nn.Sequential(
-            *[Conv2dNormActivation(channels, channels, norm_layer=norm) for _ in range(tower_convs)]
+            *[Conv2dNormActivation(channels, channels, norm_layer=norm, bias=tower_bias) for _ in range(tower_convs)]
         )
         self.output = nn.Conv2d(channels, anchors_per_cell * num_outputs, 3, padding=1)
         for conv in self.modules():
@@ -112,14 +119,14 @@ class SharedHead(nn.Module):
 
     def forward(self, feature_maps: Sequence[Tensor]) -> Tensor:
         """Return [B, A, num_outputs] float32 of maps [B, channels, H_l, W_l], in the order of `AnchorGrid`."""
-        return _by_anchor([self.output(self.tower(features)) for features in feature_maps], self.num_outputs)
+        return by_anchor([self.output(self.tower(features)) for features in feature_maps], self.num_outputs)
 
     def start_at_prior(self, prior_bias: Tensor) -> None:
         """Set the biases of the outputs to `prior_bias`, [num_outputs]. RetinaNet section 4.1."""
         _start_at(self.output, prior_bias)
 
 
-def _by_anchor(maps: Sequence[Tensor], num_outputs: int) -> Tensor:
+def by_anchor(maps: Sequence[Tensor], num_outputs: int) -> Tensor:
     """Return [B, A, num_outputs] float32 of output maps [B, anchors per cell * num_outputs, H_l, W_l]."""
     cells = (features.permute(0, 2, 3, 1) for features in maps)
     # Not one reshape, which cannot infer the number of anchors of a batch without images.

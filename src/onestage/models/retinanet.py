@@ -14,13 +14,12 @@ from onestage.losses.box import BoxLoss, L1Loss
 from onestage.losses.classification import ClassificationLoss, SigmoidClassificationLoss
 from onestage.losses.focal import SigmoidFocalLoss
 from onestage.losses.normaliser import PositiveNormaliser
-from onestage.models.backbone import Backbone, TorchvisionBackbone
+from onestage.models.backbone import Backbone
 from onestage.models.detector import AnchorDetector
-from onestage.models.fpn import FPN
+from onestage.models.fpn import FPN, STRIDES, pyramid_backbone
 from onestage.models.heads import SharedHead
 from onestage.models.weights import load_published, torchvision_retinanet
 
-STRIDES = (8, 16, 32, 64, 128)  # of P3 to P7, px
 ANCHOR_SCALE = 4.0  # side of a level's smallest square anchor in strides (section 4: 32 to 512 px on P3 to P7)
 
 
@@ -89,10 +88,7 @@ class RetinaNet(AnchorDetector):
         require(tower_convs >= 0, f"{name}: tower_convs", tower_convs, ">= 0")
         fits, rule = channels > 0 and (not group_norm or channels % 32 == 0), "> 0, a multiple of 32 with group_norm"
         require(fits, f"{name}: channels", channels, rule)
-        backbone = backbone or TorchvisionBackbone("resnet50", STRIDES[:3])
-        remedy = "Set strides: [8, 16, 32] in the init_args of the backbone."
-        place, fits = f"{name}: strides of the backbone", backbone.strides == STRIDES[:3]
-        require(fits, place, backbone.strides, "(8, 16, 32)", remedy)
+        backbone = pyramid_backbone(name, backbone)
         levels = anchors or [AnchorShapes(stride, pyramid_shapes(anchor_scale * stride), 0.0) for stride in STRIDES]
         strides, counts = [level.stride for level in levels], {len(level.shapes) for level in levels}
         require(strides == list(STRIDES), f"{name}: anchors, strides", strides, f"{list(STRIDES)}, one level for each")

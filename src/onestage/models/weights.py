@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, WeightsEnum
 from torchvision.models.detection import (
+    FCOS_ResNet50_FPN_Weights,
     RetinaNet_ResNet50_FPN_V2_Weights,
     RetinaNet_ResNet50_FPN_Weights,
     SSD300_VGG16_Weights,
@@ -44,7 +45,7 @@ _SSDLITE320 = {  # torchvision's names: ours
     "head.classification_head.module_list.": "class_head.levels.",
     "head.regression_head.module_list.": "box_head.levels.",
 }
-_RETINANET = {  # torchvision's names, those in files of its versions before 0.13 included: ours
+_PYRAMID = {  # torchvision's names of RetinaNet and FCOS, those of its versions before 0.13 included: ours
     r"^backbone\.fpn\.inner_blocks\.(\d)(\.0)?\.": r"neck.laterals.\1.",
     r"^backbone\.fpn\.layer_blocks\.(\d)(\.0)?\.": r"neck.smoothing.\1.",
     r"^backbone\.fpn\.extra_blocks\.": "neck.",
@@ -52,6 +53,7 @@ _RETINANET = {  # torchvision's names, those in files of its versions before 0.1
     r"^head\.classification_head\.cls_logits\.": "class_head.output.",
     r"^head\.regression_head\.conv\.": "box_head.tower.",
     r"^head\.regression_head\.bbox_reg\.": "box_head.output.",
+    r"^head\.regression_head\.bbox_ctrness\.": "box_head.centerness.",
 }
 
 
@@ -126,22 +128,38 @@ def torchvision_retinanet(detector: nn.Module, key: str, value: str, is_second: 
     published: WeightsEnum = RetinaNet_ResNet50_FPN_Weights.COCO_V1
     if is_second:
         published = RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1
-    weights = {}
-    for name, tensor in read_weights(key, value, {TORCHVISION_COCO: published}).items():
-        for theirs, ours in _RETINANET.items():
-            name = re.sub(theirs, ours, name)
-        # Before torchvision 0.13 the towers were flat lists of convolutions and ReLUs.
-        name = re.sub(r"tower\.(\d)\.(\w+)$", lambda found: f"tower.{int(found[1]) // 2}.0.{found[2]}", name)
-        weights[name] = tensor
-    own = detector.state_dict()
-    keys = {name: name for name in own if not name.endswith("num_batches_tracked")}
-    state = rename(weights, keys, f"{key}: {value}")
+    # Before torchvision 0.13 the towers were flat lists of convolutions and ReLUs.
+    state = _pyramid_state(detector, key, value, published, layers_per_conv=2)
     # The published first version was trained with eps = 0 in the batch norms: var + 0 = (var - eps) + eps.
     if not is_second and (value == TORCHVISION_COCO or value.endswith(published.url.rpartition("/")[2])):
         for name, module in detector.named_modules():
             if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
                 state[f"{name}.running_var"] = state[f"{name}.running_var"] - module.eps
     return state
+
+
+def torchvision_fcos(detector: nn.Module, key: str, value: str) -> dict[str, Tensor]:
+    """Return the weights of torchvision's fcos_resnet50_fpn under our names; see `read_weights`."""
+    # The towers are flat lists of convolutions, group norms and ReLUs.
+    return _pyramid_state(detector, key, value, FCOS_ResNet50_FPN_Weights.COCO_V1, layers_per_conv=3)
+
+
+def _pyramid_state(
+    detector: nn.Module, key: str, value: str, published: WeightsEnum, layers_per_conv: int
+) -> dict[str, Tensor]:
+    """Return weights of torchvision's detectors on an FPN; layers_per_conv: in towers that are flat lists."""
+
+    def place(found: re.Match[str]) -> str:
+        conv, layer = divmod(int(found[1]), layers_per_conv)
+        return f"tower.{conv}.{layer}.{found[2]}"
+
+    weights = {}
+    for name, tensor in read_weights(key, value, {TORCHVISION_COCO: published}).items():
+        for theirs, ours in _PYRAMID.items():
+            name = re.sub(theirs, ours, name)
+        weights[re.sub(r"tower\.(\d+)\.(\w+)$", place, name)] = tensor
+    keys = {name: name for name in detector.state_dict() if not name.endswith("num_batches_tracked")}
+    return rename(weights, keys, f"{key}: {value}")
 
 
 def _columns(num_columns: int, num_classes: int, place: str) -> list[int]:

@@ -1,0 +1,125 @@
+"""torchvision's FCOS is the second implementation: same weights, same images, same outputs, losses and detections."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torchvision.models.detection import fcos, fcos_resnet50_fpn
+from torchvision_pyramids import pyramid, randomise, share_of_same
+
+from onestage.boxes.point_matchers import ATSSMatcher
+from onestage.errors import ConfigError
+from onestage.losses import MinedCrossEntropy
+from onestage.models import FCOS, TorchvisionBackbone
+from onestage.types import PADDING, Predictions, Targets
+
+SIDE = 128
+
+
+def theirs_of(num_columns: int) -> fcos.FCOS:
+    torch.manual_seed(0)
+    model = fcos.FCOS(pyramid(), num_columns, min_size=SIDE, max_size=SIDE).eval()
+    randomise(model)
+    nn.init.constant_(model.head.regression_head.bbox_reg.bias, 1.5)
+    return model
+
+
+def tiny(num_classes: int = 3, **changes) -> FCOS:
+    backbone = TorchvisionBackbone("mobilenet_v3_small", (8, 16, 32))
+    return FCOS(num_classes, **({"backbone": backbone, "channels": 32, "tower_convs": 1} | changes))
+
+
+def some_objects() -> Targets:
+    boxes = torch.tensor([[[10.0, 12, 42, 30], [14, 15, 20, 61], [20, 5, 126, 122], [0, 0, 0, 0]], [[0.0] * 4] * 4])
+    return Targets(boxes, torch.tensor([[1, 5, 0, PADDING], [PADDING] * 4]))
+
+
+def test_outputs_losses_and_detections_equal_torchvision_with_its_weights(tmp_path) -> None:
+    theirs = theirs_of(8)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    backbone = TorchvisionBackbone("resnet18", (8, 16, 32))
+    detector = FCOS(7, backbone=backbone, pretrained=str(tmp_path / "weights.pth")).eval()
+    generator = torch.Generator().manual_seed(1)
+    images, targets = torch.randint(0, 256, (2, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator), some_objects()
+    with torch.no_grad():
+        transformed, _ = theirs.transform([image / 255 for image in images])
+        features = list(theirs.backbone(transformed.tensors).values())
+        outputs, anchors = theirs.head(features), theirs.anchor_generator(transformed, features)
+        expected = theirs.postprocess_detections(
+            {key: list(value.split([256, 64, 16, 4, 1], dim=1)) for key, value in outputs.items()},
+            [list(rows.split([256, 64, 16, 4, 1])) for rows in anchors],
+            transformed.image_sizes,
+        )
+        predictions = detector(images)
+        their_targets = [
+            {"boxes": boxes[labels >= 0], "labels": labels[labels >= 0] + 1}
+            for boxes, labels in zip(*targets, strict=True)
+        ]
+        losses = theirs.compute_loss(their_targets, outputs, anchors, [256, 64, 16, 4, 1])
+        # Column 0 of the logits is never trained and not ours; its loss is of background alone.
+        column = torch.sigmoid(outputs["cls_logits"][..., 0])
+        background = (0.75 * column**2 * -(1 - column).log()).sum()
+    tolerance = {"atol": 1e-3, "rtol": 1e-3}  # sums in another order, by instruction set
+    assert_close(predictions.class_logits, outputs["cls_logits"][..., 1:], **tolerance)
+    assert_close(predictions.box_outputs.relu(), outputs["bbox_regression"], **tolerance)
+    assert_close(predictions.quality_logits, outputs["bbox_ctrness"][..., 0], **tolerance)
+    assert torch.equal(predictions.anchors.boxes[:, :2], (anchors[0][:, :2] + anchors[0][:, 2:]) / 2)
+    assert share_of_same(expected, detector.detect(predictions), at_least=50) > 0.99
+
+    found = detector.loss(predictions, targets)
+    assert found.num_positives >= 15
+    expected_classes = losses["classification"] - background / found.num_positives
+    assert_close(found.terms["classification"], expected_classes, **tolerance)
+    assert_close(found.terms["box"], losses["bbox_regression"], **tolerance)
+    assert_close(found.terms["centerness"], losses["bbox_ctrness"], **tolerance)
+
+
+@pytest.mark.slow
+def test_published_model_has_the_published_size_and_keys(tmp_path) -> None:
+    theirs = fcos_resnet50_fpn(weights=None, weights_backbone=None)
+    torch.save(theirs.state_dict(), tmp_path / "coco.pth")
+    detector = FCOS(80, pretrained=str(tmp_path / "coco.pth"))
+    # torchvision's 32,269,600 are without the batch norms of a ResNet-50, which are frozen there; 11 unused columns.
+    assert sum(p.numel() for p in detector.parameters()) == 32_269_600 + 53_120 - 11 * (256 * 9 + 1)
+    person = theirs.state_dict()["head.classification_head.cls_logits.weight"][1]
+    assert torch.equal(detector.class_head.output.weight[0], person)
+
+
+def test_centerness_and_score_follow_the_papers_formulas() -> None:
+    detector = tiny(1)
+    anchors = detector.anchor_grid([(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)])
+    # The point (24, 24) has distances left 4, top 6, right 16, bottom 6: sqrt(4 / 16 * 6 / 6) = 0.5
+    gt_boxes = torch.tensor([20.0, 18, 40, 30]).expand(1, len(anchors.boxes), 4)
+    is_positive = (anchors.boxes[:, :2] == 24).all(dim=1)[None] & (anchors.strides == 8)
+    assert is_positive.sum() == 1
+    quality = torch.full(is_positive.shape, math.log(3))  # p = 0.75
+    predictions = Predictions(torch.zeros(*is_positive.shape, 1), torch.zeros(*is_positive.shape, 4), anchors, quality)
+    (term,) = detector.quality_terms(predictions, gt_boxes, is_positive).values()
+    assert_close(term, torch.tensor(-0.5 * math.log(0.75) - 0.5 * math.log(0.25)))
+    assert_close(detector.scores(predictions), torch.full((*is_positive.shape, 1), math.sqrt(0.5 * 0.75)))
+
+
+@pytest.mark.parametrize("matcher", [None, ATSSMatcher()], ids=["FCOS", "ATSS"])
+def test_batch_without_objects_trains_the_classes_alone(matcher) -> None:
+    detector = tiny(matcher=matcher)
+    nothing = Targets(torch.zeros(2, 16, 4), torch.full((2, 16), PADDING))
+    losses = detector.loss(detector(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)), nothing)
+    assert list(losses.terms) == list(detector.loss_terms)
+    assert losses.terms["box"] == losses.terms["centerness"] == losses.num_positives == 0
+    sum(losses.terms.values()).backward()
+    assert all(p.grad.isfinite().all() for p in detector.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channels": 48}, "channels must be > 0, a multiple of 32, got 48"),
+        ({"backbone": TorchvisionBackbone("mobilenet_v3_small")}, r"must be \(8, 16, 32\), got \(8, 16\)"),
+        ({"pretrained": "x", "classification_loss": MinedCrossEntropy()}, "a loss with sigmoids, got 'MinedCross"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny(**changes)
