@@ -29,9 +29,9 @@ class Objects(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The detections of N images, in the order of the images."""
+    """The detections of N images; `images` need not ascend."""
 
-    images: Integers  # [D] position of the image, 0..N-1, ascending
+    images: Integers  # [D] position of the image, 0..N-1
     boxes: npt.NDArray[np.float32]  # [D, 4] xyxy px
     scores: npt.NDArray[np.float32]  # [D]
     labels: Integers  # [D] 0..K-1
@@ -115,7 +115,7 @@ def match(found: Found, objects: Objects, pairs: Pairs, *, same_class: bool = Tr
 
 def rows_by_class(labels: Integers, num_classes: int) -> list[Integers]:
     """Return the rows of each class, [K], in one pass: a mask for each class would cost D x K. labels: [D] 0..K-1."""
-    order = np.argsort(labels, kind="stable")
+    order = np.argsort(labels.astype(np.int16 if num_classes < 2**15 else np.int64), kind="stable")  # radix sort
     return np.split(order, np.searchsorted(labels[order], np.arange(1, num_classes)))
 
 
