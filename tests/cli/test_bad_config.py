@@ -70,7 +70,6 @@ LOSS = "model.detector.init_args.classification_loss"
         ([f"--{LOSS}", "onestage.losses.FocalLoss"], "unknown class onestage.losses.FocalLoss; did you mean"),
         (["--model.detector.num_classes", "3"], "num_classes"),
         (["--resume", "nowhere.ckpt"], "nowhere.ckpt does not exist"),
-        (["--trainer.logger", "CSVLogger"], "trainer.logger: the following arguments are required: save_dir"),
         pytest.param(
             ["--trainer.accelerator", "cuda", "--trainer.devices", "4"],
             "CUDA",

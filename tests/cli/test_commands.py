@@ -33,17 +33,6 @@ def test_run_folder_holds_the_documented_files(trained):
     assert len(list((trained / "predictions").glob("*.jpg"))) == 3
 
 
-@pytest.mark.slow
-def test_user_logger_leaves_config_yaml_in_the_run_folder(fast_options, tmp_path, capsys):
-    folders = ["--runs_dir", str(tmp_path / "runs"), "--trainer.logger.save_dir", str(tmp_path / "logs")]
-    options = [*fast_options, "--trainer.logger", "lightning.pytorch.loggers.CSVLogger", *folders]
-    for _ in range(2):
-        assert run("fit", *options, "--trainer.max_epochs", "1", "--resume", "auto") == 0
-    (folder,) = tmp_path.glob("runs/*/version_*")
-    assert yaml.safe_load((folder / "config.yaml").read_text())["runs_dir"] == str(tmp_path / "runs")
-    assert f"continuing {folder} from last.ckpt" in "".join(capsys.readouterr())
-
-
 def test_results_hold_finite_numbers_by_name(trained):
     results = json.loads((trained / "results.json").read_text())
     assert results["stage"] == "validate"

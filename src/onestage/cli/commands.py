@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.cli.messages import check_config_file, config_files, explain, files_first, option_values, refusal
@@ -43,8 +45,9 @@ from onestage.training.loggers import run_loggers
 from onestage.training.memory_format import resolve_memory_format
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import shards_parameters
-from onestage.training.run import RunAddOn, link_data_to_model
+from onestage.training.run import RunAddOn, is_first_process, link_data_to_model
 from onestage.training.run_files import EPOCHS_FILE, EpochTable, TrainingPictures
+from onestage.training.tracking import ResultsLogger, ended_with_the_command, log_run, start_loggers
 from onestage.training.trainer import DetectionTrainer, evaluate_at_least_once, resolve_precision
 from onestage.types import JSONDict
 
@@ -174,6 +177,8 @@ class DetectionCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; report a refused value with its key."""
         given = self._given_data
+        # Built when the folder of the run is known.
+        self._logger_specs, self.settings.trainer.logger = self.settings.trainer.logger, None
         try:
             if given is not None:
                 self.settings.data.source = given.source if isinstance(given, DetectionDataModule) else given
@@ -190,17 +195,38 @@ class DetectionCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if self._given_data is not None:
             self.settings.data.source = None  # config.yaml and checkpoints hold no objects
+        self.settings.trainer.logger = self._logger_specs
+        self._dump_config()
         self.run_folder = self._make_run_folder()  # only now, when data and model are known to be valid
         config["default_root_dir"] = str(self.run_folder)
-        if config.get("logger") in (None, True):
-            config["logger"] = run_loggers(self.run_folder, self.add_on.resumed_step)
+        config["logger"] = [*run_loggers(self.run_folder, self.add_on.resumed_step), *self._user_loggers()]
         own = self._reporting_callbacks(config)
         if self.command == "fit":
-            self._dump_config()
             self._stored = {key: self.config_dump[key] for key in ("model", "data")}
             own += [self._auto_batch()] if self.settings.auto_batch is not False else []
         callbacks = self.add_on.callbacks(self.settings, config, callbacks, self._stored)
         return super()._instantiate_trainer(config, [*own, *callbacks])
+
+    def _user_loggers(self) -> list[Logger]:
+        """Return the loggers of `trainer.logger`, which come beside the run's own."""
+        if not is_first_process(self.settings) or self.settings.trainer.fast_dev_run:
+            return []
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--logger", type=Logger)
+        specs = self._logger_specs if isinstance(self._logger_specs, list) else [self._logger_specs]
+        chosen = [deepcopy(spec) for spec in specs if isinstance(spec, Namespace)]  # not true, false, null
+
+        def instantiate(spec: Any) -> Logger:
+            values = Namespace(logger=spec)  # type: ignore[no-untyped-call]
+            return parser.instantiate(values).logger  # type: ignore[no-any-return]
+
+        return start_loggers(chosen, self.run_folder, instantiate)
+
+    @property
+    def _logged_config(self) -> JSONDict:
+        """Return the configuration for loggers, without their own keys, which may be secret."""
+        trainer = {key: value for key, value in self.config_dump["trainer"].items() if key != "logger"}
+        return {**self.config_dump, "trainer": trainer}
 
     def _reporting_callbacks(self, config: dict[str, Any]) -> list[Callback]:
         """Return the callbacks that write results, log curves and draw the progress bar."""
@@ -208,11 +234,11 @@ class DetectionCLI(LightningCLI):
         own: list[Callback] = [ResultsWriter(self.results_path)] if self.command != "losses" else []
         if self.command == "predict" or (settings.drawn_images > 0 and self.command != "losses"):
             own.append(DetectionImages(self.run_folder / "predictions", settings.drawn_images))
+        if self.command in ("fit", "validate", "test"):
+            own.append(ResultsLogger(self._logged_config, self.run_folder / "predictions"))
         if self.command == "fit":
-            own.append(EpochTable(self.run_folder / EPOCHS_FILE))
+            own += [EpochTable(self.run_folder / EPOCHS_FILE), LearningRateMonitor("step")]
             own += [TrainingPictures(self.run_folder)] if settings.drawn_images > 0 else []
-        if self.command == "fit" and config["logger"] is not False:
-            own.append(LearningRateMonitor("step"))
         if self.command == "fit" and settings.anchor_statistics:
             own.append(AnchorMonitor())
         given = config.get("callbacks") or []
@@ -278,9 +304,14 @@ class DetectionCLI(LightningCLI):
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        super()._run_subcommand(subcommand)
-        if subcommand != "fit" or not self.settings.trainer.fast_dev_run:
-            self._print_results()
+        trainer = self.trainer
+        with ended_with_the_command(trainer.loggers):
+            super()._run_subcommand(subcommand)
+            if subcommand != "fit" or not self.settings.trainer.fast_dev_run:
+                self._print_results()
+            if subcommand in ("fit", "validate", "test") and not self.settings.trainer.fast_dev_run:
+                metrics, step = self.model.metrics, trainer.global_step
+                log_run(trainer.loggers, self.run_folder, self._logged_config, metrics, step)
         if subcommand in ("validate", "test", "predict"):
             self._require_all_read(subcommand)
 

@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
 
 import onestage.losses
 from onestage.cli.messages import CONFIGS
@@ -32,6 +33,14 @@ yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.repres
 
 class DetectionParser(LightningArgumentParser):
     """Lightning's parser; it raises instead of printing a page of usage."""
+
+    def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the arguments of a class; a logger needs no save_dir, because a run has a folder."""
+        added: list[str] = super().add_class_arguments(theclass, *args, **kwargs)
+        if inspect.isclass(theclass) and issubclass(theclass, Logger):
+            for action in self._actions:  # private: argparse lists its actions nowhere else
+                action.required = action.required and action.dest != "save_dir"
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise with jsonargparse's message."""
