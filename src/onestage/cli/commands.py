@@ -1,5 +1,6 @@
 """The trainer commands: Lightning's command line over our module and data."""
 
+import logging
 import tempfile
 from copy import deepcopy
 from importlib import import_module
@@ -55,6 +56,13 @@ from onestage.types import JSONDict
 RUN_ADD_ONS = (
     "onestage.reliability.add_on:Reliability",
 )  # fmt: skip
+
+# Called when `fit`, `validate` or `test` has ended, on the first process.
+AFTER_RUN = (
+    "onestage.report.collection:write_after_run",
+)  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 
 def run_trainer_command(words: list[str], data: Source | DetectionDataModule | None = None) -> "DetectionCLI":
@@ -328,10 +336,20 @@ class DetectionCLI(LightningCLI):
             # The other processes end with the same code and without the message.
             raise malformed(place, problem, remedy, lines) if self.trainer.is_global_zero else DataError()
 
+    def _call_after_run(self) -> None:
+        for place in AFTER_RUN:
+            module, _, name = place.partition(":")
+            try:
+                write = getattr(import_module(module), name)
+                write(self.run_folder, self.command, self.model, self.datamodule, draw=self.settings.drawn_images > 0)
+            except Exception as error:  # the run is complete
+                logger.warning("%s: %s: %s", place, type(error).__name__, str(error).partition("\n")[0])
+
     @rank_zero_only
     def _print_results(self) -> None:
         if self.command != "predict" and self.model.metrics:
             print_report(self.model)
+            self._call_after_run()
         if self.results_path.is_file():
             print(f"results: {self.results_path}", flush=True)
         else:

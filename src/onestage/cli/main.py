@@ -18,6 +18,7 @@ COMMANDS = {
     "test": (TRAINER, "evaluate a checkpoint on the test split"),
     "predict": (TRAINER, "detect on a folder of images: drawn images and a COCO results file"),
     "losses": (TRAINER, "plot how the loss is shared among the anchors of a checkpoint, for each gamma"),
+    "report": ("onestage.report.report:report", "write one HTML page about a run, or compare several"),
     "doctor": ("onestage.doctor.doctor:doctor", "check a data set: files, boxes, classes, leakage, anchor coverage"),
     "anchors": ("onestage.doctor.doctor:anchors", "fit a detector's anchors to a data set"),
     "convert": ("onestage.convert.conversion:convert", "convert a data set between COCO, VOC and YOLO"),
@@ -44,6 +45,7 @@ examples:
   onestage fit --config configs/voc_ssd300.yaml --data.path mine --trainer.max_epochs 50
   onestage validate --ckpt_path runs/shapes_ssd/version_0/checkpoints/best.ckpt
   onestage predict --ckpt_path runs/shapes_ssd/version_0/checkpoints/best.ckpt --data.predict_dir photos/
+  onestage report runs/shapes_ssd/version_0 runs/shapes_ssd/version_1
   onestage fit --config configs/shapes_ssd.yaml --print_config
   onestage doctor mine
   onestage convert data/voc --to coco --out data/voc_coco

@@ -26,7 +26,7 @@ from onestage.data.splits import DEFAULT_VAL_FRACTION, find_shared_images, split
 from onestage.data.transforms import ScaleJitter, SeededTransform, ssd_transforms
 from onestage.errors import ConfigError, require
 from onestage.files import as_path, printable
-from onestage.types import AnnotationSet, Stage
+from onestage.types import AnnotationSet, Finding, Stage
 
 DEFAULT_IMAGE_SIZE, MIN_IMAGE_SIZE = 300, 32  # px
 CALLS: dict[str, list[Stage]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
@@ -130,6 +130,7 @@ class DetectionDataModule(LightningDataModule):
         self._require_valid_settings(image_size)
         self._annotation_sets: dict[Stage, AnnotationSet] = {}
         self._checked_splits: set[Stage] = set()
+        self.shared: list[Finding] = []  # images of both training and validation split, found by `setup`
         self._train_loader: DetectionLoader | None = None
         self._position: dict[str, int] = {}  # from a checkpoint, until the training loader exists
 
@@ -193,8 +194,8 @@ class DetectionDataModule(LightningDataModule):
         if stage == "fit" and new_splits:
             self._announce()
             splits = [("training", self.annotations("train")), ("validation", self.annotations("val"))]
-            shared = [] if self._is_divided else find_shared_images(splits)[0]
-            for message in start_messages(shared, ""):
+            self.shared = [] if self._is_divided else find_shared_images(splits)[0]
+            for message in start_messages(self.shared, ""):
                 _warn(message)
 
     def annotations(self, stage: Stage) -> AnnotationSet:

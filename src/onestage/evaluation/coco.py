@@ -57,6 +57,11 @@ class CocoEvaluator:
         """Number of collected images; of all processes once `compute` was called."""
         return len(self._rows_by_image)
 
+    @property
+    def image_rows(self) -> npt.NDArray[np.int64]:
+        """Rows of the AnnotationSet that were collected, [N], in the order of `detections` and `objects`."""
+        return np.array(list(self._rows_by_image), dtype=np.int64)
+
     def update(self, image_indices: Tensor, detections: Detections) -> None:
         """Collect the detections of a batch, without communication between processes.
 
@@ -178,7 +183,7 @@ class CocoEvaluator:
 
     def objects(self) -> Objects:
         """Return the objects of the collected images."""
-        annotations, evaluated = self.annotations, np.array(list(self._rows_by_image), dtype=np.int64)
+        annotations, evaluated = self.annotations, self.image_rows
         counts = np.diff(annotations.box_offsets)[evaluated]
         rows = np.flatnonzero(
             np.isin(np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets)), evaluated)

@@ -99,7 +99,8 @@ def training_curves(rows: Sequence[Mapping[str, str]], max_points: int = 300) ->
                 columns.setdefault(name, []).append((float(row["step"]), float(text)))
     # The learning rates of the parameter groups are equal.
     rates = sorted(name for name in columns if name.startswith("lr"))[:1]
-    losses = sorted(name for name in columns if name.endswith("loss") and name.startswith(("train/", "val/")))
+    losses = [name for name in columns if name.endswith("loss") and name.startswith(("train/", "val/"))]
+    losses.sort(key=lambda name: (len(name), name))  # the sums first
     scores: list[str] = [name for name in ("val/mAP", "val/AP50", "val/AP75") if name in columns]
     panels = {"loss": losses, "learning rate": rates, "mAP": scores}
     return {panel: {name: _thinned(columns[name], max_points) for name in own} for panel, own in panels.items() if own}

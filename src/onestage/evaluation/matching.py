@@ -85,20 +85,20 @@ def overlapping_pairs(found: Found, objects: Objects) -> Pairs:
     return Pairs(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def match(found: Found, objects: Objects, pairs: Pairs, *, same_class: bool = True) -> Match:
-    """Match as COCOeval does at IoU 0.5: the best detection first, each takes the free object with the highest IoU.
+def match(found: Found, objects: Objects, pairs: Pairs, *, same_class: bool = True, iou: float = POSITIVE_IOU) -> Match:
+    """Match as COCOeval does: the best detection first, each takes the free object with the highest IoU.
 
     All images and classes advance together, one detection of each per round, so there are at most as many rounds as an
     image has detections.
 
-    same_class: match within each class; False: across the classes, for a confusion matrix.
+    same_class: match within each class; False: across the classes, for a confusion matrix. iou: least overlap.
     """
     if same_class:
         pairs = pairs.where(pairs.is_same_class)
     is_ignored = np.zeros(len(found.scores), dtype=bool)
     on_ignored = objects.is_ignored[pairs.objects]
-    is_ignored[pairs.found[on_ignored & (pairs.covered >= POSITIVE_IOU)]] = True
-    pairs = pairs.where(~on_ignored & (pairs.ious >= POSITIVE_IOU))
+    is_ignored[pairs.found[on_ignored & (pairs.covered >= iou)]] = True
+    pairs = pairs.where(~on_ignored & (pairs.ious >= iou))
 
     groups = found.images * (1 + found.labels.max(initial=0)) + found.labels if same_class else found.images
     ranks = _ranks(groups, found.scores)[pairs.found]

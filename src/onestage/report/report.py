@@ -1,0 +1,278 @@
+"""The command `onestage report`: one HTML page about a run, or about several side by side."""
+
+import base64
+import csv
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+from zipfile import BadZipFile
+
+import jinja2
+import yaml
+
+from onestage.errors import ConfigError, DataError, ResourceError, require
+from onestage.files import atomic_write, printable, read_text
+from onestage.types import JSONDict
+
+# What imports torch is imported inside of the functions, so that --help answers at once.
+
+DATA_FOLDER, FACTS_FILE, MATCHES_FILE = "report", "facts.json", "matches.npz"
+PAGE_FILE, COMPARISON_FILE = "report.html", "comparison.html"
+TEMPLATE = Path(__file__).with_name("page.html")
+MAX_BYTES = 100_000_000  # of a file of a run
+HISTOGRAMS = ("sizes", "objects per image", "classes")
+MAX_CLASSES = 20  # with a curve of their own, and in the confusion matrix: those with the most objects
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 230, 44, 8, 8, 24  # of a chart and around its axes, in its own units
+
+
+class Run(NamedTuple):
+    """The files of a run, read."""
+
+    folder: Path
+    name: str
+    results: JSONDict
+    config: JSONDict
+    facts: JSONDict  # see onestage.report.collection; empty for a run that ended without a report
+    config_text: str
+    rows: list[dict[str, str]]  # of metrics.csv; empty if nothing was trained
+
+
+def report(runs: list[Path], *, out: Path | None = None) -> int:
+    """Write an HTML page about a run, or about several side by side.
+
+    The page is one file that needs no network. Of one run: the metrics, the command that repeats it, curves, classes,
+    errors, data, images, configuration, versions. Of several: the metrics, curves and classes next to each other, what
+    differs between their configurations, and how sure the difference of mAP is. `fit`, `validate` and `test` write the
+    page of their run.
+
+    onestage report runs/shapes_ssd/version_0
+    onestage report runs/shapes_ssd/version_0 runs/shapes_ssd/version_1 --out focal_or_not.html
+
+    Args:
+        runs: folders of runs, runs/<experiment>/version_<n>.
+        out: the file to write; default: report.html in the folder of the run, or comparison.html beside that of the
+            first of several.
+    """
+    out = out or (runs[0] / PAGE_FILE if len(runs) == 1 else runs[0].parent / COMPARISON_FILE)
+    require(out.suffix.lower() in (".html", ".htm"), "out", str(out), "a file that ends in .html")
+    print(f"report: {write_page(runs, out)}")
+    return 0
+
+
+def write_page(folders: Sequence[Path], out: Path) -> Path:
+    """Write the page about runs, atomically; return its path.
+
+    Raises:
+        ConfigError: a folder is none of a run, or `out` cannot be written.
+        DataError: a file of a run is damaged.
+    """
+    runs = [_read_run(folder) for folder in folders]
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": _percent, "hue": lambda number: round(360 * (0.58 + 0.618034 * number)) % 360}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    try:
+        shown = _describe_run(runs[0]) if len(runs) == 1 else _compare(runs, out)
+        text = template.render(runs=runs, **shown)
+    # A file that another version or another program wrote lacks values, or has them of other types.
+    except (LookupError, TypeError, ValueError, AttributeError, OSError, BadZipFile, jinja2.TemplateError) as reason:
+        places = ", ".join(printable(folder) for folder in folders)
+        problem = f"the files of the run are not those of this version of onestage ({type(reason).__name__}: {reason})"
+        raise DataError(f"{places}: {problem}.\nEvaluate again: onestage validate --ckpt_path <checkpoint>") from reason
+    try:
+        with atomic_write(out) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="replace")
+    except (OSError, ResourceError) as reason:
+        problem = str(reason.__cause__ or reason).partition("\n")[0]
+        raise ConfigError(
+            f"out: {printable(out)} cannot be written: {problem}.\nGive another file with --out."
+        ) from None
+    return out
+
+
+def _read_run(folder: Path) -> Run:
+    remedy = "Give the folder of a run that was evaluated: runs/<experiment>/version_<n>."
+    if not folder.is_dir():
+        raise ConfigError(f"{printable(folder)}: is not a folder.\n{remedy}")
+    files = ("results.json", f"{DATA_FOLDER}/{FACTS_FILE}", "config.yaml", "metrics.csv", "epochs.csv")
+    texts = {
+        file: read_text(folder / file, DataError, "a file of a run", remedy, MAX_BYTES) if place.exists() else ""
+        for file, place in ((file, folder / file) for file in files)
+    }
+    results, facts, config, steps, epochs = texts.values()
+    if not results:
+        raise ConfigError(f"{printable(folder)}: has no results.json.\n{remedy}")
+    try:
+        known = json.loads(results), yaml.safe_load(config) or {}, json.loads(facts or "{}")
+    except (ValueError, RecursionError, yaml.YAMLError) as reason:
+        problem = f"results.json, facts.json or config.yaml is damaged: {reason}".partition("\n")[0]
+        raise DataError(f"{printable(folder)}: {problem}.\n{remedy}") from None
+    table = csv.DictReader((steps if epochs else "").splitlines())  # an evaluation has no epochs.csv
+    rows = [row for row in table if (row.get("step") or "").isdecimal() and None not in row.values()]  # no half lines
+    absolute = folder.absolute()
+    return Run(folder, f"{absolute.parent.name}/{absolute.name}", *known, config, rows)
+
+
+# One run
+
+
+def _describe_run(run: Run) -> JSONDict:
+    """Return what the template shows of a run."""
+    from onestage.evaluation.figures import training_curves
+
+    results, facts, classes = run.results, run.facts, run.results["classes"]
+    names = results["class_names"]
+    largest = sorted(range(len(names)), key=lambda label: -classes[names[label]]["num_objects"])[:MAX_CLASSES]
+    found = {f"all {len(names)} classes": results["overall"]}
+    found |= {names[label]: classes[names[label]] for label in largest}
+    precision = {name: [(n / 100, p) for n, p in enumerate(one["precision_by_recall"])] for name, one in found.items()}
+    pictures = {
+        kind: [(_picture(run.folder, image["file"]), image) for image in facts.get(kind, ())]
+        for kind in ("worst", "random")
+    }
+    return {
+        "command": _command(run),
+        "curves": [chart(f"{panel} over steps", lines) for panel, lines in training_curves(run.rows).items()],
+        "precision": chart("precision over recall, IoU 0.5", precision, (0, 1), (0, 1)),
+        "confusion": _confusion(results["confusion"], names, sorted(largest)),
+        "histograms": [(kind, _bars(facts["splits"], kind)) for kind in HISTOGRAMS if facts],
+        "images": {kind: [pair for pair in pairs if pair[0]] for kind, pairs in pictures.items()},
+    }
+
+
+def _command(run: Run) -> str:
+    """Return the command that repeats the run."""
+    command = run.facts.get("command") or ("fit" if run.rows else run.results["stage"])
+    file = run.folder / "config.yaml"
+    source = run.config.get("data") or {}
+    if not source.get("source") and not source.get("path"):  # the data were given in Python
+        return f"onestage.train({str(file)!r}, data=...)"
+    return f"onestage {command} --config {shlex.quote(str(file))}"
+
+
+def _picture(folder: Path, name: str) -> str:
+    """Return a JPEG of the run as base64; empty if it is missing. Only the name counts: no path leads elsewhere."""
+    file = folder / DATA_FOLDER / Path(name).name
+    content = file.read_bytes() if file.is_file() and file.stat().st_size < MAX_BYTES else b""
+    return base64.b64encode(content).decode() if content.startswith(b"\xff\xd8") else ""
+
+
+def _confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], labels: Sequence[int]) -> list[JSONDict]:
+    """Return the rows of the table: name, and (count, share of the row) of each column; the last is the background."""
+    kept = [*labels, len(names)] if matrix else []
+    rows = [(([*names, "background"])[row], [matrix[row][column] for column in kept]) for row in kept]
+    return [{"name": name, "cells": [(n, n / max(1, sum(counts))) for n in counts]} for name, counts in rows]
+
+
+def _bars(splits: Sequence[JSONDict], kind: str) -> list[tuple[str, list[tuple[int, float]]]]:
+    """Return the bins of a histogram: name, and for each split the count and its share relative to the largest."""
+    totals = [max(1, sum(split[kind].values())) for split in splits]
+    names = list(splits[0][kind])
+    if kind == "classes":
+        names = sorted(names, key=lambda name: -splits[0][kind][name])[:MAX_CLASSES]
+    counts = [[split[kind][name] for split in splits] for name in names]
+    shares = [[n / total for n, total in zip(row, totals, strict=True)] for row in counts]
+    top = max(0.001, *(share for row in shares for share in row), 0)
+    cells = [[(n, x / top) for n, x in zip(*row, strict=True)] for row in zip(counts, shares, strict=True)]
+    return list(zip(names, cells, strict=True))
+
+
+# Several runs
+
+
+def _compare(runs: Sequence[Run], out: Path) -> JSONDict:
+    """Return what the template shows of several runs, the first of which is the one to compare with."""
+    from onestage.evaluation.figures import training_curves
+    from onestage.report.comparison import config_differences
+
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for number, run in enumerate(runs, start=1):
+        panels = training_curves(run.rows)
+        for panel, line in (("loss", "train/loss"), ("loss", "val/loss"), ("mAP", "val/mAP")):
+            if points := panels.get(panel, {}).get(line):
+                curves.setdefault(line, {})[f"{number} {run.name}"] = points
+    names = dict.fromkeys(name for run in runs for name in run.results["class_names"])
+    errors = dict.fromkeys(name for run in runs for name in run.results["error_types"])
+    return {
+        "metrics": {name: [run.results["metrics"].get(name) for run in runs] for name in runs[0].results["metrics"]},
+        "intervals": ["", *(_interval(runs[0], run) for run in runs[1:])],
+        "per_class": {name: [run.results["per_class"].get(name) for run in runs] for name in names},
+        "error_types": {name: [run.results["error_types"].get(name) for run in runs] for name in errors},
+        "curves": [chart(f"{name} over steps", lines) for name, lines in curves.items()],
+        "differences": config_differences([run.config for run in runs]),
+        "links": [_link(run.folder / PAGE_FILE, out) for run in runs],
+    }
+
+
+def _interval(first: Run, second: Run) -> str:
+    """Return the text about the difference of mAP."""
+    from onestage.report.comparison import are_comparable, difference_interval, read_matches
+
+    matches = [read_matches(run.folder / DATA_FOLDER / MATCHES_FILE) for run in (first, second)]
+    if matches[0] is None or matches[1] is None:
+        return f"no interval: {(first, second)[matches[0] is not None].name} has no matches.npz"
+    if first.results["class_names"] != second.results["class_names"] or not are_comparable(matches[0], matches[1]):
+        return "no interval: not the same images, objects or classes"
+    low, high = difference_interval(matches[0], matches[1])
+    difference = second.results["metrics"]["mAP"] - first.results["metrics"]["mAP"]
+    return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _link(page: Path, out: Path) -> str:
+    """Return the address of a run's own page relative to that of the comparison; empty if there is none."""
+    return quote(Path(os.path.relpath(page, out.parent)).as_posix()) if page.is_file() else ""
+
+
+# Charts
+
+
+def chart(
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    x_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float] | None = None,
+) -> JSONDict:
+    """Return the lines of a chart as points of an SVG, with the places and texts of its ticks.
+
+    lines: name -> points (x, y); those without a finite y are left out. Ranges: of the axes; None: of the points,
+    with 0 on the y axis.
+    """
+    finite = {name: [p for p in points if p[1] is not None and math.isfinite(p[1])] for name, points in lines.items()}
+    finite = {name: points for name, points in finite.items() if points}
+    xs, ys = ([point[axis] for points in finite.values() for point in points] for axis in (0, 1))
+    (x1, x2), (y1, y2) = x_range or _range(xs), y_range or _range([0.0, *ys])
+
+    def x(value: float) -> float:
+        return round(LEFT + (value - x1) / (x2 - x1) * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(value: float) -> float:
+        return round(HEIGHT - BOTTOM - (value - y1) / (y2 - y1) * (HEIGHT - TOP - BOTTOM), 1)
+
+    return {
+        "title": title,
+        "lines": {name: " ".join(f"{x(a)},{y(b)}" for a, b in points) for name, points in finite.items()},
+        "x_ticks": [(x(value), f"{value:g}") for value in _ticks(x1, x2)],
+        "y_ticks": [(y(value), f"{value:g}") for value in _ticks(y1, y2)],
+    }
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def _ticks(low: float, high: float) -> Iterable[float]:
+    """Return three to six round numbers in a range."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = next(power * factor for factor in (5, 2, 1) if power * factor <= (high - low) / 3)
+    return [round(n * step, 12) for n in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.1f}"
