@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from onestage import losses
 from onestage.cli import main
 from onestage.cli.commands import DetectionCLI
+from onestage.cli.keys import help_page
 from onestage.training.ema import ExponentialMovingAverage
 from onestage.types import DetectionData, Detector
 
@@ -39,7 +40,7 @@ def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_help_says_how_to_show_the_keys_of_a_source_and_a_detector(capsys) -> None:
-    shown = " ".join(help_of(["fit", "--help"], capsys).split())
+    shown = help_page("fit")
     assert "--data.batch_size" in shown
     for option, key in [
         ("--data.source.help onestage.data.COCO", "--data.source.train_images"),

@@ -61,6 +61,7 @@ def test_false_switches_off_no_file_of_the_run(fast_options, tmp_path, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of SQLAlchemy
 def test_mlflow_gets_everything_in_a_database_of_the_run(fast_options, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason='pip install "onestage[mlflow]"')
     folder = logged_run(fast_options, tmp_path, monkeypatch, "--trainer.logger", "MLFlowLogger")

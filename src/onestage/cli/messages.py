@@ -18,7 +18,7 @@ MAX_CONFIG_NODES = 100_000  # the largest configuration of this project has 200
 MODULES_OF_CLASSES = (  # whose public classes a misspelt name can mean
     "onestage.models", "onestage.losses", "onestage.data", "lightning.pytorch.loggers", "torch.optim",
 )  # fmt: skip
-UNKNOWN_KEY = re.compile(r"(?:Option '|accept option '|unrecognized arguments: --|Key ')([\w.]+)")
+UNKNOWN_KEY = re.compile(r"(?:Option '|accept option '|unrecognized arguments: --|Key ')([\w.-]+)")
 UNKNOWN_CLASS = re.compile(
     r"given class_path '([\w.]+)':\s+(?:module '[\w.]+' has no attribute|No module named|No [\w.]+ attribute)"
     r"|dot import path string: (\w+)"

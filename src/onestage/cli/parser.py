@@ -57,16 +57,26 @@ def add_run_keys(parser: LightningArgumentParser) -> None:
         getattr(onestage.losses, name)  # jsonargparse accepts the short name of an imported class only
     assert parser.groups is not None
     parser.groups["data"].title = DATA_HELP
-    keys: tuple[tuple[str, Any, Any, str], ...] = (
-        ("experiment", str | None, None, "name of the run's folder; default: the name of the last --config"),
-        ("runs_dir", str, "runs", "folder of all runs"),
-        ("drawn_images", NonNegativeInt, 16, "number of images drawn in each evaluation; 0: no pictures"),
-        ("anchor_statistics", bool, True, "log which anchors the classification loss comes from"),
+    parser.add_argument(  # all literal: cli/keys.py reads them
+        "--experiment",
+        type=str | None,
+        default=None,
+        help="name of the run's folder; default: that of the last --config",
     )
-    for name, kind, default, text in keys:
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
-    text = "fit with the largest data.batch_size that fits into 0.9 of the free memory, or into this many GiB"
-    parser.add_argument("--auto_batch", type=bool | PositiveFloat, nargs="?", const=True, default=False, help=text)
+    parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
+    parser.add_argument(
+        "--drawn_images",
+        type=NonNegativeInt,
+        default=16,
+        help="number of images drawn in each evaluation; 0: no pictures",
+    )
+    parser.add_argument(
+        "--anchor_statistics", type=bool, default=True, help="log which anchors the classification loss comes from"
+    )
+    parser.add_argument(
+        "--auto_batch", type=bool | PositiveFloat, nargs="?", const=True, default=False,
+        help="fit with the largest data.batch_size that fits into 0.9 of the free memory, or into this many GiB",
+    )  # fmt: skip
 
 
 def checked_seed(seed: int) -> int:

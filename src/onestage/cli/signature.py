@@ -8,6 +8,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace
 
+from onestage.cli.keys import parse_docstring
 from onestage.errors import ConfigError
 
 
@@ -42,7 +43,7 @@ def run_function(command: str, function: Callable[..., int], words: Sequence[str
 
 def command_parser(command: str, function: Callable[..., int]) -> CommandParser:
     """Return the parser of a command, made from a function's signature and docstring."""
-    description, help_by_name = _parse_docstring(inspect.getdoc(function) or "")
+    description, help_by_name = parse_docstring(inspect.getdoc(function) or "")
     parser = CommandParser(
         prog=f"onestage {command}", description=description, formatter_class=_HelpFormatter, allow_abbrev=False
     )
@@ -71,14 +72,6 @@ def _list_item(hint: Any) -> Any:
         if get_origin(option) is list:
             return get_args(option)[0]
     return None
-
-
-def _parse_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """Return what stands before the sections, and the entries of `Args` by name."""
-    description = re.split(r"^(?:Args|Returns|Raises):\s*$", text, maxsplit=1, flags=re.MULTILINE)[0].strip()
-    section = re.search(r"^Args:\s*\n((?:[ ]+.*\n?|\n)*)", text, flags=re.MULTILINE)
-    entries = re.findall(r"^ {4}(\w+): ((?:.*\n?)(?:^ {6,}.*\n?)*)", section[1] if section else "", flags=re.MULTILINE)
-    return description, {name: re.sub(r"\s+", " ", entry).strip() for name, entry in entries}
 
 
 def _plain(value: Any) -> Any:
