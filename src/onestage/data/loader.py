@@ -1,9 +1,11 @@
 """The DataLoader of training and evaluation: resumable inside an epoch, with one message per failure."""
 
 import logging
+import math
 import os
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import active_children
@@ -21,6 +23,7 @@ from onestage.data.samplers import EvaluationSampler, TrainingSampler
 from onestage.errors import ConfigError, DataError, OnestageError, ResourceError
 from onestage.types import Batch
 
+GRACE_SECONDS = 2.0  # torch's own timeout comes first
 MAX_AUTO_WORKERS = 16  # more than one GPU needs at 200 images/s and core
 KEY_BY_FIELD = {
     "seed": "seed_everything",
@@ -52,6 +55,8 @@ class DetectionLoader(DataLoader[Batch]):
         self._resume_from: dict[str, int] = {}
         self._failures = FailureLog(self.dataset)
         self._processes: set[BaseProcess] = set()  # its workers
+        self._awaited_since = math.inf  # the time since which the next batch is awaited
+        self._is_overdue = False
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator, and therefore lazy
         """Iterate over the batches of the sampler's epoch.
@@ -84,30 +89,54 @@ class DetectionLoader(DataLoader[Batch]):
 
     def _await_batches(self, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """Iterate over what the workers deliver, and explain their deaths and timeouts."""
-        others = set(active_children())
-        iterator = start()
-        self._processes |= set(active_children()) - others
-        if self._processes and not _workers:
+        others, iterator, is_over = set(active_children()), None, threading.Event()
+        if self.timeout:
+            threading.Thread(target=self._kill_overdue_workers, args=(is_over,), daemon=True).start()
+        try:
+            if any(worker.exitcode for worker in self._processes):  # active_children has kept that from torch
+                raise RuntimeError("DataLoader worker died between two epochs")
+            while True:
+                self._awaited_since = time.monotonic()
+                if iterator is None:  # workers of an earlier epoch answer here that they are ready
+                    iterator = _call_noticing_deaths(start)
+                    self._register_workers(set(active_children()) - others)
+                loaded = _call_noticing_deaths(iterator.__next__)
+                self._awaited_since = math.inf
+                yield loaded
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:  # a dead worker's queue may be cut off, too
+            is_late = self._is_overdue or str(error).startswith("DataLoader timed out")
+            explained = _late(self.timeout) if is_late else _explained(error, self._processes)
+            if explained is not error:
+                self._abandon(iterator or self._iterator)
+            raise explained from error
+        finally:
+            self._awaited_since = math.inf
+            is_over.set()
+
+    def _register_workers(self, workers: set[BaseProcess]) -> None:
+        self._processes |= workers
+        if workers and not _workers:
             Finalize(None, _kill_workers, exitpriority=0)  # runs before multiprocessing waits for its processes
-        _workers.update(self._processes)
-        while True:
-            try:
-                loaded = _next_of(iterator)
-            except StopIteration:
+        _workers.update(workers)
+
+    def _kill_overdue_workers(self, is_over: threading.Event) -> None:
+        """Kill workers that block this process: a stopped one, in the middle of a transfer, escapes torch's timeout."""
+        while not is_over.wait(1):
+            if time.monotonic() - self._awaited_since > self.timeout + GRACE_SECONDS:
+                self._is_overdue = True
+                for worker in self._processes:
+                    worker.kill()
                 return
-            except (RuntimeError, OSError, EOFError) as error:  # a dead worker's queue may be cut off, too
-                explained = _explained(error, self._processes, self.timeout)
-                if explained is not error:
-                    self._abandon(iterator)
-                raise explained from error
-            yield loaded
 
     def _abandon(self, iterator: Any) -> None:
         """Kill the workers of a broken iterator, and keep torch from reporting their deaths to the next loader."""
         for worker in self._processes:
             worker.kill()
-        iterator._shutdown_workers()
-        self._iterator = None
+        if iterator is not None:
+            iterator._shutdown_workers()
+        self._iterator, self._is_overdue = None, False
         _workers.difference_update(self._processes)
         self._processes.clear()
 
@@ -241,8 +270,8 @@ _torch_handler: Any = None  # of SIGCHLD
 _workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # of this process
 
 
-def _next_of(iterator: Iterator[Any]) -> Any:
-    """Return the next batch; raise RuntimeError if a worker has died since the last one, or dies now.
+def _call_noticing_deaths(function: Callable[[], Any]) -> Any:
+    """Call a function that awaits workers; raise RuntimeError if one has died since the last call, or dies now.
 
     torch raises it in its handler of SIGCHLD, which would interrupt a training step at any place. So the handler is
     active only while a batch is awaited.
@@ -252,11 +281,11 @@ def _next_of(iterator: Iterator[Any]) -> Any:
     if str(getattr(previous, "__module__", "")).startswith("torch."):
         _torch_handler, previous = previous, signal.SIG_DFL
     if _torch_handler is None or threading.current_thread() is not threading.main_thread():
-        return next(iterator)
+        return function()
     signal.signal(signal.SIGCHLD, _torch_handler)
     try:
         _torch_handler(signal.SIGCHLD, None)
-        return next(iterator)
+        return function()
     finally:
         signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)  # None: a handler that Python cannot restore
 
@@ -267,14 +296,17 @@ def _kill_workers() -> None:
         worker.kill()
 
 
-def _explained(error: Exception, workers: set[BaseProcess], timeout_seconds: float) -> Exception:
-    """Return the error to raise for one that a dead or slow worker has caused; others stay as they are."""
-    if str(error).startswith("DataLoader timed out"):
-        return DataError(
-            f"no batch came from the workers of the loader for {timeout_seconds:g} s; the disk or network drive may be "
-            "slow.\nSet data.worker_timeout_seconds higher, or copy the data to a local disk; then continue with "
-            "--resume auto."
-        )
+def _late(timeout_seconds: float) -> DataError:
+    """Return the error about workers that delivered nothing in time."""
+    return DataError(
+        f"no batch came from the workers of the loader for {timeout_seconds:g} s; the disk or network drive may be "
+        "slow.\nSet data.worker_timeout_seconds higher, or copy the data to a local disk; then continue with "
+        "--resume auto."
+    )
+
+
+def _explained(error: Exception, workers: set[BaseProcess]) -> Exception:
+    """Return the error to raise for one that a dead worker has caused; others stay as they are."""
     if str(error).startswith("DataLoader worker"):
         workers = workers.union(_workers)  # torch reports those of the other split to whichever loader waits
     for worker in workers:
