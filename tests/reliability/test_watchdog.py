@@ -138,7 +138,7 @@ def test_process_that_lightning_started_ends_with_its_parent(rank, is_launcher_a
     """Process 0 was started by no command of ours: its variable comes from a run around it."""
     program = (
         "import time; from onestage.reliability import watchdog; watchdog.CHECK_SECONDS = 0.1\n"
-        "with watchdog.launcher_watched(): time.sleep(3)"
+        "with watchdog.processes_watched(): time.sleep(3)"
     )
     launcher = str(os.getpid() if is_launcher_alive else 2**22 + 1)  # above Linux's largest process number
     environment = {**os.environ, watchdog.LAUNCHER: launcher, "LOCAL_RANK": rank}

@@ -145,13 +145,10 @@ class CutFile:
 
 
 def break_at(where: str, count: int, action: object) -> None:
-    """Run `action` at call number `count` of a moment: step, validation, write, sync, replace."""
+    """Run `action` at call number `count` of a moment: step, validation, write, sync, replace, a hook of the module."""
     from onestage.training.module import DetectionModule
 
-    if where in ("step", "validation"):
-        name = {"step": "training_step", "validation": "validation_step"}[where]
-        setattr(DetectionModule, name, at_call(count, action, getattr(DetectionModule, name)))
-    elif where == "write":
+    if where == "write":
         save = torch.save
         calls = iter(range(1, 10**9))
         torch.save = lambda checkpoint, file: save(checkpoint, CutFile(file, 4 if next(calls) == count else 0, action))
@@ -160,7 +157,8 @@ def break_at(where: str, count: int, action: object) -> None:
     elif where == "replace":
         os.replace = at_call(count, action, os.replace)
     else:
-        raise ValueError(where)
+        name = {"step": "training_step", "validation": "validation_step"}.get(where, where)
+        setattr(DetectionModule, name, at_call(count, action, getattr(DetectionModule, name)))
 
 
 def end_of_child(command: list[str], where: str, count: int, action: object = None) -> int:

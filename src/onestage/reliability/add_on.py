@@ -18,7 +18,7 @@ from onestage.reliability.resume import Resumed, decisive_settings, find_checkpo
 from onestage.reliability.runs import new_locked_folder, take_run_folder
 from onestage.reliability.stopping import StopOnSignal, mapped_errors
 from onestage.reliability.stored_config import config_of
-from onestage.reliability.watchdog import Watchdog, launcher_watched
+from onestage.reliability.watchdog import Watchdog, processes_watched
 from onestage.training.module import DetectionModule
 from onestage.training.run import RunAddOn, is_first_process
 from onestage.types import JSONDict
@@ -34,7 +34,7 @@ class Reliability(RunAddOn):
     @contextmanager
     def command(self) -> Iterator[None]:
         """Map exceptions to onestage errors; end with the process that started this one."""
-        with mapped_errors(), launcher_watched():
+        with processes_watched(), mapped_errors():  # a lost connection waits for the watchdog
             yield
 
     def stored_config(self, checkpoint: str, is_optional: bool) -> JSONDict | None:
@@ -87,7 +87,7 @@ class Reliability(RunAddOn):
         """Add the callbacks that make a run resumable, and the atomic writer."""
         callbacks = super().callbacks(settings, config, callbacks, stored)
         if not stored:
-            return [*callbacks, Watchdog()]
+            return [Watchdog(), *callbacks]  # first: the others exchange values already when they are set up
         if config.get("enable_checkpointing") is False:
             config["enable_checkpointing"] = True  # for StopOnSignal, a Checkpoint that writes none
         if writes_whole_files(config.get("strategy")):
@@ -95,7 +95,7 @@ class Reliability(RunAddOn):
             config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
         seeded = SeededSteps(int(settings.seed_everything))
-        return [ConfigInCheckpoint(stored, self._decisive), seeded, *callbacks, Watchdog(), StopOnSignal(last)]
+        return [Watchdog(), ConfigInCheckpoint(stored, self._decisive), seeded, *callbacks, StopOnSignal(last)]
 
     def checkpoint_to_resume(
         self, settings: Any, module: DetectionModule, data: LightningDataModule, trainer: Trainer

@@ -28,7 +28,8 @@ REMEDY = "Checkpoints are unchanged; start the evaluation again."
 FIT_REMEDY = "The last checkpoint is complete: continue with --resume auto."
 LAUNCHER = "ONESTAGE_LAUNCHER"  # in the environment: the process that starts the others of its machine
 
-_generation = 0  # of watchdogs in this process; every process starts them in the same order
+_generation = 0  # of watch threads in this process; every process starts them in the same order
+_thread: "WatchThread | None" = None
 _watchdog_started = threading.Event()  # before it, a process knows only the one that started it
 
 
@@ -44,20 +45,17 @@ class Peer(NamedTuple):
 
 
 class Watchdog(Callback):
-    """Watch the other processes of a distributed run during a trainer call.
+    """Watch the other processes of a distributed run, from the first trainer call to the end of the command.
 
     A thread checks the processes of its machine (dead or stopped) and the heartbeats of the others. When one is lost,
     every other process names it and ends, instead of waiting half an hour for it.
     """
 
-    def __init__(self) -> None:
-        self._thread: WatchThread | None = None
-
     def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         """Exchange the addresses of the processes and start to watch them."""
-        if trainer.world_size == 1 or self._thread is not None:
+        global _generation, _thread
+        if trainer.world_size == 1 or _thread is not None:
             return
-        global _generation
         _generation += 1
         store: Any = PrefixStore(f"watchdog/{_generation}", _get_default_store().clone())
         store.set_timeout(timedelta(seconds=CHECK_SECONDS * 5))
@@ -65,21 +63,10 @@ class Watchdog(Callback):
         store.set(f"beat/{trainer.global_rank}", "0")
         trainer.strategy.barrier("watchdog")
         remedy = FIT_REMEDY if stage == "fit" else REMEDY
-        self._thread = WatchThread(store, trainer.global_rank, trainer.world_size, remedy)
-        self._thread.start()
+        _thread = WatchThread(store, trainer.global_rank, trainer.world_size, remedy)
+        _thread.start()
         _watchdog_started.set()
         _detach_lightning_observer(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        """Stop watching: this process reports its own error."""
-        if not is_connection_lost(exception):
-            self.teardown(trainer, module, "")
-
-    def teardown(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
-        """Stop watching."""
-        if self._thread is not None:
-            self._thread.leave()
-            self._thread = None
 
 
 def _detach_lightning_observer(trainer: pl.Trainer) -> None:
@@ -194,18 +181,23 @@ def await_watchdog_verdict() -> NoReturn:
 
 
 @contextlib.contextmanager
-def launcher_watched() -> Iterator[None]:
-    """End a process that Lightning started when its parent is gone."""
+def processes_watched() -> Iterator[None]:
+    """Let the watchdog watch until the end of the command; end with the parent if Lightning started this process."""
+    global _thread
     launcher = os.environ.get(LAUNCHER)
-    if launcher is not None and os.environ.get("LOCAL_RANK", "0") != "0":
-        threading.Thread(target=_watch_parent, args=(int(launcher),), name="launcher watch", daemon=True).start()
-        yield
-        return
-    os.environ[LAUNCHER] = str(os.getpid())
+    is_child = launcher is not None and os.environ.get("LOCAL_RANK", "0") != "0"
+    if is_child:
+        threading.Thread(target=_watch_parent, args=(int(str(launcher)),), name="launcher watch", daemon=True).start()
+    else:
+        os.environ[LAUNCHER] = str(os.getpid())
     try:
         yield
     finally:
-        del os.environ[LAUNCHER]
+        if _thread is not None:
+            _thread.leave()
+            _thread = None
+        if not is_child:
+            del os.environ[LAUNCHER]
 
 
 def _watch_parent(launcher: int) -> None:
