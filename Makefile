@@ -79,13 +79,20 @@ clean: ## Remove caches and build output; data, runs and .venv stay
 	rm -rf build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# pip prints its warnings and errors, and not a line for each package.
+QUIETLY := --quiet --disable-pip-version-check
+
 # .unfinished exists until the last step, so that an interrupted installation starts again.
 .venv/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo '$(PYTHON) is not Python 3.11 or newer with venv; choose one: make setup PYTHON=python3.12' >&2; exit 2; }
 	@if [ -e .venv/.unfinished ]; then rm -rf .venv; fi
 	@mkdir -p .venv && touch .venv/.unfinished
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --require-hashes --no-deps --only-binary :all: -r requirements.lock
-	.venv/bin/python -m pip install --no-deps --no-build-isolation -e .
+	@echo "setup: creating .venv"
+	@$(PYTHON) -m venv .venv
+	@echo "setup: installing the $$(grep -c == requirements.lock) packages of requirements.lock, 6 GB: this takes minutes"
+	@.venv/bin/python -m pip install --require-hashes --no-deps --only-binary :all: -r requirements.lock $(QUIETLY)
+	@echo "setup: installing onestage"
+	@.venv/bin/python -m pip install --no-deps --no-build-isolation -e . $(QUIETLY)
 	@rm .venv/.unfinished && touch $@
+	@echo "setup: done"

@@ -92,6 +92,34 @@ def test_train_in_a_fresh_folder_installs_the_lock_with_hashes_and_passes_the_da
     assert install < train
 
 
+STUB = """#!/bin/sh
+case "$2" in
+  venv) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  pip) case "$*" in *-quiet*) ;; *) echo Collecting everything ;; esac
+       if [ -n "$BROKEN" ]; then echo "ERROR: hashes differ" >&2; exit 1; fi ;;
+esac
+"""
+
+
+def test_setup_prints_a_line_per_stage_and_what_pip_says_when_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("BROKEN", "yes")
+    failed = make("setup", "PYTHON=./python", folder=tmp_path)
+    assert failed.returncode == 2 and failed.stderr.startswith("ERROR: hashes differ\n")
+    monkeypatch.delenv("BROKEN")
+    done = make("setup", "PYTHON=./python", folder=tmp_path)  # again from the beginning
+    assert done.returncode == 0 and done.stderr == ""
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [
+        ["setup:", word] for word in ("creating", "installing", "installing", "done")
+    ]
+    assert "Nothing to be done" in make("setup", "PYTHON=./python", folder=tmp_path).stdout
+
+
 @pytest.mark.parametrize("target", ["eval", "predict"])
 def test_without_a_checkpoint_the_message_says_how_to_get_one(target: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
