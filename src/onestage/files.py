@@ -1,5 +1,6 @@
 """Read files safely, write them atomically, and read the paths and numbers that other tools write."""
 
+import codecs
 import contextlib
 import errno
 import math
@@ -8,8 +9,12 @@ import shutil
 import stat
 import tempfile
 import time
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote
 
 from onestage.errors import AnnotationError, ConfigError, OnestageError, ResourceError
 
@@ -18,6 +23,7 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000  # what Linux, macOS and Windows have
 MAX_FILE_BYTES = 4 << 30  # ten times COCO's largest annotation file; a path that leads to an archive is a mistake
 TEMPORARY_SUFFIX = ".tmp"  # of unfinished files and folders; their names start with a dot
 ABANDONED_SECONDS = 3600.0  # an unfinished folder this old belongs to a killed process
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first bytes of what Windows' PowerShell and editors write
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -67,9 +73,10 @@ def read_file(
 
 
 def read_text(path: Path, error: type[OnestageError], noun: str, remedy: str, max_bytes: int = MAX_FILE_BYTES) -> str:
-    """Read a UTF-8 text file, which may be empty; see `read_file`."""
+    """Read a text file in UTF-8, or in UTF-16 with its mark; it may be empty. See `read_file`."""
+    content = read_file(path, error, noun, remedy, max_bytes, may_be_empty=True)
     try:
-        return read_file(path, error, noun, remedy, max_bytes, may_be_empty=True).decode("utf-8-sig")
+        return content.decode("utf-16" if content.startswith(UTF_16) else "utf-8-sig")
     except UnicodeDecodeError as reason:
         raise error(f"{printable(path)}: is not UTF-8 text (byte {reason.start}).\n{remedy}") from None
 
@@ -97,6 +104,7 @@ def find_files(source: str, names: Sequence[object], root: Path) -> list[str | N
         if folder not in listings:
             listings[folder] = list_files(root / folder)
             require_inside(source, [root], root / folder)
+        file_name = next((form for form in spellings(file_name) if form in listings[folder]), file_name)
         path = f"{root / folder}{os.sep}{file_name}" if file_name in listings[folder] else None
         if path and listings[folder][file_name]:
             require_inside(source, [root], Path(path))
@@ -231,10 +239,36 @@ def printable(name: str | Path) -> str:
 
 
 def as_path(path: str | Path) -> Path:
-    """Return the path of an option or a setting; `~` is the home folder, and one that nobody has stays as it is."""
+    """Return the path of an option or a setting; `~` is the home folder, `$X` a variable; unknown ones stay."""
+    path = os.path.expandvars(path)
     with contextlib.suppress(RuntimeError):
         return Path(path).expanduser()
     return Path(path)
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """Return how a system or a tool may write a file's name: accents composed or not, signs of a URL."""
+    forms = () if name.isascii() else (unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
+    return (name, *forms, unquote(name)) if forms or "%" in name else (name,)
+
+
+def only_folder(folder: Path) -> Path | None:
+    """Return the folder that is all that a folder holds: archives often unpack into one. Hidden entries don't count."""
+    entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
+    return entries[0] if len(entries) == 1 and entries[0].is_dir() else None
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a system or a tool keeps a file or folder for itself: .cache, ._a.jpg, @eaDir, __MACOSX."""
+    return name.startswith((".", "@", "__MACOSX"))
+
+
+def refuse_repeated_keys(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return the table of a JSON or YAML file; ValueError if a key occurs twice, of which only the last would count."""
+    key, count = Counter(key for key, _ in pairs).most_common(1)[0] if pairs else ("", 0)
+    if count > 1:
+        raise ValueError(f"the key {key!r} occurs twice in one object")
+    return dict(pairs)
 
 
 def foreign_parts(name: object) -> tuple[str, ...]:

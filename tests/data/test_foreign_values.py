@@ -10,7 +10,7 @@ from layout_files import coco_folder, picture, voc_folder, yolo_images
 
 from onestage.data import COCO, VOC, YOLO, DetectionDataModule, ImageFolder
 from onestage.data.layouts import recognise
-from onestage.files import as_path, find_below, foreign_parts, to_flag, to_number
+from onestage.files import as_path, find_below, find_files, foreign_parts, to_flag, to_number
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,44 @@ def test_names_in_yaml_stay_text(tmp_path: Path, names: str, line_end: str) -> N
     source = YOLO(tmp_path)
     assert source.splits == ("train",)
     assert source.read("train").class_names == ("yes", "1.0", "2024-01-01")
+
+
+@pytest.mark.parametrize("name", ["é.jpg", "e\u0301.jpg", "a%20b.jpg"])
+@pytest.mark.parametrize("stored", ["é.jpg", "e\u0301.jpg", "a b.jpg", "a%20b.jpg"])
+def test_name_is_found_in_every_spelling_of_it(tmp_path: Path, name: str, stored: str) -> None:
+    (tmp_path / stored).write_text("")
+    (tmp_path / "x").write_text("")
+    is_same = name.startswith("a") == stored.startswith("a")
+    assert find_files("a.json", ["x", name], tmp_path)[1] == (str(tmp_path / stored) if is_same else None)
+
+
+def test_variable_of_the_environment_is_replaced_in_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    assert as_path("$SCRATCH/voc") == as_path("${SCRATCH}/voc") == Path("/scratch/me/voc")
+    assert as_path("$UNSET_X/voc") == Path("$UNSET_X/voc")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_of_every_unicode_encoding_is_read_everywhere(tmp_path: Path, encoding: str) -> None:
+    coco_folder(tmp_path / "coco", "train")
+    voc_folder(tmp_path / "voc", train="a b")
+    yolo_images(tmp_path / "yolo", "images", "labels", "a")
+    (tmp_path / "yolo" / "classes.txt").write_text("кот")
+    files = [file for suffix in ("json", "txt") for file in tmp_path.rglob(f"*.{suffix}")]
+    for file in files:
+        file.write_text(file.read_text(), encoding=encoding)
+    for kind, name in ((COCO, "coco"), (VOC, "voc"), (YOLO, "yolo")):
+        annotations = kind(tmp_path / name).read("train")
+        assert len(annotations.boxes) == {"coco": 8, "voc": 2, "yolo": 1}[name]
+    assert annotations.class_names == ("кот",)
+
+
+def test_two_boxes_of_a_voc_object_are_two_objects(tmp_path: Path) -> None:
+    voc_folder(tmp_path, train="a")
+    file = tmp_path / "Annotations" / "a.xml"
+    start, end = file.read_text().index("<bndbox>"), file.read_text().index("</object>")
+    file.write_text(file.read_text()[:end] + file.read_text()[start:end].replace("40", "30") + file.read_text()[end:])
+    assert VOC(tmp_path).read("train").boxes.tolist() == [[10, 20, 40, 60], [10, 20, 30, 60]]
 
 
 def test_flags_and_numbers_as_text_are_read_in_coco_and_voc(tmp_path: Path) -> None:

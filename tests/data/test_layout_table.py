@@ -69,6 +69,76 @@ def coco_label_studio(root: Path) -> None:
     (root / "result.json").write_text(json.dumps(content))
 
 
+def coco_moved(*moves: str, name: str = "train", **values: str) -> Callable[[Path], None]:
+    """Write a COCO folder, then move files and folders: "from>to". values: put before the values of the images."""
+
+    def write(root: Path) -> None:
+        coco_folder(root, *name.split())
+        file = root / "annotations" / f"instances_{name}.json"
+        for key, before in values.items():
+            for number in range(4):
+                edit_json(file, "images", [number], **{key: f"{before}a{number}.jpg"})
+        for start, _, end in (move.partition(">") for move in moves):
+            (root / end).parent.mkdir(parents=True, exist_ok=True)
+            (root / start).rename(root / end)
+
+    return write
+
+
+def in_archive(write: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Write into a folder that is all the visible content of another, as of an archive packed on a Mac."""
+
+    def write_below(root: Path) -> None:
+        write(root / "export")
+        (root / "__MACOSX").mkdir()
+        for file in [*root.rglob("*.xml"), *root.rglob("*.txt"), *root.rglob("*.jpg")]:
+            file.with_name(f"._{file.name}").write_bytes(b"\0\5\26\7")
+
+    return write_below
+
+
+def voc_datumaro(root: Path) -> None:
+    voc_folder(root, default="a b c", dog_default="a")
+    for folder, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (root / folder / "sub").mkdir()
+        (root / folder / f"a.{suffix}").rename(root / folder / "sub" / f"a.{suffix}")
+    (root / "ImageSets" / "Main" / "default.txt").write_text("sub/a\nb\nc\n")
+
+
+def voc_paddle(root: Path) -> None:
+    voc_folder(root, train="a b", val="c")
+    for name, stems in {"train": "ab", "val": "c"}.items():
+        lines = (f"./JPEGImages/{stem}.jpg ./Annotations/{stem}.xml\n" for stem in stems)
+        (root / f"{name}_list.txt").write_text("".join(lines))
+    shutil.rmtree(root / "ImageSets")
+
+
+def yolo_beside(*folders: str) -> Callable[[Path], None]:
+    """Write the labels beside the images, their suffix in capitals, and Roboflow's names of classes."""
+
+    def write(root: Path) -> None:
+        for folder in folders:
+            yolo_images(root, folder, folder, " ".join(f"{stem}{folder[-1]}" for stem in "abc"))
+            for label in (root / folder).glob("*.txt"):
+                label.rename(label.with_suffix(".TXT"))
+            (root / folder / "_darknet.labels").write_text("cat\n")
+
+    return write
+
+
+def yolo_lists(root: Path) -> None:
+    yolo_images(root, "Images", "Labels", "a b c d")
+    picture(root / "Images" / "@eaDir" / "thumb.jpg")
+    (root / "train.txt").write_text("data/Images/a.jpg\r\ndata/Images/b.jpg\r\n", encoding="utf-16")
+    (root / "valid.txt").write_text("Images/c.jpg\nImages/d.jpg\n")
+
+
+def yolo_of_any_name(root: Path) -> None:
+    yolo("train/images", "valid/images", names="")(root)
+    (root / "mine.yaml").write_text(YAML + "test: ../test/images\n")
+    (root / "hyp.yaml").write_text("lr0: 0.01\n")
+
+
 def voc_years(root: Path) -> None:
     voc_folder(root / "VOCdevkit" / "VOC2007", trainval="a b", test="c", train="a", val="b")
     voc_folder(root / "VOCdevkit" / "VOC2012", trainval="d e", train="d", val="e")
@@ -211,6 +281,22 @@ CASES = {
     "COCO: no training split": Case(
         lambda root: coco_folder(root, "val", "test"), "COCO", {"val": 4, "test": 4}, {"no training split"}, stops=True
     ),
+    "COCO: words and capitals": Case(
+        lambda root: coco_folder(root, "mine_Train", "EVAL", "trains"), "COCO", FOURS, unused=5
+    ),
+    "COCO: FiftyOne": Case(
+        coco_moved("annotations/instances_train.json>labels.json", "train>data"), "COCO", {"train": 4}
+    ),
+    "COCO: a folder of any name": Case(coco_moved("train>my photos"), "COCO", {"train": 4}),
+    "COCO: paths of another machine": Case(coco_moved(file_name="C:\\mine\\train\\"), "COCO", {"train": 4}),
+    "COCO: paths from the annotations": Case(coco_moved(file_name="../train/"), "COCO", {"train": 4}),
+    "COCO: names of URLs": Case(
+        coco_moved("train/a0.jpg>train/x a0.jpg", file_name="https://host/train/x%20"), "COCO", {"train": 1},
+        {"annotation file"}, stops=True, unused=3,
+    ),
+    "COCO: in a folder of an archive": Case(
+        in_archive(lambda root: coco_folder(root, "train", "val")), "COCO", FOURS
+    ),
     "VOC: lists, also of a class": Case(
         lambda root: voc_folder(root, train="a b", valid="c", test="d", dog_train="a"),
         "VOC", {"train": 2, "val": 1, "test": 1},
@@ -222,6 +308,12 @@ CASES = {
     "VOC: Roboflow": Case(voc_beside("train", "valid", "test"), "VOC", {**PAIR, "test": 3}),
     "VOC: folders of splits": Case(voc_beside("train", "val", images="images", xmls="annotations"), "VOC", PAIR),
     "VOC: a list of Windows": Case(voc_list_of_windows, "VOC", {"train": 4, "val": 1}),
+    "VOC: Datumaro's lists of classes, and sub-folders": Case(voc_datumaro, "VOC", {"train": 3}),
+    "VOC: PaddlePaddle": Case(voc_paddle, "VOC", {"train": 2, "val": 1}),
+    "VOC: FiftyOne": Case(voc_beside(".", images="data", xmls="labels"), "VOC", {"train": 3}),
+    "VOC: Roboflow, in a folder of an archive": Case(
+        in_archive(voc_beside("train", "valid", "test")), "VOC", {**PAIR, "test": 3}
+    ),
     "VOC: an unused list": Case(
         lambda root: voc_folder(root, train="a b", val="c", north="d"), "VOC", {"train": 2, "val": 1}, unused=3
     ),
@@ -230,6 +322,23 @@ CASES = {
     "YOLO: folders of splits": Case(yolo("images/train", "images/val"), "YOLO", PAIR),
     "YOLO: folders named as COCO's": Case(yolo("images/train2017", "images/val2017"), "YOLO", PAIR),
     "YOLO: Roboflow": Case(yolo("train/images", "valid/images", yaml=YAML), "YOLO", PAIR),
+    "YOLO: Roboflow for darknet": Case(yolo_beside("train", "valid"), "YOLO", PAIR),
+    "YOLO: LabelImg": Case(yolo_beside("images/train", "images/val"), "YOLO", PAIR),
+    "YOLO: lists alone, and the system's files": Case(
+        yolo_lists, "YOLO", {"train": 2, "val": 2}, {"no class names"}
+    ),
+    "YOLO: a YAML file of any name, and a test split that is not there": Case(
+        yolo_of_any_name, "YOLO", PAIR, unused=1
+    ),
+    "YOLO: folders that are no splits": Case(yolo("images/device1", "images/valley"), "YOLO", {"train": 6}),
+    "YOLO: a key twice": Case(
+        yolo("images/train", yaml="train: images/train\nnames: {0: cat, 0: dog}\n"), "YOLO", {},
+        {"annotation file"}, stops=True,
+    ),
+    "YOLO: a class without name": Case(
+        lambda root: [yolo("images/train")(root), (root / "classes.txt").write_text("cat\n\ndog\n")], "YOLO", {},
+        {"annotation file"}, stops=True,
+    ),
     "YOLO: no class names": Case(yolo("images/train", "images/val", names=""), "YOLO", PAIR, {"no class names"}),
     "YOLO: no class names, flat": Case(yolo("images", names=""), "YOLO", {"train": 3}, {"no class names"}),
     "YOLO: neither class names nor objects": Case(
@@ -269,6 +378,11 @@ CASES = {
     "VOC: a split of negatives": Case(voc_val(""), "VOC", {"train": 2, "val": 1}, {"image without objects"}),
     "an unknown VOC class": Case(voc_val("cow"), "VOC", {"train": 2, "val": 1}, {"class unknown in training"}, True),
     "other categories": Case(edited("val", "categories", [0], name="cow"), "COCO", FOURS, {"classes differ"}, True),
+    "an image listed twice": Case(
+        edited("train", "images", [1], file_name="a0.jpg"), "COCO", {"train": 3, "val": 4}, {"image listed twice"},
+        unused=1,
+    ),
+    "ids as floats": Case(edited("train", "annotations", [0, 1], image_id=1.0), "COCO", FOURS),
     "bad boxes": Case(edited("train", "annotations", [0, 3], bbox=None), "COCO", FOURS, {"object malformed"}),
     "too many bad boxes": Case(
         edited("train", "annotations", [0, 1, 2], bbox=None), "COCO", FOURS, {"annotation file"}, stops=True
@@ -356,6 +470,39 @@ def test_folder_without_a_known_split_is_refused_by_both(write: Callable[[Path],
     for name in ("gone", "notes.md"):
         with pytest.raises(DataError, match=r"no such file or folder|is not a folder, JSON or YAML file"):
             recognise(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.json", {"shapes": [], "imagePath": "a.jpg"}, "no file says .* look like labelme's files"),
+        ("via/a.json", {"a.jpg1": {"regions": []}}, "no file says .*look like files of VIA"),
+        ("annotations.xml", "<annotations><image/></annotations>", "holds .*look like CVAT's own XML"),
+    ],
+)
+def test_folder_of_another_tool_is_refused_with_its_name(tmp_path: Path, name: str, content: object, kind: str) -> None:
+    for number in range(2):
+        file = tmp_path / name.replace("a.json", f"a{number}.json")
+        picture(file.with_suffix(f".{number}.jpg"))
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(DataError, match=kind):
+        recognise(tmp_path)
+
+
+def test_labels_without_images_are_refused_as_such(tmp_path: Path) -> None:
+    yolo("images")(tmp_path)
+    shutil.rmtree(tmp_path / "images")
+    with pytest.raises(DataError, match="holds annotations, but no images"):
+        recognise(tmp_path)
+
+
+def test_of_several_settings_files_one_must_be_given(tmp_path: Path) -> None:
+    yolo("images/train", names="")(tmp_path)
+    for name in ("a.yaml", "b.yml"):
+        (tmp_path / name).write_text("train: images/train\nnames: [cat]\n")
+    (split,) = read_splits(find_splits([tmp_path]))
+    assert "a.yaml, b.yml all have names" in split.findings[0].problem
+    assert read_splits(find_splits([tmp_path / "b.yml"]))[0].annotations is not None
 
 
 def test_command_counts_what_is_unused_and_says_how_to_train(tmp_path: Path) -> None:

@@ -155,22 +155,22 @@ def _read(sources: Sequence[Split], max_bad_fraction: float) -> list[AnnotationS
 
 
 def _with_sizes(annotations: AnnotationSet, to: Format, losses: Losses) -> AnnotationSet:
-    """Fill in sizes that the source does not give; skip images that cannot be opened or that YOLO would misplace.
+    """Fill in sizes that the source does not give; skip images that training skips, or that YOLO would misplace.
 
     YOLO's fractions are of the image as it is shown, turned by its EXIF orientation.
     """
     unsized = replace(annotations, sizes=np.zeros_like(annotations.sizes))
-    is_asked = (annotations.sizes <= 0).any(axis=1) | (to == "yolo")
-    sizes, is_kept = annotations.sizes.copy(), np.ones(len(annotations), bool)
-    rows = np.flatnonzero(is_asked).tolist()
-    for row, check in zip(rows, check_headers(unsized, rows), strict=True):
-        shown = (check.height, check.width)
-        is_kept[row] = check.is_usable and (sizes[row].min() <= 0 or tuple(sizes[row].tolist()) == shown)
-        if check.is_usable:
-            sizes[row] = shown
-            losses["images that are not annotated as they are shown (EXIF) are skipped"] += int(not is_kept[row])
-        else:
-            losses["images that cannot be opened are skipped"] += 1
+    given, checks = annotations.sizes, check_headers(annotations)
+    is_usable = np.array([check.is_usable for check in checks])
+    sizes = np.array([(check.height, check.width) for check in checks], dtype=np.int32).reshape(-1, 2)
+    is_shown = np.ones(len(annotations), bool)
+    if to == "yolo":
+        shown = np.array([(check.height, check.width) for check in check_headers(unsized)]).reshape(-1, 2)
+        is_shown = (given <= 0).any(axis=1) | (given == shown).all(axis=1)
+    is_kept = is_usable & is_shown
+    losses["images that cannot be used are skipped"] += int(np.count_nonzero(~is_usable))
+    turned = "images that are not annotated as they are shown (EXIF) are skipped"
+    losses[turned] += int(np.count_nonzero(is_usable & ~is_shown))
     if not is_kept.any():
         raise DataError(f"{annotations.source}: none of its images can be opened.\nCorrect the image folder.")
     return select_images(replace(annotations, sizes=sizes), np.flatnonzero(is_kept))

@@ -69,10 +69,12 @@ IMAGE_SIZE_DIFFERS = Rule("image size", "skipped", "Restore the original image, 
 # Training continues as the problem says.
 LEAKED_COPY = Rule("copy in two splits", "warning", "Remove it from one split, or scores are too high.")
 NOT_READ = Rule("image type not read", "warning", "Save these images as JPEG or PNG.")
+NOT_SEARCHED = Rule("linked folder", "warning", "Give that folder itself, or put its images there.")
 NO_NAMES = Rule("no class names", "warning", "Write classes.txt there, with a class name on each line.")
 NOT_USED = Rule("not used", "note", "Nothing needs to be done, unless a split should hold them.")
 DEEP_IMAGE = Rule("16 bits", "warning", "Scale the values to 0..65535 first if they end below.")
 TRANSPARENT = Rule("transparency", "note", "Nothing needs to be done, unless the shapes are drawn in it.")
+IMAGE_REPEATED = Rule("image listed twice", "warning", "List each image once, with all its objects.")
 IDS_REPEATED = Rule("ids repeated", "warning", "Give every annotation its own id; other tools lose objects otherwise.")
 IDS_AS_TEXT = Rule("ids as text", "warning", "Write ids as integers; other tools compare them with numbers.")
 ID_ZERO = Rule("id 0 or none", "note", "Number annotations from 1; COCO's own tools lose the object with id 0.")

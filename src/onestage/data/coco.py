@@ -5,8 +5,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,18 @@ import onestage.data.annotations as rules
 from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set, count_findings, malformed
 from onestage.data.source import Source, Split, role_of
 from onestage.errors import AnnotationError
-from onestage.files import as_path, find_files, printable, read_file, to_flag, to_number
+from onestage.files import (
+    as_path,
+    find_files,
+    foreign_parts,
+    is_hidden,
+    printable,
+    read_file,
+    refuse_repeated_keys,
+    spellings,
+    to_flag,
+    to_number,
+)
 from onestage.types import AnnotationSet, Finding, JSONDict
 
 TABLES = ("images", "annotations", "categories")
@@ -25,6 +37,12 @@ ROBOFLOW_FILE = "_annotations.coco.json"
 MANY_BYTES = 8 << 20  # smaller files are parsed with their outlines
 # A list of numbers and lists, up to the comma before the next key. Never part of a text: there a quote is escaped.
 OUTLINES = re.compile(rb'"segmentation"\s*:\s*\[[-+0-9eE.,\s\[\]]*\]\s*,(?=\s*")')
+OTHER_KINDS = {  # by a key of their first entry
+    "image_id": "a detections (results) file", "shapes": "labelme's files", "regions": "files of VIA",
+    "_via_img_metadata": "files of VIA", "tags": "Supervisely's files", "data": "Label Studio's own JSON",
+    "annotations": "CreateML's annotations",
+}  # fmt: skip
+MAX_SEARCHED = 500  # folders of a data set whose images are in none of the usual ones
 AREA_TOLERANCE = 0.01  # of the box's area, and 1 px^2; more is no rounding
 FRESH_COPY = "Take a fresh copy of the file, or export it again as COCO JSON, in UTF-8."
 OTHER_PATH = "Correct data.path (data.source.train, data.source.val), or take a fresh copy of the file."
@@ -108,7 +126,8 @@ def list_annotation_files(folder: Path) -> list[Path]:
     """Return the COCO annotation files of a folder: instances, or else Roboflow's, or else any JSON files."""
     instances = "instances_*.json"
     patterns = (f"annotations/{instances}", f"*/{ROBOFLOW_FILE}", instances, "annotations/*.json", "*.json")
-    return next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
+    found = ([file for file in sorted(folder.glob(pattern)) if not is_hidden(file.name)] for pattern in patterns)
+    return next((files for files in found if files), [])
 
 
 def split_name(file: Path) -> str:
@@ -116,13 +135,19 @@ def split_name(file: Path) -> str:
     return file.parent.name if file.name == ROBOFLOW_FILE else file.stem.removeprefix("instances_")
 
 
-def _image_folders(file: Path, root: Path) -> list[Path]:
-    """Return the folders that may hold the images of a COCO file of the data set in `root`, likeliest first."""
+def _image_folders(file: Path, root: Path) -> Iterator[Path]:
+    """Yield the folders that may hold the images of a COCO file of the data set in `root`, likeliest first.
+
+    The last are the folders below it, without those of another split.
+    """
     above, name = file.parent.parent, split_name(file)
-    return [
+    yield from (
         root / name, root / "images" / name, above / name, file.parent / name, above / "images" / name,
         above / "images", file.parent / "images", file.parent, above / "JPEGImages", above,
-    ]  # fmt: skip
+    )  # fmt: skip
+    below = [Path(parent) for parent, _, _ in islice(os.walk(root), MAX_SEARCHED)]
+    yield from sorted(folder for folder in below if role_of(folder.name) == role_of(name))
+    yield from sorted(folder for folder in below if role_of(folder.name) is None)
 
 
 @contextmanager
@@ -140,7 +165,7 @@ def _without_garbage_collection() -> Iterator[None]:
 @_without_garbage_collection()
 def parse_coco(
     annotation_file: Path,
-    image_folders: Path | Sequence[Path],
+    image_folders: Path | Iterable[Path],
     *,
     class_names: Sequence[str] | None = None,
     max_bad_fraction: float = 0.01,
@@ -203,7 +228,7 @@ def _load(annotation_file: Path) -> JSONDict:
 
     source, content = printable(annotation_file), read()
     # Only the last of two equal keys would count. Searching all objects for them is slow.
-    hook = _refuse_repeated_keys if any(content.count(f'"{name}"'.encode()) > 1 for name in TABLES) else None
+    hook = refuse_repeated_keys if any(content.count(f'"{name}"'.encode()) > 1 for name in TABLES) else None
     try:
         if len(content) < MANY_BYTES or hook:
             return _parse_json(source, content, hook)
@@ -218,26 +243,29 @@ def _parse_json(source: str, content: bytes, hook: Any) -> JSONDict:
     if content[:2] in (b"PK", b"\x1f\x8b"):
         raise malformed(source, "is compressed; it must be JSON text", "Unpack it first (unzip, gunzip).")
     try:
-        parsed = json.loads(content.decode("utf-8-sig"), object_pairs_hook=hook)
-    except (ValueError, RecursionError) as reason:  # ValueError: also not UTF-8, and integers of thousands of digits
+        parsed = json.loads(content, object_pairs_hook=hook)
+    except (
+        ValueError,
+        RecursionError,
+    ) as reason:  # ValueError: also not UTF-8 or UTF-16, and integers of thousands of digits
         place, text = getattr(reason, "pos", 0), getattr(reason, "doc", "")
         is_cut = text and ("Unterminated" in str(reason) or len(text) - place < 16)
         problem = f"is not JSON: {reason}{'; the file ends there, so it was cut off' if is_cut else ''}"
         raise malformed(source, problem, FRESH_COPY) from None
+    kind = kind_of(parsed)
     if not isinstance(parsed, dict):
-        first = parsed[0] if isinstance(parsed, list) and parsed and isinstance(parsed[0], dict) else {}
-        kinds = {"image_id": "a detections (results) file", "annotations": "CreateML's annotations"}
-        kind = next((f", as in {kinds[key]}" for key in kinds if key in first), "")
-        problem = f"the top level is a {type(parsed).__name__}{kind}"
+        problem = f"the top level is a {type(parsed).__name__}{f', as in {kind}' * bool(kind)}"
         raise malformed(source, f"{problem}; it must be an object with {', '.join(TABLES)}", OTHER_PATH)
+    if kind and not parsed.keys() & {*TABLES}:
+        raise malformed(source, f"is not COCO JSON, it looks like {kind}", "Export the data set as COCO, VOC or YOLO.")
     return parsed
 
 
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> JSONDict:
-    key, count = Counter(key for key, _ in pairs).most_common(1)[0] if pairs else ("", 0)
-    if count > 1:
-        raise ValueError(f"the key {key!r} occurs twice in one object")
-    return dict(pairs)
+def kind_of(parsed: Any) -> str:
+    """Return of which tool the content of a JSON file is, for messages; empty if unknown."""
+    entries = parsed if isinstance(parsed, list) else [parsed, *parsed.values()] if isinstance(parsed, dict) else []
+    keys = {key for entry in entries[:2] if isinstance(entry, dict) for key in entry}
+    return next((kind for key, kind in OTHER_KINDS.items() if key in keys), "")
 
 
 def _table(source: str, content: JSONDict, name: str) -> list[JSONDict]:
@@ -251,9 +279,12 @@ def _table(source: str, content: JSONDict, name: str) -> list[JSONDict]:
 
 
 def _integer_column(source: str, table: list[JSONDict], key: str, findings: list[Finding]) -> npt.NDArray[np.int64]:
-    """Return one key of every entry as int64. Strings of digits are read if all entries have them."""
+    """Return one key of every entry as int64. Strings of digits are read if all entries have them; 3.0 is 3."""
     values = [entry.get(key) for entry in table]
     kinds = set(map(type, values))
+    if float in kinds:  # as pandas writes integers once one of the column is missing
+        values = [int(value) if type(value) is float and value.is_integer() else value for value in values]
+        kinds = set(map(type, values))
     with suppress(ValueError, OverflowError):
         if kinds <= {int} or kinds == {str}:
             numbers = np.array(values, dtype=np.int64)
@@ -302,7 +333,7 @@ def _read_categories(
 
 
 def _read_images(
-    source: str, images: list[JSONDict], folders: Sequence[Path], findings: list[Finding]
+    source: str, images: list[JSONDict], folders: Iterable[Path], findings: list[Finding]
 ) -> tuple[ImageColumns, dict[int, int]]:
     """Return the images that are on disk, and image id -> row (-1: not on disk, which is a finding)."""
     ids = _integer_column(source, images, "id", findings)
@@ -317,20 +348,41 @@ def _read_images(
         problem = f"image {image.get('id')} has width {image.get('width')!r:.80} and height {image.get('height')!r:.80}"
         remedy = "Give the size of the image file in pixels, or leave it out."
         raise malformed(source, f"{problem}; both must be whole numbers >= 0", remedy)
-    names = [image.get("file_name") for image in images]
-    present = [folder for folder in folders if folder.is_dir()] or folders
-    first = str(names[0]).replace("\\", "/")
-    has_first = (os.path.isfile(folder / first) for folder in present)  # noqa: PTH113 # takes any name
-    root = next((folder for folder, is_file in zip(present, has_first, strict=True) if is_file), present[0])
+    names: Sequence[object] = [image.get("file_name") for image in images]
+    root, names = _find_root(folders, names)
     paths = find_files(source, names, root)
+    first_row: dict[str | None, int] = {}
+    first_rows = np.array([first_row.setdefault(path, row) for row, path in enumerate(paths)])
     found = np.array([path is not None for path in paths])
     findings += [
-        rules.IMAGE_MISSING.broken(f"{source}: image {ids[n]}", f"{names[n]!r} is not in {printable(root)}")
+        rules.IMAGE_MISSING.broken(f"{source}: image {ids[n]}", f"{names[int(n)]!r} is not in {printable(root)}")
         for n in np.flatnonzero(~found)
     ]
-    rows = np.where(found, np.cumsum(found) - 1, -1)
-    columns = ImageColumns([path for path in paths if path is not None], ids[found], sizes[found].astype(np.int32))
+    is_again = found & (first_rows != np.arange(len(paths)))
+    problem = "{} images are listed again under another id: read as one image, with all its objects"
+    findings += count_findings(source, {rules.IMAGE_REPEATED: (problem, int(np.count_nonzero(is_again)))})
+    rows = np.where(found, (np.cumsum(found & ~is_again) - 1)[first_rows], -1)
+    found &= ~is_again
+    columns = ImageColumns(
+        [str(paths[row]) for row in np.flatnonzero(found)], ids[found], sizes[found].astype(np.int32)
+    )
     return columns, dict(zip(ids.tolist(), rows.tolist(), strict=True))
+
+
+def _find_root(folders: Iterable[Path], names: Sequence[object]) -> tuple[Path, Sequence[object]]:
+    """Return the folder that holds the first image, or else the first folder, and the names relative to it.
+
+    The first parts of the names may be those of another machine: all lose as many as the first name must.
+    """
+    searched: list[Path] = []
+    parts = foreign_parts(names[0])
+    for start in range(max(len(parts), 1)):
+        for folder in folders if start == 0 else searched:
+            searched += [folder] if start == 0 else []
+            if any(folder.joinpath(*parts[start:-1], form).is_file() for form in spellings("".join(parts[-1:]))):
+                is_plain = start == 0 and str(names[0]).replace("\\", "/") == "/".join(parts)
+                return folder, names if is_plain else ["/".join(foreign_parts(name)[start:]) for name in names]
+    return next((folder for folder in searched if folder.is_dir()), searched[0]), names
 
 
 def _read_objects(

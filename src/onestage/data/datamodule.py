@@ -105,6 +105,7 @@ class DetectionDataModule(LightningDataModule):
         require(image_size >= MIN_IMAGE_SIZE, "data.image_size", image_size, f">= {MIN_IMAGE_SIZE}")
         self._source = source
         self.path = path
+        self._recognised: str | Path | None = None  # the path whose source is known
         self.resize = resize if resize is not None else Stretch(image_size)
         self.image_size, self.canvases = self.resize.longest_side, self.resize.canvases
         self.batch_size = batch_size
@@ -144,8 +145,8 @@ class DetectionDataModule(LightningDataModule):
             ConfigError: neither `source` nor `path` is given.
             DataError: `path` is no known data set.
         """
-        if self.path is not None and (self._source is None or self._source.path != as_path(self.path)):
-            self._source = recognise(self.path)
+        if self.path is not None and self._recognised != self.path:
+            self._source, self._recognised = recognise(self.path), self.path
         if self._source is None:
             raise ConfigError("data.source: missing. Set data.path to your data set, or data.source to a class.")
         return self._source

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from onestage.data.annotations import IMAGE_UNREADABLE, NOT_READ, ImageColumns, ObjectColumns, build_annotation_set
+from onestage.data.annotations import (
+    IMAGE_UNREADABLE,
+    NOT_READ,
+    NOT_SEARCHED,
+    ImageColumns,
+    ObjectColumns,
+    build_annotation_set,
+)
 from onestage.data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from onestage.data.source import Source, Split
 from onestage.errors import DataError
-from onestage.files import as_path, printable
+from onestage.files import as_path, is_hidden, printable
 from onestage.types import AnnotationSet, Finding
 
 
@@ -77,19 +84,28 @@ def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence
 
 
 def count_unread(folder: Path) -> list[Finding]:
-    """Return a finding with the number of images below a folder whose type is not read, if there are any."""
-    unread = find_images(folder, UNREAD_SUFFIXES)
+    """Return findings with the numbers of images below a folder whose type is not read, and of linked folders."""
+    unread, links = find_images(folder, UNREAD_SUFFIXES), find_linked_folders(folder)
     types = " ".join(sorted({path.suffix.lower() for path in unread}))
-    problem = (
-        f"{len(unread)} images are of a type that is not read ({types}), such as {printable(unread[0])}"
-        if unread
-        else ""
-    )
-    return [NOT_READ.broken(printable(folder), problem, len(unread))] if unread else []
+    problems = {
+        NOT_READ: (unread, f"images are of a type that is not read ({types})"),
+        NOT_SEARCHED: (links, "folders are links, which are not searched"),
+    }
+    return [
+        rule.broken(printable(folder), f"{len(paths)} {problem}, such as {printable(paths[0])}", len(paths))
+        for rule, (paths, problem) in problems.items()
+        if paths
+    ]
+
+
+def find_linked_folders(folder: Path) -> list[Path]:
+    """Return the links to folders below a folder, in order: `find_images` goes into none of them."""
+    below = (Path(parent, name) for parent, folders, _ in os.walk(folder) for name in folders if not is_hidden(name))
+    return sorted(path for path in below if path.is_symlink())
 
 
 def find_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
-    """Return every entry below a folder that is named like an image, sorted; nothing hidden or below linked folders.
+    """Return every entry below a folder that has one of the suffixes, sorted; nothing hidden or below linked folders.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -101,7 +117,7 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> lis
 
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        is_image = (not name.startswith(".") and name.lower().endswith(suffixes) for name in files)
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        is_image = (not is_hidden(name) and name.lower().endswith(suffixes) for name in files)
         found += [Path(parent, name) for name, keep in zip(files, is_image, strict=True) if keep]
     return sorted(found)

@@ -33,7 +33,7 @@ MAX_ASPECT = 10.0  # of the sides; stretched to a square, objects would be lines
 START_IMAGES = 20_000  # images of a split that are checked before training; the others are when they are read
 NUM_THREADS = 8  # they wait for the disk, or the network behind it
 SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg", ".jfif"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "BMP": (".bmp",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".jpg", ".jpeg", ".mpo"), "PNG": (".png",), "BMP": (".bmp",),
     "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "GIF": (".gif",),
 }  # fmt: skip
 

@@ -13,9 +13,11 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 from onestage.errors import ImageError
 from onestage.files import printable, read_file
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 UNREAD_SUFFIXES = (
-    ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".pnm", ".tga", ".exr", ".hdr", ".dng", ".svg", ".psd",
+    ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jpx", ".jxl", ".jxr", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".pcx",
+    ".tga", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw", ".svg", ".psd", ".ico", ".dib", ".apng", ".dcm", ".mp4",
+    ".avi", ".mov", ".mkv",
 )  # fmt: skip
 MAX_PIXELS = 64_000_000  # 192 MB as RGB; a file of a hundred bytes can claim a thousand times as much
 MAX_IMAGE_BYTES = 512 << 20  # twice what MAX_PIXELS of uncompressed 16-bit RGB takes, rounded up

@@ -54,7 +54,7 @@ def read_label_files(
     source: str,
     root: Path,
     listed: Sequence[LabelledImage],
-    read: Callable[[int], LabelFile],
+    read: Callable[[int, Path], LabelFile],
     find_classes: Callable[[Sequence[WrittenObject]], Mapping[str | float, int]],
     class_names: list[str],
     format: LabelFormat,
@@ -67,7 +67,7 @@ def read_label_files(
         source: file or folder, for messages.
         root: the folder of the data set, which no link may leave.
         listed: the images of a split.
-        read: reads the file of an image by its row; raises AnnotationError if it is malformed, which skips the image.
+        read: reads the file of an image, (row, file); raises AnnotationError if it is malformed, which skips the image.
         find_classes: returns class key -> label of all objects, and may fill in `class_names`.
         class_names: [K] in label order.
         format: see there.
@@ -86,6 +86,13 @@ def read_label_files(
     missing = {row: printable(item.image) for row, item in enumerate(listed) if item.is_missing}
     problem = "there is no such image"
     skipped = bad_headers | {row: rules.IMAGE_MISSING.broken(place, problem) for row, place in missing.items()}
+    upper = [item.label.with_suffix(item.label.suffix.upper()) for item in listed]  # as old tools of Windows write it
+    listed = [
+        item._replace(label=label)
+        if item.label.name not in names[label.parent] and label.name in names[label.parent]
+        else item
+        for item, label in zip(listed, upper, strict=True)
+    ]
     has_file = [item.label.name in names[item.label.parent] for item in listed]
     if len(skipped) < len(listed) and not any(has_file):
         problem = f"none of its {len(listed)} images has an annotation file"
@@ -96,7 +103,7 @@ def read_label_files(
     for row, (item, is_there) in enumerate(zip(listed, has_file, strict=True)):
         if row not in skipped:
             try:
-                files[row] = read(row) if is_there else LabelFile(notes={format.no_file: 1})
+                files[row] = read(row, item.label) if is_there else LabelFile(notes={format.no_file: 1})
                 counts.update(files[row].notes)
             except AnnotationError as reason:
                 skipped[row] = format.malformed_file.broken_by(item.label, reason)

@@ -1,5 +1,6 @@
 """Recognise the format of a path and its splits, for training, doctor, anchors and convert."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,16 +12,18 @@ from typing import NamedTuple
 import numpy as np
 
 from onestage.data.annotations import FILE, UNKNOWN_CLASS, missing_classes, shortened, with_nearest
-from onestage.data.coco import COCO, list_annotation_files, split_name
+from onestage.data.coco import COCO, kind_of, list_annotation_files, split_name
+from onestage.data.folder import find_images
 from onestage.data.source import Source, Split as Role, role_of
 from onestage.data.voc import VOC, find_list_files, find_lists
 from onestage.data.yolo import YOLO, has_labels, has_settings
 from onestage.errors import DataError
-from onestage.files import as_path, printable
+from onestage.files import as_path, is_hidden, only_folder, printable, read_text
 from onestage.types import AnnotationSet, Finding
 
 ROLES = ("train", None, "val", "test")  # the order of splits; None: a name of the user's own
 NUM_SEEN = 2000  # files of an unknown folder that are counted
+MAX_SEEN_BYTES = 1 << 20  # of a file of an unknown folder that is read
 KNOWN = (
     "Known are: COCO (a JSON file, annotations/instances_*.json, <split>/_annotations.coco.json), "
     "VOC (ImageSets/Main, VOCdevkit, or XML files beside images), "
@@ -67,10 +70,33 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
     )
     for is_found, source in recognisers:
         if is_found(path):
-            return source(path)
+            found = source(path)
+            if not found.splits:
+                problem, remedy = "holds annotations, but no images", "Put the images there, as they were exported."
+                if next(iter(find_images(path)), None):
+                    problem = f"no file says by its name which split it is{_what_it_holds(path)}"
+                    remedy = "Give the files one by one, or call one of them train."
+                raise DataError(f"{printable(path)}: {problem}.\n{remedy}")
+            return found
+    if folder := only_folder(path):
+        return recognise(folder, image_root)
     suffixes = Counter(file.suffix.lower() or "no suffix" for file in islice(path.rglob("*.*"), NUM_SEEN))
     seen = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4)) or "nothing"
-    raise DataError(f"{printable(path)}: is no data set that is known here; it holds {seen}.\n{KNOWN}.")
+    problem = f"is no data set that is known here; it holds {seen}{_what_it_holds(path)}"
+    raise DataError(f"{printable(path)}: {problem}.\n{KNOWN}.")
+
+
+def _what_it_holds(folder: Path) -> str:
+    """Return of which tool the files of a folder are, for messages; empty if that is not known."""
+    files = islice((file for kind in ("*.json", "*.xml") for file in folder.rglob(kind)), NUM_SEEN)
+    for file in islice((file for file in files if not is_hidden(file.name)), 3):
+        try:
+            content = read_text(file, DataError, "a file of annotations", "", MAX_SEEN_BYTES)
+            if kind := "CVAT's own XML" if "<annotations>" in content else kind_of(json.loads(content)):
+                return f" (they look like {kind})"
+        except (DataError, ValueError, RecursionError):
+            continue
+    return ""
 
 
 def describe_source(source: Source) -> list[str]:
@@ -116,9 +142,6 @@ def read_splits(splits: Sequence[Split], max_bad_fraction: float = 1.0) -> list[
 
 def _splits_of(source: Source) -> list[Split]:
     """Return the splits of a source; the name of a single COCO file says which split it is."""
-    if not source.splits:
-        problem = "no file says by its name which split it is"
-        raise DataError(f"{printable(source.path)}: {problem}.\nGive the files one by one, or call one of them train.")
     own_name = split_name(source.path) if source.path.suffix.lower() == ".json" else ""
     return [Split(role_of(own_name) or own_name or split, source, split) for split in source.splits]
 

@@ -1,5 +1,6 @@
 """The `Source` of a data set: its files, its splits, and reading a split."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,6 +12,10 @@ import numpy.typing as npt
 from onestage.types import AnnotationSet
 
 Split = Literal["train", "val", "test"]
+ROLE_WORD = re.compile(  # a whole word of a name: train2017, my_train and TrainSet, but not trains or device1
+    r"(?<![a-z])(?:(?P<train>train(?:ing|val)?|trn)|(?P<val>(?:mini)?val(?:id|idation)?|eval(?:uation)?|dev)"
+    r"|(?P<test>test(?:ing|dev)?|holdout))(?:sets?|data|images|imgs|list)?(?![a-z])"
+)
 
 
 class ReadImage(NamedTuple):
@@ -76,9 +81,9 @@ class Source(ABC):
 
 
 def role_of(name: str) -> Split | None:
-    """Return the role of a split by its name: train2017 and trainval are train; val2017, valid, validation are val."""
-    words: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "minival", "dev"), "test": ("test",)}
-    return next((role for role, starts in words.items() if name.lower().startswith(starts)), None)
+    """Return the role of a split by the first word of its name that says one: mine_train2017, valid, Test."""
+    found = ROLE_WORD.search(name.lower())
+    return next((role for role in get_args(Split) if found and found[role]), None)
 
 
 def names_by_role(names: Iterable[str]) -> dict[str, str]:

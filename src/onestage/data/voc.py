@@ -1,7 +1,7 @@
 """Read PASCAL VOC annotations (devkit of VOC2012, section 4): one XML file per image."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from math import isfinite
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
@@ -11,15 +11,28 @@ from defusedxml.ElementTree import fromstring
 
 import onestage.data.annotations as rules
 from onestage.data.annotations import malformed, shortened, with_nearest
+from onestage.data.folder import find_images
 from onestage.data.images import IMAGE_SUFFIXES
 from onestage.data.label_files import LabelFile, LabelFormat, LabelledImage, WrittenObject, read_label_files
 from onestage.data.source import Source, Split, names_by_role, role_of
 from onestage.errors import AnnotationError, require
-from onestage.files import as_path, list_files, printable, read_file, read_text, to_flag, to_number
+from onestage.files import (
+    as_path,
+    foreign_parts,
+    is_hidden,
+    list_files,
+    only_folder,
+    printable,
+    read_file,
+    read_text,
+    to_flag,
+    to_number,
+)
 from onestage.types import AnnotationSet
 
 SPLIT_FOLDER = Path("ImageSets", "Main")
-CLASS_LIST = re.compile(r"_(train|val|trainval|test)$")
+IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "data", ".")  # "." last: with XML files beside the images
+XML_FOLDERS = ("Annotations", "annotations", "Annotation", "labels", "xmls", "xml", ".")
 ALL_IMAGES = "."  # name of the split of a folder without lists
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 LABEL_FORMAT = LabelFormat(
@@ -30,6 +43,7 @@ LABEL_FORMAT = LabelFormat(
         rules.ZERO_BASED: "{} boxes start at pixel 0, though VOC counts from 1: clipped",
     },
 )
+LIST_EXTRAS = re.compile(r"^.*JPEGImages[/\\]|\s+(-1|0|1|\S+\.xml)$")
 MAX_XML_BYTES = 16 << 20  # some 50,000 objects; a file of VOC has a few kB
 
 
@@ -91,7 +105,8 @@ class VOC(Source):
             for name, file in find_list_files(self.path).items()
             if file.stem not in ("train", "val", "trainval")
         )
-        return [printable(file) for name, file in files if name not in used and not CLASS_LIST.search(file.stem)]
+        stems = {file.stem for file in find_list_files(self.path).values()}
+        return [printable(file) for name, file in files if name not in used and not _is_of_class(file.stem, stems)]
 
     def lists(self, split: Split) -> tuple[str, ...]:
         """Return the names of the lists of a split; empty if there are none."""
@@ -102,13 +117,16 @@ class VOC(Source):
 def find_lists(root: Path) -> dict[str, tuple[str, ...]]:
     """Return the lists of each split by role. If no name tells the role, a single list is the training split."""
     files = find_list_files(root)
+    if not files and only_folder(root):  # `recognise` goes on there, where its folders may be splits
+        return {}
     if not files:
         folders = names_by_role(path.name for path in root.glob("*/") if role_of(path.name) and _list_folder(path))
         found: dict[str, tuple[str, ...]] = {role: (name,) for role, name in folders.items()}
         return found or ({"train": (ALL_IMAGES,)} if _list_folder(root) else {})
     by_stem: dict[str, list[str]] = {}
+    all_stems = {file.stem for file in files.values()}
     for name, file in files.items():
-        if not CLASS_LIST.search(file.stem):
+        if not _is_of_class(file.stem, all_stems):
             by_stem.setdefault(file.stem, []).append(name)
     stems = names_by_role(by_stem)
     has_years = not (root / SPLIT_FOLDER).is_dir()
@@ -120,12 +138,29 @@ def find_lists(root: Path) -> dict[str, tuple[str, ...]]:
 
 
 def find_list_files(root: Path) -> dict[str, Path]:
-    """Return the lists in ImageSets/Main by name; above year folders the name has the year: 2007_trainval."""
+    """Return the lists in ImageSets/Main by name; above year folders the name has the year: 2007_trainval.
+
+    Some tools write the lists into ImageSets, or beside the folder of the XML files.
+    """
     folders = [root]
     if not (root / SPLIT_FOLDER).is_dir():
-        folders = sorted(root.glob("VOC????")) or sorted(root.glob("VOCdevkit/VOC????"))
-    files = [file for folder in folders for file in sorted((folder / SPLIT_FOLDER).glob("*.txt"))]
-    return {file.stem if folders == [root] else f"{file.parents[2].name[3:]}_{file.stem}": file for file in files}
+        folders = sorted(root.glob("VOC????")) or sorted(root.glob("VOCdevkit/VOC????")) or [root]
+    lists = [file for folder in folders for file in sorted((folder / SPLIT_FOLDER).glob("*.txt"))]
+    lists = lists or sorted((root / SPLIT_FOLDER.parent).glob("*.txt"))
+    if not lists and _xml_folder(root) not in (None, root):
+        lists = sorted(file for file in root.glob("*.txt") if role_of(file.stem))
+    files = [file for file in lists if not is_hidden(file.name)]
+    return {file.stem if folders == [root] else f"{_set_of(file).name[3:]}_{file.stem}": file for file in files}
+
+
+def _set_of(file: Path) -> Path:
+    """Return the folder of the data set of a list."""
+    return next(folder for folder in file.parents if folder.name not in SPLIT_FOLDER.parts)
+
+
+def _is_of_class(stem: str, stems: Set[str]) -> bool:
+    """Tell whether a list is one of a class: dog_train beside train."""
+    return any(stem[place + 1 :] in stems for place, sign in enumerate(stem) if sign == "_")
 
 
 def parse_voc(
@@ -160,8 +195,8 @@ def parse_voc(
             raise malformed(source, problem, "Correct the names, or add them to data.class_names.", lines)
         return label_of_name
 
-    def read(row: int) -> LabelFile:
-        return read_record(listed[row].label)
+    def read(_: int, file: Path) -> LabelFile:
+        return read_record(file)
 
     return read_label_files(source, root, listed, read, find_classes, names, LABEL_FORMAT, max_bad_fraction)
 
@@ -170,8 +205,9 @@ def _list_images(root: Path, split: str) -> list[LabelledImage]:
     """Return the images of a list, or of a folder if there are no lists."""
     lists = find_list_files(root)
     if split in lists:
-        folder = lists[split].parents[2]
-        return _pair(folder / "JPEGImages", folder / "Annotations", _read_list(lists[split]))
+        folder = _set_of(lists[split])
+        images, xmls = _image_folder(folder), _xml_folder(folder) or folder / XML_FOLDERS[0]
+        return _pair(images, xmls, _read_list(lists[split]))
     listed = _list_folder(root / split) if not lists and Path(split).name in ("", split) else []
     if not listed:
         found = ", ".join(list(lists)[:30]) or ("none" if root.is_dir() else "no such folder")
@@ -183,45 +219,68 @@ def _list_images(root: Path, split: str) -> list[LabelledImage]:
 
 def _list_folder(folder: Path) -> list[LabelledImage]:
     """Return all images of a folder without lists: XML files beside the images, or in Annotations."""
-    for xml_folder in (folder, folder / "Annotations", folder / "annotations"):
-        stems = {Path(name).stem for name in list_files(xml_folder) if name.endswith(".xml")}
-        if stems:
-            image_folders = [folder] if xml_folder == folder else [folder / "JPEGImages", folder / "images", folder]
-            images = next((path for path in image_folders if _images_by_stem(path)), folder)
-            return _pair(images, xml_folder, sorted(stems | set(_images_by_stem(images))))
-    nested = [item for path in sorted(folder.glob("*/")) for item in _list_folder(path)]  # one for each camera, say
-    return nested if any(not item.is_missing for item in nested) else []
+    xmls = _xml_folder(folder)
+    if xmls is None:  # a folder for each camera, say
+        return [item for path in sorted(folder.glob("*/")) for item in _list_folder(path)]
+    images = folder if xmls == folder else _image_folder(folder)
+    stems = {path[:-4] for path in _list_below(xmls, (".xml",), is_deep=xmls != folder)}
+    stems_of_images = _images_by_stem(images, is_deep=images != folder).keys()
+    return _pair(images, xmls, sorted(stems | stems_of_images)) if stems & stems_of_images else []
+
+
+def _xml_folder(folder: Path) -> Path | None:
+    """Return the folder of the XML files of a data set."""
+    folders = (folder / name for name in XML_FOLDERS)
+    is_xml = (".xml", ".XML")
+    return next((path for path in folders if any(name.endswith(is_xml) for name in list_files(path))), None)
+
+
+def _image_folder(folder: Path) -> Path:
+    """Return the folder of the images of a data set; the usual one if there is none."""
+    folders = (folder / name for name in IMAGE_FOLDERS)
+    return next((path for path in folders if _images_by_stem(path)), folder / IMAGE_FOLDERS[0])
 
 
 def _pair(image_folder: Path, xml_folder: Path, stems: Sequence[str]) -> list[LabelledImage]:
-    """Return the image and the XML file of each stem."""
+    """Return the image and the XML file of each stem, which may have a suffix, and the folders of another machine."""
     names = _images_by_stem(image_folder)
-    stem_of_file = {name: stem for stem, name in names.items()}  # some lists have names with suffix
-    stems = [stem if stem in names else stem_of_file.get(stem, stem) for stem in stems]
+    stem_of = {name: stem for stem, name in names.items()} | {stem: stem for stem in names}
+    endings = (["/".join(parts[start:]) for start in range(len(parts))] for parts in map(foreign_parts, stems))
+    stems = [next((stem_of[end] for end in ends if end in stem_of), ends[-1]) for ends in endings]
     return [
         LabelledImage(image_folder / names.get(stem, stem), xml_folder / f"{stem}.xml", stem not in names)
         for stem in stems
     ]
 
 
-def _images_by_stem(folder: Path) -> dict[str, str]:
-    """Return stem -> file name of the images in a folder. Of several with one stem, the first known suffix counts."""
+def _images_by_stem(folder: Path, is_deep: bool = True) -> dict[str, str]:
+    """Return stem -> name of the images in a folder, and perhaps below it: sub/a -> sub/a.jpg.
+
+    Of several with one stem, the first known suffix counts.
+    """
     rank = {suffix: place for place, suffix in enumerate(IMAGE_SUFFIXES)}
-    images = [path for path in map(Path, list_files(folder)) if path.suffix.lower() in rank]
+    images = [Path(name) for name in _list_below(folder, IMAGE_SUFFIXES, is_deep)]
     images.sort(key=lambda path: (rank[path.suffix.lower()], path.name), reverse=True)
-    return {path.stem: path.name for path in images}
+    return {path.with_suffix("").as_posix(): path.as_posix() for path in images}
+
+
+def _list_below(folder: Path, suffixes: tuple[str, ...], is_deep: bool) -> list[str]:
+    """Return the names of the files in a folder, and perhaps below it, that have one of the suffixes."""
+    if is_deep and folder.is_dir():
+        return [path.relative_to(folder).as_posix() for path in find_images(folder, suffixes)]
+    return [name for name in list_files(folder) if not is_hidden(name) and name.lower().endswith(suffixes)]
 
 
 def _read_list(path: Path) -> list[str]:
-    """Read one list: an image per line, perhaps followed by -1, 0 or 1 as in VOC's lists of one class.
+    """Read one list: an image per line, perhaps followed by -1, 0 or 1 as in VOC's lists of a class, or by an XML file.
 
     The folder JPEGImages before a name, with whatever stands before it, does not count.
     """
     text = read_text(path, AnnotationError, "a list of images", "Use another list, or convert it to UTF-8.")
-    stems = [re.sub(r"^.*JPEGImages[/\\]|\s+(-1|0|1)$", "", line.strip()) for line in text.splitlines()]
+    stems = [re.sub(LIST_EXTRAS, "", line.strip()) for line in text.splitlines()]
     for number, stem in enumerate(stems, start=1):
-        if stem in (".", "..") or {"/", "\\", "\0"}.intersection(stem):
-            rule = "a line must be the name of an image in JPEGImages without suffix and without folders"
+        if stem and not foreign_parts(stem):
+            rule = "a line must be the name of an image in JPEGImages"
             raise malformed(f"{printable(path)}:{number}", f"{stem!r:.200}: {rule}", "Correct the line.")
     if not any(stems):
         raise malformed(printable(path), "names no image", "Use another list: data.source.train, data.source.val")
@@ -247,7 +306,11 @@ def read_record(path: Path) -> LabelFile:
         raise malformed(place, f"its first element is {root.tag!r:.80}; in VOC it is 'annotation'", "Export it again.")
     height, width = (to_number(root.findtext(f"size/{side}")) for side in ("height", "width"))
     size = (int(height), int(width)) if 0 < height < 1 << 31 and 0 < width < 1 << 31 else (0, 0)
-    objects = [_read_object(element, f"{place}: object {n}") for n, element in enumerate(root.findall("object"), 1)]
+    objects = [
+        _read_object(element, corners, f"{place}: object {n}")
+        for n, element in enumerate(root.findall("object"), 1)
+        for corners in element.findall("bndbox") or [element]  # some tools write two; without one, there are no corners
+    ]
     file_name = (root.findtext("filename") or "").strip()
     notes = {
         rules.OTHER_FILE_NAME: int(file_name != "" and Path(file_name).stem != path.stem),
@@ -256,10 +319,10 @@ def read_record(path: Path) -> LabelFile:
     return LabelFile(objects, size, notes)
 
 
-def _read_object(element: Element, place: str) -> WrittenObject:
+def _read_object(element: Element, corners: Element, place: str) -> WrittenObject:
     """Read one object. Only its own bndbox counts: the `part` elements of a person have their own."""
     name = printable((element.findtext("name") or "").strip())
-    box = xmin, ymin, xmax, ymax = tuple(to_number(element.findtext(f"bndbox/{corner}")) for corner in CORNERS)
+    box = xmin, ymin, xmax, ymax = tuple(to_number(corners.findtext(corner)) for corner in CORNERS)
     problem = None
     if not name:
         problem = "an object must have a name"

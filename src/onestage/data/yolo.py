@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from math import isfinite, nan
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -21,12 +21,25 @@ from onestage.data.images import IMAGE_SUFFIXES
 from onestage.data.label_files import LabelFile, LabelFormat, LabelledImage, WrittenObject, read_label_files
 from onestage.data.source import Source, Split, names_by_role, role_of
 from onestage.errors import AnnotationError
-from onestage.files import as_path, find_below, foreign_parts, is_path, printable, read_file, read_text, to_number
+from onestage.files import (
+    as_path,
+    find_below,
+    foreign_parts,
+    is_hidden,
+    is_path,
+    printable,
+    read_file,
+    read_text,
+    refuse_repeated_keys,
+    to_number,
+)
 from onestage.types import AnnotationSet, JSONDict
 
-SETTINGS_FILES = ("data.yaml", "data.yml", "dataset.yaml", "yolo.yaml")
+SETTINGS_FILES = ("data.yaml", "data.yml", "dataset.yaml", "yolo.yaml")  # or any other YAML file with names
+NAMES_KEY = re.compile(rb"^[\"']?names[\"']?\s*:", re.MULTILINE)
 DARKNET_FILE = "obj.data"  # of CVAT and darknet: names, train and valid
-NAMES_FILES = ("classes.txt", "obj.names", "labels/classes.txt")  # as LabelImg, CVAT and darknet write them
+NAMES_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "_darknet.labels", "train/_darknet.labels")
+LABEL_FOLDERS = {"images": "labels", "Images": "Labels", "IMAGES": "LABELS"}
 DEEP_YAML = re.compile(rb"(?:[\[{]\s*){10}")  # thousands of brackets take the parser seconds; data.yaml has 2
 CLASS_INDEX = re.compile(r"^\s*(\d{1,4})(?:\.0*)?\s", re.MULTILINE)  # larger ones are no class indices
 MAX_SETTINGS_BYTES = 1 << 20  # ten thousand classes take a fifth of it
@@ -54,7 +67,9 @@ class YOLO(Source):
     def splits(self) -> tuple[Split, ...]:
         """The splits that data.yaml names or whose folders exist."""
         try:
-            return tuple(split for split, name in self._names.items() if find_entries(self._settings, name))
+            splits = [split for split, name in self._names.items() if find_entries(self._settings, name)]
+            is_there = any(find_below(self._settings.root, entry) for entry in self._settings.entries.get("test", "."))
+            return tuple(split for split in splits if split != "test" or is_there)  # Roboflow always names one
         except AnnotationError:  # `read` reports it
             return ("train",)
 
@@ -71,7 +86,7 @@ class YOLO(Source):
 
     def unused(self) -> list[str]:
         """Return the entries that belong to no split, such as `valid` beside `val`."""
-        used = [find_entries(self._settings, name) for name in self._names.values()]
+        used = [find_entries(self._settings, self._names[split]) for split in self.splits]
         return [f"{name}: {', '.join(entry)}" for name, entry in self._settings.entries.items() if entry not in used]
 
     @property
@@ -128,9 +143,9 @@ def parse_yolo(
     unknown_class = f"the class must be a whole number in 0..{len(names) - 1}; the first one is 0"
     label_format = LabelFormat(rules.NO_LABEL, rules.LABEL_MALFORMED, notes, unknown_class)
 
-    def read(row: int) -> LabelFile:
+    def read(row: int, file: Path) -> LabelFile:
         size = (headers[row].width, headers[row].height)
-        return _read_label(listed[row].label, size, settings.num_keypoint_values)
+        return _read_label(file, size, settings.num_keypoint_values)
 
     classes = names, label_format, max_bad_fraction
     found = read_label_files(source, settings.root, listed, read, lambda _: label_of_index, *classes, headers)
@@ -153,9 +168,12 @@ def read_settings(data: Path) -> YOLOSettings:
     """
     if not data.is_dir():
         return _read_yaml(data)
-    for name in SETTINGS_FILES:
-        if (data / name).is_file():
-            return _read_yaml(data / name)
+    files = _settings_files(data)
+    if len(files) > 1:
+        problem = f"{', '.join(file.name for file in files[:5])} all have names of classes"
+        raise malformed(printable(data), problem, f"Give one of them: data.path: {printable(files[0])}")
+    if files:
+        return _read_yaml(files[0])
     entries, names_file = _folder_entries(data), next((data / n for n in NAMES_FILES if (data / n).is_file()), None)
     if (data / DARKNET_FILE).is_file():
         lines = _read_lines(data / DARKNET_FILE, "the settings of a YOLO data set", "Correct the file, or remove it.")
@@ -166,20 +184,32 @@ def read_settings(data: Path) -> YOLOSettings:
     if names_file is None:
         settings = YOLOSettings(printable(data), data, [], entries, is_named=False)
         return settings._replace(class_names=[f"class_{index}" for index in range(_count_classes(settings))])
-    names = _read_lines(names_file, "the class names of a YOLO data set", "Write a class name on each line.")
+    remedy = "Write a class name on each line."
+    text = read_text(names_file, AnnotationError, "the class names of a YOLO data set", remedy)
+    names = text.rstrip().splitlines()  # a blank line between them is a class without name, which is refused
     return YOLOSettings(printable(data), data, _checked_names(printable(names_file), names, None), entries)
 
 
 def has_settings(folder: Path) -> bool:
     """Tell whether a folder holds data.yaml, obj.data or class names."""
-    return any((folder / name).is_file() for name in (*SETTINGS_FILES, DARKNET_FILE, *NAMES_FILES))
+    return any((folder / name).is_file() for name in (DARKNET_FILE, *NAMES_FILES)) or bool(_settings_files(folder))
+
+
+def _settings_files(folder: Path) -> list[Path]:
+    """Return data.yaml, or what it may be called: the YAML files of a folder that have a key names."""
+    usual = (folder / name for name in SETTINGS_FILES)
+    if first := next((file for file in usual if file.is_file()), None):
+        return [first]
+    files = (file for file in sorted(folder.glob("*.y*ml")) if file.is_file() and not is_hidden(file.name))
+    return [file for file in files if NAMES_KEY.search(file.read_bytes()[:MAX_SETTINGS_BYTES])]
 
 
 def has_labels(folder: Path) -> bool:
     """Tell whether one of the first images of a folder has a label file."""
     entries = _folder_entries(folder).values()
-    images = (image for (entry,) in entries for image in find_images(folder / entry)[:MAX_SEARCHED])
-    return any(_label_of(image, folder).is_file() for image in images)
+    folders = (folder / entry if (folder / entry).is_dir() else folder for (entry,) in entries)  # else a list
+    images = (image for path in folders for image in find_images(path)[:MAX_SEARCHED])
+    return any((_label_folder(image.parent, folder) / f"{image.stem}.txt").is_file() for image in images)
 
 
 def find_entries(settings: YOLOSettings, split: str) -> Sequence[str]:
@@ -193,8 +223,8 @@ def find_entries(settings: YOLOSettings, split: str) -> Sequence[str]:
 def list_split(settings: YOLOSettings, split: str) -> list[LabelledImage]:
     """Return the images of a split, sorted by path, and their label files.
 
-    A label lies in the folder `labels` that stands beside the image's last folder `images`; without such a folder it is
-    below `labels` of the root, or else beside the image.
+    A label lies in the folder `labels` that stands beside the image's last folder `images`, or else below `labels` of
+    the root, or else beside the image.
 
     Raises:
         AnnotationError: the split is missing, or holds no image.
@@ -208,18 +238,33 @@ def list_split(settings: YOLOSettings, split: str) -> list[LabelledImage]:
     if not images:
         problem = f"the split {split!r} holds no image ({' '.join(IMAGE_SUFFIXES)})"
         raise malformed(settings.source, problem, "Correct the path of the split.")
-    return [LabelledImage(image, _label_of(image, settings.root), not images[image]) for image in sorted(images)]
+    labels = {folder: _label_folder(folder, settings.root) for folder in {image.parent for image in images}}
+    return [
+        LabelledImage(image, labels[image.parent] / f"{image.stem}.txt", not images[image]) for image in sorted(images)
+    ]
 
 
 def _folder_entries(root: Path) -> dict[str, list[str]]:
-    """Return images/<split> or <split>/images of a folder; else images, CVAT's obj_train_data, or the folder itself."""
-    for pattern in ("images/*/", "*/images/"):
-        folders = {path.parent.name if path.name == "images" else path.name: path for path in root.glob(pattern)}
-        if roles := names_by_role(folders):
-            return {name: [folders[name].relative_to(root).as_posix()] for name in folders if role_of(name) in roles}
-    images = (name for name in ("images", "obj_train_data", ".") if (root / name).is_dir() and find_images(root / name))
-    name = next(images, None)
+    """Return images/<split>, <split>/images, <split> or <split>.txt of a folder; else one split of all its images."""
+    for pattern in ("[iI]mages/*/", "*/[iI]mages/", "*/", "*.txt"):
+        named = ((path.parent if path.name in LABEL_FOLDERS else path, path) for path in root.glob(pattern))
+        roles = {owner.stem: path for owner, path in named if owner != root and role_of(owner.stem)}
+        found = {name: path for name, path in roles.items() if _has_images(path, root)}
+        if found:
+            return {name: [path.relative_to(root).as_posix()] for name, path in found.items()}
+    folders = (*LABEL_FOLDERS, "obj_train_data", ".")
+    name = next((name for name in folders if (root / name).is_dir() and find_images(root / name)), None)
     return {"train": [name]} if name is not None else {}
+
+
+def _has_images(path: Path, root: Path) -> bool:
+    """Tell whether a folder holds an image, or the first line of a list names one."""
+    if path.is_dir():
+        return bool(find_images(path))
+    line = ""
+    with suppress(AnnotationError, IndexError):
+        line = _read_lines(path, "a list of images", "")[0]
+    return line.lower().endswith(IMAGE_SUFFIXES) and find_below(root, line) is not None
 
 
 def _count_classes(settings: YOLOSettings) -> int:
@@ -266,6 +311,14 @@ def _read_yaml(file: Path) -> YOLOSettings:
     )
 
 
+class TextLoader(yaml.BaseLoader):
+    """Reads every scalar as text; refuses a repeated key."""
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+        """Return a table of YAML."""
+        return refuse_repeated_keys(self.construct_pairs(node, deep=True))
+
+
 def _parse_yaml(source: str, content: bytes) -> JSONDict:
     """Parse YAML, every scalar as the text that it is, without aliases, a few of which can stand for gigabytes."""
     try:
@@ -273,10 +326,10 @@ def _parse_yaml(source: str, content: bytes) -> JSONDict:
             raise ValueError("more than 10 nested brackets")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=yaml.SafeLoader)):
             raise ValueError("aliases are not read; write the values out")
-        settings = yaml.BaseLoader(content).get_single_data()
+        settings = TextLoader(content).get_single_data()
         is_table = isinstance(settings, dict)
         return {k: v for k, v in settings.items() if v not in ("", "~", "null")} if is_table else {}
-    except (yaml.YAMLError, ValueError, RecursionError) as reason:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as reason:  # TypeError: a list as key
         problem = printable(" ".join(str(reason).split()))
         raise malformed(source, f"is not YAML as in data.yaml: {problem[:300]}", "Correct the line.") from None
 
@@ -324,15 +377,15 @@ def _list_entry(settings: YOLOSettings, entry: str) -> dict[Path, bool]:
     }
 
 
-def _label_of(image: Path, root: Path) -> Path:
-    """Return the path of the label file of an image."""
-    parts = image.parts
-    if "images" in parts[:-1]:
-        place = len(parts) - 2 - parts[-2::-1].index("images")
-        image = Path(*parts[:place], "labels", *parts[place + 1 :])
-    elif (root / "labels").is_dir() and image.is_relative_to(root):
-        image = root / "labels" / image.relative_to(root)
-    return image.with_suffix(".txt")
+def _label_folder(folder: Path, root: Path) -> Path:
+    """Return the folder of the label files of the images in a folder."""
+    parts, places = folder.parts, [n for n, part in enumerate(folder.parts) if part in LABEL_FOLDERS]
+    if places:
+        beside = Path(*parts[: places[-1]], LABEL_FOLDERS[parts[places[-1]]], *parts[places[-1] + 1 :])
+        if beside.is_dir():
+            return beside
+    below = root / "labels" / folder.relative_to(root) if folder.is_relative_to(root) else folder
+    return below if below.is_dir() else folder
 
 
 def _read_label(path: Path, size: tuple[int, int], num_keypoint_values: int) -> LabelFile:

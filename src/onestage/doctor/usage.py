@@ -7,12 +7,13 @@ from pathlib import Path
 
 from onestage.data.annotations import NO_TRAINING_SPLIT, NOT_DIVISIBLE, NOT_USED
 from onestage.data.coco import COCO
+from onestage.data.folder import find_linked_folders
 from onestage.data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from onestage.data.layouts import Split
 from onestage.data.source import Source, role_of
 from onestage.data.splits import DEFAULT_VAL_FRACTION, split_by_fraction
 from onestage.errors import ConfigError
-from onestage.files import printable
+from onestage.files import is_hidden, printable
 from onestage.types import AnnotationSet, Finding
 
 MAX_TRIED = 1000  # images; a larger set can be divided
@@ -74,6 +75,7 @@ def _find_unused(source: Source, splits: Sequence[Split]) -> Iterator[tuple[str,
     yield "images are in no split", [file for file in images if Path(file).stem not in skipped_stems]
     types = ", ".join(sorted({Path(file).suffix.lower() for file in files if file.lower().endswith(UNREAD_SUFFIXES)}))
     yield f"images are of a type that is not read ({types})", [f for f in files if f.lower().endswith(UNREAD_SUFFIXES)]
+    yield "folders are links, which are not searched", [str(path) for path in find_linked_folders(source.path)]
     used_files = (
         {os.path.normpath(source.annotation_file(r)) for r in source.splits} if isinstance(source, COCO) else set()
     )
@@ -90,5 +92,6 @@ def _find_unused(source: Source, splits: Sequence[Split]) -> Iterator[tuple[str,
 def _list_all(folder: Path) -> Iterator[str]:
     """Yield the path of every file below a folder, in order; nothing hidden."""
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.normpath(os.path.join(parent, name)) for name in sorted(names) if name[0] != ".")  # noqa: PTH118
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        visible = sorted(name for name in names if not is_hidden(name))
+        yield from (os.path.normpath(os.path.join(parent, name)) for name in visible)  # noqa: PTH118
