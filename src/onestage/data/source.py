@@ -13,7 +13,7 @@ from onestage.types import AnnotationSet
 
 Split = Literal["train", "val", "test"]
 ROLE_WORD = re.compile(  # a whole word of a name: train2017, my_train and TrainSet, but not trains or device1
-    r"(?<![a-z])(?:(?P<train>train(?:ing|val)?|trn)|(?P<val>(?:mini)?val(?:id|idation)?|eval(?:uation)?|dev)"
+    r"(?<![a-z])(?:(?P<train>train(?:ing|val)?|trn)|(?P<val>(?:mini)?val(?:id|idation)?|evaluation|eval|dev)"
     r"|(?P<test>test(?:ing|dev)?|holdout))(?:sets?|data|images|imgs|list)?(?![a-z])"
 )
 
