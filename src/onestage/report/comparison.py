@@ -76,20 +76,26 @@ def resampled_map(matches: Matches, weights: npt.NDArray[np.int64]) -> npt.NDArr
     for object_images, found_images, correct, ignored in zip(objects, *detections, strict=True):
         num_objects = weights[:, object_images].sum(axis=1)  # [B]
         drawn = weights[:, found_images]  # [B, n]
-        totals += np.mean(
-            [_precision(drawn, num_objects, correct >> t & 1, ignored >> t & 1) for t in range(10)], axis=0
-        )
+        seen = np.cumsum(drawn, axis=1)
+        by_iou = [_precision(drawn, seen, num_objects, correct >> t & 1, ignored >> t & 1) for t in range(len(IOUS))]
+        totals += np.mean(by_iou, axis=0)
         num_classes += num_objects > 0
     with np.errstate(invalid="ignore"):
         return totals / num_classes
 
 
-def _precision(drawn: Integers, num_objects: Integers, correct: Integers, ignored: Integers) -> npt.NDArray[np.float64]:
-    """Return the AP of a class at one IoU, [B]; 0 without objects. drawn: [B, n]; correct, ignored: [n] 0 or 1."""
-    hits = np.flatnonzero(correct & ~ignored)
+def _precision(
+    drawn: Integers, seen: Integers, num_objects: Integers, correct: Integers, ignored: Integers
+) -> npt.NDArray[np.float64]:
+    """Return the AP of a class at one IoU, [B]; 0 without objects.
+
+    drawn, seen: [B, n] how often each detection occurs, and their sums up to it; correct, ignored: [n] 0 or 1.
+    """
+    hits, skipped = np.flatnonzero(correct & ~ignored), np.flatnonzero(ignored)
     if not len(hits):
         return np.zeros(len(drawn))
-    num_seen = np.cumsum(drawn * (1 - ignored), axis=1)[:, hits]
+    num_skipped = np.cumsum(np.pad(drawn[:, skipped], [(0, 0), (1, 0)]), axis=1)
+    num_seen = seen[:, hits] - num_skipped[:, np.searchsorted(skipped, hits)]
     num_right = np.cumsum(drawn[:, hits], axis=1)
     precision = num_right / np.maximum(num_seen, 1)
     highest = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]

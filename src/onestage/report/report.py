@@ -197,13 +197,14 @@ def _compare(runs: Sequence[Run], out: Path) -> JSONDict:
         for panel, line in (("loss", "train/loss"), ("loss", "val/loss"), ("mAP", "val/mAP")):
             if points := panels.get(panel, {}).get(line):
                 curves.setdefault(line, {})[f"{number} {run.name}"] = points
-    names = dict.fromkeys(name for run in runs for name in run.results["class_names"])
-    errors = dict.fromkeys(name for run in runs for name in run.results["error_types"])
+    tables = {"metrics": "metrics", "AP of each class": "per_class", "AP50 lost by type of error": "error_types"}
+    names = {key: dict.fromkeys(name for run in runs for name in run.results[key]) for key in tables.values()}
     return {
-        "metrics": {name: [run.results["metrics"].get(name) for run in runs] for name in runs[0].results["metrics"]},
+        "tables": [
+            (text, {name: [run.results[key].get(name) for run in runs] for name in names[key]})
+            for text, key in tables.items()
+        ],
         "intervals": ["", *(_interval(runs[0], run) for run in runs[1:])],
-        "per_class": {name: [run.results["per_class"].get(name) for run in runs] for name in names},
-        "error_types": {name: [run.results["error_types"].get(name) for run in runs] for name in errors},
         "curves": [chart(f"{name} over steps", lines) for name, lines in curves.items()],
         "differences": config_differences([run.config for run in runs]),
         "links": [_link(run.folder / PAGE_FILE, out) for run in runs],
