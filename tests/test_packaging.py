@@ -67,7 +67,7 @@ def test_wheel_holds_the_configurations_and_stubs(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "out").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"onestage/{path.relative_to(ROOT)}" for path in ROOT.glob("configs/**/*.yaml")} <= {*names}
-    assert "onestage/__init__.pyi" in names
+    assert {"onestage/__init__.pyi", "onestage/report/page.html"} <= {*names}
 
 
 def make(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:

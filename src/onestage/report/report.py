@@ -25,7 +25,6 @@ DATA_FOLDER, FACTS_FILE, MATCHES_FILE = "report", "facts.json", "matches.npz"
 PAGE_FILE, COMPARISON_FILE = "report.html", "comparison.html"
 TEMPLATE = Path(__file__).with_name("page.html")
 MAX_BYTES = 100_000_000  # of a file of a run
-HISTOGRAMS = ("sizes", "objects per image", "classes")
 MAX_CLASSES = 20  # with a curve of their own, and in the confusion matrix: those with the most objects
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 230, 44, 8, 8, 24  # of a chart and around its axes, in its own units
 
@@ -140,8 +139,7 @@ def _describe_run(run: Run) -> JSONDict:
         "command": _command(run),
         "curves": [chart(f"{panel} over steps", lines) for panel, lines in training_curves(run.rows).items()],
         "precision": chart("precision over recall, IoU 0.5", precision, (0, 1), (0, 1)),
-        "confusion": _confusion(results["confusion"], names, sorted(largest)),
-        "histograms": [(kind, _bars(facts["splits"], kind)) for kind in HISTOGRAMS if facts],
+        "confused": [*sorted(largest), len(names)] if results["confusion"] else [],
         "images": {kind: [pair for pair in pairs if pair[0]] for kind, pairs in pictures.items()},
     }
 
@@ -163,26 +161,6 @@ def _picture(folder: Path, name: str) -> str:
     return base64.b64encode(content).decode() if content.startswith(b"\xff\xd8") else ""
 
 
-def _confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], labels: Sequence[int]) -> list[JSONDict]:
-    """Return the rows of the table: name, and (count, share of the row) of each column; the last is the background."""
-    kept = [*labels, len(names)] if matrix else []
-    rows = [(([*names, "background"])[row], [matrix[row][column] for column in kept]) for row in kept]
-    return [{"name": name, "cells": [(n, n / max(1, sum(counts))) for n in counts]} for name, counts in rows]
-
-
-def _bars(splits: Sequence[JSONDict], kind: str) -> list[tuple[str, list[tuple[int, float]]]]:
-    """Return the bins of a histogram: name, and for each split the count and its share relative to the largest."""
-    totals = [max(1, sum(split[kind].values())) for split in splits]
-    names = list(splits[0][kind])
-    if kind == "classes":
-        names = sorted(names, key=lambda name: -splits[0][kind][name])[:MAX_CLASSES]
-    counts = [[split[kind][name] for split in splits] for name in names]
-    shares = [[n / total for n, total in zip(row, totals, strict=True)] for row in counts]
-    top = max(0.001, *(share for row in shares for share in row), 0)
-    cells = [[(n, x / top) for n, x in zip(*row, strict=True)] for row in zip(counts, shares, strict=True)]
-    return list(zip(names, cells, strict=True))
-
-
 # Several runs
 
 
@@ -197,6 +175,7 @@ def _compare(runs: Sequence[Run], out: Path) -> JSONDict:
         for panel, line in (("loss", "train/loss"), ("loss", "val/loss"), ("mAP", "val/mAP")):
             if points := panels.get(panel, {}).get(line):
                 curves.setdefault(line, {})[f"{number} {run.name}"] = points
+    pages = [run.folder / PAGE_FILE for run in runs]
     tables = {"metrics": "metrics", "AP of each class": "per_class", "AP50 lost by type of error": "error_types"}
     names = {key: dict.fromkeys(name for run in runs for name in run.results[key]) for key in tables.values()}
     return {
@@ -207,7 +186,9 @@ def _compare(runs: Sequence[Run], out: Path) -> JSONDict:
         "intervals": ["", *(_interval(runs[0], run) for run in runs[1:])],
         "curves": [chart(f"{name} over steps", lines) for name, lines in curves.items()],
         "differences": config_differences([run.config for run in runs]),
-        "links": [_link(run.folder / PAGE_FILE, out) for run in runs],
+        "links": [
+            quote(Path(os.path.relpath(page, out.parent)).as_posix()) if page.is_file() else "" for page in pages
+        ],
     }
 
 
@@ -223,11 +204,6 @@ def _interval(first: Run, second: Run) -> str:
     low, high = difference_interval(matches[0], matches[1])
     difference = second.results["metrics"]["mAP"] - first.results["metrics"]["mAP"]
     return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def _link(page: Path, out: Path) -> str:
-    """Return the address of a run's own page relative to that of the comparison; empty if there is none."""
-    return quote(Path(os.path.relpath(page, out.parent)).as_posix()) if page.is_file() else ""
 
 
 # Charts
