@@ -178,9 +178,10 @@ def test_train_is_fit_with_the_given_data(tmp_path):
     config = REPOSITORY / "configs" / "shapes_ssd.yaml"
     result = onestage.train(
         config, data=data, max_epochs=1, check_val_every_n_epoch=1, runs_dir=tmp_path, accelerator="cpu",
-        drawn_images=1, channels_last=False, enable_progress_bar=False,
+        drawn_images=1, channels_last=False, enable_progress_bar=False, logger="CSVLogger",
     )  # fmt: skip
     assert result.folder == tmp_path / "shapes_ssd" / "version_0"
+    assert (result.folder / "lightning_logs" / "version_0" / "metrics.csv").is_file()  # beside the run's own
     assert 0 <= result.metrics["mAP"] <= 1
     model = onestage.load(result.checkpoint, device="cpu")
     assert model.class_names == ("cat", "dog")

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,9 @@ def start_loggers(specs: Sequence[Any], folder: Path, instantiate: Callable[[Any
             raise ConfigError(f"{problem}.\nLeave out its save_dir, name and version, or choose another save_dir.")
         if isinstance(started, WandbLogger | MLFlowLogger | CometLogger):
             versions[key] = str(version)
-        loggers.append(_outlast_failures(started, name))
+        for method in ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint"):
+            setattr(started, method, failures_tolerated(name)(getattr(started, method)))
+        loggers.append(started)
     if versions:
         with atomic_write(file) as temporary:
             temporary.write_text(json.dumps(versions, indent=1), encoding="utf-8")
@@ -117,28 +118,12 @@ def _missing_arguments(kind: type[Logger], folder: Path, given: Any, version: st
     return {key: value for key, value in values.items() if is_free[key] and (takes_any or key in parameters)}
 
 
-def _outlast_failures(started: Logger, name: str) -> Logger:
-    """Make a logger that fails later warn once: no run should die because a server is away."""
-    for method in ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint"):
-        setattr(started, method, _warning_once(getattr(started, method), name))
-    return started
-
-
-def _warning_once(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    @wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        with failures_tolerated(name):
-            return function(*args, **kwargs)
-
-    return guarded
-
-
 _warned: set[str] = set()
 
 
 @contextmanager
 def failures_tolerated(name: str) -> Iterator[None]:
-    """Warn once per logger instead of raising."""
+    """Warn once per logger instead of raising: no run should die because a server is away."""
     try:
         yield
     except OnestageError:  # a signal that ends the run
@@ -170,10 +155,11 @@ class ResultsLogger(Callback):
         """Log the configuration as hyper-parameters; TensorBoard's come with the final metrics."""
         self._has_logged_config = True
         for each in trainer.loggers:
-            # MLflow refuses a second value, as after a resume with more epochs.
-            is_set = isinstance(each, MLFlowLogger) and each.experiment.get_run(str(each.run_id)).data.params
-            if not (is_set or isinstance(each, TensorBoardLogger | TableLogger)):
-                each.log_hyperparams(self.config)
+            with failures_tolerated(type(each).__name__):
+                # MLflow refuses a second value, as after a resume with more epochs.
+                is_set = isinstance(each, MLFlowLogger) and each.experiment.get_run(str(each.run_id)).data.params
+                if not (is_set or isinstance(each, TensorBoardLogger | TableLogger)):
+                    each.log_hyperparams(self.config)
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

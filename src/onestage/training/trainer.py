@@ -117,7 +117,7 @@ class DetectionTrainer(pl.Trainer):
 
 
 def _silence_lightning() -> None:
-    """Leave out warnings that say nothing here, and the advertisement at every start."""
+    """Leave out warnings that say nothing here, and the advertisements at every start."""
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
@@ -125,7 +125,7 @@ def _silence_lightning() -> None:
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+    return "Tip: For seamless" not in record.getMessage()
 
 
 def evaluate_at_least_once(settings: Any) -> None:
