@@ -28,7 +28,7 @@ def theirs_of(num_columns: int) -> fcos.FCOS:
 
 def tiny(num_classes: int = 3, **changes) -> FCOS:
     backbone = TorchvisionBackbone("mobilenet_v3_small", (8, 16, 32))
-    return FCOS(num_classes, **({"backbone": backbone, "channels": 32, "tower_convs": 1} | changes))
+    return FCOS(num_classes, **({"backbone": backbone, "channels": 64, "tower_convs": 1} | changes))
 
 
 def some_objects() -> Targets:
@@ -115,7 +115,7 @@ def test_batch_without_objects_trains_the_classes_alone(matcher) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"channels": 48}, "channels must be > 0, a multiple of 32, got 48"),
+        ({"channels": 32}, "channels must be > 0, a multiple of 64, got 32"),
         ({"backbone": TorchvisionBackbone("mobilenet_v3_small")}, r"must be \(8, 16, 32\), got \(8, 16\)"),
         ({"pretrained": "x", "classification_loss": MinedCrossEntropy()}, "a loss with sigmoids, got 'MinedCross"),
     ],

@@ -33,8 +33,8 @@ FAMILIES = {
     "SSD128": lambda: SSD128(2),
     "SSDLite320": lambda: SSDLite320(2),
     "RetinaNet": lambda: RetinaNet(2, backbone=backbone(), channels=32, tower_convs=1, anchor_scale=2.0),
-    "FCOS": lambda: FCOS(2, backbone=backbone(), channels=32, tower_convs=1),
-    "ATSS": lambda: FCOS(2, backbone=backbone(), channels=32, tower_convs=1, matcher=ATSSMatcher()),
+    "FCOS": lambda: FCOS(2, backbone=backbone(), channels=64, tower_convs=1),
+    "ATSS": lambda: FCOS(2, backbone=backbone(), channels=64, tower_convs=1, matcher=ATSSMatcher()),
     "YOLOv2": lambda: YOLOv2(2, backbone=Darknet19(8), anchors=levels(32)),
     "YOLOv3": lambda: YOLOv3(2, backbone=Darknet53(6, (1, 1, 1, 1, 1)), anchors=levels(8, 16, 32)),
 }

@@ -133,7 +133,7 @@ def test_first_loss_follows_from_the_prior_and_a_batch_without_objects_trains() 
         ),
         ({"p6_from": "p7"}, "p6_from must be p5 or c5, got 'p7'"),
         ({"anchor_scale": 0}, "anchor_scale must be > 0, got 0"),
-        ({"group_norm": True}, "channels must be > 0, a multiple of 32 with group_norm, got 16"),
+        ({"group_norm": True}, "channels must be > 0, a multiple of 64 with group_norm, got 16"),
         ({"anchors": [AnchorShapes(8, ((8, 8),))]}, "one level for each, got \\[8"),
         (
             {"pretrained": "torchvision_coco", "classification_loss": MinedCrossEntropy()},

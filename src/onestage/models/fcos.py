@@ -36,7 +36,8 @@ class FCOS(AnchorDetector):
         classification_loss: owns the link between logits and scores. None: SigmoidFocalLoss().
         box_loss: None: GIoULoss().
         backbone: maps of strides 8, 16 and 32; None: a ResNet-50 with random weights.
-        channels: of the pyramid and the towers, a multiple of 32.
+        channels: of the pyramid and the towers, a multiple of 64: each of the 32 groups of the normalisation
+            needs more than one value, also on a map of one cell.
         tower_convs: 3 x 3 convolutions of each tower, >= 0, each with group normalisation.
         matcher: None: PointMatcher().
         pretrained: torchvision_coco or the path of a state dict of torchvision's fcos_resnet50_fpn; it replaces all
@@ -77,7 +78,7 @@ class FCOS(AnchorDetector):
         require(num_classes >= 1, f"{name}: num_classes", num_classes, ">= 1")
         require(0 < prior < 1, f"{name}: prior", prior, "in (0, 1)", "The paper's is 0.01.")
         require(tower_convs >= 0, f"{name}: tower_convs", tower_convs, ">= 0")
-        require(channels > 0 and channels % 32 == 0, f"{name}: channels", channels, "> 0, a multiple of 32")
+        require(channels > 0 and channels % 64 == 0, f"{name}: channels", channels, "> 0, a multiple of 64")
         backbone, loss = pyramid_backbone(name, backbone), classification_loss or SigmoidFocalLoss()
         class_head = SharedHead(channels, tower_convs, 1, True, loss.num_logits(num_classes), tower_bias=True)
         class_head.start_at_prior(loss.prior_bias(num_classes, prior))

@@ -36,7 +36,7 @@ class RetinaNet(AnchorDetector):
         anchor_scale: side of the smallest square anchor of each level in strides, > 0; for small images less than 4.
         backbone: maps of strides 8, 16 and 32, such as onestage.models.TorchvisionBackbone; None: a ResNet-50 with
             random weights.
-        channels: of the pyramid and the towers.
+        channels: of the pyramid and the towers; with group norm a multiple of 64, see `FCOS`.
         tower_convs: 3 x 3 convolutions of each tower, >= 0.
         p6_from: map that P6 is computed from; see `onestage.models.fpn.FPN`.
         group_norm: whether the towers have group normalisation with 32 groups.
@@ -86,7 +86,7 @@ class RetinaNet(AnchorDetector):
         require(anchor_scale > 0, f"{name}: anchor_scale", anchor_scale, "> 0", "The paper's is 4.0.")
         require(p6_from in ("p5", "c5"), f"{name}: p6_from", p6_from, "p5 or c5")
         require(tower_convs >= 0, f"{name}: tower_convs", tower_convs, ">= 0")
-        fits, rule = channels > 0 and (not group_norm or channels % 32 == 0), "> 0, a multiple of 32 with group_norm"
+        fits, rule = channels > 0 and (not group_norm or channels % 64 == 0), "> 0, a multiple of 64 with group_norm"
         require(fits, f"{name}: channels", channels, rule)
         backbone = pyramid_backbone(name, backbone)
         levels = anchors or [AnchorShapes(stride, pyramid_shapes(anchor_scale * stride), 0.0) for stride in STRIDES]
