@@ -2,6 +2,7 @@
 
 import math
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -58,6 +59,24 @@ def test_the_model_of_the_docs_has_an_anchor_for_every_output() -> None:
     targets = Targets(torch.tensor([[[20.0, 20, 60, 60]], [[0.0, 0, 0, 0]]]), torch.tensor([[1], [-1]]))
     assert all(term.isfinite() for term in detector.loss(predictions, targets).terms.values())
     assert detector.detect(predictions).boxes.shape[0] == 2
+
+
+@pytest.mark.slow
+def test_the_model_of_the_docs_trains_from_a_file_beside_the_data(tmp_path: Path) -> None:
+    (tmp_path / "my_models.py").write_text(blocks("add_a_model.md", "python")[0], encoding="utf-8")
+    (config,) = (block for block in blocks("add_a_model.md", "yaml") if "my_models" in block)
+    (tmp_path / "mine.yaml").write_text(config, encoding="utf-8")
+    source = "{class_path: onestage.data.Shapes, init_args: {path: shapes, num_train: 16, num_val: 4}}"
+    run = "runs/mine/version_0"
+    small = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--data.num_workers", "0"]
+    for words in (
+        ["fit", "--config", "mine.yaml", "--data.source", source, "--data.batch_size", "4", *small],
+        ["validate", "--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/best.ckpt"],
+        ["doctor", "shapes", "--detector", "my_models.SSD96"],
+    ):
+        command = [str(Path(sys.executable).with_name("onestage")), *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 
 from onestage import __version__
 from onestage.errors import CancelledError, ConfigError, OnestageError
@@ -57,6 +59,10 @@ Every command of the trainer reads configs/trainer.yaml first; later files and o
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0 or the exit code of the error kind (see onestage/errors.py)."""
+    if arguments is None:
+        # A config may name classes of this folder. It comes last, so that no file in it shadows a package.
+        with suppress(OSError):  # the folder may be gone
+            sys.path.append(str(Path.cwd()))
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
