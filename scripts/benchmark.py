@@ -9,6 +9,7 @@
     python scripts/benchmark.py map       COCO evaluation, and pycocotools and torchmetrics
     python scripts/benchmark.py doctor    many classes, boxes and images: seconds, and gigabytes at most
     python scripts/benchmark.py save      writing and reading a checkpoint, and Lightning's
+    python scripts/benchmark.py models    parameters, FLOPs and images per second of every model in configs/
 
 All contestants alternate in one process (A B, B A, ...): compare ratios, not times.
 """
@@ -26,6 +27,7 @@ PARTS = {  # name -> (module, default number of rounds)
     "map": ("mean_average_precision", 3),
     "doctor": ("large_sets", 1),
     "save": ("saving", 7),
+    "models": ("models", 3),
 }
 WITH_IMAGES = ("data", "loader")
 

@@ -15,10 +15,19 @@ def compare(
     warm_up: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Time all contestants in turn and print a table; the first is the reference of the ratios.
+    """Print a table of `time_in_turns`; the first contestant is the reference of the ratios. title: what is timed."""
+    _print_table(title, time_in_turns(contestants, rounds, warm_up, clock))
+
+
+def time_in_turns(
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Return the seconds of all contestants in all rounds.
 
     Args:
-        title: what is timed.
         contestants: what to call, by name.
         rounds: how often each is called; A B, then B A, then A B ...
         warm_up: call each once before the clock runs.
@@ -32,7 +41,7 @@ def compare(
         names = list(contestants)
         for name in names if number % 2 == 0 else reversed(names):
             seconds[name].append(_seconds(contestants[name], clock))
-    _print_table(title, seconds)
+    return seconds
 
 
 def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
