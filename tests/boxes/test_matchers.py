@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torchvision.models.detection._utils import Matcher as TorchvisionMatcher
@@ -162,3 +165,27 @@ def test_assign_in_chunks_equals_assign_at_once(matcher, monkeypatch) -> None:
 def test_thresholds_out_of_order_are_refused(positive, negative) -> None:
     with pytest.raises(ConfigError, match="_iou must be in"):
         IoUMatcher(positive, negative)
+
+
+PEAK = """
+import resource, torch
+from onestage.boxes.anchors import AnchorGrid, AnchorShapes, pyramid_shapes
+from onestage.boxes.matchers import IoUMatcher, assign
+from onestage.boxes.point_matchers import ATSSMatcher, PointMatcher
+from onestage.types import Targets
+levels = [AnchorShapes(s, pyramid_shapes(4 * s) if {nine} else ((8 * s, 8 * s),), 0.0) for s in (8, 16, 32, 64, 128)]
+anchors = AnchorGrid(levels)([(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)])
+low = torch.rand({num_images}, 96, 2) * 600
+targets = Targets(torch.cat([low, low + 10 + torch.rand({num_images}, 96, 2) * 200], -1), torch.zeros({num_images}, 96).long())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assign({matcher}, targets, anchors)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""  # noqa: E501
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("matcher", ["IoUMatcher(0.5, 0.4, 'ties')", "PointMatcher()", "ATSSMatcher()"])
+def test_matching_16_images_of_800_x_1344_px_and_96_objects_takes_less_than_a_gigabyte(matcher) -> None:
+    child = PEAK.format(matcher=matcher, nine=matcher.startswith("IoU"), num_images=16)
+    peak = int(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout)
+    assert 10e6 < peak < 1e9
