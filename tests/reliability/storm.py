@@ -34,7 +34,7 @@ EPOCHS = 60  # of 8 steps and a validation
 KINDS = {"start": 3, "step": 17, "save": 5, "damaged last.ckpt, save": 5, "validation": 10, "worker": 10}
 REACH = {"save": 8, "damaged last.ckpt, save": 8, "validation": 8, "worker": 19}  # steps until the process ends
 LAST_STEPS = 30  # without a kill: a late one must still come before the end
-WORKERS = ("--data.num_workers", "2", "--data.worker_timeout_seconds", "8")
+WORKERS = ("--data.num_workers", "2", "--data.worker_timeout_seconds", "5")
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 STOPS = [  # of process 0 or 1: after so many calls of a moment, and up to so many seconds later
     *[(rank, "configure_optimizers", 1, 0.0) for rank in (0, 1)],

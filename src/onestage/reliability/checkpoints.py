@@ -20,9 +20,11 @@ from onestage.training.module import CHECKPOINT_KEY, CHECKPOINT_SCHEMA, Detectio
 from onestage.types import JSONDict
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-MAX_VALUES = 1_000_000  # in a checkpoint, tensors counted as one; 100,000 classes need 200,000
+MAX_VALUES = 1_000_000  # keys and values in a checkpoint, tensors counted as one; 100,000 classes need 200,000
 MAX_PICKLE_BYTES = 1 << 20  # torch takes 10 s for a million opcodes; 25,000 class names need 700 kB
 MAX_JSON_BYTES = 8 << 20  # "[],[],[]" becomes thirty times as many bytes
+MAX_CHARACTERS = 16 << 20  # of all texts, each time they are used: a pickle may repeat one a million times
+MAX_DEPTH = 100  # of nested lists and dictionaries
 SHARED_KEYS = {"schema", "detector", "class_names", "category_ids"}
 
 
@@ -69,12 +71,13 @@ def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
             f"checkpoint {str(path)[:300]} cannot be read: {error.strerror or error}.\n"
             "Check the path, and that this user may read the file and enter its folder."
         ) from error
+    fault = _find_oversized_value(checkpoint, path.stat().st_size)
     ours = checkpoint[CHECKPOINT_KEY]
     schema = ours.get("schema") if isinstance(ours, dict) else CHECKPOINT_SCHEMA
-    if schema != CHECKPOINT_SCHEMA:
+    if fault is None and schema != CHECKPOINT_SCHEMA:
         problem = f"has schema {schema!r:.99}; this version of onestage reads schema {CHECKPOINT_SCHEMA}"
         raise unusable(path, problem, "Use the version that wrote it; its number is in the run's results.json.")
-    fault = _find_oversized_tensor(checkpoint, path.stat().st_size) or _find_wrong_type(checkpoint)
+    fault = fault or _find_wrong_type(checkpoint)
     if fault is not None:
         raise unusable(path, fault, "`onestage fit` does not write such a file.")
     return checkpoint
@@ -168,20 +171,22 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return {"state_dict": weights, CHECKPOINT_KEY: ours, "global_step": ours.get("global_step", 0)}
 
 
-def _find_oversized_tensor(checkpoint: dict[str, Any], file_size: int) -> str | None:
-    """Find tensors that need more memory than the file stores."""
-    waiting: list[tuple[str, Any]] = list(checkpoint.items())
+def _find_oversized_value(checkpoint: dict[str, Any], file_size: int) -> str | None:
+    """Find what needs more memory than the file stores, or more time than a real checkpoint."""
+    waiting: list[tuple[str, Any, int]] = [(_short(key), value, 1) for key, value in checkpoint.items()]
     storages: dict[int, int] = {}
-    num_values = 0
+    num_values, num_characters = 0, 0
     while waiting:
-        place, node = waiting.pop()
+        place, node, depth = waiting.pop()
         num_values += 1
-        if num_values > MAX_VALUES:
-            return f"has more than {MAX_VALUES:,} values"
+        num_characters += len(node) if isinstance(node, str | bytes | bytearray) else 0
+        if num_values > MAX_VALUES or num_characters > MAX_CHARACTERS or depth > MAX_DEPTH:
+            return f"has more than {MAX_VALUES:,} values, {MAX_CHARACTERS:,} characters or {MAX_DEPTH} levels"
         if isinstance(node, dict):
-            waiting += [(f"{place}.{key}"[-200:], value) for key, value in node.items()]
+            waiting += [(place, key, depth) for key in node]
+            waiting += [(f"{place}.{_short(key)}"[-200:], value, depth + 1) for key, value in node.items()]
         elif isinstance(node, list | tuple):
-            waiting += [(f"{place}.{index}"[-200:], value) for index, value in enumerate(node)]
+            waiting += [(f"{place}.{index}"[-200:], value, depth + 1) for index, value in enumerate(node)]
         elif isinstance(node, Tensor):
             if node.layout != torch.strided or node.device.type != "cpu" or node.is_quantized:
                 return f"has a tensor as `{place}` that is sparse, quantized or not on the CPU"
@@ -192,6 +197,10 @@ def _find_oversized_tensor(checkpoint: dict[str, Any], file_size: int) -> str | 
             if sum(storages.values()) > file_size:
                 return f"has tensors of more bytes than the file, up to `{place}`"
     return None
+
+
+def _short(key: object) -> str:
+    return key[:200] if isinstance(key, str) else type(key).__name__
 
 
 def _find_wrong_type(checkpoint: dict[str, Any]) -> str | None:
