@@ -50,7 +50,7 @@ def words(data: Path, runs: Path, *options: str, epochs: int = 2, source: str = 
         "--model.detector.class_path", "tiny_run.ForgetfulDetector", "--model.schedule.warmup_steps", "3",
         "--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", "1", "--trainer.accelerator", "cpu",
         "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false", "--trainer.precision", "32-true",
-        "--model.channels_last", "false",
+        "--model.channels_last", "false", "--model.multi_scale", "null",
         "--trainer.enable_model_summary", "false", "--trainer.num_sanity_val_steps", "0", "--drawn_images", "0",
         "--last_checkpoint.every_n_steps", "1", "--runs_dir", str(runs), *options,
     ]  # fmt: skip
