@@ -97,18 +97,18 @@ def find_files(source: str, names: Sequence[object], root: Path) -> list[str | N
     remedy = "Give the folder that the names are relative to: data.source.train_images, data.source.val_images."
     if not root.is_dir():
         raise AnnotationError(f"{printable(root)}: is not a folder; it must hold the images of {source}.\n{remedy}")
-    listings: dict[str, dict[str, bool]] = {}
+    listings: dict[str, tuple[str, dict[str, bool]]] = {}  # folder as named -> its path, and its files
     paths: list[str | None] = []
     for name in names:
         folder, _, file_name = _checked(source, name).rpartition("/")
         if folder not in listings:
-            listings[folder] = list_files(root / folder)
+            listings[folder] = f"{root / folder}{os.sep}", list_files(root / folder)
             require_inside(source, [root], root / folder)
-        file_name = next((form for form in spellings(file_name) if form in listings[folder]), file_name)
-        path = f"{root / folder}{os.sep}{file_name}" if file_name in listings[folder] else None
-        if path and listings[folder][file_name]:
-            require_inside(source, [root], Path(path))
-        paths.append(path)
+        prefix, is_link = listings[folder]
+        found = next((form for form in spellings(file_name) if form in is_link), None)
+        if found is not None and is_link[found]:
+            require_inside(source, [root], Path(prefix + found))
+        paths.append(None if found is None else prefix + found)
     if names and not any(paths):
         first = Path(_checked(source, names[0]))
         above = [folder for folder in root.resolve().parents[:2] if first.name in list_files(folder / first.parent)]

@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -16,7 +15,7 @@ import yaml
 import onestage.data.annotations as rules
 from onestage.data.annotations import malformed, require_known_names, shortened
 from onestage.data.folder import find_images
-from onestage.data.image_headers import NUM_THREADS, check_header
+from onestage.data.image_headers import check_files
 from onestage.data.images import IMAGE_SUFFIXES
 from onestage.data.label_files import LabelFile, LabelFormat, LabelledImage, WrittenObject, read_label_files
 from onestage.data.source import Source, Split, names_by_role, role_of
@@ -132,8 +131,8 @@ def parse_yolo(
     names = list(class_names or settings.class_names)
     notices = require_known_names(source, settings.class_names, names)
     listed = list_split(settings, split)
-    with ThreadPoolExecutor(NUM_THREADS) as pool:  # labels are fractions of the image's size
-        headers = list(pool.map(check_header, [str(item.image) for item in listed]))
+    # Labels are fractions of the image's size.
+    headers = check_files([str(item.image) for item in listed], [(0, 0)] * len(listed))
     label_of_name = {name: label for label, name in enumerate(names)}
     label_of_index: dict[str | float, int] = {n: label_of_name[name] for n, name in enumerate(settings.class_names)}
     notes = {
