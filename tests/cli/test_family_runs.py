@@ -14,9 +14,10 @@ pytestmark = pytest.mark.slow
 SIDES = [(40, 90), (90, 40), (60, 60)]  # (height, width): wide, tall, square
 MOBILENET = {"class_path": "onestage.models.TorchvisionBackbone"}
 MOBILENET["init_args"] = {"name": "mobilenet_v3_small", "strides": [8, 16, 32]}
+ATSS = {"class_path": "onestage.boxes.point_matchers.ATSSMatcher", "init_args": {"num_candidates": 5}}
 FAMILIES = {
     "RetinaNet": {"backbone": MOBILENET, "channels": 16, "tower_convs": 1, "anchor_scale": 2.0},
-    "FCOS": {"backbone": MOBILENET, "channels": 64, "tower_convs": 1, "score_threshold": 0.01},
+    "FCOS": {"backbone": MOBILENET, "channels": 64, "tower_convs": 1, "score_threshold": 0.01, "matcher": ATSS},
     "SSDLite320": {},
     "YOLOv2": {"backbone": {"class_path": "onestage.models.Darknet19", "init_args": {"width": 4}}},
     "YOLOv3": {"backbone": {"class_path": "onestage.models.Darknet53", "init_args": {"width": 4}}},

@@ -28,8 +28,8 @@ ANCHOR_SCALE = 8  # strides; the square by which ATSS measures overlap, and `doc
 class FCOS(AnchorDetector):
     """FCOS: a box from every cell of an FPN by its four distances, ranked by centerness. COCO 39.2 mAP (torchvision).
 
-    The defaults are torchvision's. `matcher: {class_path: onestage.boxes.point_matchers.ATSSMatcher}` makes it ATSS's
-    FCOS (its table 4, "full version"), but for the box loss, which ATSS weights with the centerness.
+    The defaults are torchvision's. With `ATSSMatcher` it is ATSS on FCOS, but for the weights of the box loss, which
+    are the centerness in ATSS's code.
 
     Args:
         num_classes: K, without the background.
