@@ -5,7 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, ModelPruning
 from PIL import Image
 from tiny_training import TinyData, TinyDetector, quiet_trainer, tiny_batch
 from torch.utils.data import DataLoader, SequentialSampler
@@ -78,6 +78,24 @@ def test_calling_the_module_detects_on_a_batch_of_images():
     expected = module.detector.detect(module.detector(tiny_batch([0, 1]).images))
     assert isinstance(found, Detections)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_torchscript_is_refused_with_the_export_that_works():
+    module, images = module_of().eval(), tiny_batch([0, 1]).images
+    with pytest.raises(ConfigError, match=r"Export with torch\.export\.export\(module, \(images,\)\)"):
+        module.to_torchscript()
+    exported = torch.export.export(module, (images,)).module()
+    assert all(torch.equal(*pair) for pair in zip(exported(images), module(images), strict=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pruning_flattens_weights_in_either_memory_format(tmp_path, channels_last):
+    module = module_of(channels_last=channels_last)
+    pruning = ModelPruning("l1_unstructured", amount=0.5, use_global_unstructured=True)
+    trainer = quiet_trainer(pl.Trainer, tmp_path, max_epochs=1, callbacks=[pruning])
+    trainer.fit(module, datamodule=shapes_data())
+    zeros = [int((value == 0).sum()) for name, value in module.state_dict().items() if name.endswith("weight")]
+    assert sum(zeros) > 0
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -179,12 +180,20 @@ class DetectionModule(pl.LightningModule):
             self.channels_last = usual_memory_format(device, str(self.trainer.precision))
         # Not under FSDP: it flattens weights in memory order but loads optimizer state in index order, so that a
         # resumed run would continue with a permuted momentum.
-        if self.channels_last and not shards_parameters(self.trainer.strategy):
+        # Nor with ModelPruning, whose view(-1) of a weight needs its values in index order.
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined] # Lightning's type has none
+        flattens = any(isinstance(callback, ModelPruning) for callback in callbacks)
+        if self.channels_last and not flattens and not shards_parameters(self.trainer.strategy):
             self.detector.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Detections:
         """Detect on images of the detector's canvas, [B, 3, H, W] uint8 RGB; boxes in their pixels."""
         return self.detector.detect(self.detector(images))
+
+    def to_torchscript(self, *_: Any, **__: Any) -> Any:
+        """Raise ConfigError: TorchScript, which torch has deprecated, cannot express the detectors."""
+        remedy = "Export with torch.export.export(module, (images,)), images as in a call of the module."
+        raise ConfigError(f"to_torchscript: detectors cannot be scripted; torch has deprecated TorchScript.\n{remedy}")
 
     def _resize_batch(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Resize a training batch to the input size of the step."""
