@@ -159,13 +159,17 @@ def _findings(
         problem = f"is {width} x {height} px; both sides must be at least {MIN_IMAGE_SIDE} px"
         return [rules.IMAGE_TOO_SMALL.broken(place, problem)]
     has_other_suffix = file.suffix.lower() not in SUFFIXES.get(header.format, (file.suffix.lower(),))
+    is_extreme, is_turned = max(size) > MAX_ASPECT * min(size), header.orientation != 1
+    flags = is_extreme, is_animated, header.is_deep, header.has_alpha, has_other_suffix, is_turned
+    if not any(flags):  # nearly always; the texts below take longer
+        return []
     verb = "turned by" if orientation != 1 else "not turned, as annotated, despite"
-    remarks = (
-        (rules.EXTREME_SHAPE, max(size) > MAX_ASPECT * min(size), f"is {width} x {height} px, over {MAX_ASPECT:g}:1"),
-        (rules.FIRST_FRAME, is_animated, "has several frames or pages; the first is taken"),
-        (rules.DEEP_IMAGE, header.is_deep, "has 16 bits per channel; the upper 8 are used"),
-        (rules.TRANSPARENT, header.has_alpha, "has transparent parts; they are shown in their own colours"),
-        (rules.OTHER_SUFFIX, has_other_suffix, f"is a {header.format} file"),
-        (rules.TURNED, header.orientation != 1, f"is {verb} its EXIF orientation {header.orientation}"),
-    )
-    return [rule.broken(place, problem) for rule, is_so, problem in remarks if is_so]
+    problems = {
+        rules.EXTREME_SHAPE: f"is {width} x {height} px, over {MAX_ASPECT:g}:1",
+        rules.FIRST_FRAME: "has several frames or pages; the first is taken",
+        rules.DEEP_IMAGE: "has 16 bits per channel; the upper 8 are used",
+        rules.TRANSPARENT: "has transparent parts; they are shown in their own colours",
+        rules.OTHER_SUFFIX: f"is a {header.format} file",
+        rules.TURNED: f"is {verb} its EXIF orientation {header.orientation}",
+    }
+    return [rule.broken(place, text) for (rule, text), is_so in zip(problems.items(), flags, strict=True) if is_so]
