@@ -2,6 +2,7 @@
 
 import pytest
 from command_line import run
+from lightning.pytorch import callbacks
 
 CALLBACKS = "lightning.pytorch.callbacks."
 RIGHT: dict[str, tuple[str, ...]] = {
@@ -14,12 +15,24 @@ RIGHT: dict[str, tuple[str, ...]] = {
     "BatchSizeFinder": ("max_trials=1",),
     "ModelPruning": ("pruning_fn=l1_unstructured", "amount=0.2"),
     "EMAWeightAveraging": (),
+    "WeightAveraging": (),
+    "DeviceStatsMonitor": ("cpu_stats=false",),
+    "LearningRateMonitor": ("logging_interval=step",),
+    "ModelCheckpoint": ("monitor=val/mAP", "mode=max"),
+    "ModelSummary": ("max_depth=2",),
+    "OnExceptionCheckpoint": ("dirpath=none",),
+    "SpikeDetection": (),
+    "LambdaCallback": (),
 }
+ABSTRACT = {"BaseFinetuning", "BasePredictionWriter", "Callback", "Checkpoint", "ProgressBar"}
+# ThroughputMonitor takes a function, which a configuration does not give; rich is not among the dependencies.
+NOT_TRIED = {"ThroughputMonitor", "RichModelSummary", "RichProgressBar"}
 WRONG: list[tuple[str, tuple[str, ...], str]] = [
     ("EarlyStopping", ("monitor=val/nothing",), "trainer.callbacks: EarlyStopping cannot work in this run: "),
     ("LearningRateFinder", ("mode=what",), "cannot be built: `mode` should be either of"),
     ("StochasticWeightAveraging", ("swa_lrs=-1",), "cannot be built: The `swa_lrs` should"),
     ("GradientAccumulationScheduler", ("scheduling={-1: 2}",), "cannot be built: Epoch should be"),
+    ("TQDMProgressBar", (), "`enable_progress_bar=False` but found `TQDMProgressBar`"),
     ("ModelCheckpoint", ("monitor=x",), "`ModelCheckpoint(monitor='x')` could not find the monitored key"),
 ]
 
@@ -28,6 +41,10 @@ def fit(fast_options: list[str], tmp_path, kind: str, options: tuple[str, ...]) 
     short = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--drawn_images", "0"]
     words = [f"--trainer.callbacks+={CALLBACKS}{kind}", *(f"--trainer.callbacks.{option}" for option in options)]
     return run("fit", *fast_options, *short, *words, "--runs_dir", str(tmp_path / "runs"))
+
+
+def test_every_callback_that_lightning_ships_is_tried():
+    assert {*callbacks.__all__} == RIGHT.keys() | ABSTRACT | NOT_TRIED | {"TQDMProgressBar"}
 
 
 @pytest.mark.slow
