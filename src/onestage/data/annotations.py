@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,11 @@ ALWAYS_ALLOWED = 2  # bad items stop no run, unless max_bad_fraction is 0: in a 
 NUM_EXAMPLES = 5  # bad items that an error message quotes
 NUM_QUOTED = 3  # skipped items that a training quotes when it starts
 CLIP_NOTICE = 1.0  # px; rounding explains less
+OTHER_KINDS = {  # by a key of their first entry
+    "image_id": "a detections (results) file", "shapes": "labelme's files", "regions": "files of VIA",
+    "_via_img_metadata": "files of VIA", "tags": "Supervisely's files", "data": "Label Studio's own JSON",
+    "annotations": "CreateML's annotations",
+}  # fmt: skip
 
 
 class Rule(NamedTuple):
@@ -346,3 +351,10 @@ def malformed(place: str, problem: str, remedy: str, lines: Sequence[str] = ()) 
     examples = "".join(f"\n  {line}" for line in lines[:NUM_EXAMPLES])
     more = f"\n  and {len(lines) - NUM_EXAMPLES} more; see all: onestage doctor" if len(lines) > NUM_EXAMPLES else ""
     return AnnotationError(f"{place}: {problem}.{examples}{more}\n{remedy}")
+
+
+def kind_of(parsed: Any) -> str:
+    """Return of which tool the content of a JSON file is, for messages; empty if unknown."""
+    entries = parsed if isinstance(parsed, list) else [parsed, *parsed.values()] if isinstance(parsed, dict) else []
+    keys = {key for entry in entries[:2] if isinstance(entry, dict) for key in entry}
+    return next((kind for key, kind in OTHER_KINDS.items() if key in keys), "")

@@ -15,7 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 import onestage.data.annotations as rules
-from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set, count_findings, malformed
+from onestage.data.annotations import (
+    ImageColumns,
+    ObjectColumns,
+    build_annotation_set,
+    count_findings,
+    kind_of,
+    malformed,
+)
 from onestage.data.source import Source, Split, role_of
 from onestage.errors import AnnotationError
 from onestage.files import (
@@ -37,11 +44,6 @@ ROBOFLOW_FILE = "_annotations.coco.json"
 MANY_BYTES = 8 << 20  # smaller files are parsed with their outlines
 # A list of numbers and lists, up to the comma before the next key. Never part of a text: there a quote is escaped.
 OUTLINES = re.compile(rb'"segmentation"\s*:\s*\[[-+0-9eE.,\s\[\]]*\]\s*,(?=\s*")')
-OTHER_KINDS = {  # by a key of their first entry
-    "image_id": "a detections (results) file", "shapes": "labelme's files", "regions": "files of VIA",
-    "_via_img_metadata": "files of VIA", "tags": "Supervisely's files", "data": "Label Studio's own JSON",
-    "annotations": "CreateML's annotations",
-}  # fmt: skip
 MAX_SEARCHED = 500  # folders of a data set whose images are in none of the usual ones
 AREA_TOLERANCE = 0.01  # of the box's area, and 1 px^2; more is no rounding
 FRESH_COPY = "Take a fresh copy of the file, or export it again as COCO JSON, in UTF-8."
@@ -259,13 +261,6 @@ def _parse_json(source: str, content: bytes, hook: Any) -> JSONDict:
     if kind and not parsed.keys() & {*TABLES}:
         raise malformed(source, f"is not COCO JSON, it looks like {kind}", "Export the data set as COCO, VOC or YOLO.")
     return parsed
-
-
-def kind_of(parsed: Any) -> str:
-    """Return of which tool the content of a JSON file is, for messages; empty if unknown."""
-    entries = parsed if isinstance(parsed, list) else [parsed, *parsed.values()] if isinstance(parsed, dict) else []
-    keys = {key for entry in entries[:2] if isinstance(entry, dict) for key in entry}
-    return next((kind for key, kind in OTHER_KINDS.items() if key in keys), "")
 
 
 def _table(source: str, content: JSONDict, name: str) -> list[JSONDict]:

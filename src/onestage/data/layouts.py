@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import FILE, UNKNOWN_CLASS, missing_classes, shortened, with_nearest
-from onestage.data.coco import COCO, kind_of, list_annotation_files, split_name
+from onestage.data.annotations import FILE, UNKNOWN_CLASS, kind_of, missing_classes, shortened, with_nearest
+from onestage.data.coco import COCO, list_annotation_files, split_name
 from onestage.data.folder import find_images
 from onestage.data.source import Source, Split as Role, role_of
 from onestage.data.voc import VOC, find_list_files, find_lists
