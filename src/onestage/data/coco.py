@@ -369,8 +369,7 @@ def _find_root(folders: Iterable[Path], names: Sequence[object]) -> tuple[Path, 
 
     The first parts of the names may be those of another machine: all lose as many as the first name must.
     """
-    searched: list[Path] = []
-    parts = foreign_parts(names[0])
+    searched, parts = list[Path](), foreign_parts(names[0])
     for start in range(max(len(parts), 1)):
         for folder in folders if start == 0 else searched:
             searched += [folder] if start == 0 else []
