@@ -48,7 +48,6 @@ def words(data: Path, runs: Path, *options: str, epochs: int = 2, source: str = 
         "--data.source", f"onestage.data.{source}", *keys,
         "--data.num_workers", "0", "--data.batch_size", "4", "--data.image_size", "64",
         "--model.detector.class_path", "tiny_run.ForgetfulDetector", "--model.schedule.warmup_steps", "3",
-        "--model.multi_scale", "null",
         "--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", "1", "--trainer.accelerator", "cpu",
         "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false", "--trainer.precision", "32-true",
         "--model.channels_last", "false", "--model.multi_scale", "null",
