@@ -5,7 +5,7 @@ import torch
 from tiny_training import TinyData, TinyDetector, quiet_trainer, tiny_batch
 
 from onestage.errors import ConfigError
-from onestage.models import SSD128, Darknet53, YOLOv3
+from onestage.models import Darknet53, YOLOv3
 from onestage.training.module import DetectionModule
 from onestage.training.multi_scale import MultiScale
 from onestage.training.optimization import WarmupSchedule
@@ -74,27 +74,6 @@ def test_stopped_run_continues_with_the_same_sizes_and_ends_with_the_same_weight
     assert Recorder.sides == expected
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     assert int(resumed["detector.images_seen"]) == 16
-
-
-def test_small_images_until_a_share_of_the_steps_then_whole_ones() -> None:
-    batch, scale = tiny_batch([0, 1]), MultiScale([32], until=0.7)
-    sides = [scale.resize(batch, step, seed=0, num_steps=10).images.shape[-1] for step in range(10)]
-    assert sides == [32] * 7 + [64] * 3
-    # Seven steps of a quarter of the pixels and three whole ones are 4.75 whole or 19 small ones, 1.9 on average.
-    assert scale.mean_cost(64) == pytest.approx(1.9)
-    with pytest.raises(ConfigError, match=r"until must be in \(0, 1\]"):
-        MultiScale([32], until=0.0)
-
-
-def test_small_ssd_learns_on_smaller_squares() -> None:
-    detector = SSD128(2)
-    batch = MultiScale([32]).resize(tiny_batch([0, 1]), step=0, seed=0)
-    predictions = detector(batch.images)
-    assert predictions.class_logits.shape[1] == 4 * 4 * 4 + 2 * 2 * 4 + 1 * 4
-    assert all(term.isfinite() for term in detector.loss(predictions, batch.targets).terms.values())
-    for canvas in ((160, 160), (96, 128), (100, 100)):
-        with pytest.raises(ConfigError, match=r"must be \(128, 128\)"):
-            detector.require_canvas(canvas)
 
 
 @pytest.mark.parametrize(

@@ -222,9 +222,3 @@ class SSD128(SSD):
         """Return a VGG of few narrow layers, with stride 2 in the first one."""
         widths = (16, 24, 64, 128, 128)
         return VGG((1, 1, 1, 1, 1), widths, fc_width=128, fc6_dilation=2, batch_norm=True, stem_stride=2)
-
-    def require_canvas(self, canvas: tuple[int, int]) -> None:
-        """Raise ConfigError unless it is the published size or, for `model.multi_scale`, a smaller one."""
-        height, width = canvas
-        if not (height == width <= self.image_size and height % 32 == 0):
-            super().require_canvas(canvas)

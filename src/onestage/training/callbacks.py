@@ -182,9 +182,6 @@ class LossBar(TQDMProgressBar):
             self._start = time.perf_counter()
         elif self._num_batches == last:
             seconds = (time.perf_counter() - self._start) / (last - first) * trainer.accumulate_grad_batches
-            is_new = trainer.global_step <= last
-            if isinstance(pl_module, DetectionModule) and pl_module.multi_scale is not None and is_new:
-                seconds *= pl_module.multi_scale.mean_cost(max(map(max, pl_module.data.canvases)))
             steps = float(trainer.estimated_stepping_batches) - trainer.global_step
             if math.isfinite(steps) and steps * seconds >= 60:
                 minutes = steps * seconds / 60

@@ -199,8 +199,7 @@ class DetectionModule(pl.LightningModule):
         """Resize a training batch to the input size of the step."""
         if self.multi_scale is None or not self.trainer.training:
             return batch
-        num_steps = float(self.trainer.estimated_stepping_batches)
-        return self.multi_scale.resize(batch, self.trainer.global_step, self.data.seed, num_steps)
+        return self.multi_scale.resize(batch, self.trainer.global_step, self.data.seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the `loss` of one batch and its terms, and the predictions for the callbacks."""

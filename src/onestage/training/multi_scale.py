@@ -1,6 +1,5 @@
 """Multi-scale training: another input size every few steps, on the device."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,30 +21,21 @@ class MultiScale:
         sizes: longest sides of the input, px, that the detector takes, none above the loader's. YOLO's are 320, 352,
             ..., 608.
         every_n_steps: optimizer steps with one size, >= 1.
-        until: share of the training steps that have these sizes, in (0, 1]; the rest has the loader's. One small size
-            until 0.7 saves time: the network learns most on few pixels (EfficientNetV2, arXiv:2104.00298, section 4).
     """
 
     sizes: Sequence[int]
     every_n_steps: int = 10
-    until: float = 1.0
 
     def __post_init__(self) -> None:
         key, sizes, steps = "model.multi_scale", list(self.sizes), self.every_n_steps
         is_valid = bool(sizes) and all(size >= 1 for size in sizes)
         require(is_valid, f"{key}.sizes", sizes, "a list of sizes >= 1, px", "YOLO's are [320, 352, ..., 608].")
         require(steps >= 1, f"{key}.every_n_steps", steps, ">= 1")
-        require(0 < self.until <= 1, f"{key}.until", self.until, "in (0, 1]")
 
     def size_at(self, step: int, seed: int) -> int:
         """Return the size of an optimizer step (0 is the first), px."""
         block = step // self.every_n_steps
         return int(np.random.default_rng((seed, block)).choice(self.sizes))
-
-    def mean_cost(self, side: int) -> float:
-        """Return the pixels of a mean step of the run over those of one before `until`; side: the loader's, px."""
-        early = sum(size**2 for size in self.sizes) / len(self.sizes) / side**2
-        return (self.until * early + 1 - self.until) / early
 
     def canvas_at(self, size: int, canvas: tuple[int, int]) -> tuple[int, int]:
         """Return (height, width), px, with the longest side `size` and the proportions of a canvas."""
@@ -58,10 +48,8 @@ class MultiScale:
         require(largest <= side, "model.multi_scale.sizes", list(self.sizes), f"<= data.image_size, {side}", remedy)
         return [self.canvas_at(size, canvas) for size in self.sizes for canvas in canvases]
 
-    def resize(self, batch: Batch, step: int, seed: int, num_steps: float = math.inf) -> Batch:
-        """Return a batch whose images, boxes and placements have the size of the step, the n-th of `num_steps`."""
-        if step >= self.until * num_steps:
-            return batch
+    def resize(self, batch: Batch, step: int, seed: int) -> Batch:
+        """Return a batch whose images, boxes and placements have the size of the step."""
         canvas = (batch.images.shape[-2], batch.images.shape[-1])
         height, width = self.canvas_at(self.size_at(step, seed), canvas)
         if (height, width) == canvas:
