@@ -171,7 +171,7 @@ def test_step_gets_nine_tenths_less_the_copies_of_the_weights(monkeypatch, limit
     strategy = SimpleNamespace(root_device=torch.device("cpu"), **unchanged)
     data = CrowdedData(num_images=4, batch_size=1)
     trainer = SimpleNamespace(
-        strategy=strategy, world_size=processes, num_devices=2, datamodule=data, precision="32-true"
+        strategy=strategy, world_size=processes, num_devices=2, datamodule=data, precision="32-true", callbacks=[]
     )
     module.trainer = trainer
     AutoBatch(limit, averages, print).setup(trainer, module, "fit")
