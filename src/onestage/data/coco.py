@@ -246,10 +246,7 @@ def _parse_json(source: str, content: bytes, hook: Any) -> JSONDict:
         raise malformed(source, "is compressed; it must be JSON text", "Unpack it first (unzip, gunzip).")
     try:
         parsed = json.loads(content, object_pairs_hook=hook)
-    except (
-        ValueError,
-        RecursionError,
-    ) as reason:  # ValueError: also not UTF-8 or UTF-16, and integers of thousands of digits
+    except (ValueError, RecursionError) as reason:  # also for other encodings and integers of thousands of digits
         place, text = getattr(reason, "pos", 0), getattr(reason, "doc", "")
         is_cut = text and ("Unterminated" in str(reason) or len(text) - place < 16)
         problem = f"is not JSON: {reason}{'; the file ends there, so it was cut off' if is_cut else ''}"

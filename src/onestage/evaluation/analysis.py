@@ -46,11 +46,9 @@ class Analysis(NamedTuple):
 
 def analyse(found: Found, objects: Objects, num_classes: int) -> Analysis:
     """Analyse the detections of all images."""
-    order = np.argsort(-found.scores, kind="stable")
+    order = np.argsort(-found.scores, kind="stable")  # all sorts that follow take linear time then
     images, boxes, scores, labels = found
-    found = Found(
-        images[order], boxes[order], scores[order], labels[order]
-    )  # the sorts by class that follow take linear time then
+    found = Found(images[order], boxes[order], scores[order], labels[order])
     pairs = overlapping_pairs(found, objects)
     matched = match(found, objects, pairs)
     voc = voc_average_precision(found, objects, pairs, num_classes)

@@ -1,4 +1,4 @@
-"""What the page shows and no other file holds: collected when a run ends, while data and detections are there."""
+"""The part of a report that no other file of a run holds, collected while data and detections are in memory."""
 
 import io
 import json
@@ -15,6 +15,7 @@ from PIL import Image
 from onestage.data.annotations import quoted
 from onestage.data.datamodule import DetectionDataModule
 from onestage.errors import ImageError
+from onestage.evaluation.coco import CocoEvaluator
 from onestage.evaluation.drawing import draw_boxes
 from onestage.evaluation.matching import Found, Integers, Match, Objects, match, overlapping_pairs
 from onestage.files import atomic_folder
@@ -51,25 +52,28 @@ def write_after_run(
         write_matches(place / MATCHES_FILE, collect_matches(found, objects, pairs, ids, len(data.class_names)))
         if draw:
             errors = image_errors(found, objects, match(found, objects, pairs), module.score_threshold, num_images)
-            worst = np.argsort(-errors.sum(axis=0), kind="stable")[
-                : min(NUM_IMAGES, np.count_nonzero(errors.any(axis=0)))
-            ]
-            some = np.sort(np.random.default_rng(0).permutation(num_images)[:NUM_IMAGES])
-            for kind, positions in (("worst", worst), ("random", some)):
-                facts[kind] = []
-                for position in positions.tolist():
-                    missed, wrong = errors[:, position].tolist()
-                    row = int(evaluator.image_rows[position])
-                    name = Path(str(evaluator.annotations.image_paths[row])).name
-                    facts[kind].append({"file": f"{row}.jpg", "name": name, "missed": missed, "wrong": wrong})
-                    if not (place / f"{row}.jpg").exists():
-                        mine = Detections(*(torch.from_numpy(column[found.images == position]) for column in found[1:]))
-                        with suppress(ImageError):  # a file that has vanished since
-                            image = data.read_image(stages[-1], row)
-                            picture = _draw(image, evaluator.annotations, row, mine, module.score_threshold)
-                            (place / f"{row}.jpg").write_bytes(picture)
+            num_worst = min(NUM_IMAGES, np.count_nonzero(errors.any(axis=0)))
+            facts["worst"] = np.argsort(-errors.sum(axis=0), kind="stable")[:num_worst].tolist()
+            facts["random"] = sorted(np.random.default_rng(0).permutation(num_images)[:NUM_IMAGES].tolist())
+            for position in {*facts["worst"], *facts["random"]}:
+                row = int(evaluator.image_rows[position])
+                mine = Detections(*(torch.from_numpy(column[found.images == position]) for column in found[1:]))
+                with suppress(ImageError):  # a file that has vanished since
+                    image = data.read_image(stages[-1], row)
+                    picture = _draw(image, evaluator.annotations, row, mine, module.score_threshold)
+                    (place / f"{row}.jpg").write_bytes(picture)
+            for kind in ("worst", "random"):
+                facts[kind] = [_entry(evaluator, errors, position) for position in facts[kind]]
         (place / FACTS_FILE).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
     print(f"report: {write_page([folder], folder / PAGE_FILE)}")
+
+
+def _entry(evaluator: CocoEvaluator, errors: Integers, position: int) -> JSONDict:
+    """Return picture, name and number of errors of an image."""
+    row = int(evaluator.image_rows[position])
+    missed, wrong = errors[:, position].tolist()
+    name = Path(str(evaluator.annotations.image_paths[row])).name
+    return {"file": f"{row}.jpg", "name": name, "missed": missed, "wrong": wrong}
 
 
 def image_errors(found: Found, objects: Objects, matched: Match, threshold: float | None, num_images: int) -> Integers:

@@ -1,4 +1,4 @@
-"""What differs between runs: a paired bootstrap of mAP over the images, and the keys of the configurations."""
+"""Differences between runs: of mAP, by a paired bootstrap over the images, and of the configurations."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
