@@ -88,7 +88,8 @@ def find_anchors(
         with torch.device("meta"):  # only the shapes of its tensors matter
             built = detector_class(num_classes=1, **arguments)
     except (TypeError, RuntimeError) as reason:
-        raise ConfigError(f"detector: {class_path} cannot be built with num_classes and anchors ({reason}).") from None
+        problem = f"detector: {class_path} cannot be built with {' and '.join(['num_classes', *arguments])} ({reason})."
+        raise ConfigError(f"{problem}\nTry a detector that takes anchors: --detector RetinaNet") from None
     side = image_size or built.image_size
     remedy = f"{name} takes images of any size. Try: --image_size 512"
     require(side is not None and side > 0, "image_size", side, "> 0", remedy)
@@ -219,17 +220,14 @@ def compare_anchors(annotations: AnnotationSet, anchors: DetectorAnchors, num_sh
     num_shapes: of `propose_shapes`; None: `propose_anchors`.
 
     Raises:
-        ConfigError: the detector has no anchors.
         DataError: the split holds no box.
     """
-    require(bool(anchors.levels), "detector", anchors.class_path, "a detector with anchors")
     is_object = ~annotations.is_crowd
     boxes, labels = stretched_boxes(annotations, anchors.image_size)[is_object], annotations.labels[is_object]
     if not len(boxes):
         raise DataError(f"{annotations.source}: holds no object to fit anchors to.\nGive the training split.")
     corners = torch.from_numpy(boxes)
     fitted = propose_anchors(corners, anchors) if num_shapes is None else propose_shapes(corners, anchors, num_shapes)
-    find_anchors(anchors.class_path, fitted.levels, anchors.image_size)  # the detector takes them
     text = f"# {len(boxes)} boxes of {printable(annotations.source)}\n"
     for name, table in (("before", anchors), ("after", fitted)):
         coverage = measure_coverage(boxes, labels, len(annotations.class_names), table)

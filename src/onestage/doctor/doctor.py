@@ -115,6 +115,8 @@ def anchors(
     from onestage.files import printable, write_new_file
 
     placed = find_anchors(detector, anchors, image_size)
+    require(bool(placed.levels), "detector", placed.class_path, "a detector with anchors", "Try: --detector SSD300")
+    find_anchors(placed.class_path, placed.levels, placed.image_size)  # refuses a detector that takes no table
     if out is not None and out.exists():
         raise ConfigError(f"out: {printable(out)} already exists; nothing is overwritten. Give a new name.")
     split = find_splits([path], images)[0]
