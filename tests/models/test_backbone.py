@@ -37,6 +37,19 @@ def test_vgg_maps_have_the_published_sizes_and_convolutions(image_size, conv4_si
     assert shapes[26:] == [(1024, 512, 3, 3), (1024,), (1024, 1024, 1, 1), (1024,), (512,)]  # fc6, fc7, L2Norm
 
 
+def test_vgg_with_its_own_pool5_gives_the_maps_of_a_pyramid() -> None:
+    small = {"depths": (1,) * 5, "widths": (2, 4, 5, 6, 7), "fc_width": 8, "fc6_dilation": 1, "stem_stride": 2}
+    backbone = VGG(**small, strides=(8, 16, 32))
+    conv4, conv5, fc7 = backbone(torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8))
+    assert backbone.out_channels == (6, 7, 8)
+    assert [tuple(m.shape) for m in (conv4, conv5, fc7)] == [(1, 6, 8, 12), (1, 7, 4, 6), (1, 8, 2, 3)]
+    # The last convolutions see the maximum of 2 x 2 cells of conv5.
+    pooled = conv5.view(1, 7, 2, 2, 3, 2).amax(dim=(3, 5))
+    assert_close(backbone.to_fc7[-4:](pooled), fc7)
+    with pytest.raises(ConfigError, match=r"VGG: strides must be \(8, 16\) or \(8, 16, 32\), got \(16, 32\)"):
+        VGG(**small, strides=(16, 32))
+
+
 @pytest.mark.parametrize(
     ("name", "channels"),
     [

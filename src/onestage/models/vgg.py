@@ -1,4 +1,4 @@
-"""VGG (arXiv:1409.1556) as SSD uses it: the feature maps of stage 4 and fc7."""
+"""VGG (arXiv:1409.1556): the feature maps of stage 4 and fc7 for SSD, and of stage 5 for pyramids."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from onestage.errors import require
 from onestage.models.backbone import Backbone
 
 PIXEL_MEAN = (0.48235 * 255, 0.45882 * 255, 0.40784 * 255)  # RGB, of the Caffe VGG16: 123, 117, 104
@@ -39,6 +40,11 @@ class VGG(Backbone):
         fc6_dilation: of the 3 x 3 kernel of fc6; 6 fits a map of 19 cells, a smaller map needs less.
         batch_norm: after each convolution, as in torchvision's vgg16_bn; the published SSD has none.
         stem_stride: of the first convolution, 1 or 2; 2 replaces the first pooling, so that no stage has the full size.
+        strides: of the feature maps, px: (8, 16) with SSD's pool5, which keeps the size, or (8, 16, 32) with VGG's own,
+            and with stage 5 between the maps of stage 4 and fc7.
+
+    Raises:
+        ConfigError: the strides are others.
     """
 
     def __init__(
@@ -49,8 +55,11 @@ class VGG(Backbone):
         fc6_dilation: int = 6,
         batch_norm: bool = False,
         stem_stride: int = 1,
+        strides: tuple[int, ...] = (8, 16),
     ) -> None:
-        super().__init__((widths[3], fc_width), (8, 16), PIXEL_MEAN, (PIXEL_STD,) * 3)
+        require(strides in ((8, 16), (8, 16, 32)), "VGG: strides", strides, "(8, 16) or (8, 16, 32)")
+        out_channels = (*widths[3 : len(strides) + 2], fc_width)
+        super().__init__(out_channels, strides, PIXEL_MEAN, (PIXEL_STD,) * 3)
         self.is_vgg16 = tuple(depths) == (2, 2, 3, 3, 3) and not batch_norm
         layers: dict[str, nn.Module] = {}
         in_channels = 3
@@ -62,7 +71,7 @@ class VGG(Backbone):
                 stride = stem_stride if in_channels == 3 else 1
                 layers |= _conv_layers(f"conv{stage}_{position}", in_channels, width, batch_norm, stride=stride)
                 in_channels = width
-        layers["pool5"] = nn.MaxPool2d(3, 1, padding=1)
+        layers["pool5"] = nn.MaxPool2d(3, 1, padding=1) if len(strides) == 2 else nn.MaxPool2d(2, 2)
         layers |= _conv_layers("fc6", in_channels, fc_width, batch_norm, dilation=fc6_dilation)
         layers |= _conv_layers("fc7", fc_width, fc_width, batch_norm, kernel_size=1)
         for name in ("fc6", "fc7"):
@@ -70,12 +79,16 @@ class VGG(Backbone):
         split = list(layers).index("pool4")
         self.to_conv4 = nn.Sequential(OrderedDict(list(layers.items())[:split]))
         self.to_fc7 = nn.Sequential(OrderedDict(list(layers.items())[split:]))
+        self._pool5 = list(layers).index("pool5") - split
         self.conv4_norm = L2Norm(widths[3])
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Return stage 4 (stride 8, L2-normalised) and fc7 (stride 16) of normalised images [B, 3, H, W]."""
+        """Return stage 4 (L2-normalised), stage 5 if it is a map, and fc7 of normalised images [B, 3, H, W]."""
         conv4 = self.to_conv4(images)
-        return [self.conv4_norm(conv4), self.to_fc7(conv4)]
+        if len(self.strides) == 2:
+            return [self.conv4_norm(conv4), self.to_fc7(conv4)]
+        conv5 = self.to_fc7[: self._pool5](conv4)
+        return [self.conv4_norm(conv4), conv5, self.to_fc7[self._pool5 :](conv5)]
 
     def freezable_stages(self) -> Sequence[Sequence[nn.Module]]:
         """Return the convolutions, with their batch norms, of the five stages."""
