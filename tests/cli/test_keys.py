@@ -1,11 +1,14 @@
 """Keys that are read from the source are those of the parser."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
 from onestage.cli.keys import help_page, read_groups, require_known_keys
 from onestage.cli.main import main
+from onestage.cli.messages import shipped_configs
 from onestage.errors import ConfigError
 
 
@@ -33,15 +36,53 @@ def test_help_is_short_and_begins_with_the_keys_of_the_project(capsys, monkeypat
 
 
 @pytest.mark.parametrize(
-    "word", ["--trainer.max_epoch", "--trainr.max_epochs", "--data.batchsize=4", "--runs-dir", "--model.detectr.width"]
+    ("word", "meant"),
+    [
+        ("--trainer.max_epoch", "trainer.max_epochs"),
+        ("--trainr.max_epochs", "trainer.max_epochs"),
+        ("--data.batchsize=4", "data.batch_size"),
+        ("--runs-dir", "runs_dir"),
+        ("--model.detectr", "model.detector"),
+        ("--model.detector.init_args.box_los", "model.detector.box_loss"),  # inherited from SSD
+        ("--model.detector.classification_loss.init_args.gama", "model.detector.classification_loss.gamma"),
+        ("--model.optimizer.init_args.weight-decay", "model.optimizer.weight_decay"),  # a class of a library
+        ("--data.source.init_args.max_object", "data.source.max_objects"),
+        ("--trainer.logger=CSVLogger --trainer.logger.nam", "trainer.logger.name"),
+        ("--model.detector=YOLOv3 --model.detector.ignore_io", "model.detector.ignore_iou"),
+    ],
 )
-def test_mistyped_key_is_refused_with_the_nearest(word):
-    with pytest.raises(ConfigError, match=rf"^unknown key {word.partition('=')[0]}; did you mean [\w.]+\?"):
-        require_known_keys("fit", ["--config", "shapes_ssd", word, "3"])
+def test_mistyped_key_is_refused_with_the_nearest_before_anything_is_imported(word, meant):
+    typed = word.split()[-1].partition("=")[0]
+    words = ["--config", "shapes_ssd", *word.split(), "3"]
+    with pytest.raises(ConfigError, match=rf"^unknown key {typed}; did you mean {meant}\?"):
+        require_known_keys("fit", words)
+    code = "import sys; from onestage.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    if word == "--model.detector.init_args.box_los":
+        assert subprocess.run([sys.executable, "-c", code, "fit", *words], stderr=subprocess.DEVNULL).returncode == 0
 
 
-def test_keys_of_classes_are_left_to_the_parser():
-    words = ["--data.source.path=x", "--model.detector.init_args.prior", "0.5", "--trainer.callbacks+=Timer"]
+def test_mistyped_key_of_a_class_in_a_file_is_refused(tmp_path):
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text("model: {detector: {init_args: {classification_loss: {init_args: {alpa: 0.5}}}}}", "utf-8")
+    with pytest.raises(ConfigError, match=r"^unknown key model\.detector\.classification_loss\.alpa; did you mean"):
+        require_known_keys("fit", ["--config", "shapes_ssd", f"--config={overlay}"])
+    require_known_keys("fit", ["--config", str(overlay)])  # the class is not known here
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_keys_of_the_shipped_configs_are_known(name):
+    require_known_keys("fit", ["--config", name])
+
+
+def test_another_class_does_not_inherit_the_arguments_of_the_former():
+    words = ["--model.detector.prior", "0.1", "--model.detector", "YOLOv3", "--model.detector.ignore_iou", "0.5"]
+    require_known_keys("fit", ["--config", "shapes_ssd", *words])
+    require_known_keys("fit", ["--data.source={class_path: YOLO, init_args: {path: x}}", "--data.source.path", "y"])
+
+
+def test_keys_of_unread_classes_are_left_to_the_parser():
+    words = ["--data.source.path=x", "--model.detector.init_args.priors", "0.5", "--trainer.callbacks+=Timer"]
+    words += ["--model.detector", "not.here.Detector"]
     require_known_keys(
         "fit", [*words, "--trainer.logger.save_dir", "x", "--data.source.help", "-1", "--seed_everything=1"]
     )

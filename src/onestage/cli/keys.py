@@ -5,11 +5,16 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-from onestage.cli.messages import explain
+import yaml
+
+from onestage.cli.messages import MODULES_OF_CLASSES, config_files, explain, find_config
 from onestage.errors import ConfigError
 
 CLASSES = {
@@ -68,18 +73,72 @@ def help_page(command: str) -> str:
 
 
 def require_known_keys(command: str, options: Sequence[str]) -> None:
-    """Raise ConfigError for an option that is neither a key nor inside one; the keys of classes are not known here."""
+    """Raise ConfigError for a key, typed or in a --config file, that is neither one of the commands nor of its class.
+
+    Classes are read, not imported; the keys of one that has no source, or takes any argument, are left to the parser.
+    """
     groups = read_groups()
     known = OF_LIGHTNING | {f"{group}.{name}" if group else name for group, keys in groups.items() for name in keys}
     known |= set(_arguments(OWN_TRAINER, command))
     known |= {group for group in groups if group}
     opaque = {group for group, keys in groups.items() if group and not keys}  # of a library's class
-    for word in options:
-        key = word[2:].partition("=")[0].removesuffix("+")
-        parents = {key[: dot.start()] for dot in re.finditer(r"\.", key)}
-        is_inside = parents & (known - groups.keys() | opaque)
-        if word.startswith("--") and key not in known and not is_inside and not key.endswith(".help"):
-            raise ConfigError(explain(f"unrecognized arguments: --{key}", command, options, sorted(known)))
+    settings = _settings(options)
+    for group, value in settings.items():
+        has_keys = isinstance(value, dict) and group not in opaque | (known - groups.keys())
+        inner = value if has_keys else ()
+        for key in [f"{group}.{name}" for name in inner] or [group]:
+            if key not in known:
+                raise ConfigError(explain(f"unrecognized arguments: --{key}", command, options, sorted(known)))
+    for key, others in _foreign_keys(settings):
+        raise ConfigError(explain(f"unrecognized arguments: --{key}", command, options, others))
+
+
+def _settings(options: Sequence[str]) -> dict[str, Any]:
+    """Return what the --config files and the options say together, as far as they can be read."""
+    settings: dict[str, Any] = {}
+    for file in config_files(options):
+        with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):  # the parser says why
+            content = yaml.safe_load(Path(find_config(file)).read_text(encoding="utf-8"))
+            _merge(settings, content if isinstance(content, dict) else {})
+    for word, following in zip_longest(options, options[1:], fillvalue=""):
+        key, equals, text = word[2:].partition("=")
+        if word.startswith("--") and not key.endswith(".help"):
+            value: Any = text if equals else "" if following.startswith("--") else following
+            with suppress(yaml.YAMLError):
+                value = yaml.safe_load(value) if value.startswith("{") else value
+            for name in reversed(key.removesuffix("+").split(".")):
+                value = {name: value}
+            _merge(settings, value)
+    return settings
+
+
+def _merge(settings: dict[str, Any], update: dict[str, Any]) -> None:
+    """Merge with the arguments of a class beside its class_path; another class begins without those of the former."""
+    if update.get("class_path", settings.get("class_path")) != settings.get("class_path"):
+        settings.clear()
+    for name, value in update.items():
+        if name == "init_args" and isinstance(value, dict):
+            _merge(settings, value)
+        elif isinstance(value, dict):
+            former = settings.get(name)
+            named = {"class_path": former} if former and isinstance(former, str) else {}
+            settings[name] = former if isinstance(former, dict) else named
+            _merge(settings[name], value)
+        else:
+            settings[name] = value
+
+
+def _foreign_keys(settings: dict[str, Any], place: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Yield each argument that its class does not take, with those that it takes."""
+    path = str(settings.get("class_path"))
+    found = [_method(name, "__init__") for name in (path, *(f"{module}.{path}" for module in MODULES_OF_CLASSES))]
+    method = next((method for _, method in filter(None, found)), None)
+    taken = [] if method is None or method.args.vararg or method.args.kwarg else list(_keys_of(method))
+    for name, value in settings.items():
+        if taken and name not in (*taken, "class_path", "dict_kwargs"):
+            yield f"{place}{name}", [f"{place}{other}" for other in taken]
+        elif isinstance(value, dict):
+            yield from _foreign_keys(value, f"{place}{name}.")
 
 
 @cache
@@ -92,7 +151,8 @@ def read_groups() -> dict[str, dict[str, Key]]:
         for node in trees[1].body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RUN_ADD_ONS"
     )
-    trees.append(_parse(_source_of(next(iter(add_ons), "onestage.training.run:RunAddOn").partition(":")[0])))
+    add_on = _source_of(next(iter(add_ons), "onestage.training.run:RunAddOn").partition(":")[0])
+    trees += [_parse(add_on)] if add_on is not None else []
     groups: dict[str, dict[str, Key]] = {"": {}, **{group: _arguments(path) for group, path in CLASSES.items()}}
     groups["trainer"] |= _arguments(OWN_TRAINER)
     for tree in trees:
@@ -124,25 +184,49 @@ def parse_docstring(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _arguments(path: str, function: str = "__init__") -> dict[str, Key]:
-    """Return the arguments of a method by name; none if its source is not where its name says."""
-    module, _, name = path.rpartition(".")
-    source = _source_of(module)
-    if not source.is_file():
-        return {}
-    owners = [node for node in _parse(source).body if isinstance(node, ast.ClassDef) and node.name == name]
-    methods = [node for owner in owners for node in owner.body if isinstance(node, ast.FunctionDef)]
-    method = next((node for node in methods if node.name == function), None)
-    if method is None:
+    """Return the arguments of a class's method by name; none if its source is not where its name says."""
+    found = _method(path, function)
+    if found is None:
         return {}
     texts: dict[str, str] = {}
-    for node in (owners[0], method):
+    for node in found:
         texts |= parse_docstring(ast.get_docstring(node) or "")[1]
-    plain = [None] * (len(method.args.args) - len(method.args.defaults)) + method.args.defaults
-    pairs = [
-        *zip(method.args.args, plain, strict=True),
-        *zip(method.args.kwonlyargs, method.args.kw_defaults, strict=True),
-    ]
-    return {argument.arg: (_shown(default), texts.get(argument.arg, "")) for argument, default in pairs[1:]}
+    return {name: (_shown(default), texts.get(name, "")) for name, default in _keys_of(found[1]).items()}
+
+
+def _keys_of(method: ast.FunctionDef) -> dict[str, ast.expr | None]:
+    """Return the default of each argument, without self."""
+    plain, named = method.args.args[1:], method.args.kwonlyargs
+    defaults = [*[None] * (len(plain) - len(method.args.defaults)), *method.args.defaults, *method.args.kw_defaults]
+    return {argument.arg: default for argument, default in zip([*plain, *named], defaults, strict=True)}
+
+
+def _method(path: str, function: str) -> tuple[ast.ClassDef, ast.FunctionDef] | None:
+    """Return the class of a dotted name and its own or inherited method; None where no source tells."""
+    owner = _class(path)
+    if owner is None:
+        return None
+    module, node = owner
+    methods = (entry for entry in node.body if isinstance(entry, ast.FunctionDef) and entry.name == function)
+    if method := next(methods, None):
+        return node, method
+    bases = [f"{module}.{ast.unparse(base)}" for base in node.bases if not node.decorator_list]
+    return next((found for base in bases if (found := _method(base, function))), None)
+
+
+def _class(path: str) -> tuple[str, ast.ClassDef] | None:
+    """Return the module and the source of the class that a dotted name means, also where a package re-exports it."""
+    module, _, name = path.rpartition(".")
+    source = _source_of(module)
+    nodes = list(ast.walk(_parse(source))) if source is not None else []
+    if node := next((node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name), None):
+        return module, node
+    for imported in (node for node in nodes if isinstance(node, ast.ImportFrom)):
+        for origin in (alias.name for alias in imported.names if name == (alias.asname or alias.name)):
+            package = [*module.split("."), *["x"] * (source is not None and source.stem == "__init__")]
+            parents = package[: -imported.level] if imported.level else []
+            return _class(".".join([*parents, *filter(None, [imported.module]), origin]))
+    return None
 
 
 def _shown(default: ast.expr | None) -> str:
@@ -158,11 +242,14 @@ def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
             yield node.func.attr, node
 
 
-def _source_of(module: str) -> Path:
+def _source_of(module: str) -> Path | None:
     package, *parts = module.split(".")
-    spec = find_spec(package)  # of a package without a dot, which is found and not imported
+    spec = find_spec(package) if package else None  # of a package without a dot, which is found and not imported
     folders = spec.submodule_search_locations if spec is not None else None
-    return Path(next(iter(folders or [""]))).joinpath(*parts).with_suffix(".py")
+    places = [Path(folder).joinpath(*parts) for folder in folders or ()]
+    places += [Path(spec.origin).with_suffix("")] if spec is not None and spec.origin and not folders else []
+    names = [(place / "__init__.pyi", place / "__init__.py", place.with_suffix(".py")) for place in places]
+    return next((file for files in names for file in files if file.is_file()), None)
 
 
 @cache

@@ -65,7 +65,8 @@ def explain(message: str, command: str, options: Sequence[str], known_keys: Iter
 def _as_typed(key: str, options: Sequence[str]) -> str:
     """Return the key as the user typed it, if it stands on the command line."""
     typed = (word.partition("=")[0].removesuffix("+") for word in options)
-    return next((word for word in typed if word == f"--{key}" or (word[:2] == "--" and word.endswith(f".{key}"))), key)
+    same = [word for word in typed if f"{word}.".replace(".init_args.", ".").endswith((f"-{key}.", f".{key}."))]
+    return next(iter(same), key)
 
 
 def _nearest_key(key: str, known_keys: Iterable[str]) -> str:
