@@ -126,10 +126,66 @@ def test_values_without_a_fixed_range_are_refused_by_their_header(
     check = check_header(str(path))
     assert not check.is_usable
     with pytest.raises(
-        ImageError, match=r"values, which have no fixed range|is not an image that can be read"
+        ImageError, match=r"values, which have no fixed range; it must|is not an image that can be read"
     ) as caught:
         read_image(path)
     assert str(caught.value).startswith(check.findings[0].line)
+
+
+def tiff(path: Path, strips: list[bytes], **tags: list[int]) -> Path:
+    """Write an uncompressed TIFF of 16 x 16 px, little-endian (TIFF 6.0, section 2). tags: other values or fields."""
+    fields = {256: [16], 257: [16], 258: [8], 259: [1], 262: [1], 273: [0] * len(strips), 277: [1], 278: [16]}
+    fields |= {279: [len(strip) for strip in strips]} | {int(tag[1:]): values for tag, values in tags.items()}
+    data, num_bytes = b"".join(strips), 8 + sum(map(len, strips))
+    starts = np.cumsum([8, *map(len, strips)])[:-1].tolist()
+    entries, values = b"", b""
+    for tag, numbers in sorted((fields | {273: starts}).items()):
+        packed = struct.pack(f"<{len(numbers)}H", *numbers)
+        entries += struct.pack("<HHI", tag, 3, len(numbers))
+        entries += packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", num_bytes + len(values))
+        values += packed if len(packed) > 4 else b""
+    folder = struct.pack("<H", len(fields)) + entries + bytes(4)
+    path.write_bytes(b"II*\0" + struct.pack("<I", num_bytes + len(values)) + data + values + folder)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("photometric", "values", "expected"),
+    [(2, (0x0AFF, 0xC8FF, 0x1EFF), GREEN), (5, (0xFFFF, 0x0000, 0x00FF, 0x00FF), (0, 255, 255))],
+)
+def test_planes_of_16_bits_give_their_upper_8(
+    tmp_path: Path, photometric: int, values: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    planes, number = [struct.pack("<H", value) * 256 for value in values], len(values)
+    path = tiff(tmp_path / "a.tif", planes, t258=[16] * number, t262=[photometric], t277=[number], t284=[2])
+    assert read_image(path)[8, 8].tolist() == list(expected)
+    assert [finding.rule for finding in check_header(str(path)).findings] == ["16 bits"]
+
+
+@pytest.mark.parametrize(
+    ("content", "tags", "kind"),
+    [
+        (bytes.fromhex("abcabc") * 128, {"t258": [12]}, "12 bits"),
+        (b"\x9c" * 256, {"t339": [2]}, "signed values"),
+        (b"\x12\x34" * 256, {"t258": [16], "t262": [0]}, "16 bits from 0 for white"),
+        (b"\1" * 256, {"t262": [3], "t320": [10, 200, 30] * 256}, "colours of 8 bits in a table of 16"),
+    ],
+)
+def test_values_that_would_come_out_wrong_are_refused_by_their_header(
+    tmp_path: Path, content: bytes, tags: dict[str, list[int]], kind: str
+) -> None:
+    path = tiff(tmp_path / "a.tif", [content], **tags)
+    assert not check_header(str(path)).is_usable
+    with pytest.raises(ImageError, match=f"holds {kind}; it must be 8 or 16 bits, from 0 for black"):
+        read_image(path)
+
+
+def test_ycck_of_a_jpeg_is_decoded(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", Image.new("CMYK", (16, 16), (155, 127, 127, 0)), quality=100)
+    content = path.read_bytes()  # with 100, 128, 128, 255 in its blocks: 255 - ink
+    place = content.index(b"Adobe") + 11
+    path.write_bytes(content[:place] + b"\2" + content[place + 1 :])  # now these are Y Cb Cr K: gray ink of 100
+    np.testing.assert_allclose(read_image(path)[8, 8], (155,) * 3, atol=2)
 
 
 @pytest.mark.parametrize(("mode", "suffixes"), [("P", ".png .tif .gif .bmp"), ("PA", ".tif")])

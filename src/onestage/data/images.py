@@ -31,6 +31,7 @@ PILLOW_MODES = (
     "I;16N",
 )  # fmt: skip
 VALUE_TYPES = {"F": "floating-point values", "I": "32-bit or signed values"}
+TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader takes the lower 8 bits of planes of 16
 DECODED_BY_OPENCV = ("JPEG", "MPO", "PNG")  # a quarter faster than Pillow, as strict given bytes; MPO: several JPEGs
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 ORIENTATION_TAG = 0x0112
@@ -111,8 +112,8 @@ def read_header(file: Path, image: Image.Image) -> ImageHeader:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise _too_many_pixels(file, f"{width} x {height}")
-    if image.mode not in PILLOW_MODES:
-        problem = f"holds {VALUE_TYPES.get(image.mode, image.mode)}, which have no fixed range; it must be 8 or 16 bits"
+    if values := _unread_values(image):
+        problem = f"holds {values}; it must be 8 or 16 bits, from 0 for black"
         raise ImageError(f"{printable(file)}: {problem}.\nSave it as 8-bit RGB or gray, scaled to 0..255.")
     orientation = 1
     if image.format != "TIFF" and image.info.get("exif"):  # Pillow turns TIFF itself
@@ -124,6 +125,23 @@ def read_header(file: Path, image: Image.Image) -> ImageHeader:
     has_alpha = image.mode.lower().endswith("a") or "transparency" in image.info
     orientation = orientation if 1 <= orientation <= 8 else 1
     return ImageHeader(image.format or "", height, width, orientation, is_deep, has_alpha)
+
+
+def _unread_values(image: Image.Image) -> str:
+    """Return the kind of values that would be decoded to wrong ones; empty for nearly every image."""
+    if image.mode not in PILLOW_MODES:
+        return f"{VALUE_TYPES.get(image.mode, image.mode)}, which have no fixed range"
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return ""
+    tags = image.tag_v2
+    bits, colours = tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)), tags.get(TiffImagePlugin.COLORMAP, ())
+    kinds = {
+        "signed values": 2 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()),
+        "12 bits": 12 in bits,
+        "16 bits from 0 for white": 16 in bits and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0,
+        "colours of 8 bits in a table of 16": 0 < max(colours, default=0) < 256,
+    }
+    return next((kind for kind, is_so in kinds.items() if is_so), "")
 
 
 def orientation_to_apply(file: Path, header: ImageHeader, annotated_size: tuple[int, int] | None) -> int:
