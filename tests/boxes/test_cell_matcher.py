@@ -48,6 +48,19 @@ def test_later_object_keeps_a_shared_anchor_and_useless_rows_match_nothing() -> 
     assert boxes[0, 0].tolist() == [2, 2, 10, 10]
 
 
+def test_each_object_trains_its_best_shapes_and_keeps_those_that_are_better_for_it() -> None:
+    # Both centres lie in cell (0, 0). Shape IoU with 8 x 8, 16 x 8 and 32 x 32: 49/64, 49/128, 49/1024 for the first
+    # and 70/106, 98/128, 98/1024 for the second.
+    targets = targets_of([1, 1, 8, 8, 0], [1, 1, 15, 8, 1], [0, 0, 8, 8, PADDING])
+    matcher = CellMatcher(anchors_per_object=2)
+    assert matcher.best_anchors(targets, ANCHORS).tolist() == [[1, 0, -1, 0, 1, -1]]
+    labels, boxes = assign(matcher, targets, ANCHORS, predicted())
+    assert labels.tolist() == [[0, 1] + [BACKGROUND] * 7]
+    assert boxes[0, :2].tolist() == [[1, 1, 8, 8], [1, 1, 15, 8]]
+    labels, _ = assign(CellMatcher(anchors_per_object=3), targets_of([1, 1, 8, 8, 0]), ANCHORS, predicted())
+    assert labels.tolist() == [[0, 0, *[BACKGROUND] * 6, 0]]
+
+
 def test_predicted_box_near_an_object_is_ignored_and_one_inside_a_region() -> None:
     targets = targets_of([0, 0, 10, 10, 0], [0, 20, 32, 32, IGNORE])
     boxes = predicted(

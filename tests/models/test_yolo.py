@@ -170,6 +170,21 @@ def test_object_that_loses_its_anchor_still_adds_its_class() -> None:
 
 
 @pytest.mark.parametrize("kind", ["v2", "v3"])
+def test_several_anchors_of_an_object_learn_its_class_objectness_and_box(kind) -> None:
+    detector, targets = yolo(kind, anchors_per_object=2), some_objects()
+    targets.labels[0, :2] = PADDING  # each anchor has one object
+    predictions = near_outputs(detector, targets)
+    matched = detector.matcher.best_anchors(targets, predictions.anchors)[1, [0, 16]]
+    assert matched.unique().shape == (2,)
+    sum(detector.loss(predictions, targets).terms.values()).backward()
+    has_class_loss = (predictions.class_logits.grad[1] != 0).any(dim=1)
+    assert has_class_loss.nonzero().flatten().tolist() == sorted(matched.tolist())
+    assert ((predictions.class_logits.grad[1, matched] < 0).int().argmax(dim=1) == 2).all()
+    assert (predictions.quality_logits.grad[1, matched] < 0).all() or kind == "v2"  # v2's target is the IoU
+    assert (predictions.box_outputs.grad[1, matched] != 0).all()
+
+
+@pytest.mark.parametrize("kind", ["v2", "v3"])
 def test_score_is_objectness_times_class_and_detect_finds_the_described_object(kind) -> None:
     detector = yolo(kind)
     predictions = near_outputs(detector, some_objects())
@@ -241,7 +256,7 @@ def test_any_backbone_of_the_strides_and_any_canvas_of_their_multiple_is_taken()
         ("v3", {"anchors": [*LEVELS[:2], LEVELS[2]._replace(offset=0.0)]}, "offsets must be 0.5"),
         ("v3", {"anchors": "voc"}, "YOLOv3: anchors must be one of coco, got 'voc'"),
         ("v3", {"backbone": Darknet19(2)}, r"strides of the backbone must be \(8, 16, 32\)"),
-        ("v2", {"backbone": Darknet53(2, ONCE)}, r"strides of the backbone must be \(16, 32\)"),
+        ("v2", {"backbone": Darknet53(2, ONCE)}, r"strides of the backbone must be \(16, 32\) or \(8, 16\)"),
         ("v3", {"prior": 1.0}, r"prior must be in \(0, 1\), got 1.0"),
         ("v2", {"anchor_images": -1}, "anchor_images must be >= 0"),
         ("v3", {"classification_loss": SigmoidCrossEntropy(class_weights=ClassWeights([1.0] * 4))}, "must be null"),

@@ -57,6 +57,7 @@ class YOLO(AnchorDetector):
         box_loss: of anchors with an object.
         objectness_loss: over all anchors, with one sigmoid.
         ignore_iou: see `CellMatcher`.
+        anchors_per_object: see `CellMatcher`.
         prior: objectness of every anchor before training, in (0, 1).
         pretrained: path of a darknet file with all weights, or None.
         selection: limits of the detections.
@@ -82,6 +83,7 @@ class YOLO(AnchorDetector):
         box_loss: BoxLoss,
         objectness_loss: SigmoidClassificationLoss,
         ignore_iou: float,
+        anchors_per_object: int,
         prior: float,
         pretrained: str | None,
         selection: Selection,
@@ -113,7 +115,7 @@ class YOLO(AnchorDetector):
             classification_loss=classification_loss,
             box_loss=box_loss,
             box_coder=coder,
-            matcher=CellMatcher(ignore_iou),
+            matcher=CellMatcher(ignore_iou, anchors_per_object),
             normaliser=ImageNormaliser(),
             selection=selection,
         )
@@ -197,19 +199,19 @@ class YOLO(AnchorDetector):
         total: Tensor = self.classification_loss(class_logits, labels)
         return total
 
-    def _object_rows(self, predictions: Predictions, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the class loss needs of the objects, not of all anchors.
+    def _object_rows(self, predictions: Predictions, targets: Targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what the class loss needs of the N = n M anchors of the objects, not of all anchors.
 
         Returns:
-            The class logits of each object's anchor [B, M, C'], whether the object is the one that the anchor keeps
-            [B, M], and whether another object has the same anchor [B, M, M].
+            Their class logits [B, N, C'], the objects' labels [B, N], whether the object is the one that the anchor
+            keeps [B, N], and whether another object has the same anchor [B, N, N].
         """
         best = self.matcher.best_anchors(targets, predictions.anchors)
         logits = predictions.class_logits
         logits = logits.gather(1, best.clamp(min=0)[..., None].expand(-1, -1, logits.shape[2]))
         has_same = (best[:, :, None] == best[:, None, :]) & (best >= 0)[:, None, :]
         is_kept = (best >= 0) & ~has_same.triu(diagonal=1).any(dim=2)
-        return logits, is_kept, has_same
+        return logits, targets.labels.repeat(1, self.matcher.anchors_per_object), is_kept, has_same
 
 
 class YOLOv3(YOLO):
@@ -227,6 +229,7 @@ class YOLOv3(YOLO):
             weights.
         prior: objectness of every anchor before training, in (0, 1); 0.5 in darknet.
         ignore_iou: a predicted box that overlaps an object by more is no background, in [0, 1].
+        anchors_per_object: anchors that each object trains, >= 1; see `CellMatcher`.
         score_threshold: detections score more than this, in [0, 1).
         nms_threshold: overlap by more than this suppresses the lower score of a class, in [0, 1].
         max_detections: D, >= 1.
@@ -254,6 +257,7 @@ class YOLOv3(YOLO):
         pretrained: str | None = None,
         prior: float = 0.01,
         ignore_iou: float = 0.7,
+        anchors_per_object: int = 1,
         score_threshold: float = 0.005,
         nms_threshold: float = 0.45,
         max_detections: int = 100,
@@ -271,6 +275,7 @@ class YOLOv3(YOLO):
             box_loss or GridBoxLoss(),
             objectness_loss or SigmoidCrossEntropy(),
             ignore_iou,
+            anchors_per_object,
             prior,
             pretrained,
             Selection(score_threshold, nms_threshold, max_detections),
@@ -282,8 +287,8 @@ class YOLOv3(YOLO):
 
     def _classification(self, predictions: Predictions, targets: Targets) -> Tensor:
         """Every sigmoid is asked on its own: an anchor with two objects has both classes (yolo_layer.c)."""
-        logits, is_kept, has_same = self._object_rows(predictions, targets)
-        has_class = (has_same.to(logits.dtype) @ one_hot(targets.labels, logits)) > 0  # [B, M, K]
+        logits, labels, is_kept, has_same = self._object_rows(predictions, targets)
+        has_class = (has_same.to(logits.dtype) @ one_hot(labels, logits)) > 0  # [B, N, K]
         labels = torch.where(has_class, 0, BACKGROUND).masked_fill(~is_kept[..., None], IGNORE)
         return self._sum_over_objects(logits.flatten(1)[..., None], labels.flatten(1))
 
@@ -296,11 +301,12 @@ class YOLOv2(YOLO):
         objectness_loss: None: SquaredObjectnessLoss(). See `YOLOv3`.
         classification_loss: of objects; None: ObjectSoftmaxLoss(), with alpha 0.5 and gamma 2 darknet's focal loss.
         box_loss: None: SquaredGridBoxLoss().
-        anchors: a table of darknet, or one `AnchorShapes` of stride 32 as `onestage anchors` proposes it.
-        backbone: maps of strides 16 and 32; None: Darknet19(). Its channels set the neck's.
+        anchors: a table of darknet, or one `AnchorShapes` of the last stride, as `onestage anchors` proposes it.
+        backbone: maps of strides 16 and 32, for small objects 8 and 16; None: Darknet19(). Its channels set the neck's.
         pretrained: path of a darknet file such as yolov2-voc.weights, for the same K and a Darknet19.
         prior: see `YOLOv3`; the squared error has little slope near 0 and 1, hence not 0.01.
         ignore_iou: see `YOLOv3`.
+        anchors_per_object: see `YOLOv3`.
         anchor_images: in the first so many images, anchors without an object also learn to predict themselves, with
             weight 0.01; >= 0.
         score_threshold: see `YOLOv3`.
@@ -329,6 +335,7 @@ class YOLOv2(YOLO):
         pretrained: str | None = None,
         prior: float = 0.1,
         ignore_iou: float = 0.6,
+        anchors_per_object: int = 1,
         anchor_images: int = 12_800,
         score_threshold: float = 0.005,
         nms_threshold: float = 0.45,
@@ -336,7 +343,8 @@ class YOLOv2(YOLO):
     ) -> None:
         require(anchor_images >= 0, "YOLOv2: anchor_images", anchor_images, ">= 0")
         backbone = backbone or Darknet19()
-        require(backbone.strides == (16, STRIDE), "YOLOv2: strides of the backbone", backbone.strides, "(16, 32)")
+        fits = backbone.strides in ((8, 16), (16, STRIDE))
+        require(fits, "YOLOv2: strides of the backbone", backbone.strides, "(16, 32) or (8, 16)")
         tables = {
             name: (AnchorShapes(STRIDE, tuple((w * STRIDE, h * STRIDE) for w, h in cells)),)
             for name, cells in self.anchor_tables.items()
@@ -350,6 +358,7 @@ class YOLOv2(YOLO):
             box_loss or SquaredGridBoxLoss(),
             objectness_loss or SquaredObjectnessLoss(),
             ignore_iou,
+            anchors_per_object,
             prior,
             pretrained,
             Selection(score_threshold, nms_threshold, max_detections),
@@ -363,8 +372,8 @@ class YOLOv2(YOLO):
         return weights, torch.where((labels >= 0)[..., None], gt_boxes, anchor_boxes)
 
     def _classification(self, predictions: Predictions, targets: Targets) -> Tensor:
-        logits, is_kept, _ = self._object_rows(predictions, targets)
-        return self._sum_over_objects(logits, torch.where(is_kept, targets.labels, IGNORE))
+        logits, labels, is_kept, _ = self._object_rows(predictions, targets)
+        return self._sum_over_objects(logits, torch.where(is_kept, labels, IGNORE))
 
 
 def _levels(
