@@ -1,6 +1,9 @@
 """Every family, from files to results in original pixels, by the real commands; none of them names a family."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -9,6 +12,8 @@ import torch
 import yaml
 from command_line import run
 from image_sets import noise
+
+from onestage.errors import NonFiniteError
 
 pytestmark = pytest.mark.slow
 SIDES = [(40, 90), (90, 40), (60, 60)]  # (height, width): wide, tall, square
@@ -118,3 +123,30 @@ def test_other_commands_take_the_family(trained, folder: Path, tmp_path: Path, m
     code = run("anchors", str(folder), "--detector", family, "--image_size", side)
     assert code == (2 if family == "FCOS" else 0)  # its points have no shapes to fit
     assert code == 0 or "Try a detector that takes anchors: --detector RetinaNet" in capfd.readouterr().err
+
+
+def test_two_processes_train_and_evaluate_like_one(trained, tmp_path: Path) -> None:
+    family, config, run_folder = trained
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp", "--drawn_images=0")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    fit = ("fit", "--config", str(config), "--trainer.max_epochs=1", f"--runs_dir={tmp_path / 'fit'}")
+    validate = ("validate", "--ckpt_path", str(run_folder / "checkpoints" / "best.ckpt"))
+    for words in (fit, (*validate, f"--runs_dir={tmp_path / 'validate'}")):
+        command = [sys.executable, "-m", "onestage.cli", *words, *two]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    checkpoint = torch.load(tmp_path / f"fit/{family}/version_0/checkpoints/last.ckpt", weights_only=True)
+    of_one_canvas = 9 if family == "SSDLite320" else 6  # the three tall images do not fill a step of four
+    assert checkpoint["global_step"] == of_one_canvas // 4
+    assert run(*validate, f"--runs_dir={tmp_path / 'one'}", "--drawn_images=0") == 0
+    results = [
+        json.loads((tmp_path / name / family / "version_0/results.json").read_text()) for name in ("one", "validate")
+    ]
+    assert results[0]["metrics"] == results[1]["metrics"]
+
+
+def test_training_that_diverges_ends_with_a_message(trained, tmp_path: Path, capfd) -> None:
+    _, config, _ = trained
+    words = ("--model.optimizer.init_args.lr=1e30", "--trainer.max_epochs=8", f"--runs_dir={tmp_path}")
+    assert run("fit", "--config", str(config), *words) == NonFiniteError.exit_code
+    assert "Traceback" not in capfd.readouterr().err
