@@ -67,17 +67,20 @@ def overlapping_pairs(found: Found, objects: Objects) -> Pairs:
     counts = per_image[found.images]  # candidates of each detection, [D]
     ends = np.cumsum(counts)
     parts = []
-    for rows in np.split(np.arange(len(counts)), np.searchsorted(ends, np.arange(0, ends[-1:].sum(), PAIRS_PER_CHUNK))):
-        repeated = np.repeat(rows, counts[rows])
-        start = np.repeat(first[found.images[rows]], counts[rows])
-        within = np.arange(len(repeated)) - np.repeat(np.cumsum(counts[rows]) - counts[rows], counts[rows])
+    for part in np.split(np.arange(len(counts)), np.searchsorted(ends, np.arange(0, ends[-1:].sum(), PAIRS_PER_CHUNK))):
+        repeated = np.repeat(part, counts[part])
+        start = np.repeat(first[found.images[part]], counts[part])
+        within = np.arange(len(repeated)) - np.repeat(np.cumsum(counts[part]) - counts[part], counts[part])
         others = start + within
-        boxes, gt_boxes = (
-            torch.from_numpy(values[index]).double()[:, None]
-            for values, index in ((found.boxes, repeated), (objects.boxes, others))
-        )
+        rows, columns = found.boxes.take(repeated, axis=0), objects.boxes.take(others, axis=0)
+        touching = np.flatnonzero(  # few: most are apart
+            (rows[:, 0] < columns[:, 2]) & (columns[:, 0] < rows[:, 2])
+            & (rows[:, 1] < columns[:, 3]) & (columns[:, 1] < rows[:, 3])
+        )  # fmt: skip
+        repeated, others = repeated[touching], others[touching]
+        boxes, gt_boxes = (torch.from_numpy(values[touching]).double()[:, None] for values in (rows, columns))
         intersection, iou = (values[:, 0, 0].numpy() for values in pairwise_overlap(boxes, gt_boxes))
-        areas = np.prod(found.boxes[repeated, 2:].astype(np.float64) - found.boxes[repeated, :2], axis=1)
+        areas = (boxes[:, 0, 2:] - boxes[:, 0, :2]).prod(dim=1).numpy()
         covered = intersection / np.maximum(areas, np.finfo(np.float64).tiny)
         same = found.labels[repeated] == objects.labels[others]
         pairs = Pairs(repeated, others, iou, covered, same)
