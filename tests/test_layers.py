@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"boxes", "evaluation"},
 }
 CORE = set(ALLOWED)
-ADD_ONS = {"reliability", "doctor", "convert", "download", "deploy", "report"}
+ADD_ONS = {"reliability", "doctor", "convert", "download", "deploy", "report", "tune"}
 ALLOWED |= {name: CORE for name in ADD_ONS} | {"cli": CORE | ADD_ONS}
 ALLOWED["deploy"] = CORE | {"reliability"}  # reads the files of a run
 FORBIDDEN_LIBRARIES = {

@@ -85,3 +85,8 @@ def require(condition: bool, name: str, value: object, rule: str, remedy: str = 
     if not condition:
         message = f"{name} must be {rule}, got {value!r}."
         raise ConfigError(f"{message}\n{remedy}" if remedy else message)
+
+
+def missing_package(user: str, requirement: str) -> ConfigError:
+    """Return the error of a feature without its package. requirement: what pip installs, such as onestage[wandb]."""
+    return ConfigError(f'{user} needs a package that is not installed.\nInstall it: pip install "{requirement}"')

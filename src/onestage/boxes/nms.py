@@ -51,7 +51,7 @@ def select_detections(boxes: Tensor, scores: Tensor, level_sizes: Sequence[int],
     if candidates_per_class is not None:
         is_candidate &= _rank_in_class(labels) < candidates_per_class
     boxes = boxes.gather(1, anchors[..., None].expand(-1, -1, 4))  # [B, N, 4]
-    is_kept = is_candidate & _survives(boxes, labels, is_candidate, nms_threshold)
+    is_kept = is_candidate & survives(boxes, labels, is_candidate, nms_threshold)
 
     order = (~is_kept).to(torch.int8).sort(dim=1, stable=True).indices[:, :max_detections]  # survivors first
     is_kept, best, labels = (values.gather(1, order) for values in (is_kept, best, labels))
@@ -92,7 +92,7 @@ def _rank_in_class(labels: Tensor) -> Tensor:
     return torch.empty_like(labels).scatter_(1, order, positions - starts)
 
 
-def _survives(boxes: Tensor, labels: Tensor, is_candidate: Tensor, iou_threshold: float) -> Tensor:
+def survives(boxes: Tensor, labels: Tensor, is_candidate: Tensor, iou_threshold: float) -> Tensor:
     """Return whether a box, [B, N] best first, survives suppression by the better candidates of its class.
 
     Each class of each image moves to a place of its own, where no other boxes are, so that one pass suppresses all.

@@ -25,7 +25,9 @@ COMMANDS = {
     "anchors": ("onestage.doctor.doctor:anchors", "fit a detector's anchors to a data set"),
     "convert": ("onestage.convert.conversion:convert", "convert a data set between COCO, VOC and YOLO"),
     "download": ("onestage.download.download:download", "download, check and unpack PASCAL VOC or COCO"),
-    "export": ("onestage.deploy.export:export", "write the weights of a checkpoint for sharing"),
+    "export": ("onestage.deploy.export:export", "write the weights of a checkpoint for sharing, or an ONNX file"),
+    "demo": ("onestage.deploy.demo:demo", "detect on images that are dropped into a page in the browser"),
+    "tune": ("onestage.tune.tune:tune", "search settings of fit, such as the learning rate"),
 }
 
 HELP = f"""onestage {__version__}: train one-stage object detectors

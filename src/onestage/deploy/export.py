@@ -1,4 +1,4 @@
-"""The command `onestage export`: weights of a checkpoint for sharing."""
+"""The command `onestage export`: weights of a checkpoint for sharing, or the detector as an ONNX file."""
 
 import json
 from pathlib import Path
@@ -7,21 +7,32 @@ from typing import Literal
 SHARED = ("schema", "detector", "image_size", "class_names", "category_ids", "score_threshold", "config", "versions")
 
 
-def export(*, ckpt_path: Path, format: Literal["safetensors"] = "safetensors", output: Path | None = None) -> int:
-    """Write the weights of a checkpoint for sharing.
+def export(
+    *, ckpt_path: Path, format: Literal["safetensors", "onnx"] = "safetensors", output: Path | None = None
+) -> int:
+    """Write the weights of a checkpoint for sharing, or its detector as an ONNX file.
 
     model.safetensors holds tensors only, nothing that could run; model.json describes the model. The commands validate,
-    test and predict take model.safetensors as --ckpt_path.
+    test and predict take model.safetensors as --ckpt_path. model.onnx holds the detector from uint8 images to boxes,
+    scores and labels, NMS included, and is kept only if onnxruntime detects with it what torch detects.
 
     Args:
         ckpt_path: the checkpoint, runs/.../checkpoints/best.ckpt.
-        format: of the weights.
-        output: folder for the two files; default: export/ in the run's folder, or beside a checkpoint outside of a run.
+        format: of the file.
+        output: folder for the files; default: export/ in the run's folder, or beside a checkpoint outside of a run.
     """
+    folder = output or _default_folder(ckpt_path)
+    if format == "onnx":
+        from onestage.deploy.onnx_export import export_onnx  # seconds of imports
+        from onestage.deploy.predictor import load
+
+        for line in export_onnx(load(ckpt_path, device="cpu"), folder):
+            print(f"exported: {line}")
+        return 0
     from onestage.reliability.stored_config import foreign_classes  # seconds of imports
 
     reason = foreign_classes(ckpt_path)  # model.json carries the configuration, but not the user's own code
-    print(f"exported: {export_safetensors(ckpt_path, output or _default_folder(ckpt_path))}")
+    print(f"exported: {export_safetensors(ckpt_path, folder)}")
     if reason is not None:
         print(f"Share the run's config.yaml and your code too; the configuration in model.json is not used: {reason}.")
     return 0

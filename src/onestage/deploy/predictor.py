@@ -95,6 +95,12 @@ class Predictor:
         module.channels_last = usual_memory_format(device.type, "32-true")
         module.to(device).eval()
 
+    @property
+    def score_threshold(self) -> float:
+        """The score with the best F1 in the evaluation of the checkpoint, in [0, 1]."""
+        best = self.module.score_threshold
+        return DEFAULT_SCORE if best is None else best
+
     @overload
     def predict(
         self, images: list[ImageLike] | tuple[ImageLike, ...], *, score: float | None = None, batch_size: int = 16
@@ -118,8 +124,7 @@ class Predictor:
         Raises:
             ImageError: an image cannot be decoded, or is no 8-bit RGB image.
         """
-        best = self.module.score_threshold
-        threshold = score if score is not None else DEFAULT_SCORE if best is None else best
+        threshold = self.score_threshold if score is None else score
         require(0 <= threshold <= 1, "predict: score", score, "in [0, 1]")
         require(batch_size >= 1, "predict: batch_size", batch_size, ">= 1")
         if not isinstance(images, list | tuple):

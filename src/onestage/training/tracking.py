@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorB
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from onestage.errors import ConfigError, OnestageError
+from onestage.errors import ConfigError, OnestageError, missing_package
 from onestage.evaluation.analysis import Analysis
 from onestage.evaluation.figures import CONFUSION_FILE, PR_FILE
 from onestage.evaluation.precision_recall import RECALLS
@@ -74,8 +74,7 @@ def start_loggers(specs: Sequence[Any], folder: Path, instantiate: Callable[[Any
             wraps_another = isinstance(error.__cause__, ImportError | AttributeError | AssertionError)  # jsonargparse
             cause = error.__cause__ if wraps_another else error
             if isinstance(cause, ModuleNotFoundError):
-                problem = f"trainer.logger: {name} needs a package that is not installed"
-                raise ConfigError(f'{problem}.\nInstall it: pip install "{PACKAGES.get(name, cause.name)}"') from error
+                raise missing_package(f"trainer.logger: {name}", PACKAGES.get(name, str(cause.name))) from error
             remedy = REMEDIES.get(name, "Correct its init_args, or leave trainer.logger out.")
             raise ConfigError(f"trainer.logger: {name} cannot start: {_first_line(cause)}\n{remedy}") from error
         if started.log_dir is not None and Path(started.log_dir).resolve() == folder.resolve():
