@@ -14,11 +14,13 @@ from tiny_training import TinyDetector
 
 import onestage
 from onestage.data import DetectionDataModule, ShortestEdge, Stretch
+from onestage.data.resize import Resize
 from onestage.deploy import onnx_export
 from onestage.deploy.onnx_export import compare, export_onnx
 from onestage.deploy.predictor import Predictor
 from onestage.errors import ConfigError
 from onestage.models import FCOS, Darknet19, Darknet53, RetinaNet, SSDLite320, TorchvisionBackbone, YOLOv2, YOLOv3
+from onestage.models.weights import CLASS_OUTPUT
 from onestage.training.module import DetectionModule
 from onestage.types import Detector
 
@@ -51,11 +53,14 @@ def test_missing_package_is_one_message_with_the_extra(monkeypatch) -> None:
         export_onnx(None, Path())
 
 
-def predictor_of(detector: Detector, resize) -> Predictor:
+def predictor_of(detector: Detector, resize: Resize) -> Predictor:
     """Return a model with random weights whose scores are far apart: equal ones would be chosen by rounding."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (1, 3, *resize.canvases[0]), dtype=torch.uint8)
     with torch.no_grad():
+        scale = 2 / detector.eval()(images).class_logits.std()
         for name, weights in detector.named_parameters():
-            weights.mul_(10 if "head" in name and weights.ndim > 1 else 1)
+            weights.mul_(scale if CLASS_OUTPUT.fullmatch(name) and weights.ndim > 1 else 1)
     data = DetectionDataModule(resize=resize, class_names=["a", "b", "c"], category_ids=[1, 2, 3])
     return Predictor(DetectionModule(detector), data, torch.device("cpu"))
 
@@ -83,7 +88,7 @@ def test_detector_of_every_family_detects_the_same_in_onnxruntime(family: str, t
     resize = Stretch(detector.image_size) if detector.image_size else ShortestEdge(64, 128, canvases)
     (first, *_) = lines = export_onnx(predictor_of(detector, resize), tmp_path)
     assert len(lines) == len(canvases)
-    assert int(re.search(r"compared with torch: (\d+) detections", first)[1]) > 100
+    assert int(re.search(r"compared with torch: (\d+) detections", first)[1]) > 50
     file = tmp_path / ("model_64x128.onnx" if family == "RetinaNet" else "model.onnx")
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (images,) = session.get_inputs()

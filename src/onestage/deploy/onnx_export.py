@@ -81,7 +81,8 @@ def compare(found: Arrays, expected: Arrays) -> str:
             box, score = max(box, nearest[0].max(initial=0)), max(score, nearest[1].max(initial=0))
     if lost > MAX_LOST * total:
         problem = f"onnxruntime's detections differ from torch's: {lost} of {total} have no counterpart within"
-        raise ConfigError(f"export: {problem} {SCORE_TOLERANCE:g} and {BOX_TOLERANCE:g} px.\n{REMEDY}")
+        chance = "Nearly equal scores, as of a hardly trained model, are ordered by rounding."
+        raise ConfigError(f"export: {problem} {SCORE_TOLERANCE:g} and {BOX_TOLERANCE:g} px. {chance}\n{REMEDY}")
     summary = f"largest difference: {score:.1g} of a score, {box:.1g} px of a box" if total else "nothing was detected"
     return f"compared with torch: {total // 2} detections on {NUM_IMAGES} drawn images; {summary}"
 
