@@ -34,7 +34,7 @@ class Model(NamedTuple):
 SHAPES = [
     Model("SSD128", "shapes_ssd.yaml", 6, (128, 128), ""),
     Model("SSD160", "shapes_ssd160.yaml", 6, (160, 160), ""),
-    Model("RetinaNet, narrow", "shapes_retinanet.yaml", 6, (128, 128), ""),
+    Model("RetinaNet, small", "shapes_retinanet.yaml", 6, (128, 128), ""),
     Model("YOLOv3, narrow", "shapes_yolo.yaml", 6, (128, 128), ""),
 ]
 PUBLISHED = [
