@@ -122,8 +122,14 @@ def test_signal_saves_that_step_and_ends_with_its_code(
 
 @pytest.mark.slow
 def test_second_sigterm_and_one_inside_the_save_change_nothing(drawn, tmp_path, monkeypatch):
-    break_method(monkeypatch, "training_step", 3, lambda: [tiny_run.send(signal.SIGTERM) for _ in range(2)])
-    monkeypatch.setattr(os, "fsync", tiny_run.at_call(11, lambda: tiny_run.send(signal.SIGTERM), os.fsync))
+    sync = tiny_run.at_call(1, lambda: tiny_run.send(signal.SIGTERM), os.fsync)
+
+    def stop() -> None:
+        for _ in range(2):
+            tiny_run.send(signal.SIGTERM)
+        monkeypatch.setattr(os, "fsync", sync)  # the next one is in the save
+
+    break_method(monkeypatch, "training_step", 3, stop)
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 143
     assert newest_checkpoint(folder_of(tmp_path) / "checkpoints").global_step == 3
 
