@@ -246,10 +246,16 @@ def as_path(path: str | Path) -> Path:
     return Path(path)
 
 
-def spellings(name: str) -> tuple[str, ...]:
-    """Return how a system or a tool may write a file's name: accents composed or not, signs of a URL."""
-    forms = () if name.isascii() else (unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
-    return (name, *forms, unquote(name)) if forms or "%" in name else (name,)
+def spellings(name: str) -> Iterator[str]:
+    """Yield how a system or a tool may write a file's name: accents composed or not, signs of a URL, case of .JPG."""
+    yield name
+    texts = name, name.strip(), unquote(name.strip())
+    accents = (
+        form for text in texts for form in (text, *(unicodedata.normalize(kind, text) for kind in ("NFC", "NFD")))
+    )
+    for form in dict.fromkeys(form for form in accents if "/" not in form):
+        stem, dot, suffix = form.rpartition(".")
+        yield from (form, stem + dot + suffix.lower(), stem + dot + suffix.upper())
 
 
 def only_folder(folder: Path) -> Path | None:
@@ -290,7 +296,8 @@ def find_below(root: Path, name: object) -> Path | None:
     `/home/me/mine/images/a.jpg` that is `images/a.jpg` if it exists, for `../train/images` it is `train/images`.
     """
     parts = foreign_parts(name)
-    paths = (root.joinpath(*parts[start:]) for start in range(len(parts)))
+    forms = spellings(parts[-1]) if parts else ()
+    paths = (root.joinpath(*parts[start:-1], form) for form in forms for start in range(len(parts)))
     return next((path for path in paths if os.path.exists(path)), None)  # noqa: PTH110 # raises for no name
 
 

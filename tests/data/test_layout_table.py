@@ -105,6 +105,21 @@ def voc_datumaro(root: Path) -> None:
     (root / "ImageSets" / "Main" / "default.txt").write_text("sub/a\nb\nc\n")
 
 
+def coco_in_capitals(root: Path) -> None:
+    coco_folder(root, "train", "val")
+    edit_json(root / "annotations" / "instances_train.json", "images", [0], file_name="a0.JPG")
+    (root / "train" / "a1.jpg").rename(root / "train" / "a1.JPG")
+    (root / "annotations" / "instances_val.json").rename(root / "annotations" / "instances_val.JSON")
+    (root / "annotations").rename(root / "Annotations")
+
+
+def voc_spellings(root: Path) -> None:
+    voc_folder(root, train="e\u0301 b 1 c", val="d")
+    voc_image(root, "1 1")
+    (root / "Annotations" / "e\u0301.xml").rename(root / "Annotations" / "\u00e9.xml")
+    (root / "ImageSets" / "Main" / "train.txt").write_text("\u00e9\nb.JPG\n1 1\n1 -1\nc.xml\n")
+
+
 def voc_paddle(root: Path) -> None:
     voc_folder(root, train="a b", val="c")
     for name, stems in {"train": "ab", "val": "c"}.items():
@@ -124,6 +139,19 @@ def yolo_beside(*folders: str) -> Callable[[Path], None]:
             (root / folder / "_darknet.labels").write_text("cat\n")
 
     return write
+
+
+def yolo_in_capitals(root: Path) -> None:
+    yolo("images/train", "images/val", names="")(root)
+    (root / "Data.YAML").write_text("train: train.TXT\nval: images/val\nnames: [cat]\n")
+    images = sorted((root / "images" / "train").glob("*.jpg"))
+    (root / "train.TXT").write_text("".join(f"images/train/{image.stem}.JPG\n" for image in images))
+
+
+def yolo_label_img(root: Path) -> None:
+    yolo("images/train", "images/val", names="")(root)
+    for split in ("train", "val"):
+        (root / "labels" / split / "classes.txt").write_text("cat\n")
 
 
 def yolo_lists(root: Path) -> None:
@@ -290,6 +318,11 @@ CASES = {
     "COCO: a folder of any name": Case(coco_moved("train>my photos"), "COCO", {"train": 4}),
     "COCO: paths of another machine": Case(coco_moved(file_name="C:\\mine\\train\\"), "COCO", {"train": 4}),
     "COCO: paths from the annotations": Case(coco_moved(file_name="../train/"), "COCO", {"train": 4}),
+    "COCO: capitals of Windows": Case(coco_in_capitals, "COCO", FOURS),
+    "COCO: a folder of any name, whose first image is missing": Case(
+        lambda root: [coco_moved("train>my photos")(root), (root / "my photos" / "a0.jpg").unlink()],
+        "COCO", {"train": 3}, {"image missing"},
+    ),
     "COCO: names of URLs": Case(
         coco_moved("train/a0.jpg>train/x a0.jpg", file_name="https://host/train/x%20"), "COCO", {"train": 1},
         {"annotation file"}, stops=True, unused=3,
@@ -309,6 +342,7 @@ CASES = {
     "VOC: folders of splits": Case(voc_beside("train", "val", images="images", xmls="annotations"), "VOC", PAIR),
     "VOC: a list of Windows": Case(voc_list_of_windows, "VOC", {"train": 4, "val": 1}),
     "VOC: Datumaro's lists of classes, and sub-folders": Case(voc_datumaro, "VOC", {"train": 3}),
+    "VOC: other spellings, and names that end with a number": Case(voc_spellings, "VOC", {"train": 5, "val": 1}),
     "VOC: PaddlePaddle": Case(voc_paddle, "VOC", {"train": 2, "val": 1}),
     "VOC: FiftyOne": Case(voc_beside(".", images="data", xmls="labels"), "VOC", {"train": 3}),
     "VOC: Roboflow, in a folder of an archive": Case(
@@ -324,6 +358,12 @@ CASES = {
     "YOLO: Roboflow": Case(yolo("train/images", "valid/images", yaml=YAML), "YOLO", PAIR),
     "YOLO: Roboflow for darknet": Case(yolo_beside("train", "valid"), "YOLO", PAIR),
     "YOLO: LabelImg": Case(yolo_beside("images/train", "images/val"), "YOLO", PAIR),
+    "YOLO: capitals of Windows": Case(yolo_in_capitals, "YOLO", PAIR),
+    "YOLO: LabelImg's classes beside the labels": Case(yolo_label_img, "YOLO", PAIR),
+    "YOLO: classes that differ by folder": Case(
+        lambda root: [yolo_label_img(root), (root / "labels" / "val" / "classes.txt").write_text("dog\n")],
+        "YOLO", {}, {"annotation file"}, stops=True,
+    ),
     "YOLO: lists alone, and the system's files": Case(
         yolo_lists, "YOLO", {"train": 2, "val": 2}, {"no class names"}
     ),

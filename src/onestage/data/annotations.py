@@ -21,7 +21,7 @@ CLIP_NOTICE = 1.0  # px; rounding explains less
 OTHER_KINDS = {  # by a key of their first entry
     "image_id": "a detections (results) file", "shapes": "labelme's files", "regions": "files of VIA",
     "_via_img_metadata": "files of VIA", "tags": "Supervisely's files", "data": "Label Studio's own JSON",
-    "annotations": "CreateML's annotations",
+    "categories": "COCO's JSON", "annotations": "CreateML's annotations",
 }  # fmt: skip
 
 
@@ -167,7 +167,9 @@ def build_annotation_set(
     bad_boxes = [rule.broken(describe(row), problem) for row, (rule, problem) in sorted(broken_rules.items())]
     num_used = len(images.paths), len(boxes) - len(bad_boxes)
     require_few_skipped(source, *num_used, [*findings, *bad_boxes], max_bad_fraction)
-    rows = np.setdiff1d(np.arange(len(boxes)), list(broken_rules)).astype(np.int64)
+    is_used = np.ones(len(boxes), dtype=np.bool_)
+    is_used[list(broken_rules)] = False
+    rows = np.flatnonzero(is_used)
     rows = rows[np.argsort(objects.image_rows[rows], kind="stable")]
     counts = np.bincount(objects.image_rows[rows], minlength=len(images.paths))
     box_areas, no_flags = np.prod(boxes[rows, 2:] - boxes[rows, :2], axis=1), np.zeros(len(boxes), dtype=np.bool_)

@@ -45,6 +45,7 @@ MANY_BYTES = 8 << 20  # smaller files are parsed with their outlines
 # A list of numbers and lists, up to the comma before the next key. Never part of a text: there a quote is escaped.
 OUTLINES = re.compile(rb'"segmentation"\s*:\s*\[[-+0-9eE.,\s\[\]]*\]\s*,(?=\s*")')
 MAX_SEARCHED = 500  # folders of a data set whose images are in none of the usual ones
+MAX_TRIED = 5  # images of which one must be on disk, to find their folder
 AREA_TOLERANCE = 0.01  # of the box's area, and 1 px^2; more is no rounding
 FRESH_COPY = "Take a fresh copy of the file, or export it again as COCO JSON, in UTF-8."
 OTHER_PATH = "Correct data.path (data.source.train, data.source.val), or take a fresh copy of the file."
@@ -103,7 +104,7 @@ class COCO(Source):
     def annotation_file(self, split: Split) -> Path:
         """Return the JSON file of a split; the usual name if there is none."""
         given = self._given[split]
-        if str(given).endswith(".json"):
+        if str(given).lower().endswith(".json"):
             return self._root / as_path(str(given))
         usual = self._root / "annotations" / f"instances_{given or split}.json"
         return usual if given is not None else self._found().get(split, usual)
@@ -126,8 +127,9 @@ class COCO(Source):
 
 def list_annotation_files(folder: Path) -> list[Path]:
     """Return the COCO annotation files of a folder: instances, or else Roboflow's, or else any JSON files."""
-    instances = "instances_*.json"
-    patterns = (f"annotations/{instances}", f"*/{ROBOFLOW_FILE}", instances, "annotations/*.json", "*.json")
+    below, json_files = "[aA]nnotations", "*.[jJ][sS][oO][nN]"
+    instances = f"instances_{json_files}"
+    patterns = (f"{below}/{instances}", f"*/{ROBOFLOW_FILE}", instances, f"{below}/{json_files}", json_files)
     found = ([file for file in sorted(folder.glob(pattern)) if not is_hidden(file.name)] for pattern in patterns)
     return next((files for files in found if files), [])
 
@@ -179,7 +181,7 @@ def parse_coco(
 
     Args:
         annotation_file: JSON with `images`, `annotations` and `categories`; `annotations` may be an empty list.
-        image_folders: the folder that `file_name` is relative to; of several, the first one that holds the first
+        image_folders: the folder that `file_name` is relative to; of several, the first one that holds one of the first
             image. No file outside it is ever opened.
         class_names: as in `Source.read`; the file may lack some, whose category ids are then < 0.
         max_bad_fraction: as in `Source.read`.
@@ -208,7 +210,7 @@ def parse_coco(
     def describe(row: int) -> str:
         annotation = annotations[numbers[row]]
         place = f"annotation {annotation.get('id', f'number {numbers[row]}')} (image {annotation['image_id']})"
-        return f"{source}: {place}, bbox {str(annotation.get('bbox'))[:80]}"
+        return f"{source}: {place}, bbox {annotation.get('bbox')!r:.80}"
 
     return build_annotation_set(
         source,
@@ -265,7 +267,8 @@ def _table(source: str, content: JSONDict, name: str) -> list[JSONDict]:
     table = content.get(name)
     if isinstance(table, list) and set(map(type, table)) <= {dict} and (table or name == "annotations"):
         return table
-    found = f"a {type(table).__name__} of something else or nothing" if name in content else "no such key"
+    found = "null" if table is None else f"a {type(table).__name__} of something else or nothing"
+    found = found if name in content else "no such key"
     problem = f"{name!r} must be a list of objects, got {found}"
     raise malformed(source, problem, f'{FRESH_COPY} A set without boxes has "annotations": [].')
 
@@ -362,17 +365,19 @@ def _read_images(
 
 
 def _find_root(folders: Iterable[Path], names: Sequence[object]) -> tuple[Path, Sequence[object]]:
-    """Return the folder that holds the first image, or else the first folder, and the names relative to it.
+    """Return the folder that holds one of the first images, or else the first folder, and the names relative to it.
 
-    The first parts of the names may be those of another machine: all lose as many as the first name must.
+    The first parts of the names may be those of another machine: all lose as many as that name must.
     """
-    searched, parts = list[Path](), foreign_parts(names[0])
-    for start in range(max(len(parts), 1)):
-        for folder in folders if start == 0 else searched:
-            searched += [folder] if start == 0 else []
-            if any(folder.joinpath(*parts[start:-1], form).is_file() for form in spellings("".join(parts[-1:]))):
-                is_plain = start == 0 and str(names[0]).replace("\\", "/") == "/".join(parts)
-                return folder, names if is_plain else ["/".join(foreign_parts(name)[start:]) for name in names]
+    searched = list[Path]()
+    for number, name in enumerate(names[:MAX_TRIED]):
+        parts = foreign_parts(name)
+        for start in range(max(len(parts), 1)):
+            for folder in folders if number == start == 0 else searched:
+                searched += [folder] if number == start == 0 else []
+                if any(folder.joinpath(*parts[start:-1], form).is_file() for form in spellings("".join(parts[-1:]))):
+                    is_plain = start == 0 and str(name).replace("\\", "/") == "/".join(parts)
+                    return folder, names if is_plain else ["/".join(foreign_parts(n)[start:]) for n in names]
     return next((folder for folder in searched if folder.is_dir()), searched[0]), names
 
 

@@ -127,8 +127,8 @@ def _read(file: Path) -> tuple[ImageHeader, bool]:
     with suppress(OSError, ValueError, ImageError), open(file, "rb", HEAD_BYTES, opener=open_at_once) as stream:
         num_bytes = os.fstat(stream.fileno()).st_size
         if TAIL_BYTES < num_bytes <= MAX_IMAGE_BYTES:
-            stream.seek(-TAIL_BYTES, os.SEEK_END)
-            return _read_stream(file, stream, stream.read())
+            end = os.pread(stream.fileno(), TAIL_BYTES, num_bytes - TAIL_BYTES)  # a seek would empty the buffer
+            return _read_stream(file, stream, end)
     # Not a whole image at first sight: the whole file tells why, or that only its end is unusual.
     content = read_file(file, ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
     return _read_stream(file, io.BytesIO(content), content)
@@ -136,7 +136,6 @@ def _read(file: Path) -> tuple[ImageHeader, bool]:
 
 def _read_stream(file: Path, stream: BinaryIO, end: bytes) -> tuple[ImageHeader, bool]:
     """Read the header. end: the last bytes, or all of them."""
-    stream.seek(0)
     with open_header(file, stream) as image:
         header = read_header(file, image)
         is_jpeg = header.format in ("JPEG", "MPO")

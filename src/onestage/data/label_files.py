@@ -11,7 +11,7 @@ import onestage.data.annotations as rules
 from onestage.data.annotations import ImageColumns, ObjectColumns, Rule, count_findings, malformed
 from onestage.data.image_headers import HeaderCheck
 from onestage.errors import AnnotationError
-from onestage.files import list_files, printable, require_inside
+from onestage.files import list_files, printable, require_inside, spellings
 from onestage.types import AnnotationSet
 
 
@@ -77,22 +77,21 @@ def read_label_files(
     Raises:
         AnnotationError: no image has a file, a link leaves `root`, or too many are skipped.
     """
-    files_of_images = [path for item in listed for path in (item.image, item.label)]
-    names = {folder: list_files(folder) for folder in {path.parent for path in files_of_images}}
-    for path in files_of_images:
+    folders = {path.parent for item in listed for path in (item.image, item.label)}
+    names = {folder: list_files(folder) for folder in folders}
+
+    def as_stored(label: Path) -> Path:
+        found = next((form for form in spellings(label.name) if form in names[label.parent]), label.name)
+        return label if found == label.name else label.with_name(found)
+
+    listed = [item._replace(label=as_stored(item.label)) for item in listed]
+    for path in (path for item in listed for path in (item.image, item.label)):
         if names[path.parent].get(path.name):  # a link
             require_inside(source, [root, path.parent], path)
     bad_headers = {row: header.findings[0] for row, header in enumerate(headers or ()) if not header.is_usable}
     missing = {row: printable(item.image) for row, item in enumerate(listed) if item.is_missing}
     problem = "there is no such image"
     skipped = bad_headers | {row: rules.IMAGE_MISSING.broken(place, problem) for row, place in missing.items()}
-    upper = [item.label.with_suffix(item.label.suffix.upper()) for item in listed]  # as old tools of Windows write it
-    listed = [
-        item._replace(label=label)
-        if item.label.name not in names[label.parent] and label.name in names[label.parent]
-        else item
-        for item, label in zip(listed, upper, strict=True)
-    ]
     has_file = [item.label.name in names[item.label.parent] for item in listed]
     if len(skipped) < len(listed) and not any(has_file):
         problem = f"none of its {len(listed)} images has an annotation file"

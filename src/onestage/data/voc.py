@@ -25,6 +25,7 @@ from onestage.files import (
     printable,
     read_file,
     read_text,
+    spellings,
     to_flag,
     to_number,
 )
@@ -241,12 +242,27 @@ def _image_folder(folder: Path) -> Path:
     return next((path for path in folders if _images_by_stem(path)), folder / IMAGE_FOLDERS[0])
 
 
-def _pair(image_folder: Path, xml_folder: Path, stems: Sequence[str]) -> list[LabelledImage]:
-    """Return the image and the XML file of each stem, which may have a suffix, and the folders of another machine."""
+def _pair(image_folder: Path, xml_folder: Path, lines: Sequence[str]) -> list[LabelledImage]:
+    """Return the image and the XML file of each line.
+
+    A line is a stem, perhaps with a suffix, the folders of another machine, or what else lists hold.
+    """
     names = _images_by_stem(image_folder)
-    stem_of = {name: stem for stem, name in names.items()} | {stem: stem for stem in names}
-    endings = (["/".join(parts[start:]) for start in range(len(parts))] for parts in map(foreign_parts, stems))
-    stems = [next((stem_of[end] for end in ends if end in stem_of), ends[-1]) for ends in endings]
+    stem_of = {form: stem for stem, name in names.items() for form in (f"{stem}.xml", name)}
+    stem_of |= {stem: stem for stem in names}
+
+    def find_stem(line: str) -> str:
+        if line in stem_of:
+            return stem_of[line]
+        texts = line, re.sub(LIST_EXTRAS, "", line)  # "a 1" may be a name
+        for *folders, name in filter(None, map(foreign_parts, texts)):
+            for form in spellings(name):
+                for start in range(len(folders) + 1):
+                    if stem := stem_of.get("/".join((*folders[start:], form))):
+                        return stem
+        return name
+
+    stems = map(find_stem, lines)
     return [
         LabelledImage(image_folder / names.get(stem, stem), xml_folder / f"{stem}.xml", stem not in names)
         for stem in stems
@@ -277,14 +293,14 @@ def _read_list(path: Path) -> list[str]:
     The folder JPEGImages before a name, with whatever stands before it, does not count.
     """
     text = read_text(path, AnnotationError, "a list of images", "Use another list, or convert it to UTF-8.")
-    stems = [re.sub(LIST_EXTRAS, "", line.strip()) for line in text.splitlines()]
-    for number, stem in enumerate(stems, start=1):
-        if stem and not foreign_parts(stem):
+    lines = [line.strip() for line in text.splitlines()]
+    for number, line in enumerate(lines, start=1):
+        if line and not foreign_parts(re.sub(LIST_EXTRAS, "", line)):
             rule = "a line must be the name of an image in JPEGImages"
-            raise malformed(f"{printable(path)}:{number}", f"{stem!r:.200}: {rule}", "Correct the line.")
-    if not any(stems):
+            raise malformed(f"{printable(path)}:{number}", f"{line!r:.200}: {rule}", "Correct the line.")
+    if not any(lines):
         raise malformed(printable(path), "names no image", "Use another list: data.source.train, data.source.val")
-    return [stem for stem in stems if stem]
+    return [line for line in lines if line]
 
 
 def read_record(path: Path) -> LabelFile:

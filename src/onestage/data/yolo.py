@@ -38,6 +38,7 @@ SETTINGS_FILES = ("data.yaml", "data.yml", "dataset.yaml", "yolo.yaml")  # or an
 NAMES_KEY = re.compile(rb"^[\"']?names[\"']?\s*:", re.MULTILINE)
 DARKNET_FILE = "obj.data"  # of CVAT and darknet: names, train and valid
 NAMES_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "_darknet.labels", "train/_darknet.labels")
+DEEP_NAMES_FILES = ("*/classes.txt", "*/*/classes.txt")  # as LabelImg writes them beside the labels of each folder
 LABEL_FOLDERS = {"images": "labels", "Images": "Labels", "IMAGES": "LABELS"}
 DEEP_YAML = re.compile(rb"(?:[\[{]\s*){10}")  # thousands of brackets take the parser seconds; data.yaml has 2
 CLASS_INDEX = re.compile(r"^\s*(\d{1,4})(?:\.0*)?\s", re.MULTILINE)  # larger ones are no class indices
@@ -173,7 +174,7 @@ def read_settings(data: Path) -> YOLOSettings:
         raise malformed(printable(data), problem, f"Give one of them: data.path: {printable(files[0])}")
     if files:
         return _read_yaml(files[0])
-    entries, names_file = _folder_entries(data), next((data / n for n in NAMES_FILES if (data / n).is_file()), None)
+    entries, names_file = _folder_entries(data), _find_names_file(data)
     if (data / DARKNET_FILE).is_file():
         lines = _read_lines(data / DARKNET_FILE, "the settings of a YOLO data set", "Correct the file, or remove it.")
         given = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
@@ -189,6 +190,20 @@ def read_settings(data: Path) -> YOLOSettings:
     return YOLOSettings(printable(data), data, _checked_names(printable(names_file), names, None), entries)
 
 
+def _find_names_file(folder: Path) -> Path | None:
+    """Return the file of class names in a folder; raise AnnotationError if several name other classes."""
+    for pattern in (*NAMES_FILES, *DEEP_NAMES_FILES):
+        files = sorted(file for file in folder.glob(pattern) if file.is_file())
+        if len({file.read_bytes() for file in files}) > 1:
+            problem = f"{len(files)} files of class names differ: {shortened([printable(file) for file in files])}"
+            raise malformed(
+                printable(folder), problem, f"Put the right one there: {printable(folder / NAMES_FILES[0])}"
+            )
+        if files:
+            return files[0]
+    return None
+
+
 def has_settings(folder: Path) -> bool:
     """Tell whether a folder holds data.yaml, obj.data or class names."""
     return any((folder / name).is_file() for name in (DARKNET_FILE, *NAMES_FILES)) or bool(_settings_files(folder))
@@ -199,7 +214,7 @@ def _settings_files(folder: Path) -> list[Path]:
     usual = (folder / name for name in SETTINGS_FILES)
     if first := next((file for file in usual if file.is_file()), None):
         return [first]
-    files = (file for file in sorted(folder.glob("*.y*ml")) if file.is_file() and not is_hidden(file.name))
+    files = (file for file in sorted(folder.glob("*.[yY]*[mM][lL]")) if file.is_file() and not is_hidden(file.name))
     return [file for file in files if NAMES_KEY.search(file.read_bytes()[:MAX_SETTINGS_BYTES])]
 
 
@@ -365,7 +380,7 @@ def _list_entry(settings: YOLOSettings, entry: str) -> dict[Path, bool]:
     path = settings.root if not foreign_parts(entry) else find_below(settings.root, entry)
     if path is not None and path.is_dir():
         return dict.fromkeys(find_images(path), True)
-    if path is None or path.suffix != ".txt" or not path.is_file():
+    if path is None or path.suffix.lower() != ".txt" or not path.is_file():
         problem = f"{entry!r} is neither a folder nor a list file (.txt) in {printable(settings.root)}"
         raise malformed(settings.source, problem, "Correct it, or path: in data.yaml.")
     lines = _read_lines(path, "a list of images", "Give a text file with the path of an image on each line.")

@@ -23,7 +23,7 @@ from onestage.types import AnnotationSet, Detector, Finding
 
 POSITIVE_IOU = 0.5  # of a positive anchor
 MAX_UNREACHED = 0.05  # fraction of boxes with only their forced match; more is worth a warning
-BLOCK_ROWS = 1 << 16  # boxes whose IoUs are computed at once
+BLOCK_ROWS = 1 << 14  # boxes whose IoUs are computed at once, in the cache of a core
 COUNTED_BOXES = 2_000  # evenly spaced boxes whose positive anchors are counted, 64 at a time
 FITTED_BOXES = 4_000  # boxes, drawn with a fixed seed, that anchors are fitted to; all boxes measure the result
 MAX_ROUNDS = 100  # of k-means
@@ -104,7 +104,7 @@ def measure_coverage(
     boxes: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], num_classes: int, anchors: DetectorAnchors
 ) -> Coverage:
     """Measure how well anchors fit boxes [T, 4] xyxy in pixels of the canvas, T >= 1, with labels [T] in [0, K)."""
-    best = best_ious(torch.from_numpy(boxes), anchors).numpy()
+    best = best_ious(torch.from_numpy(boxes).float(), anchors).numpy()
     is_reached = best >= POSITIVE_IOU
     rows = np.unique(np.linspace(0, len(boxes) - 1, min(len(boxes), COUNTED_BOXES)).round().astype(np.int64))
     num_positives = count_positives(torch.from_numpy(boxes[rows]), anchors)

@@ -13,7 +13,7 @@ from onestage.data.layouts import Split
 from onestage.data.source import Source, role_of
 from onestage.data.splits import DEFAULT_VAL_FRACTION, split_by_fraction
 from onestage.errors import ConfigError
-from onestage.files import is_hidden, printable
+from onestage.files import is_hidden, printable, spellings
 from onestage.types import AnnotationSet, Finding
 
 MAX_TRIED = 1000  # images; a larger set can be divided
@@ -79,13 +79,16 @@ def _find_unused(source: Source, splits: Sequence[Split]) -> Iterator[tuple[str,
     used_files = (
         {os.path.normpath(source.annotation_file(r)) for r in source.splits} if isinstance(source, COCO) else set()
     )
-    others = [file for file in files if file.endswith((".json", ".xml")) and file not in used_files]
-    yield "other JSON or XML files are not read", [f for f in others if source.format != "VOC" or f.endswith(".json")]
+    others = [file for file in files if file.lower().endswith((".json", ".xml")) and file not in used_files]
+    yield (
+        "other JSON or XML files are not read",
+        [f for f in others if source.format != "VOC" or f.lower().endswith(".json")],
+    )
     if not isinstance(source, COCO):
         suffix = {"VOC": ".xml", "YOLO": ".txt"}[source.format]
-        labels = [Path(file) for file in files if file.endswith(suffix) and not file.endswith("classes.txt")]
+        labels = [Path(file) for file in files if file.lower().endswith(suffix) and not file.endswith("classes.txt")]
         folders = {label.parent for label in labels if label.stem in stems}  # other texts lie elsewhere
-        orphans = [str(label) for label in labels if label.stem not in stems and label.parent in folders]
+        orphans = [str(f) for f in labels if f.parent in folders and stems.isdisjoint(spellings(f.stem))]
         yield f"annotation files ({suffix}) belong to no image", orphans
 
 
