@@ -525,7 +525,7 @@ def test_folder_of_another_tool_is_refused_with_its_name(tmp_path: Path, name: s
         file = tmp_path / name.replace("a.json", f"a{number}.json")
         picture(file.with_suffix(f".{number}.jpg"))
         file.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(DataError, match=kind):
+    with pytest.raises(DataError, match=rf"{kind}(.|\n)*(Export the data set as|Known are)"):
         recognise(tmp_path)
 
 
@@ -624,8 +624,19 @@ def test_fit_ends_as_the_table_says(name: str, code: int, tmp_path: Path) -> Non
     assert run("fit", "--config", config, *path, *options.split()) == code
 
 
-@pytest.mark.parametrize("name", ["a.xml", "a.txt"])
-def test_single_label_file_is_answered_with_its_folder(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("")
-    with pytest.raises(DataError, match=f"Give the folder of the data set, such as {tmp_path}"):
+@pytest.mark.parametrize("name", ["a.xml", "ImageSets/Main/train.txt", "Annotations", "JPEGImages", "labels/train"])
+def test_part_of_a_data_set_is_answered_with_its_folder(tmp_path: Path, name: str) -> None:
+    for folder in ("ImageSets/Main", "Annotations", "JPEGImages", "labels/train"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("a.xml", "ImageSets/Main/train.txt"):
+        (tmp_path / file).write_text("")
+    with pytest.raises(DataError, match=rf"Give the folder of the data set, such as {tmp_path}\.\n"):
         recognise(tmp_path / name)
+
+
+def test_archive_is_to_be_unpacked_and_obj_data_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "mine.tar.gz").write_text("")
+    with pytest.raises(DataError, match="Unpack it, and give its folder"):
+        recognise(tmp_path / "mine.tar.gz")
+    yolo_cvat(tmp_path)
+    assert recognise(tmp_path / "obj.data").splits == ("train", "val")

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 import onestage.data.annotations as rules
 from onestage.data.annotations import (
+    OTHER_KINDS,
     ImageColumns,
     ObjectColumns,
     build_annotation_set,
@@ -48,6 +49,7 @@ MAX_SEARCHED = 500  # folders of a data set whose images are in none of the usua
 MAX_TRIED = 5  # images of which one must be on disk, to find their folder
 AREA_TOLERANCE = 0.01  # of the box's area, and 1 px^2; more is no rounding
 FRESH_COPY = "Take a fresh copy of the file, or export it again as COCO JSON, in UTF-8."
+EXPORT = "Export the data set as COCO, VOC or YOLO."
 OTHER_PATH = "Correct data.path (data.source.train, data.source.val), or take a fresh copy of the file."
 
 
@@ -256,9 +258,10 @@ def _parse_json(source: str, content: bytes, hook: Any) -> JSONDict:
     kind = kind_of(parsed)
     if not isinstance(parsed, dict):
         problem = f"the top level is a {type(parsed).__name__}{f', as in {kind}' * bool(kind)}"
-        raise malformed(source, f"{problem}; it must be an object with {', '.join(TABLES)}", OTHER_PATH)
+        remedy = OTHER_PATH if kind in ("", OTHER_KINDS["image_id"]) else EXPORT
+        raise malformed(source, f"{problem}; it must be an object with {', '.join(TABLES)}", remedy)
     if kind and not parsed.keys() & {*TABLES}:
-        raise malformed(source, f"is not COCO JSON, it looks like {kind}", "Export the data set as COCO, VOC or YOLO.")
+        raise malformed(source, f"is not COCO JSON, it looks like {kind}", EXPORT)
     return parsed
 
 

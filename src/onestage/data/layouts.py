@@ -12,16 +12,18 @@ from typing import NamedTuple
 import numpy as np
 
 from onestage.data.annotations import FILE, UNKNOWN_CLASS, kind_of, missing_classes, shortened, with_nearest
-from onestage.data.coco import COCO, list_annotation_files, split_name
+from onestage.data.coco import COCO, EXPORT, list_annotation_files, split_name
 from onestage.data.folder import find_images
 from onestage.data.source import Source, Split as Role, role_of
-from onestage.data.voc import VOC, find_list_files, find_lists
-from onestage.data.yolo import YOLO, has_labels, has_settings
+from onestage.data.voc import IMAGE_FOLDERS, VOC, XML_FOLDERS, find_list_files, find_lists
+from onestage.data.yolo import DARKNET_FILE, YOLO, has_labels, has_settings
 from onestage.errors import DataError
 from onestage.files import as_path, is_hidden, only_folder, printable, read_text
 from onestage.types import AnnotationSet, Finding
 
 ROLES = ("train", None, "val", "test")  # the order of splits; None: a name of the user's own
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+INNER_FOLDERS = {"Main", "ImageSets", *IMAGE_FOLDERS, *XML_FOLDERS, *ROLES, "valid", "Images", "Labels"} - {"data", "."}
 NUM_SEEN = 2000  # files of an unknown folder that are counted
 MAX_SEEN_BYTES = 1 << 20  # of a file of an unknown folder that is read
 KNOWN = (
@@ -56,11 +58,11 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
         return YOLO(path)
     if path.suffix.lower() == ".json":
         return COCO(path, train_images=images)
+    if path.name == DARKNET_FILE and path.is_file():
+        return YOLO(path.parent)
     if not path.is_dir():
         problem = "is not a folder, JSON or YAML file" if path.exists() else "there is no such file or folder"
-        is_label = path.suffix.lower() in (".xml", ".txt") and path.exists()
-        remedy = f"Give the folder of the data set, such as {printable(path.parent)}.\n" if is_label else ""
-        raise DataError(f"{printable(path)}: {problem}.\n{remedy}{KNOWN}.")
+        raise DataError(f"{printable(path)}: {problem}.\n{_folder_to_give(path)}{KNOWN}.")
     recognisers: tuple[tuple[Callable[[Path], object], Callable[[Path], Source]], ...] = (
         (find_list_files, VOC),
         (has_settings, YOLO),
@@ -74,8 +76,10 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
             if not found.splits:
                 problem, remedy = "holds annotations, but no images", "Put the images there, as they were exported."
                 if next(iter(find_images(path)), None):
-                    problem = f"no file says by its name which split it is{_what_it_holds(path)}"
-                    remedy = "Give the files one by one, or call one of them train."
+                    kind = _what_it_holds(path)
+                    problem = f"no file says by its name which split it is{kind}"
+                    is_foreign = kind and "COCO" not in kind
+                    remedy = EXPORT if is_foreign else "Give the files one by one, or call one of them train."
                 raise DataError(f"{printable(path)}: {problem}.\n{remedy}")
             return found
     if folder := only_folder(path):
@@ -83,7 +87,18 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
     suffixes = Counter(file.suffix.lower() or "no suffix" for file in islice(path.rglob("*.*"), NUM_SEEN))
     seen = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4)) or "nothing"
     problem = f"is no data set that is known here; it holds {seen}{_what_it_holds(path)}"
-    raise DataError(f"{printable(path)}: {problem}.\n{KNOWN}.")
+    raise DataError(f"{printable(path)}: {problem}.\n{_folder_to_give(path)}{KNOWN}.")
+
+
+def _folder_to_give(path: Path) -> str:
+    """Return the remedy for a path that is a part of a data set, or its archive; empty for any other."""
+    folder = path if path.is_dir() else path.parent
+    while folder.name in INNER_FOLDERS:
+        folder = folder.parent
+    if path.is_file() and path.suffix.lower() in ARCHIVES:
+        return "Unpack it, and give its folder.\n"
+    is_part = folder != path and (path.is_dir() or path.suffix.lower() in (".xml", ".txt")) and path.exists()
+    return f"Give the folder of the data set, such as {printable(folder)}.\n" if is_part else ""
 
 
 def _what_it_holds(folder: Path) -> str:
