@@ -37,6 +37,13 @@ def test_missing_package_is_one_message_with_the_extra(monkeypatch, capsys) -> N
     assert 'Install it: pip install "onestage[tune]"' in capsys.readouterr().err
 
 
+def test_folder_that_cannot_be_made_is_one_message(tmp_path, capsys) -> None:
+    pytest.importorskip("optuna")
+    (tmp_path / "file").touch()
+    assert run("tune", "--config", "shapes_ssd", "--search", "a=1:2", "--folder", str(tmp_path / "file")) == 2
+    assert "cannot hold a study: [Errno 17] File exists" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_search_continues_a_cut_trial_and_ends_with_the_best_command(drawn, tmp_path, monkeypatch, capfd) -> None:
     optuna = pytest.importorskip("optuna")
@@ -49,8 +56,9 @@ def test_search_continues_a_cut_trial_and_ends_with_the_best_command(drawn, tmp_
     assert run(*words, "1", "--search", "model.optimizer.learning=1:2") == 2
     assert "unknown key --model.optimizer.learning" in capfd.readouterr().err
     search = ["--search", "model.optimizer.init_args.lr=1e-4:1e-2:log", "model.loss_weights.box=0.5,1"]
-    assert run(*words, "1", *search) == 0  # the key was corrected before any trial succeeded
-    study = optuna.load_study(study_name="onestage", storage="sqlite:///found/study.db")
+    assert run(*words, "1", *search) == 0  # another search is another study
+    (name,) = (name for name in optuna.get_all_study_names("sqlite:///found/study.db") if "loss_weights" in name)
+    study = optuna.load_study(study_name=name, storage="sqlite:///found/study.db")
     study.ask(study.trials[0].distributions)  # as a kill leaves it
     assert run(*words, "2", *search) == 0
     lines = capfd.readouterr().out.splitlines()
@@ -61,5 +69,3 @@ def test_search_continues_a_cut_trial_and_ends_with_the_best_command(drawn, tmp_
     assert lines[-2].startswith(f"best: trial_{best['trial']}, ")
     assert lines[-1].startswith("onestage fit --config shapes_ssd --data.source.path=")
     assert f"--model.optimizer.init_args.lr={best['model.optimizer.init_args.lr']}" in lines[-1]
-    assert run(*words, "1", "--search", "model.loss_weights.box=0.1:1") == 2
-    assert "holds another search" in capfd.readouterr().err

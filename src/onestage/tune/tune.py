@@ -15,11 +15,10 @@ import yaml
 from onestage.errors import ConfigError, DataError, NonFiniteError, ResourceError, missing_package, require
 from onestage.files import atomic_write
 
-STUDY, STUDY_FILE, TABLE_FILE = "onestage", "study.db", "trials.csv"
+STUDY_FILE, TABLE_FILE = "study.db", "trials.csv"
 FAILED = (ResourceError.exit_code, NonFiniteError.exit_code)  # may be the fault of the values: the search continues
 NUMBER = r"([+-]?\d*\.?\d+(?:e[+-]?\d+)?)"
 RANGE = re.compile(rf"{NUMBER}:{NUMBER}(:log)?")
-STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def tune(
@@ -53,17 +52,18 @@ def tune(
         raise missing_package("tune", "onestage[tune]") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = {key: getattr(optuna.distributions, kind)(**limits) for key, (kind, limits) in choices.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    storage, state = f"sqlite:///{(folder / STUDY_FILE).absolute()}", optuna.trial.TrialState
-    study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True, direction="maximize")
-    asked, known = [*given, *search], study.user_attrs.get("asked")
-    if known not in (None, asked):
-        if study.get_trials(states=[state.COMPLETE]):
-            problem = f"tune: {folder} holds another search: {shlex.join(known)}"
-            raise ConfigError(f"{problem}\nRepeat its options, or give another --folder.")
-        optuna.delete_study(study_name=STUDY, storage=storage)  # of a mistake, corrected now
-        study = optuna.create_study(storage=storage, study_name=STUDY, direction="maximize")
-    study.set_user_attr("asked", asked)
+    state = optuna.trial.TrialState
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        study = optuna.create_study(
+            storage=f"sqlite:///{(folder / STUDY_FILE).absolute()}",
+            study_name=shlex.join([*given, "--search", *search]),  # another search in this folder is another study
+            load_if_exists=True,
+            direction="maximize",
+        )
+    except Exception as error:  # of the file system or of SQLAlchemy
+        problem = f"tune: {folder} cannot hold a study: {str(error).partition(chr(10))[0]}"
+        raise ConfigError(f"{problem}\nGive another --folder.") from error
     while len(study.get_trials(states=[state.COMPLETE, state.FAIL])) < trials:
         # Seeded by the number of trials: with one seed a continued search would repeat its first values.
         study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
@@ -76,9 +76,8 @@ def tune(
             return code
         else:
             study.tell(trial.number, _result(folder / name))
-        print(
-            f"{name}: {'failed' if code else f'{study.trials[trial.number].value:.4f}'} {' '.join(options)}", flush=True
-        )
+        value = study.trials[trial.number].value
+        print(f"{name}: {'failed' if value is None else f'{value:.4f}'} {' '.join(options)}", flush=True)
         _write_table(folder / TABLE_FILE, study.trials)
     if not study.get_trials(states=[state.COMPLETE]):
         raise ConfigError(f"tune: none of {trials} trials succeeded.\nThe reasons: {folder}/trial_*.log")
@@ -120,15 +119,16 @@ def options_of(values: dict[str, Any]) -> list[str]:
 def _fit(words: list[str], folder: Path, name: str) -> int:
     """Run a trial, or continue it, and return its exit code; its output goes to <name>.log."""
     words = [*words, f"--runs_dir={folder}", f"--experiment={name}", "--resume=auto"]
-    log, before = folder / f"{name}.log", [signal.getsignal(each) for each in STOPS]
+    log = folder / f"{name}.log"
     with log.open("a", encoding="utf-8") as output:
         fit = subprocess.Popen([sys.executable, "-m", "onestage.cli", "fit", *words], stdout=output, stderr=output)
         # `fit` saves and ends, then this process ends with its code. Ctrl-C reaches both.
-        signal.signal(signal.SIGINT, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_: fit.terminate())
+        before = (
+            signal.signal(signal.SIGINT, lambda *_: None),
+            signal.signal(signal.SIGTERM, lambda *_: fit.terminate()),
+        )
         code = fit.wait()
-    for each, handler in zip(STOPS, before, strict=True):
-        signal.signal(each, handler)
+        signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
     if code:
         print(log.read_text(encoding="utf-8", errors="replace").rpartition("error: ")[2].strip(), file=sys.stderr)
     return code if code >= 0 else 128 - code
