@@ -81,6 +81,7 @@ def test_home_folder_is_the_same_to_every_part(tmp_path: Path, monkeypatch: pyte
     assert {source.path for source in [*sources, recognise("~/mine")]} == {tmp_path / "mine"}
     data = DetectionDataModule(path="~/mine", predict_dir="~/mine/val", image_size=64)
     assert (len(data.annotations("train")), len(data.annotations("predict"))) == (4, 4)
+    assert data.predicted_root == tmp_path / "mine" / "val"
     assert data.source is data.source  # recognised once
     source = COCO("~/mine", train="~/mine/annotations/instances_val.json", train_images="~/mine/val")
     assert len(source.read("train")) == 4

@@ -125,7 +125,7 @@ class DetectionDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.num_folds = num_folds
         self.fold = fold
-        self.predict_dir = predict_dir
+        self.predict_dir = as_path(predict_dir) if predict_dir is not None else None
         self._class_names = class_names
         self._category_ids = category_ids
         self._require_valid_settings(image_size)
@@ -228,7 +228,7 @@ class DetectionDataModule(LightningDataModule):
     @property
     def predicted_root(self) -> Path:
         """The folder of `predict_dir`, or else of the data set: results name its images relative to it."""
-        given = Path(self.predict_dir) if self.predict_dir is not None else self.source.path
+        given = self.predict_dir or self.source.path
         return given if given.is_dir() else given.parent
 
     # Loaders
@@ -329,7 +329,7 @@ class DetectionDataModule(LightningDataModule):
 
     def _read(self, stage: Stage) -> AnnotationSet:
         if stage == "predict":
-            return list_images(as_path(str(self.predict_dir)), self.class_names, self.category_ids)
+            return list_images(Path(str(self.predict_dir)), self.class_names, self.category_ids)
         if stage != "test" and self._is_divided:
             return self._parts[stage == "val"]
         if stage == "train":
