@@ -35,7 +35,7 @@ SHAPES = [
     Model("SSD128", "shapes_ssd.yaml", 6, (128, 128), ""),
     Model("SSD160", "shapes_ssd160.yaml", 6, (160, 160), ""),
     Model("RetinaNet, small", "shapes_retinanet.yaml", 6, (128, 128), ""),
-    Model("YOLOv3, narrow", "shapes_yolo.yaml", 6, (128, 128), ""),
+    Model("YOLOv3, small", "shapes_yolo.yaml", 6, (128, 128), ""),
 ]
 PUBLISHED = [
     Model("SSD300", "voc_ssd300.yaml", 20, (300, 300), "VOC07 77.2"),
