@@ -97,6 +97,10 @@ def in_archive(write: Callable[[Path], None]) -> Callable[[Path], None]:
     return write_below
 
 
+def in_folder(name: str, write: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda root: write(root / name)
+
+
 def voc_datumaro(root: Path) -> None:
     voc_folder(root, default="a b c", dog_default="a")
     for folder, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
@@ -356,6 +360,13 @@ CASES = {
     "YOLO: folders of splits": Case(yolo("images/train", "images/val"), "YOLO", PAIR),
     "YOLO: folders named as COCO's": Case(yolo("images/train2017", "images/val2017"), "YOLO", PAIR),
     "YOLO: Roboflow": Case(yolo("train/images", "valid/images", yaml=YAML), "YOLO", PAIR),
+    "YOLO: Roboflow, in a folder of an archive": Case(
+        in_archive(yolo("train/images", "valid/images", yaml=YAML)), "YOLO", PAIR
+    ),
+    "YOLO: other words for the splits": Case(
+        yolo("Training/images", "dev/images", "holdout/images"), "YOLO", {**PAIR, "test": 3}
+    ),
+    "YOLO: darknet's own folder": Case(in_folder("data", yolo_cvat), "YOLO", {"train": 3, "val": 1}),
     "YOLO: Roboflow for darknet": Case(yolo_beside("train", "valid"), "YOLO", PAIR),
     "YOLO: LabelImg": Case(yolo_beside("images/train", "images/val"), "YOLO", PAIR),
     "YOLO: capitals of Windows": Case(yolo_in_capitals, "YOLO", PAIR),

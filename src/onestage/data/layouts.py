@@ -16,7 +16,7 @@ from onestage.data.coco import COCO, EXPORT, list_annotation_files, split_name
 from onestage.data.folder import find_images
 from onestage.data.source import Source, Split as Role, role_of
 from onestage.data.voc import IMAGE_FOLDERS, VOC, XML_FOLDERS, find_list_files, find_lists
-from onestage.data.yolo import DARKNET_FILE, YOLO, has_labels, has_settings
+from onestage.data.yolo import DARKNET_FILE, LABEL_FOLDERS, YOLO, has_labels, has_settings
 from onestage.errors import DataError
 from onestage.files import as_path, is_hidden, only_folder, printable, read_text
 from onestage.types import AnnotationSet, Finding
@@ -68,7 +68,7 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
         (has_settings, YOLO),
         (find_lists, VOC),
         (list_annotation_files, partial(COCO, train_images=images, val_images=images, test_images=images)),
-        (has_labels, YOLO),
+        (lambda folder: not _is_wrapped(folder) and has_labels(folder), YOLO),
     )
     for is_found, source in recognisers:
         if is_found(path):
@@ -88,6 +88,12 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
     seen = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4)) or "nothing"
     problem = f"is no data set that is known here; it holds {seen}{_what_it_holds(path)}"
     raise DataError(f"{printable(path)}: {problem}.\n{_folder_to_give(path)}{KNOWN}.")
+
+
+def _is_wrapped(path: Path) -> bool:
+    """Tell whether all that a folder holds is the folder of a data set, not of a split or of images."""
+    folder = only_folder(path)
+    return folder is not None and not role_of(folder.name) and folder.name not in LABEL_FOLDERS
 
 
 def _folder_to_give(path: Path) -> str:

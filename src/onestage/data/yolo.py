@@ -68,7 +68,8 @@ class YOLO(Source):
         """The splits that data.yaml names or whose folders exist."""
         try:
             splits = [split for split, name in self._names.items() if find_entries(self._settings, name)]
-            is_there = any(find_below(self._settings.root, entry) for entry in self._settings.entries.get("test", "."))
+            test = find_entries(self._settings, self._names["test"])
+            is_there = any(entry == "." or find_below(self._settings.root, entry) for entry in test)
             return tuple(split for split in splits if split != "test" or is_there)  # Roboflow always names one
         except AnnotationError:  # `read` reports it
             return ("train",)
