@@ -1,9 +1,11 @@
 """The page of `onestage demo` detects what `predict` detects."""
 
 import io
+import sys
 import threading
+from pathlib import Path
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from PIL import Image
 from tiny_training import TinyDetector
 
 from onestage.data import DetectionDataModule
-from onestage.deploy.demo import make_server
+from onestage.deploy.demo import demo, make_app, open_port
 from onestage.deploy.predictor import Predictor
 from onestage.errors import ConfigError
 from onestage.evaluation.drawing import JPEG_QUALITY
@@ -28,10 +30,14 @@ def model() -> Predictor:
 
 @pytest.fixture(scope="module")
 def address(model):
-    with make_server(model, 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://{server.server_address[0]}:{server.server_port}"
-        server.shutdown()
+    uvicorn = pytest.importorskip("uvicorn", reason="pip install 'onestage[demo]'")
+    with open_port(0) as listener:
+        server = uvicorn.Server(uvicorn.Config(make_app(model), log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        yield "http://{}:{}".format(*listener.getsockname())
+        server.should_exit = True
+        thread.join()
 
 
 def test_image_comes_back_with_the_detections_of_predict_drawn(model, address) -> None:
@@ -65,7 +71,20 @@ def test_bad_request_is_answered_with_its_reason(address, path, data, code, mess
     assert message in answer.value.read().decode()
 
 
+def test_name_of_another_site_is_refused(address) -> None:
+    with pytest.raises(HTTPError) as answer:
+        urlopen(Request(address, headers={"Host": "elsewhere.example"}))
+    assert answer.value.code == 400
+
+
 @pytest.mark.parametrize("port", [None, 70000])
-def test_port_in_use_or_out_of_range_ends_with_one_message(model, address, port) -> None:
-    with pytest.raises(ConfigError, match=r"port \d+ cannot be used: .*\nGive another --port"):
-        make_server(model, port or int(address.rpartition(":")[2]))
+def test_port_in_use_or_out_of_range_ends_with_one_message(port) -> None:
+    message = r"port \d+ cannot be used: .*\nGive another --port"
+    with open_port(0) as used, pytest.raises(ConfigError, match=message):
+        open_port(port or used.getsockname()[1])
+
+
+def test_missing_package_is_named_with_its_command(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ConfigError, match=r'pip install "onestage\[demo\]"'):
+        demo(ckpt_path=Path("best.ckpt"))
