@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -436,7 +436,8 @@ def _floats(lists: list[Any], length: int) -> npt.NDArray[np.float64]:
     """Return [T, length] of T lists of numbers; NaN for anything else."""
     nothing = [np.nan] * length
     rows = [row if isinstance(row, list) and len(row) == length else nothing for row in lists]
-    rows = [row if {int, float}.issuperset(map(type, row)) else list(map(to_number, row)) for row in rows]
+    if not {int, float}.issuperset(map(type, chain.from_iterable(rows))):
+        rows = [list(map(to_number, row)) for row in rows]
     try:
         return np.array(rows, dtype=np.float64).reshape(-1, length)
     except OverflowError:  # an integer of hundreds of digits
