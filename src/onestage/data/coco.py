@@ -15,15 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 import onestage.data.annotations as rules
-from onestage.data.annotations import (
-    OTHER_KINDS,
-    ImageColumns,
-    ObjectColumns,
-    build_annotation_set,
-    count_findings,
-    kind_of,
-    malformed,
-)
+from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set, count_findings, malformed
 from onestage.data.source import Source, Split, role_of
 from onestage.errors import AnnotationError
 from onestage.files import (
@@ -255,10 +247,10 @@ def _parse_json(source: str, content: bytes, hook: Any) -> JSONDict:
         is_cut = text and ("Unterminated" in str(reason) or len(text) - place < 16)
         problem = f"is not JSON: {reason}{'; the file ends there, so it was cut off' if is_cut else ''}"
         raise malformed(source, problem, FRESH_COPY) from None
-    kind = kind_of(parsed)
+    kind = rules.kind_of(parsed)
     if not isinstance(parsed, dict):
         problem = f"the top level is a {type(parsed).__name__}{f', as in {kind}' * bool(kind)}"
-        remedy = OTHER_PATH if kind in ("", OTHER_KINDS["image_id"]) else EXPORT
+        remedy = OTHER_PATH if kind in ("", rules.OTHER_KINDS["image_id"]) else EXPORT
         raise malformed(source, f"{problem}; it must be an object with {', '.join(TABLES)}", remedy)
     if kind and not parsed.keys() & {*TABLES}:
         raise malformed(source, f"is not COCO JSON, it looks like {kind}", EXPORT)
