@@ -607,6 +607,14 @@ def test_names_of_classes_that_nothing_names_are_numbered(tmp_path: Path) -> Non
         recognise(tmp_path)
 
 
+def test_settings_that_name_no_split_are_refused_with_the_key(tmp_path: Path) -> None:
+    yolo("images")(tmp_path)
+    (tmp_path / "data.yaml").write_text("trani: images/train\nnames: [cat]\n")
+    for path in (tmp_path, tmp_path / "data.yaml"):
+        with pytest.raises(DataError, match=r"data\.yaml: has no split 'train'.*\nName its images with train:"):
+            find_splits([path])
+
+
 def test_split_that_cannot_be_read_becomes_a_finding(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text("train: images/gone\nnames: [cat]\n")
     (split,) = read_splits(find_splits([tmp_path]))

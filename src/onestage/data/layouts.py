@@ -55,7 +55,10 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
     """
     path, images = as_path(path), image_root and as_path(image_root).absolute()
     if path.suffix.lower() in (".yaml", ".yml"):
-        return YOLO(path)
+        yolo = YOLO(path)
+        if not yolo.splits:
+            yolo.read("train")  # says which key is missing
+        return yolo
     if path.suffix.lower() == ".json":
         return COCO(path, train_images=images)
     if path.name == DARKNET_FILE and path.is_file():
@@ -76,6 +79,8 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
             if not found.splits:
                 problem, remedy = "holds annotations, but no images", "Put the images there, as they were exported."
                 if next(iter(find_images(path)), None):
+                    if isinstance(found, YOLO):
+                        found.read("train")  # as above
                     kind = _what_it_holds(path)
                     problem = f"no file says by its name which split it is{kind}"
                     is_foreign = kind and "COCO" not in kind
