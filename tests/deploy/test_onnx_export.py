@@ -56,8 +56,12 @@ def test_missing_package_is_one_message_with_the_extra(monkeypatch) -> None:
 def predictor_of(detector: Detector, resize: Resize) -> Predictor:
     """Return a model with random weights whose scores are far apart: equal ones would be chosen by rounding."""
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (1, 3, *resize.canvases[0]), dtype=torch.uint8)
+    images = torch.randint(0, 256, (4, 3, *resize.canvases[0]), dtype=torch.uint8)
+    for layer in detector.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = None  # the statistics of the first batch
     with torch.no_grad():
+        detector.train()(images)
         scale = 2 / detector.eval()(images).class_logits.std()
         for name, weights in detector.named_parameters():
             weights.mul_(scale if CLASS_OUTPUT.fullmatch(name) and weights.ndim > 1 else 1)
@@ -120,7 +124,7 @@ def test_command_writes_a_file_that_the_code_of_the_docs_reads(trained, drawn, t
     checkpoint = trained / "checkpoints" / "best.ckpt"
     assert run("export", "--ckpt_path", str(checkpoint), "--format", "onnx", "--output", str(tmp_path)) == 0
     assert re.search(r"exported: .*model\.onnx\ncompared with torch: \d+ detections", capsys.readouterr().out)
-    photo = sorted((drawn / "val").glob("*"))[0]
+    photo = sorted(drawn.glob("JPEGImages/*.jpg"))[0]
     shutil.copy(photo, tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     page = (REPOSITORY / "docs" / "deploy.md").read_text(encoding="utf-8")

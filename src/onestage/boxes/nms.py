@@ -53,7 +53,7 @@ def select_detections(boxes: Tensor, scores: Tensor, level_sizes: Sequence[int],
     boxes = boxes.gather(1, anchors[..., None].expand(-1, -1, 4))  # [B, N, 4]
     is_kept = is_candidate & survives(boxes, labels, is_candidate, nms_threshold)
 
-    order = (~is_kept).to(torch.int8).sort(dim=1, stable=True).indices[:, :max_detections]  # survivors first
+    order = (~is_kept).int().sort(dim=1, stable=True).indices[:, :max_detections]  # survivors first
     is_kept, best, labels = (values.gather(1, order) for values in (is_kept, best, labels))
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     missing = max_detections - order.shape[1]
