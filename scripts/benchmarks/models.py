@@ -36,6 +36,7 @@ SHAPES = [
     Model("SSD160", "shapes_ssd160.yaml", 6, (160, 160), ""),
     Model("RetinaNet, small", "shapes_retinanet.yaml", 6, (128, 128), ""),
     Model("YOLOv3, small", "shapes_yolo.yaml", 6, (128, 128), ""),
+    Model("YOLOv2, small", "shapes_yolov2.yaml", 6, (128, 128), ""),
 ]
 PUBLISHED = [
     Model("SSD300", "voc_ssd300.yaml", 20, (300, 300), "VOC07 77.2"),
