@@ -24,7 +24,7 @@ from onestage.cli.signature import command_parser
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "SECURITY.md"]
 GROUPS = "data|model|trainer|ema|guard|best_checkpoint|last_checkpoint"
-FILE = r"(?:md|json|ya?ml|safetensors|html|v2)\b"
+FILE = r"(?:md|json|ya?ml|safetensors|onnx|html|v2)\b"
 VALUE = r"(?:{separator}(none|auto|null|true|false|-?[\d.]*\d)(?![\w-]))?"
 OPTION = re.compile(r"(?<![\w-])--([a-z][\w-]*(?:\.[a-z]\w*)*)" + VALUE.format(separator="[ =]"))
 DOTTED = rf"(?<![\w./-])((?:{GROUPS})\.(?!{FILE})[a-z]\w*(?:\.\w+)*)(?![\w*{{(])"
@@ -32,15 +32,16 @@ KEY = re.compile(DOTTED + VALUE.format(separator=": "))
 COMMAND = re.compile(r"(?<!of )(?<!from )(?<![.\w/-])onestage ([a-z]\w*)")
 CLASS = re.compile(r"(?<![\w.])(onestage(?:\.[a-z]\w*)+\.[A-Z]\w*)")
 TARGET = re.compile(r"(?:`|: |^|, )make ([a-z][a-z-]*)", re.MULTILINE)
-FOREIGN = {  # options of Docker, torchrun and SLURM
+FOREIGN = {  # options of Docker, torchrun, SLURM, MLflow and pip
     "shm-size", "init", "stop-timeout", "nnodes", "nproc_per_node", "standalone", "rdzv_backend", "rdzv_endpoint",
-    "signal", "nodes", "gpus-per-node", "ntasks-per-node", "cpus-per-task", "requeue",
+    "signal", "nodes", "gpus-per-node", "ntasks-per-node", "cpus-per-task", "requeue", "backend-store-uri", "upgrade",
 }  # fmt: skip
 ELSEWHERE = {
     *("debug", "version", "help", "print_config"),  # of every command
     "trainer.max_epoch",  # the README shows the answer to it
     "model.module.detector",  # in Python
     "data.num_classes",  # a link: counted in the annotations
+    "logger",  # of a parser that builds the loggers
     *("best_checkpoint.filename", "best_checkpoint.save_last"),  # without the add-on reliability
 }
 UNKNOWN = ("unrecognized arguments", "is not accepted", "is not expected", "instantiatable class", "a subclass of")
@@ -111,7 +112,9 @@ def classes_with(argument: str) -> list[str]:
     """Return the public classes that take an argument."""
     packages = (onestage.data, onestage.losses, onestage.models)
     found = {f"{package.__name__}.{name}": getattr(package, name) for package in packages for name in package.__all__}
-    found["torch.optim.AdamW"] = import_module("torch.optim").AdamW
+    libraries = {"torch.optim": ("AdamW",), "lightning.pytorch.loggers": ("MLFlowLogger", "CometLogger")}
+    for module, names in libraries.items():
+        found |= {f"{module}.{name}": getattr(import_module(module), name) for name in names}
     classes = {name: kind for name, kind in found.items() if inspect.isclass(kind) and not inspect.isabstract(kind)}
     return [name for name, kind in classes.items() if argument in inspect.signature(kind).parameters]
 

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -168,7 +169,8 @@ def test_thresholds_out_of_order_are_refused(positive, negative) -> None:
 
 
 PEAK = """
-import resource, torch
+import torch
+from peak_memory import peak_bytes
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes, pyramid_shapes
 from onestage.boxes.matchers import IoUMatcher, assign
 from onestage.boxes.point_matchers import ATSSMatcher, PointMatcher
@@ -177,9 +179,9 @@ levels = [AnchorShapes(s, pyramid_shapes(4 * s) if {nine} else ((8 * s, 8 * s),)
 anchors = AnchorGrid(levels)([(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)])
 low = torch.rand({num_images}, 96, 2) * 600
 targets = Targets(torch.cat([low, low + 10 + torch.rand({num_images}, 96, 2) * 200], -1), torch.zeros({num_images}, 96).long())
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
 assign({matcher}, targets, anchors)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak_bytes() - before)
 """  # noqa: E501
 
 
@@ -187,5 +189,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 @pytest.mark.parametrize("matcher", ["IoUMatcher(0.5, 0.4, 'ties')", "PointMatcher()", "ATSSMatcher()"])
 def test_matching_16_images_of_800_x_1344_px_and_96_objects_takes_less_than_a_gigabyte(matcher) -> None:
     child = PEAK.format(matcher=matcher, nine=matcher.startswith("IoU"), num_images=16)
-    peak = int(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-c", child]
+    peak = int(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout)
     assert 10e6 < peak < 1e9

@@ -1,13 +1,12 @@
 """Mutates a good sample of each format and reads it; run by test_fuzz.py in a process of its own.
 
-usage: python fuzz_child.py FOLDER NUM_MUTATIONS SEED
+usage: PYTHONPATH=tests/support python fuzz_child.py FOLDER NUM_MUTATIONS SEED
 """
 
 import faulthandler
 import itertools
 import json
 import random
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import PIL.Image
+from peak_memory import peak_bytes
 
 from onestage.convert.conversion import convert_splits
 from onestage.data.coco import parse_coco
@@ -132,15 +132,6 @@ def main(folder: Path, num_mutations: int, seed: int) -> None:
         file.write_bytes(good)
         report[name] = {"slowest": slowest, "noticed": num_noticed}
     print(json.dumps({"peak_bytes": peak_bytes(), "formats": report}))
-
-
-def peak_bytes() -> int:
-    """The most memory of this process; on Linux not ru_maxrss, which a child inherits from the process that forks."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":
