@@ -33,9 +33,9 @@ def train(runs: Path, config: str, **options: object) -> Path:
 
 
 def test_small_model_overfits_eight_photographs(tmp_path):
-    data = {"data.train_transforms": "[]", "data.image_size": 160, "data.batch_size": 8}
+    data = {"data.train_transforms": "[]", "data.batch_size": 8}
     intervals = {"trainer.check_val_every_n_epoch": 100, "last_checkpoint.every_n_epochs": 400}
-    folder = train(tmp_path / "runs", "shapes_ssd.yaml", **data, **intervals, **{"trainer.max_epochs": 400})
+    folder = train(tmp_path / "runs", "shapes_ssd160.yaml", **data, **intervals, **{"trainer.max_epochs": 400})
     assert json.loads((folder / "results.json").read_text())["metrics"]["AP50"] > 0.9
 
 
