@@ -1,6 +1,7 @@
 """COCOeval's tables of precision and recall, from any of three packages that give equal numbers."""
 
 import gc
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal, get_args
@@ -24,9 +25,18 @@ NUM_IOUS, NUM_AREAS, NUM_LIMITS = 10, 4, 3  # limits: 1, 10, 100 detections of a
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101).tolist()
 
 
+_hotcoco_processes = set[int]()  # that have started hotcoco's threads, or were forked from one of them
+
+
 def choose_backend(backend: Backend = "auto") -> Package:
-    """Return the package to use; auto: the first of BACKENDS that is installed."""
-    return backend if backend != "auto" else next(name for name in BACKENDS if find_spec(name))
+    """Return the package to use; auto: the first of BACKENDS that is installed.
+
+    Not hotcoco in a process that was forked after an evaluation: it would wait for ever for the threads of its parent.
+    """
+    if backend == "faster_coco_eval" or backend == "pycocotools":
+        return backend
+    is_forked = bool(_hotcoco_processes - {os.getpid()})
+    return next(name for name in BACKENDS[is_forked:] if backend == name or find_spec(name))
 
 
 def precision_recall_tables(
@@ -53,6 +63,7 @@ def precision_recall_tables(
 def _with_hotcoco(found: Found, objects: Objects, num_images: int, num_classes: int) -> tuple[Table, Table]:
     from hotcoco import COCO, COCOeval
 
+    _hotcoco_processes.add(os.getpid())
     images = [{"id": image} for image in range(num_images)]
     categories = [{"id": label, "name": str(label)} for label in range(num_classes)]
     boxes = _xywh(objects.boxes)
