@@ -244,7 +244,9 @@ def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 
 def _source_of(module: str) -> Path | None:
     package, *parts = module.split(".")
-    spec = find_spec(package) if package else None  # of a package without a dot, which is found and not imported
+    spec = None
+    with suppress(ValueError):  # no name; or a script, which has no spec
+        spec = find_spec(package)  # of a package without a dot, which is found and not imported
     folders = spec.submodule_search_locations if spec is not None else None
     places = [Path(folder).joinpath(*parts) for folder in folders or ()]
     places += [Path(spec.origin).with_suffix("")] if spec is not None and spec.origin and not folders else []
