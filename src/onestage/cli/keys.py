@@ -207,9 +207,8 @@ def _method(path: str, function: str) -> tuple[ast.ClassDef, ast.FunctionDef] | 
     if owner is None:
         return None
     module, node = owner
-    methods = (entry for entry in node.body if isinstance(entry, ast.FunctionDef) and entry.name == function)
-    if method := next(methods, None):
-        return node, method
+    if methods := [entry for entry in node.body if isinstance(entry, ast.FunctionDef) and entry.name == function]:
+        return node, methods[-1]  # the others are overloads
     bases = [f"{module}.{ast.unparse(base)}" for base in node.bases if not node.decorator_list]
     return next((found for base in bases if (found := _method(base, function))), None)
 
