@@ -74,13 +74,6 @@ def test_predicted_box_near_an_object_is_ignored_and_one_inside_a_region() -> No
     assert labels.tolist() == [[0, IGNORE, BACKGROUND, BACKGROUND, IGNORE, *[BACKGROUND] * 4]]
 
 
-def test_batch_without_objects_is_background() -> None:
-    empty = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64))
-    boxes = Predicted(torch.zeros(2, 9, 4), torch.zeros(2, 9, 2))
-    assert (assign(CellMatcher(), empty, ANCHORS, boxes)[0] == BACKGROUND).all()
-    assert CellMatcher().best_anchors(empty, ANCHORS).shape == (2, 0)
-
-
 def test_threshold_outside_the_range_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"CellMatcher: ignore_iou must be in \[0, 1\], got 1.5"):
         CellMatcher(1.5)

@@ -34,12 +34,6 @@ def test_iou_at_the_threshold_is_kept_and_score_at_the_threshold_is_not() -> Non
     assert select(boxes, scores, nms_threshold=0.49, score_threshold=0.2).scores[0, :3].tolist() == [0.75, 0.25, 0.0]
 
 
-def test_candidates_per_class_are_cut_before_suppression() -> None:
-    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 10], [50, 0, 60, 10]]])
-    found = select(boxes, torch.tensor([[[0.9], [0.8], [0.7]]]), candidates_per_class=2, max_detections=3)
-    assert_close(found.scores, torch.tensor([[0.9, 0.0, 0.0]]))  # 0.8 took the second place, then was suppressed
-
-
 def test_equal_scores_are_ordered_by_label_then_anchor() -> None:
     boxes = torch.tensor([[[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]]])
     found = select(boxes, torch.full((1, 3, 2), 0.5), max_detections=4)

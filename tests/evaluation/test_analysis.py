@@ -5,7 +5,6 @@ import pytest
 from evaluation_data import annotation_set, coco_numbers, coco_objects, detections, flat, random_evaluation
 
 from onestage.evaluation.analysis import analyse
-from onestage.evaluation.matching import match, overlapping_pairs
 
 ARGSORT = np.argsort
 HERE, THERE, NOWHERE = [0.0, 0.0, 100.0, 100.0], [200.0, 200.0, 300.0, 300.0], [400.0, 400.0, 500.0, 500.0]
@@ -58,19 +57,6 @@ def test_confusion_matrix_equals_a_second_implementation(seed):
     result = analysis(annotations, found)
     theirs = evaluation.confusion_matrix(iou_thr=0.5, max_det=1000, min_score=result.score_threshold)
     assert result.confusion == np.asarray(theirs["matrix"]).tolist()
-
-
-def test_threshold_is_the_best_of_all_scores():
-    annotations, found = random_evaluation(2, num_images=4, num_detections=8, crowd_rate=0.0)
-    best = analysis(annotations, found).overall.best
-    table, objects = flat(annotations, found)
-    correct = match(table, objects, overlapping_pairs(table, objects)).objects >= 0
-    f1 = {}
-    for threshold in np.unique(table.scores):
-        shown = table.scores >= threshold
-        f1[float(threshold)] = 2 * np.sum(correct & shown) / (np.sum(shown) + len(objects.labels))
-    assert best.f1 == pytest.approx(max(f1.values()))
-    assert f1[best.threshold] == pytest.approx(best.f1)
 
 
 def test_evaluation_without_objects_or_detections_has_no_threshold():

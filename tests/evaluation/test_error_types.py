@@ -31,13 +31,6 @@ def test_wrong_detection_before_the_right_one_costs_its_type(box, label, kind, g
     assert errors(annotations, found) == {**dict.fromkeys(ERROR_TYPES, 0.0), kind: pytest.approx(gain)}
 
 
-def test_duplicate_before_another_object_costs_precision():
-    annotations = annotation_set([[HERE, THERE]], [[0, 0]])
-    found = detections([[HERE, HERE, THERE]], [[0.9, 0.8, 0.7]], [[0, 0, 0]])
-    # Precision 1 up to recall 0.50 (51 points), 2/3 for the other 50.
-    assert errors(annotations, found)["duplicate"] == pytest.approx(50 / 3 / 101)
-
-
 def test_shifted_box_and_wrong_class_are_corrected_and_their_objects_are_not_missed():
     annotations = annotation_set([[HERE, THERE], [HERE]], [[0, 1], [1]])
     found = detections([[SHIFTED, THERE], []], [[0.9, 0.8], []], [[0, 0], []])

@@ -14,33 +14,6 @@ def matched(boxes, labels, found, scores, found_labels, same_class=True, **flags
     return result.objects.tolist(), result.is_ignored.tolist()
 
 
-def test_best_detection_takes_the_object_and_the_next_takes_none():
-    # NEAR has the better score and IoU 0.8; HERE fits exactly, but the object is taken.
-    # The evaluator sorts by score: NEAR is the first detection.
-    assert matched([[HERE]], [[0]], [[HERE, NEAR]], [[0.8, 0.9]], [[0, 0]]) == ([0, -1], [False, False])
-
-
-def test_detection_takes_its_second_best_object_if_the_best_is_taken():
-    # IoU of HERE and NEAR is 0.8: the second detection, equal to the first, gets NEAR.
-    assert matched([[HERE, NEAR]], [[0, 0]], [[HERE, HERE]], [[0.9, 0.8]], [[0, 0]])[0] == [0, 1]
-
-
-def test_classes_match_each_other_only_on_request():
-    case = ([[HERE]], [[0]], [[HERE]], [[0.9]], [[1]])
-    assert matched(*case)[0] == [-1]
-    assert matched(*case, same_class=False)[0] == [0]
-
-
-def test_object_of_another_image_is_never_matched():
-    assert matched([[HERE], []], [[0], []], [[], [HERE]], [[], [0.9]], [[], [0]])[0] == [-1]
-
-
-def test_ignored_object_takes_any_number_of_detections_inside_it():
-    part = [10.0, 10.0, 20.0, 20.0]  # IoU 0.01, but inside: COCO's overlap with a crowd is 1
-    result = matched([[HERE]], [[0]], [[part, part]], [[0.9, 0.8]], [[0, 0]], crowds=[[1]])
-    assert result == ([-1, -1], [True, True])
-
-
 def test_pairs_have_hand_computed_overlaps_in_any_chunks(monkeypatch):
     found, objects = flat(
         annotation_set([[HERE], [HERE, NEAR]], [[0], [0, 1]]),

@@ -15,11 +15,6 @@ def curve(*correct, num_objects, scores=None):
 FOUR = curve(1, 0, 1, 0, num_objects=3)
 
 
-def test_four_detections_give_hand_computed_precision_and_recall():
-    assert FOUR.precision.tolist() == pytest.approx([1, 1 / 2, 2 / 3, 1 / 2])
-    assert FOUR.recall.tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3])
-
-
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [

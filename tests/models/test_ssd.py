@@ -4,7 +4,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.testing import assert_close
 
 import onestage.losses
@@ -19,7 +18,7 @@ from onestage.losses import (
     SoftmaxFocalLoss,
 )
 from onestage.models import SSD160, SSD300, SSD512, TorchvisionBackbone
-from onestage.types import IGNORE, PADDING, Detector, Predictions, Targets
+from onestage.types import IGNORE, PADDING, Predictions, Targets
 
 
 def concrete(parent: type) -> list[type]:
@@ -158,18 +157,6 @@ def test_padding_does_not_change_the_loss_and_a_crowd_ignores_its_anchors() -> N
     assert total_of(detector.loss(predictions, crowd)) == 0
 
 
-def test_bfloat16_autocast_gives_float32_predictions_losses_and_detections() -> None:
-    detector = SSD160(num_classes=3).to(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
-        predictions = detector(images_of(2).contiguous(memory_format=torch.channels_last))
-        losses = detector.loss(predictions, two_objects(2))
-        detections = detector.detect(predictions)
-    tensors = (*predictions[:2], total_of(losses), detections.boxes)
-    assert {tensor.dtype for tensor in tensors} == {torch.float32}
-    total_of(losses).backward()
-    assert all(p.grad.isfinite().all() for p in detector.parameters())
-
-
 LOSSES = [
     pytest.param(loss, marks=[] if loss in (SigmoidFocalLoss, SmoothL1Loss) else pytest.mark.slow)
     for loss in (*concrete(ClassificationLoss), *concrete(BoxLoss))
@@ -229,19 +216,6 @@ def test_state_dict_holds_weights_alone() -> None:
     assert not [key for key in state if "pixel" in key]
 
 
-def test_positives_are_averaged_over_processes_in_training_only(monkeypatch) -> None:
-    detector = SSD160(num_classes=3)
-    predictions, targets = detector(images_of(1)), two_objects(1)
-    alone = detector.loss(predictions, targets)
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_reduce", lambda count: count.mul_(4))  # the other process has three times as many
-    assert_close(detector.loss(predictions, targets).terms["box"] * 2, alone.terms["box"])
-    monkeypatch.setattr(dist, "all_reduce", lambda count: pytest.fail("a collective call in validation may hang"))
-    with torch.no_grad():
-        assert detector.eval().loss(predictions, targets).terms["box"].isfinite()
-
-
 class Recorder(QualityFocalLoss):
     """Keeps its arguments."""
 
@@ -273,26 +247,6 @@ def test_one_seed_gives_all_but_the_class_head_the_same_weights_for_any_loss() -
     assert all(torch.equal(sigmoid[name], softmax[name]) for name in same)
 
 
-@pytest.mark.slow
-def test_compiling_the_detector_compiles_its_network_and_its_classification_loss() -> None:
-    detector, graphs = SSD160(num_classes=3).eval(), []
-
-    def backend(graph, inputs):
-        graphs.append(len(graph.graph.nodes))
-        return graph.forward
-
-    images, targets = images_of(2), two_objects(2)
-    expected = detector.loss(detector(images), targets)
-    names = list(detector.state_dict())
-    detector.compile(backend=backend, fullgraph=True)
-    predictions = detector(images)
-    assert len(graphs) == 1
-    losses = detector.loss(predictions, targets)
-    assert len(graphs) == 2
-    assert_close(losses, expected)
-    assert list(detector.state_dict()) == names
-
-
 def test_loss_compiles_without_a_graph_break() -> None:
     detector = SSD160(num_classes=3)
     class_logits, box_outputs, anchors, _ = detector(images_of(2))
@@ -302,24 +256,6 @@ def test_loss_compiles_without_a_graph_break() -> None:
 
     arguments = (class_logits.detach().requires_grad_(), box_outputs.detach(), *two_objects(2))
     assert_close(torch.compile(total, fullgraph=True, backend="eager")(*arguments), total(*arguments))
-
-
-class Pipeline(torch.nn.Module):
-    def __init__(self, detector: Detector) -> None:
-        super().__init__()
-        self.detector = detector
-
-    def forward(self, images):
-        return self.detector.detect(self.detector(images))
-
-
-def test_detection_exports_as_one_graph_of_fixed_shapes() -> None:
-    pipeline, images = Pipeline(SSD160(num_classes=3, max_detections=20).eval()), images_of(2)
-    with torch.no_grad():
-        exported = torch.export.export(pipeline, (images,)).module()
-        found, expected = exported(images), pipeline(images)
-    assert_close(tuple(found), tuple(expected), rtol=1e-4, atol=1e-4)
-    assert found[0].shape == (2, 20, 4)
 
 
 @pytest.mark.parametrize(

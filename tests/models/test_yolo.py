@@ -225,8 +225,7 @@ def test_prior_gives_the_first_objectness_and_anchor_losses_are_those_of_objectn
     assert losses.divisor == 2
 
 
-@pytest.mark.parametrize("loss", [SigmoidFocalLoss(), QualityFocalLoss()])
-@pytest.mark.parametrize("kind", ["v2", "v3"])
+@pytest.mark.parametrize(("kind", "loss"), [("v3", SigmoidFocalLoss()), ("v2", QualityFocalLoss())])
 def test_focal_losses_serve_as_objectness(kind, loss) -> None:
     detector, targets = yolo(kind, objectness_loss=loss).train(), some_objects()
     optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)

@@ -56,12 +56,6 @@ def test_few_images_or_small_memories_end_the_search(limit, most, expected):
     assert largest_batch(memory(constant=100, per_image=10)[0], limit, most) == expected
 
 
-@pytest.mark.parametrize("per_image", [3, 7, 50, 111])
-def test_result_fits_and_eight_more_images_would_not(per_image):
-    found = largest_batch(memory(1000, per_image)[0], limit=20_000, max_batch_size=10_000)
-    assert 1000 + per_image * found <= 20_000 < 1000 + per_image * (found + 8)
-
-
 class CrowdedData(TinyData):
     """20 objects in the most crowded image."""
 

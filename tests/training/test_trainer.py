@@ -13,7 +13,6 @@ from onestage.training.module import DetectionModule
 from onestage.training.optimization import WarmupSchedule, scaler_of
 from onestage.training.trainer import DetectionTrainer, check_processes, choose_precision, evaluate_at_least_once
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 OPTIMIZERS = {
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
     "fused SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, fused=True),
