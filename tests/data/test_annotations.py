@@ -1,7 +1,6 @@
 """Boxes that are checked, clipped and skipped, whatever format they come from."""
 
 import pickle
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +8,9 @@ import pytest
 from onestage.data.annotations import (
     BOX_CLIPPED,
     IMAGE_MISSING,
-    IMAGE_UNREADABLE,
     ImageColumns,
     ObjectColumns,
     build_annotation_set,
-    require_objects,
     select_images,
 )
 from onestage.errors import AnnotationError
@@ -94,12 +91,6 @@ def test_a_box_that_cannot_be_an_object_is_left_out_and_named(box: list[float], 
     assert rule in line
 
 
-def test_what_the_parser_saw_broken_goes_before_the_values() -> None:
-    annotations = build([[0, 0, 1, 1], [0, 0, 2, 2]], problems={0: "has no name"})
-    assert annotations.skipped == ("object 0 [0, 0, 1, 1]: has no name",)
-    assert annotations.boxes[:, 2].tolist() == [2]
-
-
 @pytest.mark.parametrize(
     ("num_good", "num_bad", "fraction", "passes"),
     [
@@ -131,25 +122,11 @@ def test_the_error_quotes_the_first_five_and_a_fraction_that_lets_them_pass() ->
     assert len(build(boxes, max_bad_fraction=0.07).skipped) == 7
 
 
-def test_left_out_images_count_on_their_own() -> None:
-    torn = [IMAGE_UNREADABLE.broken(f"image {n}", "is torn") for n in range(3)]
-    with pytest.raises(AnnotationError, match="3 of 4 images"):
-        build([[0, 0, 1, 1]], findings=torn)
-    annotations = build([[0, 0, 1, 1], [1, 1, 1, 1]], findings=torn, max_bad_fraction=0.8)
-    assert annotations.skipped[:3] == ("image 0: is torn", "image 1: is torn", "image 2: is torn")
-    assert len(annotations.skipped) == 4
-
-
 def test_no_usable_box_or_image_is_an_error() -> None:
     with pytest.raises(AnnotationError, match="none of its 1 boxes"):
         build([[1, 1, 1, 1]])
     with pytest.raises(AnnotationError, match="none of its 1 images"):
         build([], sizes=[], findings=[IMAGE_MISSING.broken("a.jpg", "is missing")])
-
-
-def test_a_given_area_is_kept_and_an_impossible_one_is_the_box() -> None:
-    annotations = build([[0, 0, 10, 10]] * 4, areas=[55.5, np.nan, -3, 0])
-    assert annotations.areas.tolist() == [55.5, 100, 100, 100]
 
 
 def test_the_arrays_have_the_promised_types_and_survive_pickling() -> None:
@@ -158,13 +135,6 @@ def test_the_arrays_have_the_promised_types_and_survive_pickling() -> None:
     types = [getattr(annotations, name).dtype for name in names]
     assert types == [np.float32, np.int64, np.float32, np.int32, np.int64]
     assert annotations.image_paths.tolist() == ["a.jpg"]
-
-
-def test_a_training_set_needs_an_object_that_is_no_crowd() -> None:
-    annotations = build([[0, 0, 1, 1]])
-    assert require_objects(annotations) is annotations
-    with pytest.raises(AnnotationError, match="has an object to learn from"):
-        require_objects(replace(annotations, is_crowd=np.array([True])))
 
 
 def test_selected_images_keep_their_objects_in_the_order_asked_for() -> None:

@@ -11,8 +11,6 @@ import pytest
 
 from onestage.data import coco
 from onestage.data.coco import COCO, parse_coco
-from onestage.data.resize import Stretch
-from onestage.data.transforms import SeededTransform
 from onestage.errors import AnnotationError
 from onestage.types import AnnotationSet
 
@@ -79,13 +77,6 @@ def test_boxes_labels_and_ids_of_a_small_file(tmp_path: Path) -> None:
     assert annotations.is_crowd.tolist() == [True, False, False]
     assert not annotations.is_difficult.any()
     assert annotations.findings == ()
-
-
-def test_given_class_names_decide_the_labels(tmp_path: Path) -> None:
-    annotations = parse(tmp_path, good_content(), class_names=["cup", "boat", "cat"])
-    assert annotations.class_names == ("cup", "boat", "cat")
-    assert annotations.category_ids == (90, 4, 17)
-    assert annotations.labels.tolist() == [1, 0, 2]
 
 
 def test_unexpected_class_names_are_refused_with_the_difference(tmp_path: Path) -> None:
@@ -164,16 +155,6 @@ def test_annotation_of_an_unlisted_image_is_skipped(tmp_path: Path) -> None:
     assert "lists no image of that id" in line
 
 
-def test_missing_image_is_skipped_with_its_objects(tmp_path: Path) -> None:
-    file = write(tmp_path, good_content())
-    (tmp_path / "images/sub/a.jpg").unlink()
-    annotations = parse_coco(file, tmp_path / "images")
-    assert annotations.image_ids.tolist() == [7, 5]
-    assert annotations.labels.tolist() == [0]
-    (line,) = annotations.skipped
-    assert "image 3: 'sub/a.jpg' is not in" in line
-
-
 def test_impossible_area_is_replaced_by_that_of_the_box(tmp_path: Path) -> None:
     for area, expected in ((None, 1200), (1300, 1200), (-1, 1200), (700.5, 700.5)):  # the box has 30 x 40
         annotations = parse_changed(tmp_path, "annotations", 0, area=area)
@@ -210,13 +191,6 @@ def test_root_category_is_no_class_unless_it_has_boxes(tmp_path: Path) -> None:
     assert [finding.rule for finding in annotations.findings] == ["root category"]
     content["annotations"][0]["category_id"] = 0
     assert parse(tmp_path, content).category_ids == (0, 4, 17, 90)
-
-
-def test_box_under_a_pixel_is_evaluated_and_not_trained_on(tmp_path: Path) -> None:
-    annotations = parse_changed(tmp_path, "annotations", 2, bbox=[5, 5, 0.2, 20])  # 0.6 px of 300
-    boxes = annotations.boxes[annotations.objects(1)]
-    image = np.zeros((80, 100, 3), dtype=np.uint8)
-    assert (len(boxes), SeededTransform([], Stretch(300))(image, boxes, (0, 0, 1)).rows.tolist()) == (2, [0])
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import albumentations as A
 import bad_data
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -117,11 +116,6 @@ def test_annotations_are_parsed_once_and_test_falls_back_to_val(coco: Path, monk
     assert data.annotations("test") is data.annotations("val") is data.annotations("predict")
 
 
-def test_test_split_is_used_if_there_is_one(voc: Path) -> None:
-    data = voc_data(voc, train=["train"], val=["val"], test=["train", "val"])
-    assert len(data.annotations("test")) == 5
-
-
 @pytest.mark.parametrize("kind", ["coco", "voc"])
 def test_path_is_recognised_and_replaces_the_source(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
@@ -136,13 +130,6 @@ def test_path_is_recognised_and_replaces_the_source(
     assert (len(data.annotations("train")), len(data.annotations("val"))) == sizes
     assert f"{data.source.format} data set {path}" in caplog.text
     assert "2 classes" in caplog.text
-
-
-def test_read_image_returns_original_pixels(coco: Path) -> None:
-    image = coco_data(coco).read_image("val", 2)
-    expected = cv2.imread(str(coco / "val2017" / "2.jpg"))[..., ::-1]
-    assert image.shape == (30, 40, 3)
-    assert np.abs(image.astype(int) - expected).max() <= 1
 
 
 # Loaders

@@ -181,14 +181,3 @@ def test_the_box_of_a_circle_is_as_tight_as_the_pencil_says() -> None:
     mask = scenes._rasterise(circle, np.array([50.0, 40.0]), (100, 100)) >= 0.5
     assert scenes._tight_box(mask) == (30, 20, 71, 61)
     assert np.pi * 20**2 < np.count_nonzero(mask) < np.pi * 21**2
-
-
-def test_a_shape_stands_out_from_its_background_inside_its_mask_only() -> None:
-    rng = np.random.default_rng(0)
-    canvas = np.full((60, 60, 3), 100, dtype=np.float32)
-    coverage = np.zeros((60, 60), dtype=np.float32)
-    coverage[10:30, 20:50] = 1
-    scenes._paint(rng, canvas, coverage)
-    changed = np.abs(canvas - 100).max(axis=2) > 0
-    assert scenes._tight_box(changed) == (20, 10, 50, 30)
-    assert np.abs(canvas[10:30, 20:50] - 100).max() > scenes.MIN_CONTRAST / 2

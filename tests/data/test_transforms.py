@@ -173,18 +173,6 @@ def test_mosaic_around_another_point_cuts_pictures_and_drops_objects_whose_centr
     ]
 
 
-def test_mosaic_point_is_uniform_over_the_middle_half() -> None:
-    points = []
-    white = picture(40, 40, 255, [], 0)
-    black = picture(40, 40, 0, [], 0)
-    for seed in range(200):
-        pixels = mosaic([white, black, white, black], SIDE, np.random.default_rng(seed)).image
-        points.append(np.flatnonzero((pixels[SIDE // 2 - 5] == 0).all(axis=1))[0])
-    assert min(points) >= 20
-    assert max(points) <= 60
-    assert np.mean(points) == pytest.approx(40, abs=3.3)  # 4 sigma
-
-
 def test_mixup_blends_pixels_and_keeps_the_objects_of_both() -> None:
     first, second = picture(4, 4, 100, [[0, 0, 2, 2]], 5), picture(4, 4, 200, [[1, 1, 4, 4], [0, 0, 4, 4]], 9)
     result = mixup(first, second, FixedDraws(0.75))

@@ -77,12 +77,6 @@ def test_missing_size_is_zero(tmp_path: Path) -> None:
     assert parse_voc(tmp_path, ["train"]).sizes.tolist() == [[0, 0]] * 3
 
 
-def test_given_class_names_decide_the_labels(tmp_path: Path) -> None:
-    write(tmp_path, {"a": xml(obj("cat"), obj("dog"))})
-    annotations = parse_voc(tmp_path, ["train"], class_names=["dog", "cow", "cat"])
-    assert (annotations.labels.tolist(), annotations.class_names) == ([2, 0], ("dog", "cow", "cat"))
-
-
 def test_years_and_splits_make_one_set(tmp_path: Path) -> None:
     write(tmp_path / "VOCdevkit/VOC2007", {"000001": xml(obj())}, "trainval")
     write(tmp_path / "VOCdevkit/VOC2012", {"2008_000001": xml(obj("cat")), "x": xml()}, "trainval")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from yolo_files import write_image, write_yolo
 
-from onestage.data import COCO, YOLO, DetectionDataModule
+from onestage.data import COCO, YOLO
 from onestage.errors import AnnotationError
 
 COCO128 = Path(__file__).resolve().parents[2] / "../shared/data/coco128"
@@ -73,18 +73,6 @@ def test_other_line_ends_tabs_and_decimal_classes_are_read(tmp_path: Path, text:
     assert parse_label(tmp_path, text)[:2] == ([EDGES], ())
 
 
-def test_data_module_delivers_stretched_boxes(tmp_path: Path) -> None:
-    data_yaml = write_yolo(tmp_path, dict.fromkeys("abcd", GOOD))
-    write_yolo(tmp_path, {"e": "1 0.5 0.5 0.25 0.5\n"}, split="val")
-    data = DetectionDataModule(path=data_yaml, image_size=64, batch_size=2, num_workers=0)
-    data.setup("fit")
-    assert (data.class_names, data.category_ids) == (["cat", "dog"], [1, 2])
-    assert next(iter(data.train_dataloader())).images.shape == (2, 3, 64, 64)
-    (batch,) = data.val_dataloader()
-    assert batch.targets.labels[0, 0] == 1
-    assert batch.targets.boxes[0, 0].tolist() == [24, 16, 40, 48]  # EDGES stretched from 40 x 20 to 64 x 64
-
-
 @pytest.mark.skipif(not COCO128.is_dir(), reason="the real data set is not here")
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_coco128_is_the_same_in_yolo_and_in_coco_form(split: str) -> None:
@@ -126,17 +114,6 @@ def test_path_of_another_machine_falls_back_to_the_folder_of_the_yaml(tmp_path: 
     data.write_text("path: /nowhere/datasets/mine\ntrain: images/train\nnames: {'1': dog, '0': cat}\nnc: 2\n")
     assert names_of(data) == ["a.png"]
     assert YOLO(data).read("train").class_names == ("cat", "dog")
-
-
-def test_labels_beside_the_images_and_images_in_coco_folders_are_found(tmp_path: Path) -> None:
-    write_image(tmp_path / "photos" / "a.png")
-    (tmp_path / "photos" / "a.txt").write_text(GOOD)
-    (tmp_path / "data.yaml").write_text("train: photos\nnames: [cat]\n")
-    assert names_of(tmp_path) == ["a.png"]
-    (tmp_path / "labels" / "photos").mkdir(parents=True)
-    (tmp_path / "photos" / "a.txt").rename(tmp_path / "labels" / "photos" / "a.txt")
-    (tmp_path / "data.yaml").write_text("train: images/photos\nnames: [cat]\n")
-    assert names_of(tmp_path) == ["a.png"]
 
 
 # -- findings that training survives -----------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ def _claiming(content: bytes, place: int, kind: str, *sides: int) -> bytes:
 BROKEN: dict[str, bytes | Callable[[Path], object]] = {
     "empty.jpg": b"",
     "text.jpg": b"hello\n",
+    "drawing.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would start Ghostscript
     "page.png": b"<!DOCTYPE html><html><body>Not found</body></html>",
     "pointer.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     "archive.jpg": b"PK\x03\x04" + bytes(60),
