@@ -36,15 +36,11 @@ def run_example(page: str) -> types.ModuleType:
     return module
 
 
-def test_the_loss_of_the_docs_costs_ln_2_for_each_sigmoid_at_even_odds() -> None:
+def test_the_loss_of_the_docs_is_the_cross_entropy_of_positives_and_background() -> None:
     loss = run_example("add_a_loss.md").PlainCrossEntropy()
     labels = torch.tensor([[0, BACKGROUND, IGNORE]])  # the ignored anchor costs nothing
     logits = torch.zeros(1, 3, loss.num_logits(4))
     assert loss(logits, labels).item() == pytest.approx(2 * 4 * math.log(2))
-
-
-def test_the_loss_of_the_docs_tells_a_positive_from_background() -> None:
-    loss = run_example("add_a_loss.md").PlainCrossEntropy()
     logits = torch.tensor([[[20.0, -20.0]]])  # sure of class 0
     assert loss(logits, torch.tensor([[0]])).item() == pytest.approx(0, abs=1e-6)
     assert loss(logits, torch.tensor([[BACKGROUND]])).item() == pytest.approx(20)
@@ -89,7 +85,7 @@ def csv_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_source_of_the_docs_reads_boxes_and_empty_images(csv_folder: Path) -> None:
+def test_source_of_the_docs_reads_boxes_and_empty_images_and_names_the_file_of_a_wrong_line(csv_folder: Path) -> None:
     data = DetectionDataModule(run_example("add_a_dataset.md").CSV(csv_folder), image_size=64, batch_size=2)
     annotations = data.annotations("train")
     assert data.class_names == ["cat", "dog"]
@@ -97,9 +93,6 @@ def test_source_of_the_docs_reads_boxes_and_empty_images(csv_folder: Path) -> No
     assert annotations.boxes.tolist() == [[1, 2, 11, 22], [5, 5, 9, 9]]
     assert annotations.labels.tolist() == [1, 0]
     assert data.read_image("train", 1).shape == (40, 60, 3)
-
-
-def test_source_of_the_docs_names_the_file_of_a_wrong_line(csv_folder: Path) -> None:
     (csv_folder / "val.csv").write_text("a.png,1,2,x,22,dog\n", encoding="utf-8")
     with pytest.raises(AnnotationError, match=r"val\.csv: must have lines"):
         run_example("add_a_dataset.md").CSV(csv_folder).read("val")

@@ -3,51 +3,8 @@
 import lightning.pytorch.loggers  # noqa: F401 # its classes are suggested
 import pytest
 
-from onestage.cli.messages import CONFIGS, check_config_file, explain, files_first, find_config, option_values
+from onestage.cli.messages import CONFIGS, check_config_file, files_first, find_config, option_values
 from onestage.errors import ConfigError
-
-KEYS = ["trainer.max_epochs", "model.detector", "data"]
-
-
-def test_unknown_key_is_quoted_as_typed_with_the_nearest_known_key():
-    text = explain("unrecognized arguments: --trainer.max_epoch 1", "fit", ["--trainer.max_epoch", "1"], KEYS)
-    assert text == "unknown key --trainer.max_epoch; did you mean trainer.max_epochs? (all keys: onestage fit --help)"
-
-
-def test_wrong_type_of_a_union_reports_the_expected_type_and_the_value():
-    message = """Parser key "trainer.max_epochs":
-  Does not validate against any of the Union subtypes
-  Subtypes: [<class 'int'>, <class 'NoneType'>]
-  Errors:
-    - Expected a <class 'int'>
-    - Expected a <class 'NoneType'>
-  Given value type: <class 'str'>
-  Given value: x"""
-    assert explain(message, "fit", [], KEYS).startswith("trainer.max_epochs: must be int, got x (")
-
-
-def test_wrong_type_inside_a_class_reports_the_inner_key():
-    message = """Parser key "data":
-  Does not validate against any of the Union subtypes
-  Subtypes: [<class 'lightning.pytorch.core.datamodule.LightningDataModule'>, <class 'NoneType'>]
-  Errors:
-    - Parser key "batch_size":
-        Expected a <class 'int'>. Got value: four
-    - Expected a <class 'NoneType'>
-  Given value type: <class 'dict'>
-  Given value: {'class_path': 'onestage.data.VOC', 'init_args': {'batch_size': 'four'}}"""
-    assert explain(message, "fit", [], KEYS) == "data.batch_size: must be int, got four (all keys: onestage fit --help)"
-
-
-def test_unknown_class_suggests_the_nearest_public_ones():
-    message = """Parser key "trainer.logger":
-  - Expected a path but CSVLogge either not accessible or invalid
-  Errors:
-    - Expected a dot import path string: CSVLogge
-    - Expected a <class 'bool'>
-  Given value: CSVLogge"""
-    text = explain(message, "fit", ["--trainer.logger", "CSVLogge"], KEYS)
-    assert text.startswith("trainer.logger: unknown class CSVLogge; did you mean CSVLogger")
 
 
 def test_option_values_reads_space_and_equals_forms():

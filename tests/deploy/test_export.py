@@ -36,7 +36,8 @@ def test_validating_exported_weights_reproduces_the_metrics_of_the_run(trained, 
     assert run("validate", "--ckpt_path", str(exported), *options) == 0
     (results,) = tmp_path.glob("*/*/results.json")
     first = json.loads((trained / "results.json").read_text())
-    assert json.loads(results.read_text())["metrics"] == first["metrics"]
+    again = json.loads(results.read_text())
+    assert (again["metrics"], again["stage"]) == (first["metrics"], "validate")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no description", "another description"])

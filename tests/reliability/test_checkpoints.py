@@ -228,19 +228,6 @@ def test_entry_of_another_type_is_refused_with_its_place(tmp_path, monkeypatch, 
     assert problem in refused(write(tmp_path / "odd.ckpt", changed(place, value)))
 
 
-@pytest.mark.parametrize("description", ["fifo", "[" * 100_000, "[1]", "{}"])
-def test_malformed_description_beside_exported_weights_is_refused(tmp_path, description):
-    from safetensors.torch import save_file
-
-    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
-    if description == "fifo":
-        os.mkfifo(tmp_path / "model.json")
-    else:
-        (tmp_path / "model.json").write_text(description)
-    with pytest.raises(CheckpointError, match=r"model\.json"):
-        read_checkpoint(tmp_path / "model.safetensors")
-
-
 # Loading weights
 
 
@@ -258,9 +245,7 @@ def weights_of(module: DetectionModule) -> dict[str, Any]:
 
 def test_weights_of_the_same_model_are_loaded(module, tmp_path):
     saved = weights_of(module)
-    name = "detector.class_head.convs.0.bias" if "detector.class_head.convs.0.bias" in saved["state_dict"] else next(
-        name for name in saved["state_dict"] if name.endswith("bias")
-    )  # fmt: skip
+    name = next(name for name in saved["state_dict"] if name.endswith("bias"))
     saved["state_dict"][name] += 1
     load_weights(module, write(tmp_path / "other.ckpt", saved), ["a", "b", "c"])
     assert torch.equal(module.state_dict()[name], saved["state_dict"][name])

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_run
 import torch
-from tiny_run import break_method, fail_with, folder_of, is_same_end
+from tiny_run import break_method, fail_with, folder_of
 
 from onestage import cli
 from onestage.errors import ConfigError
@@ -41,23 +41,6 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 # Kills
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("where", "count", "saved"), [("step", 6, 5), ("write", 3, 2), ("sync", 7, 1), ("replace", 7, 2)]
-)
-def test_killed_run_loses_one_interval_and_resumes_to_the_same_bits(
-    where, count, saved, drawn, uninterrupted, tmp_path
-):
-    """Killed in step 6, half-way through the third save, and before a file is on the disk or has its name."""
-    command = tiny_run.words(drawn, tmp_path, "--resume", "auto")
-    assert tiny_run.end_of_child(command, where, count) == -signal.SIGKILL
-    folder = folder_of(tmp_path)
-    assert newest_checkpoint(folder / "checkpoints").global_step == saved
-    assert tiny_run.onestage(*command) == 0
-    assert is_same_end(uninterrupted(), folder)
-    assert list(folder.rglob("*.tmp")) == []
 
 
 def storm(folder: Path, *options: str) -> dict[str, object]:
@@ -207,18 +190,6 @@ def test_stopped_process_ends_an_evaluation_too(drawn, tmp_path):
     assert code == 7, err[-3000:]
     assert "process 1 (pid " in err
     assert "start the evaluation again" in err
-
-
-@pytest.mark.slow
-def test_two_processes_resume_to_the_same_bits_after_a_kill(drawn, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    code, err = end_of(start(tiny_run.words(drawn, whole, *TWO)))
-    assert code == 0, err[-3000:]
-    command = tiny_run.words(drawn, broken, *TWO, "--resume", "auto")
-    assert end_of(start(command, fault="1:step:6:SIGKILL"))[0] == 7
-    code, err = end_of(start(command))
-    assert code == 0, err[-3000:]
-    assert is_same_end(folder_of(whole), folder_of(broken))
 
 
 def test_processes_with_different_configurations_are_refused(monkeypatch):

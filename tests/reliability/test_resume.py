@@ -134,10 +134,6 @@ def test_path_of_a_run_folder_starts_a_new_run_from_its_newest_checkpoint(run_fo
         assert find_checkpoint(resumed, ckpt_path, CONFIG)[:3] == (newest, None, 5)
 
 
-def test_runs_dir_of_4000_characters_finds_nothing(tmp_path):
-    assert find_checkpoint("auto", None, config_with(tmp_path / ("x" * 4000), {})) is None
-
-
 def test_stored_step_decides_and_not_the_time_of_the_file(tmp_path):
     for name, stored, when in (("best.ckpt", 40, 1_000), ("last.ckpt", 50, 500), ("previous.ckpt", 45, 2_000)):
         path = checkpoint_files.write(tmp_path / name, checkpoint_files.changed("global_step", stored))

@@ -5,9 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import checkpoint_files
@@ -18,7 +15,7 @@ from tiny_run import break_method, fail_with, folder_of, is_same_end
 
 from onestage.errors import ResourceError
 from onestage.reliability import stopping
-from onestage.reliability.checkpoints import AtomicCheckpointIO, read_checkpoint
+from onestage.reliability.checkpoints import read_checkpoint
 from onestage.reliability.resume import newest_checkpoint
 from onestage.training import loggers
 from onestage.training.module import DetectionModule
@@ -26,35 +23,6 @@ from onestage.training.module import DetectionModule
 pytestmark = pytest.mark.fault
 
 # Disks
-
-
-@pytest.fixture
-def small_disk() -> Iterator[Path]:
-    """A file system of 3 MB that every user may enter, where this user may mount one."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, check=False)
-    if done.returncode != 0:
-        folder.rmdir()
-        pytest.skip("mounting a file system takes root")
-    folder.chmod(0o755)
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-    folder.rmdir()
-
-
-def checkpoint_of(megabytes: float, step: int) -> dict[str, object]:
-    weights = {"weight": torch.zeros(int(megabytes * 250_000))}
-    return {**checkpoint_files.contents(), "state_dict": weights, "global_step": step}
-
-
-def test_real_full_disk_is_named_and_the_previous_checkpoint_is_whole(small_disk):
-    path = small_disk / "checkpoints" / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint(checkpoint_of(1.5, step=1), path)
-    with pytest.raises(ResourceError, match=rf"{path.parent}.*full.*MB free(.|\n)*--runs_dir"):
-        AtomicCheckpointIO().save_checkpoint(checkpoint_of(4, step=2), path)
-    assert read_checkpoint(path)["global_step"] == 1
-    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.slow
@@ -98,57 +66,6 @@ def test_folder_that_denies_writing_is_found_before_training(drawn, tmp_path, mo
 
 
 # Workers of the loader, and memory
-
-
-@pytest.fixture
-def fault_in_a_worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], object]], None]:
-    """Run an action in a worker when a file with a given name is read."""
-    parent = os.getpid()
-
-    def install(name: str, action: Callable[[], object]) -> None:
-        import onestage.data.images as images
-
-        read = images.read_file
-
-        def broken(file: Path, *arguments: object) -> bytes:
-            if os.getpid() != parent and Path(file).name == name:
-                action()
-            return read(file, *arguments)
-
-        monkeypatch.setattr(images, "read_file", broken)
-
-    return install
-
-
-def image_of_step(step: int) -> str:
-    """Return the file of the first image of a step of the first epoch, in the sampler's order."""
-    import numpy as np
-
-    order = np.random.default_rng((42, 0)).permutation(32)
-    return f"{int(order[4 * step]) + 1:06d}.jpg"
-
-
-@pytest.mark.slow
-def test_killed_worker_ends_the_run_with_a_checkpoint_and_it_resumes_exactly(
-    drawn, uninterrupted, tmp_path, fault_in_a_worker, capsys
-):
-    flag = tmp_path / "once"
-
-    def die() -> None:
-        if not flag.exists():
-            flag.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    fault_in_a_worker(image_of_step(5), die)
-    # Only the death itself may write the checkpoint.
-    options = ("--data.num_workers", "1", "--data.prefetch_factor", "1", "--last_checkpoint.every_n_steps", "0")
-    command = tiny_run.words(drawn, tmp_path / "runs", *options, "--resume", "auto")
-    assert tiny_run.onestage(*command) == 3
-    assert "SIGKILL" in capsys.readouterr().err
-    folder = folder_of(tmp_path / "runs")
-    assert newest_checkpoint(folder / "checkpoints").global_step == 5
-    assert tiny_run.onestage(*command) == 0
-    assert is_same_end(uninterrupted(), folder)
 
 
 SHARED_MEMORY = "unable to open shared memory object </torch_4711_0> in read-write mode: No space left on device (28)"
@@ -216,15 +133,6 @@ def test_damaged_checkpoint_is_named_and_never_replaces_the_one_before_it(
 
 
 @pytest.mark.slow
-def test_run_whose_checkpoints_are_all_damaged_is_an_error_and_no_new_run(stopped, drawn, tmp_path, capsys):
-    folder = shutil.copytree(stopped, tmp_path / "tiny" / "version_0")
-    for file in (folder / "checkpoints").glob("*.ckpt"):
-        file.write_bytes(file.read_bytes()[:-1])
-    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--resume", "auto")) == 2
-    assert "--resume none" in capsys.readouterr().err
-
-
-@pytest.mark.slow
 def test_other_versions_of_packages_are_reported_and_another_schema_is_refused(stopped, drawn, tmp_path, capsys):
     saved = torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)
     saved["onestage"]["versions"]["torch"] = "2.0.0"
@@ -249,13 +157,6 @@ def test_checkpoint_without_entries_of_lightning_is_refused_without_a_traceback(
     err = capsys.readouterr().err
     assert "Resume from" in err or "Use another one" in err
     assert "Traceback" not in err
-
-
-@pytest.mark.slow
-def test_other_numbers_of_workers_give_the_same_bits(stopped, drawn, uninterrupted, tmp_path):
-    folder = shutil.copytree(stopped, tmp_path / "tiny" / "version_0")
-    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--resume", "auto", "--data.num_workers", "2")) == 0
-    assert is_same_end(uninterrupted(), folder)
 
 
 def edit_a_box(data: Path) -> None:

@@ -18,11 +18,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
+from command_line import REPOSITORY, run as onestage
 from tiny_training import TinyDetector
 
 from onestage.types import Predictions
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class ForgetfulDetector(TinyDetector):
@@ -54,19 +53,6 @@ def words(data: Path, runs: Path, *options: str, epochs: int = 2, source: str = 
         "--trainer.enable_model_summary", "false", "--trainer.num_sanity_val_steps", "0", "--drawn_images", "0",
         "--last_checkpoint.every_n_steps", "1", "--runs_dir", str(runs), *options,
     ]  # fmt: skip
-
-
-def onestage(*command: str) -> int:
-    """Run a command in this process, with log lines on the current stderr."""
-    import logging
-
-    from onestage.cli import main
-
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            if type(handler) is logging.StreamHandler:  # not one of pytest's own
-                handler.stream = sys.stderr  # pytest gives each test a stream of its own and closes it
-    return main(list(command))
 
 
 def send(number: int) -> None:
