@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from image_sets import image_set, noise
+from torch.utils.data import DataLoader
 
 from onestage.boxes.geometry import to_original
 from onestage.data.dataset import DetectionDataset, collate
 from onestage.data.resize import MEAN_RGB, Letterbox, Placement, Resize, ShortestEdge, Stretch
+from onestage.data.samplers import EvaluationSampler
 from onestage.data.transforms import SeededTransform
 from onestage.errors import ConfigError
 
@@ -53,9 +55,10 @@ def test_boxes_return_to_original_pixels(tmp_path: Path, resize: Resize) -> None
     boxes = [[[10, 5, 70, 35]], [[3, 20, 41, 77]]]
     annotations = image_set(tmp_path, [noise(40, 100), noise(83, 47)], boxes)
     dataset = DetectionDataset(annotations, SeededTransform([], resize))
-    batch = collate([dataset[0], dataset[1]])
-    originals = to_original(batch.targets.boxes[:, :1], batch.placements, batch.original_sizes)
-    torch.testing.assert_close(originals, torch.tensor(boxes, dtype=torch.float32), atol=1e-3, rtol=1e-4)
+    for row, expected in enumerate(boxes):
+        batch = collate([dataset[row]])
+        originals = to_original(batch.targets.boxes[:, :1], batch.placements, batch.original_sizes)
+        torch.testing.assert_close(originals[0], torch.tensor(expected, dtype=torch.float32), atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -83,15 +86,16 @@ def test_shortest_edge_takes_the_smallest_canvas_and_shrinks_to_fit_another() ->
     assert (page[:, 27:] == MEAN_RGB).all()
 
 
-def test_batch_of_several_canvases_is_padded_at_the_right_and_at_the_bottom(tmp_path: Path) -> None:
-    annotations = image_set(tmp_path, [noise(40, 100), noise(100, 40)], [[[10, 5, 70, 35]], [[3, 20, 35, 77]]])
+def test_batch_of_several_canvases_is_refused_with_the_samplers_that_keep_them_apart(tmp_path: Path) -> None:
+    annotations = image_set(tmp_path, [noise(40, 100), noise(100, 40), noise(20, 50)])
+    annotations.sizes[1:] = 0  # not annotated: that of the file counts
     dataset = DetectionDataset(annotations, SeededTransform([], ShortestEdge(32, 64)))
-    samples = [dataset[0], dataset[1]]
-    assert [sample.image.shape for sample in samples] == [(3, 32, 64), (3, 64, 32)]
-    batch = collate(samples)
-    assert batch.images.shape == (2, 3, 64, 64)
-    assert torch.equal(batch.images[1, :, :, :32], samples[1].image)
-    assert (batch.images[0, :, 32:].permute(1, 2, 0) == torch.tensor(MEAN_RGB)).all()
+    assert [rows.tolist() for rows in dataset.rows_by_canvas()] == [[0, 2], [1]]
+    assert [dataset[row].image.shape for row in range(3)] == [(3, 32, 64), (3, 64, 32), (3, 32, 64)]
+    with pytest.raises(ConfigError, match=r"must be one .*, got \[\(32, 64\), \(64, 32\)\].*\n.*EvaluationSampler"):
+        collate([dataset[0], dataset[1]])
+    loader = DataLoader(dataset, 4, sampler=EvaluationSampler(dataset, batch_size=4), collate_fn=collate)
+    assert [batch.image_indices.tolist() for batch in loader] == [[0, 2], [1]]
 
 
 def test_large_images_are_averaged_before_they_are_sampled() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from annotation_sets import annotation_set
 from data_modules import yolo_data
+from torch.utils.data import BatchSampler
 from yolo_files import write_yolo
 
 from onestage.data import ClassBalancedSampling, DetectionDataModule, RepeatFactorSampling, Sampling
@@ -159,20 +160,44 @@ def test_another_choice_of_images_has_another_number() -> None:
 @pytest.mark.parametrize("num_images", [7, 8, 13])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_visits_every_image_exactly_once(num_images: int, world_size: int) -> None:
-    samplers = [EvaluationSampler(Images(num_images), rank=rank, world_size=world_size) for rank in range(world_size)]
+    images = Images(num_images)
+    samplers = [EvaluationSampler(images, batch_size=3, rank=r, world_size=world_size) for r in range(world_size)]
     shares = [list(sampler) for sampler in samplers]
     assert sorted(index for share in shares for index in share) == list(range(num_images))
     assert [len(sampler) for sampler in samplers] == [len(share) for share in shares]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_evaluation_orders_images_by_canvas() -> None:
-    assert list(EvaluationSampler(Images(7, canvases=(0, 1)))) == [0, 2, 4, 6, 1, 3, 5]
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 2), (2, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize("is_even", [False, True])
+def test_evaluation_batches_have_one_canvas(world_size: int, batch_size: int, is_even: bool) -> None:
+    images, shares, counts = Images(17, canvases=(0, 2, 2, 1, 0)), [], []  # 7 + 3 + 7 images
+    for rank in range(world_size):
+        settings = {"rank": rank, "world_size": world_size, "is_even": is_even}
+        sampler = EvaluationSampler(images, batch_size=batch_size, **settings)
+        batches = [[i for i in batch if i is not None] for batch in BatchSampler(sampler, batch_size, drop_last=False)]
+        assert all(len(set(images.canvases[batch])) == 1 for batch in batches)
+        counts.append(len(batches))
+        shares.append([index for batch in batches for index in batch])
+    lengths, seen = [*map(len, shares)], sorted(index for share in shares for index in share)
+    if is_even:  # every process takes the same number of steps
+        assert len(set(lengths)) == len(set(counts)) == 1
+        assert len(seen) == len(set(seen)) == 2 * (7 // world_size * world_size) + 3 // world_size * world_size
+    else:
+        assert seen == list(range(17))
+        assert max(lengths) - min(lengths) <= 1
+
+
+def test_evaluation_fills_the_last_batch_of_a_canvas() -> None:
+    sampler = EvaluationSampler(Images(7, canvases=(0, 1)), batch_size=3)
+    assert list(sampler) == [0, 2, 4, 6, None, None, 1, 3, 5]
 
 
 def test_evaluation_of_fewer_images_than_processes_is_refused() -> None:
     with pytest.raises(DataError, match=r"(?s)some/folder has 3 images for 4 processes.*trainer.devices to at most 3"):
-        EvaluationSampler(Images(3), rank=0, world_size=4)
+        EvaluationSampler(Images(3), batch_size=1, rank=0, world_size=4)
+    with pytest.raises(DataError, match=r"has 2 images of one canvas for 3 processes"):
+        EvaluationSampler(Images(3, canvases=(0, 0, 1)), batch_size=1, rank=0, world_size=3, is_even=True)
 
 
 # Rules: how often an epoch shows each image

@@ -5,22 +5,24 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from image_sets import noise
 from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, ModelPruning
 from PIL import Image
 from tiny_training import TinyData, TinyDetector, quiet_trainer, tiny_batch
 from torch.utils.data import DataLoader, SequentialSampler
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes
-from onestage.data import EvaluationSampler, from_datasets
+from onestage.data import EvaluationSampler, ShortestEdge, from_datasets
 from onestage.errors import ConfigError
 from onestage.losses import ClassWeights, SigmoidFocalLoss
+from onestage.models import RetinaNet, TorchvisionBackbone
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import WarmupSchedule
 from onestage.types import Batch, Detections
 
 
-def module_of(**settings: Any) -> DetectionModule:
-    return DetectionModule(TinyDetector(num_classes=2), schedule=WarmupSchedule(warmup_steps=0), **settings)
+def module_of(detector: Any = None, **settings: Any) -> DetectionModule:
+    return DetectionModule(detector or TinyDetector(num_classes=2), schedule=WarmupSchedule(warmup_steps=0), **settings)
 
 
 def samples(count: int) -> list[Any]:
@@ -138,9 +140,34 @@ def test_overfit_batches_repeats_the_same_images_in_shares_of_equal_size(tmp_pat
     trainer.fit(module_of(), datamodule=shapes_data())
     assert seen == [[0, 1], [2, 3]] * 3
     dataset = shapes_data(7).train_dataloader().dataset
-    shares = [EvaluationSampler(dataset, rank=rank, world_size=2, is_even=True) for rank in range(2)]
+    shares = [EvaluationSampler(dataset, batch_size=2, rank=rank, world_size=2, is_even=True) for rank in range(2)]
     assert [list(share) for share in shares] == [[0, 2, 4], [1, 3, 5]]
     assert isinstance(shares[0], SequentialSampler)  # Lightning replaces all others
+
+
+def test_results_do_not_depend_on_the_batch_where_images_have_two_canvases(tmp_path):
+    torch.manual_seed(0)
+    # Its squeeze and excitation makes every output depend on the whole canvas.
+    backbone = TorchvisionBackbone("mobilenet_v3_small", (8, 16, 32))
+    detector = RetinaNet(2, backbone=backbone, channels=16, tower_convs=0, score_threshold=0.0, max_detections=9)
+    for parameter in (*detector.class_head.parameters(), *detector.box_head.parameters()):
+        torch.nn.init.normal_(parameter, std=0.1)  # scores and boxes that differ
+    module = module_of(detector)
+    images = [Image.fromarray(noise(*((60, 100), (100, 60))[seed % 3 == 0], seed)) for seed in range(7)]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    val = [(image, {"boxes": [[8.0, 8, 40, 40]], "labels": [seed % 2]}) for seed, image in enumerate(images)]
+    results = []
+    for batch_size, num_batches in ((1, 7), (2, 4), (9, 2)):
+        settings = {"resize": ShortestEdge(32, 64), "batch_size": batch_size, "num_workers": 0, "predict_dir": tmp_path}
+        data = from_datasets(val, val, class_names=["even", "odd"], **settings)
+        trainer = quiet_trainer(pl.Trainer, tmp_path, limit_val_batches=1.0)
+        (logged,) = trainer.validate(module, datamodule=data, verbose=False)
+        found = trainer.predict(module, datamodule=data)
+        assert (len(found), len(data.predict_dataloader())) == (num_batches, num_batches)
+        results.append((logged, {key: torch.cat([batch[key] for batch in found]) for key in found[0]}))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=1e-3, rtol=1e-4)
 
 
 def test_backbone_finetuning_freezes_and_then_trains_the_backbone(tmp_path):

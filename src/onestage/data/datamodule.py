@@ -249,10 +249,10 @@ class DetectionDataModule(LightningDataModule):
             max_bad_fraction=self.max_bad_fraction,
         )
         if getattr(self.trainer, "overfit_batches", 0):  # the same images in every epoch
-            return self._loader(dataset, EvaluationSampler(dataset, is_even=True, **self._process()))
+            return self._loader(dataset, EvaluationSampler(dataset, is_even=True, **self._share()))
         repeats = None if self.sampling is None else count_repeats(self.sampling, annotations)
-        settings = {"batch_size": self.batch_size, "seed": self.seed, **self._process()}
-        self._train_loader = self._loader(dataset, TrainingSampler(dataset, **settings, repeats=repeats))
+        sampler = TrainingSampler(dataset, seed=self.seed, repeats=repeats, **self._share())
+        self._train_loader = self._loader(dataset, sampler)
         self._train_loader.load_state_dict(self._position)
         self._position = {}
         return self._train_loader
@@ -288,7 +288,7 @@ class DetectionDataModule(LightningDataModule):
             images=self._images(stage),
             on_error="leave_out",
         )
-        return self._loader(dataset, EvaluationSampler(dataset, **self._process()))
+        return self._loader(dataset, EvaluationSampler(dataset, **self._share()))
 
     def _loader(self, dataset: DetectionDataset, sampler: TrainingSampler | EvaluationSampler) -> DetectionLoader:
         num_processes = self.trainer.num_devices if self.trainer is not None else 1  # on this machine
@@ -302,10 +302,10 @@ class DetectionDataModule(LightningDataModule):
             timeout_seconds=self.worker_timeout_seconds,
         )
 
-    def _process(self) -> dict[str, Any]:
-        """Return the rank of this process and the number of all processes, as samplers take them."""
-        trainer = self.trainer
-        return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer is not None else {}
+    def _share(self) -> dict[str, Any]:
+        """Return the size of a batch, the rank of this process and the number of all, as samplers take them."""
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        return {"batch_size": self.batch_size, "rank": rank, "world_size": world_size}
 
     # Splits
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from onestage.data.cache import FileReader, ImageReader
-from onestage.data.resize import MEAN_RGB, Canvas, Placement
+from onestage.data.image_headers import check_headers
+from onestage.data.resize import Canvas, Placement
 from onestage.data.transforms import Picture, SeededTransform, mixup, mosaic
-from onestage.errors import ConfigError, ImageError
+from onestage.errors import ConfigError, ImageError, require
 from onestage.types import IGNORE, PADDING, AnnotationSet, Batch, Targets
 
 OBJECTS_STEP = 16  # targets are padded to a multiple of it, so that their shape seldom changes
@@ -80,36 +81,42 @@ class DetectionDataset(Dataset[Sample]):
         self.max_bad_fraction = max_bad_fraction
         is_ignored = annotations.is_crowd if train_difficult else annotations.is_crowd | annotations.is_difficult
         self._labels = np.where(is_ignored, IGNORE, annotations.labels)
+        self._canvas_numbers = self._find_canvases()
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.annotations)
 
     def rows_by_canvas(self) -> list[npt.NDArray[np.int64]]:
-        """Return the images of each canvas in use, by their annotated sizes; samplers fill batches with them."""
-        canvases = self.transform.resize.canvases
-        if len(canvases) == 1:
-            return [np.arange(len(self))]
-        numbers = np.array([canvases.index(self._canvas_of(row)) for row in range(len(self))], dtype=np.int64)
+        """Return the images of each canvas in use; samplers fill batches with those of one."""
+        numbers = self._canvas_numbers
         return [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
 
-    def _canvas_of(self, index: int, decoded_size: tuple[int, int] | None = None) -> Canvas:
-        """Return the canvas of image `index`: of its annotated size, else of its decoded one, else the first."""
-        annotated: tuple[int, int] = tuple(self.annotations.sizes[index].tolist())
-        size = annotated if all(annotated) else decoded_size
-        return self.transform.resize.canvas_of(*size) if size else self.transform.resize.canvases[0]
+    def _find_canvases(self) -> npt.NDArray[np.int64]:
+        """Return the number of each image's canvas, [N]: of its annotated size, else its file's, else the first."""
+        resize, sizes = self.transform.resize, self.annotations.sizes.copy()
+        if len(resize.canvases) == 1:
+            return np.zeros(len(self), dtype=np.int64)
+        unknown = np.flatnonzero((sizes == 0).any(axis=1))
+        for row, check in zip(unknown, check_headers(self.annotations, unknown.tolist()), strict=True):
+            sizes[row] = check.height, check.width
+        found, numbers = np.unique(sizes, axis=0, return_inverse=True)
+        canvases = [resize.canvas_of(*size) if all(size) else resize.canvases[0] for size in found.tolist()]
+        return np.array([resize.canvases.index(canvas) for canvas in canvases], dtype=np.int64)[numbers.reshape(-1)]
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+    def __getitem__(self, key: int | tuple[int, int] | None) -> Sample:
         """Load and transform one image.
 
         Args:
             key: (epoch, index of the image), or the index alone, which stands for epoch 0. Copy c of image i has the
-                index c * N + i in a tuple.
+                index c * N + i in a tuple. None: no image, for a place in a batch that stays empty.
 
         Raises:
             ImageError: the file cannot be decoded whole; the message names it.
             ConfigError: a transform cannot handle the image; the message names both.
         """
+        if key is None:
+            return self._left_out()
         epoch, item = key if isinstance(key, tuple) else (0, key)
         sample_key = (self.seed, epoch, item)
         random = _generator(sample_key, PARTNERS)
@@ -125,7 +132,8 @@ class DetectionDataset(Dataset[Sample]):
             if self.on_error != "leave_out":
                 raise
             return self._left_out(Failure(first_index, str(error)))
-        canvas = self._canvas_of(first_index, original_size)  # of the whole batch, also if a substitute is read
+        # Of the whole batch, also if a substitute is read.
+        canvas = self.transform.resize.canvases[self._canvas_numbers[first_index]]
         if random.random() < self.mosaic:
             pictures = [picture, *(read_partner()[1] for _ in range(3))]
             picture = mosaic(pictures, 2 * self.transform.resize.longest_side, random)
@@ -164,11 +172,11 @@ class DetectionDataset(Dataset[Sample]):
         boxes = self.annotations.boxes[objects] * np.array(scales, dtype=np.float32)
         return index, Picture(pixels, boxes, np.arange(objects.start, objects.stop)), original_size
 
-    def _left_out(self, failure: Failure) -> Sample:
-        """Return a blank sample, which `collate_with_failures` removes."""
+    def _left_out(self, *failures: Failure) -> Sample:
+        """Return a blank sample, which `collate` drops."""
         blank = torch.zeros(3, *self.transform.resize.canvases[0], dtype=torch.uint8)
         boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-        return Sample(blank, boxes, labels, failure.image_index, UNREAD, Placement(1.0, 1.0), (failure,))
+        return Sample(blank, boxes, labels, -1, UNREAD, Placement(1.0, 1.0), failures)
 
     def _transformed(self, picture: Picture, index: int, key: tuple[int, ...], canvas: Canvas) -> Picture:
         try:
@@ -192,40 +200,36 @@ class LoadedBatch(NamedTuple):
 
 def collate_with_failures(samples: Sequence[Sample]) -> LoadedBatch:
     """Collate the samples that could be read, perhaps none, and collect the failures of all."""
-    failures = tuple(failure for sample in samples for failure in sample.failures)
-    read = [sample for sample in samples if sample.original_size != UNREAD]
-    batch = collate(read or samples)
-    if not read:
-        targets = Targets(*(values[:0] for values in batch.targets))
-        batch = Batch(batch.images[:0], targets, *(values[:0] for values in batch[2:]))
-    return LoadedBatch(batch, failures)
+    return LoadedBatch(collate(samples), tuple(failure for sample in samples for failure in sample.failures))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples; pad their objects to one length, a multiple of 16 and at least 16.
+    """Stack samples of one canvas; pad their objects to one length, a multiple of 16 and at least 16.
 
-    Images of several canvases, which only evaluation puts into a batch, are padded at the right and at the bottom.
+    Samples without an image are dropped, so B is at most their number. The images are [B, 3, H, W] in channels_last
+    memory, the layout of the decoder.
 
-    The images are [B, 3, H, W] in channels_last memory, the layout of the decoder.
+    Raises:
+        ConfigError: the images have several canvases.
     """
-    longest = max(len(sample.labels) for sample in samples)
+    read = [sample for sample in samples if sample.original_size != UNREAD]
+    stacked = read or samples[:1]
+    canvases = sorted({tuple(sample.image.shape[1:]) for sample in stacked})
+    remedy = "Give the loader a TrainingSampler or EvaluationSampler of onestage.data with its batch_size."
+    require(len(canvases) == 1, "loader: sizes of a batch's images", canvases, "one (height, width)", remedy)
+    longest = max(len(sample.labels) for sample in stacked)
     num_objects = OBJECTS_STEP * max(1, -(-longest // OBJECTS_STEP))
-    boxes = torch.zeros(len(samples), num_objects, 4)
-    labels = torch.full((len(samples), num_objects), PADDING)
-    for row, sample in enumerate(samples):
+    boxes = torch.zeros(len(stacked), num_objects, 4)
+    labels = torch.full((len(stacked), num_objects), PADDING)
+    for row, sample in enumerate(stacked):
         boxes[row, : len(sample.boxes)] = sample.boxes
         labels[row, : len(sample.labels)] = sample.labels
-    images = [sample.image.permute(1, 2, 0) for sample in samples]
-    if len({image.shape for image in images}) > 1:
-        height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-        pages = torch.tensor(MEAN_RGB, dtype=torch.uint8).repeat(len(images), height, width, 1)
-        for page, image in zip(pages, images, strict=True):
-            page[: image.shape[0], : image.shape[1]] = image
-        images = list(pages)
+    images = torch.stack([sample.image.permute(1, 2, 0) for sample in stacked]).permute(0, 3, 1, 2)
+    batch_size = len(read)  # 0: only the shapes of the one stacked sample are kept
     return Batch(
-        images=torch.stack(images).permute(0, 3, 1, 2),
-        targets=Targets(boxes, labels),
-        image_indices=torch.tensor([sample.image_index for sample in samples]),
-        original_sizes=torch.tensor([sample.original_size for sample in samples]),
-        placements=torch.tensor([sample.placement for sample in samples]),
+        images=images[:batch_size],
+        targets=Targets(boxes[:batch_size], labels[:batch_size]),
+        image_indices=torch.tensor([sample.image_index for sample in stacked])[:batch_size],
+        original_sizes=torch.tensor([sample.original_size for sample in stacked])[:batch_size],
+        placements=torch.tensor([sample.placement for sample in stacked])[:batch_size],
     )

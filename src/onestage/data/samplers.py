@@ -198,36 +198,55 @@ def draw_copies(repeats: npt.NDArray[np.float64], generator: np.random.Generator
     return (np.arange(len(images)) - first) * len(repeats) + images
 
 
-class EvaluationSampler(DistributedSampler[int], SequentialSampler):
+class EvaluationSampler(DistributedSampler[int | None], SequentialSampler):
     """Visits every image exactly once, over all processes: process r of W takes images r, r + W, r + 2 W, ...
 
-    Nothing is repeated to make the shares equal, so processes may differ by one image. The images of a canvas follow
-    each other, so that few batches hold several. A SequentialSampler, because `overfit_batches` replaces every other
-    sampler, and all processes would get the same images.
+    Nothing is repeated to make the shares equal, so processes may differ by one image. All images of a batch have one
+    canvas: those of a canvas follow each other, and the last batch of a canvas is filled with None, which yields no
+    image. So the network sees an image as it would see it alone.
+
+    A SequentialSampler, because `overfit_batches` replaces every other sampler, and all processes would get the same
+    images. No batch sampler, because Lightning would rebuild it around another sampler.
 
     Args:
         dataset: the split, N images.
+        batch_size: of the loader, per process, >= 1.
         rank: of this process, 0..world_size - 1.
         world_size: number of processes.
-        is_even: whether the last images are left out so that all shares are equal, as training needs.
+        is_even: whether the last images of each canvas are left out so that all shares are equal, as training needs.
 
     Raises:
         DataError: a process would get no image, and the others would wait for it forever.
     """
 
-    def __init__(self, dataset: DetectionDataset, *, rank: int = 0, world_size: int = 1, is_even: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        is_even: bool = False,
+    ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
-        num_images = len(dataset)
+        groups = dataset.rows_by_canvas()
+        num_images = max(map(len, groups), default=0) if is_even else len(dataset)
         if num_images < world_size:
+            canvas = " of one canvas" if is_even and len(groups) > 1 else ""
             raise DataError(
-                f"{dataset.annotations.source} has {num_images} images for {world_size} processes.\n"
+                f"{dataset.annotations.source} has {num_images} images{canvas} for {world_size} processes.\n"
                 f"Set trainer.devices to at most {max(num_images, 1)}, or give more images."
             )
-        order = np.concatenate(dataset.rows_by_canvas())
-        self._share = order[: num_images - num_images % world_size if is_even else None][rank::world_size].tolist()
+        self._share: list[int | None] = []
+        start = 0  # of the group, in the order that the processes divide
+        for group in groups:
+            images = group[: len(group) // world_size * world_size if is_even else None]
+            self._share += [None] * (-len(self._share) % batch_size)
+            self._share += images[(rank - start) % world_size :: world_size].tolist()
+            start += len(images)
         self.num_samples = len(self._share)
-        self.total_size = num_images
+        self.total_size = start
 
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over this process's images."""
+    def __iter__(self) -> Iterator[int | None]:  # type: ignore[override]  # SequentialSampler has no empty places
+        """Iterate over this process's images; None fills up a batch."""
         return iter(self._share)
