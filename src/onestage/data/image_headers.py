@@ -22,6 +22,7 @@ from onestage.data.images import (
     open_header,
     orientation_to_apply,
     read_header,
+    read_plain_jpeg,
 )
 from onestage.errors import ImageError
 from onestage.files import open_at_once, printable, read_file
@@ -73,17 +74,16 @@ def check_files(paths: Sequence[str], annotated_sizes: Sequence[tuple[int, int]]
 
 def check_header(path: str, annotated_size: tuple[int, int] = (0, 0)) -> HeaderCheck:
     """Check one image file, which is never waited for. annotated_size: (height, width); 0, 0 if unknown."""
-    file = Path(path)
     try:
-        header, is_animated = _read(file)
-        orientation = orientation_to_apply(file, header, annotated_size)
+        header, is_animated = _read(path)
+        orientation = orientation_to_apply(path, header, annotated_size)
     except ImageError as reason:
-        return HeaderCheck(0, 0, [image_finding(file, reason)])
+        return HeaderCheck(0, 0, [image_finding(path, reason)])
     height, width = (header.height, header.width) if orientation < 5 else (header.width, header.height)
-    return HeaderCheck(height, width, _findings(file, header, (height, width), orientation, is_animated))
+    return HeaderCheck(height, width, _findings(path, header, (height, width), orientation, is_animated))
 
 
-def image_finding(file: Path, reason: ImageError) -> Finding:
+def image_finding(file: str, reason: ImageError) -> Finding:
     """Turn the decoder's error into a finding."""
     rule = rules.IMAGE_SIZE_DIFFERS if isinstance(reason, ImageSizeError) else rules.IMAGE_UNREADABLE
     return rule.broken_by(file, reason)
@@ -122,26 +122,33 @@ def tiny_boxes(annotations: AnnotationSet, image_size: int) -> list[Finding]:
     return rules.count_findings(annotations.source, {rules.BOX_TINY: (problem, int(np.count_nonzero(is_tiny)))})
 
 
-def _read(file: Path) -> tuple[ImageHeader, bool]:
+def _read(path: str) -> tuple[ImageHeader, bool]:
     """Return the header, and whether there are more frames; raise ImageError if the file is not a whole image."""
-    with suppress(OSError, ValueError, ImageError), open(file, "rb", HEAD_BYTES, opener=open_at_once) as stream:
-        num_bytes = os.fstat(stream.fileno()).st_size
-        if TAIL_BYTES < num_bytes <= MAX_IMAGE_BYTES:
-            end = os.pread(stream.fileno(), TAIL_BYTES, num_bytes - TAIL_BYTES)  # a seek would empty the buffer
-            return _read_stream(file, stream, end)
+    with suppress(OSError, ValueError, ImageError):
+        handle = open_at_once(path, os.O_RDONLY)
+        try:
+            num_bytes = os.fstat(handle).st_size
+            if TAIL_BYTES < num_bytes <= MAX_IMAGE_BYTES:
+                head, end = os.pread(handle, HEAD_BYTES, 0), os.pread(handle, TAIL_BYTES, num_bytes - TAIL_BYTES)
+                if is_whole_jpeg(end) and (header := read_plain_jpeg(head)) is not None:
+                    return header, False
+                with open(handle, "rb", HEAD_BYTES, closefd=False) as stream:
+                    return _read_stream(path, stream, end)
+        finally:
+            os.close(handle)
     # Not a whole image at first sight: the whole file tells why, or that only its end is unusual.
-    content = read_file(file, ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
-    return _read_stream(file, io.BytesIO(content), content)
+    content = read_file(Path(path), ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
+    return _read_stream(path, io.BytesIO(content), content)
 
 
-def _read_stream(file: Path, stream: BinaryIO, end: bytes) -> tuple[ImageHeader, bool]:
+def _read_stream(path: str, stream: BinaryIO, end: bytes) -> tuple[ImageHeader, bool]:
     """Read the header. end: the last bytes, or all of them."""
-    with open_header(file, stream) as image:
-        header = read_header(file, image)
+    with open_header(path, stream) as image:
+        header = read_header(path, image)
         is_jpeg = header.format in ("JPEG", "MPO")
         if (is_jpeg and not is_whole_jpeg(end)) or (header.format == "PNG" and b"IEND\xaeB`\x82" not in end):
             problem = f"is cut off: {len(end)} bytes of {header.format} without its end"
-            raise ImageError(f"{printable(file)}: {problem}.\n{REMEDY}")
+            raise ImageError(f"{printable(path)}: {problem}.\n{REMEDY}")
         is_animated = False
         with suppress(Exception):  # a damaged GIF; Pillow's readers raise whatever that leads them to
             is_animated = not is_jpeg and bool(getattr(image, "is_animated", False))
@@ -149,15 +156,14 @@ def _read_stream(file: Path, stream: BinaryIO, end: bytes) -> tuple[ImageHeader,
 
 
 def _findings(
-    file: Path, header: ImageHeader, size: tuple[int, int], orientation: int, is_animated: bool
+    path: str, header: ImageHeader, size: tuple[int, int], orientation: int, is_animated: bool
 ) -> list[Finding]:
     """Return what is unusual about a readable image. size: (height, width), upright."""
-    place = printable(file)
     height, width = size
     if min(size) < MIN_IMAGE_SIDE:
         problem = f"is {width} x {height} px; both sides must be at least {MIN_IMAGE_SIDE} px"
-        return [rules.IMAGE_TOO_SMALL.broken(place, problem)]
-    has_other_suffix = file.suffix.lower() not in SUFFIXES.get(header.format, (file.suffix.lower(),))
+        return [rules.IMAGE_TOO_SMALL.broken(printable(path), problem)]
+    has_other_suffix = not path.lower().endswith(SUFFIXES[header.format])
     is_extreme, is_turned = max(size) > MAX_ASPECT * min(size), header.orientation != 1
     flags = is_extreme, is_animated, header.is_deep, header.has_alpha, has_other_suffix, is_turned
     if not any(flags):  # nearly always; the texts below take longer
@@ -171,4 +177,5 @@ def _findings(
         rules.OTHER_SUFFIX: f"is a {header.format} file",
         rules.TURNED: f"is {verb} its EXIF orientation {header.orientation}",
     }
+    place = printable(path)
     return [rule.broken(place, text) for (rule, text), is_so in zip(problems.items(), flags, strict=True) if is_so]

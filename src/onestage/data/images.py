@@ -1,6 +1,7 @@
 """The one image decoder: a file becomes [H, W, 3] uint8 RGB, upright as annotated."""
 
 import io
+import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -35,6 +36,16 @@ TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader takes the lower 8 bit
 DECODED_BY_OPENCV = ("JPEG", "MPO", "PNG")  # a quarter faster than Pillow, as strict given bytes; MPO: several JPEGs
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 ORIENTATION_TAG = 0x0112
+SEGMENT, FRAME = struct.Struct(">HH"), struct.Struct(">BHHB")  # marker, length; bits, height, width, layers
+FRAME_MARKERS, SCAN_MARKER, TABLE_MARKER = (0xFFC0, 0xFFC1, 0xFFC2), 0xFFDA, 0xFFDB
+PLAIN_FRAMES = {(8, 1, 11), (8, 3, 17), (8, 4, 20)}  # bits, layers, length of the segment
+TABLE_BYTES = 65  # of a quantization table of 8 bits, with its number
+EXIF = b"Exif\0\0"
+# Marker -> beginning and least length of a segment in which Pillow finds no fault.
+PLAIN_SEGMENTS: dict[int, tuple[bytes | tuple[bytes, ...], int]] = {
+    0xFFC4: (b"", 2), 0xFFDD: (b"", 2), 0xFFFE: (b"", 2), 0xFFE0: (b"JFIF", 16), 0xFFE2: (b"ICC_PROFILE\0", 16),
+    0xFFE1: ((EXIF, b"http://ns.adobe.com/xap/1.0/\0"), 16), 0xFFEE: (b"Adobe", 14),
+}  # fmt: skip
 REMEDY = "Replace the file, or remove it from the data set."
 
 
@@ -88,7 +99,7 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
     return _turn_upright(image, orientation)
 
 
-def open_header(file: Path, stream: BinaryIO) -> Image.Image:
+def open_header(file: str | Path, stream: BinaryIO) -> Image.Image:
     """Read the header with Pillow; no pixel is decoded or allocated.
 
     Raises:
@@ -103,7 +114,7 @@ def open_header(file: Path, stream: BinaryIO) -> Image.Image:
         raise ImageError(f"{printable(file)}: {problem} {', '.join(PILLOW_FORMATS)}.\n{REMEDY}") from None
 
 
-def read_header(file: Path, image: Image.Image) -> ImageHeader:
+def read_header(file: str | Path, image: Image.Image) -> ImageHeader:
     """Read size, orientation and depth, and refuse a size that is out of bounds before anything is allocated.
 
     Raises:
@@ -115,16 +126,52 @@ def read_header(file: Path, image: Image.Image) -> ImageHeader:
     if values := _unread_values(image):
         problem = f"holds {values}; it must be 8 or 16 bits, from 0 for black"
         raise ImageError(f"{printable(file)}: {problem}.\nSave it as 8-bit RGB or gray, scaled to 0..255.")
-    orientation = 1
-    if image.format != "TIFF" and image.info.get("exif"):  # Pillow turns TIFF itself
-        with suppress(Exception):  # damaged metadata, of which only the orientation matters
-            exif = Image.Exif()
-            exif.load(image.info["exif"])
-            orientation = int(exif.get(ORIENTATION_TAG, 1))
+    exif = image.info.get("exif") if image.format != "TIFF" else None  # Pillow turns TIFF itself
     is_deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     has_alpha = image.mode.lower().endswith("a") or "transparency" in image.info
-    orientation = orientation if 1 <= orientation <= 8 else 1
-    return ImageHeader(image.format or "", height, width, orientation, is_deep, has_alpha)
+    return ImageHeader(image.format or "", height, width, _read_orientation(exif), is_deep, has_alpha)
+
+
+def read_plain_jpeg(head: bytes) -> ImageHeader | None:
+    """Read the header of a JPEG as Pillow does, in a sixth of the time; None where that takes Pillow.
+
+    Plain is a file of 8 bits whose first scan follows segments without gaps (ITU-T T.81 section B.1.1), none of which
+    Pillow could refuse. head: the first bytes of the file.
+    """
+    place, size, exif = 2, (0, 0), b""
+    try:
+        while head.startswith(b"\xff\xd8"):
+            marker, length = SEGMENT.unpack_from(head, place)
+            start, place = place + 4, place + 2 + length
+            if marker == SCAN_MARKER:
+                is_plain = place <= len(head) and 0 < size[0] * size[1] <= MAX_PIXELS
+                return ImageHeader("JPEG", *size, _read_orientation(exif)) if is_plain else None
+            if marker == TABLE_MARKER:
+                is_plain = length % TABLE_BYTES == 2 and max(head[start:place:TABLE_BYTES]) < 16
+            elif marker in FRAME_MARKERS:
+                bits, height, width, layers = FRAME.unpack_from(head, start)
+                is_plain, size = (bits, layers, length) in PLAIN_FRAMES and size == (0, 0), (height, width)
+            else:
+                beginning, min_length = PLAIN_SEGMENTS[marker]
+                is_plain = head.startswith(beginning, start) and length >= min_length
+                if beginning and head.startswith(EXIF, start):
+                    is_plain, exif = is_plain and not exif, head[start:place]
+            if not is_plain:
+                return None
+    except (struct.error, KeyError, ValueError):  # the end of the head, another marker, an empty table
+        return None
+    return None
+
+
+def _read_orientation(exif: bytes | None) -> int:
+    """Return the orientation, 1..8, in the EXIF data of an image; 1 where there is none."""
+    with suppress(Exception):  # damaged metadata, of which only the orientation matters
+        if exif:
+            tags = Image.Exif()
+            tags.load(exif)
+            orientation = int(tags.get(ORIENTATION_TAG, 1))
+            return orientation if 1 <= orientation <= 8 else 1
+    return 1
 
 
 def _unread_values(image: Image.Image) -> str:
@@ -144,7 +191,7 @@ def _unread_values(image: Image.Image) -> str:
     return next((kind for kind, is_so in kinds.items() if is_so), "")
 
 
-def orientation_to_apply(file: Path, header: ImageHeader, annotated_size: tuple[int, int] | None) -> int:
+def orientation_to_apply(file: str | Path, header: ImageHeader, annotated_size: tuple[int, int] | None) -> int:
     """Return the orientation with which the image has the annotated size.
 
     Raises:
@@ -198,7 +245,7 @@ def _turn_upright(image: RGBImage, orientation: int) -> RGBImage:
     return np.ascontiguousarray(image)
 
 
-def _too_many_pixels(file: Path, size: str) -> ImageError:
+def _too_many_pixels(file: str | Path, size: str) -> ImageError:
     problem = f"claims {size} pixels; at most {MAX_PIXELS / 1e6:.0f} million are decoded"
     return ImageError(f"{printable(file)}: {problem}.\nShrink it, or remove it.")
 

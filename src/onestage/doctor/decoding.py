@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from onestage.data.images import REMEDY, read_image
@@ -53,7 +52,7 @@ def decode_in_child(tasks: Sequence[Task]) -> "list[Finding]":
         problems += answers
         problems += [f"{reason} while it was decoded"] if reason else []
     pairs = zip(tasks, problems, strict=True)
-    return [image_finding(Path(task.path), ImageError(problem)) for task, problem in pairs if problem]
+    return [image_finding(task.path, ImageError(problem)) for task, problem in pairs if problem]
 
 
 def decode_each(answers: Connection, tasks: Sequence[Task]) -> None:
