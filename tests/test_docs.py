@@ -130,9 +130,7 @@ def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
     assert documented == {name: kind.exit_code for name, kind in kinds.items()}
 
 
-def test_transforms_of_the_docs_overlay_a_shipped_experiment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_transforms_of_the_docs_overlay_a_shipped_experiment(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(ROOT)
     (block,) = (block for block in blocks("data_pipeline.md", "yaml") if "train_transforms" in block)
     (tmp_path / "mine.yaml").write_text(block, encoding="utf-8")

@@ -101,9 +101,7 @@ esac
 """
 
 
-def test_setup_prints_a_line_per_stage_and_what_pip_says_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_setup_prints_a_line_per_stage_and_what_pip_says_when_it_fails(tmp_path, monkeypatch) -> None:
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "python").write_text(STUB)

@@ -192,16 +192,6 @@ def test_train_is_fit_with_the_given_data(tmp_path):
         onestage.train(config, data=data, epochs=2)
 
 
-def test_train_reads_a_source_with_the_settings_of_the_config(drawn, tmp_path):
-    source = COCO(drawn, train_images="JPEGImages", val_images="JPEGImages")
-    result = onestage.train(
-        REPOSITORY / "configs" / "shapes_ssd.yaml", data=source, max_epochs=1, check_val_every_n_epoch=1,
-        runs_dir=tmp_path, accelerator="cpu", drawn_images=0, num_workers=0, limit_train_batches=2,
-        channels_last=False, enable_progress_bar=False,
-    )  # fmt: skip
-    assert onestage.load(result.checkpoint, device="cpu").class_names == onestage.data.Shapes(drawn).known_classes[0]
-
-
 @pytest.mark.slow
 def test_the_examples_of_the_docs_run(trained, drawn, photo, tmp_path, monkeypatch):
     checkpoint = tmp_path / "runs" / "shapes_ssd" / "version_0" / "checkpoints" / "best.ckpt"

@@ -34,9 +34,7 @@ def test_make_commands_dry_run(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.split()[1] in DATA_COMMANDS])
-def test_data_commands_run_on_a_folder_called_mine(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_commands_run_on_a_folder_called_mine(command, tmp_path, monkeypatch) -> None:
     draw_shapes(tmp_path / "mine", num_train=6, num_val=3, seed=0)
     shutil.rmtree(tmp_path / "mine" / "annotations")  # it is drawn in both formats; VOC's is left
     monkeypatch.chdir(tmp_path)
@@ -44,9 +42,7 @@ def test_data_commands_run_on_a_folder_called_mine(
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if re.search(r"--print_config|\.help ", command)])
-def test_commands_that_print_keys_run(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_that_print_keys_run(command, monkeypatch, capsys) -> None:
     """tests/test_remedies.py parses all others."""
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(SystemExit) as stopped:
@@ -56,9 +52,7 @@ def test_commands_that_print_keys_run(
 
 
 @pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "yaml"])
-def test_yaml_of_the_readme_overlays_a_shipped_experiment(
-    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_yaml_of_the_readme_overlays_a_shipped_experiment(block, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(REPOSITORY)
     mine = tmp_path / "mine.yaml"
     mine.write_text(block)

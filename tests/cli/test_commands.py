@@ -31,9 +31,12 @@ def test_run_folder_holds_the_documented_files(trained):
     assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert list(trained.glob("events.out.tfevents.*")) and not (trained / "hparams.yaml").exists()
     assert len(list((trained / "predictions").glob("*.jpg"))) == 3
+    for path in (trained / "checkpoints").iterdir():
+        saved = torch.load(path, weights_only=True)["onestage"]
+        assert saved["class_names"] and yaml.safe_load(yaml.safe_dump(saved)) == saved  # only primitives
 
 
-def test_results_hold_finite_numbers_by_name(trained):
+def test_results_and_tables_hold_finite_numbers_by_name(trained):
     results = json.loads((trained / "results.json").read_text())
     assert results["stage"] == "validate"
     assert {"mAP", "AP50", "AP75", "mAP_small", "mAP_medium", "mAP_large"} <= results["metrics"].keys()
@@ -45,9 +48,6 @@ def test_results_hold_finite_numbers_by_name(trained):
     best = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)["onestage"]
     assert best["score_threshold"] == results["score_threshold"]
     assert torch.__version__.startswith(results["versions"]["torch"])
-
-
-def test_metrics_csv_has_losses_and_map(trained):
     header = (trained / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/loss", "train/classification_loss", "train/box_loss", "val/mAP", "val/loss"} <= set(header)
     (row,) = csv.DictReader((trained / "epochs.csv").open())
@@ -133,13 +133,6 @@ def test_run_without_validation_prints_its_folder_and_a_missing_prior_warns(fast
     with pytest.warns(UserWarning, match=r"The first classification loss is .* per positive anchor"):
         assert run("fit", *fast_options, *options, "--model.detector.init_args.prior", "0.5") == 0
     assert f"the run: {tmp_path / 'shapes_ssd' / 'version_0'}" in capsys.readouterr().out
-
-
-def test_checkpoint_holds_only_primitives_and_tensors(trained):
-    for path in (trained / "checkpoints").iterdir():
-        saved = torch.load(path, weights_only=True)["onestage"]
-        assert saved["class_names"]
-        assert yaml.safe_load(yaml.safe_dump(saved)) == saved
 
 
 @pytest.mark.slow

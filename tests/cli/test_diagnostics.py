@@ -49,7 +49,7 @@ def test_overflowing_learning_rate_ends_with_code_6_and_a_diagnosis(fast_options
     assert all(bool(tensor.isfinite().all()) for tensor in checkpoint["state_dict"].values())
 
 
-def test_losses_command_writes_table_and_plot_of_a_split(trained, tmp_path, capsys):
+def test_losses_command_writes_table_and_plot_of_a_split_and_checks_its_gammas_and_weights(trained, tmp_path, capsys):
     words = ["--ckpt_path", str(trained / "checkpoints" / "best.ckpt"), "--runs_dir", str(tmp_path)]
     assert run("losses", *words, "--split", "test", "--trainer.accelerator=cpu") == 0
     (folder,) = tmp_path.glob("shapes_ssd/version_0")
@@ -60,10 +60,6 @@ def test_losses_command_writes_table_and_plot_of_a_split(trained, tmp_path, caps
     rows = list(csv.DictReader((folder / "losses.csv").open()))
     assert {row["group"] for row in rows} == {"positives", "negatives"}
     assert not (folder / "results.json").exists()
-
-
-def test_losses_command_checks_its_gammas_and_needs_weights(trained, tmp_path, capsys):
-    words = ["--ckpt_path", str(trained / "checkpoints" / "best.ckpt"), "--runs_dir", str(tmp_path)]
     assert run("losses", *words, "--trainer.accelerator=cpu", "--gammas", "[-1]") == 2
     assert "gammas" in capsys.readouterr().err
     assert run("losses", "--config", str(trained / "config.yaml"), "--runs_dir", str(tmp_path)) == 2

@@ -3,13 +3,8 @@
 import lightning.pytorch.loggers  # noqa: F401 # its classes are suggested
 import pytest
 
-from onestage.cli.messages import CONFIGS, check_config_file, files_first, find_config, option_values
+from onestage.cli.messages import CONFIGS, check_config_file, files_first, find_config
 from onestage.errors import ConfigError
-
-
-def test_option_values_reads_space_and_equals_forms():
-    assert option_values(["--config", "a", "--x", "1", "--config=b"], "--config", "-c") == ["a", "b"]
-    assert option_values(["--config"], "--config") == []
 
 
 def test_files_first_moves_config_files_before_options():

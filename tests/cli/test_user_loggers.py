@@ -89,9 +89,3 @@ def test_wandb_gets_everything_in_the_folder_of_the_run(fast_options, tmp_path, 
     pictures = {path.name.partition("_")[0] for path in log.parent.glob("files/media/images/*.png")}
     assert {"confusion", "pr"} <= pictures
     assert "Run history" not in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_comet_trains_without_a_server(fast_options, tmp_path, monkeypatch):
-    pytest.importorskip("comet_ml", reason="pip install comet-ml")
-    logged_run(fast_options, tmp_path, monkeypatch, "--trainer.logger=CometLogger", "--trainer.logger.online=false")

@@ -263,9 +263,7 @@ def test_splits_of_different_classes_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["coco", "voc", "yolo"])
-def test_command_reports_the_splits_and_how_to_train(
-    to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_reports_the_splits_and_how_to_train(to, tmp_path, capsys) -> None:
     files = [str(file) for file in write_source(tmp_path / "in")]
     out = tmp_path / to
     assert main(["convert", *files, "--to", to, "--out", str(out), "--splits", "train=val", "val=train"]) == 0
@@ -288,8 +286,6 @@ def test_command_reports_the_splits_and_how_to_train(
         (["gone", "--to", "voc", "--out", "x", "--max_bad_fraction", "5"], 2, "in [0, 1], got 5"),
     ],
 )
-def test_wrong_words_end_with_their_exit_code(
-    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_words_end_with_their_exit_code(words, code, message, capsys) -> None:
     assert main(["convert", *words]) == code
     assert message in capsys.readouterr().err

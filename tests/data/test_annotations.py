@@ -1,7 +1,5 @@
 """Boxes that are checked, clipped and skipped, whatever format they come from."""
 
-import pickle
-
 import numpy as np
 import pytest
 
@@ -11,7 +9,6 @@ from onestage.data.annotations import (
     ImageColumns,
     ObjectColumns,
     build_annotation_set,
-    select_images,
 )
 from onestage.errors import AnnotationError
 from onestage.types import AnnotationSet
@@ -49,15 +46,6 @@ def build(
         describe=lambda row: f"object {row} {boxes[row]}",
         **options,
     )
-
-
-def test_objects_are_grouped_by_image_in_the_order_of_the_file() -> None:
-    annotations = build([[0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 3, 3], [0, 0, 4, 4]], image_rows=[2, 0, 2, 0])
-    assert annotations.box_offsets.tolist() == [0, 2, 2, 4]  # image b has none, and stays
-    assert annotations.boxes[:, 2].tolist() == [2, 4, 1, 3]
-    assert annotations.labels.tolist() == [1, 1, 0, 0]
-    assert annotations.objects(2) == slice(2, 4)
-    assert annotations.image_ids.tolist() == [10, 11, 12]
 
 
 def test_a_box_that_reaches_out_is_clipped_to_its_image() -> None:
@@ -127,20 +115,3 @@ def test_no_usable_box_or_image_is_an_error() -> None:
         build([[1, 1, 1, 1]])
     with pytest.raises(AnnotationError, match="none of its 1 images"):
         build([], sizes=[], findings=[IMAGE_MISSING.broken("a.jpg", "is missing")])
-
-
-def test_the_arrays_have_the_promised_types_and_survive_pickling() -> None:
-    annotations = pickle.loads(pickle.dumps(build([[0, 0, 1, 1]])))
-    names = ("boxes", "labels", "areas", "sizes", "box_offsets")
-    types = [getattr(annotations, name).dtype for name in names]
-    assert types == [np.float32, np.int64, np.float32, np.int32, np.int64]
-    assert annotations.image_paths.tolist() == ["a.jpg"]
-
-
-def test_selected_images_keep_their_objects_in_the_order_asked_for() -> None:
-    annotations = build([[0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 3, 3], [0, 0, 4, 4]], image_rows=[2, 0, 2, 0])
-    selected = select_images(annotations, np.array([2, 1]))  # two objects, then none
-    assert selected.image_ids.tolist() == [12, 11]
-    assert selected.box_offsets.tolist() == [0, 2, 2]
-    assert selected.boxes[:, 2].tolist() == [1, 3]
-    assert selected.labels.tolist() == [0, 0]

@@ -45,9 +45,7 @@ def break_file(annotations: AnnotationSet, index: int) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_copy_has_the_short_side_is_close_to_the_image_and_keeps_its_original_size(
-    annotations: AnnotationSet, folder: Path
-) -> None:
+def test_copy_has_the_short_side_is_close_to_the_image_and_keeps_its_original_size(annotations, folder) -> None:
     reader = open_images("disk", annotations, 30)
     for index, (size, copy_size) in enumerate(zip(SIZES, COPY_SIZES, strict=True)):
         image = reader.read(index)
@@ -94,9 +92,7 @@ def test_damaged_copy_is_made_again(annotations: AnnotationSet, folder: Path) ->
         assert copy.read_bytes() == content
 
 
-def test_disk_that_becomes_full_does_not_change_or_stop_the_training(
-    annotations: AnnotationSet, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_disk_that_becomes_full_does_not_change_or_stop_the_training(annotations, folder, monkeypatch, caplog) -> None:
     expected = open_images("disk", annotations, 30).read(0).pixels
     (copy,) = copies(folder)
     copy.unlink()
@@ -111,9 +107,7 @@ def test_disk_that_becomes_full_does_not_change_or_stop_the_training(
     assert "No space left on device" in caplog.text
 
 
-def test_size_is_announced_and_too_little_space_is_refused(
-    annotations: AnnotationSet, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_size_is_announced_and_too_little_space_is_refused(annotations, folder, monkeypatch) -> None:
     printed: list[str] = []
     monkeypatch.setattr(cache, "rank_zero_info", printed.append)
     reader = DiskCache(annotations, 40, folder)
@@ -126,9 +120,7 @@ def test_size_is_announced_and_too_little_space_is_refused(
         DiskCache(annotations, 40, folder)
 
 
-def test_cache_folder_that_cannot_be_made_is_refused(
-    annotations: AnnotationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_folder_that_cannot_be_made_is_refused(annotations, tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="XDG_CACHE_HOME to another folder"):

@@ -117,9 +117,7 @@ def test_annotations_are_parsed_once_and_test_falls_back_to_val(coco: Path, monk
 
 
 @pytest.mark.parametrize("kind", ["coco", "voc"])
-def test_path_is_recognised_and_replaces_the_source(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_path_is_recognised_and_replaces_the_source(kind, tmp_path, request, caplog) -> None:
     path = request.getfixturevalue(kind)
     data = DetectionDataModule(VOC(tmp_path / "other"), path=path)
     with caplog.at_level(logging.INFO):
@@ -160,9 +158,7 @@ def test_letterbox_of_the_data_module_reaches_the_batches(coco: Path) -> None:
 
 
 @pytest.mark.parametrize(("transforms", "left"), [([A.HorizontalFlip(p=1.0)], 25.6), ([], 6.4)])
-def test_given_transforms_replace_the_default_and_are_resized_after(
-    coco: Path, transforms: list[A.BasicTransform], left: float
-) -> None:
+def test_given_transforms_replace_the_default_and_are_resized_after(coco, transforms, left) -> None:
     data = coco_data(coco, image_size=64, batch_size=6, num_workers=0, train_transforms=transforms)
     (batch,) = data.train_dataloader()
     # x 4..24 of 40, or mirrored 16..36, by 1.6
@@ -193,9 +189,7 @@ def test_predict_reads_a_folder_or_one_image(coco: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, 0), (2, 1), (8, 7), (128, 16)])
-def test_automatic_workers_leave_a_core_to_training(
-    coco: Path, monkeypatch: pytest.MonkeyPatch, cores: int, expected: int
-) -> None:
+def test_automatic_workers_leave_a_core_to_training(coco, monkeypatch, cores, expected) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
     loader = coco_data(coco).val_dataloader()
     assert loader.num_workers == expected
@@ -229,13 +223,10 @@ def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None
         coco_data("anywhere", **settings)
 
 
-def test_neither_source_nor_path_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data.source: missing\. Set data\.path"):
-        DetectionDataModule().setup("fit")
-
-
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
-def test_missing_data_stops_in_setup(tmp_path: Path, stage: str) -> None:
+def test_missing_source_or_data_stops_in_setup(tmp_path: Path, stage: str) -> None:
+    with pytest.raises(ConfigError, match=r"data.source: missing\. Set data\.path"):
+        DetectionDataModule().setup(stage)
     with pytest.raises(DataError, match=r"instances_\w+\.json"):
         coco_data(tmp_path, train="train2017", val="val2017").setup(stage)
 
@@ -281,10 +272,6 @@ def parse_yaml(text: str) -> DetectionDataModule:
     return parser.instantiate(config).data
 
 
-def test_one_line_of_yaml_is_enough(coco: Path) -> None:
-    assert parse_yaml(f"data: {{path: {coco}}}").num_classes == 2
-
-
 DATA_YAML = """
 data:
   source: {class_path: onestage.data.Shapes}
@@ -299,7 +286,8 @@ data:
 """
 
 
-def test_resize_sampling_and_transforms_are_built_from_yaml() -> None:
+def test_one_line_of_yaml_is_enough_and_resize_sampling_and_transforms_are_built_from_more(coco: Path) -> None:
+    assert parse_yaml(f"data: {{path: {coco}}}").num_classes == 2
     data = parse_yaml(DATA_YAML)
     assert (data.image_size, data.sampling.threshold) == (64, 0.5)
     flip, zoom_out, crop, distort = data.train_transforms

@@ -2,14 +2,14 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest
-from layout_files import coco_folder, picture, voc_folder, yolo_images
+from layout_files import coco_folder, edit_json, voc_folder, yolo_images
 
 from onestage.data import COCO, VOC, YOLO, DetectionDataModule, ImageFolder
 from onestage.data.layouts import recognise
+from onestage.errors import AnnotationError
 from onestage.files import as_path, find_below, find_files, foreign_parts, to_flag, to_number
 
 
@@ -59,9 +59,7 @@ def test_flag_is_set_by_1_and_true(value: object, flag: bool) -> None:
         (3, ()),
     ],
 )
-def test_path_of_any_system_is_split_and_leads_nowhere_else(
-    name: object, parts: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_path_of_any_system_is_split_and_leads_nowhere_else(name, parts, tmp_path) -> None:
     assert foreign_parts(name) == parts
     (tmp_path / "outside.jpg").write_text("")
     (tmp_path / "set").mkdir()
@@ -156,12 +154,28 @@ def test_flags_and_numbers_as_text_are_read_in_coco_and_voc(tmp_path: Path) -> N
     assert VOC(tmp_path / "voc").read("train").is_difficult.tolist() == [True]
 
 
-def test_windows_names_and_links_stay_inside_the_set(tmp_path: Path) -> None:
-    root = tmp_path / "set"
-    yolo_images(root, "images", "labels", "a")
-    picture(tmp_path / "secret.jpg")
-    (root / "list.txt").write_text("images\\a.jpg\r\n..\\..\\secret.jpg\r\n")
-    (root / "data.yaml").write_text("train: list.txt\nnames: [cat]\n")
-    annotations = YOLO(root).read("train")
-    assert annotations.image_paths.tolist() == [os.fspath(root / "images" / "a.jpg")]
-    assert len(annotations.skipped) == 1
+def coco_with_a_sub_folder(root: Path) -> None:
+    coco_folder(root, "train")
+    (root / "train" / "sub").mkdir()
+    (root / "train" / "a0.jpg").rename(root / "train" / "sub" / "a0.jpg")
+    edit_json(root / "annotations" / "instances_train.json", "images", [0], file_name="sub/a0.jpg")
+
+
+@pytest.mark.parametrize(
+    ("write", "linked"),
+    [
+        *[(coco_with_a_sub_folder, name) for name in ("train/sub/a0.jpg", "train/sub")],
+        *[(lambda root: voc_folder(root, train="a b"), name) for name in ("JPEGImages/a.jpg", "Annotations/a.xml")],
+        *[(lambda root: yolo_images(root, "images", "labels"), name) for name in ("images/a.jpg", "labels/a.txt")],
+    ],
+)
+def test_link_out_of_the_folder_is_refused_and_one_inside_is_fine(write, linked, tmp_path: Path) -> None:
+    for name in ("fine", "refused"):
+        root = tmp_path / name
+        write(root)
+        target = (root / linked).parent / "real" if name == "fine" else tmp_path / "outside"
+        (root / linked).symlink_to((root / linked).rename(target))
+        if name == "fine":
+            assert len(recognise(root).read("train").skipped) == 0
+    with pytest.raises(AnnotationError, match=r"outside the data set's folder(.|\n)*data\.path"):
+        recognise(root).read("train")

@@ -2,7 +2,6 @@
 
 import io
 import struct
-import threading
 import zlib
 from pathlib import Path
 
@@ -136,9 +135,7 @@ def flat(kind: object, colour: object, path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "colour", "expected", "suffixes"), [*MODES, *PIXELS])
-def test_every_mode_and_depth_is_decoded_to_hand_computed_values(
-    tmp_path: Path, kind: object, colour: object, expected: tuple[int, ...], suffixes: str
-) -> None:
+def test_every_mode_and_depth_is_decoded_to_hand_computed_values(tmp_path, kind, colour, expected, suffixes) -> None:
     for suffix in suffixes.split():
         path = flat(kind, colour, tmp_path / f"a{suffix}")
         image = read_image(path)
@@ -151,9 +148,7 @@ def test_every_mode_and_depth_is_decoded_to_hand_computed_values(
 
 
 @pytest.mark.parametrize(("library", "kind", "colour"), FLOATS)
-def test_values_without_a_fixed_range_are_refused_by_their_header(
-    tmp_path: Path, library: str, kind: object, colour: object
-) -> None:
+def test_values_without_a_fixed_range_are_refused_by_their_header(tmp_path, library, kind, colour) -> None:
     path = flat(kind, colour, tmp_path / "a.tif")
     check = check_header(str(path))
     assert not check.is_usable
@@ -185,9 +180,7 @@ def tiff(path: Path, strips: list[bytes], **tags: list[int]) -> Path:
     ("photometric", "values", "expected"),
     [(2, (0x0AFF, 0xC8FF, 0x1EFF), GREEN), (5, (0xFFFF, 0x0000, 0x00FF, 0x00FF), (0, 255, 255))],
 )
-def test_planes_of_16_bits_give_their_upper_8(
-    tmp_path: Path, photometric: int, values: tuple[int, ...], expected: tuple[int, ...]
-) -> None:
+def test_planes_of_16_bits_give_their_upper_8(tmp_path, photometric, values, expected) -> None:
     planes, number = [struct.pack("<H", value) * 256 for value in values], len(values)
     path = tiff(tmp_path / "a.tif", planes, t258=[16] * number, t262=[photometric], t277=[number], t284=[2])
     assert read_image(path)[8, 8].tolist() == list(expected)
@@ -203,9 +196,7 @@ def test_planes_of_16_bits_give_their_upper_8(
         (b"\1" * 256, {"t262": [3], "t320": [10, 200, 30] * 256}, "colours of 8 bits in a table of 16"),
     ],
 )
-def test_values_that_would_come_out_wrong_are_refused_by_their_header(
-    tmp_path: Path, content: bytes, tags: dict[str, list[int]], kind: str
-) -> None:
+def test_values_that_would_come_out_wrong_are_refused_by_their_header(tmp_path, content, tags, kind) -> None:
     path = tiff(tmp_path / "a.tif", [content], **tags)
     assert not check_header(str(path)).is_usable
     with pytest.raises(ImageError, match=f"holds {kind}; it must be 8 or 16 bits, from 0 for black"):
@@ -312,27 +303,9 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (8_001, 8_000)])
-def test_a_header_that_claims_too_many_pixels_is_refused_before_decoding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, height: int
-) -> None:
+def test_a_header_that_claims_too_many_pixels_is_refused_before_decoding(tmp_path, monkeypatch, width, height) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(png_header(width, height) + b"\0\0\0\0IDAT")
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ImageError, match=r"bomb\.png: claims .* at most 64 million(.|\n)*Shrink"):
         read_image(path)
-
-
-def test_threads_read_the_same_pixels(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.jpg", picture(200, 300), exif=with_orientation(6))
-    expected = read_image(path)
-    results: list[bool] = []
-
-    def read() -> None:
-        results.extend(np.array_equal(read_image(path), expected) for _ in range(20))
-
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [True] * 80

@@ -69,7 +69,7 @@ def test_more_objects_in_training_images_leave_validation_as_it_is(drawn: Path, 
     assert numbers[0] > 1.5 * numbers[1]
 
 
-def test_a_finished_folder_is_not_touched(tmp_path: Path) -> None:
+def test_a_finished_folder_is_touched_only_for_other_settings_and_lost_images(tmp_path: Path) -> None:
     folder = tmp_path / "shapes"
     folder.mkdir()  # an empty folder is filled
     draw_shapes(folder, num_train=2, num_val=1, seed=0)
@@ -77,11 +77,6 @@ def test_a_finished_folder_is_not_touched(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     draw_shapes(folder, num_train=2, num_val=1, seed=0)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
-def test_other_settings_and_lost_images_are_drawn_anew(tmp_path: Path) -> None:
-    folder = tmp_path / "shapes"
-    draw_shapes(folder, num_train=2, num_val=1, seed=0)
     draw_shapes(folder, num_train=3, num_val=2, seed=0)
     assert len(list((folder / "JPEGImages").iterdir())) == 5
     whole = snapshot(folder)
@@ -104,9 +99,7 @@ def test_a_foreign_folder_or_file_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine too"
 
 
-def test_an_interrupted_drawing_leaves_nothing_and_starts_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_drawing_leaves_nothing_and_starts_again(tmp_path, monkeypatch) -> None:
     def interrupt(seed: int, index: int, max_objects: int) -> scenes.Scene:
         if index == 2:
             raise KeyboardInterrupt
@@ -130,17 +123,6 @@ def test_what_a_killed_run_left_is_removed_once_it_is_old(tmp_path: Path) -> Non
     draw_shapes(tmp_path / "shapes", num_train=1, num_val=1, seed=0)
     assert not old.exists()
     assert young.exists()
-
-
-def test_another_process_that_finishes_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def overtaken(seed: int, index: int, max_objects: int) -> scenes.Scene:
-        monkeypatch.undo()
-        draw_shapes(tmp_path / "shapes", num_train=1, num_val=1, seed=0)
-        return draw_scene(seed, index, max_objects)
-
-    monkeypatch.setattr("onestage.data.shapes.draw_scene", overtaken)
-    draw_shapes(tmp_path / "shapes", num_train=1, num_val=1, seed=0)
-    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
 
 
 @pytest.mark.parametrize(

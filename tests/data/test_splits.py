@@ -8,16 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from annotation_sets import annotation_set
-from data_modules import coco_data, voc_data, yolo_data
+from data_modules import yolo_data
 from yolo_files import write_yolo
 
 from onestage.data import DetectionDataModule
 from onestage.data.splits import assign_parts, split_by_fold, split_by_fraction
 from onestage.errors import ConfigError
 from onestage.types import AnnotationSet
-
-BCCD = Path(__file__).resolve().parents[2] / "../shared/data/bccd"
-COCO128 = Path(__file__).resolve().parents[2] / "../shared/data/coco128"
 
 
 def class_counts(annotations: AnnotationSet) -> list[int]:
@@ -158,9 +155,7 @@ def test_one_split_is_divided_by_the_data_module(tmp_path: Path) -> None:
     assert sum(len(batch.images) for batch in data.val_dataloader()) == 4
 
 
-def test_without_a_validation_split_a_fifth_is_held_out_with_a_notice(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_validation_split_a_fifth_is_held_out_with_a_notice(tmp_path, caplog) -> None:
     data = one_split(tmp_path)
     settings = tmp_path / "data.yaml"
     lines = [line for line in settings.read_text().splitlines() if not line.startswith("val:")]
@@ -169,21 +164,3 @@ def test_without_a_validation_split_a_fifth_is_held_out_with_a_notice(
         data.setup("fit")
     assert (len(data.annotations("train")), len(data.annotations("val"))) == (8, 2)
     assert "has no validation split; 0.2 of the training images are held out (data.val_fraction)" in caplog.text
-
-
-@pytest.mark.skipif(not BCCD.is_dir(), reason="the real data set is not here")
-def test_blood_cells_are_divided_by_class() -> None:
-    data = voc_data(BCCD, train=["train", "val", "test"], val_fraction=0.25)
-    whole = np.array(class_counts(data.annotations("train"))) + class_counts(data.annotations("val"))
-    assert len(data.annotations("val")) == pytest.approx(364 * 0.25, abs=1)
-    assert class_counts(data.annotations("val")) == pytest.approx((whole * 0.25).tolist(), abs=1)
-
-
-@pytest.mark.skipif(not COCO128.is_dir(), reason="the real data set is not here")
-def test_coco128_folds_hold_their_share_of_the_frequent_classes() -> None:
-    whole = np.array(class_counts(coco_data(COCO128).annotations("train")))
-    for fold in range(4):
-        val = coco_data(COCO128, num_folds=4, fold=fold).annotations("val")
-        off = np.abs(np.array(class_counts(val)) - whole / 4)
-        assert off[whole >= 8].max() <= 4  # 61 images with a person, 15.25 for each fold
-        assert off.mean() < 1

@@ -217,9 +217,7 @@ def test_mosaic_in_the_dataset_has_the_labels_of_its_images(annotations: Annotat
 
 
 @pytest.mark.parametrize("settings", [{"mosaic": 0.5}, {"mixup": 0.5}])
-def test_mixing_happens_with_its_probability_and_in_every_epoch_anew(
-    annotations: AnnotationSet, settings: dict
-) -> None:
+def test_mixing_happens_with_its_probability_and_in_every_epoch_anew(annotations, settings) -> None:
     plain, mixed = dataset(annotations), dataset(annotations, **settings)
     samples = [mixed[epoch, index] for epoch in range(5) for index in range(6)]
     num_mixed = sum(

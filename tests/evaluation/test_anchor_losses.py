@@ -6,7 +6,6 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from PIL import Image
-from tiny_training import TinyDetector, tiny_batch
 
 from onestage.errors import CheckpointError, ConfigError
 from onestage.evaluation.anchor_losses import (
@@ -18,7 +17,6 @@ from onestage.evaluation.anchor_losses import (
     missing_prior,
     write_loss_curves,
 )
-from onestage.losses import MinedCrossEntropy, SigmoidCrossEntropy, SigmoidFocalLoss, SoftmaxFocalLoss
 from onestage.types import BACKGROUND, IGNORE, AnchorLosses
 
 # Two images of five anchors: three at stride 8, two at stride 16.
@@ -68,16 +66,6 @@ def test_prior_or_mined_negatives_or_no_negatives_are_not_reported():
     assert missing_prior(first_batch(0.97)) is None
     assert missing_prior(first_batch(0.5, mined=6)) is None
     assert missing_prior(first_batch(0.5)._replace(labels=torch.zeros(1, 1000, dtype=torch.int64))) is None
-
-
-@pytest.mark.parametrize("loss", [SigmoidFocalLoss, SoftmaxFocalLoss, SigmoidCrossEntropy, MinedCrossEntropy])
-@pytest.mark.parametrize("prior", [0.01, 0.5])
-def test_untrained_detector_needs_a_prior_unless_negatives_are_mined(loss, prior):
-    torch.manual_seed(0)
-    detector, batch = TinyDetector(num_classes=2, classification_loss=loss(), prior=prior), tiny_batch([0])
-    losses = detector.anchor_losses(detector(batch.images), batch.targets)
-    assert losses.losses.shape == losses.labels.shape == losses.true_probabilities.shape
-    assert (missing_prior(losses) is not None) == (prior == 0.5 and loss is not MinedCrossEntropy)
 
 
 def test_loss_curve_of_four_examples_equals_hand_computed_values():

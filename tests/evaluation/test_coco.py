@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from evaluation_data import annotation_set, coco_numbers, detections, random_evaluation
 
 from onestage.evaluation import backends
@@ -177,36 +175,6 @@ def test_non_finite_detection_is_dropped_with_warning(bad):
     with pytest.warns(UserWarning, match=r"1 detections of 0\.jpg"):
         evaluator.update(torch.tensor([0]), detections([[HERE, THERE]], [[0.9, bad]], [[0, 0]]))
     assert evaluator.compute()["mAP"] == 1.0
-
-
-NUM_IMAGES = 7
-
-
-def evaluate_parts(parts):
-    annotations, found = random_evaluation(5, num_images=NUM_IMAGES)
-    evaluator = CocoEvaluator(annotations)
-    for indices in parts:
-        evaluator.update(indices, Detections(*(tensor[indices] for tensor in found)))
-    metrics = evaluator.compute()
-    return repr((metrics, evaluator.evaluation(), evaluator.results(Path())))
-
-
-def run_process(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    # Images 0 2 4 6 and 1 3 5, the second padded with a repeat of 0: 4 + 3 distinct images in unequal batches.
-    uneven = [torch.tensor([0, 2]), torch.tensor([4, 6])] if rank == 0 else [torch.tensor([1, 3, 5, 0])]
-    one_idle = [torch.arange(NUM_IMAGES)] if rank == 0 else []
-    (folder / f"{rank}.txt").write_text("\n".join([evaluate_parts(uneven), evaluate_parts(one_idle)]))
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_with_uneven_shares_equal_one_process(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(run_process, args=(tmp_path,), nprocs=2)
-    expected = evaluate_parts([torch.arange(NUM_IMAGES)])
-    for rank in range(2):
-        assert (tmp_path / f"{rank}.txt").read_text().splitlines() == [expected, expected]
 
 
 def test_crowded_images_are_warned_of_and_results_name_images_relative_to_a_root():

@@ -4,13 +4,7 @@ from loss_references import random_anchors
 from torch.testing import assert_close
 
 from onestage.errors import ConfigError
-from onestage.losses import (
-    ClassWeights,
-    EffectiveNumberWeights,
-    MinedCrossEntropy,
-    SigmoidFocalLoss,
-    SoftmaxFocalLoss,
-)
+from onestage.losses import ClassWeights, EffectiveNumberWeights, MinedCrossEntropy, SigmoidFocalLoss, SoftmaxFocalLoss
 from onestage.types import BACKGROUND
 
 

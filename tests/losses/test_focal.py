@@ -7,13 +7,7 @@ from loss_references import one_hot, random_anchors
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
-from onestage.losses import (
-    QualityFocalLoss,
-    SigmoidFocalLoss,
-    SoftmaxCrossEntropy,
-    SoftmaxFocalLoss,
-    VarifocalLoss,
-)
+from onestage.losses import QualityFocalLoss, SigmoidFocalLoss, SoftmaxCrossEntropy, SoftmaxFocalLoss, VarifocalLoss
 from onestage.types import BACKGROUND, IGNORE
 
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.5]

@@ -50,12 +50,9 @@ def divisors(
 
 
 @pytest.mark.parametrize(
-    ("numbers", "expected"),
-    [((3, 1), 2.0), ((1, 0), 0.5), ((0, 0), 0.5), ((1, 0, 0, 0), 0.25), ((0, 0, 2, 1), 0.75)],
+    ("numbers", "expected"), [((3, 1), 2.0), ((1, 0), 0.5), ((0, 0), 0.5), ((1, 0, 0, 0), 0.25), ((0, 0, 2, 1), 0.75)]
 )
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_divisor_is_all_positives_at_least_one_over_the_number_of_processes(
-    monkeypatch: pytest.MonkeyPatch, numbers: tuple[int, ...], expected: float, momentum: float
-) -> None:
+def test_divisor_is_all_positives_at_least_one_over_the_number_of_processes(monkeypatch, numbers, expected, momentum):
     for count in divisors(monkeypatch, numbers, momentum, steps=2):
         assert_close(count, torch.tensor(expected))

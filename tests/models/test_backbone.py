@@ -83,7 +83,7 @@ def test_torchvision_weights_from_a_file_give_the_features_of_the_classifier(tmp
         TorchvisionBackbone("resnet34", weights=str(tmp_path / "resnet18.pth"))
 
 
-def test_frozen_stages_have_neither_gradients_nor_running_statistics() -> None:
+def test_frozen_stages_and_norms_have_neither_gradients_nor_running_statistics() -> None:
     backbone = TorchvisionBackbone("resnet18")
     backbone.freeze(1)
     body = backbone.train().body
@@ -91,9 +91,6 @@ def test_frozen_stages_have_neither_gradients_nor_running_statistics() -> None:
     assert {name: body.get_submodule(name).training for name in modules} == modules
     frozen = {name.split(".")[0] for name, parameter in body.named_parameters() if not parameter.requires_grad}
     assert frozen == {"conv1", "bn1", "layer1"}
-
-
-def test_norm_frozen_replaces_every_batch_norm() -> None:
     modules = list(TorchvisionBackbone("resnet18", norm="frozen").modules())
     assert not [module for module in modules if isinstance(module, nn.BatchNorm2d)]
     assert any(isinstance(module, FrozenBatchNorm2d) for module in modules)

@@ -57,9 +57,7 @@ def test_reorganise_equals_the_loops_of_darknet_and_not_pixel_unshuffle() -> Non
         (YOLOv3, 80, 62_001_757, 248_007_048),  # yolov3.weights
     ],
 )
-def test_published_networks_have_the_size_of_the_published_files(
-    detector_class, num_classes, num_values, file_size
-) -> None:
+def test_published_networks_have_the_size_of_the_published_files(detector_class, num_classes, num_values, file_size):
     with torch.device("meta"):
         detector = detector_class(num_classes)
     assert count(detector.darknet_tensors()) == num_values

@@ -1,7 +1,5 @@
 """torchvision's FCOS is the second implementation: same weights, same images, same outputs, losses and detections."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -13,7 +11,7 @@ from onestage.boxes.point_matchers import ATSSMatcher
 from onestage.errors import ConfigError
 from onestage.losses import MinedCrossEntropy
 from onestage.models import FCOS, TorchvisionBackbone
-from onestage.types import PADDING, Predictions, Targets
+from onestage.types import PADDING, Targets
 
 SIDE = 128
 
@@ -85,20 +83,6 @@ def test_published_model_has_the_published_size_and_keys(tmp_path) -> None:
     assert sum(p.numel() for p in detector.parameters()) == 32_269_600 + 53_120 - 11 * (256 * 9 + 1)
     person = theirs.state_dict()["head.classification_head.cls_logits.weight"][1]
     assert torch.equal(detector.class_head.output.weight[0], person)
-
-
-def test_centerness_and_score_follow_the_papers_formulas() -> None:
-    detector = tiny(1)
-    anchors = detector.anchor_grid([(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)])
-    # The point (24, 24) has distances left 4, top 6, right 16, bottom 6: sqrt(4 / 16 * 6 / 6) = 0.5
-    gt_boxes = torch.tensor([20.0, 18, 40, 30]).expand(1, len(anchors.boxes), 4)
-    is_positive = (anchors.boxes[:, :2] == 24).all(dim=1)[None] & (anchors.strides == 8)
-    assert is_positive.sum() == 1
-    quality = torch.full(is_positive.shape, math.log(3))  # p = 0.75
-    predictions = Predictions(torch.zeros(*is_positive.shape, 1), torch.zeros(*is_positive.shape, 4), anchors, quality)
-    (term,) = detector.quality_terms(predictions, gt_boxes, is_positive).values()
-    assert_close(term, torch.tensor(-0.5 * math.log(0.75) - 0.5 * math.log(0.25)))
-    assert_close(detector.scores(predictions), torch.full((*is_positive.shape, 1), math.sqrt(0.5 * 0.75)))
 
 
 @pytest.mark.parametrize("matcher", [None, ATSSMatcher()], ids=["FCOS", "ATSS"])

@@ -10,7 +10,6 @@ import yaml
 from tiny_run import break_method, fail_with, folder_of
 
 from onestage.cli import commands
-from onestage.reliability.callbacks import SeededSteps
 from onestage.reliability.checkpoints import read_checkpoint
 from onestage.training import memory_format
 from onestage.training.module import DetectionModule
@@ -124,25 +123,3 @@ def test_memory_format_of_a_run_is_stored_and_kept_when_it_is_resumed(drawn, tmp
     monkeypatch.setattr(commands, "resolve_memory_format", fail_with(AssertionError("it was decided again")))
     assert tiny_run.onestage(*words, "--trainer.max_steps", "2") == 0
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["channels_last"] is True
-
-
-@pytest.mark.slow
-def test_without_seeded_steps_the_bits_differ(drawn, uninterrupted, tmp_path, monkeypatch):
-    """The control: dropout draws from a state that no checkpoint holds."""
-    whole = uninterrupted()
-    monkeypatch.setattr(SeededSteps, "on_train_batch_start", lambda *_: None)
-    resumed = stop_and_resume(drawn, tmp_path, (), STEP, 5, monkeypatch)
-    assert tiny_run.differences(tiny_run.final_state(whole), tiny_run.final_state(resumed)) != []
-
-
-@pytest.mark.slow
-def test_finished_run_with_more_epochs_continues_in_its_folder(drawn, tmp_path):
-    for epochs in (1, 2):
-        assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--resume", "auto", epochs=epochs)) == 0
-    assert read_checkpoint(folder_of(tmp_path) / "checkpoints" / "last.ckpt")["global_step"] == 16  # one folder
-
-
-def test_run_stopped_before_its_first_validation_names_the_checkpoint_to_use(drawn, tmp_path, monkeypatch, capsys):
-    break_method(monkeypatch, STEP, 2, lambda: tiny_run.send(signal.SIGTERM))
-    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 143
-    assert "there is no best.ckpt: to evaluate it, use last.ckpt" in capsys.readouterr().err

@@ -100,7 +100,9 @@ def test_signal_saves_that_step_and_ends_with_its_code(
     options = ("--last_checkpoint.every_n_steps", "0", "--last_checkpoint.every_n_epochs", "0")
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, *options)) == code
     assert read_checkpoint(folder_of(tmp_path) / "checkpoints" / "last.ckpt")["global_step"] == steps_before
-    assert "continue with --resume auto" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "continue with --resume auto" in message
+    assert "there is no best.ckpt: to evaluate it, use last.ckpt" in message  # before the first validation
 
 
 @pytest.mark.slow

@@ -10,13 +10,12 @@ import torch
 from command_line import REPOSITORY
 from tiny_run import folder_of
 from tiny_training import TinyDetectorWithBatchNorm
-from torchvision.models.detection import ssd300_vgg16
 
 from onestage.data.shapes import draw_shapes
 from onestage.errors import CheckpointError, ConfigError
 from onestage.models import SSD300
 from onestage.reliability.checkpoints import read_checkpoint
-from onestage.reliability.fine_tuning import check_init_from, load_fitting_weights
+from onestage.reliability.fine_tuning import load_fitting_weights
 from onestage.training.module import DetectionModule
 
 HEAD = "detector.class_head.levels.0"
@@ -69,26 +68,6 @@ def test_file_of_another_network_or_with_nan_is_refused(trained):
         load_fitting_weights(module_of(3), str(trained), NAMES)
     with pytest.raises(ConfigError, match="has no published weights"):
         load_fitting_weights(module_of(3), "torchvision_coco", NAMES)
-
-
-@pytest.mark.slow
-def test_torchvision_weights_of_other_classes_give_all_but_the_class_head(tmp_path, caplog):
-    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=91).state_dict()
-    torch.save(theirs, tmp_path / "ssd.pth")
-    module = DetectionModule(SSD300(2, anchors="coco"))
-    with caplog.at_level("INFO"):
-        load_fitting_weights(module, str(tmp_path / "ssd.pth"), ["cat", "dog"])
-    ours = module.state_dict()
-    assert torch.equal(ours["detector.box_head.levels.3.weight"], theirs["head.regression_head.module_list.3.weight"])
-    assert caplog.text.count("detector.class_head.") == 12  # six levels, weights and biases
-    assert "(364,) there, (8,) here" in caplog.text  # 4 anchors of 91 or of 2 classes
-
-
-def test_init_from_conflicts_with_continuing_another_run():
-    check_init_from("a.ckpt", "auto", None)
-    for resume, ckpt_path in (("b.ckpt", None), ("none", "b.ckpt")):
-        with pytest.raises(ConfigError, match=r"--init_from a\.ckpt and .* b\.ckpt conflict"):
-            check_init_from("a.ckpt", resume, ckpt_path)
 
 
 def test_frozen_stages_keep_weights_and_batch_norm_statistics():

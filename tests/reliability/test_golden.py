@@ -61,15 +61,3 @@ def test_checkpoint_of_a_release_is_evaluated_and_exported(checkpoint, drawn, tm
     assert "it names golden.GoldenDetector" in capsys.readouterr().out
     shared = tmp_path / "shared" / "model.safetensors"
     assert onestage("validate", *options, *detector, "--ckpt_path", str(shared)) == 0
-
-
-@pytest.mark.slow
-def test_optimizer_state_of_a_strategy_with_split_weights_is_refused(drawn, tmp_path, capsys):
-    """Its numbers follow the model; read as numbers of our groups, momentum would go to other weights."""
-    state = torch.load(CHECKPOINTS[0], weights_only=True)
-    first, second = state["optimizer_states"][0]["param_groups"]
-    numbers = first["params"] + second["params"]
-    first["params"], second["params"] = numbers[::2], numbers[1::2]
-    torch.save(state, tmp_path / "split.ckpt")
-    assert onestage(*golden.words(drawn, tmp_path, "--resume", str(tmp_path / "split.ckpt"))) == 2
-    assert "by a strategy with split weights" in capsys.readouterr().err

@@ -19,13 +19,8 @@ from onestage.errors import ConfigError, NonFiniteError
 from onestage.reliability import non_finite
 from onestage.reliability.non_finite import (
     NonFiniteGuard,
-    as_json,
-    box_facts,
-    describe,
     likely_cause,
-    non_finite_entries,
 )
-from onestage.types import IGNORE, PADDING, Targets
 
 pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 
@@ -300,37 +295,3 @@ def test_likely_cause_is_the_first_stage_with_a_bad_value(changes, cause, remedy
     found, change = likely_cause({**FACTS, **changes})
     assert cause in found
     assert remedy in change
-
-
-def test_boxes_are_measured_without_padding():
-    boxes = torch.tensor([
-        [0.0, 0.0, 10.0, 20.0],
-        [5.0, 5.0, 5.0, 9.0],  # no width
-        [0.0, 0.0, math.nan, 9.0],
-        [0.0, 0.0, 40.0, 8.0],  # a region
-        [0.0, 0.0, 0.0, 0.0],  # padding
-    ])  # fmt: skip
-    labels = torch.tensor([0, 1, 0, IGNORE, PADDING])
-    assert box_facts([Targets(boxes[None], labels[None])]) == boxes_of(4, 1, 1, 0.0, 40.0)
-    assert box_facts([Targets(boxes[None, 4:], labels[None, 4:])]) == boxes_of(0, 0, 0, None, None)
-
-
-def test_description_and_json_hold_without_any_finite_value():
-    facts = {**FACTS, "likely_cause": "x", "what_to_change": "y"}
-    facts["boxes"] = boxes_of(0, 0, 0, None, None)
-    assert "Boxes: 0, 0 empty, 0 not finite." in describe(facts)
-    assert as_json(facts)["loss"] == "nan"
-
-
-def test_every_tensor_of_a_checkpoint_is_checked_except_scores_of_callbacks():
-    bad = torch.tensor([1.0, math.inf])
-    checkpoint = {
-        "epoch": 1,
-        "state_dict": {"a": torch.ones(2), "b": bad, "count": torch.tensor(3)},
-        "optimizer_states": [{"state": {0: {"exp_avg": bad, "step": torch.tensor(1.0)}}}],
-        "callbacks": {"BestCheckpoint{}": {"best_model_score": torch.tensor(-math.inf)}, "EMA": {"weights": [bad]}},
-        "lr_schedulers": [{"last": math.nan}],
-    }
-    assert non_finite_entries(checkpoint) == [
-        "state_dict.b", "optimizer_states.0.state.0.exp_avg", "callbacks.EMA.weights.0",
-    ]  # fmt: skip

@@ -123,12 +123,10 @@ def test_unreadable_configuration_of_a_run_is_passed_over(run_folder, content):
     assert find_checkpoint("auto", None, config_with(run_folder.parents[1], {})) is None
 
 
-def test_resume_and_ckpt_path_conflict():
+def test_path_of_a_run_folder_starts_a_new_run_from_its_newest_checkpoint(run_folder):
     with pytest.raises(ConfigError, match=r"--resume auto and --ckpt_path x\.ckpt conflict; pass only one"):
         find_checkpoint("auto", "x.ckpt", CONFIG)
 
-
-def test_path_of_a_run_folder_starts_a_new_run_from_its_newest_checkpoint(run_folder):
     newest = run_folder / "checkpoints" / "last.ckpt"
     for resumed, ckpt_path in ((str(run_folder), None), ("none", str(newest)), (str(newest), None)):
         assert find_checkpoint(resumed, ckpt_path, CONFIG)[:3] == (newest, None, 5)

@@ -109,20 +109,6 @@ def test_file_called_best_that_is_no_checkpoint_is_not_copied(stopped, drawn, tm
     assert state["best_model_path"] == ""
 
 
-def test_run_with_weights_alone_has_nothing_to_resume(drawn, tmp_path):
-    """A callback of the user wrote them; the first last.ckpt was due after step 8."""
-    own = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.save_weights_only"]
-    options = [*own, "true", "--trainer.callbacks.every_n_train_steps", "1", "--last_checkpoint.every_n_steps", "0"]
-    command = tiny_run.words(drawn, tmp_path, *options, "--resume", "auto", "--trainer.max_steps", "9")
-    killed_at("step", 3, command)
-    (killed,) = tmp_path.glob("tiny/version_*")
-    assert list((killed / "checkpoints").glob("*.ckpt")) != []
-    assert tiny_run.onestage(*command) == 0
-    assert (tmp_path / "tiny" / "version_1" / "checkpoints" / "last.ckpt").is_file()
-    words = tiny_run.words(drawn, tmp_path / "other", "--resume", str(killed))
-    assert tiny_run.onestage(*words) == 2
-
-
 def rates(group: dict[str, Any]) -> tuple[float, ...]:
     return tuple(group[key] for key in ("initial_lr", "lr", "weight_decay"))
 
@@ -205,10 +191,3 @@ def test_resumed_run_trains_with_the_configured_class_weights(drawn, tmp_path, f
     for old, new in zip(before, after, strict=True):
         assert old[0] != weight_of_first_class
         assert (new == weight_of_first_class).all()
-
-
-def test_checkpoint_with_another_number_of_class_weights_is_refused(drawn, tmp_path, capsys):
-    last, _ = weights_after(tmp_path / "first", drawn, "[1,1,1,1,1,1]", "--trainer.max_epochs", "1")
-    words = tiny_run.words(drawn, tmp_path / "second", f"{LOSS}.class_weights", "[9,9]", "--resume", str(last))
-    assert tiny_run.onestage(*words) == 2
-    assert "size mismatch for detector.classification_loss.class_weights.values" in capsys.readouterr().err

@@ -11,11 +11,10 @@ import checkpoint_files
 import pytest
 import tiny_run
 import torch
-from tiny_run import break_method, fail_with, folder_of, is_same_end
+from tiny_run import break_method, fail_with, folder_of
 
 from onestage.errors import ResourceError
 from onestage.reliability import stopping
-from onestage.reliability.checkpoints import read_checkpoint
 from onestage.reliability.resume import newest_checkpoint
 from onestage.training import loggers
 from onestage.training.module import DetectionModule
@@ -23,24 +22,6 @@ from onestage.training.module import DetectionModule
 pytestmark = pytest.mark.fault
 
 # Disks
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "word"), [(errno.ENOSPC, "full"), (errno.EROFS, "writable")])
-def test_failed_write_ends_the_run_with_code_5_and_keeps_what_was_saved(
-    number, word, drawn, tmp_path, monkeypatch, capsys
-):
-    checkpoints, syncs = tmp_path / "tiny" / "version_0" / "checkpoints", iter(range(1, 10**9))
-
-    def sync(handle: int) -> None:
-        if (checkpoints / "last.ckpt").exists() and next(syncs) > 4:  # each save takes two: the file and its folder
-            raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", sync)
-    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 5
-    assert word in capsys.readouterr().err
-    assert newest_checkpoint(checkpoints).global_step >= 2
-    assert list(checkpoints.glob(".*.tmp")) == []
 
 
 @pytest.mark.slow
@@ -105,31 +86,6 @@ def stopped(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         break_method(patch, "training_step", 6, lambda: tiny_run.send(signal.SIGTERM))
         assert tiny_run.onestage(*tiny_run.words(drawn, runs)) == 143
     return folder_of(runs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "deleted"])
-def test_damaged_checkpoint_is_named_and_never_replaces_the_one_before_it(
-    damage, stopped, drawn, uninterrupted, tmp_path, capsys
-):
-    folder = shutil.copytree(stopped, tmp_path / "tiny" / "version_0")
-    last, previous = folder / "checkpoints" / "last.ckpt", folder / "checkpoints" / "previous.ckpt"
-    content = last.read_bytes()
-    middle = len(content) // 2
-    last.write_bytes(content[:middle] + (b"" if damage == "truncated" else bytes([content[middle] ^ 1])))
-    if damage == "flipped bit":
-        last.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    if damage == "deleted":
-        last.unlink()
-    command = tiny_run.words(drawn, tmp_path, "--resume", "auto")
-    # In the first save, before the new file has its name:
-    assert tiny_run.end_of_child(command, "replace", 2) == -signal.SIGKILL
-    assert read_checkpoint(previous)["global_step"] == 5
-    assert tiny_run.onestage(*command) == 0
-    err = capsys.readouterr().err
-    assert "previous.ckpt (optimizer step 5)" in err
-    assert damage == "deleted" or str(last) in err
-    assert is_same_end(uninterrupted(), folder)
 
 
 @pytest.mark.slow

@@ -19,9 +19,8 @@ from PIL import Image
 
 from onestage.data.annotations import BOX_EMPTY
 from onestage.evaluation.coco import CocoEvaluator
-from onestage.evaluation.matching import match, overlapping_pairs
 from onestage.evaluation.results import write_results
-from onestage.report.collection import image_errors, write_after_run
+from onestage.report.collection import write_after_run
 from onestage.report.report import chart, write_page
 
 HOSTILE = "<script>alert('x')</script>\"&"
@@ -131,20 +130,6 @@ def test_run_without_detections_and_with_half_of_its_files_has_a_page(tmp_path) 
         and "the run ended without a report" in page.text
         and "nan" not in page.text
     )
-
-
-def test_errors_of_an_image_are_missed_objects_and_wrong_detections_above_the_threshold() -> None:
-    annotations = annotation_set([[BOX, OTHER], [BOX]], [[0, 1], [0]], crowds=[[0, 0], [1]])
-    evaluator = CocoEvaluator(annotations)
-    evaluator.update(
-        torch.arange(2), detections([[BOX, OTHER, BOX], [BOX]], [[0.9, 0.2, 0.8], [0.9]], [[0, 1, 1], [0]])
-    )
-    found, objects = evaluator.detections(), evaluator.objects()
-    matched = match(found, objects, overlapping_pairs(found, objects))
-    # The dog is found below the threshold only, a cat is called dog; on a crowd nothing is wrong.
-    assert image_errors(found, objects, matched, 0.5, 2).tolist() == [[1, 0], [1, 0]]
-    assert image_errors(found, objects, matched, 0.1, 2).tolist() == [[0, 0], [1, 0]]
-    assert image_errors(found, objects, matched, None, 2).tolist() == [[2, 0], [0, 0]]
 
 
 def test_points_of_a_chart_are_where_the_pencil_puts_them() -> None:

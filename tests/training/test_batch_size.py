@@ -92,18 +92,6 @@ def fit(folder, data, *callbacks, **settings):
     return module, trainer
 
 
-@pytest.mark.slow
-def test_run_equals_one_with_the_found_batch_size(tmp_path):
-    found = []
-    data = CrowdedData(num_images=24, batch_size=1)
-    torch.manual_seed(7)
-    auto, trainer = fit(tmp_path, data, AutoBatch(64 * GIB, False, found.append), max_epochs=1)
-    assert (found, data.batch_size, trainer.global_step) == ([24], 24, 1)  # all images there are
-    fixed, _ = fit(tmp_path, CrowdedData(num_images=24, batch_size=24), max_epochs=1)
-    assert all(torch.equal(auto.state_dict()[name], value) for name, value in fixed.state_dict().items())
-    assert auto.training
-
-
 def test_measured_step_has_crowded_images_and_optimizer_state(tmp_path, monkeypatch):
     states, make = [], DetectionModule.make_optimizer
     monkeypatch.setattr(DetectionModule, "make_optimizer", lambda module: states.append(make(module)) or states[-1])

@@ -40,13 +40,11 @@ RUNS = [
 
 
 def fit(
-    folder, *, optimizer="SGD", precision="32-true", channels_last=True, clip=None, decay=None, batches=1,
-    compiled=False,
+    folder, *, optimizer="SGD", precision="32-true", channels_last=True, clip=None, decay=None, batches=1
 ):  # fmt: skip
     torch.manual_seed(0)
     schedule = WarmupSchedule(kind="constant", warmup_steps=0)
-    options = {"channels_last": channels_last, "compile": compiled}
-    module = DetectionModule(TinyDetector(num_classes=2), OPTIMIZERS[optimizer], schedule, **options)
+    module = DetectionModule(TinyDetector(2), OPTIMIZERS[optimizer], schedule, channels_last=channels_last)
     before = [parameter.detach().clone() for parameter in module.parameters()]
     settings = {"gradient_clip_val": 0.1, "gradient_clip_algorithm": clip} if clip else {}
     settings |= {"precision": precision, "accumulate_grad_batches": batches, "max_steps": 4}
@@ -65,15 +63,6 @@ def fit(
 @pytest.mark.parametrize("run", RUNS)
 def test_combined_settings_take_finite_steps(tmp_path, run):
     fit(tmp_path, **dict(zip(SETTINGS, run, strict=True)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("precision", "clip", "decay", "batches"),
-    [("32-true", "value", 0.9, 2), ("bf16-mixed", "norm", None, 1), ("16-mixed", None, 0.9, 2)],
-)
-def test_compiled_detector_takes_finite_steps(tmp_path, precision, clip, decay, batches):
-    fit(tmp_path, precision=precision, clip=clip, decay=decay, batches=batches, compiled=True)
 
 
 @pytest.mark.parametrize("optimizer", ["fused SGD", "fused AdamW"])
