@@ -4,8 +4,6 @@ import pickle
 from pathlib import Path
 
 import albumentations as A
-import cv2
-import numpy as np
 import pytest
 import torch
 from image_sets import image_set, noise
@@ -43,13 +41,6 @@ def test_sample_has_boxes_in_network_pixels_and_crowds_ignored(annotations: Anno
     torch.testing.assert_close(sample.boxes, expected, atol=1e-4, rtol=0)
     assert sample.labels.tolist() == [1, 0, IGNORE]
     assert (sample.image_index, sample.original_size) == (0, (40, 60))
-
-
-def test_image_is_the_files_rgb_resized(annotations: AnnotationSet) -> None:
-    pixels = cv2.imread(annotations.image_paths[2])[..., ::-1]
-    expected = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_LINEAR)
-    image = evaluation(annotations)[2].image.permute(1, 2, 0).numpy()
-    assert np.abs(image.astype(int) - expected).max() <= 1
 
 
 def test_image_without_objects_has_empty_targets(annotations: AnnotationSet) -> None:

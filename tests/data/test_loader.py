@@ -6,25 +6,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from image_sets import image_set, noise
-from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_training import quiet_trainer
-from torch import Tensor, nn
 
-from onestage.data import DetectionDataModule
 from onestage.data.dataset import DetectionDataset, Failure
 from onestage.data.loader import DetectionLoader, FailureLog, open_loader
 from onestage.data.resize import Stretch
 from onestage.data.samplers import TrainingSampler
-from onestage.data.source import Source
 from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.errors import ConfigError, DataError, ImageError
 from onestage.types import AnnotationSet, Batch
@@ -369,82 +361,3 @@ def test_process_ends_although_an_iterator_was_never_closed() -> None:
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(int(worker), 0)
-
-
-# Under Lightning
-
-
-class OneSplit(Source):
-    """A source around a hand-written set."""
-
-    format = "hand-written"
-    splits = ("train", "val")
-
-    def __init__(self, annotations: AnnotationSet) -> None:
-        self.path, self.annotations = Path("nowhere"), annotations
-
-    def read(self, split: str, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01):
-        return self.annotations
-
-    def describe(self, split: str) -> str:
-        return "by hand"
-
-
-class Recorder(pl.LightningModule):
-    """Learns nothing, and records what it sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-        self.seen: list[bytes] = []
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.seen.append(as_bytes(batch))
-        return self.layer(batch.images.float().mean().reshape(1)).sum()
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        pass
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[int]:
-        return batch.image_indices.tolist()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        _ = self.trainer.estimated_stepping_batches  # requests the loader before a checkpoint has restored the loops
-        return torch.optim.SGD(self.parameters(), lr=1e-6)
-
-
-def data_module(annotations: AnnotationSet, num_workers: int = 0) -> DetectionDataModule:
-    return DetectionDataModule(OneSplit(annotations), image_size=32, batch_size=2, num_workers=num_workers)
-
-
-def trainer(folder: Path, **settings: object) -> pl.Trainer:
-    return quiet_trainer(pl.Trainer, folder, limit_val_batches=1.0, use_distributed_sampler=False, **settings)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_training_resumed_at_any_step_sees_what_an_uninterrupted_one_sees(
-    annotations: AnnotationSet, tmp_path: Path, num_workers: int
-) -> None:
-    whole = Recorder()
-    checkpoints = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    run = trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[checkpoints])
-    run.fit(whole, data_module(annotations, num_workers))
-    assert len(whole.seen) == 15
-    for step in (2, 5, 8) if num_workers == 0 else (7,):
-        resumed = Recorder()
-        run = trainer(tmp_path, max_epochs=3)
-        run.fit(resumed, data_module(annotations, num_workers), ckpt_path=tmp_path / f"step={step}.ckpt")
-        assert resumed.seen == whole.seen[step:]
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_lightning_may_rebuild_the_loaders(annotations: AnnotationSet, tmp_path: Path) -> None:
-    run = trainer(tmp_path)
-    batches = run.predict(Recorder(), data_module(annotations))
-    assert [index for batch in batches for index in batch] == list(range(NUM_IMAGES))
-    overfitted = Recorder()
-    run = trainer(tmp_path, max_epochs=2, overfit_batches=1)
-    run.fit(overfitted, data_module(annotations))
-    assert len(overfitted.seen) == 2
-    assert np.unique([len(seen) for seen in overfitted.seen]).size == 1

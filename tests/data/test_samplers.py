@@ -51,12 +51,6 @@ def epoch_of(
     return shares
 
 
-def test_training_order_is_a_permutation_tagged_with_its_epoch() -> None:
-    (share,) = epoch_of(20, 5, epoch=3)
-    assert sorted(share) == [(3, index) for index in range(20)]
-    assert share != sorted(share)
-
-
 @pytest.mark.parametrize("repeats", [None, REPEATS])
 def test_training_order_depends_on_seed_and_epoch_only(repeats: np.ndarray | None) -> None:
     orders = [epoch_of(7, 2, epoch=e, seed=s, repeats=repeats)[0] for s in range(3) for e in range(3)]
@@ -211,22 +205,12 @@ def test_repeat_factor_is_lvis_formula_worked_out_by_hand() -> None:
     assert repeats.tolist() == pytest.approx([1, math.sqrt(8), *[math.sqrt(2)] * 4, *[1] * 9, 1])
 
 
-def test_repeat_factor_of_lvis_threshold_leaves_a_small_set_as_it_is() -> None:
-    assert RepeatFactorSampling().repeats(annotation_set([[0], [1], [0]])).tolist() == [1, 1, 1]
-
-
 def test_class_balanced_shows_every_class_equally_often() -> None:
     # class 0 on 6 images, class 1 on 2; one is empty. 8 / 2 / 6 = 2/3 and 8 / 2 / 2 = 2
     annotations = annotation_set([*[[0]] * 6, [1], [1], []])
     repeats = ClassBalancedSampling().repeats(annotations)
     assert repeats.tolist() == pytest.approx([*[2 / 3] * 6, 2, 2, 1])
     assert repeats.sum() == pytest.approx(9)  # an epoch is as long as before
-
-
-def test_class_balanced_adds_up_the_classes_of_an_image() -> None:
-    # N' = 3, K = 2: class 0 on images 0 and 1, class 1 on images 1 and 2: each gives 3 / 2 / 2
-    repeats = ClassBalancedSampling().repeats(annotation_set([[0], [0, 1], [1]]))
-    assert repeats.tolist() == pytest.approx([0.75, 1.5, 0.75])
 
 
 def test_classes_that_do_not_occur_and_crowds_do_not_count() -> None:

@@ -42,17 +42,6 @@ class WithoutAnchors(Detector):
     forward = loss = detect = None
 
 
-def test_best_ious_equal_hand_computed_values():
-    boxes = torch.tensor([
-        [10.0, 10, 20, 20],  # the anchor of 10 px around (15, 15)
-        [10, 10, 20, 15],  # half of it
-        [0, 0, 20, 20],  # 225 px^2 in common with the anchor of 20 px around (5, 5) or (15, 15): 225 / 575
-        [12, 10, 22, 20],  # 2 px beside it: 80 / 120
-    ])  # fmt: skip
-    assert best_ious(boxes, SMALL).tolist() == pytest.approx([1, 0.5, 225 / 575, 80 / 120])
-    assert count_positives(boxes, SMALL).tolist() == [1, 1, 0, 1]
-
-
 def test_coverage_is_counted_by_size_and_class():
     boxes = np.array([[10.0, 10, 20, 20], [0, 0, 20, 20], [10, 10, 20, 15]])
     coverage = measure_coverage(boxes, np.array([0, 0, 2]), 3, SMALL)
