@@ -1,10 +1,15 @@
 """A short run on a small drawn set, shared by the tests of commands."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command_line import REPOSITORY, run
+
+# Before torch is imported, here and in the processes of tests: `make test` has a process on each core, whose threads
+# would wait for each other; and a forked child would wait for the threads of its parent for ever.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,11 +1,11 @@
 """The architecture: who imports whom, sizes, unsafe calls, and that every add-on can be deleted."""
 
 import ast
+import functools
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,18 +49,21 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imports_of(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (module, name) for every import, wherever it stands; name is "" for `import module`."""
-    package = list(path.relative_to(PACKAGE.parent).with_suffix("").parts[:-1])
+@functools.cache
+def imports_of(path: Path) -> list[tuple[str, str]]:
+    """Return (module, name) of every import, wherever it stands; name is "" for `import module`."""
+    package, found = list(path.relative_to(PACKAGE.parent).with_suffix("").parts[:-1]), []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, "") for alias in node.names)
+            found += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parents = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*parents, *([node.module] if node.module else [])])
-            yield from ((origin, alias.name) for alias in node.names)
+            found += [(origin, alias.name) for alias in node.names]
+    return found
 
 
+@functools.cache
 def own_modules(path: Path) -> set[Path]:
     """Return the files of this package that a file imports directly."""
     found = set()
@@ -205,7 +208,7 @@ def run_copy(program: str, folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=folder,
-        env={"PYTHONPATH": str(folder / "src"), "PATH": "/usr/bin:/bin", "HOME": str(folder)},
+        env={"PYTHONPATH": str(folder / "src"), "PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

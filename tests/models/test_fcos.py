@@ -105,5 +105,5 @@ def test_batch_without_objects_trains_the_classes_alone(matcher) -> None:
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, message) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with torch.device("meta"), pytest.raises(ConfigError, match=message):
         tiny(**changes)

@@ -158,9 +158,9 @@ def test_a_few_steps_lower_every_loss(loss) -> None:
 def test_resnet_under_ssd_trains_a_step() -> None:
     detector = SSD300(num_classes=3, backbone=TorchvisionBackbone("resnet18")).train()
     detector.backbone.freeze(1)
-    predictions = detector(images_of(2, 300))
+    predictions = detector(images_of(1, 300))
     assert predictions.anchors.level_sizes == (5776, 2166, 600, 150, 36, 4)
-    total_of(detector.loss(predictions, two_objects(2))).backward()
+    total_of(detector.loss(predictions, two_objects(1))).backward()
     trained = {name for name, parameter in detector.named_parameters() if parameter.grad is not None}
     assert "backbone.body.layer2.0.conv1.weight" in trained
     assert "backbone.body.layer1.0.conv1.weight" not in trained

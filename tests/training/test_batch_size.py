@@ -85,6 +85,11 @@ def module_with(optimizer=torch.optim.SGD):
     return DetectionModule(RecordingDetector(num_classes=2), lambda groups: optimizer(groups, lr=0.01), schedule)
 
 
+@pytest.fixture(autouse=True)
+def no_garbage(monkeypatch):
+    monkeypatch.setattr(batch_size.gc, "collect", lambda: 0)  # seconds among the objects of other tests
+
+
 def fit(folder, data, *callbacks, **settings):
     module = module_with(torch.optim.AdamW)
     trainer = quiet_trainer(DetectionTrainer, folder, callbacks=list(callbacks), **settings)
