@@ -9,9 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Checkpoint
 
-from onestage.cli import main
 from onestage.cli.commands import DetectionCLI
-from onestage.cli.keys import help_page
 from onestage.losses import ClassificationLoss
 from onestage.training.ema import ExponentialMovingAverage
 from onestage.types import DetectionData, Detector
@@ -32,24 +30,6 @@ class Built(DetectionCLI):
 def build(options: list[str], tmp_path: Path, command: str = "fit") -> Built:
     options = [*options, "--runs_dir", str(tmp_path / "runs"), "--trainer.accelerator", "cpu"]
     return Built(command, [*options, "--model.channels_last", "false"])  # auto would time it
-
-
-def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit):
-        main(words)
-    return capsys.readouterr().out
-
-
-def test_help_says_how_to_show_the_keys_of_a_source_and_a_detector(capsys) -> None:
-    shown = help_page("fit")
-    assert "--data.batch_size" in shown
-    for option, key in [
-        ("--data.source.help onestage.data.COCO", "--data.source.train_images"),
-        ("--model.detector.help onestage.models.SSD300", "--model.detector.score_threshold"),
-    ]:
-        assert key not in shown
-        assert option in shown
-        assert key.rpartition(".")[2] in help_of(["fit", *option.split()], capsys)
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)

@@ -1,12 +1,15 @@
+"""Box coders, overlaps and the way back to original pixels."""
+
 import math
 
 import pytest
 import torch
 from torch.testing import assert_close
 from torchvision.models.detection._utils import BoxCoder as TorchvisionCoder
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, box_iou
 
 from onestage.boxes.coders import DeltaBoxCoder, GridBoxCoder
+from onestage.boxes.geometry import paired_iou, pairwise_overlap, to_original
 from onestage.errors import ConfigError
 from onestage.types import Anchors
 
@@ -39,12 +42,6 @@ def test_round_trip_over_a_batch_agrees_with_torchvision() -> None:
         assert_close(decoded[i], reference.decode_single(deltas[i], anchors_xyxy), atol=1e-4, rtol=1e-5)
 
 
-def test_decode_of_a_wild_delta_is_finite() -> None:
-    anchor = anchors_of(torch.tensor([[100.0, 100.0, 16.0, 16.0]]))
-    boxes = DeltaBoxCoder().decode(torch.tensor([[0.0, 0.0, 1e6, -1e6]]), anchor)
-    assert_close(boxes, torch.tensor([[100.0 - 500, 100.0, 100.0 + 500, 100.0]]))  # 62.5 * 16 / 2 = 500
-
-
 @pytest.mark.parametrize("variances", [(0.1,), (0.0, 0.2), (-0.1, 0.2), (float("nan"), 0.2)])
 def test_variances_that_are_not_two_positive_numbers_are_refused(variances) -> None:
     with pytest.raises(ConfigError, match="variances must be two numbers > 0"):
@@ -68,3 +65,31 @@ def test_grid_coder_stays_finite_on_the_border_of_a_cell_and_for_wild_outputs() 
     assert_close(encoded[:, :2].sigmoid(), torch.tensor([[0.0, 1.0]]), atol=2e-6, rtol=0)
     wild = GridBoxCoder().decode(torch.tensor([[1e6, -1e6, 1e6, -1e6]]), anchors)
     assert_close(wild, torch.tensor([[32.0 - 1000, 0.0, 32.0 + 1000, 0.0]]))
+
+
+def test_iou_of_half_covered_boxes_is_one_third_and_of_empty_boxes_zero() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [3.0, 3, 3, 3]])
+    others = torch.tensor([[5.0, 0, 15, 10], [3.0, 3, 3, 3]])
+    intersection, iou = pairwise_overlap(boxes, others)
+    assert intersection.tolist() == [[50, 0], [0, 0]]
+    assert_close(iou, torch.tensor([[1 / 3, 0.0], [0.0, 0.0]]))  # 50 / (100 + 100 - 50)
+    assert_close(paired_iou(boxes, others), torch.tensor([1 / 3, 0.0]))
+
+
+def test_pairwise_and_paired_iou_equal_torchvision_for_a_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(2, 9, 2, generator=generator) * 50
+    boxes = torch.cat([low, low + torch.rand(2, 9, 2, generator=generator) * 60], dim=-1)
+    iou = pairwise_overlap(boxes, boxes.flip(1))[1]
+    for image in range(2):
+        assert_close(iou[image], box_iou(boxes[image], boxes[image].flip(0)))
+    assert_close(paired_iou(boxes, boxes.flip(1)), iou.diagonal(dim1=1, dim2=2))
+
+
+def test_to_original_undoes_a_stretch_and_a_letterbox_and_clips() -> None:
+    boxes = torch.tensor([[30.0, 60.0, 150.0, 90.0], [-5.0, 0.0, 300.0, 300.0]]).expand(2, 2, 4)
+    # 150 x 600 (width x height) stretched to 300 x 300; 600 x 300 at half its size, 75 px below the top
+    placements = torch.tensor([[2.0, 0.5, 0.0, 0.0], [0.5, 0.5, 0.0, 75.0]])
+    original = to_original(boxes, placements, torch.tensor([[600, 150], [300, 600]]))  # height, width
+    assert original[0].tolist() == [[15, 120, 75, 180], [0, 0, 150, 600]]
+    assert original[1].tolist() == [[60, 0, 300, 30], [0, 0, 600, 300]]

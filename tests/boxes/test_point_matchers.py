@@ -51,12 +51,6 @@ def test_padding_empty_boxes_and_regions_match_nothing_and_regions_are_ignored(m
     assert (labels == BACKGROUND).all()
 
 
-def test_point_in_two_boxes_trains_the_smaller() -> None:
-    large, small = [2, 2, 30, 30, 0], [8, 8, 26, 26, 1]
-    for rows, label in (((large, small), 1), ((small, large), 0)):
-        assert (8, 16, 16) in points(PointMatcher()(targets_of(*rows), ANCHORS), label)
-
-
 def test_adaptive_matches_equal_the_papers_algorithm_by_loops() -> None:
     generator = torch.Generator().manual_seed(0)
     low = torch.rand(4, 6, 2, generator=generator) * 40

@@ -145,19 +145,3 @@ def test_checkpoint_of_other_classes_or_another_order_is_rejected(capsys, traine
     checkpoint = str(trained / "checkpoints" / "best.ckpt")
     text = message_of(capsys, "predict", "--ckpt_path", checkpoint, "--config", str(trained / "config.yaml"), *options)
     assert expected in text or "classes" in text
-
-
-@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_image_with_damaged_pixels_is_named_by_every_reader(capfd, drawn, fast_options, tmp_path, num_workers):
-    root = tmp_path / "mine"
-    shutil.copytree(drawn, root)
-    torn = sorted((root / "JPEGImages").iterdir())[0]
-    content = torn.read_bytes()
-    table = content.index(b"\xff\xc4") + 5  # the Huffman table's counts, which no header shows to be wrong
-    torn.write_bytes(content[:table] + b"\xff" * 16 + content[table + 16 :])
-    options = ["--data.path", str(root), "--data.num_workers", str(num_workers), "--runs_dir", str(tmp_path / "runs")]
-    capfd.readouterr()
-    assert run("fit", *fast_options, *options) == 3
-    text = capfd.readouterr().err
-    assert "Traceback" not in text
-    assert torn.name in text

@@ -129,15 +129,6 @@ def test_cache_folder_that_cannot_be_made_is_refused(annotations, tmp_path, monk
     assert cache_folder() == Path.home() / ".cache" / "onestage"
 
 
-def test_unreadable_images_are_named_as_without_a_cache(annotations: AnnotationSet, folder: Path) -> None:
-    reader = open_images("disk", annotations, 30)
-    Path(annotations.image_paths[1]).write_bytes(b"no image")
-    Path(annotations.image_paths[3]).unlink()
-    for index in (1, 3):
-        with pytest.raises(ImageError, match=re.escape(annotations.image_paths[index])):
-            reader.read(index)
-
-
 def test_sample_of_a_copy_has_the_boxes_and_the_placement_of_the_file(annotations: AnnotationSet, folder: Path) -> None:
     plain = DetectionDataset(annotations, SeededTransform([], Stretch(32)))
     cached = DetectionDataset(annotations, plain.transform, images=open_images("disk", annotations, 32))

@@ -1,7 +1,6 @@
 """COCO files: their values, and what is skipped or refused."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,11 +83,6 @@ def test_unexpected_class_names_are_refused_with_the_difference(tmp_path: Path) 
         parse(tmp_path, good_content(), class_names=["boat", "cat", "dog"])
     for part in ("instances.json", "boat, cat, cup", "boat, cat, dog", "only here: cup", "only expected: dog"):
         assert part in str(caught.value)
-
-
-def test_file_with_byte_order_mark_and_without_objects_is_a_set_of_negatives(tmp_path: Path) -> None:
-    annotations = parse(tmp_path, b"\xef\xbb\xbf" + json.dumps(good_content() | {"annotations": []}).encode())
-    assert (len(annotations), len(annotations.boxes), len(annotations.class_names)) == (3, 0, 3)
 
 
 def test_unknown_sizes_are_zero(tmp_path: Path) -> None:
@@ -273,15 +267,6 @@ def test_file_of_another_kind_is_refused(tmp_path: Path, content: bytes, rule: s
         parse(tmp_path, content)
     assert str(caught.value).startswith(str(tmp_path / "instances.json"))
     assert rule in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["missing.json", ".", "pipe.json"])
-def test_missing_file_folder_and_pipe_are_refused(tmp_path: Path, name: str) -> None:
-    os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(AnnotationError, match=r"must be a COCO annotation file|is not a regular file") as caught:
-        parse_coco(tmp_path / name, tmp_path)
-    assert str(tmp_path / name) in str(caught.value)
-    assert "data.path" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -297,15 +297,6 @@ def test_one_line_of_yaml_is_enough_and_resize_sampling_and_transforms_are_built
     assert distort.contrast == (0.8, 1.2)
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [("p: 0.5", "prob: 0.5"), ("brightness: 16", "brightnes: 16"), ("brightness: 16", "brightness: bright")],
-)
-def test_mistyped_transform_arguments_are_refused(right: str, wrong: str) -> None:
-    with pytest.raises(Exception, match="train_transforms"):
-        parse_yaml(DATA_YAML.replace(right, wrong))
-
-
 def test_every_public_name_exists_and_importing_the_package_is_light() -> None:
     for name in onestage.data.__all__:
         assert getattr(onestage.data, name).__name__ == name

@@ -49,12 +49,6 @@ def test_image_without_objects_has_empty_targets(annotations: AnnotationSet) -> 
     assert (sample.labels.shape, sample.labels.dtype) == ((0,), torch.int64)
 
 
-def test_plain_index_stands_for_epoch_zero_and_seeds_and_epochs_differ(annotations: AnnotationSet) -> None:
-    datasets = [DetectionDataset(annotations, SSD, seed=seed) for seed in range(3)]
-    assert torch.equal(datasets[0][0].image, datasets[0][0, 0].image)
-    assert len({dataset[epoch, 0].image.numpy().tobytes() for dataset in datasets for epoch in range(3)}) == 9
-
-
 def test_unknown_annotated_size_takes_the_files(annotations: AnnotationSet) -> None:
     annotations.sizes[0] = 0
     assert evaluation(annotations)[0].original_size == (40, 60)

@@ -600,17 +600,6 @@ def test_voc_splits_get_one_order_of_classes(tmp_path: Path) -> None:
     assert "'dog' (nearest: 'dogs')" in val.findings[0].problem
 
 
-def test_names_of_classes_that_nothing_names_are_numbered(tmp_path: Path) -> None:
-    yolo_images(tmp_path, "images", "labels", "a b", "2 0.5 0.5 0.25 0.5\n")
-    (split,) = read_splits(find_splits([tmp_path]))
-    assert split.annotations is not None
-    assert split.annotations.class_names == ("class_0", "class_1", "class_2")
-    assert "the 3 classes: they are called class_0, class_1, class_2" in split.findings[0].problem
-    shutil.rmtree(tmp_path / "labels")
-    with pytest.raises(DataError, match="is no data set"):
-        recognise(tmp_path)
-
-
 def test_settings_that_name_no_split_are_refused_with_the_key(tmp_path: Path) -> None:
     yolo("images")(tmp_path)
     (tmp_path / "data.yaml").write_text("trani: images/train\nnames: [cat]\n")

@@ -99,11 +99,6 @@ def test_every_step_of_all_processes_has_images_of_one_canvas(repeats: np.ndarra
     assert repeats is not None or seen == set(range(60))  # what one epoch leaves out comes in another
 
 
-def test_training_images_left_out_of_one_epoch_come_in_another() -> None:
-    seen = {index for epoch in range(10) for _, index in epoch_of(23, 8, epoch=epoch)[0]}
-    assert seen == set(range(23))
-
-
 @pytest.mark.parametrize("repeats", [None, REPEATS])
 def test_training_can_skip_batches(repeats: np.ndarray | None) -> None:
     sampler = TrainingSampler(Images(7), batch_size=1, seed=0, rank=1, world_size=2, repeats=repeats)
@@ -128,11 +123,6 @@ def test_repeated_images_come_as_often_as_asked_on_average_and_never_off_by_more
     assert (counts >= np.floor(REPEATS)).all()
     assert (counts <= np.ceil(REPEATS)).all()
     assert counts.mean(axis=0) == pytest.approx(REPEATS, abs=0.08)  # three standard deviations of 400 coins
-
-
-def test_copies_of_whole_repeats_are_not_random() -> None:
-    items = draw_copies(np.array([2.0, 0.0, 1.0]), np.random.default_rng(0))
-    assert items.tolist() == [0, 3, 2]  # image 0 twice: items 0 and 0 + 3; image 1 never; image 2 once
 
 
 @pytest.mark.parametrize("fraction", [1 / 3, 0.1, 0.7])

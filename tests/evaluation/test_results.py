@@ -4,7 +4,7 @@ import pytest
 from evaluation_data import annotation_set, detections, flat
 
 from onestage.evaluation.analysis import analyse
-from onestage.evaluation.results import format_table, write_records, write_results
+from onestage.evaluation.results import format_table, write_results
 
 HERE, THERE = [0.0, 0.0, 100.0, 100.0], [200.0, 200.0, 300.0, 300.0]
 # One cat found at 0.75, then something wrong; no Füchsin.
@@ -31,15 +31,6 @@ def test_results_have_null_for_undefined_metrics(tmp_path):
     assert (results["stage"], results["seconds"], results["images_per_second"]) == ("validate", 2.0, 50.0)
     assert {"python", "torch", "torchvision", "torchmetrics", "hotcoco"} <= set(results["versions"])
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_coco_results_round_trip(tmp_path, count):
-    records = [
-        {"image_id": index, "category_id": 7, "bbox": [1.0, 2.5, 3.0, 4.0], "score": 0.5} for index in range(count)
-    ]
-    write_records(tmp_path / "predictions.json", records)
-    assert json.loads((tmp_path / "predictions.json").read_text()) == records
 
 
 def test_table_shows_percent_and_dash_for_undefined():

@@ -152,8 +152,3 @@ def test_weights_of_another_number_of_classes_or_model_are_refused(weights_file,
         ours_of(1, 3, pretrained=weights_file)
     with pytest.raises(CheckpointError, match="holds another model"):
         ours_of(2, 7, pretrained=weights_file)
-
-
-def test_canvas_must_be_a_multiple_of_32() -> None:
-    with pytest.raises(ConfigError, match=r"must be multiples of 32, got \(64, 100\)"):
-        tiny()(torch.zeros(1, 3, 64, 100, dtype=torch.uint8))

@@ -136,18 +136,6 @@ def test_full_disk_for_the_diagnosis_warns_once_and_training_continues(tmp_path,
         train(tmp_path, {1: "nan loss"}, guard=NonFiniteGuard(max_skipped_steps=0))
 
 
-def test_resumed_guard_continues_counts_and_records(tmp_path):
-    guard, resumed = NonFiniteGuard(), NonFiniteGuard()
-    train(tmp_path / "first", {1: "nan loss", 2: "nan loss"}, num_steps=3, guard=guard)
-    torch.save(guard.state_dict(), tmp_path / "state.pt")
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    with pytest.raises(NonFiniteError, match="4 times in a row"):
-        train(tmp_path / "second", dict.fromkeys(range(4), "nan loss"), num_steps=4, guard=resumed)
-    diagnosis = diagnosis_in(tmp_path / "second")
-    assert diagnosis["num_skipped"] == 4
-    assert [step["step"] for step in diagnosis["latest"]] == [1, 2, 0, 1]
-
-
 def test_max_skipped_steps_zero_ends_at_the_first(tmp_path):
     with pytest.raises(NonFiniteError, match=r"step 1 of epoch 0.* 1 times in a row"):
         train(tmp_path, {1: "nan loss"}, guard=NonFiniteGuard(max_skipped_steps=0))

@@ -163,31 +163,3 @@ def test_run_resumes_with_its_data_in_another_folder(drawn, tmp_path, capsys):
     shutil.copy(moved / "annotations" / "instances_val.json", moved / "annotations" / "instances_train.json")
     assert tiny_run.onestage(*command(moved)) == 2
     assert "--allow_data_change true, or start a new run by --resume none" in capsys.readouterr().err
-
-
-# Class weights are configuration, not state
-
-LOSS = "--model.detector.init_args.classification_loss.init_args"
-NAME = "detector.classification_loss.class_weights.values"
-EFFECTIVE = "{class_path: onestage.losses.EffectiveNumberWeights, init_args: {beta: %s}}"
-
-
-def weights_after(runs: Path, drawn: Path, weights: str, *options: str) -> tuple[Path, list[torch.Tensor]]:
-    """Return the last checkpoint of a run, and its class weights: beside the average of the network, and raw."""
-    words = tiny_run.words(drawn, runs, f"{LOSS}.class_weights", weights, "--ema.decay", "0.9", *options)
-    assert tiny_run.onestage(*words) == 0
-    (last,) = runs.glob("tiny/version_*/checkpoints/last.ckpt")
-    state = torch.load(last, weights_only=True)
-    return last, [state[key][NAME] for key in ("state_dict", "current_model_state")]
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "weight_of_first_class"),
-    [("[1,1,1,1,1,1]", "[9,9,9,9,9,9]", 9.0), (EFFECTIVE % 0.999, EFFECTIVE % 0.0, 1.0)],
-)
-def test_resumed_run_trains_with_the_configured_class_weights(drawn, tmp_path, first, second, weight_of_first_class):
-    last, before = weights_after(tmp_path / "first", drawn, first, "--trainer.max_epochs", "1")
-    _, after = weights_after(tmp_path / "second", drawn, second, "--resume", str(last))
-    for old, new in zip(before, after, strict=True):
-        assert old[0] != weight_of_first_class
-        assert (new == weight_of_first_class).all()

@@ -64,21 +64,6 @@ def test_biases_and_batch_norm_have_no_weight_decay():
     assert sum(len(group["params"]) for group in parameter_groups(detector, decayed)) == len(names) - 1
 
 
-def test_parameters_flattened_by_fsdp_keep_their_groups():
-    class Wrapper(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self._fsdp_wrapped_module = module
-
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    decayed = decayed_parameters(net)
-    for parameter in net.parameters():
-        parameter.data = parameter.data.flatten()
-    net[0] = Wrapper(net[0])
-    groups = parameter_groups(net, decayed)
-    assert [[parameter.numel() for parameter in group["params"]] for group in groups] == [[4 * 3 * 3 * 3], [4, 4, 4]]
-
-
 def test_learning_rate_scales_with_images_per_step(monkeypatch):
     messages = []
     monkeypatch.setattr("onestage.training.optimization.rank_zero_info", messages.append)
