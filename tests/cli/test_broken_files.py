@@ -35,18 +35,6 @@ def test_predict_writes_all_good_images_and_names_all_broken_ones(trained, tmp_p
         assert {record["image_id"] for record in found} <= {images[name]["id"]}
 
 
-def test_predict_on_broken_files_alone_writes_an_empty_result(trained, tmp_path, capsys):
-    write_broken(tmp_path / "cut.jpg")
-    checkpoint = ["--ckpt_path", str(trained / "checkpoints" / "best.ckpt"), "--trainer.accelerator=cpu"]
-    options = ["--data.predict_dir", str(tmp_path / "cut.jpg"), "--runs_dir", str(tmp_path / "runs")]
-    assert run("predict", *checkpoint, *options) == 3
-    (file,) = tmp_path.glob("runs/*/*/predictions.json")
-    assert json.loads(file.read_text()) == []
-    (entry,) = json.loads(file.with_name("images.json").read_text())
-    assert entry["file_name"] == "cut.jpg"
-    assert "cut off or damaged" in entry["error"]
-
-
 @pytest.fixture
 def coco_set(tmp_path: Path) -> Path:
     """Return a COCO file with 40 good images and one that only decoding shows to be damaged."""

@@ -55,12 +55,6 @@ def test_user_loggers_are_added_to_the_files_of_the_run_also_on_a_resume(fast_op
 
 
 @pytest.mark.slow
-def test_false_switches_off_no_file_of_the_run(fast_options, tmp_path, monkeypatch):
-    folder = logged_run(fast_options, tmp_path, monkeypatch, "--trainer.logger", "false")
-    assert (folder / "metrics.csv").is_file() and list(folder.glob("events.*"))
-
-
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of SQLAlchemy
 def test_mlflow_gets_everything_in_a_database_of_the_run(fast_options, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason='pip install "onestage[mlflow]"')

@@ -156,18 +156,6 @@ def test_distort_agrees_with_the_standard_librarys_hsv(contrast_first: bool, cha
     assert difference.max() < 12
 
 
-@pytest.mark.parametrize(
-    ("drawn", "expected"),
-    [
-        (Distortion(16.0, 1.0, 1.0, 0.0, True), [16, 117, 255]),
-        (Distortion(0.0, 0.75, 1.0, 0.0, True), [0, 76, 188]),  # 75.75, 187.5 to even
-    ],
-)
-def test_distort_brightness_and_contrast_saturate_and_round(drawn: Distortion, expected: list) -> None:
-    image = np.array([[[0, 101, 250]]], dtype=np.uint8)
-    assert SSDPhotometricDistort().apply(image, distortion=drawn).tolist() == [[expected]]
-
-
 def test_distort_of_a_float_image_says_what_to_leave_out() -> None:
     with pytest.raises(ConfigError, match=r"SSDPhotometricDistort: .* uint8 RGB .*, got float32.*\n.*Normalize"):
         A.Compose([A.Normalize(), SSDPhotometricDistort()])(image=noise(8, 8))
@@ -251,25 +239,6 @@ def test_colours_with_fixed_draws_are_those_of_the_caffe_code() -> None:
             assert np.abs(run(recipe, image, boxes, seed)[0].astype(int) - expected).mean() < limit
         after, before = run(small, image, boxes, seed)[0], run(small_first, image, boxes, seed)[0]
         assert np.abs(after.astype(int) - before).mean() < 4  # what the order of the two is worth
-
-
-def test_parts_can_be_left_out_and_everything_at_once() -> None:
-    image = smooth(150, 200)
-    nothing = SSDAugmentation(
-        SIDE,
-        distort=NO_DISTORTION,
-        zoom_out=SSDZoomOut(p=0.0),
-        crop=SSDMinIoUCrop(p=0.0),
-        mirror_p=0.0,
-        interpolations=("area",),
-    )
-    never = SSDAugmentation(SIDE, p=0.0)
-    for seed in range(10):
-        found, rows, boxes = run(nothing, image, BOXES, seed)
-        assert np.array_equal(found, cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA))
-        assert rows == [0, 1, 2, 3]
-        assert boxes == pytest.approx(np.array(BOXES) * ([SIDE / 200, SIDE / 150] * 2))
-        assert np.array_equal(run(never, image, BOXES, seed)[0], cv2.resize(image, (SIDE, SIDE)))
 
 
 def test_recipe_of_another_size_is_stretched() -> None:

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 from yolo_files import write_image
 
 import onestage.data
-from onestage.data import COCO, VOC, DetectionDataModule, Letterbox, SSDZoomOut, Stretch
+from onestage.data import COCO, VOC, DetectionDataModule, SSDZoomOut, Stretch
 from onestage.data.annotations import select_images
 from onestage.data.writers import WritableSplit, write_voc
 from onestage.errors import AnnotationError, ConfigError, DataError
@@ -145,18 +145,6 @@ def test_validation_batches_hold_every_image_once_in_order(coco: Path) -> None:
     torch.testing.assert_close(batches[0].placements[0], torch.tensor([1.6, 32 / 15, 0, 0]))
 
 
-def test_letterbox_of_the_data_module_reaches_the_batches(coco: Path) -> None:
-    data = coco_data(coco, resize=Letterbox(64), batch_size=4, num_workers=0)
-    assert (data.image_size, data.canvases) == (64, ((64, 64),))
-    batch = next(iter(data.val_dataloader()))
-    # 40 x 30 -> 64 x 48, 8 px above; the box 4..24, 6..16
-    torch.testing.assert_close(batch.placements[0], torch.tensor([1.6, 1.6, 0, 8]))
-    torch.testing.assert_close(batch.targets.boxes[0, 0], torch.tensor([6.4, 17.6, 38.4, 33.6]))
-    (batch,) = data.train_dataloader()  # two of six images wait for another epoch
-    assert (batch.images.shape, batch.images.dtype) == ((4, 3, 64, 64), torch.uint8)
-    assert len(set(batch.image_indices.tolist())) == 4
-
-
 @pytest.mark.parametrize(("transforms", "left"), [([A.HorizontalFlip(p=1.0)], 25.6), ([], 6.4)])
 def test_given_transforms_replace_the_default_and_are_resized_after(coco, transforms, left) -> None:
     data = coco_data(coco, image_size=64, batch_size=6, num_workers=0, train_transforms=transforms)
@@ -171,21 +159,6 @@ def test_difficult_objects_are_targets_or_ignored(voc: Path, train_difficult: bo
     data.train_transforms = []
     (batch,) = data.train_dataloader()
     assert batch.targets.labels[:, :2].tolist() == [[0, second]] * 4
-
-
-def test_predict_reads_a_folder_or_one_image(coco: Path, tmp_path: Path) -> None:
-    write_image(tmp_path / "photos" / "a.jpg", 0, 50, 20)
-    write_image(tmp_path / "photos" / "b.jpg", 1, 20, 50)
-    known = {"class_names": ["cat", "dog"], "category_ids": [3, 7], "image_size": 32, "num_workers": 0}
-    data = coco_data(tmp_path / "gone", predict_dir=tmp_path / "photos", **known)
-    (batch,) = data.predict_dataloader()
-    assert batch.original_sizes.tolist() == [[20, 50], [50, 20]]
-    assert (batch.targets.labels == -1).all()
-    assert data.annotations("predict").category_ids == (3, 7)
-    assert data.read_image("predict", 0).shape == (20, 50, 3)
-    data = coco_data(tmp_path / "gone", predict_dir=tmp_path / "photos" / "b.jpg", **known)
-    assert len(data.annotations("predict")) == 1
-    assert len(coco_data(coco, num_workers=0).predict_dataloader()) == 1  # the validation split
 
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, 0), (2, 1), (8, 7), (128, 16)])

@@ -43,12 +43,6 @@ def test_sample_has_boxes_in_network_pixels_and_crowds_ignored(annotations: Anno
     assert (sample.image_index, sample.original_size) == (0, (40, 60))
 
 
-def test_image_without_objects_has_empty_targets(annotations: AnnotationSet) -> None:
-    sample = evaluation(annotations)[1]
-    assert (sample.boxes.shape, sample.boxes.dtype) == ((0, 4), torch.float32)
-    assert (sample.labels.shape, sample.labels.dtype) == ((0,), torch.int64)
-
-
 def test_unknown_annotated_size_takes_the_files(annotations: AnnotationSet) -> None:
     annotations.sizes[0] = 0
     assert evaluation(annotations)[0].original_size == (40, 60)

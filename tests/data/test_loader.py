@@ -1,20 +1,18 @@
 """The loader: the same samples for any number of workers, exact resume, replaced images, dead and slow workers."""
 
-import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from image_sets import image_set, noise
 
-from onestage.data.dataset import DetectionDataset, Failure
-from onestage.data.loader import DetectionLoader, FailureLog, open_loader
+from onestage.data.dataset import DetectionDataset
+from onestage.data.loader import DetectionLoader, open_loader
 from onestage.data.resize import Stretch
 from onestage.data.samplers import TrainingSampler
 from onestage.data.transforms import SeededTransform, ssd_transforms
@@ -231,26 +229,6 @@ def test_set_without_a_readable_image_ends_with_the_name_of_one(annotations: Ann
         Path(path).write_bytes(b"")
     with pytest.raises(ImageError, match=r"\d+\.png"):
         dataset(annotations, on_error="skip")[0, 0]
-
-
-class ThousandImages:
-    annotations, max_bad_fraction = SimpleNamespace(source="a.json"), 0.01
-
-    def __len__(self) -> int:
-        return 1000
-
-
-def test_log_of_many_failures_quotes_three(caplog: pytest.LogCaptureFixture) -> None:
-    log = FailureLog(ThousandImages())
-    with caplog.at_level(logging.WARNING):
-        log.add([Failure(number, f"{number}.jpg: is damaged\nReplace it.") for number in range(10)])
-    assert len(caplog.messages) == 3
-    log.end_epoch(4)
-    assert caplog.messages[-1].splitlines()[1:] == [*(f"  {n}.jpg: is damaged" for n in range(3)), "  and 7 more"]
-    log.end_epoch(5)
-    assert len(caplog.messages) == 4  # nothing new, nothing to say
-    with pytest.raises(DataError, match="11 of 1000 images"):
-        log.add([Failure(10, "10.jpg")])
 
 
 # Workers that die, hang, or are left behind

@@ -99,21 +99,6 @@ def test_a_foreign_folder_or_file_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine too"
 
 
-def test_an_interrupted_drawing_leaves_nothing_and_starts_again(tmp_path, monkeypatch) -> None:
-    def interrupt(seed: int, index: int, max_objects: int) -> scenes.Scene:
-        if index == 2:
-            raise KeyboardInterrupt
-        return draw_scene(seed, index, max_objects)
-
-    monkeypatch.setattr("onestage.data.shapes.draw_scene", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        draw_shapes(tmp_path / "shapes", num_train=2, num_val=1, seed=0)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
-    draw_shapes(tmp_path / "shapes", num_train=2, num_val=1, seed=0)
-    assert (tmp_path / "shapes/JPEGImages/000003.jpg").exists()
-
-
 def test_what_a_killed_run_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
     old, young = tmp_path / ".shapes.unfinished-old", tmp_path / ".shapes.unfinished-young"
     for folder in (old, young):

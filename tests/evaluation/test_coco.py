@@ -1,7 +1,5 @@
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,33 +62,6 @@ def test_metrics_of_every_backend_equal_those_of_pycocotools(seed, backend, capf
     assert np.nanmean(list(evaluator.per_class().values())) == pytest.approx(expected["mAP"], abs=1e-6)
     assert 0.1 < expected["mAP"] < 0.9
     assert capfd.readouterr().out == ""  # pycocotools prints
-
-
-FORK = """
-import os
-import torch
-from evaluation_data import random_evaluation
-from onestage.evaluation.coco import CocoEvaluator
-torch.set_num_threads(1)
-
-def evaluate():
-    annotations, found = random_evaluation(0)
-    evaluator = CocoEvaluator(annotations)
-    evaluator.update(torch.arange(len(found.boxes)), found)
-    return evaluator.compute()
-
-before = evaluate()
-child = os.fork()
-if child == 0:
-    os._exit(0 if all(abs(value - before[name]) < 1e-6 or value != value for name, value in evaluate().items()) else 1)
-assert os.waitpid(child, 0)[1] == 0
-"""
-
-
-@pytest.mark.slow
-def test_process_that_was_forked_after_an_evaluation_can_evaluate():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", FORK], env=environment, check=True, timeout=240)
 
 
 def test_hotcoco_is_not_used_without_its_threads(monkeypatch):

@@ -72,17 +72,6 @@ def test_bad_step_changes_nothing_and_the_next_one_trains(tmp_path, fault):
     assert step["processes"][0]["images"][0]["file"] == "4.jpg"
 
 
-def test_run_without_faults_is_the_same_with_and_without_the_guard(tmp_path):
-    class NoGuard(NonFiniteGuard):
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None: ...
-
-    guarded, free = Recorder(), Recorder()
-    train(tmp_path, callbacks=(guarded,))
-    train(tmp_path, callbacks=(free,), guard=NoGuard())
-    assert all(is_same(one, other) for one, other in zip(guarded.states, free.states, strict=True))
-    assert not (tmp_path / "skipped_steps.json").exists()
-
-
 def test_fourth_skipped_step_in_a_row_ends_the_run_with_all_facts(tmp_path):
     recorder = Recorder()
     with pytest.raises(NonFiniteError) as stopped:

@@ -125,14 +125,6 @@ def test_checkpoint_is_the_same_from_every_hook(tmp_path, hook):
     assert saved[RAW_WEIGHTS]["weight"].item() == STEPS
 
 
-def test_weight_with_two_names_is_averaged_once(tmp_path):
-    module = Climber()
-    module.same = module.weight
-    fit(module, tmp_path, ExponentialMovingAverage(decay=0.9999), max_epochs=2)
-    assert module.validated == pytest.approx([3.6, 7.2], rel=1e-6)
-    assert module.same is module.weight
-
-
 class Noisy(Climber):
     """Batch norm and a random walk, which only the same computation reproduces."""
 
