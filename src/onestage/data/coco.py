@@ -291,7 +291,9 @@ def _integer_column(source: str, table: list[JSONDict], key: str, findings: list
 
 def _check_ids(source: str, annotations: list[JSONDict]) -> list[Finding]:
     """Report the annotation ids that confuse other tools. Nothing here depends on them."""
-    ids = [str(entry["id"]) for entry in annotations if entry.get("id")]
+    ids = [annotation_id for entry in annotations if (annotation_id := entry.get("id"))]
+    if set(map(type, ids)) != {int}:
+        ids = list(map(str, ids))
     zero = ("{} annotations have id 0 or none; ids are numbered anew", len(annotations) - len(ids))
     repeated = ("{} annotations have the id of an earlier one; ids are numbered anew", len(ids) - len(set(ids)))
     return count_findings(source, {rules.ID_ZERO: zero, rules.IDS_REPEATED: repeated})
@@ -332,7 +334,7 @@ def _read_images(
         first, second, *_ = (images[n].get("file_name") for n in np.flatnonzero(ids == repeated))
         problem = f"image id {repeated} belongs to {first!r:.80} and {second!r:.80}; ids must be unique"
         raise malformed(source, problem, FRESH_COPY)
-    sizes = _floats([[to_number(image.get(side) or 0) for side in ("height", "width")] for image in images], 2)
+    sizes = np.stack([_floats([image.get(side) or 0 for image in images]) for side in ("height", "width")], axis=1)
     is_size = ((sizes >= 0) & (sizes < 1 << 31) & (sizes == np.floor(sizes))).all(axis=1)
     for image in (images[n] for n in np.flatnonzero(~is_size)):
         problem = f"image {image.get('id')} has width {image.get('width')!r:.80} and height {image.get('height')!r:.80}"
@@ -395,9 +397,11 @@ def _read_objects(
     kept = [annotations[number] for number in numbers]
     rows, labels = rows[numbers], labels[numbers]
     written = [annotation.get("bbox") for annotation in kept]
-    boxes = _floats(written, 4)
+    nothing = [np.nan] * 4
+    fours = [box if isinstance(box, list) and len(box) == 4 else nothing for box in written]
+    boxes = _floats(list(chain.from_iterable(fours))).reshape(-1, 4)
     rule = "bbox must be a list of 4 numbers [x, y, width, height]; outlines are not read"
-    problems = {row: rule for row, box in enumerate(written) if not isinstance(box, list) or len(box) != 4}
+    problems = {row: rule for row, box in enumerate(fours) if box is nothing}
     problems |= {int(row): "the file lists no image of that id" for row in np.flatnonzero(rows == unlisted)}
     rows = np.maximum(rows, 0)
     _refuse_corners(source, boxes, images.sizes[rows])
@@ -415,7 +419,7 @@ def _read_areas(
 
     An area smaller than the box's is that of the outline, whether or not the file still has it.
     """
-    areas = _floats([[entry.get("area")] for entry in annotations], 1)[:, 0]
+    areas = _floats([entry.get("area") for entry in annotations])
     with np.errstate(invalid="ignore"):
         is_wrong = (areas <= 0) | (areas > (1 + AREA_TOLERANCE) * box_areas + 1)
         is_wrong &= box_areas > 0  # a bad box is a finding of its own
@@ -424,16 +428,12 @@ def _read_areas(
     return np.where(is_wrong, np.nan, areas)
 
 
-def _floats(lists: list[Any], length: int) -> npt.NDArray[np.float64]:
-    """Return [T, length] of T lists of numbers; NaN for anything else."""
-    nothing = [np.nan] * length
-    rows = [row if isinstance(row, list) and len(row) == length else nothing for row in lists]
-    if not {int, float}.issuperset(map(type, chain.from_iterable(rows))):
-        rows = [list(map(to_number, row)) for row in rows]
-    try:
-        return np.array(rows, dtype=np.float64).reshape(-1, length)
-    except OverflowError:  # an integer of hundreds of digits
-        return np.array([list(map(to_number, row)) for row in rows])
+def _floats(values: list[Any]) -> npt.NDArray[np.float64]:
+    """Return [T] numbers; NaN for anything else."""
+    if {int, float}.issuperset(map(type, values)):
+        with suppress(OverflowError):  # an integer of hundreds of digits
+            return np.array(values, dtype=np.float64)
+    return np.array(list(map(to_number, values)), dtype=np.float64)
 
 
 def _refuse_corners(source: str, boxes: npt.NDArray[np.float64], sizes: npt.NDArray[np.int32]) -> None:

@@ -1,19 +1,21 @@
 """Splits: stratified parts of one annotated set, and images that two splits share."""
 
 import hashlib
+import os
+import stat
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from onestage.data.annotations import LEAKED_COPY, SAME_SPLIT, select_images
 from onestage.errors import ConfigError
-from onestage.files import printable
+from onestage.files import open_at_once, printable
 from onestage.types import AnnotationSet, Finding
 
 DEFAULT_VAL_FRACTION = 0.2  # where a source has no validation split
@@ -103,11 +105,11 @@ def find_shared_images(splits: Sequence[tuple[str, AnnotationSet]]) -> tuple[lis
     for name, annotations in splits:
         for path in annotations.image_paths.tolist():
             if path not in shared:
-                by_length[_length(Path(path))].append((name, path))
+                by_length[_length(path)].append((name, path))
     groups = (group for length, group in by_length.items() if length and len({name for name, _ in group}) > 1)
     owners = [owner for group in groups for owner in group]
     by_content: dict[object, list[tuple[str, str]]] = defaultdict(list)
-    for owner, content in zip(owners, _contents([Path(path) for _, path in owners]), strict=True):
+    for owner, content in zip(owners, _contents([path for _, path in owners]), strict=True):
         by_content[content].append(owner)
     for (first_name, first), *same in by_content.values():
         copies = [(name, path) for name, path in same if name != first_name]
@@ -138,44 +140,50 @@ def _divided(
 
 def _groups(annotations: AnnotationSet) -> list[list[int]]:
     """Return the rows of images that are the same file, in an order that looks random and depends on names alone."""
-    paths = [Path(str(path)) for path in annotations.image_paths]
+    paths: list[str] = annotations.image_paths.tolist()
+    names = [path.replace(os.sep, "/").split("/")[::-1] for path in paths]
     # The folder of the set comes last in this key, so it decides nothing, and where frames of a film are numbered the
     # digest scatters them.
-    digests = [hashlib.blake2b(path.name.encode(errors="surrogateescape"), digest_size=8).digest() for path in paths]
-    order = sorted(range(len(paths)), key=lambda row: (digests[row], paths[row].parts[::-1]))
+    digests = [hashlib.blake2b(name[0].encode(errors="surrogateescape"), digest_size=8).digest() for name in names]
+    order = sorted(range(len(paths)), key=lambda row: (digests[row], names[row]))
     groups: dict[object, list[int]] = {}
     for row, content in zip(order, _contents([paths[row] for row in order]), strict=True):
         groups.setdefault(content, []).append(row)
     return list(groups.values())
 
 
-def _contents(paths: Sequence[Path]) -> list[object]:
+def _contents(paths: Sequence[str]) -> list[object]:
     """Return a key for each file that is equal where the bytes are.
 
     The first bytes are compared only of files with the same length, and all bytes only where those agree too: in a
     large set, half of the files have the length of another.
     """
-    keys: list[object] = [_length(path) or f"missing {number}" for number, path in enumerate(paths)]
-    for num_bytes in (HEAD_BYTES, -1):
+    lengths = [_length(path) for path in paths]
+    keys: list[object] = [length or f"missing {number}" for number, length in enumerate(lengths)]
+    for num_bytes, min_length in ((HEAD_BYTES, 1), (-1, HEAD_BYTES + 1)):
         counts = Counter(keys)
         keys = [
-            (key, _digest(path, num_bytes) if counts[key] > 1 else None) for key, path in zip(keys, paths, strict=True)
+            (key, _digest(path, num_bytes)) if length >= min_length and counts[key] > 1 else key
+            for key, path, length in zip(keys, paths, lengths, strict=True)
         ]
     return keys
 
 
-def _length(path: Path) -> int:
+def _length(path: str) -> int:
     """Return the number of bytes; 0 where there is no such file, which is found out when it is opened to train."""
-    return path.stat().st_size if path.is_file() else 0
+    with suppress(OSError, ValueError):  # ValueError: a NUL in the path
+        status = os.stat(path)  # noqa: PTH116 # a Path for each of 100,000 files takes seconds
+        return status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return 0
 
 
-def _digest(path: Path, num_bytes: int) -> bytes | str:
+def _digest(path: str, num_bytes: int) -> bytes | str:
     """Return a digest of the first bytes of a file (-1: all); its path if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", buffering=0, opener=open_at_once) as file:
             return hashlib.blake2b(file.read(num_bytes), digest_size=16).digest()
     except OSError:
-        return str(path)
+        return path
 
 
 def _classes(annotations: AnnotationSet, rows: Sequence[int]) -> Counter[int]:

@@ -14,6 +14,7 @@ from onestage.types import AnnotationSet, Finding
 
 FEW_BOXES = 20  # of a class in the training split; fewer teach and measure little
 SIDES = (16, 32, 64, 128, 256)  # px; bounds of the size bins
+KEY_FACTORS = np.random.default_rng(0).integers(1 << 63, size=6, dtype=np.uint64) | np.uint64(1)  # of a hash
 RATIOS = (1 / 3, 1 / 1.5, 1.5, 3)  # width / height; bounds of the shape bins
 
 
@@ -87,10 +88,11 @@ def check_objects(annotations: AnnotationSet, max_detections: int, is_training: 
         problem = f"{num_empty} of {len(counts)} images have no object"
         found.append(rules.NO_OBJECT_IMAGES.broken(place, problem, num_empty))
     rows = _image_rows(annotations)
-    keys = np.column_stack([rows, annotations.labels, annotations.boxes])  # [T, 6]
-    row_of_key: dict[bytes, int] = {}  # np.unique(axis=0) sorts a million boxes for seconds
-    written = keys.view(f"V{keys.itemsize * keys.shape[1]}").ravel().tolist()
-    repeated = [row for row, key in enumerate(written) if row_of_key.setdefault(key, row) != row]
+    keys = np.column_stack([rows, annotations.labels, annotations.boxes]).view(np.uint64)  # [T, 6]
+    _, inverse, num_alike = np.unique(keys @ KEY_FACTORS, return_inverse=True, return_counts=True)
+    row_of_key: dict[bytes, int] = {}
+    alike = np.flatnonzero(num_alike[inverse] > 1).tolist()
+    repeated = [row for row in alike if row_of_key.setdefault(keys[row].tobytes(), row) != row]
     if repeated:
         path = annotations.image_paths[rows[repeated[0]]]
         problem = f"{len(repeated)} boxes repeat a box and class of their image, the first in {path!s:.200}"
