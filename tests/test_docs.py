@@ -15,7 +15,6 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import onestage.errors
-from onestage.cli import main
 from onestage.data import DetectionDataModule
 from onestage.errors import AnnotationError, OnestageError
 from onestage.types import BACKGROUND, IGNORE, Targets
@@ -128,15 +127,3 @@ def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
     kinds = {name: kind for name, kind in vars(onestage.errors).items() if isinstance(kind, type)}
     kinds.pop(OnestageError.__name__)
     assert documented == {name: kind.exit_code for name, kind in kinds.items()}
-
-
-def test_transforms_of_the_docs_overlay_a_shipped_experiment(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(ROOT)
-    (block,) = (block for block in blocks("data_pipeline.md", "yaml") if "train_transforms" in block)
-    (tmp_path / "mine.yaml").write_text(block, encoding="utf-8")
-    with pytest.raises(SystemExit):
-        main(["fit", "--config", "configs/voc_ssd300.yaml", "--config", str(tmp_path / "mine.yaml"), "--print_config"])
-    transforms = yaml.safe_load(capsys.readouterr().out)["data"]["train_transforms"]
-    names = [transform["class_path"].rpartition(".")[2] for transform in transforms]
-    assert names == ["SSDPhotometricDistort", "SSDMinIoUCrop", "HorizontalFlip"]
-    assert transforms[1]["init_args"]["scale"] == [0.6, 1.0]

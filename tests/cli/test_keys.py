@@ -39,10 +39,7 @@ def test_help_is_short_and_begins_with_the_keys_of_the_project(capsys, monkeypat
     ("word", "meant"),
     [
         ("--trainer.max_epoch", "trainer.max_epochs"),
-        ("--trainr.max_epochs", "trainer.max_epochs"),
-        ("--data.batchsize=4", "data.batch_size"),
         ("--runs-dir", "runs_dir"),
-        ("--model.detectr", "model.detector"),
         ("--model.detector.init_args.box_los", "model.detector.box_loss"),  # inherited from SSD
         ("--model.detector.classification_loss.init_args.gama", "model.detector.classification_loss.gamma"),
         ("--model.optimizer.init_args.weight-decay", "model.optimizer.weight_decay"),  # a class of a library

@@ -31,15 +31,6 @@ def test_tensorboard_has_images_curves_ap_of_each_class_and_final_metrics(traine
     assert not any("/AP/" in name for name in next(csv.reader((trained / "metrics.csv").open())))
 
 
-def test_missing_package_is_named_with_the_command_that_installs_it(fast_options, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
-    assert run("fit", *fast_options, "--trainer.logger", "WandbLogger", "--runs_dir", str(tmp_path)) == 2
-    assert capsys.readouterr().err.endswith(
-        "error: trainer.logger: WandbLogger needs a package that is not installed.\n"
-        'Install it: pip install "onestage[wandb]"\n'
-    )
-
-
 @pytest.mark.slow
 def test_user_loggers_are_added_to_the_files_of_the_run_also_on_a_resume(fast_options, tmp_path, monkeypatch, capsys):
     words = ("--trainer.logger", "[CSVLogger, TensorBoardLogger]", "--resume", "auto")

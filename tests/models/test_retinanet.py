@@ -11,7 +11,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision_pyramids import pyramid, randomise, share_of_same
 
 from onestage.boxes.anchors import AnchorShapes, pyramid_shapes
-from onestage.errors import CheckpointError, ConfigError
+from onestage.errors import ConfigError
 from onestage.losses import GIoULoss, MinedCrossEntropy
 from onestage.models import RetinaNet, TorchvisionBackbone
 from onestage.types import PADDING, Targets
@@ -34,13 +34,6 @@ def theirs_of(version: int, num_columns: int, side: int = 128) -> TheirRetinaNet
 def ours_of(version: int, num_classes: int, **changes) -> RetinaNet:
     backbone = TorchvisionBackbone("resnet18", STRIDES)
     return RetinaNet(num_classes, backbone=backbone, **(VERSIONS[version] | changes)).eval()
-
-
-@pytest.fixture(scope="module")
-def weights_file(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("weights") / "retinanet.pth"
-    torch.save(theirs_of(1, 8).state_dict(), path)
-    return str(path)
 
 
 def tiny(num_classes: int = 3, **changes) -> RetinaNet:
@@ -145,10 +138,3 @@ def test_first_loss_follows_from_the_prior_and_a_batch_without_objects_trains() 
 def test_settings_that_do_not_fit_are_refused(changes, message) -> None:
     with torch.device("meta"), pytest.raises(ConfigError, match=message):
         tiny(**changes)
-
-
-def test_weights_of_another_number_of_classes_or_model_are_refused(weights_file, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="trained on 7 classes, the data have 3"):
-        ours_of(1, 3, pretrained=weights_file)
-    with pytest.raises(CheckpointError, match="holds another model"):
-        ours_of(2, 7, pretrained=weights_file)

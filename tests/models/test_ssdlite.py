@@ -7,7 +7,6 @@ from torch.testing import assert_close
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.models.detection.image_list import ImageList
 
-from onestage.errors import ConfigError
 from onestage.losses import MinedCrossEntropy
 from onestage.models import SSDLite320
 from onestage.reliability.fine_tuning import load_fitting_weights
@@ -61,13 +60,6 @@ def test_published_size_and_maps() -> None:
         summary = detector.anchor_summary()
     assert sum(p.numel() for p in detector.parameters()) == 3_440_060  # of torchvision, with 91 columns
     assert [rows for rows, _ in summary.grids] == [20, 10, 5, 3, 2, 1]
-
-
-def test_weights_need_a_softmax_and_the_same_classes(weights_file) -> None:
-    with pytest.raises(ConfigError, match="got 'SSDLite320, coco, SigmoidFocalLoss'"):
-        SSDLite320(4, anchors="coco", pretrained=weights_file)
-    with pytest.raises(ConfigError, match="trained on 4 classes, the data have 3"):
-        SSDLite320(3, MinedCrossEntropy(), anchors="coco", pretrained=weights_file)
 
 
 def test_published_weights_start_a_run_of_other_classes(weights_file, caplog) -> None:

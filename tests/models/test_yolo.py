@@ -246,7 +246,6 @@ def test_any_backbone_of_the_strides_and_any_canvas_of_their_multiple_is_taken()
         ("v3", {"anchors": "voc"}, "YOLOv3: anchors must be one of coco, got 'voc'"),
         ("v3", {"backbone": Darknet19(2)}, r"strides of the backbone must be \(8, 16, 32\)"),
         ("v2", {"backbone": Darknet53(2, ONCE)}, r"strides of the backbone must be \(16, 32\) or \(8, 16\)"),
-        ("v3", {"prior": 1.0}, r"prior must be in \(0, 1\), got 1.0"),
         ("v2", {"anchor_images": -1}, "anchor_images must be >= 0"),
         ("v3", {"classification_loss": SigmoidCrossEntropy(class_weights=ClassWeights([1.0] * 4))}, "must be null"),
     ],

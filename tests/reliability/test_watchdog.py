@@ -39,17 +39,6 @@ def wait_for(process: int, states: str) -> str:
     return process_state(process)
 
 
-def test_state_of_a_process_is_running_stopped_dead_or_gone(child):
-    assert process_state(os.getpid()) == "R"
-    assert wait_for(child, "S") == "S"
-    os.kill(child, signal.SIGSTOP)
-    assert wait_for(child, "T") == "T"
-    os.kill(child, signal.SIGKILL)
-    assert wait_for(child, "Z") == "Z"
-    os.waitpid(child, 0)
-    assert process_state(child) == ""
-
-
 class Store:
     """The store of torch.distributed, in which the one other process sends `beats`."""
 

@@ -12,7 +12,6 @@ from onestage.report.comparison import (
     Matches,
     are_comparable,
     collect_matches,
-    config_differences,
     difference_interval,
     read_matches,
     resampled_map,
@@ -65,12 +64,3 @@ def test_matches_survive_their_file_unless_it_is_too_large(tmp_path, monkeypatch
     monkeypatch.setattr(comparison, "MAX_BYTES", 100)
     write_matches(tmp_path / "matches.npz", matches)
     assert read_matches(tmp_path / "matches.npz") is None
-
-
-def test_only_keys_with_different_values_are_listed() -> None:
-    first = {"data": {"batch_size": 8, "names": ["a"]}, "seed": 1, "model": {"lr": 0.1, "freeze": {}}}
-    second = {"data": {"batch_size": 8, "names": ["a", "b"]}, "seed": 1, "model": {"lr": 0.1}}
-    assert config_differences([first, second]) == [
-        ("data.names", ['["a"]', '["a", "b"]']),
-        ("model.freeze", ["{}", "-"]),
-    ]

@@ -119,9 +119,7 @@ def test_sync_batchnorm_of_several_cpu_processes_is_refused():
     ("settings", "message"),
     [
         ({"accumulate_grad_batches": 0}, r"accumulate_grad_batches must be >= 1 batch per step, got 0\.\nSet it to 1"),
-        ({"accumulate_grad_batches": -2}, "got -2"),
         ({"gradient_clip_val": -1}, r"gradient_clip_val must be >= 0, got -1\.\nSet it to null"),
-        ({"gradient_clip_val": float("nan")}, "got nan"),
     ],
 )
 def test_invalid_numbers_of_the_trainer_are_refused(settings, message):
