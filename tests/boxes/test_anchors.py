@@ -1,6 +1,5 @@
 import copy
 
-import pytest
 import torch
 from torch.testing import assert_close
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
@@ -8,7 +7,6 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes, ssd_shapes
-from onestage.errors import ConfigError
 
 CELLS = AnchorShapes(10, ssd_shapes(4, 9, (4,)))
 
@@ -54,9 +52,3 @@ def test_coco_anchors_of_ssd_equal_torchvision_in_the_same_order() -> None:
     expected = DefaultBoxGenerator(ratios, scales=scales, steps=steps)(images, [torch.zeros(1, 1, *g) for g in grids])
     boxes = AnchorGrid(levels, max_side=300)(grids).boxes
     assert_close(box_convert(boxes, "cxcywh", "xyxy"), expected[0], atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("level", [AnchorShapes(0, ((1, 1),)), AnchorShapes(8, ()), AnchorShapes(8, ((1, -1),))])
-def test_level_without_positive_lengths_is_refused(level) -> None:
-    with pytest.raises(ConfigError, match="anchors must be a stride > 0"):
-        AnchorGrid([level])

@@ -1,10 +1,8 @@
-import pytest
 import torch
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes
 from onestage.boxes.cell_matcher import CellMatcher
 from onestage.boxes.matchers import Predicted, assign
-from onestage.errors import ConfigError
 from onestage.types import BACKGROUND, IGNORE, PADDING, Targets
 
 # 2 x 2 cells of 16 px with two shapes, then one of 32 px with one: anchors 0 to 7, and 8.
@@ -72,8 +70,3 @@ def test_predicted_box_near_an_object_is_ignored_and_one_inside_a_region() -> No
     )
     labels, _ = assign(CellMatcher(0.7), targets, ANCHORS, boxes)
     assert labels.tolist() == [[0, IGNORE, BACKGROUND, BACKGROUND, IGNORE, *[BACKGROUND] * 4]]
-
-
-def test_threshold_outside_the_range_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"CellMatcher: ignore_iou must be in \[0, 1\], got 1.5"):
-        CellMatcher(1.5)

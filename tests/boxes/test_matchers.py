@@ -9,7 +9,10 @@ from torchvision.ops import box_convert, box_iou
 
 from onestage.boxes import matchers
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes, ssd_shapes
+from onestage.boxes.cell_matcher import CellMatcher
+from onestage.boxes.coders import DeltaBoxCoder
 from onestage.boxes.matchers import IoUMatcher, Predicted, assign
+from onestage.boxes.point_matchers import ATSSMatcher, PointMatcher
 from onestage.errors import ConfigError
 from onestage.types import BACKGROUND, IGNORE, PADDING, Anchors, Targets
 
@@ -146,10 +149,20 @@ def test_assign_in_chunks_equals_assign_at_once(matcher, monkeypatch) -> None:
     assert torch.equal(whole[1], chunked[1])
 
 
-@pytest.mark.parametrize(("positive", "negative"), [(0.4, 0.5), (0.5, 0.0), (1.5, 0.5), (0.5, -1.0)])
-def test_thresholds_out_of_order_are_refused(positive, negative) -> None:
-    with pytest.raises(ConfigError, match="_iou must be in"):
-        IoUMatcher(positive, negative)
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        *[(lambda pair=pair: IoUMatcher(*pair), "_iou must be in") for pair in ((0.4, 0.5), (0.5, 0.0), (1.5, 0.5))],
+        (lambda: CellMatcher(1.5), r"CellMatcher: ignore_iou must be in \[0, 1\], got 1.5"),
+        (lambda: PointMatcher(0), "PointMatcher: radius must be > 0, got 0"),
+        (lambda: ATSSMatcher(0), "ATSSMatcher: num_candidates must be >= 1, got 0"),
+        (lambda: DeltaBoxCoder((float("nan"), 0.2)), "variances must be two numbers > 0"),
+        (lambda: AnchorGrid([AnchorShapes(8, ((1, -1),))]), "anchors must be a stride > 0"),
+    ],
+)
+def test_settings_of_anchors_coders_and_matchers_out_of_range_are_refused(build, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build()
 
 
 PEAK = """

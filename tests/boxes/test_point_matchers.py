@@ -5,7 +5,6 @@ from torchvision.ops import box_convert, box_iou
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes
 from onestage.boxes.matchers import assign
 from onestage.boxes.point_matchers import ATSSMatcher, PointMatcher
-from onestage.errors import ConfigError
 from onestage.types import BACKGROUND, IGNORE, PADDING, Targets
 
 # 8 x 8, 4 x 4 and 2 x 2 points on 64 x 64 px, at the corners of the cells, each with a square of 4 strides
@@ -78,10 +77,3 @@ def test_adaptive_matches_equal_the_papers_algorithm_by_loops() -> None:
                 if overlap >= iou.mean() + iou.std() and is_inside and overlap > best[a]:
                     best[a], expected[a] = overlap, row
         assert found[image].tolist() == expected
-
-
-def test_ranges_are_checked() -> None:
-    with pytest.raises(ConfigError, match="PointMatcher: radius must be > 0, got 0"):
-        PointMatcher(0)
-    with pytest.raises(ConfigError, match="ATSSMatcher: num_candidates must be >= 1, got 0"):
-        ATSSMatcher(0)

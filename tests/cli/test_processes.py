@@ -154,14 +154,19 @@ def test_two_processes_train_like_one_with_twice_the_batch(one, two):
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_an_odd_number_of_images_like_one(config, two, tmp_path):
+def test_two_and_three_processes_evaluate_an_odd_number_of_images_like_one(config, two, tmp_path):
+    """Three are started by Lightning; seven images are 3 + 2 + 2."""
     (best,) = two.glob("runs/*/version_0/checkpoints/best.ckpt")
+    words = ["validate", "--config", str(config), "--ckpt_path", str(best), "--runs_dir"]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SUPPORT))
-        assert run("validate", "--config", str(config), "--ckpt_path", str(best), "--runs_dir", str(tmp_path)) == 0
-    alone, together = results_of(tmp_path), results_of(two / "runs")
-    assert without_time(alone) == without_time(together)
-    assert together["metrics"]["mAP"] > 0
+        assert run(*words, str(tmp_path / "one")) == 0
+    out, _ = finish(start([*words, str(tmp_path / "three"), "--trainer.devices=3", "--trainer.strategy=ddp"]))
+    assert out.strip().splitlines()[-1].startswith("results: ")
+    alone = results_of(tmp_path / "one")
+    assert without_time(alone) == without_time(results_of(two / "runs"))
+    assert without_time(alone) == without_time(results_of(tmp_path / "three"))
+    assert alone["metrics"]["mAP"] > 0
 
 
 def test_auto_batch_prints_and_records_batch_and_learning_rate(config, tmp_path, capsys):
@@ -216,16 +221,6 @@ def test_srun_on_two_machines_equals_one_machine_with_two_processes(config, two,
         finish(task)
     assert same_bits(checkpoint(tmp_path, "last")["state_dict"], checkpoint(two, "last")["state_dict"])
     assert [folder.name for folder in (tmp_path / "runs" / "tiny").iterdir()] == ["version_0"]
-
-
-@pytest.mark.slow
-def test_three_processes_evaluate_like_two(config, two, tmp_path):
-    """Started by Lightning; seven images are 3 + 2 + 2."""
-    (best,) = two.glob("runs/*/version_0/checkpoints/best.ckpt")
-    words = ["validate", "--config", str(config), "--ckpt_path", str(best), "--runs_dir", str(tmp_path)]
-    out, _ = finish(start([*words, "--trainer.devices=3", "--trainer.strategy=ddp"]))
-    assert out.strip().splitlines()[-1].startswith("results: ")
-    assert without_time(results_of(tmp_path)) == without_time(results_of(two / "runs"))
 
 
 @pytest.mark.slow

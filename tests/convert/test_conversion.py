@@ -173,13 +173,6 @@ def test_difficult_flag_goes_through_coco_and_back(tmp_path: Path) -> None:
     assert after.is_difficult.tolist() == before.is_difficult.tolist()
 
 
-def test_lost_outlines_are_counted(tmp_path: Path) -> None:
-    files = write_source(tmp_path / "in")
-    edit(files[0], segmentation=[[1, 2, 3, 4, 5, 6]])
-    losses = run_conversion(files, "yolo", tmp_path / "out")
-    assert losses["COCO files with outlines or keypoints: only boxes are kept"] == 1
-
-
 def test_missing_sizes_are_read_from_the_images(tmp_path: Path) -> None:
     files = write_source(tmp_path / "in")
     for file in files:
@@ -188,12 +181,14 @@ def test_missing_sizes_are_read_from_the_images(tmp_path: Path) -> None:
     assert read(tmp_path / "v").sizes.tolist() == [[20, 40]] * 4
 
 
-def test_image_annotated_as_stored_is_skipped_for_yolo(tmp_path: Path) -> None:
+def test_lost_outlines_are_counted_and_an_image_annotated_as_stored_is_skipped_for_yolo(tmp_path: Path) -> None:
     files = write_source(tmp_path / "in")
+    edit(files[0], segmentation=[[1, 2, 3, 4, 5, 6]])
     exif = Image.Exif()
     exif[0x0112] = 6  # every viewer turns it to 20 x 40, but it is annotated as 40 x 20
     Image.new("RGB", (40, 20)).save(tmp_path / "in/train2017/a.png", exif=exif)
     losses = run_conversion(files, "yolo", tmp_path / "out")
+    assert losses["COCO files with outlines or keypoints: only boxes are kept"] == 1
     assert losses["images that are not annotated as they are shown (EXIF) are skipped"] == 1
     assert len(read(tmp_path / "out")) == 3
 

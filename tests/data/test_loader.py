@@ -191,14 +191,6 @@ def test_failures_are_reported_at_the_end_of_each_epoch(
     assert [message[:16] for message in caplog.messages] == ["epoch 1: 2 times"]  # each image only once
 
 
-def test_epoch_cut_short_reports_its_failures_too(damaged: AnnotationSet, caplog: pytest.LogCaptureFixture) -> None:
-    iterator = iter(training_loader(damaged, on_error="skip", max_bad_fraction=0.5))
-    while "an image was skipped" not in caplog.text:
-        next(iterator)
-    iterator.close()
-    assert "epoch 0: " in caplog.text
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(
     ("settings", "error", "message"),

@@ -133,14 +133,6 @@ def test_copies_add_up_whatever_rounding_does_to_the_sum(fraction: float) -> Non
         assert number >= int(repeats.sum() + 1e-6)
 
 
-def test_another_choice_of_images_has_another_number() -> None:
-    def selection(repeats: np.ndarray | None) -> int:
-        return TrainingSampler(Images(7), batch_size=1, seed=0, repeats=repeats).selection
-
-    assert selection(None) == selection(None)
-    assert len({selection(None), selection(REPEATS), selection(REPEATS[::-1].copy())}) == 3
-
-
 @pytest.mark.parametrize("num_images", [7, 8, 13])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_visits_every_image_exactly_once(num_images: int, world_size: int) -> None:

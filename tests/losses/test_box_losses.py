@@ -24,15 +24,6 @@ def test_smooth_l1_of_one_positive_is_hand_computed() -> None:
     assert_close(box_outputs.grad, torch.tensor([[[-0.5, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]]))
 
 
-def test_beta_is_where_parabola_meets_line() -> None:
-    gt_boxes = torch.tensor([[[40.0, 30.0, 60.0, 70.0], [6.0, 6.0, 14.0, 14.0]]])  # the anchors themselves
-    box_outputs = torch.tensor([[[0.5, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
-    is_positive = torch.tensor([[True, True]])
-    for beta, expected in [(0.0, 0.5), (0.25, 0.5 - 0.125), (1.0, 0.125)]:
-        loss = SmoothL1Loss(beta)(box_outputs, gt_boxes, ANCHORS, DeltaBoxCoder(), is_positive)
-        assert_close(loss, torch.tensor(expected))
-
-
 SHIFTED = torch.tensor([[[50.0, 30.0, 70.0, 70.0], [0.0, 0.0, 0.0, 0.0]]])  # anchor 0 is 40, 30, 60, 70
 
 

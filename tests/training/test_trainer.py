@@ -72,21 +72,6 @@ def test_fp16_with_fused_optimizer_and_clipping_is_refused(tmp_path, optimizer, 
         fit(tmp_path, optimizer=optimizer, precision="16-mixed", clip=clip)
 
 
-def test_fp16_on_cpu_is_fp16_with_a_scaler(tmp_path):
-    dtypes = []
-
-    class Seen(TinyDetector):
-        def forward(self, images):
-            self.class_head.register_forward_pre_hook(lambda _, maps: dtypes.append(maps[0][1].dtype))
-            return super().forward(images)
-
-    module = DetectionModule(Seen(num_classes=2), schedule=WarmupSchedule(kind="constant", warmup_steps=0))
-    trainer = quiet_trainer(DetectionTrainer, tmp_path, precision="16-mixed", max_steps=1)
-    trainer.fit(module, datamodule=TinyData(num_images=1, batch_size=1))
-    assert dtypes == [torch.float16]
-    assert scaler_of(trainer) is not None
-
-
 def test_precision_follows_instructions_of_the_device(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": True})
     assert choose_precision("cpu") == ("bf16-mixed", "this CPU has avx512_bf16")
