@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import csv
 import errno
 import math
 import os
@@ -79,6 +80,16 @@ def read_text(path: Path, error: type[OnestageError], noun: str, remedy: str, ma
         return content.decode("utf-16" if content.startswith(UTF_16) else "utf-8-sig")
     except UnicodeDecodeError as reason:
         raise error(f"{printable(path)}: is not UTF-8 text (byte {reason.start}).\n{remedy}") from None
+
+
+def read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the header and every complete row of a run's table: a killed run may have left half a line."""
+    if not file.is_file():
+        return [], []
+    with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+        reader = csv.DictReader(lines)
+        rows = [row for row in reader if None not in row.values() and row.get("step", "").isdecimal()]
+    return list(reader.fieldnames or []), rows
 
 
 def find_files(source: str, names: Sequence[object], root: Path) -> list[str | None]:

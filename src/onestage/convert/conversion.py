@@ -159,14 +159,10 @@ def _with_sizes(annotations: AnnotationSet, to: Format, losses: Losses) -> Annot
 
     YOLO's fractions are of the image as it is shown, turned by its EXIF orientation.
     """
-    unsized = replace(annotations, sizes=np.zeros_like(annotations.sizes))
-    given, checks = annotations.sizes, check_headers(annotations)
+    checks = check_headers(annotations)
     is_usable = np.array([check.is_usable for check in checks])
+    is_shown = np.array([to != "yolo" or check.is_as_shown for check in checks])
     sizes = np.array([(check.height, check.width) for check in checks], dtype=np.int32).reshape(-1, 2)
-    is_shown = np.ones(len(annotations), bool)
-    if to == "yolo":
-        shown = np.array([(check.height, check.width) for check in check_headers(unsized)]).reshape(-1, 2)
-        is_shown = (given <= 0).any(axis=1) | (given == shown).all(axis=1)
     is_kept = is_usable & is_shown
     losses["images that cannot be used are skipped"] += int(np.count_nonzero(~is_usable))
     turned = "images that are not annotated as they are shown (EXIF) are skipped"

@@ -47,6 +47,7 @@ class HeaderCheck(NamedTuple):
     height: int  # upright as annotated, px; 0 where it cannot be read
     width: int
     findings: list[Finding]  # one alone if the image is skipped
+    is_as_shown: bool = True  # the size is that of the image turned by its EXIF orientation
 
     @property
     def is_usable(self) -> bool:
@@ -80,7 +81,8 @@ def check_header(path: str, annotated_size: tuple[int, int] = (0, 0)) -> HeaderC
     except ImageError as reason:
         return HeaderCheck(0, 0, [image_finding(path, reason)])
     height, width = (header.height, header.width) if orientation < 5 else (header.width, header.height)
-    return HeaderCheck(height, width, _findings(path, header, (height, width), orientation, is_animated))
+    findings = _findings(path, header, (height, width), orientation, is_animated)
+    return HeaderCheck(height, width, findings, orientation == header.orientation)
 
 
 def image_finding(file: str, reason: ImageError) -> Finding:

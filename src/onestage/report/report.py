@@ -1,7 +1,6 @@
 """The command `onestage report`: one HTML page about a run, or about several side by side."""
 
 import base64
-import csv
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import jinja2
 import yaml
 
 from onestage.errors import ConfigError, DataError, ResourceError, require
-from onestage.files import atomic_write, printable, read_text
+from onestage.files import atomic_write, printable, read_rows, read_text
 from onestage.types import JSONDict
 
 # What imports torch is imported inside of the functions, so that --help answers at once.
@@ -99,12 +98,12 @@ def _read_run(folder: Path) -> Run:
     remedy = "Give the folder of a run that was evaluated: runs/<experiment>/version_<n>."
     if not folder.is_dir():
         raise ConfigError(f"{printable(folder)}: is not a folder.\n{remedy}")
-    files = ("results.json", f"{DATA_FOLDER}/{FACTS_FILE}", "config.yaml", "metrics.csv", "epochs.csv")
+    files = ("results.json", f"{DATA_FOLDER}/{FACTS_FILE}", "config.yaml")
     texts = {
         file: read_text(folder / file, DataError, "a file of a run", remedy, MAX_BYTES) if place.exists() else ""
         for file, place in ((file, folder / file) for file in files)
     }
-    results, facts, config, steps, epochs = texts.values()
+    results, facts, config = texts.values()
     if not results:
         raise ConfigError(f"{printable(folder)}: has no results.json.\n{remedy}")
     try:
@@ -112,8 +111,7 @@ def _read_run(folder: Path) -> Run:
     except (ValueError, RecursionError, yaml.YAMLError) as reason:
         problem = f"results.json, facts.json or config.yaml is damaged: {reason}".partition("\n")[0]
         raise DataError(f"{printable(folder)}: {problem}.\n{remedy}") from None
-    table = csv.DictReader((steps if epochs else "").splitlines())  # an evaluation has no epochs.csv
-    rows = [row for row in table if (row.get("step") or "").isdecimal() and None not in row.values()]  # no half lines
+    rows = read_rows(folder / "metrics.csv")[1] if (folder / "epochs.csv").is_file() else []  # not of an evaluation
     absolute = folder.absolute()
     return Run(folder, f"{absolute.parent.name}/{absolute.name}", *known, config, rows)
 

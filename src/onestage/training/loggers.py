@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from onestage.files import atomic_write
+from onestage.files import atomic_write, read_rows
 
 METRICS_FILE = "metrics.csv"
 
@@ -71,16 +71,6 @@ class TableLogger(CSVLogger):
         with _full_disk_tolerated(METRICS_FILE):
             super().save()
         self.experiment.metrics = []  # Lightning clears them only once they are written
-
-
-def read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the header and every complete row of a table with steps: a killed run may have left half a line."""
-    if not file.is_file():
-        return [], []
-    with file.open(newline="", encoding="utf-8") as lines:
-        reader = csv.DictReader(lines)
-        rows = [row for row in reader if None not in row.values() and row.get("step", "").isdecimal()]
-    return list(reader.fieldnames or []), rows
 
 
 _warned: set[str] = set()

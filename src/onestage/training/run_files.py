@@ -15,8 +15,8 @@ from torch import Tensor
 
 from onestage.evaluation.drawing import draw_sheet, save_jpeg
 from onestage.evaluation.figures import draw_labels, draw_training, save_figure
-from onestage.files import atomic_write
-from onestage.training.loggers import METRICS_FILE, read_rows
+from onestage.files import atomic_write, read_rows
+from onestage.training.loggers import METRICS_FILE
 from onestage.types import Batch
 
 EPOCHS_FILE, CURVES_PICTURE, LABELS_PICTURE, BATCH_PICTURE = "epochs.csv", "curves.png", "labels.png", "train_batch.jpg"
