@@ -15,7 +15,7 @@ from onestage.cli import main
 from onestage.convert.conversion import convert_splits
 from onestage.data.layouts import find_splits, read_splits, recognise
 from onestage.data.writers import Losses
-from onestage.errors import AnnotationError, ConfigError, DataError
+from onestage.errors import ConfigError, DataError
 from onestage.types import AnnotationSet
 
 REAL = Path(__file__).resolve().parents[2] / "../shared/data"
@@ -248,13 +248,6 @@ def test_links_share_the_bytes_and_copies_do_not(tmp_path: Path) -> None:
 def test_split_names_that_do_not_fit_are_refused(tmp_path: Path, given: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run_conversion(write_source(tmp_path / "in"), "coco", tmp_path / "out", name_by_split=given)
-
-
-def test_splits_of_different_classes_are_refused(tmp_path: Path) -> None:
-    files = write_source(tmp_path / "in")
-    files[1].write_text(files[1].read_text().replace("zebra", "horse"))
-    with pytest.raises(AnnotationError, match="different categories"):
-        run_conversion(files, "yolo", tmp_path / "out")
 
 
 @pytest.mark.parametrize("to", ["coco", "voc", "yolo"])

@@ -68,25 +68,6 @@ def test_prior_or_mined_negatives_or_no_negatives_are_not_reported():
     assert missing_prior(first_batch(0.5)._replace(labels=torch.zeros(1, 1000, dtype=torch.int64))) is None
 
 
-def test_loss_curve_of_four_examples_equals_hand_computed_values():
-    distribution = LossDistribution(gammas=[0, 2])
-    p_t = torch.tensor([[0.5, 0.9, 0.99, 0.2, 0.3]])
-    distribution.update(torch.tensor([[BACKGROUND, BACKGROUND, BACKGROUND, BACKGROUND, IGNORE]]), p_t)
-    curves = distribution.curves()
-    assert set(curves) == {"negatives"}
-    curve = curves["negatives"]
-    assert curve.num_anchors == 4
-    assert_allclose(curve.fraction_of_anchors, [0.25, 0.5, 0.75, 1])
-    easiest_first = [0.99, 0.9, 0.5, 0.2]
-    assert_allclose(curve.p_t, easiest_first, atol=0.5 / 64)  # the lower edge of a bin, at most 1/64 of a logit away
-    assert all(curve.p_t <= np.array(easiest_first) + 1e-6)
-    for column, gamma in enumerate((0, 2)):
-        losses = np.cumsum([-((1 - p) ** gamma) * math.log(p) for p in easiest_first])
-        assert_allclose(curve.fraction_of_loss[:, column], losses / losses[-1], rtol=1e-4)  # p_t is float32
-    # The hardest quarter is the anchor with p_t 0.2: 1.609 of 2.418 without gamma.
-    assert_allclose(curve.loss_of_hardest(0.25)[0], 1.60944 / (0.01005 + 0.10536 + 0.69315 + 1.60944), rtol=1e-4)
-
-
 def test_loss_curves_of_batches_equal_those_of_sorted_examples():
     generator = torch.Generator().manual_seed(0)
     p_t = torch.sigmoid(3 + 3 * torch.randn(4, 5000, generator=generator))

@@ -26,15 +26,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "validation inside epochs": ("--trainer.val_check_interval", "0.5"),
     "accumulation over validations": ("--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=0.5"),
     "yolo of many sizes": (
-        "--model.detector",
-        "onestage.models.YOLOv3",
-        "--model.detector.backbone",
-        "onestage.models.Darknet53",
-        "--model.detector.backbone.width",
-        "2",
-        "--model.multi_scale.sizes=[32,64]",
-        "--model.multi_scale.every_n_steps",
-        "1",
+        *("--model.detector", "onestage.models.YOLOv3", "--model.detector.backbone", "onestage.models.Darknet53"),
+        *("--model.detector.backbone.width", "2", "--model.multi_scale.sizes=[32,64]"),
+        *("--model.multi_scale.every_n_steps", "1"),
     ),
     "sgd": ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr=0.01", "--model.optimizer.momentum=0.9"),
 }

@@ -160,16 +160,3 @@ def test_text_that_looks_like_a_class_is_kept_where_text_belongs(tmp_path):
     assert config["data"]["class_names"] == names
     assert config["data"]["source"]["init_args"]["path"] == "evil.Model"
     assert foreign_classes(tmp_path / "a.ckpt") is None
-
-
-@pytest.mark.parametrize("source", ["COCO", "VOC", "YOLO", "Shapes", "ImageFolder"])
-def test_every_text_argument_of_a_source_is_accepted(tmp_path, source):
-    import inspect
-
-    import onestage.data
-
-    parameters = inspect.signature(getattr(onestage.data, source)).parameters.values()
-    texts = {p.name: "a.b" for p in parameters if {"str", "Path"} & set(str(p.annotation).replace("|", " ").split())}
-    node = {"class_path": f"onestage.data.{source}", "init_args": texts}
-    path = write(tmp_path / "a.ckpt", changed("onestage.config.data.source", node))
-    assert config_of(path)["data"]["source"] == node
