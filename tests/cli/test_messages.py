@@ -39,7 +39,7 @@ def test_bad_config_file_is_reported_with_line_and_rule(tmp_path, content, expec
     assert "bad.yaml" in str(caught.value)
 
 
-def test_config_that_ships_is_found_by_name_in_any_folder(tmp_path, monkeypatch):
+def test_config_that_ships_is_found_by_name_in_any_folder_and_the_nearest_name_suggested(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for typed in ("shapes_ssd", "configs/shapes_ssd.yaml", "shapes_ssd.yaml"):
         assert files_first(["--config", typed]) == ["--config", str(CONFIGS / "shapes_ssd.yaml")]
@@ -50,9 +50,6 @@ def test_config_that_ships_is_found_by_name_in_any_folder(tmp_path, monkeypatch)
     assert find_config("shapes_ssd") == "shapes_ssd"
     with pytest.raises(ConfigError, match=r"Shipped are: (.*, )?shapes_ssd, "):
         check_config_file("nowhere")
-
-
-def test_missing_config_file_suggests_the_nearest_name(tmp_path):
     (tmp_path / "voc_ssd300.yaml").write_text("a: 1")
     with pytest.raises(ConfigError, match=r"Did you mean .*voc_ssd300\.yaml"):
         check_config_file(str(tmp_path / "voc_ssd30.yaml"))

@@ -18,7 +18,6 @@ from onestage.data.writers import Losses
 from onestage.errors import ConfigError, DataError
 from onestage.types import AnnotationSet
 
-REAL = Path(__file__).resolve().parents[2] / "../shared/data"
 TOLERANCE = 0.51  # px; a coordinate rounded to whole pixels moves by half of one
 
 
@@ -147,20 +146,6 @@ def test_coco_to_yolo_counts_losses(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "out" / "data.yaml").read_text())["val"] == "images/val"
     # [4.25, 6.5, 20.125, 10] of 40 x 20: (4.25 + 10.0625) / 40, (6.5 + 5) / 20, 20.125 / 40, 10 / 20
     assert (tmp_path / "out/labels/train/a.txt").read_text() == "0 0.3578125 0.575 0.503125 0.5\n1 0.5 0.5 1 1\n"
-
-
-@pytest.mark.slow  # tests/data/test_layout_table.py has quick round trips
-@pytest.mark.parametrize("name", ["bccd", "coco128/annotations"])
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not here")
-def test_round_trip_of_real_data_keeps_every_image_box_and_class(name: str, tmp_path: Path) -> None:
-    run_conversion([REAL / name], "coco", tmp_path / "c")
-    run_conversion([tmp_path / "c"], "voc", tmp_path / "v", images="link")
-    run_conversion([tmp_path / "v"], "yolo", tmp_path / "y", images="link")
-    run_conversion([tmp_path / "y"], "coco", tmp_path / "c2", images="link")
-    splits = recognise(REAL / name).splits
-    assert recognise(tmp_path / "c2").splits == splits
-    for split in splits:
-        assert_same(read(REAL / name, split), read(tmp_path / "c2", split))
 
 
 def test_difficult_flag_goes_through_coco_and_back(tmp_path: Path) -> None:

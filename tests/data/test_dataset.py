@@ -1,6 +1,5 @@
 """Samples of an annotation set, and their collation."""
 
-import pickle
 from pathlib import Path
 
 import albumentations as A
@@ -10,11 +9,10 @@ from image_sets import image_set, noise
 
 from onestage.data.dataset import DetectionDataset, Sample, collate
 from onestage.data.resize import Placement, Stretch
-from onestage.data.transforms import SeededTransform, ssd_transforms
+from onestage.data.transforms import SeededTransform
 from onestage.types import IGNORE, PADDING, AnnotationSet
 
 STRETCH = Stretch(32)
-SSD = SeededTransform(ssd_transforms(STRETCH), STRETCH)
 SIZES = [(40, 60), (50, 50), (30, 90)]  # (height, width)
 
 
@@ -86,9 +84,3 @@ def test_collate_keeps_order_types_and_layout() -> None:
     assert (batch.targets.boxes.dtype, batch.targets.labels.dtype) == (torch.float32, torch.int64)
     assert (batch.image_indices.tolist(), batch.image_indices.dtype) == ([5, 3], torch.int64)
     assert (batch.original_sizes.tolist(), batch.original_sizes.dtype) == ([[15, 25], [13, 23]], torch.int64)
-
-
-def test_dataset_can_be_pickled(annotations: AnnotationSet) -> None:
-    dataset = DetectionDataset(annotations, SSD, seed=1)
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert torch.equal(copy[2, 1].image, dataset[2, 1].image)

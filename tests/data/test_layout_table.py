@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from bad_data import doctor, found
-from command_line import REPOSITORY, run
 from jsonargparse import ArgumentParser
 from layout_files import (
     LABEL,
@@ -568,16 +567,6 @@ def test_settings_that_name_no_split_are_refused_with_the_key(tmp_path: Path) ->
     for path in (tmp_path, tmp_path / "data.yaml"):
         with pytest.raises(DataError, match=r"data\.yaml: has no split 'train'.*\nName its images with train:"):
             find_splits([path])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "code"), [("a copy in two splits", 0), ("no objects", 3), ("a torn XML file", 0)])
-def test_fit_ends_as_the_table_says(name: str, code: int, tmp_path: Path) -> None:
-    CASES[name].write(tmp_path / "set")
-    options = "--trainer.fast_dev_run true --trainer.accelerator cpu --data.num_workers 0 --data.batch_size 1"
-    config = str(REPOSITORY / "configs" / "shapes_ssd.yaml")
-    path = ["--data.path", str(tmp_path / "set"), "--runs_dir", str(tmp_path / "runs")]
-    assert run("fit", "--config", config, *path, *options.split()) == code
 
 
 @pytest.mark.parametrize("name", ["a.xml", "ImageSets/Main/train.txt", "Annotations", "JPEGImages", "labels/train"])

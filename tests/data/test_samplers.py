@@ -99,14 +99,6 @@ def test_every_step_of_all_processes_has_images_of_one_canvas(repeats: np.ndarra
     assert repeats is not None or seen == set(range(60))  # what one epoch leaves out comes in another
 
 
-@pytest.mark.parametrize("repeats", [None, REPEATS])
-def test_training_can_skip_batches(repeats: np.ndarray | None) -> None:
-    sampler = TrainingSampler(Images(7), batch_size=1, seed=0, rank=1, world_size=2, repeats=repeats)
-    whole = list(sampler)
-    sampler.batches_to_skip = 2
-    assert list(sampler) == whole[2:]
-
-
 def test_training_split_smaller_than_a_batch_names_the_largest_that_fits() -> None:
     with pytest.raises(ConfigError, match=r"(?s)data.batch_size is 8, .*only 7 images.*at most 7"):
         TrainingSampler(Images(7), batch_size=8, seed=0)

@@ -107,10 +107,6 @@ def test_split_of_numbered_frames_takes_no_run_of_neighbours(tmp_path: Path) -> 
     assert 30 < changes < 70  # two runs would change once, a strict alternation 99 times
 
 
-def test_missing_files_do_not_stop_the_split(tmp_path: Path) -> None:
-    assert sorted(parts_by_name([tmp_path / "gone.png", tmp_path / "away.png"]).values()) == [0, 1]
-
-
 @pytest.mark.parametrize(("number", "fraction"), [(1, 0.5), (3, 0.1)])
 def test_split_that_leaves_a_part_empty_is_refused(number: int, fraction: float) -> None:
     with pytest.raises(ConfigError, match=r"(?s)data.val_fraction .* leaves \d images to train and \d to validate"):

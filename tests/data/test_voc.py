@@ -55,7 +55,7 @@ def test_one_based_inclusive_pixels_become_edges(tmp_path: Path) -> None:
     assert annotations.findings == ()
 
 
-def test_difficult_may_be_missing_or_empty(tmp_path: Path) -> None:
+def test_difficult_and_size_may_be_missing_or_empty(tmp_path: Path) -> None:
     flags = ["", "<difficult/>", "<difficult>0</difficult>", "<difficult> 1 </difficult>"]
     write(tmp_path, {"a": xml(*(obj(extra=flag) for flag in flags))})
     assert parse_voc(tmp_path, ["train"]).is_difficult.tolist() == [False, False, False, True]
@@ -67,9 +67,6 @@ def test_decimals_spaces_any_order_of_tags_and_parts_of_a_person_are_read(tmp_pa
     write(tmp_path, {"a": xml(f"<object>{part}{box}<name> dog\n</name></object>")})
     annotations = parse_voc(tmp_path, ["train"])
     assert (annotations.boxes.tolist(), annotations.class_names) == ([[10, 20, 40, 60.5]], ("dog",))
-
-
-def test_missing_size_is_zero(tmp_path: Path) -> None:
     sizes = ["", "<size/>", "<size><width>0</width><height>0</height><depth>0</depth></size>"]
     write(tmp_path, {str(n): xml(obj(), size=size) for n, size in enumerate(sizes)})
     assert parse_voc(tmp_path, ["train"]).sizes.tolist() == [[0, 0]] * 3

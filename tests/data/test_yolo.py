@@ -160,14 +160,11 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def test_boxes_in_pixels_are_refused(tmp_path: Path) -> None:
+def test_boxes_in_pixels_and_a_set_without_any_label_file_are_refused(tmp_path: Path) -> None:
     data = write_yolo(tmp_path, {"a": "0 20 10 10 5\n0 5 5 4 4\n0 6 6 4 4\n0 7 7 4 4\n", "good": GOOD})
     with pytest.raises(AnnotationError, match=r"4 of 5 boxes cannot be used(.|\n)*must be in 0\.\.1: fractions"):
         YOLO(data).read("train")
-
-
-def test_set_without_any_label_file_is_refused(tmp_path: Path) -> None:
-    data = write_yolo(tmp_path, {"a": None, "b": None})
+    data = write_yolo(tmp_path / "bare", {"a": None, "b": None})
     with pytest.raises(AnnotationError, match=r"(?s)none of its 2 images has an annotation file .*labels/train/a\.txt"):
         YOLO(data).read("train")
 

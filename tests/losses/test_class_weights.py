@@ -16,15 +16,12 @@ def test_weights_apply_to_sigmoid_softmax_and_mined_losses(loss) -> None:
     assert_close(weighted.anchor_losses(logits, labels), expected)
 
 
-def test_effective_number_of_two_classes_is_hand_computed() -> None:
+def test_effective_number_is_hand_computed_and_a_class_without_objects_weighs_as_one_with_one() -> None:
     # beta 0.5: 1 object weighs 0.5 / 0.5 = 1, 2 objects weigh 0.5 / 0.75 = 2/3 each.
     # The mean over the three objects is (1 + 2 * 2/3) / 3 = 7/9, which becomes 1: 9/7 and 6/7.
     weights = EffectiveNumberWeights(beta=0.5)
     weights.set_class_counts(torch.tensor([1, 2]))
     assert_close(weights(torch.tensor([[0, 1, BACKGROUND]])), torch.tensor([[9 / 7, 6 / 7, 1.0]]))
-
-
-def test_class_without_objects_has_the_weight_of_one_object() -> None:
     weights = EffectiveNumberWeights()
     weights.set_class_counts(torch.tensor([50, 0, 1]))
     assert weights.values.isfinite().all()

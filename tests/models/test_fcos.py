@@ -7,7 +7,6 @@ from torch.testing import assert_close
 from torchvision.models.detection import fcos, fcos_resnet50_fpn
 from torchvision_pyramids import pyramid, randomise, share_of_same
 
-from onestage.boxes.point_matchers import ATSSMatcher
 from onestage.errors import ConfigError
 from onestage.losses import MinedCrossEntropy
 from onestage.models import FCOS, TorchvisionBackbone
@@ -83,17 +82,6 @@ def test_published_model_has_the_published_size_and_keys(tmp_path) -> None:
     assert sum(p.numel() for p in detector.parameters()) == 32_269_600 + 53_120 - 11 * (256 * 9 + 1)
     person = theirs.state_dict()["head.classification_head.cls_logits.weight"][1]
     assert torch.equal(detector.class_head.output.weight[0], person)
-
-
-@pytest.mark.parametrize("matcher", [None, ATSSMatcher()], ids=["FCOS", "ATSS"])
-def test_batch_without_objects_trains_the_classes_alone(matcher) -> None:
-    detector = tiny(matcher=matcher)
-    nothing = Targets(torch.zeros(2, 16, 4), torch.full((2, 16), PADDING))
-    losses = detector.loss(detector(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)), nothing)
-    assert list(losses.terms) == list(detector.loss_terms)
-    assert losses.terms["box"] == losses.terms["centerness"] == losses.num_positives == 0
-    sum(losses.terms.values()).backward()
-    assert all(p.grad.isfinite().all() for p in detector.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,8 @@ from pathlib import Path
 
 import pytest
 import tiny_run
-import yaml
-from tiny_run import break_method, fail_with, folder_of
+from tiny_run import break_method
 
-from onestage.cli import commands
-from onestage.reliability.checkpoints import read_checkpoint
-from onestage.training import memory_format
 from onestage.training.module import DetectionModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
@@ -103,17 +99,3 @@ def test_skipped_steps_are_counted_as_without_the_stop(steps, stop, code, drawn,
 def rows(folder: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
     with (folder / name).open(newline="") as file:
         return [dict(row) for row in csv.DictReader(file)]
-
-
-def test_memory_format_of_a_run_is_stored_and_kept_when_it_is_resumed(drawn, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(memory_format, "time_formats", lambda *_: {True: 1.0, False: 2.0})
-    words = tiny_run.words(drawn, tmp_path, "--model.channels_last", "auto", "--resume", "auto", epochs=1)
-    assert tiny_run.onestage(*words, "--trainer.max_steps", "1") == 0
-    folder = folder_of(tmp_path)
-    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["channels_last"] is True
-    stored = read_checkpoint(folder / "checkpoints" / "last.ckpt")["onestage"]["config"]
-    assert stored["model"]["channels_last"] is True
-    monkeypatch.setattr(commands, "resolve_memory_format", fail_with(AssertionError("it was decided again")))
-    assert tiny_run.onestage(*words, "--trainer.max_steps", "2") == 0
-    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["channels_last"] is True

@@ -1,6 +1,5 @@
 """Faults of processes: kills, signals, lost and different ones among several."""
 
-import csv
 import json
 import os
 import signal
@@ -68,16 +67,6 @@ def test_ten_stops_of_either_process_end_both_and_lose_no_checkpoint(tmp_path):
     assert report["failures"] == []
     assert report["stops"] == 10
     assert report["slowest_end_seconds"] < 30
-
-
-@pytest.mark.slow
-def test_kill_in_the_save_after_a_validation_leaves_one_row_of_it(drawn, tmp_path):
-    command = tiny_run.words(drawn, tmp_path, "--resume", "auto", epochs=1)
-    assert tiny_run.end_of_child(command, "write", 10) == -signal.SIGKILL  # 7 steps, before the validation, best, last
-    assert tiny_run.onestage(*command) == 0
-    with (folder_of(tmp_path) / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["val/mAP"]]
-    assert len({row["step"] for row in rows}) == len(rows)
 
 
 # Signals; that the run resumes exactly is in test_exact_resume.py

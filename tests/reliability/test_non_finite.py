@@ -92,19 +92,6 @@ def test_fourth_skipped_step_in_a_row_ends_the_run_with_all_facts(tmp_path):
     assert facts["learning_rates"] == [0.1, 0.1]
 
 
-def test_bad_gradient_names_its_parameters(tmp_path):
-    train(tmp_path, {1: "inf gradient"}, num_steps=2)
-    (step,) = diagnosis_in(tmp_path)["latest"]
-    facts = step["processes"][0]
-    assert float(facts["loss"]) > 0
-    assert "detector.class_head.weight" in facts["bad_gradients"]
-    assert "detector.box_head.weight" not in facts["bad_gradients"]
-    assert facts["likely_cause"] == (
-        "the loss is finite and its gradient is not, in 6 parameters from detector.conv.weight to "
-        "detector.class_head.bias"
-    )
-
-
 def test_full_disk_for_the_diagnosis_warns_once_and_training_continues(tmp_path, monkeypatch):
     replace, guard = os.replace, NonFiniteGuard()
 

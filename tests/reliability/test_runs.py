@@ -22,13 +22,10 @@ def test_versions_count_up_and_gaps_are_not_filled(tmp_path):
 
 
 @pytest.mark.parametrize(("rank", "node"), [(1, "0"), (0, "1")])
-def test_only_the_first_process_writes(monkeypatch, rank, node):
+def test_only_the_first_process_writes(monkeypatch, tmp_path, rank, node):
     monkeypatch.setattr(rank_zero_only, "rank", rank)
     monkeypatch.setenv("NODE_RANK", node)
     assert not is_first_process(SimpleNamespace(trainer=SimpleNamespace(num_nodes=2)))
-
-
-def test_processes_that_do_not_write_create_nothing(tmp_path):
     new_locked_folder(str(tmp_path), "shapes", is_writer=False)
     assert list(tmp_path.iterdir()) == []
 

@@ -83,14 +83,6 @@ def test_answer_is_remembered_for_its_detector_batch_and_precision(timed, traine
     assert sorted(json.loads(cache.read_text()).values()) == [False, False, True]
 
 
-def test_timed_batch_has_at_most_four_images_of_300_px(timed, trainer):
-    shapes = timed(1.0, 2.0)
-    for canvases in (((300, 300),), ((64, 64), (800, 1344))):
-        data = SimpleNamespace(batch_size=32, canvases=canvases, num_classes=2)
-        resolve_memory_format(TinyDetector(2), data, trainer)
-    assert shapes == [(4, 3, 300, 300), (1, 3, 800, 1344)]
-
-
 @pytest.mark.parametrize("content", ["[", "[1]", None])
 def test_unusable_cache_does_not_stop_a_run(timed, trainer, cache, content):
     timed(1.0, 2.0)

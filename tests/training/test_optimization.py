@@ -20,19 +20,13 @@ from onestage.training.optimization import (
 from onestage.training.trainer import DetectionTrainer
 
 
-def test_warmup_rises_linearly():
+def test_schedules_have_hand_computed_factors():
     schedule = WarmupSchedule(kind="constant", warmup_steps=10, warmup_start=0.1)
     # 0.1 + 0.9 * 5 / 10 = 0.55
     assert [schedule.factor(step, 100) for step in (0, 5, 10, 99)] == pytest.approx([0.1, 0.55, 1.0, 1.0])
-
-
-def test_milestones_are_fractions_of_the_run():
     schedule = WarmupSchedule(kind="step", warmup_steps=0, milestones=(2 / 3, 5 / 6), decay=0.1)
     steps = (79_999, 80_000, 99_999, 100_000)  # the paper's 80k and 100k of 120k iterations
     assert [schedule.factor(step, 120_000) for step in steps] == pytest.approx([1, 0.1, 0.1, 0.01])
-
-
-def test_cosine_starts_after_warmup_and_ends_at_final():
     schedule = WarmupSchedule(kind="cosine", warmup_steps=10, final=0.0)
     expected = [1.0, 0.5 * (1 + math.cos(math.pi / 4)), 0.5, 0.0]
     assert [schedule.factor(step, 110) for step in (10, 35, 60, 110)] == pytest.approx(expected)

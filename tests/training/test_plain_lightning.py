@@ -6,7 +6,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from image_sets import noise
-from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, ModelPruning
 from PIL import Image
 from tiny_training import TinyData, TinyDetector, quiet_trainer, tiny_batch
 from torch.utils.data import DataLoader, SequentialSampler
@@ -87,16 +86,6 @@ def test_calling_the_module_detects_and_torchscript_is_refused_with_the_export_t
     assert all(torch.equal(*pair) for pair in zip(exported(images), module(images), strict=True))
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_pruning_flattens_weights_in_either_memory_format(tmp_path, channels_last):
-    module = module_of(channels_last=channels_last)
-    pruning = ModelPruning("l1_unstructured", amount=0.5, use_global_unstructured=True)
-    trainer = quiet_trainer(pl.Trainer, tmp_path, max_epochs=1, callbacks=[pruning])
-    trainer.fit(module, datamodule=shapes_data())
-    zeros = [int((value == 0).sum()) for name, value in module.state_dict().items() if name.endswith("weight")]
-    assert sum(zeros) > 0
-
-
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_half_precision_weights_train_and_evaluate(tmp_path, precision):
     module = module_of()
@@ -165,27 +154,3 @@ def test_results_do_not_depend_on_the_batch_where_images_have_two_canvases(tmp_p
         results.append((logged, {key: torch.cat([batch[key] for batch in found]) for key in found[0]}))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], atol=1e-3, rtol=1e-4)
-
-
-def test_backbone_finetuning_freezes_and_then_trains_the_backbone(tmp_path):
-    module = module_of()
-    before = next(module.backbone.parameters()).clone()
-    callbacks = [BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.1)]
-    frozen = quiet_trainer(pl.Trainer, tmp_path, max_epochs=1, callbacks=callbacks)
-    frozen.fit(module, datamodule=shapes_data())
-    assert torch.equal(next(module.backbone.parameters()), before)
-    trained = quiet_trainer(pl.Trainer, tmp_path, max_epochs=2, callbacks=callbacks)
-    trained.fit(module, datamodule=shapes_data())
-    assert not torch.equal(next(module.backbone.parameters()), before)
-
-
-def test_learning_rate_finder_sets_the_rate_of_the_training(tmp_path):
-    module = module_of()
-    assert module.lr == 1e-3  # SGD's default
-    finder = LearningRateFinder(num_training_steps=8, min_lr=1e-6, max_lr=1e-4, early_stop_threshold=None)
-    trainer = quiet_trainer(pl.Trainer, tmp_path, max_steps=2, callbacks=[finder])
-    trainer.fit(module, datamodule=shapes_data(24))
-    suggestion = finder.optimal_lr.suggestion()
-    assert module.lr == (suggestion if suggestion is not None else 1e-3)
-    if suggestion is not None:
-        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(suggestion)

@@ -87,13 +87,6 @@ def test_short_run_validates_at_its_end():
     assert settings.check_val_every_n_epoch == 2
 
 
-def test_trainer_prints_no_advertisement(tmp_path, caplog):
-    with caplog.at_level("INFO"):
-        DetectionTrainer(default_root_dir=tmp_path, accelerator="cpu")
-    assert "GPU available" in caplog.text
-    assert "Tip" not in caplog.text
-
-
 def test_sync_batchnorm_of_several_cpu_processes_is_refused():
     quiet_trainer(DetectionTrainer, None, sync_batchnorm=True)  # of one process, it has no effect
     with pytest.raises(ConfigError, match="runs on GPUs only"):
