@@ -87,15 +87,19 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
     """
     file = Path(path)
     content = read_file(file, ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
-    with open_header(file, io.BytesIO(content)) as pillow_image:
+    header, pillow_image = read_plain_jpeg(content), None
+    if header is None:
+        pillow_image = open_header(file, io.BytesIO(content))
         header = read_header(file, pillow_image)
-        orientation = orientation_to_apply(file, header, annotated_size)
-        decode = _decode_with_opencv if header.format in DECODED_BY_OPENCV else _decode_with_pillow
-        try:
-            image = decode(content, pillow_image)
-        except Exception as reason:  # the libraries raise whatever damaged pixels lead them to
-            problem = f"is cut off or damaged ({len(content)} bytes of {header.format}; {_first_line(reason)})"
-            raise ImageError(f"{printable(file)}: {problem}.\n{REMEDY}") from None
+    orientation = orientation_to_apply(file, header, annotated_size)
+    try:
+        if pillow_image is None or header.format in DECODED_BY_OPENCV:
+            image = _decode_with_opencv(content, header)
+        else:
+            image = _decode_with_pillow(pillow_image)
+    except Exception as reason:  # the libraries raise whatever damaged pixels lead them to
+        problem = f"is cut off or damaged ({len(content)} bytes of {header.format}; {_first_line(reason)})"
+        raise ImageError(f"{printable(file)}: {problem}.\n{REMEDY}") from None
     return _turn_upright(image, orientation)
 
 
@@ -215,7 +219,7 @@ def is_whole_jpeg(content: bytes) -> bool:
     return content.endswith(JPEG_END) or content.rfind(JPEG_END) > content.rfind(JPEG_SCAN)
 
 
-def _decode_with_opencv(content: bytes, header: Image.Image) -> RGBImage:
+def _decode_with_opencv(content: bytes, header: ImageHeader) -> RGBImage:
     """Decode JPEG and PNG from bytes: `cv2.imread` accepts truncated files in silence, `cv2.imdecode` does not."""
     if header.format != "PNG" and not is_whole_jpeg(content):
         raise ValueError("without its end")
@@ -226,7 +230,7 @@ def _decode_with_opencv(content: bytes, header: Image.Image) -> RGBImage:
     return np.asarray(image, dtype=np.uint8)
 
 
-def _decode_with_pillow(content: bytes, image: Image.Image) -> RGBImage:
+def _decode_with_pillow(image: Image.Image) -> RGBImage:
     """Decode the first frame of the formats that are rare in data sets."""
     if image.mode.startswith("I;16"):
         gray = (np.asarray(image) >> 8).astype(np.uint8)
