@@ -117,12 +117,3 @@ def test_figures_show_the_numbers_of_the_analysis():
     ]
     cells = [(*text.get_position(), text.get_text()) for text in draw_confusion(analysis, list("abc")).axes[0].texts]
     assert cells == [(0, 0, "1"), (3, 1, "1")]  # column, row: the cat is found; the dog is missed at score 0.9
-
-
-def test_only_the_classes_with_the_most_objects_are_drawn():
-    box = [0.0, 0.0, 50.0, 50.0]
-    names = [f"class {label}" for label in range(30)]
-    annotations = annotation_set([[box]] * 31, [[label] for label in [*range(30), 29]], class_names=names)
-    analysis = analyse(*flat(annotations, detections([[]] * 31, [[]] * 31, [[]] * 31)), 30)
-    ticks = [text.get_text() for text in draw_confusion(analysis, names).axes[0].get_yticklabels()]
-    assert len(ticks) == 21 and ticks[-2:] == ["class 29", "background"]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from onestage.errors import CheckpointError, ConfigError
+from onestage.errors import CheckpointError
 from onestage.models import Darknet19, Darknet53, YOLOv2, YOLOv3
 from onestage.models.darknet import block_tensors, load_darknet, reorganise
 
@@ -125,8 +125,3 @@ def test_other_files_are_refused_with_a_remedy(content, message, tmp_path) -> No
         load_darknet(str(path), "pretrained", [torch.zeros(101)])
     assert str(error.value).startswith(f"pretrained: {path}")
     assert "Set pretrained to a darknet file of this network and these classes, or to null." in str(error.value)
-
-
-def test_widths_that_cannot_be_halved_are_refused() -> None:
-    with pytest.raises(ConfigError, match="Darknet53: width must be a multiple of 2, got 3"):
-        Darknet53(3)
