@@ -146,7 +146,7 @@ def test_results_do_not_depend_on_the_batch_where_images_have_two_canvases(tmp_p
     results = []
     for batch_size, num_batches in ((1, 7), (2, 4), (9, 2)):
         settings = {"resize": ShortestEdge(32, 64), "batch_size": batch_size, "num_workers": 0, "predict_dir": tmp_path}
-        data = from_datasets(val, val, class_names=["even", "odd"], **settings)
+        data = from_datasets(None, val, class_names=["even", "odd"], **settings)
         trainer = quiet_trainer(pl.Trainer, tmp_path, limit_val_batches=1.0)
         (logged,) = trainer.validate(module, datamodule=data, verbose=False)
         found = trainer.predict(module, datamodule=data)

@@ -335,13 +335,13 @@ class DetectionDataModule(LightningDataModule):
         if stage == "train":
             return self._train
         annotations = self._parse(stage, self.class_names)
-        if self._class_names is None:
+        if self._class_names is None and "train" in self.source.splits:
             require_same_categories(self._train, annotations)
         return annotations
 
     def _parse(self, split: Split, class_names: Sequence[str] | None) -> AnnotationSet:
         annotations = self.source.read(split, class_names, max_bad_fraction=self.max_bad_fraction)
-        of_train = split != "train" and self._class_names is None
+        of_train = split != "train" and self._class_names is None and "train" in self.source.splits
         return fill_category_ids(annotations, self._train.category_ids if of_train else self._category_ids or ())
 
     @cached_property
