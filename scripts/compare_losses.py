@@ -1,180 +1,222 @@
 #!/usr/bin/env python
-"""Train one detector with every loss of configs/compare on equal terms, and report.
+"""Train one detector with several losses on equal terms, and write the page that compares them.
 
-    python scripts/compare_losses.py                         on the drawn shapes
-    python scripts/compare_losses.py --data path/to/voc      on a data set in VOC format, with the lists train and val
-    python scripts/compare_losses.py --data path/to/voc --config configs/voc_ssd300.yaml    with another detector
-    python scripts/compare_losses.py --time_steps            time a training step with each loss
-    python scripts/compare_losses.py --report docs           write the page of the finished runs
-    python scripts/compare_losses.py --quick                 two losses, minutes: does it work here?
+    python scripts/compare_losses.py                          the study behind docs/focal_loss.md: hours
+    python scripts/compare_losses.py --plan mine.yaml         your own: another detector, other data, other losses
+    python scripts/compare_losses.py --only boundary          one group of trainings
+    python scripts/compare_losses.py --report docs            write the page of the finished trainings
 
-Every loss trains on the same images in the same order from the same weights, with its own best of the given box loss
-weights and learning rates, chosen on a separate seed. A run is an `onestage fit`; finished runs are kept, so the same
-command continues an interrupted comparison.
+A plan names an experiment, the settings of every training, and groups of trainings: every loss (a file of
+configs/compare, or as_configured) under every condition with every seed. All have the same images in the same order
+and the same initial weights. Each is an `onestage fit` and a row of the plan's table, so the same command continues
+an interrupted study.
 """
 
 import argparse
-import math
-import signal
+import csv
+import json
+import os
+import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from comparison import outcomes, plan, runner
-from comparison.plan import Study, StudyError
+import yaml
 
-PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
+REPOSITORY = Path(__file__).resolve().parents[1]
+LOSSES = REPOSITORY / "configs" / "compare"
+AS_CONFIGURED = "as_configured"  # the loss of the plan's experiment
+NON_FINITE = 6  # exit code of a training that met NaN or infinity: an outcome too
+LOG_LINES = 12  # shown of a failed training
+METRICS = ("mAP", "AP50", "AP75")
+
+Table = list[dict[str, str]]
+
+
+class Training(NamedTuple):
+    """What identifies a row of the table."""
+
+    group: str
+    loss: str
+    seed: int
+    condition: str  # JSON: the settings of the condition, by key
+
+
+class PlanError(Exception):
+    """The plan cannot be used; the message says why."""
+
+
+class FailedError(Exception):
+    """A training failed or was interrupted; no further one was started."""
 
 
 def main() -> int:
-    """Make the missing runs, or write the report."""
-    arguments = _parse()
-    if not arguments.quick:
-        return _compare(arguments)
-    with tempfile.TemporaryDirectory(prefix="compare-losses-") as folder:
-        arguments.folder = Path(folder)
-        is_page_kept = arguments.report is not None
-        arguments.report = arguments.report or arguments.folder
-        exit_code = _compare(arguments)
-        if exit_code == 0 and not is_page_kept:
-            print((arguments.folder / f"{arguments.page}.md").read_text(encoding="utf-8"))
-        return exit_code
+    """Make the missing trainings, or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = REPOSITORY / "scripts" / "focal_study.yaml"
+    parser.add_argument("--plan", type=Path, default=default, help="default: scripts/focal_study.yaml")
+    parser.add_argument("--only", help="name of one group")
+    parser.add_argument("--jobs", type=int, default=2, help="simultaneous trainings, each on one thread")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after this time")
+    parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="folder of all runs")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="write loss_comparison.md here; make no training")
+    arguments = parser.parse_args()
+    try:
+        plan = read_plan(arguments.plan)
+        if arguments.report:
+            from comparison import write_page
 
-
-def _compare(arguments: argparse.Namespace) -> int:
-    study = _study(arguments)
-    fault = _fault(study, arguments.jobs)
-    if fault is not None:
-        print(fault, file=sys.stderr)
+            write_page(plan, read_table(plan), arguments.report)
+            return 0
+        missing = missing_trainings(plan, arguments.only)
+        end = time.time() + 60 * arguments.minutes
+        make(plan, missing, arguments.runs_dir.resolve(), max(arguments.jobs, 1), end)
+    except PlanError as error:
+        print(f"{arguments.plan}: {error}", file=sys.stderr)
         return 2
-    if arguments.time_steps or arguments.quick:
-        from comparison import step_time
-
-        step_time.measure(study.losses, study.folder / "step_times.json", rounds=2 if arguments.quick else 15)
-    if (arguments.report is None and not arguments.time_steps) or arguments.quick:
-        exit_code = _make_runs(study, arguments.jobs, time.time() + 60 * arguments.minutes)
-        if exit_code:
-            return exit_code
-    if arguments.report is not None:
-        from comparison import report
-
-        report.write(study.folder, arguments.report, arguments.page)
+    except FailedError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 
-def _fault(study: Study, jobs: int) -> str | None:
-    """Return the first invalid argument as a message, None if all are valid."""
-    unknown = plan.unknown_losses(study.losses)
-    if unknown:
-        return f"--losses: unknown {', '.join(unknown)}; known: {', '.join(plan.all_losses())}"
-    if study.data != "shapes" and not (Path(study.data) / "ImageSets" / "Main").is_dir():
-        return f"--data {study.data} is not a data set in VOC format: ImageSets/Main is missing"
-    if not study.config.is_file():
-        return f"--config {study.config} is missing; experiments are in {plan.CONFIGS}"
-    if study.selection_seed in study.seeds:
-        return (
-            f"--selection_seed {study.selection_seed} is among --seeds {' '.join(map(str, study.seeds))}: the "
-            "seed that chooses rates and box weights cannot be reported too. Give another --selection_seed."
-        )
-    counts = {
-        "epochs": study.epochs,
-        "chosen_epochs": study.chosen_epochs,
-        "num_train": study.num_train,
-        "num_val": study.num_val,
-        "jobs": jobs,
-    }
-    for name, count in counts.items():
-        if count < 1:
-            return f"--{name} must be >= 1, got {count}"
-    for name, values in {"rates": study.rates, "box_weights": study.box_weights}.items():
-        for value in values:
-            if not 0 < value < math.inf:
-                return f"--{name} must be finite and > 0, got {value:g}"
-    seeds = [seed for seed in (study.selection_seed, *study.seeds) if not 0 <= seed < 2**32]
-    return f"--seeds and --selection_seed must be in [0, 2^32), got {seeds[0]}" if seeds else None
+def read_plan(path: Path) -> dict[str, Any]:
+    """Return a plan with the paths of `config` and `table` made absolute.
 
-
-def _make_runs(study: Study, jobs: int, deadline: float) -> int:
-    """Make the runs that choose a box weight, then those that choose a learning rate, then the final runs.
-
-    Returns:
-        0, the exit code of a failed run, or 2 if the folder belongs to another comparison.
+    Raises:
+        PlanError: it lacks a key or names a loss that configs/compare does not have.
     """
     try:
-        plan.write_settings(study)
-        weight_runs = study.choosing.weight_runs()
-        runner.make_runs(weight_runs, jobs, deadline)
-        rate_runs = study.choosing.rate_runs(outcomes.best_runs(weight_runs))
-        runner.make_runs(rate_runs, jobs, deadline)
-        runner.make_runs(study.final_runs(outcomes.best_runs(rate_runs)), jobs, deadline)
-    except StudyError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except runner.RunFailedError as failure:
-        print(failure, file=sys.stderr)
-        return failure.exit_code
-    return 0
+        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+        groups = plan["groups"].values()
+        plan |= {key: str(path.resolve().parent / plan[key]) for key in ("config", "table")}
+        plan.setdefault("settings", {})
+        known = {AS_CONFIGURED, *(file.stem for file in LOSSES.glob("*.yaml"))}
+        unknown = {loss for group in groups for loss in group["losses"]} - known
+    except OSError as reason:
+        raise PlanError(f"cannot be read: {reason.strerror}") from None
+    except (AttributeError, KeyError, TypeError, yaml.YAMLError) as reason:
+        rule = "a plan has config, table and groups, each group losses; see scripts/focal_study.yaml"
+        raise PlanError(f"is no plan ({type(reason).__name__}: {reason}).\n{rule}") from None
+    if unknown:
+        raise PlanError(f"unknown losses {', '.join(sorted(unknown))}.\nKnown are {', '.join(sorted(known))}")
+    return plan
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="shapes", help="shapes, or the folder of a data set in VOC format")
-    parser.add_argument("--config", type=Path, default=plan.DEFAULT_CONFIG, help="the experiment; default: shapes_ssd")
-    parser.add_argument("--losses", nargs="+", help="names of files in configs/compare; default: all")
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3], help="learning rates of AdamW")
-    parser.add_argument("--box_weights", nargs="+", type=float, default=[0.05, 0.2], help="of the box loss")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--selection_seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--num_train", type=int, default=400, help="drawn images, for shapes")
-    parser.add_argument("--num_val", type=int, default=101)
-    parser.add_argument("--precision", default="bf16-mixed", choices=PRECISIONS)
-    parser.add_argument("--chosen_precision", choices=PRECISIONS, help="of the runs that choose; default: --precision")
-    parser.add_argument("--chosen_epochs", type=int, help="of the runs that choose; default: --epochs")
-    parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="of all runs")
-    parser.add_argument("--jobs", type=int, default=2, help="simultaneous runs, each on one thread")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this time")
-    parser.add_argument("--time_steps", action="store_true", help="time a step with each loss; makes no runs")
-    parser.add_argument("--report", type=Path, help="folder of the page, its plot and its table; makes no runs")
-    parser.add_argument("--page", default="loss_comparison", help="file name of page, plot and table")
-    parser.add_argument("--quick", action="store_true", help="two losses, a tiny budget, nothing kept")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.losses, arguments.seeds = ["focal", "mining"], [1]
-        arguments.rates, arguments.box_weights = [2e-3], [0.1]
-        arguments.epochs, arguments.num_train, arguments.num_val = 1, 16, 7
-    return arguments
+def trainings(plan: dict[str, Any]) -> Iterator[Training]:
+    """Yield all trainings of a plan, group by group, condition by condition."""
+    for name, group in plan["groups"].items():
+        for condition in group.get("conditions", [{}]):
+            for seed in group.get("seeds", [0]):
+                for loss in group["losses"]:
+                    yield Training(name, loss, seed, json.dumps(condition, sort_keys=True))
 
 
-def _study(arguments: argparse.Namespace) -> Study:
-    return Study(
-        folder=arguments.folder.resolve(),
-        data=arguments.data,
-        losses=tuple(arguments.losses or plan.all_losses()),
-        rates=tuple(arguments.rates),
-        box_weights=tuple(arguments.box_weights),
-        selection_seed=arguments.selection_seed,
-        seeds=tuple(arguments.seeds),
-        epochs=arguments.epochs,
-        num_train=arguments.num_train,
-        num_val=arguments.num_val,
-        precision=arguments.precision,
-        chosen_precision=arguments.chosen_precision or arguments.precision,
-        chosen_epochs=arguments.epochs if arguments.chosen_epochs is None else arguments.chosen_epochs,
-        config=arguments.config.resolve(),
-    )
+def read_table(plan: dict[str, Any]) -> Table:
+    """Return the rows of the finished trainings."""
+    path = Path(plan["table"])
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
-def _end_on_signal(number: int, _frame: object) -> None:
-    print(
-        f"{signal.Signals(number).name}: running trainings are lost; repeat the command to continue",
-        file=sys.stderr,
-    )
-    sys.exit(128 + number)
+def missing_trainings(plan: dict[str, Any], group: str | None = None) -> list[Training]:
+    """Return the trainings without a row, of one group or of all."""
+    if group is not None and group not in plan["groups"]:
+        raise PlanError(f"has no group {group}, only {', '.join(plan['groups'])}")
+    made = {Training(row["group"], row["loss"], int(row["seed"]), row["condition"]) for row in read_table(plan)}
+    return [one for one in trainings(plan) if one not in made and group in (None, one.group)]
+
+
+def make(plan: dict[str, Any], missing: list[Training], runs: Path, jobs: int, end: float) -> None:
+    """Make trainings, `jobs` at a time, and append a row for each; start none after the time `end`.
+
+    Raises:
+        FailedError: one was interrupted or could not start; those under way were finished first.
+    """
+    print(f"{len(missing)} trainings to make, {jobs} at a time", flush=True)
+    waiting, running, failures = list(missing), dict[Future[dict[str, Any]], Training](), list[FailedError]()
+    with ThreadPoolExecutor(jobs) as pool:
+        while running or (waiting and not failures and time.time() < end):
+            while waiting and len(running) < jobs and not failures and time.time() < end:
+                one = waiting.pop(0)
+                running[pool.submit(train, plan, one, runs)] = one
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                one = running.pop(future)
+                try:
+                    row = future.result()
+                except FailedError as error:
+                    failures.append(error)
+                else:
+                    _append(Path(plan["table"]), row)
+                    outcome = "non-finite" if row["mAP"] == "" else row["mAP"]
+                    print(outcome, one.group, one.loss, one.condition, one.seed, flush=True)
+    if failures:
+        raise failures[0]
+
+
+def train(plan: dict[str, Any], training: Training, runs: Path) -> dict[str, Any]:
+    """Make one training in a process of its own, on one thread; return its row.
+
+    Raises:
+        FailedError: it ended with another exit code than 0 and `NON_FINITE`.
+    """
+    experiment = f"{Path(plan['table']).stem}-{training.group}-{training.loss}-{training.seed}"
+    folder = runs / experiment
+    words = ["fit", "--config", plan["config"], "--runs_dir", str(runs), "--experiment", experiment]
+    if training.loss != AS_CONFIGURED:
+        words += ["--config", str(LOSSES / f"{training.loss}.yaml")]
+    settings = {"trainer.enable_progress_bar": False, "drawn_images": 0, "seed_everything": training.seed}
+    for key, value in (settings | plan["settings"] | json.loads(training.condition)).items():
+        words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    before, log = set(folder.glob("version_*")), folder / f"{time.time_ns()}.log"
+    # Two trainings of a small network on one thread each are faster than one after the other on two threads.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        command = [sys.executable, "-m", "onestage.cli", *words]
+        code = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, check=False
+        ).returncode
+    if code not in (0, NON_FINITE):
+        last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
+        again = "The same command continues with the missing trainings."
+        raise FailedError(f"{experiment} ended with exit code {code}. The last lines of {log}:\n{last}\n{again}")
+    [run] = set(folder.glob("version_*")) - before
+    is_finite = code == 0
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))["metrics"] if is_finite else {}
+    values = {name: round(results[name] or 0.0, 4) if is_finite else "" for name in METRICS}
+    return training._asdict() | values | _logged(run)
+
+
+def _logged(run: Path) -> dict[str, Any]:
+    """Return the length of a run, and its background anchors for each positive one, from the run's event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    counts = {"anchors/negatives": 0.0, "anchors/positives": 0.0}
+    steps = 0
+    for file in run.glob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file)).Reload()
+        for name in counts.keys() & set(events.Tags()["scalars"]):
+            counts[name] += sum(event.value for event in events.Scalars(name))
+            steps = max(steps, events.Scalars(name)[-1].step + 1)
+    ratio = counts["anchors/negatives"] / max(counts["anchors/positives"], 1.0)
+    return {"steps": steps, "background_per_positive": round(ratio, 1)}
+
+
+def _append(table: Path, row: dict[str, Any]) -> None:
+    is_new = not table.is_file()
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with table.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, _end_on_signal)
-    signal.signal(signal.SIGTERM, _end_on_signal)
     sys.exit(main())

@@ -1,121 +1,116 @@
-"""Plan, refusals and a quick run of the comparison of losses."""
+"""scripts/compare_losses.py: plans, continuation, failures, and the page of a table."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from comparisons import finish, make_study, settings_of
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-
-
-def test_box_weight_then_rate_of_each_loss_are_chosen_on_the_selection_seed(tmp_path):
-    from comparison import outcomes
-
-    study = make_study(tmp_path)
-    weight_runs = study.weight_runs()
-    assert settings_of(weight_runs) == [
-        ("focal", 2e-3, 0.05, 0),
-        ("mining", 2e-3, 0.05, 0),
-        ("focal", 2e-3, 0.2, 0),
-        ("mining", 2e-3, 0.2, 0),
-    ]
-    for run, value in zip(weight_runs, (0.3, 0.1, 0.2, 0.4), strict=True):
-        finish(run, value)
-    rate_runs = study.rate_runs(outcomes.best_runs(weight_runs))
-    assert settings_of(rate_runs)[:2] == [("focal", 1e-3, 0.05, 0), ("mining", 1e-3, 0.2, 0)]
-    for run in rate_runs:
-        if not run.outcome_file.exists():  # the middle rate is there already
-            finish(run, 0.35)
-    best = outcomes.best_runs(rate_runs)
-    assert settings_of(study.final_runs(best)[:3]) == [
-        ("focal", 1e-3, 0.05, 1),
-        ("mining", 2e-3, 0.2, 1),
-        ("focal", 1e-3, 0.05, 2),
-    ]
+ROOT = Path(__file__).resolve().parents[2]
+STRICT = '{"model.detector.init_args.positive_iou": 0.5}'
+SHAPES = {
+    "data.source.init_args.num_train": 8,
+    "data.source.init_args.num_val": 3,
+    "data.num_workers": 0,
+    "trainer.max_epochs": 1,
+    "trainer.check_val_every_n_epoch": 1,
+}
 
 
-def test_command_of_a_run_has_loss_rate_box_weight_and_seed(tmp_path):
-    (run, *_) = make_study(tmp_path, data=str(tmp_path / "cells")).weight_runs()
-    words = run.words()
-    files = [words[place + 1] for place, word in enumerate(words) if word == "--config"]
-    assert [Path(file).name for file in files] == ["shapes_ssd.yaml", "cells.yaml", "focal.yaml"]
-    assert yaml.safe_load(Path(files[1]).read_text())["data"]["source"]["init_args"]["path"] == str(tmp_path / "cells")
-    assert words[words.index("--model.optimizer.lr") + 1] == "0.002"
-    assert words[words.index("--model.loss_weights.box") + 1] == "0.05"
-    assert words[words.index("--seed_everything") + 1] == "0"
-
-
-def call(monkeypatch, *words: str) -> int:
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import compare_losses
 
-    monkeypatch.setattr(sys, "argv", ["compare_losses.py", *words])
-    return compare_losses.main()
+    return compare_losses
+
+
+@pytest.fixture
+def plan_file(tmp_path):
+    path = tmp_path / "plan.yaml"
+    groups = {
+        "a": {"losses": ["focal", "mining"], "seeds": [0, 1]},
+        "b": {"losses": ["mining"], "conditions": [{}, {"model.detector.init_args.positive_iou": 0.5}]},
+    }
+    config = str(ROOT / "configs" / "shapes_ssd.yaml")
+    path.write_text(yaml.safe_dump({"config": config, "table": "t.csv", "settings": SHAPES, "groups": groups}))
+    return path
+
+
+def run(script, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["compare_losses.py", *map(str, words)])
+    return script.main()
+
+
+def outcome(training, mAP=0.5, ratio=10.0):
+    return training._asdict() | {"mAP": mAP, "AP50": mAP, "AP75": mAP, "steps": 1, "background_per_positive": ratio}
+
+
+def test_study_continues_with_the_trainings_that_failed_or_are_missing(script, plan_file, monkeypatch, capsys):
+    made = []
+
+    def train(plan, training, runs):
+        made.append(training)
+        if len(made) == 2:
+            raise script.FailedError("no disk")
+        return outcome(training)
+
+    monkeypatch.setattr(script, "train", train)
+    assert run(script, monkeypatch, "--plan", plan_file, "--jobs", 1) == 1
+    assert "no disk" in capsys.readouterr().err
+    failed = made[1]
+    assert run(script, monkeypatch, "--plan", plan_file, "--jobs", 1) == 0
+    assert len(made) == 7  # two, then the five of six that have no row
+    assert made[2] == failed
+    names = [(one.group, one.loss, one.seed, one.condition) for one in made if one != failed]
+    everything = [("a", loss, seed, "{}") for seed in (0, 1) for loss in ("focal", "mining")]
+    assert names == [
+        one for one in [*everything, ("b", "mining", 0, "{}"), ("b", "mining", 0, STRICT)] if one != failed
+    ]
+    assert run(script, monkeypatch, "--plan", plan_file, "--only", "b") == 0
+    assert len(made) == 7
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("change", "told"),
     [
-        (["--losses", "foccal"], "--losses: unknown foccal"),
-        (["--data", "no/where"], "no/where"),
-        (["--config", "no/where.yaml"], "no/where.yaml"),
-        (["--selection_seed", "2"], "--selection_seed 2 is among --seeds 1 2 3"),
-        (["--jobs", "0"], "--jobs must be >= 1, got 0"),
-        (["--epochs", "-1"], "--epochs must be >= 1, got -1"),
-        (["--chosen_epochs", "0"], "--chosen_epochs must be >= 1, got 0"),
-        (["--num_train", "0"], "--num_train must be >= 1, got 0"),
-        (["--rates", "-1"], "--rates must be finite and > 0, got -1"),
-        (["--rates", "1e-3", "nan"], "--rates must be finite and > 0, got nan"),
-        (["--box_weights", "0"], "--box_weights must be finite and > 0, got 0"),
-        (["--seeds", "-4"], "must be in [0, 2^32), got -4"),
+        ({"groups": {"a": {"losses": ["focl"]}}}, "unknown losses focl"),
+        ({"groups": {"a": {}}}, "is no plan (KeyError: 'losses')"),
+        ({"groups": None}, "is no plan"),
     ],
 )
-def test_invalid_arguments_are_refused_before_any_run(words, told, monkeypatch, capsys, tmp_path):
-    assert call(monkeypatch, *words, "--folder", str(tmp_path)) == 2
+def test_plan_that_cannot_be_used_ends_with_one_message(change, told, script, plan_file, monkeypatch, capsys):
+    plan_file.write_text(yaml.safe_dump(yaml.safe_load(plan_file.read_text()) | change))
+    assert run(script, monkeypatch, "--plan", plan_file) == 2
     assert told in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert run(script, monkeypatch, "--plan", plan_file.with_name("none.yaml")) == 2
+    assert "cannot be read: No such file" in capsys.readouterr().err
 
 
-def make_voc(folder: Path) -> Path:
-    (folder / "ImageSets" / "Main").mkdir(parents=True)
-    return folder
+def test_deviation_is_pooled_and_seeds_of_all_groups_come_together(script):
+    import comparison
+
+    trainings = [script.Training(*words) for words in (("a", "focal", 0, "{}"), ("b", "focal", 1, "{}"))]
+    others = [script.Training("a", "mining", seed, "{}") for seed in range(3)]
+    rows = [outcome(one, mAP) for one, mAP in zip(trainings + others, (0.50, 0.54, 0.40, 0.41, 0.42), strict=True)]
+    cells = comparison.gather([{key: str(value) for key, value in row.items()} for row in rows])
+    # Variances 8 and 1 points^2 with 1 and 2 degrees of freedom: sqrt((8 + 2) / 3).
+    assert comparison.pooled_deviation(cells) == pytest.approx((10 / 3) ** 0.5)
+    table = comparison.format_table(cells, ["focal", "mining"], ["{}"])
+    assert "| as configured | 10 | **52.0 (50.0 to 54.0)** | 41.0 (40.0 to 42.0) |" in table
 
 
-def test_quick_comparison_prints_its_page_and_keeps_nothing(monkeypatch, capsys):
-    import compare_losses
-    from comparison import report, step_time
-
-    folders = []
-    monkeypatch.setattr(step_time, "measure", lambda losses, file, rounds: None)
-    monkeypatch.setattr(compare_losses, "_make_runs", lambda study, jobs, deadline: folders.append(study.folder) or 0)
-    monkeypatch.setattr(report, "write", lambda folder, target, page: (target / f"{page}.md").write_text("the page"))
-    assert call(monkeypatch, "--quick") == 0
-    assert "the page" in capsys.readouterr().out
-    assert not folders[0].exists()
+def test_committed_page_is_written_from_the_committed_table(script, monkeypatch, tmp_path):
+    assert run(script, monkeypatch, "--report", tmp_path) == 0
+    assert (tmp_path / "loss_comparison.md").read_text() == (ROOT / "docs" / "loss_comparison.md").read_text()
+    pictures = {path.name for path in (tmp_path / "images").iterdir()}
+    assert pictures == {path.name for path in (ROOT / "docs" / "images").glob("loss_comparison*.png")}
 
 
 @pytest.mark.slow
-def test_quick_comparison_trains_and_writes_its_page(tmp_path):
-    words = [sys.executable, str(SCRIPTS / "compare_losses.py"), "--quick", "--precision", "32-true"]
-    (tmp_path / "temporary").mkdir()
-    done = subprocess.run(
-        [*words, "--report", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"TMPDIR": str(tmp_path / "temporary")},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    page = (tmp_path / "loss_comparison.md").read_text()
-    assert "| focal | 0.002 | 0.1 |" in page
-    assert "| mining | 0.002 | 0.1 |" in page
-    assert "the runs name none" not in page  # every run has kept its commit
-    assert not list((tmp_path / "temporary").glob("compare-losses-*"))
+def test_trainings_fill_the_table(script, plan_file, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run(script, monkeypatch, "--plan", plan_file, "--only", "b", "--jobs", 1) == 0
+    first, second = script.read_table(script.read_plan(plan_file))
+    assert (first["condition"], second["condition"], first["loss"]) == ("{}", STRICT, "mining")
+    assert 0 <= float(first["mAP"]) <= 1

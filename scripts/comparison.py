@@ -1,0 +1,154 @@
+"""The page of a comparison of losses: a table for each group of trainings, and the figure of the boundary."""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+WIDE = 3.0  # times that the imbalance varies within a group that is drawn
+REFERENCES = ("mining", "cross_entropy")
+COLOURS = ("#4477aa", "#cc3311", "#228833", "#aa3377", "#bbbb33")
+
+
+class Cell(NamedTuple):
+    """The trainings of one loss under one condition."""
+
+    values: list[float]  # mAP of each seed, %; one that met non-finite numbers counts as 0
+    background_per_positive: float
+
+    @property
+    def mean(self) -> float:
+        """Mean mAP, %."""
+        return statistics.mean(self.values)
+
+
+Table = list[dict[str, str]]
+Cells = dict[tuple[str, str], Cell]  # by loss and condition
+
+
+def write_page(plan: dict[str, Any], table: Table, folder: Path) -> None:
+    """Write loss_comparison.md and images/loss_comparison_<group>.png."""
+    cells, sections = gather(table), []
+    noise = pooled_deviation(cells)
+    for name, group in plan["groups"].items():
+        conditions = [json.dumps(condition, sort_keys=True) for condition in group.get("conditions", [{}])]
+        losses = [loss for loss in group["losses"] if any((loss, one) in cells for one in conditions)]
+        conditions = [one for one in conditions if any((loss, one) in cells for loss in losses)]
+        if not conditions:
+            continue
+        sections.append(f"## {name.replace('_', ' ').capitalize()}\n\n{group.get('question', '').strip()}\n")
+        ratios = [cells[key].background_per_positive for key in cells if key[1] in conditions]
+        if noise and min(ratios) > 0 and max(ratios) > WIDE * min(ratios):
+            picture = f"images/loss_comparison_{name}.png"
+            draw_boundary(cells, losses, conditions, noise, folder / picture)
+            sections.append(f"![mAP of the losses against the imbalance]({picture})\n")
+        sections.append(format_table(cells, losses, conditions))
+    about = f"{plan.get('about', '').strip()}\n\n{_about_noise(noise, cells)}"
+    source = f"Written from `{Path(plan['table']).name}` by `scripts/compare_losses.py --report`."
+    page = folder / "loss_comparison.md"
+    page.write_text(
+        "\n".join(["# The losses compared: the numbers\n", source, f"{about}\n", *sections]), encoding="utf-8"
+    )
+
+
+def gather(table: Table) -> Cells:
+    """Return the cells of a table; the seeds of all groups that share loss and condition come together."""
+    rows = defaultdict(list)
+    for row in table:
+        rows[row["loss"], row["condition"]].append(row)
+    return {
+        key: Cell(
+            [100 * float(row["mAP"] or 0) for row in found],
+            statistics.mean(float(row["background_per_positive"]) for row in found),
+        )
+        for key, found in rows.items()
+    }
+
+
+def pooled_deviation(cells: Cells) -> float | None:
+    """Return the standard deviation over seeds, pooled over the cells with several, in points of mAP."""
+    several = [cell.values for cell in cells.values() if len(cell.values) > 1]
+    freedom = sum(len(values) - 1 for values in several)
+    squares = sum(statistics.variance(values) * (len(values) - 1) for values in several)
+    return math.sqrt(squares / freedom) if freedom else None
+
+
+def format_table(cells: Cells, losses: list[str], conditions: list[str]) -> str:
+    """Return a Markdown table, a row for each condition and a column for each loss; the best of a row in bold."""
+    head = ["condition", "background per positive", *(loss.replace("_", " ") for loss in losses)]
+    lines = [head, ["---"] * len(head)]
+    for condition in conditions:
+        found = {loss: cells[loss, condition] for loss in losses if (loss, condition) in cells}
+        best = max(cell.mean for cell in found.values())
+        ratio = statistics.mean(cell.background_per_positive for cell in found.values())
+        words = [_format_cell(found[loss], best, len(found) > 1) if loss in found else "" for loss in losses]
+        lines.append([describe(condition), f"{ratio:.0f}", *words])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def describe(condition: str) -> str:
+    """Return the settings of a condition by the last part of their keys, without paths."""
+    words = []
+    for key, value in json.loads(condition).items():
+        *_, name = key.split(".")
+        if name != "path":
+            words.append(f"{name} {value.split('.')[-1] if isinstance(value, str) else value}")
+    return ", ".join(words) or "as configured"
+
+
+def draw_boundary(cells: Cells, losses: list[str], conditions: list[str], noise: float, path: Path) -> None:
+    """Draw by how much each loss is above the references, against the background anchors for each positive one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    references = [loss for loss in REFERENCES if loss in losses]
+    figure, axes = plt.subplots(1, len(references), figsize=(5.5 * len(references), 4), squeeze=False, sharey=True)
+    for axis, reference in zip(axes[0], references, strict=True):
+        for colour, loss in zip(COLOURS, [loss for loss in losses if loss not in references], strict=False):
+            points = []
+            for condition in conditions:
+                one, other = cells.get((loss, condition)), cells.get((reference, condition))
+                if one and other:
+                    error = noise * math.sqrt(1 / len(one.values) + 1 / len(other.values))
+                    points.append((one.background_per_positive, one.mean - other.mean, error))
+            if points:
+                x, y, errors = zip(*sorted(points), strict=True)
+                axis.errorbar(
+                    x, y, errors, fmt="o-", color=colour, capsize=3, linewidth=1, label=loss.replace("_", " ")
+                )
+        axis.axhline(0, color="#888888", linewidth=1)
+        axis.set_xscale("log")
+        axis.set_xlabel("background anchors for each positive one")
+        axis.set_title(f"above {reference.replace('_', ' ')}")
+        axis.grid(color="#dddddd")
+    axes[0][0].set_ylabel("points of mAP (bars: one standard deviation)")
+    axes[0][-1].legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _format_cell(cell: Cell, best: float, has_rivals: bool) -> str:
+    text = f"{cell.mean:.1f}"
+    if len(cell.values) > 1:
+        text += f" ({min(cell.values):.1f} to {max(cell.values):.1f})"
+    return f"**{text}**" if has_rivals and cell.mean == best else text
+
+
+def _about_noise(noise: float | None, cells: Cells) -> str:
+    number = sum(len(cell.values) for cell in cells.values())
+    text = (
+        f"{number} trainings. Each cell is the mAP in percent: of one seed, or the mean of several (lowest to highest)."
+    )
+    if noise is None:
+        return f"{text} No condition has several seeds, so the noise is unknown."
+    limit = 2 * noise * math.sqrt(2)
+    return (
+        f"{text} The standard deviation over seeds, pooled, is {noise:.1f} points: two single trainings that differ by "
+        f"less than {limit:.1f} are equal within noise. `as_configured` is the loss of the plan's configuration."
+    )

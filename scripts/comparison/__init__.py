@@ -1,1 +1,0 @@
-"""Parts of compare_losses.py: runs, outcomes, summaries and the page."""
