@@ -30,16 +30,18 @@ Cells = dict[tuple[str, str], Cell]  # by loss and condition
 
 def write_page(plan: dict[str, Any], table: Table, folder: Path) -> None:
     """Write loss_comparison.md and images/loss_comparison_<group>.png."""
-    cells, sections = gather(table), []
+    cells, sections, shown = gather(table), list[str](), set[tuple[str, str]]()
     noise = pooled_deviation(cells)
     for name, group in plan["groups"].items():
         conditions = [json.dumps(condition, sort_keys=True) for condition in group.get("conditions", [{}])]
         losses = [loss for loss in group["losses"] if any((loss, one) in cells for one in conditions)]
-        conditions = [one for one in conditions if any((loss, one) in cells for loss in losses)]
-        if not conditions:
+        keys = {(loss, condition) for loss in losses for condition in conditions if (loss, condition) in cells}
+        conditions = [one for one in conditions if any((loss, one) in keys for loss in losses)]
+        if keys <= shown:  # no training yet, or further seeds of another group's
             continue
+        shown |= keys
         sections.append(f"## {name.replace('_', ' ').capitalize()}\n\n{group.get('question', '').strip()}\n")
-        ratios = [cells[key].background_per_positive for key in cells if key[1] in conditions]
+        ratios = [cells[key].background_per_positive for key in keys]
         if noise and min(ratios) > 0 and max(ratios) > WIDE * min(ratios):
             picture = f"images/loss_comparison_{name}.png"
             draw_boundary(cells, losses, conditions, noise, folder / picture)

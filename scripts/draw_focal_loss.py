@@ -14,8 +14,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from onestage.boxes.matchers import IoUMatcher, assign
+from onestage.data.scenes import draw_scene
 from onestage.losses import ClassificationLoss, MinedCrossEntropy, SigmoidCrossEntropy, SigmoidFocalLoss
-from onestage.models import SSD300
+from onestage.models import SSD128, SSD300, SSD512
 from onestage.types import BACKGROUND, PADDING, Targets
 
 matplotlib.use("Agg")
@@ -23,6 +25,7 @@ from matplotlib import pyplot as plt
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
+NUM_SCENES = 300  # whose anchors are counted
 COLOURS = ("#332288", "#4477aa", "#44aa99", "#cc3311", "#ddaa33")
 
 
@@ -36,6 +39,7 @@ def main() -> None:
     draw_balance(folder / "focal_balance.png")
     print_values()
     print_first_losses()
+    print_imbalance()
 
 
 def cost(loss: ClassificationLoss, p_t: Tensor, label: int) -> tuple[Tensor, Tensor]:
@@ -124,6 +128,27 @@ def print_first_losses() -> None:
                 losses = detector.loss(detector(images), Targets(boxes, labels))
                 found.append(losses.terms["classification"].item())
         print(f"{name:<33}{found[0]:<13.3f}{found[1]:.1f}")
+
+
+def print_imbalance() -> None:
+    """Print how many background anchors drawn scenes leave for each positive one: by detector, objects and matcher."""
+    thresholds = (0.3, 0.5, 0.6)
+    print("background / positive    objects   " + "".join(f"IoU {value:<7}" for value in thresholds))
+    for detector in (SSD128(6), SSD300(6), SSD512(6)):
+        side = detector.image_size
+        with torch.no_grad():
+            anchors = detector(torch.zeros(1, 3, side, side, dtype=torch.uint8)).anchors
+        for num_objects in (12, 3, 1):
+            counts = torch.zeros(len(thresholds), 2)
+            for scene in (draw_scene(0, index, num_objects) for index in range(NUM_SCENES)):
+                height, width = scene.image.shape[:2]
+                boxes = torch.from_numpy(scene.boxes) * torch.tensor([side / width, side / height] * 2)
+                targets = Targets(boxes[None], torch.from_numpy(scene.labels)[None])
+                for row, threshold in enumerate(thresholds):
+                    labels, _ = assign(IoUMatcher(threshold, threshold), targets, anchors)
+                    counts[row] += torch.stack([(labels == BACKGROUND).sum(), (labels >= 0).sum()])
+            ratios = "".join(f"{background / positive:<11.0f}" for background, positive in counts.tolist())
+            print(f"{type(detector).__name__}, {len(anchors.boxes):<16,}1 to {num_objects:<5}{ratios}")
 
 
 if __name__ == "__main__":

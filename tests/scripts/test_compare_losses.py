@@ -42,8 +42,8 @@ def run(script, monkeypatch, *words):
     return script.main()
 
 
-def outcome(training, mAP=0.5, ratio=10.0):
-    return training._asdict() | {"mAP": mAP, "AP50": mAP, "AP75": mAP, "steps": 1, "background_per_positive": ratio}
+def outcome(training, score=0.5, ratio=10.0):
+    return training._asdict() | {"mAP": score, "AP50": score, "AP75": score, "steps": 1, "background_per_positive": ratio}
 
 
 def test_study_continues_with_the_trainings_that_failed_or_are_missing(script, plan_file, monkeypatch, capsys):
@@ -92,7 +92,7 @@ def test_deviation_is_pooled_and_seeds_of_all_groups_come_together(script):
 
     trainings = [script.Training(*words) for words in (("a", "focal", 0, "{}"), ("b", "focal", 1, "{}"))]
     others = [script.Training("a", "mining", seed, "{}") for seed in range(3)]
-    rows = [outcome(one, mAP) for one, mAP in zip(trainings + others, (0.50, 0.54, 0.40, 0.41, 0.42), strict=True)]
+    rows = [outcome(one, score) for one, score in zip(trainings + others, (0.50, 0.54, 0.40, 0.41, 0.42), strict=True)]
     cells = comparison.gather([{key: str(value) for key, value in row.items()} for row in rows])
     # Variances 8 and 1 points^2 with 1 and 2 degrees of freedom: sqrt((8 + 2) / 3).
     assert comparison.pooled_deviation(cells) == pytest.approx((10 / 3) ** 0.5)
