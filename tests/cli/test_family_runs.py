@@ -13,6 +13,8 @@ import yaml
 from command_line import run
 from image_sets import noise
 
+from onestage.errors import NonFiniteError
+
 pytestmark = pytest.mark.slow
 SIDES = [(40, 90), (90, 40), (60, 60)]  # (height, width): wide, tall, square
 MOBILENET = {"class_path": "onestage.models.TorchvisionBackbone"}
@@ -141,3 +143,10 @@ def test_two_processes_train_and_evaluate_like_one(trained, tmp_path: Path) -> N
         json.loads((tmp_path / name / family / "version_0/results.json").read_text()) for name in ("one", "validate")
     ]
     assert results[0]["metrics"] == results[1]["metrics"]
+
+
+def test_training_that_diverges_ends_with_a_message(trained, tmp_path: Path, capfd) -> None:
+    _, config, _ = trained
+    words = ("--model.optimizer.init_args.lr=1e30", "--trainer.max_epochs=8", f"--runs_dir={tmp_path}")
+    assert run("fit", "--config", str(config), *words) == NonFiniteError.exit_code
+    assert "Traceback" not in capfd.readouterr().err

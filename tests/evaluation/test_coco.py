@@ -1,5 +1,7 @@
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +148,30 @@ def test_crowded_images_are_warned_of_and_results_name_images_relative_to_a_root
         evaluator.compute()
     elsewhere = evaluator.results(Path("/nowhere"))[0]["file_name"]
     assert elsewhere == Path("0.jpg").absolute().as_posix()
+
+
+@pytest.mark.slow
+def test_process_that_was_forked_after_an_evaluation_can_evaluate():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", FORK], env=environment, check=True, timeout=240)
+
+
+FORK = """
+import os
+import torch
+from evaluation_data import random_evaluation
+from onestage.evaluation.coco import CocoEvaluator
+torch.set_num_threads(1)
+
+def evaluate():
+    annotations, found = random_evaluation(0)
+    evaluator = CocoEvaluator(annotations)
+    evaluator.update(torch.arange(len(found.boxes)), found)
+    return evaluator.compute()
+
+before = evaluate()
+child = os.fork()
+if child == 0:
+    os._exit(0 if all(abs(value - before[name]) < 1e-6 or value != value for name, value in evaluate().items()) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""

@@ -84,3 +84,11 @@ def test_flat_box_far_away_gives_finite_loss_and_gradient(loss, shift) -> None:
         total.backward()
         assert total.isfinite()
         assert box_outputs.grad.isfinite().all()
+
+
+def test_no_positives_and_empty_boxes_give_zero_loss_and_gradient() -> None:
+    box_outputs = torch.ones(1, 2, 4, requires_grad=True)
+    loss = SmoothL1Loss()(box_outputs, torch.zeros(1, 2, 4), ANCHORS, DeltaBoxCoder(), ANCHOR_0_ALONE & False)
+    loss.backward()
+    assert loss == 0
+    assert (box_outputs.grad == 0).all()

@@ -9,11 +9,13 @@ from torch import nn
 from torch.testing import assert_close
 from torchvision.models import VGG16_Weights
 from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
+from torchvision.ops import box_convert
 
 from onestage.errors import CheckpointError, ConfigError
 from onestage.losses import MinedCrossEntropy, SigmoidFocalLoss
 from onestage.models import SSD300, VGG
 from onestage.models.weights import load_vgg16
+from onestage.types import Predictions
 
 
 def ssd300(num_classes: int, **changes) -> SSD300:
@@ -129,3 +131,24 @@ def test_vgg16_weights_give_the_same_features_on_images_divided_by_64(prefix, wi
     assert torch.equal(fc7, expected_fc7) == with_fc
     with torch.device("meta"), pytest.raises(CheckpointError, match=r"conv1_1.weight of shape .* instead of \(64"):
         ssd300(20, backbone_weights=str(tmp_path / "vgg.pth"))
+
+
+@pytest.mark.parametrize("num_columns", [2, 21, 91])
+@pytest.mark.parametrize("spread", [1.5, 0.02])  # as of a trained and of an untrained network
+def test_detections_equal_torchvision_on_the_same_outputs(num_columns, spread) -> None:
+    with torch.device("meta"):
+        theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_columns)
+        detector = ssd300(num_columns - 1)
+    generator = torch.Generator().manual_seed(num_columns)
+    # float64, so that no two scores are equal: torchvision leaves the order of equal ones to chance.
+    class_logits = torch.randn(1, 8732, num_columns, generator=generator, dtype=torch.float64) * spread
+    class_logits[..., 0] += 4 * (spread > 1)
+    box_outputs = torch.randn(1, 8732, 4, generator=generator, dtype=torch.float64) * 0.7
+    anchors = ssd300(1).anchor_grid([(side, side) for side in (38, 19, 10, 5, 3, 1)])
+    outputs = {"cls_logits": class_logits, "bbox_regression": box_outputs}
+    (expected,) = theirs.postprocess_detections(outputs, [box_convert(anchors.boxes, "cxcywh", "xyxy")], [(300, 300)])
+    found = detector.detect(Predictions(background_last(class_logits), box_outputs, anchors))
+    assert len(expected["scores"]) == 200
+    assert_close(found.scores[0].double(), expected["scores"], atol=1e-6, rtol=1e-6)
+    assert (found.labels[0] + 1).tolist() == expected["labels"].tolist()
+    assert_close(found.boxes[0].double(), expected["boxes"], atol=1e-3, rtol=1e-5)

@@ -1,5 +1,6 @@
 """Faults of processes: kills, signals, lost and different ones among several."""
 
+import csv
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_run
 import torch
-from tiny_run import break_method, fail_with, folder_of
+from tiny_run import break_method, fail_with, folder_of, is_same_end
 
 from onestage import cli
 from onestage.errors import ConfigError
@@ -194,3 +195,25 @@ def test_processes_with_different_configurations_are_refused(monkeypatch):
         ConfigInCheckpoint({}, decisive).setup(SimpleNamespace(world_size=3), None, "fit")
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda gathered, own: gathered.__setitem__(0, own))
     ConfigInCheckpoint({}, decisive).setup(SimpleNamespace(world_size=1), None, "fit")
+
+
+@pytest.mark.slow
+def test_kill_in_the_save_after_a_validation_leaves_one_row_of_it(drawn, tmp_path):
+    command = tiny_run.words(drawn, tmp_path, "--resume", "auto", epochs=1)
+    assert tiny_run.end_of_child(command, "write", 10) == -signal.SIGKILL  # 7 steps, before the validation, best, last
+    assert tiny_run.onestage(*command) == 0
+    with (folder_of(tmp_path) / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val/mAP"]]
+    assert len({row["step"] for row in rows}) == len(rows)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_same_bits_after_a_kill(drawn, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    code, err = end_of(start(tiny_run.words(drawn, whole, *TWO)))
+    assert code == 0, err[-3000:]
+    command = tiny_run.words(drawn, broken, *TWO, "--resume", "auto")
+    assert end_of(start(command, fault="1:step:6:SIGKILL"))[0] == 7
+    code, err = end_of(start(command))
+    assert code == 0, err[-3000:]
+    assert is_same_end(folder_of(whole), folder_of(broken))

@@ -11,7 +11,7 @@ import checkpoint_files
 import pytest
 import tiny_run
 import torch
-from tiny_run import break_method, fail_with, folder_of
+from tiny_run import break_method, fail_with, folder_of, is_same_end
 
 from onestage.errors import ResourceError
 from onestage.reliability import stopping
@@ -144,3 +144,28 @@ def test_changed_data_is_refused_unless_the_change_is_allowed(edit, problem, dra
     assert problem in error
     assert "--allow_data_change true" in error
     assert tiny_run.onestage(*command, "--allow_data_change", "true") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "word"), [(errno.ENOSPC, "full"), (errno.EROFS, "writable")])
+def test_failed_write_ends_the_run_with_code_5_and_keeps_what_was_saved(
+    number, word, drawn, tmp_path, monkeypatch, capsys
+):
+    checkpoints, syncs = tmp_path / "tiny" / "version_0" / "checkpoints", iter(range(1, 10**9))
+
+    def sync(handle: int) -> None:
+        if (checkpoints / "last.ckpt").exists() and next(syncs) > 4:  # each save takes two: the file and its folder
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 5
+    assert word in capsys.readouterr().err
+    assert newest_checkpoint(checkpoints).global_step >= 2
+    assert list(checkpoints.glob(".*.tmp")) == []
+
+
+@pytest.mark.slow
+def test_other_numbers_of_workers_give_the_same_bits(stopped, drawn, uninterrupted, tmp_path):
+    folder = shutil.copytree(stopped, tmp_path / "tiny" / "version_0")
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--resume", "auto", "--data.num_workers", "2")) == 0
+    assert is_same_end(uninterrupted(), folder)

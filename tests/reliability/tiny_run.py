@@ -172,6 +172,11 @@ def folder_of(runs: Path) -> Path:
     return folder
 
 
+def is_same_end(whole: Path, resumed: Path) -> bool:
+    """Return whether two runs ended with the same bits."""
+    return differences(final_state(whole), final_state(resumed)) == []
+
+
 def fail_with(error: BaseException) -> Callable[..., None]:
     """Return a function that raises."""
 

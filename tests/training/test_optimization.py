@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_training import TinyData, TinyDetector, TinyDetectorWithBatchNorm, quiet_trainer
+from tiny_training import TinyData, TinyDetector, TinyDetectorWithBatchNorm, quiet_trainer, tiny_batch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from onestage.errors import ConfigError
 from onestage.training.module import DetectionModule
@@ -122,3 +123,36 @@ def test_clipped_gradient_has_hand_computed_norm(algorithm, norm):
     parameter.grad = torch.tensor([3.0, -4.0])  # norm 5; clipped by value: [0.5, -0.5]
     clip_gradients(SimpleNamespace(strategy=None), torch.optim.SGD([parameter], lr=1.0), 0.5, algorithm)
     assert parameter.grad.norm().item() == pytest.approx(norm, rel=1e-5)
+
+
+def test_accumulated_batches_with_equal_positives_equal_one_large_batch(tmp_path):
+    # Images 0, 2 and 4 show the same square at places a multiple of the stride of 8 px apart.
+    assert num_positives([0]) == num_positives([2]) == num_positives([4]) > 0
+    one = trained_weights(tmp_path, [[0, 2, 4, 2], [2, 0, 4, 4]], accumulated=1)
+    parts = trained_weights(tmp_path, [[0, 2], [4, 2], [2, 0], [4, 4]], accumulated=2)
+    torch.testing.assert_close(parts, one, rtol=1e-4, atol=1e-6)
+
+
+class GivenBatches(TinyData):
+    def __init__(self, batches) -> None:
+        super().__init__(num_images=sum(map(len, batches)), batch_size=len(batches[0]))
+        self.batches = batches
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader([tiny_batch(indices) for indices in self.batches], batch_size=None)
+
+
+def trained_weights(folder, batches, accumulated):
+    torch.manual_seed(0)
+    schedule = WarmupSchedule(kind="constant", warmup_steps=0)
+    module = DetectionModule(TinyDetector(2), partial(torch.optim.SGD, lr=0.01), schedule)
+    settings = {"max_epochs": 1, "precision": "32-true", "accumulate_grad_batches": accumulated}
+    trainer = quiet_trainer(DetectionTrainer, folder, **settings)
+    trainer.fit(module, datamodule=GivenBatches(batches))
+    assert trainer.global_step == len(batches) // accumulated
+    return module.state_dict()
+
+
+def num_positives(indices):
+    detector, batch = TinyDetector(num_classes=2), tiny_batch(indices)
+    return int(detector.loss(detector(batch.images), batch.targets).num_positives)
