@@ -7,6 +7,8 @@ import pytest
 from broken_files import BROKEN, encoded, write_broken
 from command_line import run
 
+from onestage.files import printable
+
 
 def test_predict_writes_all_good_images_and_names_all_broken_ones(trained, tmp_path, capsys):
     photos = tmp_path / "photos"
@@ -67,3 +69,16 @@ def test_validate_evaluates_the_others_and_names_the_damaged_image(trained, coco
     assert "results: " in output.out
     (results,) = coco_set.glob("runs/*/*/results.json")
     assert json.loads(results.read_text())["metrics"]["AR100"] is not None
+
+
+def test_doctor_names_every_broken_file(coco_set, capsys):
+    file = coco_set / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    names = [name for name in BROKEN if name.isprintable() and write_broken(coco_set / "val" / name).is_file()]
+    for number, name in enumerate(names, start=100):
+        content["images"].append({"id": number, "file_name": name, "width": 64, "height": 48})
+    file.write_text(json.dumps(content))
+    assert run("doctor", str(file), "--decode", "--max_bad_fraction", "1", "--json") == 3
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    named = " ".join(f"{finding['place']} {finding['problem']}" for finding in findings)
+    assert [name for name in names if printable(coco_set / "val" / name) not in named] == []

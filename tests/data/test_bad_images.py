@@ -5,12 +5,13 @@ import os
 import resource
 import struct
 import sys
+import threading
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from bad_data import HEIGHT, WIDTH, coco_content, doctor, write_coco, write_image
+from bad_data import HEIGHT, WIDTH, coco_content, doctor, found, write_coco, write_image
 from data_modules import coco_data
 from PIL import Image
 
@@ -157,3 +158,20 @@ def test_name_that_is_no_utf_8_is_read(tmp_path: Path) -> None:
     (tmp_path / "sub" / "a.jpg").write_bytes(b"")
     checks = check_headers(list_images(tmp_path, ["cat"], [1]))
     assert [check.is_usable for check in checks] == [True, False]
+
+
+def test_what_is_no_regular_file_is_skipped_and_never_waited_for(tmp_path: Path) -> None:
+    file, folder = write_coco(tmp_path, coco_content()), tmp_path / "train"
+    for name in ("a1.jpg", "a2.jpg", "a3.jpg"):
+        (folder / name).unlink()
+    os.mkfifo(folder / "a1.jpg")
+    (folder / "a2.jpg").mkdir()
+    (folder / "a3.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    results: list[tuple[int, dict]] = []
+    thread = threading.Thread(target=lambda: results.append(doctor(file)), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    code, findings = results[0][0], found(results[0][1], "image missing")
+    assert (code, [finding["effect"] for finding in findings]) == (3, ["skipped"] * 3)
+    assert "'a1.jpg' is not in" in findings[0]["problem"]

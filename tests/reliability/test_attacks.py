@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import struct
 import time
 import zipfile
@@ -44,6 +45,7 @@ STORED: dict[str, tuple[str, Any]] = {
     "such a number in the configuration": (f"{DETECTOR}.score_threshold", 10**5000),
     "deep nesting": (f"{DETECTOR}.classification_loss", nested(80)),
     "deep nesting where no type is expected": ("onestage.config.trainer", nested(80)),
+    "25,000 classes for a few weights": ("onestage.class_names", [str(number) for number in range(25_000)]),
     "400,000 classes": ("onestage.class_names", [str(number) for number in range(400_000)]),
     "layers without end": ("onestage.config.model.detector", {
         "class_path": "onestage.models.RetinaNet", "init_args": {"tower_convs": 900_000},
@@ -87,8 +89,10 @@ def opcodes(path: Path) -> None:
 
 
 FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "pipe": ("a.ckpt", os.mkfifo),
     "device": ("a.ckpt", lambda path: path.symlink_to("/dev/zero")),
     "link to itself": ("a.ckpt", lambda path: path.symlink_to(path.name)),
+    "pickle": ("a.ckpt", lambda path: path.write_bytes(pickle.dumps(contents()))),
     "archive of many members": ("a.ckpt", many_members),
     "archive of one deep pickle": ("a.ckpt", opcodes),
     "safetensors with a header of 2 GB": ("a.safetensors", header_of_2_gb),
