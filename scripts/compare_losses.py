@@ -14,6 +14,7 @@ an interrupted study.
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -26,14 +27,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from comparison import Table, write_page
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 LOSSES = REPOSITORY / "configs" / "compare"
 AS_CONFIGURED = "as_configured"  # the loss of the plan's experiment
 NON_FINITE = 6  # exit code of a training that met NaN or infinity: an outcome too
 LOG_LINES = 12  # shown of a failed training
 METRICS = ("mAP", "AP50", "AP75")
-
-Table = list[dict[str, str]]
 
 
 class Training(NamedTuple):
@@ -67,8 +68,6 @@ def main() -> int:
     try:
         plan = read_plan(arguments.plan)
         if arguments.report:
-            from comparison import write_page
-
             write_page(plan, read_table(plan), arguments.report)
             return 0
         missing = missing_trainings(plan, arguments.only)
@@ -80,6 +79,9 @@ def main() -> int:
     except FailedError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("running trainings are lost; the same command continues with the missing ones", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -165,7 +167,8 @@ def train(plan: dict[str, Any], training: Training, runs: Path) -> dict[str, Any
     Raises:
         FailedError: it ended with another exit code than 0 and `NON_FINITE`.
     """
-    experiment = f"{Path(plan['table']).stem}-{training.group}-{training.loss}-{training.seed}"
+    condition = hashlib.sha256(training.condition.encode()).hexdigest()[:6]  # a folder of its own for each training
+    experiment = f"{Path(plan['table']).stem}-{training.group}-{training.loss}-{training.seed}-{condition}"
     folder = runs / experiment
     words = ["fit", "--config", plan["config"], "--runs_dir", str(runs), "--experiment", experiment]
     if training.loss != AS_CONFIGURED:
