@@ -7,9 +7,9 @@
     python scripts/compare_losses.py --report docs            write the page of the finished trainings
 
 A plan names an experiment, the settings of every training, and groups of trainings: every loss (a file of
-configs/compare, or as_configured) under every condition with every seed. All have the same images in the same order
-and the same initial weights. Each is an `onestage fit` and a row of the plan's table, so the same command continues
-an interrupted study.
+configs/compare, or as_configured) under every condition with every seed; a loss may bring settings of its own, such as
+the weight of the box loss. All have the same images in the same order and the same initial weights. Each is an
+`onestage fit` and a row of the plan's table, so the same command continues an interrupted study.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from comparison import Table, write_page
+from comparison import Table, joined, write_page
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LOSSES = REPOSITORY / "configs" / "compare"
@@ -43,7 +43,7 @@ class Training(NamedTuple):
     group: str
     loss: str
     seed: int
-    condition: str  # JSON: the settings of the condition, by key
+    condition: str  # JSON: the settings of the condition and of the loss, by key
 
 
 class PlanError(Exception):
@@ -86,16 +86,19 @@ def main() -> int:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """Return a plan with the paths of `config` and `table` made absolute.
+    """Return a plan with `settings`, its `folder`, an absolute `table`, and the settings of every loss.
 
     Raises:
         PlanError: it lacks a key or names a loss that configs/compare does not have.
     """
     try:
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-        groups = plan["groups"].values()
-        plan |= {key: str(path.resolve().parent / plan[key]) for key in ("config", "table")}
-        plan.setdefault("settings", {})
+        groups, _ = plan["groups"].values(), plan["config"]
+        folder = path.resolve().parent
+        plan = {"settings": {}} | plan | {"folder": str(folder), "table": str(folder / plan["table"])}
+        for group in groups:
+            settings = group["losses"]
+            group["losses"] = {loss: settings[loss] if isinstance(settings, dict) else {} for loss in settings}
         known = {AS_CONFIGURED, *(file.stem for file in LOSSES.glob("*.yaml"))}
         unknown = {loss for group in groups for loss in group["losses"]} - known
     except OSError as reason:
@@ -113,8 +116,8 @@ def trainings(plan: dict[str, Any]) -> Iterator[Training]:
     for name, group in plan["groups"].items():
         for condition in group.get("conditions", [{}]):
             for seed in group.get("seeds", [0]):
-                for loss in group["losses"]:
-                    yield Training(name, loss, seed, json.dumps(condition, sort_keys=True))
+                for loss, settings in group["losses"].items():
+                    yield Training(name, loss, seed, joined(condition, settings))
 
 
 def read_table(plan: dict[str, Any]) -> Table:
@@ -127,11 +130,16 @@ def read_table(plan: dict[str, Any]) -> Table:
 
 
 def missing_trainings(plan: dict[str, Any], group: str | None = None) -> list[Training]:
-    """Return the trainings without a row, of one group or of all."""
+    """Return the trainings without a row, of one group or of all; two groups may share one."""
     if group is not None and group not in plan["groups"]:
         raise PlanError(f"has no group {group}, only {', '.join(plan['groups'])}")
-    made = {Training(row["group"], row["loss"], int(row["seed"]), row["condition"]) for row in read_table(plan)}
-    return [one for one in trainings(plan) if one not in made and group in (None, one.group)]
+    seen = {(row["loss"], int(row["seed"]), row["condition"]) for row in read_table(plan)}
+    missing = []
+    for training in trainings(plan):
+        if training[1:] not in seen and group in (None, training.group):
+            seen.add(training[1:])
+            missing.append(training)
+    return missing
 
 
 def make(plan: dict[str, Any], missing: list[Training], runs: Path, jobs: int, end: float) -> None:
@@ -170,11 +178,13 @@ def train(plan: dict[str, Any], training: Training, runs: Path) -> dict[str, Any
     condition = hashlib.sha256(training.condition.encode()).hexdigest()[:6]  # a folder of its own for each training
     experiment = f"{Path(plan['table']).stem}-{training.group}-{training.loss}-{training.seed}-{condition}"
     folder = runs / experiment
-    words = ["fit", "--config", plan["config"], "--runs_dir", str(runs), "--experiment", experiment]
+    settings = {"config": plan["config"], "trainer.enable_progress_bar": False, "drawn_images": 0}
+    settings |= {"seed_everything": training.seed} | plan["settings"] | json.loads(training.condition)
+    config = str(Path(plan["folder"]) / settings.pop("config"))  # a condition may name another experiment
+    words = ["fit", "--config", config, "--runs_dir", str(runs), "--experiment", experiment]
     if training.loss != AS_CONFIGURED:
         words += ["--config", str(LOSSES / f"{training.loss}.yaml")]
-    settings = {"trainer.enable_progress_bar": False, "drawn_images": 0, "seed_everything": training.seed}
-    for key, value in (settings | plan["settings"] | json.loads(training.condition)).items():
+    for key, value in settings.items():
         words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
     folder.mkdir(parents=True, exist_ok=True)
     before, log = set(folder.glob("version_*")), folder / f"{time.time_ns()}.log"

@@ -25,7 +25,14 @@ class Cell(NamedTuple):
 
 
 Table = list[dict[str, str]]
-Cells = dict[tuple[str, str], Cell]  # by loss and condition
+Cells = dict[
+    tuple[str, str], Cell
+]  # by loss and condition, of a table; within a group, without the losses' own settings
+
+
+def joined(condition: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Return the settings of a condition and of a loss as they stand in a table."""
+    return json.dumps(condition | settings, sort_keys=True)
 
 
 def write_page(plan: dict[str, Any], table: Table, folder: Path) -> None:
@@ -33,20 +40,27 @@ def write_page(plan: dict[str, Any], table: Table, folder: Path) -> None:
     cells, sections, shown = gather(table), list[str](), set[tuple[str, str]]()
     noise = pooled_deviation(cells)
     for name, group in plan["groups"].items():
-        conditions = [json.dumps(condition, sort_keys=True) for condition in group.get("conditions", [{}])]
-        losses = [loss for loss in group["losses"] if any((loss, one) in cells for one in conditions)]
-        keys = {(loss, condition) for loss in losses for condition in conditions if (loss, condition) in cells}
-        conditions = [one for one in conditions if any((loss, one) in keys for loss in losses)]
-        if keys <= shown:  # no training yet, or further seeds of another group's
+        conditions = {joined(one, {}): one for one in group.get("conditions", [{}])}
+        keys = {
+            (loss, text): (loss, joined(condition, settings))
+            for loss, settings in group["losses"].items()
+            for text, condition in conditions.items()
+        }
+        found = {short: cells[key] for short, key in keys.items() if key in cells}
+        made = {keys[short] for short in found}
+        if made <= shown:  # no training yet, or further seeds of another group's
             continue
-        shown |= keys
+        shown |= made
         sections.append(f"## {name.replace('_', ' ').capitalize()}\n\n{group.get('question', '').strip()}\n")
-        ratios = [cells[key].background_per_positive for key in keys]
-        if noise and min(ratios) > 0 and max(ratios) > WIDE * min(ratios):
+        losses = [loss for loss in group["losses"] if any(loss == one for one, _ in found)]
+        texts = [text for text in conditions if any(text == one for _, one in found)]
+        ratios = [cell.background_per_positive for cell in found.values()]
+        if noise and len(losses) > 1 and max(ratios) > WIDE * min(ratios) > 0:
             picture = f"images/loss_comparison_{name}.png"
-            draw_boundary(cells, losses, conditions, noise, folder / picture)
+            draw_boundary(found, losses, texts, noise, folder / picture)
             sections.append(f"![mAP of the losses against the imbalance]({picture})\n")
-        sections.append(format_table(cells, losses, conditions))
+        titles = {loss: _title(loss, group["losses"][loss]) for loss in losses}
+        sections.append(format_table(found, titles, texts))
     about = f"{plan.get('about', '').strip()}\n\n{_about_noise(noise, cells)}"
     source = f"Written from `{Path(plan['table']).name}` by `scripts/compare_losses.py --report`."
     page = folder / "loss_comparison.md"
@@ -77,9 +91,9 @@ def pooled_deviation(cells: Cells) -> float | None:
     return math.sqrt(squares / freedom) if freedom else None
 
 
-def format_table(cells: Cells, losses: list[str], conditions: list[str]) -> str:
-    """Return a Markdown table, a row for each condition and a column for each loss; the best of a row in bold."""
-    head = ["condition", "background per positive", *(loss.replace("_", " ") for loss in losses)]
+def format_table(cells: Cells, losses: dict[str, str], conditions: list[str]) -> str:
+    """Return a Markdown table: a row for each condition, a column for each loss and its title; the best is bold."""
+    head = ["condition", "background per positive", *losses.values()]
     lines = [head, ["---"] * len(head)]
     for condition in conditions:
         found = {loss: cells[loss, condition] for loss in losses if (loss, condition) in cells}
@@ -91,13 +105,19 @@ def format_table(cells: Cells, losses: list[str], conditions: list[str]) -> str:
 
 
 def describe(condition: str) -> str:
-    """Return the settings of a condition by the last part of their keys, without paths."""
+    """Return the settings of a condition by the last part of their keys, without paths and lists."""
     words = []
     for key, value in json.loads(condition).items():
         *_, name = key.split(".")
         if name != "path":
-            words.append(f"{name} {value.split('.')[-1] if isinstance(value, str) else value}")
+            words.append(name if isinstance(value, list) else f"{name} {_short(value)}")
     return ", ".join(words) or "as configured"
+
+
+def _short(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return Path(value).stem if "/" in value else value.split(".")[-1]
 
 
 def draw_boundary(cells: Cells, losses: list[str], conditions: list[str], noise: float, path: Path) -> None:
@@ -133,6 +153,11 @@ def draw_boundary(cells: Cells, losses: list[str], conditions: list[str], noise:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _title(loss: str, settings: dict[str, Any]) -> str:
+    own = f" ({describe(joined(settings, {}))})" if settings else ""
+    return loss.replace("_", " ") + own
 
 
 def _format_cell(cell: Cell, best: float, has_rivals: bool) -> str:
