@@ -1,5 +1,6 @@
 """scripts/compare_losses.py: plans, continuation, failures, and the page of a table."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -73,6 +74,13 @@ def test_study_continues_with_the_trainings_that_failed_or_are_missing(script, p
     assert names == [one for one in [*everything, ("b", "mining", 0, STRICT)] if one != failed[:4]]
     assert run(script, monkeypatch, "--plan", plan_file, "--only", "b") == 0
     assert len(made) == 6
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/*.yaml")), ids=lambda path: path.name)
+def test_shipped_plans_name_existing_files(script, path):
+    plan = script.read_plan(path)
+    configs = {json.loads(one.condition).get("config", plan["config"]) for one in script.trainings(plan)}
+    assert configs and all((path.parent / config).is_file() for config in configs)
 
 
 @pytest.mark.parametrize(
