@@ -46,8 +46,10 @@ def test_vgg_with_its_own_pool5_gives_the_maps_of_a_pyramid() -> None:
     # The last convolutions see the maximum of 2 x 2 cells of conv5.
     pooled = conv5.view(1, 7, 2, 2, 3, 2).amax(dim=(3, 5))
     assert_close(backbone.to_fc7[-4:](pooled), fc7)
-    with pytest.raises(ConfigError, match=r"VGG: strides must be \(8, 16\) or \(8, 16, 32\), got \(16, 32\)"):
-        VGG(**small, strides=(16, 32))
+    halved = VGG(**small, strides=(16, 32))(torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8))
+    assert [tuple(m.shape) for m in halved] == [(1, 6, 4, 6), (1, 8, 2, 3)]
+    with pytest.raises(ConfigError, match=r"strides must be .*, or \(16, 32\) with stem_stride 2, got \(16, 32\)"):
+        VGG(strides=(16, 32))
 
 
 @pytest.mark.parametrize(

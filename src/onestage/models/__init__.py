@@ -4,7 +4,7 @@ from onestage.models.backbone import Backbone, TorchvisionBackbone
 from onestage.models.darknet import Darknet19, Darknet53
 from onestage.models.fcos import FCOS
 from onestage.models.retinanet import RetinaNet
-from onestage.models.ssd import SSD, SSD128, SSD160, SSD300, SSD512
+from onestage.models.ssd import SSD, SSD128, SSD160, SSD256, SSD300, SSD512
 from onestage.models.ssdlite import MobileNetV3, SSDLite320
 from onestage.models.vgg import VGG
 from onestage.models.yolo import YOLOv2, YOLOv3
@@ -14,6 +14,7 @@ __all__ = [
     "SSD",
     "SSD128",
     "SSD160",
+    "SSD256",
     "SSD300",
     "SSD512",
     "VGG",

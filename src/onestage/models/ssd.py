@@ -222,3 +222,25 @@ class SSD128(SSD):
         """Return a VGG of few narrow layers, with stride 2 in the first one."""
         widths = (16, 24, 64, 128, 128)
         return VGG((1, 1, 1, 1, 1), widths, fc_width=128, fc6_dilation=2, batch_norm=True, stem_stride=2)
+
+
+class SSD256(SSD):
+    """A small SSD for minutes on two CPU cores: 1344 anchors on maps of 16, 8 and 4 cells.
+
+    Ours, not published; it trains from random weights. SSD128's maps at twice the size, behind one more halving and two
+    more convolutions, which is worth eight points of mAP in an equal number of steps (docs/data/shapes_recipe.csv).
+    """
+
+    image_size = 256
+    _levels = tuple(
+        AnchorShapes(stride, ssd_shapes(size, following, (1.5,)))
+        for stride, size, following in ((16, 34, 76), (32, 76, 144), (64, 144, 224))
+    )
+    anchor_tables: ClassVar = {"voc": _levels, "coco": _levels}
+    extra_layers: ClassVar = (ExtraLayer(64, 128),)
+    backbone_strides = (16, 32)
+
+    def make_backbone(self) -> VGG:
+        """Return a narrow VGG with stride 2 in the first layer, and two layers in stages 3 and 4."""
+        widths = (16, 32, 64, 128, 128)
+        return VGG((1, 1, 2, 2, 1), widths, 128, fc6_dilation=2, batch_norm=True, stem_stride=2, strides=(16, 32))

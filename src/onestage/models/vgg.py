@@ -41,7 +41,7 @@ class VGG(Backbone):
         batch_norm: after each convolution, as in torchvision's vgg16_bn; the published SSD has none.
         stem_stride: of the first convolution, 1 or 2; 2 replaces the first pooling, so that no stage has the full size.
         strides: of the feature maps, px: (8, 16) with SSD's pool5, which keeps the size, or (8, 16, 32) with VGG's own,
-            and with stage 5 between the maps of stage 4 and fc7.
+            and with stage 5 between the maps of stage 4 and fc7; (16, 32) keeps the first pooling beside a stem of 2.
 
     Raises:
         ConfigError: the strides are others.
@@ -57,14 +57,16 @@ class VGG(Backbone):
         stem_stride: int = 1,
         strides: tuple[int, ...] = (8, 16),
     ) -> None:
-        require(strides in ((8, 16), (8, 16, 32)), "VGG: strides", strides, "(8, 16) or (8, 16, 32)")
+        keeps_pool1 = stem_stride == 1 or strides == (16, 32)
+        known = [(8, 16), (8, 16, 32), *[(16, 32)] * (stem_stride == 2)]
+        require(strides in known, "VGG: strides", strides, "(8, 16), (8, 16, 32), or (16, 32) with stem_stride 2")
         out_channels = (*widths[3 : len(strides) + 2], fc_width)
         super().__init__(out_channels, strides, PIXEL_MEAN, (PIXEL_STD,) * 3)
         self.is_vgg16 = tuple(depths) == (2, 2, 3, 3, 3) and not batch_norm
         layers: dict[str, nn.Module] = {}
         in_channels = 3
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
-            if stage > stem_stride:
+            if stage > 2 or (stage == 2 and keeps_pool1):
                 # 300 -> 150 -> 75 -> 38: the third pool rounds up, or conv4_3 would have 37 x 37 cells.
                 layers[f"pool{stage - 1}"] = nn.MaxPool2d(2, 2, ceil_mode=stage == 4)
             for position in range(1, depth + 1):
