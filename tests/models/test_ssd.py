@@ -12,7 +12,7 @@ from onestage.losses import (
     SigmoidFocalLoss,
     SoftmaxFocalLoss,
 )
-from onestage.models import SSD160, SSD300, SSD512, TorchvisionBackbone
+from onestage.models import SSD160, SSD256, SSD300, SSD512, TorchvisionBackbone
 from onestage.types import IGNORE, PADDING, Predictions, Targets
 
 
@@ -46,6 +46,7 @@ def total_of(losses) -> torch.Tensor:
     [
         (SSD300, [38, 19, 10, 5, 3, 1], 8732),
         (SSD512, [64, 32, 16, 8, 4, 2, 1], 24564),
+        (SSD256, [16, 8, 4], 4 * (256 + 64 + 16)),
         (SSD160, [20, 10, 5, 3, 1], 400 * 4 + 100 * 6 + 25 * 6 + 9 * 4 + 4),
     ],
 )
