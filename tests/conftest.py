@@ -37,6 +37,7 @@ def fast_options(drawn: Path) -> list[str]:
         "--config", str(REPOSITORY / "configs" / "shapes_ssd.yaml"),
         "--data.source.path", str(drawn), "--data.source.num_train", "32",
         "--data.source.num_val", "7", "--data.source.draw_seed", "0", "--data.source.max_objects", "6",
+        "--model.detector", "SSD128", "--data.image_size", "128",
         "--data.num_workers", "0", "--data.batch_size", "8", "--model.channels_last", "false",
         "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1", "--trainer.accelerator", "cpu",
         "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false",

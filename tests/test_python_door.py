@@ -170,8 +170,8 @@ def test_arguments_out_of_range_are_refused(model, photo):
 
 def test_train_is_fit_with_the_given_data(tmp_path):
     data = from_datasets(
-        samples(16), samples(3), class_names=["cat", "dog"], image_size=128, batch_size=8, num_workers=0,
-        resize=Letterbox(128),
+        samples(16), samples(3), class_names=["cat", "dog"], image_size=256, batch_size=8, num_workers=0,
+        resize=Letterbox(256),
     )  # fmt: skip
     config = REPOSITORY / "configs" / "shapes_ssd.yaml"
     result = onestage.train(

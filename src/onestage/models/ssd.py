@@ -228,7 +228,7 @@ class SSD256(SSD):
     """A small SSD for minutes on two CPU cores: 1344 anchors on maps of 16, 8 and 4 cells.
 
     Ours, not published; it trains from random weights. SSD128's maps at twice the size, behind one more halving and two
-    more convolutions, which is worth eight points of mAP in an equal number of steps (docs/data/shapes_recipe.csv).
+    more convolutions, which is worth eight points of mAP in as many steps (docs/data/shapes_recipe.csv).
     """
 
     image_size = 256
