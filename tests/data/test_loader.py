@@ -12,7 +12,7 @@ import torch
 from image_sets import image_set, noise
 
 from onestage.data.dataset import DetectionDataset
-from onestage.data.loader import DetectionLoader, open_loader
+from onestage.data.loader import DetectionLoader, num_auto_workers, open_loader
 from onestage.data.resize import Stretch
 from onestage.data.samplers import TrainingSampler
 from onestage.data.transforms import SeededTransform, ssd_transforms
@@ -331,3 +331,13 @@ def test_process_ends_although_an_iterator_was_never_closed() -> None:
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(int(worker), 0)
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "num_processes", "on_gpu", "on_cpu"),
+    [(1, 1, 0, 0), (2, 1, 1, 0), (4, 1, 3, 3), (4, 2, 1, 0), (64, 1, 16, 16)],
+)
+def test_auto_leaves_a_core_to_training_and_two_cores_of_a_cpu(num_cores, num_processes, on_gpu, on_cpu, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(num_cores)), raising=False)
+    assert num_auto_workers(num_processes) == on_gpu
+    assert num_auto_workers(num_processes, trains_on_cpu=True) == on_cpu

@@ -45,7 +45,7 @@ class DetectionDataModule(LightningDataModule):
             `onestage.data.ShortestEdge(800, 1333)`; its size is then the network's.
         batch_size: images per process and step.
         num_workers: processes that load images, 0 for none; auto: one per CPU core that this process may use, less
-            one for training, at most 16.
+            one for training, at most 16; none on a CPU with two cores, which training needs itself.
         prefetch_factor: batches that each worker loads ahead.
         worker_start_method: how workers are started; null: Python's default. The samples are the same.
         worker_timeout_seconds: longest wait for a batch, > 0; a worker that takes longer stops the run.
@@ -292,11 +292,12 @@ class DetectionDataModule(LightningDataModule):
 
     def _loader(self, dataset: DetectionDataset, sampler: TrainingSampler | EvaluationSampler) -> DetectionLoader:
         num_processes = self.trainer.num_devices if self.trainer is not None else 1  # on this machine
+        is_cpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cpu"
         return open_loader(
             dataset,
             sampler,
             batch_size=self.batch_size,
-            num_workers=num_auto_workers(num_processes) if self.num_workers == "auto" else self.num_workers,
+            num_workers=num_auto_workers(num_processes, is_cpu) if self.num_workers == "auto" else self.num_workers,
             prefetch_factor=self.prefetch_factor,
             start_method=self.worker_start_method,
             timeout_seconds=self.worker_timeout_seconds,
