@@ -32,7 +32,8 @@ class Model(NamedTuple):
 
 
 SHAPES = [
-    Model("SSD128", "shapes_ssd.yaml", 6, (128, 128), ""),
+    Model("SSD256", "shapes_ssd.yaml", 6, (256, 256), ""),
+    Model("SSD128", "onestage.models.SSD128", 6, (128, 128), ""),
     Model("SSD160", "shapes_ssd160.yaml", 6, (160, 160), ""),
     Model("RetinaNet, small", "shapes_retinanet.yaml", 6, (128, 128), ""),
     Model("YOLOv3, small", "shapes_yolo.yaml", 6, (128, 128), ""),

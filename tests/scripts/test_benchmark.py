@@ -37,7 +37,7 @@ def run(benchmark, monkeypatch, *arguments):
         ("save", "both read back the same tensors"),
         pytest.param("doctor", "every set was read and checked", marks=pytest.mark.slow),
         pytest.param("loader", "verdict with", marks=pytest.mark.slow),
-        pytest.param("models", "SSD128,shapes_ssd.yaml,6,128,128,", marks=pytest.mark.slow),
+        pytest.param("models", "SSD256,shapes_ssd.yaml,6,256,256,815048,", marks=pytest.mark.slow),
         pytest.param("step", "the same losses from the same weights", marks=pytest.mark.slow),
     ],
 )
