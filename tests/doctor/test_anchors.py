@@ -46,7 +46,9 @@ def test_coverage_is_counted_by_size_and_class():
     boxes = np.array([[10.0, 10, 20, 20], [0, 0, 20, 20], [10, 10, 20, 15]])
     coverage = measure_coverage(boxes, np.array([0, 0, 2]), 3, SMALL)
     assert coverage.share == pytest.approx(2 / 3)
-    assert coverage.num_unreached == 1
+    assert (coverage.num_unreached, coverage.poor_share) == (1, 0)  # 225 / 575 of the 20 px square is its best IoU
+    small = np.array([[0.0, 0, 5, 5], [0, 0, 6, 6]])  # IoU 0.25 and 0.36 with a square of 10 px
+    assert measure_coverage(small, np.array([0, 0]), 3, SMALL).poor_share == 0.5
     assert coverage.by_class == pytest.approx([0.5, np.nan, 1], nan_ok=True)
     assert coverage.by_size[:2] == [1, 0]  # under 16 px; 16 to 32
     assert coverage.positives_per_object == 1  # the second object has its forced match

@@ -22,6 +22,7 @@ from onestage.models.detector import AnchorDetector
 from onestage.types import AnnotationSet, Detector, Finding
 
 POSITIVE_IOU = 0.5  # of a positive anchor
+POOR_IOU = 0.3  # a head hardly sees a box whose best anchor overlaps it by less
 MAX_UNREACHED = 0.05  # fraction of boxes with only their forced match; more is worth a warning
 BLOCK_ROWS = 1 << 14  # boxes whose IoUs are computed at once, in the cache of a core
 COUNTED_BOXES = 2_000  # evenly spaced boxes whose positive anchors are counted, 64 at a time
@@ -53,6 +54,7 @@ class Coverage(NamedTuple):
     """How well anchors fit the boxes of a data set."""
 
     share: float  # of boxes whose best anchor has IoU >= 0.5
+    poor_share: float  # of boxes whose best anchor has IoU < 0.3; it is positive all the same
     mean_best_iou: float
     by_size: list[float]  # share per bin of `SIDES`; NaN without boxes
     by_class: list[float]  # share per label; NaN without boxes
@@ -110,6 +112,7 @@ def measure_coverage(
     num_positives = count_positives(torch.from_numpy(boxes[rows]), anchors)
     return Coverage(
         share=float(is_reached.mean()),
+        poor_share=float((best < POOR_IOU).mean()),
         mean_best_iou=float(best.mean()),
         by_size=_shares(is_reached, size_bin(boxes), len(SIDES) + 1),
         by_class=_shares(is_reached, labels, num_classes),
@@ -232,8 +235,9 @@ def compare_anchors(annotations: AnnotationSet, anchors: DetectorAnchors, num_sh
     for name, table in (("before", anchors), ("after", fitted)):
         coverage = measure_coverage(boxes, labels, len(annotations.class_names), table)
         text += (
-            f"# {name}: {100 * coverage.share:.1f} % of the boxes have an anchor with IoU >= {POSITIVE_IOU:g}, mean "
-            f"best IoU {coverage.mean_best_iou:.3f}, {coverage.positives_per_object:.1f} anchors per object\n"
+            f"# {name}: {100 * coverage.share:.1f} % of the boxes have an anchor with IoU >= {POSITIVE_IOU:g}, "
+            f"{100 * coverage.poor_share:.1f} % none with IoU >= {POOR_IOU:g}; "
+            f"mean best IoU {coverage.mean_best_iou:.3f}, {coverage.positives_per_object:.1f} anchors per object\n"
         )
         if num_shapes is not None:
             text += f"# {name}: mean best shape IoU {mean_shape_iou(corners, table):.3f}\n"
