@@ -93,7 +93,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     """
     try:
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-        groups, _ = plan["groups"].values(), plan["config"]
+        groups, _ = plan["groups"].values(), plan["config"]  # both keys must be there
         folder = path.resolve().parent
         plan = {"settings": {}} | plan | {"folder": str(folder), "table": str(folder / plan["table"])}
         for group in groups:

@@ -25,9 +25,7 @@ class Cell(NamedTuple):
 
 
 Table = list[dict[str, str]]
-Cells = dict[
-    tuple[str, str], Cell
-]  # by loss and condition, of a table; within a group, without the losses' own settings
+Cells = dict[tuple[str, str], Cell]  # by loss and condition; those of a group are without its losses' own settings
 
 
 def joined(condition: dict[str, Any], settings: dict[str, Any]) -> str:
