@@ -53,7 +53,7 @@ def write_page(plan: dict[str, Any], table: Table, folder: Path) -> None:
         losses = [loss for loss in group["losses"] if any(loss == one for one, _ in found)]
         texts = [text for text in conditions if any(text == one for _, one in found)]
         ratios = [cell.background_per_positive for cell in found.values()]
-        if noise and len(losses) > 1 and max(ratios) > WIDE * min(ratios) > 0:
+        if noise and min(len(losses), len(texts) - 1) > 1 and max(ratios) > WIDE * min(ratios) > 0:
             picture = f"images/loss_comparison_{name}.png"
             draw_boundary(found, losses, texts, noise, folder / picture)
             sections.append(f"![mAP of the losses against the imbalance]({picture})\n")

@@ -140,7 +140,8 @@ def test_losses_are_drawn_against_the_imbalance_once_seeds_tell_the_noise(script
 
     plan = script.read_plan(plan_file)
     plan["groups"]["b"]["losses"] = {"focal": {}, "mining": {}}
-    ratios = {"{}": 10.0, STRICT: 300.0}
+    plan["groups"]["b"]["conditions"].append({"data.batch_size": 2})
+    ratios = {"{}": 10.0, STRICT: 300.0, '{"data.batch_size": 2}': 50.0}
     rows = [outcome(one, 0.4 + 0.01 * one.seed, ratios[one.condition]) for one in script.trainings(plan)]
     write_page(plan, [{key: str(value) for key, value in row.items()} for row in rows], tmp_path)
     assert "](images/loss_comparison_b.png)" in (tmp_path / "loss_comparison.md").read_text()

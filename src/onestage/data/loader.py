@@ -253,8 +253,8 @@ def open_loader(
 def num_auto_workers(num_processes: int, trains_on_cpu: bool = False) -> int:
     """Return the workers for each of `num_processes`: one per core that this one may use, less one for training.
 
-    None for a CPU with two cores, where a worker costs the training more than it saves: of `make train`, 184 ms a step
-    with one and 136 without (EPYC, Zen 3, fp32).
+    None for a CPU with two cores, where a worker costs the training more than it saves: a step of `make train` took 206
+    and 223 ms with one, 187 and 203 ms without, in turns (EPYC, Zen 3, fp32).
     """
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_cores //= num_processes
