@@ -93,9 +93,9 @@ def read_plan(path: Path) -> dict[str, Any]:
     """
     try:
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-        groups, _ = plan["groups"].values(), plan["config"]  # both keys must be there
-        folder = path.resolve().parent
-        plan = {"settings": {}} | plan | {"folder": str(folder), "table": str(folder / plan["table"])}
+        groups, folder = plan["groups"].values(), path.resolve().parent
+        places = {"folder": str(folder), "config": plan["config"], "table": str(folder / plan["table"])}
+        plan = {"settings": {}} | plan | places
         for group in groups:
             settings = group["losses"]
             group["losses"] = {loss: settings[loss] if isinstance(settings, dict) else {} for loss in settings}

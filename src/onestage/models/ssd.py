@@ -35,6 +35,16 @@ def ssd_levels(strides: Sequence[float], sizes: Sequence[float]) -> tuple[Anchor
     return tuple(AnchorShapes(stride, ssd_shapes(size, following, ratio)) for stride, size, following, ratio in rows)
 
 
+def small_levels(scale: int) -> tuple[AnchorShapes, ...]:
+    """Return anchors that fit the drawn shapes on images of 128 px times `scale`, for three maps.
+
+    The boxes measure 12 to 76 px at 128 px and are at most 1.5 times as long as wide. The anchors are small for their
+    maps: a finer map gives tighter boxes (docs/data/shapes_recipe.csv).
+    """
+    rows = ((8, 17, 38), (16, 38, 72), (32, 72, 112))
+    return tuple(AnchorShapes(scale * row[0], ssd_shapes(scale * row[1], scale * row[2], (1.5,))) for row in rows)
+
+
 class SSD(AnchorDetector):
     """Single-shot detector over feature maps from stride 8 on; the subclasses are the published sizes.
 
@@ -205,16 +215,11 @@ class SSD160(SSD):
 class SSD128(SSD):
     """The smallest SSD, for minutes on two CPU cores: 1344 anchors on maps of 16, 8 and 4 cells.
 
-    Ours, not published; it trains from random weights. Its anchors fit the drawn shapes, whose boxes measure 12 to
-    76 px at this size and are at most 1.5 times as long as wide. They are small for their maps: a finer map gives
-    tighter boxes (docs/data/shapes_recipe.csv).
+    Ours, not published; it trains from random weights. Its anchors fit the drawn shapes.
     """
 
     image_size = 128
-    _levels = tuple(
-        AnchorShapes(stride, ssd_shapes(size, following, (1.5,)))
-        for stride, size, following in ((8, 17, 38), (16, 38, 72), (32, 72, 112))
-    )
+    _levels = small_levels(1)
     anchor_tables: ClassVar = {"voc": _levels, "coco": _levels}
     extra_layers: ClassVar = (ExtraLayer(64, 128),)
 
@@ -227,15 +232,12 @@ class SSD128(SSD):
 class SSD256(SSD):
     """A small SSD for minutes on two CPU cores: 1344 anchors on maps of 16, 8 and 4 cells.
 
-    Ours, not published; it trains from random weights. SSD128's maps at twice the size, behind one more halving and two
-    more convolutions, which is worth eight points of mAP in as many steps (docs/data/shapes_recipe.csv).
+    Ours, not published; it trains from random weights. It has as many cells as SSD128 on images of twice the size, one
+    more pooling and two more convolutions: nine points of mAP in as many steps (docs/data/shapes_recipe.csv).
     """
 
     image_size = 256
-    _levels = tuple(
-        AnchorShapes(stride, ssd_shapes(size, following, (1.5,)))
-        for stride, size, following in ((16, 34, 76), (32, 76, 144), (64, 144, 224))
-    )
+    _levels = small_levels(2)
     anchor_tables: ClassVar = {"voc": _levels, "coco": _levels}
     extra_layers: ClassVar = (ExtraLayer(64, 128),)
     backbone_strides = (16, 32)

@@ -57,8 +57,8 @@ class VGG(Backbone):
         stem_stride: int = 1,
         strides: tuple[int, ...] = (8, 16),
     ) -> None:
-        known = [(8, 16), (8, 16, 32), *[(16, 32)] * (stem_stride == 2)]
-        require(strides in known, "VGG: strides", strides, "(8, 16), (8, 16, 32), or (16, 32) with stem_stride 2")
+        is_known = strides in ((8, 16), (8, 16, 32)) or (strides == (16, 32) and stem_stride == 2)
+        require(is_known, "VGG: strides", strides, "(8, 16), (8, 16, 32), or (16, 32) with stem_stride 2")
         out_channels = (*widths[3 : len(strides) + 2], fc_width)
         super().__init__(out_channels, strides, PIXEL_MEAN, (PIXEL_STD,) * 3)
         self.is_vgg16 = tuple(depths) == (2, 2, 3, 3, 3) and not batch_norm
