@@ -211,4 +211,5 @@ def test_every_command_line_of_a_page_is_accepted_by_its_parser(page, line, tmp_
     if "--ckpt_path" in options:  # its configuration comes from the checkpoint
         place = options.index("--ckpt_path")
         options[place : place + 2] = ["--config", "shapes_ssd"]
-    parser_of(command).parse_args([command, *files_first(options)])
+    files, others = files_first(options)
+    parser_of(command).parse_args([command, *(f"--config={file}" for file in files), *others])

@@ -22,6 +22,21 @@ def message_of(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -
     return text[text.index("error: ") :]
 
 
+LOSS = "model.detector.init_args.classification_loss"
+
+
+def test_help_is_short_and_begins_with_the_keys_of_the_project(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in (["fit", "--config", "shapes_ssd", "--help"], ["losses", "--help"], ["fit", "--help", "all"]):
+        with pytest.raises(SystemExit, match="0"):
+            run(*words)
+    short, losses, everything = capsys.readouterr().out.split("usage: ")[1:]
+    assert len(short.splitlines()) < 120 < len(everything.splitlines())
+    assert short.startswith("onestage fit ") and "--split val" in losses and "--trainer.max_time" in everything
+    assert short.index("--data.batch_size 32") < short.index("--trainer.max_epochs null")
+    assert "max_time" in short and "--trainer.max_time" not in short and "data.seed" not in short
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -32,15 +47,15 @@ def message_of(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -
         (["validate", "--ckpt_path", "nowhere.ckpt"], "does not exist"),
         (["predict", "--ckpt_path", "configs"], "is a folder"),
         (["fit", "--config", "shapes_ssd", "--resum", "auto"], "did you mean resume"),
+        (["fit", "--config", "shapes_ssd", "--model.detector.init_args.box_los", "3"], "did you mean box_loss?"),
+        (["fit", "--config", "shapes_ssd", f"--{LOSS}.gama", "3"], f"unknown key --{LOSS}.gama; did you mean gamma?"),
+        (["fit", "--config", "shapes_ssd", "--model.optimizer.weight-decay", "3"], "did you mean weight_decay?"),
     ],
 )
 def test_unusable_command_line_ends_in_one_message(capsys, words, expected):
     text = message_of(capsys, *words)
     assert expected in text
     assert len(text.strip().splitlines()) <= 3
-
-
-LOSS = "model.detector.init_args.classification_loss"
 
 
 @pytest.mark.parametrize(

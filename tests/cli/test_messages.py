@@ -1,21 +1,15 @@
 """Messages about configuration files and the command line, as one line with the key."""
 
-import lightning.pytorch.loggers  # noqa: F401 # its classes are suggested
 import pytest
 
-from onestage.cli.messages import CONFIGS, check_config_file, files_first, find_config
+from onestage.cli.messages import CONFIGS, check_config_file, files_first, find_config, split_option
 from onestage.errors import ConfigError
 
 
-def test_files_first_moves_config_files_before_options():
-    words = ["--ckpt_path", "a.ckpt", "--config", "x.yaml", "--config=y.yaml", "--seed_everything=1"]
-    expected = ["--config", "x.yaml", "--config=y.yaml", "--ckpt_path", "a.ckpt", "--seed_everything=1"]
-    assert files_first(words) == expected
-
-
-ALIAS_BOMB = "\n".join(
-    ["l0: &l0 [1, 2, 3]", *(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 12))]
-).encode()
+def test_config_files_are_found_in_any_form_and_the_other_options_keep_their_order():
+    words = ["--ckpt_path", "a.ckpt", "--config", "x.yaml", "--config=y.yaml", "-c", "z.yaml", "--data.fold", "-1"]
+    assert files_first(words) == (["x.yaml", "y.yaml", "z.yaml"], ["--ckpt_path", "a.ckpt", "--data.fold", "-1"])
+    assert split_option([*words, "--ckpt_path=b.ckpt", "--ckpt_path"], "--ckpt_path")[0] == ["a.ckpt", "b.ckpt"]
 
 
 @pytest.mark.parametrize(
@@ -25,8 +19,6 @@ ALIAS_BOMB = "\n".join(
         (b"just text", "holds a str"),
         (b"model:\n\tx: 1\n", r":2:1: .*indent with spaces"),
         (b"trainer: {devices: 1}\ntrainer: {devices: 2}\n", r"bad.yaml:2:1: duplicate key 'trainer'"),
-        (b"a: &a [*a]\n", "through its aliases|recursive"),
-        (ALIAS_BOMB, "values through its aliases"),
         (b"a: \xff\xfe", "is not UTF-8"),
         (b"a: !!python/object/apply:os.system [true]\n", "could not determine a constructor"),
     ],
@@ -42,7 +34,7 @@ def test_bad_config_file_is_reported_with_line_and_rule(tmp_path, content, expec
 def test_config_that_ships_is_found_by_name_in_any_folder_and_the_nearest_name_suggested(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for typed in ("shapes_ssd", "configs/shapes_ssd.yaml", "shapes_ssd.yaml"):
-        assert files_first(["--config", typed]) == ["--config", str(CONFIGS / "shapes_ssd.yaml")]
+        assert files_first(["--config", typed]) == ([str(CONFIGS / "shapes_ssd.yaml")], [])
     assert find_config("compare/mining") == str(CONFIGS / "compare" / "mining.yaml")
     for typed in ("../pyproject", "nowhere", "x" * 5000, "compare", ""):
         assert find_config(typed) == typed

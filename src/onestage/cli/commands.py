@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from onestage.cli.messages import check_config_file, config_files, explain, files_first, option_values, refusal
+from onestage.cli.messages import check_config_file, explain, files_first, refusal, split_option
 from onestage.cli.parser import (
     STORED_CONFIG,
     DetectionParser,
@@ -67,13 +67,23 @@ logger = logging.getLogger(__name__)
 
 def run_trainer_command(words: list[str], data: Source | DetectionDataModule | None = None) -> "DetectionCLI":
     """Run `fit`, `validate`, `test`, `predict` or `losses` with its options; `data` replaces the configured source."""
-    command, *options = words
-    options = files_first(options)
-    for file in config_files(options):
+    command = words[0]
+    files, options = files_first(words[1:])
+    for file in files:
         check_config_file(file)
+    given = [f"--config={file}" for file in files] + options
+    checkpoints = [path for path in split_option(options, "--ckpt_path")[0] if path != "null"]
     add_on = make_add_on()
     with add_on.command():
-        return _run(command, options, add_on, data)
+        stored = None
+        if command != "fit" and checkpoints:
+            stored = add_on.stored_config(checkpoints[-1], is_optional=bool(files))
+        if stored is None:
+            return DetectionCLI(command, given, add_on, data)
+        with tempfile.TemporaryDirectory(prefix="onestage-") as folder:
+            file = Path(folder) / STORED_CONFIG
+            file.write_text(yaml.safe_dump(stored), encoding="utf-8")
+            return DetectionCLI(command, [f"--config={file}", *given], add_on, data)  # the user's files override
 
 
 def make_add_on() -> RunAddOn:
@@ -81,21 +91,6 @@ def make_add_on() -> RunAddOn:
     module, _, name = next(iter(RUN_ADD_ONS), "onestage.training.run:RunAddOn").partition(":")
     add_on: RunAddOn = getattr(import_module(module), name)()
     return add_on
-
-
-def _run(
-    command: str, options: list[str], add_on: RunAddOn, data: Source | DetectionDataModule | None
-) -> "DetectionCLI":
-    checkpoint = next((path for path in reversed(option_values(options, "--ckpt_path")) if path != "null"), None)
-    if command != "fit" and checkpoint is not None:
-        config = add_on.stored_config(checkpoint, bool(config_files(options)))
-        if config is not None:
-            with tempfile.TemporaryDirectory(prefix="onestage-") as folder:
-                file = Path(folder) / STORED_CONFIG
-                file.write_text(yaml.safe_dump(config), encoding="utf-8")
-                options = ["--config", str(file), *options]  # first: the user's options override
-                return DetectionCLI(command, options, add_on, data)
-    return DetectionCLI(command, options, add_on, data)
 
 
 class RunConfig(SaveConfigCallback):
@@ -120,6 +115,7 @@ class DetectionCLI(LightningCLI):
         data: Source | DetectionDataModule | None = None,
     ) -> None:
         self.command, self._given_data = command, data
+        self._has_short_help = options[-1:] != ["all"]
         self.add_on = add_on or make_add_on()
         self._stored: JSONDict = {}  # `fit`: the configuration in its checkpoints
         super().__init__(
@@ -147,6 +143,8 @@ class DetectionCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys of the run; pass classes, size and seed to where they are used."""
+        if self._has_short_help:
+            parser.command = self.command  # type: ignore[attr-defined] # a DetectionParser
         add_run_keys(parser)
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         self.add_on.add_arguments(parser)

@@ -2,9 +2,10 @@
 
 import re
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from itertools import zip_longest
+from inspect import isclass, signature
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from onestage.errors import ConfigError
 from onestage.files import is_path, read_text
 
 CONFIGS = (Path(__file__).parents[1] / "configs").resolve()  # also in an installed package
-MAX_CONFIG_NODES = 100_000  # the largest configuration of this project has 200
 MODULES_OF_CLASSES = (  # whose public classes a misspelt name can mean
     "onestage.models", "onestage.losses", "onestage.data", "lightning.pytorch.loggers", "torch.optim",
 )  # fmt: skip
@@ -70,9 +70,12 @@ def _as_typed(key: str, options: Sequence[str]) -> str:
 
 
 def _nearest_key(key: str, known_keys: Iterable[str]) -> str:
-    """Return the known key with the most similar spelling, as a whole or in its last part, or ""."""
+    """Return the known key, or argument of a public class, with the most similar spelling of all or its end, or ""."""
     known = list(known_keys)
-    leaves = {candidate.rpartition(".")[2]: candidate for candidate in known}
+    leaves = {
+        name: name for kind in _public_classes(MODULES_OF_CLASSES).values() for name in signature(kind).parameters
+    }
+    leaves |= {candidate.rpartition(".")[2]: candidate for candidate in known}
     close = get_close_matches(key, known, 1, 0.75)
     close = close or [leaves[leaf] for leaf in get_close_matches(key.rpartition(".")[2], leaves, 1, 0.75)]
     return close[0] if close and close[0] != key else ""
@@ -80,10 +83,15 @@ def _nearest_key(key: str, known_keys: Iterable[str]) -> str:
 
 def _nearest_class(class_path: str) -> str:
     module, _, name = class_path.rpartition(".")
-    modules = [sys.modules.get(known) for known in ([module] if module else MODULES_OF_CLASSES)]
-    names = [public for known in modules for public in getattr(known, "__all__", ()) if public[0].isupper()]
-    close = get_close_matches(name, names, 3, 0.4)
+    close = get_close_matches(name, _public_classes([module] if module else MODULES_OF_CLASSES), 3, 0.4)
     return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _public_classes(modules: Iterable[str]) -> dict[str, type]:
+    """Return the classes by name that modules export, as far as they are imported."""
+    imported = [sys.modules[module] for module in modules if module in sys.modules]
+    found = {name: getattr(module, name) for module in imported for name in getattr(module, "__all__", ())}
+    return {name: value for name, value in found.items() if isclass(value)}
 
 
 def _wrong_type(message: str) -> str:
@@ -115,39 +123,22 @@ def refusal(error: BaseException) -> str:
     return reason
 
 
-def config_files(options: Sequence[str]) -> list[str]:
-    """Return the values of all --config options, in order."""
-    return option_values(options, "--config", "-c")
+def split_option(options: Sequence[str], *names: str) -> tuple[list[str], list[str]]:
+    """Return the values of an option given as `--name value` or `--name=value`, and the other words, in order."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(*names, dest="values", nargs="?", action="append", default=[])
+    known, others = parser.parse_known_args(list(options))
+    return [value for value in known.values if value is not None], others
 
 
-def option_values(options: Sequence[str], *names: str) -> list[str]:
-    """Return the values of an option given as `--name value` or `--name=value`, in order."""
-    values = []
-    for word, following in zip_longest(options, options[1:]):
-        name, equals, value = word.partition("=")
-        if name in names and (equals or following is not None):
-            values.append(value if equals else str(following))
-    return values
-
-
-def files_first(options: Sequence[str]) -> list[str]:
-    """Move every --config before the other options, so that options always override files; find those that ship.
+def files_first(options: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the files of all --config, those that ship found by their names, and the other options.
 
     The parser lets a file override the options before it: a saved config.yaml has a value for every key and would
-    silently reset a --ckpt_path typed before it.
+    silently reset a --ckpt_path typed before it. So files come first.
     """
-    files: list[str] = []
-    others: list[str] = []
-    words = iter(options)
-    for word in words:
-        if word in ("--config", "-c"):
-            files += [word, *[find_config(value) for value in [next(words, None)] if value is not None]]
-        elif word.startswith(("--config=", "-c=")):
-            name, _, value = word.partition("=")
-            files.append(f"{name}={find_config(value)}")
-        else:
-            others.append(word)
-    return files + others
+    files, others = split_option(options, "-c", "--config")
+    return [find_config(file) for file in files], others
 
 
 def find_config(value: str) -> str:
@@ -196,20 +187,6 @@ def check_config_file(file: str) -> None:
         raise ConfigError(f"{file}{place}: {error.problem}. Correct this line; indent with spaces.") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{file}: is not YAML: {str(error).splitlines()[0]}") from error
-    if _expanded_size(content, {}) > MAX_CONFIG_NODES:
-        problem = f"expands to more than {MAX_CONFIG_NODES:,} values through its aliases"
-        raise ConfigError(f"{file}: {problem}.\nWrite the values themselves instead of nested & and * marks.")
     if not isinstance(content, dict):
         what = "is empty" if content is None else f"holds a {type(content).__name__}, not keys and values"
         raise ConfigError(f"{file}: {what}. See {CONFIGS}/shapes_ssd.yaml for one that works.")
-
-
-def _expanded_size(node: object, known: dict[int, float]) -> float:
-    """Return the number of values with aliases expanded; infinite if a value contains itself."""
-    children = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
-    if not children:
-        return 1
-    if id(node) not in known:
-        known[id(node)] = float("inf")  # a lookup before the line below comes from inside this node
-        known[id(node)] = 1 + sum(_expanded_size(child, known) for child in children)
-    return known[id(node)]
