@@ -5,8 +5,6 @@ import inspect
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -119,23 +117,6 @@ def test_unexplained_lost_connection_ends_with_the_code_of_a_lost_process(monkey
     monkeypatch.setattr(watchdog, "CHECK_SECONDS", 0.0)
     with pytest.raises(ProcessLostError, match="--resume auto"):
         await_watchdog_verdict()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("rank", "is_launcher_alive", "code"), [("1", True, 0), ("1", False, 7), ("0", False, 0)])
-def test_process_that_lightning_started_ends_with_its_parent(rank, is_launcher_alive, code):
-    """Process 0 was started by no command of ours: its variable comes from a run around it."""
-    program = (
-        "import time; from onestage.reliability import watchdog; watchdog.CHECK_SECONDS = 0.1\n"
-        "with watchdog.processes_watched(): time.sleep(3)"
-    )
-    launcher = str(os.getpid() if is_launcher_alive else 2**22 + 1)  # above Linux's largest process number
-    environment = {**os.environ, watchdog.LAUNCHER: launcher, "LOCAL_RANK": rank}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == code, done.stderr
-    assert ("which started this one, died" in done.stderr) == (code != 0)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -62,7 +62,6 @@ class NonFiniteGuard(Callback):
         self._folder = Path()
         self._window: Window | None = None
         self._persistent: frozenset[str] = frozenset()
-        self._is_refused = False  # the diagnosis could not be written
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts and records of the steps so far: numbers and text."""
@@ -169,30 +168,28 @@ class NonFiniteGuard(Callback):
         worst = next((other for other in processes if not math.isfinite(other["loss"])), processes[0])
         is_end = self.num_in_row > self.max_skipped_steps or self.num_scaler_skips > MAX_SCALER_SKIPS
         self._records.append({"step": facts["step"], "processes": as_json(processes)})
-        self._write(is_end)
+        where = self._write(is_end) if trainer.is_global_zero else ""
         place = f"step {facts['step']} of epoch {facts['epoch']}"
-        where = str(self._folder / DIAGNOSIS_FILE) + (", which could not be written" if self._is_refused else "")
         if is_end:
             count = max(self.num_in_row, self.num_scaler_skips)
             raise NonFiniteError(
                 f"training ends at {place}: loss or gradient was not finite {count} times in a row.\n"
-                f"{describe(worst)}\nAll details: {where}\nWeights and checkpoints are finite."
+                f"Likely cause: {worst['likely_cause']}.\nWhat to change: {worst['what_to_change']}\n"
+                f"All details: {where}\nWeights and checkpoints are finite."
             )
         counts = f"{self.num_in_row} in a row, training ends after {self.max_skipped_steps}; {self.num_skipped} in all"
         values = f"loss {worst['loss']:.4g}, gradient norm {worst['gradient_norm']:.4g}"
         rank_zero_warn(f"{place} is skipped ({counts}): {values}. Likely cause: {worst['likely_cause']}. See {where}")
 
-    @rank_zero_only
-    def _write(self, is_end: bool) -> None:
+    def _write(self, is_end: bool) -> str:
+        """Write the diagnosis; return its place. A full disk is no reason to end the training."""
         content = {"num_skipped": self.num_skipped, "ended_training": is_end, "latest": list(self._records)}
         try:
             with atomic_write(self._folder / DIAGNOSIS_FILE) as temporary:
                 temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            self._is_refused = False
-        except ResourceError as error:  # no reason to end the training
-            if not self._is_refused:
-                rank_zero_warn(f"{str(error).splitlines()[0]} Training continues without it.")
-            self._is_refused = True
+        except ResourceError as error:
+            return str(error).splitlines()[0]
+        return str(self._folder / DIAGNOSIS_FILE)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Raise NonFiniteError instead of writing a checkpoint that holds NaN or infinity."""
@@ -228,16 +225,14 @@ def _first(names: list[str]) -> str:
 
 
 def box_facts(targets: Sequence[Targets]) -> JSONDict:
-    """Measure the boxes of a step, in network-input pixels."""
+    """Count the boxes of a step, those without area and those that are not finite."""
     boxes = torch.cat([target.boxes[target.labels != PADDING] for target in targets]).float()
     is_finite = boxes.isfinite().all(dim=1)
-    sides = boxes[is_finite][:, 2:] - boxes[is_finite][:, :2]
+    is_empty = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
     return {
         "num_boxes": len(boxes),  # also those that the loss ignores
-        "num_empty": int((sides <= 0).any(dim=1).sum()),
+        "num_empty": int((is_empty & is_finite).sum()),
         "num_non_finite": int((~is_finite).sum()),
-        "smallest_side": float(sides.min()) if len(sides) else None,
-        "largest_side": float(sides.max()) if len(sides) else None,
     }
 
 
@@ -276,12 +271,11 @@ def likely_cause(facts: JSONDict) -> tuple[str, str]:
     if facts["bad_weights"]:
         return f"the weights are not finite ({_some(facts['bad_weights'])}): an earlier update overflowed", LOWER_LR
     if boxes["num_non_finite"] or boxes["num_empty"]:
-        return (
-            "the targets: of {num_boxes} boxes {num_empty} have no area and {num_non_finite} are not finite".format(
-                **boxes
-            ),
-            "Check the annotations of the images above, and data.train_transforms if they change boxes.",
+        problem = "of {num_boxes} boxes {num_empty} have no area and {num_non_finite} are not finite".format(**boxes)
+        remedy = (
+            f"Check the annotations of the images in {DIAGNOSIS_FILE}, and data.train_transforms if they change boxes."
         )
+        return f"the targets: {problem}", remedy
     bad_outputs = [name for name, values in predictions.items() if values["num_non_finite"]]
     if bad_outputs and facts["precision"] == "16-mixed":
         problem = "activations beyond 65,504, the largest number of fp16"
@@ -300,24 +294,8 @@ def likely_cause(facts: JSONDict) -> tuple[str, str]:
     return f"the loss is finite and its gradient is not, {where}", own_loss
 
 
-def _some(names: Sequence[str], max_names: int = 3) -> str:
-    more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
-    return ", ".join(names[:max_names]) + more
-
-
-def describe(facts: JSONDict) -> str:
-    """Return cause, remedy, losses, boxes and images of a step in five lines."""
-    boxes, files = facts["boxes"], [f"{image['image_id']} ({image['file']})" for image in facts["images"]]
-    terms = ", ".join(f"{name} {value:.4g}" for name, value in facts["loss_terms"].items())
-    rates = ", ".join(f"{rate:.4g}" for rate in dict.fromkeys(facts["learning_rates"]))
-    sides = "" if boxes["smallest_side"] is None else "sides {smallest_side:.1f}..{largest_side:.1f} px, "
-    return (
-        f"Likely cause: {facts['likely_cause']}.\nWhat to change: {facts['what_to_change']}\n"
-        f"Loss: {terms}; gradient norm {facts['gradient_norm']:.4g}; learning rate {rates}; "
-        f"precision {facts['precision']}.\n"
-        + f"Boxes: {{num_boxes}}, {sides}{{num_empty}} empty, {{num_non_finite}} not finite.\n".format(**boxes)
-        + f"Images: {_some(files, max_names=8)}."
-    )
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def as_json(facts: Any) -> Any:

@@ -40,7 +40,6 @@ LENGTHS = ("trainer.max_epochs", "trainer.max_steps")  # a run may be lengthened
 OPTIMIZER = "optimizer_states"  # Lightning's key; missing in checkpoints that hold weights alone
 
 MAX_CONFIG_BYTES = 256 << 10  # of config.yaml; a full one has 10 kB, and YAML takes seconds for each MB
-MAX_SETTINGS = 100_000
 READ_BYTES = 2 << 30  # image files of so many bytes together are read, in seconds; of more only the sizes are compared
 READ_THREADS = 8  # a disk answers several at a time; hashing releases the interpreter lock
 
@@ -185,9 +184,7 @@ def decisive_settings(config: Any) -> dict[str, Any]:
     chosen = {key: config.get(key) for key in DECISIVE}
     chosen["trainer"] = {key: (config.get("trainer") or {}).get(key) for key in DECISIVE_IN_TRAINER}
     settings = {}
-    for number, (key, value) in enumerate(_leaves(chosen)):
-        if number > MAX_SETTINGS:  # a few aliases can stand for billions of values
-            raise ValueError("too many values")
+    for key, value in _leaves(chosen):
         name = key.rpartition(".")[2]
         if not key.startswith("data."):
             settings[key] = value
