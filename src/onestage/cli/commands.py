@@ -81,9 +81,9 @@ def run_trainer_command(words: list[str], data: Source | DetectionDataModule | N
         if stored is None:
             return DetectionCLI(command, given, add_on, data)
         with tempfile.TemporaryDirectory(prefix="onestage-") as folder:
-            file = Path(folder) / STORED_CONFIG
-            file.write_text(yaml.safe_dump(stored), encoding="utf-8")
-            return DetectionCLI(command, [f"--config={file}", *given], add_on, data)  # the user's files override
+            first = Path(folder) / STORED_CONFIG
+            first.write_text(yaml.safe_dump(stored), encoding="utf-8")
+            return DetectionCLI(command, [f"--config={first}", *given], add_on, data)  # the user's files override
 
 
 def make_add_on() -> RunAddOn:

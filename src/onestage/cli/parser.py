@@ -4,7 +4,7 @@ import inspect
 import json
 import shutil
 import textwrap
-from argparse import SUPPRESS
+from argparse import SUPPRESS, HelpFormatter
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -48,9 +48,9 @@ class DetectionParser(LightningArgumentParser):
 
     command = ""
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
         """Return the page that --help prints."""
-        return _short_help(self) if self.command else str(super().format_help())
+        return _short_help(self) if self.command else str(super().format_help(formatter))
 
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
         """Add the arguments of a class; a logger needs no save_dir, because a run has a folder."""
