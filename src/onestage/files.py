@@ -9,7 +9,6 @@ import os
 import shutil
 import stat
 import tempfile
-import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,9 +22,9 @@ HEAD_BYTES = 256  # enough to recognise a web page or a pointer file
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000  # what Linux, macOS and Windows have in common, less what stands before it
 MAX_FILE_BYTES = 4 << 30  # ten times COCO's largest annotation file; a path that leads to an archive is a mistake
 TEMPORARY_SUFFIX = ".tmp"  # of unfinished files and folders; their names start with a dot
-ABANDONED_SECONDS = 3600.0  # an unfinished folder this old belongs to a killed process
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first bytes of what Windows' PowerShell and editors write
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WRONG_PATH = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 def read_file(
@@ -37,19 +36,18 @@ def read_file(
     *,
     may_be_empty: bool = False,
 ) -> bytes:
-    """Read a regular file, and never wait for a pipe.
+    """Read a regular file of at most `max_bytes`, and never wait for a pipe.
 
     Args:
         path: the file.
         error: the class to raise.
         noun: what the file should be, for the message: "a COCO annotation file".
         remedy: last line of the message.
-        max_bytes: a longer file is refused before it is read.
+        max_bytes: limit, checked before the file is read.
         may_be_empty: whether an empty file is accepted.
 
     Raises:
-        OnestageError: `error`: the file is missing, unreadable, not regular, empty, too long, a web page or an LFS
-            pointer.
+        OnestageError: `error`: missing, unreadable, not regular, empty, too long, a web page or an LFS pointer.
     """
     place = printable(path)
     try:
@@ -132,18 +130,13 @@ def find_files(source: str, names: Sequence[object], root: Path) -> list[str | N
 
 def list_files(folder: Path) -> dict[str, bool]:
     """Return the names of the regular files in a folder -> whether each is a link. Empty if there is no such folder."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name: entry.is_symlink() for entry in entries if _is_file(entry)}
-    except OSError:
-        return {}
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:  # a link to itself; the other files of the folder are there all the same
-        return False
+    files = {}
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # a link to itself; the other files are there all the same
+                if entry.is_file():
+                    files[entry.name] = entry.is_symlink()
+    return files
 
 
 @contextlib.contextmanager
@@ -153,7 +146,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     The content reaches the disk before the rename, so that neither a kill nor a power cut leaves a partial file.
 
     Raises:
-        ResourceError: the folder cannot be written, or the disk is full.
+        ResourceError: the folder may not be written, or the disk is full.
+        ConfigError: the path cannot be a file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
@@ -175,37 +169,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onestage"
 
 
-def write_new_file(path: Path, content: bytes) -> None:
-    """Write a file that does not exist yet.
-
-    Raises:
-        ConfigError: the file exists, or cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:
-            file.write(content)
-    except FileExistsError:
-        raise ConfigError(f"{printable(path)}: already exists; nothing is overwritten. Give a new name.") from None
-    except OSError as reason:
-        problem = f"cannot be written: {reason.strerror or reason}"
-        raise ConfigError(f"{printable(path)}: {problem}. Choose a folder that you may write to.") from None
-
-
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`; rename it to `folder` at the end, or remove it on an error.
 
-    `folder` must be missing or empty at the end; otherwise the rename raises OSError. Folders that killed processes
-    left behind are removed once they are an hour old.
+    `folder` must be missing or empty at the end; otherwise the rename raises OSError.
     """
-    prefix = f".{folder.name}.unfinished-"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in folder.parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
-                shutil.rmtree(abandoned, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.unfinished-", dir=folder.parent))
     try:
         mask = os.umask(0)
         os.umask(mask)
@@ -217,7 +188,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_error(path: Path, error: OSError | RuntimeError, num_written: int = 0) -> Exception:
-    """Return a ResourceError if the disk or its permissions caused `error`, else `error` itself."""
+    """Return the error of this project for a write that failed; `error` itself if that was not the reason."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and not any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
         return error
@@ -226,10 +197,11 @@ def write_error(path: Path, error: OSError | RuntimeError, num_written: int = 0)
         reason = f"the disk or the quota is full after {num_written / 1e6:,.1f} MB, with {free / 1e6:,.1f} MB free"
         remedy = "Free some space"
     else:
-        reason, remedy = getattr(error, "strerror", ""), f"Make {path.parent} writable for this user"
-    return ResourceError(
-        f"{path}: cannot be written: {reason}.\nAn earlier file of that name is unchanged. {remedy}, or set --runs_dir "
-        "to another disk; then continue with --resume auto."
+        reason, remedy = getattr(error, "strerror", ""), "Make its folder writable for this user"
+    kind = ConfigError if number in WRONG_PATH else ResourceError
+    return kind(
+        f"{str(path)[:300]}: cannot be written: {reason}.\nAn earlier file of that name is unchanged. {remedy}, or "
+        "choose another place (of a run: --runs_dir); a training continues with --resume auto."
     )
 
 
@@ -347,13 +319,11 @@ def _checked(source: str, name: object) -> str:
 
 def is_path(name: str) -> bool:
     """Tell whether a file system can hold the name; asking for one that it cannot hold may raise."""
-    is_short = len(name) < MAX_PATH_BYTES and is_encodable(name) and "\0" not in name
-    return is_short and all(len(part.encode()) <= MAX_NAME_BYTES for part in name.split("/"))
-
-
-def is_encodable(name: str) -> bool:
-    """Tell whether UTF-8 can hold the name; half a surrogate pair it cannot."""
-    return name.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in name)
+    try:
+        is_short = len(name) < MAX_PATH_BYTES and all(len(part.encode()) <= MAX_NAME_BYTES for part in name.split("/"))
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    return is_short and "\0" not in name
 
 
 def require_inside(source: str, roots: Sequence[Path], path: Path) -> None:

@@ -1,8 +1,6 @@
 """The embedded data set: what is drawn, and the folder it is drawn into."""
 
 import json
-import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -97,17 +95,6 @@ def test_a_foreign_folder_or_file_is_never_replaced(tmp_path: Path) -> None:
             draw_shapes(tmp_path / name, num_train=1, num_val=1, seed=0)
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
     assert (tmp_path / "file").read_text() == "mine too"
-
-
-def test_what_a_killed_run_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
-    old, young = tmp_path / ".shapes.unfinished-old", tmp_path / ".shapes.unfinished-young"
-    for folder in (old, young):
-        folder.mkdir()
-        (folder / "000001.jpg").write_bytes(b"")
-    os.utime(old, (time.time() - 7200,) * 2)
-    draw_shapes(tmp_path / "shapes", num_train=1, num_val=1, seed=0)
-    assert not old.exists()
-    assert young.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""Installation of a data set from archives, and unpacking of hostile ones."""
+"""Installation of a data set from archives."""
 
 import io
 import shutil
-import struct
 import subprocess
 import sys
 import tarfile
@@ -14,7 +13,7 @@ import pytest
 
 from onestage.cli import main
 from onestage.download import download as download_module
-from onestage.download.download import PARTS, Part, extract, install
+from onestage.download.download import PARTS, Part, install
 from onestage.download.fetch import RemoteFile
 from onestage.errors import ConfigError, DataError
 
@@ -38,19 +37,17 @@ def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def make_archive(path: Path, files: dict[str, bytes], kind: bytes = tarfile.REGTYPE) -> Path:
-    """Write a zip or tar file by its suffix. kind: of a tar's members."""
+def make_archive(path: Path, files: dict[str, bytes]) -> Path:
+    """Write a zip or tar file by its suffix."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, content in files.items():
-                info = zipfile.ZipInfo("placeholder")
-                info.filename = name  # the constructor would clean it
-                archive.writestr(info, content, zipfile.ZIP_DEFLATED)
+                archive.writestr(name, content)
         return path
     with tarfile.open(path, "w") as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
-            info.type, info.size, info.linkname = kind, len(content), "/etc/passwd"
+            info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return path
 
@@ -97,7 +94,7 @@ def test_failed_download_keeps_complete_folders(parts, offered, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("files", "message"), [({"../evil": b"c"}, "not safe to unpack"), ({"readme.txt": b"c"}, "VOC2007 is missing")]
+    ("files", "message"), [({"../evil": b"c"}, "cannot be unpacked"), ({"readme.txt": b"c"}, "No such file")]
 )
 def test_failed_unpacking_leaves_no_folder(offered, tmp_path, files, message):
     with pytest.raises(DataError, match=message):
@@ -145,68 +142,3 @@ def test_command_knows_servers_and_checksums_and_prints_the_next_command(name, f
     assert f"onestage fit --config configs/{name}_ssd300.yaml --data.source.path {tmp_path}" in printed
     assert f"onestage doctor {tmp_path}" in printed
     assert main(["download", "imagenet"]) == 2
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "a" / "out").mkdir(parents=True)
-    return tmp_path / "a" / "out"
-
-
-@pytest.mark.parametrize("name", ["archive.tar", "archive.zip"])
-def test_files_and_folders_are_unpacked_within_the_limit(name, folder, tmp_path):
-    files = {path: b"content" for path in ("x/a.txt", "x/y/b.txt", "./c.txt")}  # 21 bytes
-    archive = make_archive(tmp_path / name, files)
-    with pytest.raises(DataError, match="unpacks to"):
-        extract(archive, folder, max_bytes=20)
-    assert found(folder) == []
-    extract(archive, folder, max_bytes=21)
-    assert found(folder) == ["c.txt", "x/a.txt", "x/y/b.txt"]
-    assert (folder / "x/y/b.txt").read_bytes() == b"content"
-
-
-@pytest.mark.parametrize("suffix", ["tar", "zip"])
-@pytest.mark.parametrize("name", ["../evil", "x/../../evil", "/tmp/onestage_evil", "..\\evil"])
-def test_member_never_leaves_the_folder(suffix, name, folder, tmp_path):
-    archive = make_archive(tmp_path / f"archive.{suffix}", {name: b"evil"})
-    try:
-        extract(archive, folder, max_bytes=100)
-    except DataError as reason:
-        assert "not safe to unpack" in str(reason)
-    inside = {str(path) for path in folder.rglob("*")}
-    assert {str(path) for path in folder.parent.rglob("*")} - inside == {str(folder)}
-    assert not Path("/tmp/onestage_evil").exists()
-
-
-@pytest.mark.parametrize("suffix", ["tar", "zip"])
-@pytest.mark.parametrize("name", ["", ".", "x" * 300, "a/" + "y" * 300])
-def test_member_without_a_usable_name_is_refused(suffix, name, folder, tmp_path):
-    with pytest.raises(DataError, match=r"is damaged|no file system"):
-        extract(make_archive(tmp_path / f"archive.{suffix}", {name: b"x"}), folder, max_bytes=100)
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_links_out_of_the_folder_and_devices_are_refused(kind, folder, tmp_path):
-    with pytest.raises(DataError, match="not safe to unpack"):
-        extract(make_archive(tmp_path / "archive.tar", {"evil": b""}, kind), folder, max_bytes=100)
-    assert list(folder.iterdir()) == []
-
-
-def test_zip_with_a_false_size_writes_no_more_than_it_declares(folder, tmp_path):
-    archive = make_archive(tmp_path / "archive.zip", {"bomb": b"\0" * 1_000_000})
-    archive.write_bytes(archive.read_bytes().replace(struct.pack("<I", 1_000_000), struct.pack("<I", 1000)))
-    with pytest.raises(DataError):
-        extract(archive, folder, max_bytes=10_000)
-    assert sum(path.stat().st_size for path in folder.rglob("*")) <= 1000
-
-
-@pytest.mark.parametrize("name", ["", "PK\x03\x04 no zip", "<html>", "archive.tar", "archive.zip"])
-def test_other_files_and_truncated_archives_are_refused(name, folder, tmp_path):
-    content = name.encode()
-    if name.startswith("archive"):
-        content = make_archive(tmp_path / name, {"a.txt": b"content" * 100}).read_bytes()[
-            : 700 if "tar" in name else -30
-        ]
-    (tmp_path / "archive").write_bytes(content)
-    with pytest.raises(DataError, match="is damaged, not an archive"):
-        extract(tmp_path / "archive", folder, max_bytes=100)

@@ -49,7 +49,8 @@ def test_refusal_of_the_machine_ends_with_code_5(tmp_path, monkeypatch, number, 
         return original(path, *arguments, **named)
 
     monkeypatch.setattr(*((Path, "mkdir", refuse) if call == "mkdir" else (os, "open", refuse)))
-    with pytest.raises(ResourceError, match=f"{tmp_path}.*{os.strerror(number)}(.|\n)*--runs_dir") as refused:
+    problem = "the disk or the quota is full" if number == errno.ENOSPC else os.strerror(number)
+    with pytest.raises(ResourceError, match=f"{tmp_path}.*{problem}(.|\n)*--runs_dir") as refused:
         new_locked_folder(str(tmp_path), "shapes", is_writer=True) if call == "mkdir" else take_run_folder(tmp_path)
     assert refused.value.exit_code == 5
 

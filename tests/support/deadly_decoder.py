@@ -1,21 +1,17 @@
-"""A decoding child that some images kill; replaces the real one in tests."""
+"""A decoder that some images kill; replaces the real one in tests."""
 
 import os
 import signal
 import time
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
 
-from onestage.doctor.decoding import READY, Task
+from onestage.doctor.decoding import Task
 
 
-def decode_each(answers: Connection, tasks: Sequence[Task]) -> None:
-    """Die at "kill", sleep at "sleep", report "bad", and pass everything else."""
-    answers.send(READY)
-    for task in tasks:
-        if task.path == "kill":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if task.path == "sleep":
-            time.sleep(60)
-        answers.send("bad: is torn.\nReplace it." if task.path == "bad" else "")
-    answers.close()
+def problem_of(task: Task) -> str:
+    """Die at "kill", hang at "sleep" until the alarm, report "bad", and pass everything else."""
+    if task[0] == "kill":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if task[0] == "sleep":
+        signal.alarm(1)
+        time.sleep(60)
+    return "bad: is torn.\nReplace it." if task[0] == "bad" else ""

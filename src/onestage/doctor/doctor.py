@@ -112,7 +112,7 @@ def anchors(
     """
     from onestage.data.layouts import find_splits
     from onestage.doctor.anchors import compare_anchors, find_anchors
-    from onestage.files import printable, write_new_file
+    from onestage.files import atomic_write, printable
 
     placed = find_anchors(detector, anchors, image_size)
     require(bool(placed.levels), "detector", placed.class_path, "a detector with anchors", "Try: --detector SSD300")
@@ -124,7 +124,8 @@ def anchors(
     if out is None:
         _print(text.rstrip("\n"))
     else:
-        write_new_file(out, text.encode())
+        with atomic_write(out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
         comments = text.partition("model:")[0]
         _print(f"{comments}wrote {out}; to train with it: onestage fit --config ... --config {out}")
     return 0

@@ -1,6 +1,5 @@
 """A sheet of sampled images with their boxes, each before and after augmentation."""
 
-import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from onestage.data.resize import Stretch
 from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.errors import ConfigError, ImageError, require
 from onestage.evaluation.drawing import draw_boxes
-from onestage.files import printable, write_new_file
+from onestage.files import atomic_write, printable
 from onestage.types import AnnotationSet
 
 PANEL_SIDE = 300  # px of each picture
@@ -34,14 +33,11 @@ def write_sheet(path: Path, annotations: AnnotationSet, num_images: int, image_s
     """Draw images of a split, chosen by `seed`, first those with objects; return their number.
 
     Args:
-        path: a new .jpg or .png file.
+        path: a .jpg or .png file.
         annotations: the split.
         num_images: limit.
         image_size: side of the network input, px.
         seed: of the choice and of SSD's augmentation.
-
-    Raises:
-        ConfigError: the file exists or cannot be written.
     """
     pairs = list(_pairs(annotations, num_images, image_size, seed))
     num_columns = max(1, round(math.sqrt(len(pairs) / 2)))  # a pair is twice as wide as high
@@ -51,9 +47,8 @@ def write_sheet(path: Path, annotations: AnnotationSet, num_images: int, image_s
         row, column = divmod(number, num_columns)
         for position, panel in enumerate(panels):
             sheet.paste(panel, (column * width + position * PANEL_SIDE, row * height))
-    buffer = io.BytesIO()
-    sheet.save(buffer, format=FORMATS[path.suffix.lower()])
-    write_new_file(path, buffer.getvalue())
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, format=FORMATS[path.suffix.lower()])
     return len(pairs)
 
 

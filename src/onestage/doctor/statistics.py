@@ -14,7 +14,6 @@ from onestage.types import AnnotationSet, Finding
 
 FEW_BOXES = 20  # of a class in the training split; fewer teach and measure little
 SIDES = (16, 32, 64, 128, 256)  # px; bounds of the size bins
-KEY_FACTORS = np.random.default_rng(0).integers(1 << 63, size=6, dtype=np.uint64) | np.uint64(1)  # of a hash
 RATIOS = (1 / 3, 1 / 1.5, 1.5, 3)  # width / height; bounds of the shape bins
 
 
@@ -88,13 +87,11 @@ def check_objects(annotations: AnnotationSet, max_detections: int, is_training: 
         problem = f"{num_empty} of {len(counts)} images have no object"
         found.append(rules.NO_OBJECT_IMAGES.broken(place, problem, num_empty))
     rows = _image_rows(annotations)
-    keys = np.column_stack([rows, annotations.labels, annotations.boxes]).view(np.uint64)  # [T, 6]
-    _, inverse, num_alike = np.unique(keys @ KEY_FACTORS, return_inverse=True, return_counts=True)
-    row_of_key: dict[bytes, int] = {}
-    alike = np.flatnonzero(num_alike[inverse] > 1).tolist()
-    repeated = [row for row in alike if row_of_key.setdefault(keys[row].tobytes(), row) != row]
-    if repeated:
-        path = annotations.image_paths[rows[repeated[0]]]
+    keys = np.column_stack([rows, annotations.labels, annotations.boxes])  # [T, 6]
+    order = np.lexsort(keys.T)  # stable: of equal ones the first stays the first
+    repeated = order[1:][(keys[order[1:]] == keys[order[:-1]]).all(axis=1)]
+    if len(repeated):
+        path = annotations.image_paths[rows[repeated.min()]]
         problem = f"{len(repeated)} boxes repeat a box and class of their image, the first in {path!s:.200}"
         found.append(rules.BOX_REPEATED.broken(place, problem, len(repeated)))
     limit = min(max_detections, MAX_DETECTIONS)

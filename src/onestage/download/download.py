@@ -3,8 +3,6 @@
 import shutil
 import tarfile
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,18 +11,11 @@ from filelock import FileLock, Timeout
 
 from onestage.download.fetch import RemoteFile, fetch
 from onestage.errors import DataError, require
-from onestage.files import is_path, printable
+from onestage.files import printable
 
-MAX_GROWTH = 20.0  # unpacked size of an archive at most, in multiples of its own
 DOWNLOADS = ".downloads"
 # The filter is absent before Python 3.11.4; `fetch` has compared the archive's checksum in any case.
 TAR_OPTIONS: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-
-
-ARCHIVE_ERRORS = (
-    tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError,
-    IndexError, IsADirectoryError, NotADirectoryError, FileExistsError,  # of members without a name, or of one twice
-)  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -140,59 +131,11 @@ def _require_space(parts: Sequence[Part], root: Path) -> None:
 
 
 def _unpack(part: Part, archives: Sequence[Path], root: Path) -> None:
-    """Unpack into a temporary folder, then rename the part's folder."""
+    """Unpack archives, whose checksums are right, into a temporary folder, then rename the part's folder."""
     try:
         with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root, ignore_cleanup_errors=True) as temporary:
             for archive in archives:
-                extract(archive, Path(temporary), round(MAX_GROWTH * archive.stat().st_size) + (1 << 20))
-            folder = Path(temporary) / part.path_in_archive
-            if not folder.is_dir():
-                problem = f"{archives[-1].name}: the folder {part.path_in_archive} is missing"
-                raise DataError(f"{problem}.\nDelete the archive; run again.")
-            folder.rename(root / part.folder)
-    except OSError as reason:
-        raise DataError(f"{printable(root)}: cannot be unpacked there: {reason.strerror or reason}.") from None
-
-
-def extract(archive: Path, folder: Path, max_bytes: int) -> None:
-    """Unpack an uncompressed tar file or a zip file below `folder`.
-
-    The standard library keeps every member inside: tarfile's "data" filter raises for "..", links that leave the folder
-    and devices; zipfile drops drives, leading slashes and "..", and creates no links.
-
-    Args:
-        archive: the file.
-        folder: destination; must exist.
-        max_bytes: limit of the members' declared sizes, checked before anything is written.
-
-    Raises:
-        DataError: the archive is damaged, too large, or a member would leave the folder.
-    """
-    try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as zip_file:
-                infos = zip_file.infolist()
-                _require_harmless(
-                    archive, [info.filename for info in infos], sum(i.file_size for i in infos), max_bytes
-                )
-                zip_file.extractall(folder)
-        else:
-            with tarfile.open(archive, "r:") as tar_file:
-                members = tar_file.getmembers()
-                _require_harmless(archive, [info.name for info in members], sum(m.size for m in members), max_bytes)
-                tar_file.extractall(folder, **TAR_OPTIONS)
-    except ARCHIVE_ERRORS as reason:
-        raise _unusable(archive, f"is damaged, not an archive, or not safe to unpack ({reason})") from None
-
-
-def _require_harmless(archive: Path, names: Sequence[str], num_bytes: int, max_bytes: int) -> None:
-    unusable = next((name for name in names if not is_path(name)), None)
-    if unusable is not None:
-        raise _unusable(archive, f"has a member that no file system can hold: {unusable!r:.99}")
-    if num_bytes > max_bytes:
-        raise _unusable(archive, f"unpacks to {num_bytes / 1e9:.1f} GB, expected at most {max_bytes / 1e9:.1f} GB")
-
-
-def _unusable(archive: Path, problem: str) -> DataError:
-    remedy = "Delete it and download it again; if the error persists, the server sends another file."
-    return DataError(f"{printable(archive)}: {problem}.\n{remedy}")
+                shutil.unpack_archive(archive, temporary, **(TAR_OPTIONS if archive.suffix == ".tar" else {}))
+            (Path(temporary) / part.path_in_archive).rename(root / part.folder)
+    except (OSError, tarfile.TarError) as reason:
+        raise DataError(f"{printable(root)}: cannot be unpacked there: {reason}.") from None

@@ -19,7 +19,6 @@ ATTEMPTS = 5  # per URL without progress; any received byte resets the count
 WAIT_SECONDS = 2.0  # after the first failure; doubles with each further one
 TIMEOUT_SECONDS = 60.0  # without a byte
 REPORT_SECONDS = 10.0
-OVERLONG = 1.25  # times the expected size; a longer answer is another file
 RETRIED_CODES = (408, 425, 429)  # of 4xx: timeout, too early, too many requests
 
 
@@ -100,9 +99,6 @@ def _append(remote: RemoteFile, url: str, part: Path) -> None:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
             is_resumed = response.status == 206
-            if is_resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {size}-"):
-                part.unlink(missing_ok=True)
-                raise _AttemptError("the server answers 206 with another range than requested")
             with part.open("ab" if is_resumed else "wb") as file:
                 _receive(remote, response, file)
     except urllib.error.HTTPError as reason:
@@ -120,16 +116,12 @@ def _append(remote: RemoteFile, url: str, part: Path) -> None:
 
 
 def _receive(remote: RemoteFile, response: http.client.HTTPResponse, file: BinaryIO) -> None:
-    """Write the answer to the file; stop at a web page, or once it is far too long."""
+    """Write the answer to the file, and report the progress."""
     expected = response.length  # None if the server gives no length
     start, received = file.tell(), 0
     began = last_report = time.monotonic()
     while chunk := response.read1(CHUNK_BYTES):
-        if start + received == 0 and chunk.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
-            raise _AttemptError("the server sends a web page, not the file", is_final=True)
         received += len(chunk)
-        if start + received > OVERLONG * remote.about_bytes + CHUNK_BYTES:
-            raise _AttemptError(f"the server sends far more than {remote.about_bytes} bytes", is_final=True)
         file.write(chunk)
         if time.monotonic() - last_report > REPORT_SECONDS:
             last_report = time.monotonic()

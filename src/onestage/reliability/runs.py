@@ -9,13 +9,12 @@ from pathlib import Path
 
 import filelock
 
-from onestage.errors import ConfigError, ResourceError, RunInUseError
-from onestage.files import OUT_OF_SPACE, TEMPORARY_SUFFIX
+from onestage.errors import RunInUseError
+from onestage.files import OUT_OF_SPACE, TEMPORARY_SUFFIX, write_error
 from onestage.training.run import new_run_folder
 
 LOCK_FILE = ".lock"
 OWNER_FILE = ".lock_owner"  # filelock truncates its own file
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, *OUT_OF_SPACE)  # by the machine; anything else is a wrong path
 
 _held: dict[Path, filelock.BaseFileLock] = {}  # the system releases a lock when its process ends, however it ends
 
@@ -30,7 +29,7 @@ def new_locked_folder(runs_dir: str, experiment: str, *, is_writer: bool) -> Pat
     try:
         folder = new_run_folder(runs_dir, experiment, is_writer=is_writer)
     except OSError as error:
-        raise _refusal(Path(runs_dir) / experiment, error) from error
+        raise write_error(Path(runs_dir) / experiment, error) from error
     if is_writer:
         _lock(folder)
     return folder
@@ -63,18 +62,10 @@ def _lock(folder: Path) -> None:
             "Wait until it ends, or stop it, or start another run with --resume none."
         ) from error
     except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno in REFUSED:
-            raise _refusal(folder, error) from error
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, *OUT_OF_SPACE):
+            raise write_error(folder, error) from error
         return  # a file system without locks: a run without one is better than none
     _held[folder.absolute()] = lock
     with contextlib.suppress(OSError):  # on a full disk the lock holds without its label
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n", encoding="utf-8")
-
-
-def _refusal(folder: Path, error: OSError) -> ResourceError | ConfigError:
-    kind = ResourceError if error.errno in REFUSED else ConfigError
-    return kind(
-        f"the run folder {str(folder)[:300]} cannot be written: {error.strerror or error}.\n"
-        "Set --runs_dir to a folder that you may write to."
-    )

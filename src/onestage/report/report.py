@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import jinja2
 import yaml
 
-from onestage.errors import ConfigError, DataError, ResourceError, require
+from onestage.errors import ConfigError, DataError, require
 from onestage.files import atomic_write, printable, read_rows, read_text
 from onestage.types import JSONDict
 
@@ -66,8 +66,9 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
     """Write the page about runs, atomically; return its path.
 
     Raises:
-        ConfigError: a folder is none of a run, or `out` cannot be written.
+        ConfigError: a folder is none of a run, or `out` cannot be a file.
         DataError: a file of a run is damaged.
+        ResourceError: `out` may not be written.
     """
     runs = [_read_run(folder) for folder in folders]
     environment = jinja2.Environment(
@@ -83,14 +84,8 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
         places = ", ".join(printable(folder) for folder in folders)
         problem = f"the files of the run are not those of this version of onestage ({type(reason).__name__}: {reason})"
         raise DataError(f"{places}: {problem}.\nEvaluate again: onestage validate --ckpt_path <checkpoint>") from reason
-    try:
-        with atomic_write(out) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="replace")
-    except (OSError, ResourceError) as reason:
-        problem = str(reason.__cause__ or reason).partition("\n")[0]
-        raise ConfigError(
-            f"out: {printable(out)} cannot be written: {problem}.\nGive another file with --out."
-        ) from None
+    with atomic_write(out) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
     return out
 
 
