@@ -205,14 +205,6 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = write_source(tmp_path / "in")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(DataError, match=r"(?s)GB are needed.*--images link"):
-        run_conversion(files, "coco", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
 def test_links_share_the_bytes_and_copies_do_not(tmp_path: Path) -> None:
     files = write_source(tmp_path / "in")
     (tmp_path / "link").mkdir()  # an empty folder is filled, and missing parents are made

@@ -125,7 +125,6 @@ def test_unexplained_lost_connection_ends_with_the_code_of_a_lost_process(monkey
         ("torch.distributed.distributed_c10d", "_get_default_store"),  # watchdog.py: the store that all processes share
         ("lightning.pytorch.strategies.launchers", "_SubprocessScriptLauncher.procs"),  # processes it has started
         ("lightning.pytorch.strategies", "FSDPStrategy._state_dict_type"),  # add_on.py: whole or sharded checkpoints
-        ("lightning.pytorch.trainer.connectors.checkpoint_connector", "_CheckpointConnector.restore"),  # stopping.py
         ("lightning.pytorch.loops.progress", "_ProcessedTracker.processed"),  # callbacks.py: progress in a checkpoint
         ("lightning.pytorch.cli", "LightningCLI._instantiate_trainer"),  # cli/commands.py overrides these
         ("lightning.pytorch.cli", "LightningCLI._prepare_subcommand_kwargs"),

@@ -61,7 +61,7 @@ def test_curves_have_the_losses_one_rate_and_map_and_are_thinned_by_averaging():
         "learning rate": {"lr-SGD/pg1": [(0.5, pytest.approx(0.1)), (2.5, pytest.approx(0.1))]},
         "mAP": {"val/mAP": [(4.0, 0.5)]},
     }
-    assert [axes.get_title() for axes in draw_training(rows).axes] == ["loss", "learning rate", "mAP"]
+    assert [axes.get_title() for axes in draw_training(training_curves(rows)).axes] == ["loss", "learning rate", "mAP"]
 
 
 def test_labels_are_drawn_by_class_size_and_centre(tmp_path):

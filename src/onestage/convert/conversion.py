@@ -27,7 +27,6 @@ ImageTransfer = Literal["copy", "link"]
 WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
 SPLIT_NAMES = ("train", "val", "test")  # every reader knows these
 OUTLINE = re.compile(rb'"segmentation"\s*:\s*[\[{]\s*[^\]}\s]|"keypoints"\s*:\s*\[\s*\d')
-SPARE_BYTES = 64 << 20  # for the annotations, and so that the disk is not filled completely
 NUM_SHOWN = 5  # skipped items that the report quotes
 
 
@@ -192,13 +191,10 @@ def _write(splits: list[WritableSplit], to: Format, out: Path, images: ImageTran
     """Write everything beside `out`, then rename it."""
     try:
         with atomic_folder(out) as unfinished:
-            if images == "copy":
-                _require_space(splits, out.parent)
             losses = WRITERS[to](unfinished, splits)
             for split in splits:
                 folder = {"coco": split.name, "voc": "JPEGImages", "yolo": f"images/{split.name}"}[to]
                 _transfer(split, unfinished / folder, images)
-            _require_free(out)
     except OSError as reason:
         raise DataError(f"{printable(out)}: cannot be written: {reason.strerror}.\nNothing was left there.") from None
     return losses
@@ -214,16 +210,10 @@ def _transfer(split: WritableSplit, folder: Path, images: ImageTransfer) -> None
                 (os.link if images == "link" else shutil.copyfile)(source, target)
         except OSError as reason:
             problem = f"--images {images} to {printable(folder)} fails: {reason.strerror}"
-            remedy = "Copy the images: --images copy" if images == "link" else "Correct the file."
+            remedy = (
+                "Copy the images: --images copy" if images == "link" else "Correct the file, or choose another --out."
+            )
             raise DataError(f"{printable(source)}: {problem}.\n{remedy}") from None
-
-
-def _require_space(splits: list[WritableSplit], folder: Path) -> None:
-    paths = {path for split in splits for path in split.annotations.image_paths.tolist()}
-    needed, free = sum(Path(path).stat().st_size for path in paths) + SPARE_BYTES, shutil.disk_usage(folder).free
-    if needed > free:
-        problem = f"{needed / 1e9:.1f} GB are needed for copies of the images, {free / 1e9:.1f} GB are free"
-        raise DataError(f"{printable(folder)}: {problem}.\nLink them: --images link, or give another folder.")
 
 
 def _report(conversion: Conversion, to: Format, out: Path) -> str:

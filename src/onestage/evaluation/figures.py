@@ -111,11 +111,10 @@ def _thinned(points: list[tuple[float, float]], max_points: int) -> list[tuple[f
     return [(float(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts]
 
 
-def draw_training(rows: Sequence[Mapping[str, str]]) -> "Figure":
-    """Draw the curves of the rows of metrics.csv."""
+def draw_training(curves: Curves) -> "Figure":
+    """Draw a panel for each group of curves."""
     from matplotlib.figure import Figure
 
-    curves = training_curves(rows)
     figure = Figure(figsize=(5 * max(1, len(curves)), 4), layout="constrained")
     for position, (panel, lines) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(1, len(curves), position)

@@ -213,9 +213,7 @@ def require_resumable(
         CheckpointError: it has another model, optimizer, set of classes, kind of strategy or data set.
     """
     checkpoint = load_weights(module, path, data.class_names)
-    loops = checkpoint.get("loops")
-    has_progress = isinstance(loops, dict) and bool(loops.get("fit_loop"))  # else Lightning starts at step 0, silently
-    if not isinstance(checkpoint.get(OPTIMIZER), list) or not has_progress:
+    if OPTIMIZER not in checkpoint or "loops" not in checkpoint:  # Lightning would start at step 0, silently
         remedy = f"Resume from a last.ckpt, or start a new run from these weights: --init_from {path}"
         raise unusable(path, "holds weights alone, without the optimizer and the progress of a run", remedy)
     _require_same_strategy(path, checkpoint, strategy)
@@ -234,12 +232,9 @@ def _require_same_strategy(path: Path, checkpoint: JSONDict, strategy: Strategy)
 
     The numbers follow our two parameter groups, but under a strategy that splits weights they follow the model.
     """
-    try:
-        groups = [list(group["params"]) for state in checkpoint[OPTIMIZER] for group in state["param_groups"]]
-        numbers = [number for group in groups for number in group]
-        is_split = numbers != sorted(numbers)
-    except (TypeError, KeyError) as error:
-        raise unusable(path, f"has no `{OPTIMIZER}` that `onestage fit` wrote", "Use another one.") from error
+    groups = [list(group["params"]) for state in checkpoint[OPTIMIZER] for group in state["param_groups"]]
+    numbers = [number for group in groups for number in group]
+    is_split = numbers != sorted(numbers)
     if sum(map(bool, groups)) > 1 and is_split != shards_parameters(strategy):  # with one group the order is the same
         kinds = ("whole weights, such as ddp or one process", "split weights, such as fsdp")
         problem = f"was written by a strategy with {kinds[is_split]}; this run's has {kinds[not is_split]}"

@@ -42,12 +42,9 @@ class Refusal(NamedTuple):
 
     place: str
     value: object
-    is_foreign_class: bool = False  # it may be the user's own; the checkpoint is sound, but needs its config.yaml
 
     def __str__(self) -> str:
-        if self.is_foreign_class:
-            return f"names {self.value!r:.200} as {self.place}, which is not in {', '.join(TRUSTED)}"
-        return f"has {self.value!r:.200} as {self.place}, which is nothing that `onestage fit` stores there"
+        return f"has {self.value!r:.200} as {self.place}; plain values and classes of {', '.join(TRUSTED)} are read"
 
 
 def config_of(path: str | Path) -> JSONDict:
@@ -65,16 +62,6 @@ def config_of(path: str | Path) -> JSONDict:
         raise unusable(path, "has class names with control characters", TRUST)
     config["data"] |= {key: saved[key] for key in ("class_names", "category_ids")}
     return config
-
-
-def foreign_classes(path: str | Path) -> str | None:
-    """Return why a checkpoint needs the user's config.yaml, or None."""
-    found = list(refusals(evaluation_part(read_checkpoint(path)[CHECKPOINT_KEY], path)))
-    for refusal in found:
-        if not refusal.is_foreign_class:
-            raise unusable(path, str(refusal), TRUST)
-    names = sorted({str(refusal.value) for refusal in found})
-    return f"it names {', '.join(names)}, not in {', '.join(TRUSTED)}" if names else None
 
 
 def evaluation_part(saved: JSONDict, path: str | Path) -> JSONDict:
@@ -130,8 +117,7 @@ def _check_class(node: JSONDict, types: Types, place: str) -> Iterator[Refusal]:
     expected = tuple(each for each in types if inspect.isclass(each) and each not in PLAIN)
     found = _find_class(name)
     if found is None:
-        is_foreign = isinstance(name, str) and bool(CLASS_PATH.fullmatch(name)) and not name.startswith(TRUSTED)
-        yield Refusal(f"{place}.class_path", name, is_foreign)
+        yield Refusal(f"{place}.class_path", name)
         arguments = {}  # unknown without the class; its name is refused already
     elif not any(_is_kind(found, kind) for kind in expected):
         yield Refusal(f"{place}.class_path", name)

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from onestage.evaluation.drawing import draw_sheet, save_jpeg
-from onestage.evaluation.figures import draw_labels, draw_training, save_figure
+from onestage.evaluation.figures import draw_labels, draw_training, save_figure, training_curves
 from onestage.files import atomic_write, read_rows
 from onestage.training.loggers import METRICS_FILE
 from onestage.types import Batch
@@ -116,4 +116,4 @@ class TrainingPictures(Callback):
                 logger.save()  # the latest rows
             _, rows = read_rows(self.folder / METRICS_FILE)
             if rows:
-                save_figure(self.folder / CURVES_PICTURE, draw_training(rows))
+                save_figure(self.folder / CURVES_PICTURE, draw_training(training_curves(rows)))
