@@ -5,16 +5,17 @@ from typing import NamedTuple
 import numpy as np
 
 from onestage.evaluation.error_types import error_types
-from onestage.evaluation.matching import Found, Objects, Pairs, match, overlapping_pairs, rows_by_class
+from onestage.evaluation.matching import Found, Objects, Pairs, match, overlapping_pairs
 from onestage.evaluation.precision_recall import (
     RECALLS,
     OperatingPoint,
     average_precision,
     best_threshold,
+    class_curves,
     interpolated_precision,
     make_curve,
+    voc_average_precision,
 )
-from onestage.evaluation.voc import voc_average_precision
 
 MAX_CONFUSED = 1000  # classes; with more there is no matrix, which would take gigabytes
 
@@ -52,25 +53,27 @@ def analyse(found: Found, objects: Objects, num_classes: int) -> Analysis:
     pairs = overlapping_pairs(found, objects)
     matched = match(found, objects, pairs)
     voc = voc_average_precision(found, objects, pairs, num_classes)
-    is_correct = matched.objects >= 0
-    counts = np.bincount(objects.labels[~objects.is_ignored], minlength=num_classes)
-    classes = []
-    by_class = rows_by_class(found.labels, num_classes)
-    for rows, count, voc07, voc10 in zip(by_class, counts.tolist(), voc["VOC07"], voc["VOC10"], strict=True):
-        kept = rows[~matched.is_ignored[rows]]
-        curve = make_curve(found.scores[kept], is_correct[kept], count)
-        precision = interpolated_precision(curve, RECALLS["COCO"]).tolist()
-        classes.append(
-            ClassAnalysis(curve.num_objects, average_precision(curve), best_threshold(curve), precision, voc07, voc10)
+    is_correct, is_counted, counts = matched.objects >= 0, ~matched.is_ignored, objects.count(num_classes)
+    curves = class_curves(found.scores, found.labels, is_correct, is_counted, counts)
+    classes = [
+        ClassAnalysis(
+            curve.num_objects,
+            average_precision(curve),
+            best_threshold(curve),
+            interpolated_precision(curve, RECALLS["COCO"]).tolist(),
+            voc07,
+            voc10,
         )
-    is_counted = ~matched.is_ignored
+        for curve, voc07, voc10 in zip(curves, voc["VOC07"], voc["VOC10"], strict=True)
+    ]
     best = best_threshold(make_curve(found.scores[is_counted], is_correct[is_counted], int(counts.sum())))
     with_objects = [one for one in classes if one.num_objects] or classes
     ap50, voc07, voc10 = (float(np.mean([getattr(c, n) for c in with_objects])) for n in ("ap50", "voc07", "voc10"))
     mean_precision = np.mean([one.precision for one in with_objects], axis=0).tolist()
     overall = ClassAnalysis(int(counts.sum()), ap50, best, mean_precision, voc07, voc10)
-    is_small = num_classes <= MAX_CONFUSED
-    confusion = confusion_matrix(found, objects, pairs, num_classes, best.threshold) if is_small else []
+    confusion = []
+    if num_classes <= MAX_CONFUSED:
+        confusion = confusion_matrix(found, objects, pairs, num_classes, best.threshold)
     return Analysis(overall, classes, confusion, error_types(found, objects, pairs, matched, num_classes))
 
 
@@ -91,4 +94,4 @@ def confusion_matrix(
     counted = ~objects.is_ignored
     np.add.at(matrix, (objects.labels[counted], columns[counted]), 1)
     np.add.at(matrix[num_classes], found.labels[shown & ~hits], 1)
-    return [[int(value) for value in row] for row in matrix]
+    return matrix.tolist()  # type: ignore[no-any-return]

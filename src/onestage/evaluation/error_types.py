@@ -14,9 +14,8 @@ from onestage.evaluation.matching import (
     Objects,
     Pairs,
     best_overlaps,
-    rows_by_class,
 )
-from onestage.evaluation.precision_recall import average_precision, make_curve
+from onestage.evaluation.precision_recall import average_precision, class_curves
 
 ERROR_TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
 
@@ -37,7 +36,7 @@ def error_types(found: Found, objects: Objects, pairs: Pairs, matched: Match, nu
     removes them.
     """
     counted = ~objects.is_ignored
-    num_objects = np.bincount(objects.labels[counted], minlength=num_classes)
+    num_objects = objects.count(num_classes)
     if not num_objects.any():
         return dict.fromkeys(ERROR_TYPES, float("nan"))
     is_correct, kept = matched.objects >= 0, ~matched.is_ignored
@@ -86,9 +85,6 @@ def _first_claims(members: Booleans, targets: Integers, found: Found, taken: Int
 
 def _mean_ap(found: Found, labels: Integers, correct: Booleans, kept: Booleans, num_objects: Integers) -> float:
     """Return AP50 over the classes with objects."""
-    values = [
-        average_precision(make_curve(found.scores[rows[kept[rows]]], correct[rows[kept[rows]]], count))
-        for rows, count in zip(rows_by_class(labels, len(num_objects)), num_objects.tolist(), strict=True)
-        if count
-    ]
+    curves = class_curves(found.scores, labels, correct, kept, num_objects)
+    values = [average_precision(curve) for curve in curves if curve.num_objects]
     return float(np.mean(values)) if values else float("nan")

@@ -89,7 +89,7 @@ def _finite(value: Any) -> Any:
 def installed_versions() -> dict[str, str]:
     """Return the version of every installed package that the metrics depend on."""
     versions = {"python": platform.python_version()}
-    for package in ("onestage", "torch", "torchvision", "lightning", "torchmetrics", choose_backend()):
+    for package in ("onestage", "torch", "torchvision", "lightning", choose_backend()):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return versions
