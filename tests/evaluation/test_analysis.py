@@ -7,8 +7,7 @@ import pytest
 import torch
 from evaluation_data import annotation_set, coco_numbers, coco_objects, detections, flat, random_evaluation
 
-from onestage.evaluation.analysis import analyse
-from onestage.evaluation.error_types import ERROR_TYPES, error_types
+from onestage.evaluation.analysis import ERROR_TYPES, analyse, error_types
 from onestage.evaluation.matching import match, overlapping_pairs
 
 HERE, THERE, NOWHERE = [0.0, 0.0, 100.0, 100.0], [200.0, 200.0, 300.0, 300.0], [400.0, 400.0, 500.0, 500.0]

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -66,6 +67,19 @@ class TinyData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         batches = [tiny_batch(part.tolist()) for part in torch.arange(self.num_images).split(self.batch_size)]
         return DataLoader(batches, batch_size=None)
+
+
+class CrowdedData(TinyData):
+    """20 objects in the most crowded image."""
+
+    def annotations(self, stage):
+        class Annotations:
+            box_offsets = np.array([0, 1, 21, *range(22, 22 + self.num_images - 2)])
+
+            def __len__(_):  # noqa: N805 # self is the data module
+                return self.num_images
+
+        return Annotations()
 
 
 def quiet_trainer(trainer_class: type[pl.Trainer], folder: object, **settings: object) -> pl.Trainer:

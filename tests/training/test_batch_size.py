@@ -1,10 +1,9 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from tiny_training import TinyData, TinyDetectorWithBatchNorm, quiet_trainer
+from tiny_training import CrowdedData, TinyDetectorWithBatchNorm, quiet_trainer
 
 from onestage.errors import ConfigError
 from onestage.training import batch_size
@@ -56,19 +55,6 @@ def test_few_images_or_small_memories_end_the_search(limit, most, expected):
     assert largest_batch(memory(constant=100, per_image=10)[0], limit, most) == expected
 
 
-class CrowdedData(TinyData):
-    """20 objects in the most crowded image."""
-
-    def annotations(self, stage):
-        class Annotations:
-            box_offsets = np.array([0, 1, 21, *range(22, 22 + self.num_images - 2)])
-
-            def __len__(_):  # noqa: N805 # self is the data module
-                return self.num_images
-
-        return Annotations()
-
-
 class RecordingDetector(TinyDetectorWithBatchNorm):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -115,9 +101,9 @@ def test_too_little_memory_is_refused(tmp_path):
 def test_out_of_memory_is_a_result_and_other_errors_are_not(tmp_path, monkeypatch, error):
     module = module_with()
     trainer = quiet_trainer(DetectionTrainer, tmp_path)
-    monkeypatch.setattr(batch_size, "_crowded_batch", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(batch_size, "crowded_batch", lambda *_: (_ for _ in ()).throw(error))
     assert step_bytes(trainer, module, 2) is None
-    monkeypatch.setattr(batch_size, "_crowded_batch", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(batch_size, "crowded_batch", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         step_bytes(trainer, module, 2)
 

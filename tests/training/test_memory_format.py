@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_training import TinyData, TinyDetector, TinyDetectorWithBatchNorm, quiet_trainer
+from tiny_training import CrowdedData, TinyDetector, TinyDetectorWithBatchNorm, quiet_trainer
 
 from onestage.training import memory_format
+from onestage.training.batch_size import crowded_batch
 from onestage.training.memory_format import CACHE_FILE, resolve_memory_format, time_formats
 from onestage.training.module import usual_memory_format
 from onestage.training.trainer import DetectionTrainer
 
-DATA = TinyData(num_images=8, batch_size=4)
+DATA = CrowdedData(num_images=8, batch_size=4)
+BATCH = crowded_batch(DATA, 2, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +81,7 @@ def test_answer_is_remembered_for_its_detector_batch_and_precision(timed, traine
     assert first.startswith("channels_last: true (a step of 4 x 64 x 64 px takes 1 s with it, 2 s without)")
     assert second.startswith(f"channels_last: true (remembered in {cache})")
     assert not resolve_memory_format(TinyDetectorWithBatchNorm(2), DATA, trainer)
-    assert not resolve_memory_format(TinyDetector(2), TinyData(num_images=8, batch_size=2), trainer)
+    assert not resolve_memory_format(TinyDetector(2), CrowdedData(num_images=8, batch_size=2), trainer)
     assert sorted(json.loads(cache.read_text()).values()) == [False, False, True]
 
 
@@ -106,7 +108,7 @@ def test_timing_changes_neither_detector_nor_random_states(trainer):
 
     detector = Drawing(2).eval()
     before = [value.clone() for value in state()]
-    seconds = time_formats(detector, memory_format._random_batch(2, (64, 64), 2), trainer)
+    seconds = time_formats(detector, BATCH, trainer)
     assert all(torch.equal(one, other) for one, other in zip(before, state(), strict=True))
     assert (detector.training, [p for p in detector.parameters() if p.grad is not None]) == (False, [])
     assert min(seconds.values()) > 0
@@ -122,5 +124,5 @@ def test_no_round_starts_after_the_time_limit(monkeypatch, trainer, limit, num_s
             return super().forward(images)
 
     monkeypatch.setattr(memory_format, "MAX_SECONDS", limit)
-    time_formats(Seen(2), memory_format._random_batch(2, (64, 64), 2), trainer)
+    time_formats(Seen(2), BATCH, trainer)
     assert formats == [True, False] * (num_steps // 2)

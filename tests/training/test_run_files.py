@@ -11,7 +11,7 @@ from PIL import Image
 
 from onestage.evaluation.drawing import draw_sheet
 from onestage.evaluation.figures import draw_labels, draw_training, save_figure, training_curves
-from onestage.training.run_files import EpochTable, add_row
+from onestage.training.callbacks import EpochTable, add_row
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -31,25 +31,25 @@ from onestage.data.annotations import IMAGE_UNREADABLE, malformed
 from onestage.data.datamodule import DetectionDataModule
 from onestage.data.source import Source
 from onestage.errors import ConfigError, DataError
+from onestage.evaluation.results import format_table
 from onestage.files import atomic_write, printable
 from onestage.training.batch_size import GIB, AutoBatch
 from onestage.training.callbacks import (
-    CURVES_FILE,
+    EPOCHS_FILE,
     AnchorMonitor,
     DetectionImages,
+    EpochTable,
     LossBar,
     ResultsWriter,
-    print_report,
+    TrainingPictures,
 )
 from onestage.training.ema import ExponentialMovingAverage
-from onestage.training.loggers import run_loggers
+from onestage.training.loggers import ResultsLogger, ended_with_the_command, log_run, run_loggers, start_loggers
 from onestage.training.memory_format import resolve_memory_format
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import shards_parameters
 from onestage.training.run import RunAddOn, is_first_process, link_data_to_model
-from onestage.training.run_files import EPOCHS_FILE, EpochTable, TrainingPictures
-from onestage.training.tracking import ResultsLogger, ended_with_the_command, log_run, start_loggers
-from onestage.training.trainer import DetectionTrainer, evaluate_at_least_once, resolve_precision
+from onestage.training.trainer import CURVES_FILE, DetectionTrainer, evaluate_at_least_once, resolve_precision
 from onestage.types import JSONDict
 
 # The add-on that makes runs crash-safe. Without its line, Lightning saves its own checkpoints and nothing is resumed.
@@ -346,7 +346,8 @@ class DetectionCLI(LightningCLI):
     @rank_zero_only
     def _print_results(self) -> None:
         if self.command != "predict" and self.model.metrics:
-            print_report(self.model)
+            evaluation = self.model.evaluator.evaluation()
+            print(format_table(self.model.metrics, evaluation.per_class, evaluation.analysis))
             self._call_after_run()
         if self.results_path.is_file():
             print(f"results: {self.results_path}", flush=True)

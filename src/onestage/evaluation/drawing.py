@@ -19,6 +19,7 @@ BLACK: Colour = (0, 0, 0)
 MIN_SHORT_SIDE = 300  # a label takes about 80 x 12 px; on a smaller image it would hide the objects
 MAX_LONG_SIDE = 2000  # limit of enlarging: a strip of 10 x 5,000 px is not enlarged
 JPEG_QUALITY = 90
+BATCH_FILE = "train_batch.jpg"  # of a run
 NUM_BEST = 10  # detections of an image that are drawn while no threshold is known
 
 

@@ -15,7 +15,7 @@ from onestage.types import AnnotationSet
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PR_FILE, CONFUSION_FILE = "pr_curves.png", "confusion.png"
+PR_FILE, CONFUSION_FILE, CURVES_FILE, LABELS_FILE = "pr_curves.png", "confusion.png", "curves.png", "labels.png"
 MAX_CLASSES = 20  # drawn by name; of more classes those with the most objects
 MAX_LETTERS = 20  # of a class name
 

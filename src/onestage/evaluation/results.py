@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from onestage.evaluation.analysis import Analysis, ClassAnalysis
-from onestage.evaluation.backends import choose_backend
-from onestage.evaluation.coco import METRIC_NAMES
+from onestage.evaluation.coco import METRIC_NAMES, choose_backend
 from onestage.files import atomic_write
 from onestage.types import JSONDict, Metrics
 

@@ -1,4 +1,3 @@
-from .adaptive import AutomatedFocalLoss as AutomatedFocalLoss
 from .box import (
     BoxLoss as BoxLoss,
     CIoULoss as CIoULoss,
@@ -20,9 +19,13 @@ from .focal import (
     SoftmaxCrossEntropy as SoftmaxCrossEntropy,
     SoftmaxFocalLoss as SoftmaxFocalLoss,
 )
+from .focal_variants import (
+    AutomatedFocalLoss as AutomatedFocalLoss,
+    QualityFocalLoss as QualityFocalLoss,
+    VarifocalLoss as VarifocalLoss,
+)
 from .mining import MinedCrossEntropy as MinedCrossEntropy, OHEMCrossEntropy as OHEMCrossEntropy
 from .normaliser import PositiveNormaliser as PositiveNormaliser
-from .quality import QualityFocalLoss as QualityFocalLoss, VarifocalLoss as VarifocalLoss
 from .yolo import (
     GridBoxLoss as GridBoxLoss,
     ObjectSoftmaxLoss as ObjectSoftmaxLoss,

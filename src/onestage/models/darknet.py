@@ -38,7 +38,38 @@ class Residual(nn.Module):
         return torch.add(features, self.convs(features))
 
 
-class Darknet19(Backbone):
+class Darknet(Backbone):
+    """A sequence of stages, the last of which give the maps; stride s has `width` s channels.
+
+    Args:
+        width: channels of the first layer, a multiple of 2.
+        strides: of the maps, px.
+    """
+
+    def __init__(self, width: int, strides: tuple[int, ...]) -> None:
+        is_valid, rule = width >= 2 and width % 2 == 0, "a multiple of 2"
+        require(is_valid, f"{type(self).__name__}: width", width, rule, "The paper's is 32.")
+        super().__init__([stride * width for stride in strides], strides, PIXEL_MEAN, PIXEL_STD)
+        self.stages = nn.ModuleList()
+
+    def load(self, weights: str | None) -> None:
+        """Fill all layers from a darknet file; None: keep the random weights."""
+        if weights is not None:
+            load_darknet(weights, f"{type(self).__name__}.weights", list(block_tensors(self)))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the maps of normalised images [B, 3, H, W]."""
+        maps = [images]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return maps[-len(self.strides) :]
+
+    def freezable_stages(self) -> Sequence[Sequence[nn.Module]]:
+        """Return the stages, each of which begins with a smaller map."""
+        return [[stage] for stage in self.stages]
+
+
+class Darknet19(Darknet):
     """Darknet-19 without its classifier: maps of strides 16 and 32. YOLOv2 table 6 (arXiv:1612.08242).
 
     Args:
@@ -47,29 +78,18 @@ class Darknet19(Backbone):
     """
 
     def __init__(self, width: int = 32, weights: str | None = None) -> None:
-        _require_width("Darknet19", width)
-        super().__init__((16 * width, 32 * width), (16, 32), PIXEL_MEAN, PIXEL_STD)
-        multiples = ((1,), (2,), (4, 2, 4), (8, 4, 8), (16, 8, 16, 8, 16), (32, 16, 32, 16, 32))
-        self.stages, channels = nn.ModuleList(), 3
-        for stage in multiples:
+        super().__init__(width, (16, 32))
+        channels = 3
+        for stage in ((1,), (2,), (4, 2, 4), (8, 4, 8), (16, 8, 16, 8, 16), (32, 16, 32, 16, 32)):
             blocks: list[nn.Module] = [] if channels == 3 else [nn.MaxPool2d(2)]
             for position, multiple in enumerate(stage):
                 blocks.append(ConvBlock(channels, multiple * width, 1 if position % 2 else 3))
                 channels = multiple * width
             self.stages.append(nn.Sequential(*blocks))
-        if weights is not None:
-            load_darknet(weights, "Darknet19.weights", list(block_tensors(self)))
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Return the maps of strides 16 and 32 of normalised images [B, 3, H, W]."""
-        return _last_maps(self.stages, images, 2)
-
-    def freezable_stages(self) -> Sequence[Sequence[nn.Module]]:
-        """Return the stages, each of which begins with a smaller map."""
-        return [[stage] for stage in self.stages]
+        self.load(weights)
 
 
-class Darknet53(Backbone):
+class Darknet53(Darknet):
     """Darknet-53 without its classifier: maps of strides 8, 16 and 32. YOLOv3 table 1 (arXiv:1804.02767).
 
     Args:
@@ -81,23 +101,13 @@ class Darknet53(Backbone):
     def __init__(
         self, width: int = 32, depths: tuple[int, int, int, int, int] = (1, 2, 8, 8, 4), weights: str | None = None
     ) -> None:
-        _require_width("Darknet53", width)
-        super().__init__((8 * width, 16 * width, 32 * width), (8, 16, 32), PIXEL_MEAN, PIXEL_STD)
-        self.stages = nn.ModuleList([ConvBlock(3, width)])
+        super().__init__(width, (8, 16, 32))
+        self.stages.append(ConvBlock(3, width))
         for stage, depth in enumerate(depths):
             channels = width * 2**stage
             residuals = [Residual(2 * channels) for _ in range(depth)]
             self.stages.append(nn.Sequential(ConvBlock(channels, 2 * channels, stride=2), *residuals))
-        if weights is not None:
-            load_darknet(weights, "Darknet53.weights", list(block_tensors(self)))
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Return the maps of strides 8, 16 and 32 of normalised images [B, 3, H, W]."""
-        return _last_maps(self.stages, images, 3)
-
-    def freezable_stages(self) -> Sequence[Sequence[nn.Module]]:
-        """Return the stages, each of which begins with a smaller map."""
-        return [[stage] for stage in self.stages]
+        self.load(weights)
 
 
 class Passthrough(nn.Module):
@@ -237,16 +247,3 @@ def save_darknet(path: Path, version: tuple[int, int, int], seen: int, tensors: 
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         for part in (np.array(version, "<i4"), np.array([seen], kind), numbers):
             file.write(part.tobytes())
-
-
-def _last_maps(stages: nn.ModuleList, features: Tensor, count: int) -> list[Tensor]:
-    """Return the outputs of the last `count` stages."""
-    maps = []
-    for stage in stages:
-        features = stage(features)
-        maps.append(features)
-    return maps[-count:]
-
-
-def _require_width(name: str, width: int) -> None:
-    require(width >= 2 and width % 2 == 0, f"{name}: width", width, "a multiple of 2", "The paper's is 32.")

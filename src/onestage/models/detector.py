@@ -85,7 +85,7 @@ class AnchorDetector(Detector):
             labels, gt_boxes = self.assign(predictions, targets)
             is_positive = labels >= 0
             divisor = self.normaliser(is_positive)
-            box_quality = self._box_quality(self.classification_loss, predictions, gt_boxes, is_positive)
+            box_quality = self.box_quality(self.classification_loss, predictions, gt_boxes, is_positive)
             others = self.quality_terms(predictions, gt_boxes, is_positive)
         classification = self.classification_loss(class_logits, labels, box_quality)
         box = self.box_loss(box_outputs, gt_boxes, anchors, self.box_coder, is_positive)
@@ -98,13 +98,17 @@ class AnchorDetector(Detector):
 
     @torch.no_grad()
     def anchor_losses(self, predictions: Predictions, targets: Targets) -> AnchorLosses:
-        """Return the classification loss of every anchor."""
-        class_logits, loss = predictions.class_logits, self.classification_loss
-        with torch.autocast(class_logits.device.type, enabled=False):
+        """Return the loss of every anchor in the term of `shared_term`."""
+        with torch.autocast(predictions.box_outputs.device.type, enabled=False):
             labels, gt_boxes = self.assign(predictions, targets)
-            box_quality = self._box_quality(loss, predictions, gt_boxes, labels >= 0)
-            losses = loss.anchor_losses(class_logits, labels, box_quality)
-            return AnchorLosses(labels, losses, loss.true_probability(class_logits, labels))
+            loss, logits, labels_of_term = self.shared_term(predictions, labels)
+            box_quality = self.box_quality(loss, predictions, gt_boxes, labels >= 0)
+            losses = loss.anchor_losses(logits, labels_of_term, box_quality)
+            return AnchorLosses(labels, losses, loss.true_probability(logits, labels_of_term))
+
+    def shared_term(self, predictions: Predictions, labels: Tensor) -> tuple[ClassificationLoss, Tensor, Tensor]:
+        """Return the loss that all anchors share, its logits [B, A, C'], and its labels [B, A]."""
+        return self.classification_loss, predictions.class_logits, labels
 
     @torch.no_grad()
     def detect(self, predictions: Predictions, content_sizes: Tensor | None = None) -> Detections:
@@ -145,9 +149,11 @@ class AnchorDetector(Detector):
             self.classification_loss.class_weights.set_class_counts(class_counts)
 
     def compile(self, *args: Any, **settings: Any) -> None:
-        """Compile forward() and the classification loss in place."""
+        """Compile forward() and the losses over classes in place."""
         super().compile(*args, **settings)
-        self.classification_loss.compile(*args, **settings)
+        for loss in self.children():
+            if isinstance(loss, ClassificationLoss):
+                loss.compile(*args, **settings)
 
     @torch.no_grad()
     def anchor_summary(self, canvas: tuple[int, int] | None = None) -> AnchorSummary:
@@ -164,7 +170,7 @@ class AnchorDetector(Detector):
         return AnchorSummary(self.anchor_grid.levels, tuple((m.shape[-2], m.shape[-1]) for m in maps))
 
     @torch.no_grad()
-    def _box_quality(
+    def box_quality(
         self, loss: ClassificationLoss, predictions: Predictions, gt_boxes: Tensor, is_positive: Tensor
     ) -> Tensor | None:
         """Return the IoU of positive anchors' predicted boxes with their objects, 0 elsewhere, if the loss uses it."""

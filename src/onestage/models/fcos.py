@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes
 from onestage.boxes.coders import DistanceBoxCoder
@@ -19,7 +20,7 @@ from onestage.models.backbone import Backbone
 from onestage.models.detector import AnchorDetector
 from onestage.models.fpn import FPN, STRIDES, pyramid_backbone
 from onestage.models.heads import SharedHead, by_anchor
-from onestage.models.weights import load_published, torchvision_fcos
+from onestage.models.weights import load_published, torchvision_pyramid
 from onestage.types import Predictions
 
 ANCHOR_SCALE = 8  # strides; the square by which ATSS measures overlap, and `doctor` coverage. FCOS uses centres only.
@@ -95,15 +96,12 @@ class FCOS(AnchorDetector):
             box_coder=DistanceBoxCoder(),
             matcher=matcher or PointMatcher(),
             normaliser=PositiveNormaliser(normaliser_momentum),
-            selection=Selection(
-                score_threshold, nms_threshold, max_detections, candidates_per_level=candidates_per_level
-            ),
+            selection=Selection(score_threshold, nms_threshold, max_detections, None, candidates_per_level),
         )
         if pretrained is not None:
             place, fits = f"pretrained: {pretrained}: detector", isinstance(loss, SigmoidClassificationLoss)
             require(fits, place, type(loss).__name__, "a loss with sigmoids", "Or set pretrained: null.")
-            state = self.published_state("pretrained", pretrained)
-            load_published(self, state, f"pretrained: {pretrained}", num_classes, loss.num_logits(num_classes))
+            load_published(self, pretrained)
 
     def forward(self, images: Tensor) -> Predictions:
         """Predict for every point. images: [B, 3, H, W] uint8 RGB."""
@@ -127,8 +125,9 @@ class FCOS(AnchorDetector):
         return (super().scores(predictions) * predictions.quality_logits.sigmoid()[..., None]).sqrt()
 
     def published_state(self, key: str, value: str) -> Mapping[str, Tensor]:
-        """Return the weights of torchvision's fcos_resnet50_fpn; see `torchvision_fcos`."""
-        return torchvision_fcos(self, key, value)
+        """Return the weights of torchvision's fcos_resnet50_fpn."""
+        # Its towers are flat lists of convolutions, group norms and ReLUs.
+        return torchvision_pyramid(self, key, value, FCOS_ResNet50_FPN_Weights.COCO_V1, layers_per_conv=3)
 
 
 class DistanceHead(SharedHead):

@@ -109,9 +109,7 @@ class RetinaNet(AnchorDetector):
             box_coder=box_coder,
             matcher=IoUMatcher(positive_iou, negative_iou, best_anchors="ties"),
             normaliser=PositiveNormaliser(normaliser_momentum),
-            selection=Selection(
-                score_threshold, nms_threshold, max_detections, candidates_per_level=candidates_per_level
-            ),
+            selection=Selection(score_threshold, nms_threshold, max_detections, None, candidates_per_level),
         )
         self.group_norm = group_norm
         if pretrained is not None:
@@ -122,8 +120,7 @@ class RetinaNet(AnchorDetector):
             )
             rule = "torchvision's: sigmoids, the paper's anchors, and group_norm with p6_from c5 or neither"
             require(is_torchvision, f"pretrained: {pretrained}: detector", settings, rule, "Or set pretrained: null.")
-            state = self.published_state("pretrained", pretrained)
-            load_published(self, state, f"pretrained: {pretrained}", num_classes, loss.num_logits(num_classes))
+            load_published(self, pretrained)
 
     def published_state(self, key: str, value: str) -> Mapping[str, Tensor]:
         """Return the weights of torchvision's RetinaNet of this version; see `torchvision_retinanet`."""

@@ -136,8 +136,7 @@ class SSD(AnchorDetector):
             fits = is_own_backbone and isinstance(loss, SoftmaxClassificationLoss) and anchors == "coco"
             fits &= type(self).published_state is not SSD.published_state
             require(fits, f"{place}: detector", found, rule, remedy)
-            state = self.published_state("pretrained", pretrained)
-            load_published(self, state, place, num_classes, loss.num_logits(num_classes))
+            load_published(self, pretrained)
         elif backbone_weights is not None:
             place, rule = f"backbone_weights: {backbone_weights}: backbone of {name}", "VGG16 without batch norm"
             remedy = "Set backbone_weights: null, or choose SSD300 or SSD512 without another backbone."

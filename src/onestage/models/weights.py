@@ -3,12 +3,12 @@
 import pickle
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, WeightsEnum
 from torchvision.models.detection import (
-    FCOS_ResNet50_FPN_Weights,
     RetinaNet_ResNet50_FPN_V2_Weights,
     RetinaNet_ResNet50_FPN_Weights,
     SSD300_VGG16_Weights,
@@ -74,27 +74,23 @@ def load_vgg16(backbone: nn.Module, value: str, scale: float) -> None:
     load_tensors(backbone, state, f"backbone_weights: {value}")
 
 
-def load_published(
-    detector: nn.Module, state: Mapping[str, Tensor], place: str, num_classes: int, num_logits: int
-) -> None:
+def load_published(detector: Any, value: str) -> None:
     """Load torchvision's weights of a whole detector; its classes without the background become labels 0..K-1.
 
     COCO weights have a logit for each category id up to 90; for K = 80 the ids in use become the labels in order.
 
     Args:
-        detector: of the published network.
-        state: see `Detector.published_state`; of each anchor's class outputs the first is the background.
-        place: key and value of the configuration, for messages.
-        num_classes: K of the detector.
-        num_logits: of the detector for each anchor: K, or K + 1 with the background.
+        detector: an `AnchorDetector` of the published network, with K logits for each anchor, or K + 1.
+        value: see `Detector.published_state`; of each anchor's class outputs the first is the background.
 
     Raises:
         ConfigError: if they were trained on a number of classes that does not give K.
     """
-    state = dict(state)
+    place, num_classes = f"pretrained: {value}", detector.num_classes
+    state = dict(detector.published_state("pretrained", value))
     for name in filter(CLASS_OUTPUT.fullmatch, state):
         num_columns = 4 * len(state[name]) // len(state[name.replace("class_head", "box_head")])
-        columns = _columns(num_columns, num_classes, place)[:num_logits]
+        columns = _columns(num_columns, num_classes, place)[: detector.classification_loss.num_logits(num_classes)]
         rows = state[name].view(-1, num_columns, *state[name].shape[1:])  # [anchors of the cell, columns, ...]
         state[name] = rows[:, columns].flatten(0, 1)
     load_tensors(detector, state, place)
@@ -125,11 +121,10 @@ def torchvision_retinanet(detector: nn.Module, key: str, value: str, is_second: 
 
     detector: a RetinaNet of that version. See `read_weights`.
     """
-    published: WeightsEnum = RetinaNet_ResNet50_FPN_Weights.COCO_V1
-    if is_second:
-        published = RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1
+    first, second = RetinaNet_ResNet50_FPN_Weights.COCO_V1, RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1
+    published: WeightsEnum = second if is_second else first
     # Before torchvision 0.13 the towers were flat lists of convolutions and ReLUs.
-    state = _pyramid_state(detector, key, value, published, layers_per_conv=2)
+    state = torchvision_pyramid(detector, key, value, published, layers_per_conv=2)
     # The published first version was trained with eps = 0 in the batch norms: var + 0 = (var - eps) + eps.
     if not is_second and (value == TORCHVISION_COCO or value.endswith(published.url.rpartition("/")[2])):
         for name, module in detector.named_modules():
@@ -138,13 +133,7 @@ def torchvision_retinanet(detector: nn.Module, key: str, value: str, is_second: 
     return state
 
 
-def torchvision_fcos(detector: nn.Module, key: str, value: str) -> dict[str, Tensor]:
-    """Return the weights of torchvision's fcos_resnet50_fpn under our names; see `read_weights`."""
-    # The towers are flat lists of convolutions, group norms and ReLUs.
-    return _pyramid_state(detector, key, value, FCOS_ResNet50_FPN_Weights.COCO_V1, layers_per_conv=3)
-
-
-def _pyramid_state(
+def torchvision_pyramid(
     detector: nn.Module, key: str, value: str, published: WeightsEnum, layers_per_conv: int
 ) -> dict[str, Tensor]:
     """Return weights of torchvision's detectors on an FPN; layers_per_conv: in towers that are flat lists."""

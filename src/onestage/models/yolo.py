@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ from onestage.models.darknet import (
 )
 from onestage.models.detector import AnchorDetector
 from onestage.models.heads import AnchorHead
-from onestage.types import BACKGROUND, IGNORE, AnchorLosses, Losses, Predictions, Targets
+from onestage.types import BACKGROUND, IGNORE, Losses, Predictions, Targets
 
 STRIDE = 32  # px of YOLOv2's cells; its published anchors are in cells
 
@@ -46,21 +46,8 @@ class YOLO(AnchorDetector):
     """The parts that the YOLOs share: one class, box and objectness prediction for every anchor, three loss terms.
 
     Score = objectness x class score. Terms are sums divided by the number of images, as in darknet. Subclasses add
-    their network, their anchors and their weights of the box loss.
-
-    Args:
-        num_classes: K.
-        backbone: to feature maps.
-        neck: Passthrough or DarknetPyramid.
-        levels: anchors of each map, finest first.
-        classification_loss: of anchors with an object.
-        box_loss: of anchors with an object.
-        objectness_loss: over all anchors, with one sigmoid.
-        ignore_iou: see `CellMatcher`.
-        anchors_per_object: see `CellMatcher`.
-        prior: objectness of every anchor before training, in (0, 1).
-        pretrained: path of a darknet file with all weights, or None.
-        selection: limits of the detections.
+    their network, their anchors and their weights of the box loss. Arguments: see `YOLOv3`; levels: anchors of each
+    map, finest first.
     """
 
     loss_terms = ("classification", "box", "objectness")
@@ -132,37 +119,27 @@ class YOLO(AnchorDetector):
             divisor = self.normaliser(labels >= 0)
             weights, gt_boxes = self._box_targets(labels, gt_boxes, predictions)
             box = self.box_loss.per_anchor_loss(box_outputs, gt_boxes, anchors, self.box_coder, weights > 0)
-            logits, labels_of_all = self._objectness(predictions, labels)
-            quality = self._box_quality(self.objectness_loss, predictions, gt_boxes, labels >= 0)
+            objectness_loss, logits, labels_of_term = self.shared_term(predictions, labels)
+            quality = self.box_quality(objectness_loss, predictions, gt_boxes, labels >= 0)
             terms = {
                 "classification": self._classification(predictions, targets),
                 "box": (box * weights).sum(),
-                "objectness": self.objectness_loss(logits, labels_of_all, quality),
+                "objectness": objectness_loss(logits, labels_of_term, quality),
             }
         if self.training:
             self.images_seen += len(labels) * (dist.get_world_size() if dist.is_initialized() else 1)
         terms = {name: value / divisor for name, value in terms.items()}
         return Losses(terms, (labels >= 0).sum(), divisor)
 
-    @torch.no_grad()
-    def anchor_losses(self, predictions: Predictions, targets: Targets) -> AnchorLosses:
-        """Return the objectness loss of every anchor."""
-        with torch.autocast(predictions.box_outputs.device.type, enabled=False):
-            labels, gt_boxes = self.assign(predictions, targets)
-            quality = self._box_quality(self.objectness_loss, predictions, gt_boxes, labels >= 0)
-            arguments = self._objectness(predictions, labels)
-            losses = self.objectness_loss.anchor_losses(*arguments, quality)
-            return AnchorLosses(labels, losses, self.objectness_loss.true_probability(*arguments))
+    def shared_term(self, predictions: Predictions, labels: Tensor) -> tuple[ClassificationLoss, Tensor, Tensor]:
+        """Return the objectness loss, its logits [B, A, 1] and its labels [B, A]: 0, BACKGROUND or IGNORE."""
+        assert predictions.quality_logits is not None
+        return self.objectness_loss, predictions.quality_logits[..., None], labels.clamp(max=0)
 
     def scores(self, predictions: Predictions) -> Tensor:
         """Return objectness x class score, [B, A, K] in [0, 1]."""
         assert predictions.quality_logits is not None
         return self.objectness_loss.scores(predictions.quality_logits[..., None]) * super().scores(predictions)
-
-    def compile(self, *args: Any, **settings: Any) -> None:
-        """Compile forward() and the losses over classes and objectness in place."""
-        super().compile(*args, **settings)
-        self.objectness_loss.compile(*args, **settings)
 
     def darknet_tensors(self) -> list[Tensor]:
         """Return all weights in the order of darknet's files, as views: a change of them changes the detector."""
@@ -189,15 +166,6 @@ class YOLO(AnchorDetector):
     @abstractmethod
     def _classification(self, predictions: Predictions, targets: Targets) -> Tensor:
         """Return the class loss of all objects, a sum."""
-
-    def _objectness(self, predictions: Predictions, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the objectness logits [B, A, 1] and their labels [B, A]: 0, BACKGROUND or IGNORE."""
-        assert predictions.quality_logits is not None
-        return predictions.quality_logits[..., None], labels.clamp(max=0)
-
-    def _sum_over_objects(self, class_logits: Tensor, labels: Tensor) -> Tensor:
-        total: Tensor = self.classification_loss(class_logits, labels)
-        return total
 
     def _object_rows(self, predictions: Predictions, targets: Targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what the class loss needs of the N = n M anchors of the objects, not of all anchors.
@@ -290,7 +258,7 @@ class YOLOv3(YOLO):
         logits, labels, is_kept, has_same = self._object_rows(predictions, targets)
         has_class = (has_same.to(logits.dtype) @ one_hot(labels, logits)) > 0  # [B, N, K]
         labels = torch.where(has_class, 0, BACKGROUND).masked_fill(~is_kept[..., None], IGNORE)
-        return self._sum_over_objects(logits.flatten(1)[..., None], labels.flatten(1))
+        return cast(Tensor, self.classification_loss(logits.flatten(1)[..., None], labels.flatten(1)))
 
 
 class YOLOv2(YOLO):
@@ -373,7 +341,7 @@ class YOLOv2(YOLO):
 
     def _classification(self, predictions: Predictions, targets: Targets) -> Tensor:
         logits, labels, is_kept, _ = self._object_rows(predictions, targets)
-        return self._sum_over_objects(logits, torch.where(is_kept, labels, IGNORE))
+        return cast(Tensor, self.classification_loss(logits, torch.where(is_kept, labels, IGNORE)))
 
 
 def _levels(

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from onestage.errors import ConfigError
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import shards_parameters
-from onestage.types import Batch, Targets
+from onestage.types import Batch, DetectionData, Targets
 
 GIB = 2**30
 USABLE = 0.9  # fraction of the memory; the rest is for fragmentation, the loader's batches and the evaluation
@@ -119,7 +120,7 @@ def step_bytes(trainer: pl.Trainer, module: DetectionModule, num_images: int) ->
     optimizer = module.make_optimizer()
     _reset_peak(device)
     try:
-        batch = _crowded_batch(module, num_images, device)
+        batch = crowded_batch(module.data, num_images, device)
         with trainer.precision_plugin.forward_context():
             losses = module.detector.loss(module.predict_batch(batch), batch.targets)
         module.weighted_loss(losses)["loss"].backward()  # type: ignore[no-untyped-call]
@@ -133,11 +134,11 @@ def step_bytes(trainer: pl.Trainer, module: DetectionModule, num_images: int) ->
         optimizer.zero_grad(set_to_none=True)
 
 
-def _crowded_batch(module: DetectionModule, num_images: int, device: torch.device) -> Batch:
+def crowded_batch(data: DetectionData, num_images: int, device: torch.device) -> Batch:
     """Return a batch of the largest canvas, each image with as many objects as the most crowded training image."""
-    objects = int(np.diff(module.data.annotations("train").box_offsets).max(initial=1))
+    objects = int(np.diff(data.annotations("train").box_offsets).max(initial=1))
     rows = -(-objects // 16) * 16  # as collate pads
-    height, width = max(module.data.canvases, key=lambda canvas: canvas[0] * canvas[1])
+    height, width = max(data.canvases, key=math.prod)
     images = torch.zeros(num_images, 3, height, width, dtype=torch.uint8, device=device)
     box = torch.tensor([width / 4, height / 4, width * 3 / 4, height * 3 / 4], device=device)
     targets = Targets(box.expand(num_images, rows, 4), box.new_zeros(num_images, rows, dtype=torch.int64))

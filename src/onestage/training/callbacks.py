@@ -1,8 +1,10 @@
 """Callbacks that report a run: images, results, anchor statistics, loss curves, the progress bar."""
 
+import csv
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +16,32 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-from onestage.errors import ConfigError, DataError
-from onestage.evaluation.anchor_losses import (
-    LossDistribution,
-    anchor_statistics,
-    draw_loss_curves,
-    format_loss_shares,
-    missing_prior,
-    write_loss_curves,
+from onestage.errors import ConfigError
+from onestage.evaluation.anchor_losses import LossDistribution, anchor_statistics, missing_prior
+from onestage.evaluation.drawing import BATCH_FILE, draw_boxes, draw_sheet, save_jpeg
+from onestage.evaluation.figures import (
+    CURVES_FILE,
+    LABELS_FILE,
+    draw_labels,
+    draw_training,
+    save_figure,
+    write_figures,
 )
-from onestage.evaluation.drawing import draw_boxes, save_jpeg
-from onestage.evaluation.figures import write_figures
-from onestage.evaluation.results import format_table, write_records, write_results
+from onestage.evaluation.results import write_records, write_results
+from onestage.files import atomic_write, read_rows
+from onestage.training.loggers import METRICS_FILE
 from onestage.training.module import DetectionModule, stage_of
 from onestage.types import Batch, Detections, Predictions
 
-CURVES_FILE = "losses.csv"
-IMAGES_FILE = "images.json"
-FIGURE_FILE = "losses.png"
+IMAGES_FILE, EPOCHS_FILE = "images.json", "epochs.csv"
+MAX_DRAWN = 16  # images of the first batch
 SHORT_NAMES = {
-    **{
-        "train/loss": "loss",
-        "train/classification_loss": "cls",
-        "train/box_loss": "box",
-        "train/objectness_loss": "obj",
-    },
-    **{"val/mAP": "mAP", "val/AP50": "AP50"},
+    "train/loss": "loss",
+    "train/classification_loss": "cls",
+    "train/box_loss": "box",
+    "train/objectness_loss": "obj",
+    "val/mAP": "mAP",
+    "val/AP50": "AP50",
 }
 TIMED_BATCHES = (10, 30)  # the run time is estimated from those between; the first ones are slower
 
@@ -124,13 +126,6 @@ class ResultsWriter(Callback):
             write_records(self.path.with_name(IMAGES_FILE), images)
 
 
-def print_report(module: DetectionModule) -> None:
-    """Print the table of the latest evaluation."""
-    assert module.evaluator is not None
-    evaluation = module.evaluator.evaluation()
-    print(format_table(module.metrics, evaluation.per_class, evaluation.analysis))
-
-
 class LossBar(TQDMProgressBar):
     """Progress bar of 80 columns with losses and mAP, and a line that stays for each validation.
 
@@ -159,12 +154,9 @@ class LossBar(TQDMProgressBar):
             parts += [f"{name} {100 * metrics[name]:.1f}" for name in ("mAP", "AP50") if name in metrics]
             self.print(f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}: {'  '.join(parts)}")
 
-    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+    def print(self, *args: Any, **kwargs: Any) -> None:
         """Print above the bar, or as any line if there is none."""
-        if self.is_enabled:
-            super().print(*args, sep=sep, **kwargs)
-        else:
-            print(*args, sep=sep, flush=True, **kwargs)
+        (super().print if self.is_enabled else print)(*args, **kwargs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the bar, and count batches from here."""
@@ -180,14 +172,13 @@ class LossBar(TQDMProgressBar):
         first, last = TIMED_BATCHES
         if self._num_batches == first:
             self._start = time.perf_counter()
-        elif self._num_batches == last:
+        elif self._num_batches == last and trainer.is_global_zero:
             seconds = (time.perf_counter() - self._start) / (last - first) * trainer.accumulate_grad_batches
             steps = float(trainer.estimated_stepping_batches) - trainer.global_step
-            if math.isfinite(steps) and steps * seconds >= 60:
-                minutes = steps * seconds / 60
+            minutes = steps * seconds / 60
+            if 1 <= minutes < math.inf:
                 time_text = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-                if trainer.is_global_zero:
-                    self.print(f"training: about {time_text} for {steps:,.0f} steps")
+                self.print(f"training: about {time_text} for {steps:,.0f} steps")
 
 
 class AnchorMonitor(Callback):
@@ -204,6 +195,7 @@ class AnchorMonitor(Callback):
         self._is_first_batch = trainer.global_step == 0
 
     @rank_zero_only
+    @torch.no_grad()  # adaptive losses count the batches that have a gradient
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the composition of the loss of this batch."""
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
@@ -212,9 +204,7 @@ class AnchorMonitor(Callback):
         is_logged = bool(loggers) and ends_step and trainer.global_step % every == 0
         if not (is_logged or self._is_first_batch):
             return
-        # Without gradient, because adaptive losses count the batches that have one.
-        fields: list[Any] = [one.detach() if isinstance(one, Tensor) else one for one in outputs["predictions"]]
-        predictions = Predictions(*fields)
+        predictions: Predictions = outputs["predictions"]
         anchor_losses = pl_module.detector.anchor_losses(predictions, batch.targets)
         if anchor_losses is None:
             return
@@ -259,12 +249,95 @@ class LossCollector(pl.LightningModule):
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
 
-def report_losses(folder: Path, distribution: LossDistribution, title: str) -> None:
-    """Write the curves and their figure into `folder`, and print the loss share of the hardest examples."""
-    curves = distribution.curves()
-    if not curves:
-        raise DataError("no image was seen, hence no loss. Raise trainer.limit_val_batches, or choose another --split.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_loss_curves(folder / CURVES_FILE, curves, distribution.gammas)
-    draw_loss_curves(folder / FIGURE_FILE, curves, distribution.gammas, title)
-    print(format_loss_shares(curves, distribution.gammas))
+class EpochTable(Callback):
+    """epochs.csv: a row for each validation of a training.
+
+    Columns: number of the epoch, 1 the first; optimizer steps so far; lr of the first parameter group; train/*, the
+    mean of each loss over the first process's batches since the row before; val/*, the losses and metrics of the
+    validation, empty where undefined; seconds since the row before, or since the start or resume.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._sums: dict[str, Tensor] = {}  # of the finite losses since the last row, and their number
+        self._start = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the losses of a batch, without waiting for the device."""
+        # Lightning has divided this one by the number of accumulated batches.
+        losses = {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}
+        names = [name for name in losses if name.endswith("loss")]
+        values = torch.stack([losses[name].detach().double() for name in names])
+        pairs = torch.stack([values.nan_to_num(0.0, 0.0, 0.0), values.isfinite().double()], dim=1)
+        self._sums = {name: self._sums.get(name, 0.0) + pair for name, pair in zip(names, pairs, strict=True)}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Write the row of a validation; a row of the same step, which a resumed run repeats, is replaced."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        row: dict[str, float] = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
+        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        row |= {f"train/{name}": float(total / count) for name, (total, count) in self._sums.items()}  # 0 / 0: NaN
+        row |= {name: float(loss) for name, loss in trainer.callback_metrics.items() if name.startswith("val/")}
+        row |= {f"val/{name}": value for name, value in pl_module.metrics.items()}  # NaN was logged as 0
+        now = time.perf_counter()
+        row["seconds"], self._start, self._sums = round(now - self._start, 2), now, {}
+        if trainer.is_global_zero:
+            add_row(self.path, row)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums, so that the first row after a resume has the means of an uninterrupted run."""
+        return {name: pair.tolist() for name, pair in self._sums.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the sums."""
+        self._sums = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in state_dict.items()}
+
+
+def add_row(path: Path, row: Mapping[str, float]) -> None:
+    """Write a row after those of earlier steps; rows of its step and of later ones are dropped. NaN becomes empty."""
+    _, rows = read_rows(path)
+    text = {name: "" if math.isnan(value) else f"{value:.8g}" for name, value in row.items()}
+    rows = [*(old for old in rows if int(old["step"]) < row["step"]), text]
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as lines:
+        table = csv.DictWriter(lines, fieldnames=[*dict.fromkeys(name for old in rows for name in old)])
+        table.writeheader()
+        table.writerows(rows)
+
+
+class TrainingPictures(Callback):
+    """Draw the labels and the first augmented batch when a training starts, and its curves when it ends.
+
+    folder: of the run. No random number is drawn, so a run with pictures has the bits of one without.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Draw the training labels."""
+        if trainer.is_global_zero:
+            save_figure(self.folder / LABELS_FILE, draw_labels(pl_module.data.annotations("train")))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        """Draw the first batch of a new run, with its boxes, as the network sees it."""
+        if trainer.is_global_zero and trainer.global_step == batch_idx == trainer.current_epoch == 0:
+            images = batch.images[:MAX_DRAWN].permute(0, 2, 3, 1).cpu().numpy()
+            boxes, labels = (column[:MAX_DRAWN].cpu().numpy() for column in batch.targets)
+            objects = [(box[label >= 0], label[label >= 0]) for box, label in zip(boxes, labels, strict=True)]
+            save_jpeg(self.folder / BATCH_FILE, draw_sheet(images, objects, pl_module.data.class_names))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the curves of metrics.csv."""
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.save()  # the latest rows
+            _, rows = read_rows(self.folder / METRICS_FILE)
+            if rows:
+                save_figure(self.folder / CURVES_FILE, draw_training(rows))

@@ -28,8 +28,8 @@ class ExponentialMovingAverage(Callback):
     that nothing is copied or rounded. After `fit` the module keeps the average. Before the first update the raw weights
     are evaluated.
 
-    Not Lightning's WeightAveraging: it saves average and raw weights swapped if a validation raises, evaluates an
-    average of zero updates, truncates averaged counters, and waits for the device twice per step.
+    Not Lightning's WeightAveraging, which saves average and raw weights swapped if a validation raises, truncates
+    averaged counters, and waits for the device twice per step.
 
     Args:
         decay: d after the ramp, in (0, 1); null: off. An average over about 1 / (1 - decay) steps.
@@ -132,13 +132,11 @@ class ExponentialMovingAverage(Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Continue training from the raw weights, and keep the average if there is to be one."""
         raw = checkpoint.get(RAW_WEIGHTS)
-        if raw is None:
-            if self.decay is not None:
-                rank_zero_info("ema: the checkpoint has no average; a new one starts from its weights.")
-            return
-        if self.decay is None:
-            rank_zero_info("ema: the average in the checkpoint is ignored, because ema.decay is null.")
-        else:
-            # From the module, because it may ignore entries of the file, such as class weights.
-            self._loaded = {name: value.clone() for name, value in pl_module.state_dict().items()}
-        pl_module.load_state_dict(raw)  # Lightning has loaded `state_dict`
+        if raw is None and self.decay is not None:
+            rank_zero_info("ema: the checkpoint has no average; a new one starts from its weights.")
+        elif raw is not None:  # Lightning has loaded `state_dict`, the average
+            if self.decay is None:
+                rank_zero_info("ema: the average in the checkpoint is ignored, because ema.decay is null.")
+            else:  # from the module, because it may ignore entries of the file, such as class weights
+                self._loaded = {name: value.clone() for name, value in pl_module.state_dict().items()}
+            pl_module.load_state_dict(raw)

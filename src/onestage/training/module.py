@@ -122,11 +122,9 @@ class DetectionModule(pl.LightningModule):
     def data(self) -> DetectionData:
         """The data module of the run; ConfigError if there are only loaders."""
         if not self.has_data:
-            problem = (
-                "the Trainer was given loaders, but class weights, reference_batch_size, multi_scale need a data module"
-            )
             raise ConfigError(
-                f"{problem}.\nPass datamodule=onestage.data.DetectionDataModule(...) to the Trainer's method."
+                "the Trainer was given loaders; class weights, reference_batch_size, multi_scale need a data module.\n"
+                "Pass datamodule=onestage.data.DetectionDataModule(...) to the Trainer's method."
             )
         return cast(DetectionData, self.trainer.datamodule)  # type: ignore[attr-defined] # Lightning sets it
 
@@ -178,9 +176,8 @@ class DetectionModule(pl.LightningModule):
         if self.channels_last == "auto":  # `fit` has timed it
             device = self.trainer.strategy.root_device.type
             self.channels_last = usual_memory_format(device, str(self.trainer.precision))
-        # Not under FSDP: it flattens weights in memory order but loads optimizer state in index order, so that a
-        # resumed run would continue with a permuted momentum.
-        # Nor with ModelPruning, whose view(-1) of a weight needs its values in index order.
+        # Not under FSDP: it flattens weights in memory order but loads optimizer state in index order, a permuted
+        # momentum. Nor with ModelPruning, whose view(-1) of a weight needs its values in index order.
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined] # Lightning's type has none
         flattens = any(isinstance(callback, ModelPruning) for callback in callbacks)
         if self.channels_last and not flattens and not shards_parameters(self.trainer.strategy):
@@ -189,11 +186,6 @@ class DetectionModule(pl.LightningModule):
     def forward(self, images: Tensor) -> Detections:
         """Detect on images of the detector's canvas, [B, 3, H, W] uint8 RGB; boxes in their pixels."""
         return self.detector.detect(self.detector(images))
-
-    def to_torchscript(self, *_: Any, **__: Any) -> Any:
-        """Raise ConfigError: TorchScript, which torch has deprecated, cannot express the detectors."""
-        remedy = "Export with torch.export.export(module, (images,)), images as in a call of the module."
-        raise ConfigError(f"to_torchscript: detectors cannot be scripted; torch has deprecated TorchScript.\n{remedy}")
 
     def _resize_batch(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Resize a training batch to the input size of the step."""
@@ -223,11 +215,11 @@ class DetectionModule(pl.LightningModule):
         Raises:
             ConfigError: the terms are not those that the detector declares.
         """
-        terms = losses.terms
+        terms, name = losses.terms, type(self.detector).__name__
         if terms.keys() != self.loss_weights.keys():
-            name, found, declared = type(self.detector).__name__, sorted(terms), sorted(self.loss_weights)
-            problem = f"{name}.loss returned the terms {', '.join(found)}, but {name}.loss_terms declares "
-            raise ConfigError(f"{problem}{', '.join(declared)}.\nCorrect loss_terms of the class; no term is ignored.")
+            found, declared = ", ".join(sorted(terms)), ", ".join(sorted(self.loss_weights))
+            problem = f"{name}.loss returned the terms {found}, but {name}.loss_terms declares {declared}"
+            raise ConfigError(f"{problem}.\nCorrect loss_terms of the class; no term is ignored.")
         loss = cast(Tensor, sum(weight * terms[name] for name, weight in self.loss_weights.items()))
         return {"loss": loss, **{f"{name}_loss": terms[name] for name in self.loss_weights}}
 
@@ -266,11 +258,6 @@ class DetectionModule(pl.LightningModule):
     def _loader(self, stage: Stage) -> Any:
         return getattr(self.trainer, f"{stage}_dataloaders", None)
 
-    def _note_unreadable(self) -> None:
-        """Tell the evaluator which images the loader has left out."""
-        if self.evaluator is not None:
-            self.evaluator.unreadable |= getattr(self._loader(stage_of(self.trainer)), "unreadable", {})
-
     def _collect(self, batch: Batch, predictions: Predictions) -> dict[str, Tensor]:
         detections = self.detect(batch, predictions)
         if self.evaluator is not None:
@@ -287,16 +274,15 @@ class DetectionModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Compute and log the metrics of the split."""
-        prefix = stage_of(self.trainer)
-        self._note_unreadable()
-        self.metrics = self.evaluator.compute() if self.evaluator is not None else {}
-        if self.evaluator is not None:
-            analysis = self.evaluator.evaluation().analysis
-            if analysis.score_threshold is not None:
-                self.score_threshold = analysis.score_threshold
-            self.metrics |= {"VOC07": analysis.overall.voc07, "VOC10": analysis.overall.voc10}
+        prefix, self.metrics = stage_of(self.trainer), {}
+        self.on_predict_epoch_end()
         if self.evaluator is None:
             rank_zero_warn(f"{prefix}: only losses are evaluated, since the loader's dataset has no annotations.")
+        else:
+            metrics, _, analysis = self.evaluator.evaluation()
+            self.metrics = {**metrics, "VOC07": analysis.overall.voc07, "VOC10": analysis.overall.voc10}
+            if analysis.score_threshold is not None:
+                self.score_threshold = analysis.score_threshold
         self.evaluation_seconds = time.perf_counter() - self._start
         sums = cast(Tensor, self.trainer.strategy.reduce(torch.stack([*self._loss_sums.values()]), reduce_op="sum"))
         for name, total in zip([*self._loss_sums][1:], sums[1:], strict=True):
@@ -307,8 +293,9 @@ class DetectionModule(pl.LightningModule):
             self.log(f"{prefix}/{name}", value, prog_bar=name in ("mAP", "AP50"))
 
     def on_predict_epoch_end(self) -> None:
-        """Complete the evaluator, whose detections `onestage predict` writes."""
-        self._note_unreadable()
+        """Tell the evaluator, whose detections `onestage predict` writes, which images the loader has left out."""
+        if self.evaluator is not None:
+            self.evaluator.unreadable |= getattr(self._loader(stage_of(self.trainer)), "unreadable", {})
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
@@ -355,8 +342,8 @@ class DetectionModule(pl.LightningModule):
         return optimizer
 
     def _learning_rate_factor(self, step: int) -> float:
-        # Read the length of the run only when a step needs it: reading it while the optimizers are being built makes
-        # Lightning set up the loaders before it has restored their position.
+        # Reading the length of the run while the optimizers are being built would make Lightning set up the loaders
+        # before it has restored their position.
         kind, remedy = self.schedule.kind, "Set trainer.max_epochs or trainer.max_steps."
         if step < max(1, self.schedule.warmup_steps) or kind == "constant":
             return self.schedule.factor(step, total_steps=math.inf)
@@ -387,16 +374,13 @@ class DetectionModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a reader needs to use the weights without the data set, as primitives that load safely."""
-        data, num_classes = self.data if self.has_data else None, self.detector.num_classes
-        values = {
-            "schema": CHECKPOINT_SCHEMA,
-            "detector": type(self.detector).__name__,
-            "image_size": max(side for canvas in data.canvases for side in canvas)
-            if data
-            else self.detector.image_size,
-            "class_names": list(data.class_names) if data else [f"class_{label}" for label in range(num_classes)],
-            "category_ids": [int(category) for category in data.category_ids] if data else [*range(1, num_classes + 1)],
-        }
+        size, ids = self.detector.image_size, [*range(1, 1 + self.detector.num_classes)]
+        names = [f"class_{number - 1}" for number in ids]
+        if self.has_data:
+            size, names = max(map(max, self.data.canvases)), list(self.data.class_names)
+            ids = [int(category) for category in self.data.category_ids]
+        values = {"schema": CHECKPOINT_SCHEMA, "detector": type(self.detector).__name__}
+        values |= {"image_size": size, "class_names": names, "category_ids": ids}
         if self.score_threshold is not None:
             values["score_threshold"] = self.score_threshold
         checkpoint.setdefault(CHECKPOINT_KEY, {}).update(values)

@@ -98,8 +98,7 @@ def scale_learning_rate(optimizer: Optimizer, trainer: pl.Trainer, batch_size: i
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Return the values of each parameter group apart from its parameters."""
-    groups = optimizer.param_groups
-    return [{key: deepcopy(value) for key, value in group.items() if key != "params"} for group in groups]
+    return [{key: deepcopy(group[key]) for key in group if key != "params"} for group in optimizer.param_groups]
 
 
 def restore_configured_hyperparameters(configured: list[dict[str, Any]], scheduler: LambdaLR) -> None:

@@ -75,11 +75,7 @@ def link_data_to_model(parser: ArgumentParser) -> None:
 
 
 def new_run_folder(runs_dir: str, experiment: str, *, is_writer: bool = True) -> Path:
-    """Create the next free folder runs_dir/experiment/version_<n>.
-
-    Raises:
-        OSError: the folder cannot be created.
-    """
+    """Create the next free folder runs_dir/experiment/version_<n>; OSError if that is not possible."""
     parent = Path(runs_dir) / experiment
     if not is_writer:
         return parent / "folder_of_the_first_process"

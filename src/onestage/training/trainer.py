@@ -13,14 +13,20 @@ from jsonargparse.typing import NonNegativeFloat
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 
-from onestage.errors import ConfigError, require
-from onestage.evaluation.anchor_losses import FIGURE_GAMMAS, LossDistribution
-from onestage.training.callbacks import LossCollector, report_losses
+from onestage.errors import ConfigError, DataError, require
+from onestage.evaluation.anchor_losses import (
+    FIGURE_GAMMAS,
+    LossDistribution,
+    draw_loss_curves,
+    format_loss_shares,
+    write_loss_curves,
+)
+from onestage.training.callbacks import LossCollector
 from onestage.training.module import DetectionModule
 
 DecidedPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Precision = Literal["auto", DecidedPrecision]
-
+CURVES_FILE, FIGURE_FILE = "losses.csv", "losses.png"  # of `onestage losses`
 
 HARMLESS_WARNINGS = (
     "Experiment logs directory .* exists and is not empty",  # it was just created for this run
@@ -64,7 +70,10 @@ class DetectionTrainer(pl.Trainer):
         val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        _silence_lightning()
+        for message in HARMLESS_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+            logging.getLogger(name).addFilter(_is_no_advertisement)  # added once: logging compares filters
         accelerator = kwargs.get("accelerator", "auto")
         decided: DecidedPrecision | None = resolve_precision(precision, accelerator)
         if decided == "16-mixed" and device_of(accelerator) == "cpu":
@@ -86,11 +95,10 @@ class DetectionTrainer(pl.Trainer):
         )
         check_settings(self)
         check_processes(self)
-        if kwargs.get("sync_batchnorm") and self.world_size > 1 and self.strategy.root_device.type == "cpu":
-            raise ConfigError(
-                "trainer.sync_batchnorm is true, but torch's SyncBatchNorm runs on GPUs only.\n"
-                "Set trainer.sync_batchnorm: false; each process then normalises by its own images."
-            )
+        is_possible = self.world_size == 1 or self.strategy.root_device.type != "cpu"
+        remedy = "torch's SyncBatchNorm runs on GPUs only; without it each process normalises by its own images."
+        synchronised = bool(kwargs.get("sync_batchnorm"))
+        require(is_possible or not synchronised, "trainer.sync_batchnorm", synchronised, "false on CPUs", remedy)
 
     def losses(
         self,
@@ -112,16 +120,16 @@ class DetectionTrainer(pl.Trainer):
         distribution = LossDistribution(gammas or FIGURE_GAMMAS)
         run = self.validate if split == "val" else self.test
         run(LossCollector(model, distribution), datamodule=datamodule, verbose=False)
+        curves = distribution.curves()
+        if not curves:
+            remedy = "Raise trainer.limit_val_batches, or choose another --split."
+            raise DataError(f"no image was seen, hence no loss. {remedy}")
         if self.is_global_zero:
-            report_losses(Path(self.default_root_dir), distribution, title=str(ckpt_path or "the configured weights"))
-
-
-def _silence_lightning() -> None:
-    """Leave out warnings that say nothing here, and the advertisements at every start."""
-    for message in HARMLESS_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_is_no_advertisement)  # added once: logging compares filters
+            folder, title = Path(self.default_root_dir), str(ckpt_path or "the configured weights")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_loss_curves(folder / CURVES_FILE, curves, distribution.gammas)
+            draw_loss_curves(folder / FIGURE_FILE, curves, distribution.gammas, title)
+            print(format_loss_shares(curves, distribution.gammas))
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
@@ -129,10 +137,7 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 
 
 def evaluate_at_least_once(settings: Any) -> None:
-    """Make a run that is shorter than the interval between validations end with a validation.
-
-    settings: the parsed `trainer` group.
-    """
+    """Make a run that is shorter than the interval between validations end with one. settings: `trainer`, parsed."""
     if settings.max_epochs is not None and settings.max_epochs > 0 and settings.check_val_every_n_epoch is not None:
         settings.check_val_every_n_epoch = min(settings.check_val_every_n_epoch, settings.max_epochs)
 
@@ -148,8 +153,7 @@ def resolve_precision(precision: Precision, accelerator: object) -> DecidedPreci
 def choose_precision(device: str) -> tuple[DecidedPrecision, str]:
     """Return the faster precision of a device, `cpu`, `cuda` or another, and the reason in words.
 
-    Decided by the instructions of the device and not by a measurement, so that two runs on one machine agree.
-    To measure: python scripts/benchmark.py step.
+    By the instructions of the device, so that two runs on one machine agree; scripts/benchmark.py step measures.
     """
     if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16-mixed", "the GPU computes in bf16"

@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogg
 from PIL import Image
 
 from onestage.errors import ConfigError
-from onestage.training import tracking
-from onestage.training.tracking import ended_with_the_command, log_file, log_image, start_loggers
+from onestage.training import loggers
+from onestage.training.loggers import ended_with_the_command, log_file, log_image, start_loggers
 
 LOGGERS = "lightning.pytorch.loggers."
 ID = "0" * 32
@@ -50,15 +50,15 @@ def started(kind: str, folder, **init_args):
     """Return the arguments that a logger is made of, and the logger."""
     folder.mkdir(parents=True, exist_ok=True)
     spec, made = SimpleNamespace(class_path=LOGGERS + kind, init_args=dict(init_args)), []
-    loggers = start_loggers([spec], folder, lambda spec: made.append(spec) or stand_in(getattr(tracking, kind)))
-    return made[0].init_args, loggers[0]
+    begun = start_loggers([spec], folder, lambda spec: made.append(spec) or stand_in(getattr(loggers, kind)))
+    return made[0].init_args, begun[0]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     for name in ("WANDB_PROJECT", "COMET_PROJECT_NAME", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
-    tracking._warned.clear()
+    loggers._warned.clear()
     return tmp_path / "shapes_ssd" / "version_3"
 
 
@@ -108,11 +108,11 @@ def test_logger_that_would_write_over_the_run_is_refused(folder):
 
 def test_logger_that_fails_after_the_start_warns_once_and_the_run_continues(folder, caplog):
     logger = started("WandbLogger", folder)[1]
-    with caplog.at_level(logging.WARNING, logger="onestage.training.tracking"):
+    with caplog.at_level(logging.WARNING, logger="onestage.training.loggers"):
         logger.log_metrics({"a": 1.0}, 1)
         logger.save()
     assert [record.getMessage() for record in caplog.records] == [
-        "WandbLogger cannot log (server away); the run continues without."
+        "WandbLogger cannot be written (server away); the run continues without."
     ]
     assert json.loads((folder / "loggers.json").read_text()) == {f"0 {LOGGERS}WandbLogger": ID}
 
