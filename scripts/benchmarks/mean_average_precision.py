@@ -98,8 +98,9 @@ def with_onestage(annotations: AnnotationSet, detections: Detections, backend: P
     evaluator = CocoEvaluator(annotations, backend)
     for indices in torch.arange(len(annotations)).split(BATCH_SIZE):
         evaluator.update(indices, Detections(*(tensor[indices] for tensor in detections)))
-    assert len(evaluator.per_class()) == NUM_CLASSES
-    return evaluator.compute()
+    metrics, per_class, _ = evaluator.evaluation()
+    assert len(per_class) == NUM_CLASSES
+    return metrics
 
 
 def with_torchmetrics(annotations: AnnotationSet, detections: Detections) -> dict[str, float]:

@@ -27,14 +27,14 @@ def test_two_of_three_correct_detections_give_hand_computed_metrics():
     annotations = annotation_set([[HERE, THERE]], [[0, 0]], class_names=["cat"])
     found = detections([[HERE, ELSEWHERE, THERE]], [[0.9, 0.8, 0.7]], [[0, 0, 0]])
     evaluator = evaluate(annotations, found)
-    metrics = evaluator.compute()
+    metrics = evaluator.evaluation().metrics
     # Recall 0 to 0.50: 51 of 101 points with precision 1. Recall 0.51 to 1: 50 points with precision 2/3.
     expected = (51 + 50 * 2 / 3) / 101
     for name in ("mAP", "AP50", "AP75", "mAP_small"):
         assert metrics[name] == pytest.approx(expected, abs=1e-6)
     assert (metrics["AR1"], metrics["AR10"], metrics["AR100"]) == (0.5, 1.0, 1.0)
     assert math.isnan(metrics["mAP_large"]) and math.isnan(metrics["AR_medium"])  # 20 x 20 px is small
-    assert evaluator.per_class() == {"cat": pytest.approx(expected, abs=1e-6)}
+    assert evaluator.evaluation().per_class == {"cat": pytest.approx(expected, abs=1e-6)}
     assert tuple(metrics) == METRIC_NAMES
 
 
@@ -43,7 +43,7 @@ def test_two_of_three_correct_detections_give_hand_computed_metrics():
 def test_crowd_and_difficult_objects_are_neither_found_nor_missed(flag, boxes):
     annotations = annotation_set([[HERE, LARGE]], [[0, 0]], **{flag: [[0, 1]]})
     found = detections([boxes], [[0.9, 0.8][-len(boxes) :]], [[0] * len(boxes)])
-    assert evaluate(annotations, found).compute()["mAP"] == 1.0
+    assert evaluate(annotations, found).evaluation().metrics["mAP"] == 1.0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -58,9 +58,9 @@ def test_metrics_of_every_backend_equal_those_of_pycocotools(seed, backend, capf
     }
     capfd.readouterr()
     evaluator = evaluate(annotations, found, backend)
-    assert evaluator.compute() == pytest.approx(expected, abs=1e-6, nan_ok=True)
-    assert evaluator.per_class() == pytest.approx(by_class, abs=1e-6, nan_ok=True)
-    assert np.nanmean(list(evaluator.per_class().values())) == pytest.approx(expected["mAP"], abs=1e-6)
+    assert evaluator.evaluation().metrics == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    assert evaluator.evaluation().per_class == pytest.approx(by_class, abs=1e-6, nan_ok=True)
+    assert np.nanmean(list(evaluator.evaluation().per_class.values())) == pytest.approx(expected["mAP"], abs=1e-6)
     assert 0.1 < expected["mAP"] < 0.9
     assert capfd.readouterr().out == ""  # pycocotools prints
 
@@ -79,7 +79,7 @@ def test_repeated_image_counts_once_and_a_missing_one_not_at_all():
     evaluator.update(torch.tensor([0]), detections([[HERE]], [[0.9]], [[0]]))
     # The third image was never passed.
     # Of two objects one is found, after one wrong detection: precision 1/2 up to recall 0.50, then 0.
-    assert evaluator.compute()["mAP"] == pytest.approx(51 * 0.5 / 101)
+    assert evaluator.evaluation().metrics["mAP"] == pytest.approx(51 * 0.5 / 101)
     assert len(evaluator.results(Path())) == 2
 
 
@@ -93,7 +93,7 @@ def test_metrics_count_the_best_hundred_detections_of_an_image_and_results_hold_
         found.scores.gather(1, best),
         found.labels.gather(1, best),
     )
-    assert evaluator.compute() == pytest.approx(coco_numbers(annotations, kept), abs=1e-6, nan_ok=True)
+    assert evaluator.evaluation().metrics == pytest.approx(coco_numbers(annotations, kept), abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -110,15 +110,15 @@ def test_metrics_without_objects_to_find_are_nan(objects, crowds, found):
     if found:
         scores, labels = [[0.9] * len(boxes) for boxes in found], [[0] * len(boxes) for boxes in found]
         evaluator.update(torch.arange(len(found)), detections(found, scores, labels))
-    assert all(math.isnan(value) for value in evaluator.compute().values())
-    assert all(math.isnan(value) for value in evaluator.per_class().values())
+    assert all(math.isnan(value) for value in evaluator.evaluation().metrics.values())
+    assert all(math.isnan(value) for value in evaluator.evaluation().per_class.values())
 
 
 def test_no_detections_give_zero_for_classes_with_objects_and_nan_for_others():
     annotations = annotation_set([[HERE], []], [[1], []])
     evaluator = evaluate(annotations, detections([[], []], [[], []], [[], []]))
-    assert (evaluator.compute()["mAP"], evaluator.compute()["AR100"]) == (0.0, 0.0)
-    assert repr(evaluator.per_class()) == "{'cat': nan, 'dog': 0.0, 'owl': nan}"
+    assert (evaluator.evaluation().metrics["mAP"], evaluator.evaluation().metrics["AR100"]) == (0.0, 0.0)
+    assert repr(evaluator.evaluation().per_class) == "{'cat': nan, 'dog': 0.0, 'owl': nan}"
 
 
 def test_results_have_ids_of_data_set_and_original_pixels():
@@ -136,7 +136,7 @@ def test_non_finite_detection_is_dropped_with_warning(bad):
     evaluator = CocoEvaluator(annotation_set([[HERE]], [[0]]))
     with pytest.warns(UserWarning, match=r"1 detections of 0\.jpg"):
         evaluator.update(torch.tensor([0]), detections([[HERE, THERE]], [[0.9, bad]], [[0, 0]]))
-    assert evaluator.compute()["mAP"] == 1.0
+    assert evaluator.evaluation().metrics["mAP"] == 1.0
 
 
 def test_crowded_images_are_warned_of_and_results_name_images_relative_to_a_root():
@@ -144,7 +144,7 @@ def test_crowded_images_are_warned_of_and_results_name_images_relative_to_a_root
     evaluator = CocoEvaluator(annotations)
     evaluator.update(torch.tensor([0, 1]), detections([[HERE], [HERE]], [[0.9], [0.9]], [[0], [0]]))
     with pytest.warns(UserWarning, match="1 of 2 images have more than 100 objects, up to 101"):
-        evaluator.compute()
+        evaluator.evaluation()
     elsewhere = evaluator.results(Path("/nowhere"))[0]["file_name"]
     assert elsewhere == Path("0.jpg").absolute().as_posix()
 
@@ -166,7 +166,7 @@ def evaluate():
     annotations, found = random_evaluation(0)
     evaluator = CocoEvaluator(annotations)
     evaluator.update(torch.arange(len(found.boxes)), found)
-    return evaluator.compute()
+    return evaluator.evaluation().metrics
 
 before = evaluate()
 child = os.fork()

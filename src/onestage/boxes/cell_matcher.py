@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from onestage.boxes.geometry import pairwise_overlap
-from onestage.boxes.matchers import Predicted
+from onestage.boxes.matchers import Predicted, empty_without_area
 from onestage.errors import require
 from onestage.types import BACKGROUND, IGNORE, Anchors, Targets
 
@@ -42,7 +42,7 @@ class CellMatcher:
         match = match.scatter_reduce(1, best.clamp(min=0), rows, "amax")  # the later row, in any order of threads
         match = torch.where(match >= 0, match % max(targets.labels.shape[1], 1), match)
 
-        intersection, iou = pairwise_overlap(_with_area(targets.boxes), predicted.boxes)  # [B, M, A]
+        intersection, iou = pairwise_overlap(empty_without_area(targets.boxes), predicted.boxes)  # [B, M, A]
         is_near = (iou * (targets.labels >= 0)[..., None]).amax(dim=1) > self.ignore_iou
         in_region = (intersection * (targets.labels == IGNORE)[..., None]).amax(dim=1)
         areas = (predicted.boxes[..., 2:] - predicted.boxes[..., :2]).prod(dim=-1)
@@ -51,7 +51,7 @@ class CellMatcher:
 
     def best_anchors(self, targets: Targets, anchors: Anchors) -> Tensor:
         """Return the anchors that each object matches, [B, n M] int64, -1 for none; the best of all objects last."""
-        boxes = _with_area(targets.boxes)
+        boxes = empty_without_area(targets.boxes)
         sides, centres = boxes[..., 2:] - boxes[..., :2], (boxes[..., 2:] + boxes[..., :2]) / 2
         strides = anchors.strides[:, None]  # [A, 1]
         cells, anchor_cells = (centres[:, :, None] / strides).floor(), (anchors.boxes[:, :2] / strides).floor()
@@ -64,8 +64,3 @@ class CellMatcher:
             ranks.append(torch.where((best_iou > 0) & (targets.labels >= 0), best, -1))
             shape_iou = shape_iou.scatter(2, best[..., None], 0.0)
         return torch.cat(ranks[::-1], dim=1)
-
-
-def _with_area(boxes: Tensor) -> Tensor:
-    """Replace boxes without area, or with NaN, by empty ones, which overlap nothing."""
-    return torch.where((boxes[..., 2:] > boxes[..., :2]).all(dim=-1, keepdim=True), boxes, 0.0)

@@ -65,9 +65,7 @@ class IoUMatcher:
 
     def __call__(self, targets: Targets, anchors: Anchors, predicted: Predicted | None = None) -> Tensor:
         """Return the match of every anchor; see `Matcher`."""
-        # A box without area, or with NaN, becomes empty, so that it intersects nothing.
-        has_area = (targets.boxes[..., 2:] > targets.boxes[..., :2]).all(dim=-1, keepdim=True)
-        boxes = torch.where(has_area, targets.boxes, 0.0)
+        boxes = empty_without_area(targets.boxes)
         intersection, iou = pairwise_overlap(boxes, box_convert(anchors.boxes, "cxcywh", "xyxy"))  # [B, M, A]
         iou = iou.mul_((targets.labels >= 0)[..., None])
         regions = (targets.labels == IGNORE)[..., None]
@@ -82,6 +80,11 @@ class IoUMatcher:
             is_matched |= ((iou == iou.amax(dim=2, keepdim=True)) & (iou > 0)).any(dim=1)
         unmatched = torch.where((best_iou < self.negative_iou) & ~is_covered, BACKGROUND, IGNORE)
         return torch.where(is_matched, match, unmatched)
+
+
+def empty_without_area(boxes: Tensor) -> Tensor:
+    """Replace boxes without area, or with NaN, by empty ones, which overlap nothing. boxes: [..., 4] xyxy."""
+    return torch.where((boxes[..., 2:] > boxes[..., :2]).all(dim=-1, keepdim=True), boxes, 0.0)
 
 
 _RAISE = 2.0  # above any IoU: a raised pair wins its anchor, and among raised pairs the higher IoU still wins

@@ -184,7 +184,7 @@ class Predictor:
         run = trainer.validate if split == "val" else trainer.test
         run(self.module, datamodule=data, verbose=False)
         evaluator = self.module.evaluator
-        return Evaluation(self.module.metrics, evaluator.per_class() if evaluator is not None else {})
+        return Evaluation(self.module.metrics, evaluator.evaluation().per_class if evaluator is not None else {})
 
 
 class Evaluation(dict[str, float]):

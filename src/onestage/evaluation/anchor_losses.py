@@ -17,12 +17,9 @@ from onestage.types import BACKGROUND, IGNORE, AnchorLosses
 
 EASY = 0.9  # p_t of a negative above which it is easy: gamma 2 removes 99% of its loss
 LOWEST_BACKGROUND = 0.8  # mean p_t of negatives before training: >= 0.96 with a prior of 0.01, <= 0.54 without
-QUANTITIES = (
-    *("positives", "negatives", "ignored"),
-    *("loss_of_positives", "loss_of_easy_negatives", "loss_of_hard_negatives"),
-    "p_t_of_positives",
-)
-
+COUNTS = ("positives", "negatives", "ignored")
+SHARES = ("loss_of_positives", "loss_of_easy_negatives", "loss_of_hard_negatives")
+QUANTITIES = (*COUNTS, *SHARES, "p_t_of_positives")
 FIGURE_GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # the four of the figure, and the largest that the paper trains with
 LARGEST_GAMMA = 100.0  # as of the losses
 GROUPS = ("positives", "negatives")
@@ -38,12 +35,8 @@ FloatArray = npt.NDArray[np.float64]
 def anchor_statistics(anchor_losses: AnchorLosses, strides: Tensor) -> dict[str, float]:
     """Return counts and loss shares of the anchors of a batch, in total and per level. Synchronises once.
 
-    Returns `anchors/<quantity>` and `anchors/stride_<px>/<quantity>`: counts of anchors, `loss_of_*` as fractions of
-    the whole classification loss, and the mean `p_t_of_positives`. Undefined values are missing.
-
-    Args:
-        anchor_losses: of the batch.
-        strides: [A], px; they identify the levels.
+    `anchors/<quantity>` and `anchors/stride_<px>/<quantity>`: counts of anchors, `loss_of_*` as fractions of the whole
+    classification loss, and the mean `p_t_of_positives`. Undefined values are missing. strides: [A], px, of the levels.
     """
     labels, losses, p_t = anchor_losses
     is_positive, is_negative = labels >= 0, labels == BACKGROUND
@@ -98,11 +91,14 @@ class LossCurve(NamedTuple):
     fraction_of_loss: FloatArray  # [n, G] the same, for each gamma
     num_anchors: int
 
+    def points(self) -> tuple[FloatArray, list[FloatArray]]:
+        """Return the fractions of the anchors, [n + 1] from 0 on, and for each gamma those of the loss."""
+        return np.append(0.0, self.fraction_of_anchors), [np.append(0.0, column) for column in self.fraction_of_loss.T]
+
     def loss_of_hardest(self, fraction: float) -> FloatArray:
         """Return the share of the loss that the hardest `fraction` of the examples has, [G], in [0, 1]."""
-        anchors = np.concatenate(([0.0], self.fraction_of_anchors))
-        losses = np.concatenate((np.zeros((1, self.fraction_of_loss.shape[1])), self.fraction_of_loss))
-        return np.array([1 - np.interp(1 - fraction, anchors, column) for column in losses.T])
+        anchors, losses = self.points()
+        return np.array([1 - np.interp(1 - fraction, anchors, column) for column in losses])
 
 
 class LossDistribution:
@@ -125,11 +121,7 @@ class LossDistribution:
         self.losses = torch.zeros(len(GROUPS), len(self.gammas), NUM_BINS, dtype=torch.float64)
 
     def update(self, labels: Tensor, true_probabilities: Tensor) -> None:
-        """Add the labels and p_t of the anchors of a batch, both [B, A], as in `AnchorLosses`.
-
-        Raises:
-            CheckpointError: the p_t of an anchor that is not ignored is NaN.
-        """
+        """Add labels and p_t of the anchors of a batch, both [B, A]; CheckpointError if the p_t of one is NaN."""
         labels, p_t = labels.cpu(), true_probabilities.detach().cpu().double()
         num_nan = int((p_t.isnan() & (labels != IGNORE)).sum())
         if num_nan:
@@ -178,9 +170,9 @@ def draw_loss_curves(path: Path, curves: dict[str, LossCurve], gammas: Sequence[
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     figure.suptitle(title)
     for axes, (name, curve) in zip(np.atleast_1d(figure.subplots(1, len(curves))), curves.items(), strict=True):
-        anchors = np.concatenate(([0.0], curve.fraction_of_anchors))
-        for gamma, losses in zip(gammas, curve.fraction_of_loss.T, strict=True):
-            axes.plot(anchors, np.concatenate(([0.0], losses)), label=f"γ = {gamma:g}")
+        anchors, columns = curve.points()
+        for gamma, losses in zip(gammas, columns, strict=True):
+            axes.plot(anchors, losses, label=f"γ = {gamma:g}")
         xlabel, ylabel = f"fraction of {name}, easiest first", "cumulative normalised loss"
         axes.set(title=f"{curve.num_anchors:,} {name}", xlabel=xlabel, ylabel=ylabel, xlim=(0, 1), ylim=(0, 1))
         axes.grid(alpha=0.3)

@@ -58,13 +58,13 @@ class CocoEvaluator:
     def __init__(self, annotations: AnnotationSet, backend: Backend = "auto") -> None:
         self.annotations, self.backend = annotations, backend
         self._rows_by_image: dict[int, Rows] = {}
-        self.unreadable: dict[int, str] = {}  # reason by row; of all processes after `compute` or `results`
+        self.unreadable: dict[int, str] = {}  # reason by row; of all processes after `evaluation` or `results`
         self._is_gathered = False
         self._results: Evaluation | None = None
 
     @property
     def num_images(self) -> int:
-        """Number of collected images; of all processes once `compute` was called."""
+        """Number of collected images; of all processes once `evaluation` was called."""
         return len(self._rows_by_image)
 
     @property
@@ -91,19 +91,10 @@ class CocoEvaluator:
             if index not in self._rows_by_image:
                 self._rows_by_image[index] = self._sorted(rows.reshape(-1, 6), index)
 
-    def compute(self) -> Metrics:
-        """Return the twelve metrics, in [0, 1], NaN where the evaluated images have no object to find."""
-        return dict(self.evaluation().metrics)
-
-    def per_class(self) -> Metrics:
-        """Return the AP (IoU 0.50:0.95) of each class by name, NaN where there is no object."""
-        return dict(self.evaluation().per_class)
-
     def evaluation(self) -> Evaluation:
-        """Return everything.
+        """Return everything. The first call is collective: every process must make it.
 
-        The first call after an update is collective: every process must call it. The detections are exchanged once,
-        the first process evaluates, and all processes receive its result.
+        The detections are exchanged once, the first process evaluates, and all processes receive its result.
         """
         if self._results is None:
             self._gather()
@@ -116,10 +107,8 @@ class CocoEvaluator:
     def images(self, root: Path) -> list[JSONDict]:
         """Return id, file name and number of detections, or the error, of every image. Collective like `evaluation`."""
         self._gather()
-        outcomes: dict[int, JSONDict] = {
-            index: {"detections": len(rows)} for index, rows in self._rows_by_image.items()
-        }
-        outcomes |= {index: {"error": reason.partition("\n")[0]} for index, reason in self.unreadable.items()}
+        outcomes: dict[int, JSONDict] = {i: {"detections": len(rows)} for i, rows in self._rows_by_image.items()}
+        outcomes |= {i: {"error": reason.partition("\n")[0]} for i, reason in self.unreadable.items()}
         ids = self.annotations.image_ids
         return [{"id": int(ids[i]), "file_name": self._name(i, root), **outcomes[i]} for i in sorted(outcomes)]
 
@@ -130,15 +119,12 @@ class CocoEvaluator:
         """
         self._gather()
         annotations = self.annotations
-        return [
-            # The name, because the ids of a plain folder mean nothing.
-            coco_record(int(image_id), annotations.category_ids[int(label)], box, score, file_name=name)
-            for image_id, name, rows in (
-                (annotations.image_ids[index], self._name(index, root), rows)
-                for index, rows in self._rows_by_image.items()
-            )
-            for *box, score, label in rows.tolist()
-        ]
+        records = []
+        for index, rows in self._rows_by_image.items():
+            image_id, name = int(annotations.image_ids[index]), self._name(index, root)
+            for *box, score, label in rows.tolist():  # the name, because the ids of a plain folder mean nothing
+                records.append(coco_record(image_id, annotations.category_ids[int(label)], box, score, file_name=name))
+        return records
 
     def _name(self, index: int, root: Path) -> str:
         path, folder = Path(str(self.annotations.image_paths[index])).absolute(), root.absolute()
@@ -167,22 +153,18 @@ class CocoEvaluator:
         self._is_gathered = True
 
     def _evaluate(self) -> Evaluation:
-        self._warn_of_crowded_images()
         found, objects = self.detections(), self.objects()
-        names = self.annotations.class_names
+        names, counts = self.annotations.class_names, np.bincount(objects.images, minlength=1)
+        if num_crowded := int(np.count_nonzero(counts > MAX_DETECTIONS)):
+            warnings.warn(
+                f"{num_crowded} of {self.num_images} images have more than {MAX_DETECTIONS} objects, up to "
+                f"{counts.max()}: COCO's metrics count {MAX_DETECTIONS} detections of an image, so some are missed.",
+                stacklevel=2,
+            )
         precision, recall = precision_recall_tables(found, objects, self.num_images, len(names), self.backend)
         by_class = [_mean(precision[:, :, label, 0, -1]) for label in range(len(names))]
         per_class = dict(zip(names, by_class, strict=True))
         return Evaluation(twelve_metrics(precision, recall), per_class, analyse(found, objects, len(names)))
-
-    def _warn_of_crowded_images(self) -> None:
-        counts = np.diff(self.annotations.box_offsets)[list(self._rows_by_image)]
-        if num_crowded := int(np.count_nonzero(counts > MAX_DETECTIONS)):
-            warnings.warn(
-                f"{num_crowded} of {len(counts)} images have more than {MAX_DETECTIONS} objects, up to {counts.max()}: "
-                f"COCO's metrics count {MAX_DETECTIONS} detections of an image, so some cannot be found.",
-                stacklevel=2,
-            )
 
     def detections(self) -> Found:
         """Return the best hundred detections of each collected image."""
@@ -194,14 +176,11 @@ class CocoEvaluator:
     def objects(self) -> Objects:
         """Return the objects of the collected images."""
         annotations, evaluated = self.annotations, self.image_rows
-        counts = np.diff(annotations.box_offsets)[evaluated]
-        rows = np.flatnonzero(
-            np.isin(np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets)), evaluated)
-        )
-        is_ignored = annotations.is_crowd | annotations.is_difficult
-        images = np.repeat(np.arange(len(evaluated)), counts)
-        boxes, labels, areas = annotations.boxes[rows], annotations.labels[rows], annotations.areas[rows]
-        return Objects(images, boxes, labels, areas, is_ignored[rows])
+        counts = np.diff(annotations.box_offsets)
+        rows = np.isin(np.repeat(np.arange(len(annotations)), counts), evaluated)
+        images = np.repeat(np.arange(len(evaluated)), counts[evaluated])
+        is_ignored = (annotations.is_crowd | annotations.is_difficult)[rows]
+        return Objects(images, annotations.boxes[rows], annotations.labels[rows], annotations.areas[rows], is_ignored)
 
 
 def twelve_metrics(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64]) -> Metrics:

@@ -31,11 +31,7 @@ class ClassWeights(nn.Module):
         self.are_fixed = len(values) > 0
 
     def set_class_counts(self, class_counts: Tensor) -> None:
-        """Receive the number of training objects of each class, [K].
-
-        Raises:
-            ConfigError: the number of weights is not K.
-        """
+        """Receive the number of training objects of each class, [K]; ConfigError if there are not K weights."""
         rule = f"{len(class_counts)} numbers, one for each class in the order of data.class_names"
         require(len(self.values) == len(class_counts), "class_weights", self.values.tolist(), rule)
 

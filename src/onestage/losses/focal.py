@@ -45,7 +45,6 @@ class FocalLoss(ClassificationLoss):
         alpha: weight of positives in [0, 1]; negatives have 1 - alpha. None: both have weight 1 (RetinaNet eq. 4).
         gamma: focus on hard examples, in [0, 100]; 0 is cross-entropy.
         label_smoothing: of positive anchors, in [0, 1). Background is not smoothed: it would lift all scores.
-        class_weights: see `ClassificationLoss`.
     """
 
     def __init__(

@@ -23,10 +23,8 @@ class AutomatedFocalLoss(SigmoidFocalLoss):
     and constant in evaluation.
 
     Args:
-        alpha: as in `SigmoidFocalLoss`.
+        alpha: as in `SigmoidFocalLoss`, and so are `label_smoothing` and `class_weights`.
         momentum: of the running mean, in [0, 1).
-        label_smoothing: as in `SigmoidFocalLoss`.
-        class_weights: see `ClassificationLoss`.
     """
 
     weighted_probability: Tensor  # scalar, sum of p_t with the weights of the running mean
@@ -67,7 +65,6 @@ class QualityFocalLoss(SigmoidClassificationLoss):
 
     Args:
         beta: focus on hard examples, in [1, 100]; below 1 the slope at p = y is infinite. The paper uses 2.
-        class_weights: see `ClassificationLoss`.
     """
 
     uses_box_quality: ClassVar[bool] = True
@@ -93,7 +90,6 @@ class VarifocalLoss(SigmoidClassificationLoss):
     Args:
         alpha: weight of negatives, finite and >= 0. The paper uses 0.75.
         gamma: focus on hard negatives, in [0, 100]. The paper uses 2.
-        class_weights: see `ClassificationLoss`.
     """
 
     uses_box_quality: ClassVar[bool] = True

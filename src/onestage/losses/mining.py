@@ -20,7 +20,7 @@ class MinedCrossEntropy(SoftmaxCrossEntropy):
         min_negatives: per image, >= 0; the number of negatives of an image without objects. 3 gives it the weight of an
             image with one positive anchor; it is 0 in the Caffe code and in torchvision.
         label_smoothing: as in `SoftmaxFocalLoss`.
-        class_weights: see `ClassificationLoss`; they do not influence which negatives are hard.
+        class_weights: they do not influence which negatives are hard.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class OHEMCrossEntropy(SoftmaxCrossEntropy):
     Args:
         anchors_per_image: k, >= 1. RetinaNet's table 1d has 128, 256 and 512.
         label_smoothing: as in `SoftmaxFocalLoss`.
-        class_weights: see `ClassificationLoss`; they do not influence which anchors are hard.
+        class_weights: they do not influence which anchors are hard.
     """
 
     def __init__(

@@ -10,12 +10,9 @@ from onestage.errors import require
 class PositiveNormaliser(nn.Module):
     """The positive anchors of a batch, averaged over processes, or their running mean.
 
-    All processes together count at least one. The averaged gradients then equal those of one process with all images,
-    for any number of processes.
-
-    Dividing by each batch's own number gives objects in sparse batches a larger weight. The running mean of
-    detectron2's RetinaNet gives all objects the same: with momentum 0.9 a batch moves it by a tenth. It starts at the
-    first training batch.
+    All processes together count at least one. The averaged gradients then equal those of one process with all images.
+    Dividing by each batch's own number gives objects in sparse batches a larger weight; the running mean, which is
+    detectron2's and starts at the first training batch, gives all objects the same.
 
     Args:
         momentum: of the running mean, in [0, 1); 0 uses the batch alone, as the SSD and RetinaNet papers do.
@@ -32,15 +29,11 @@ class PositiveNormaliser(nn.Module):
 
     @torch.no_grad()
     def forward(self, is_positive: Tensor) -> Tensor:
-        """Return the divisor, a scalar >= 1 / number of processes, without waiting for the device.
-
-        Evaluation mode divides by the number in `is_positive` [B, A], at least 1. It makes no collective call, because
-        processes may have different numbers of batches.
-        """
+        """Return the divisor of a batch `is_positive` [B, A], a scalar >= 1 / number of processes."""
         count = is_positive.sum().float()
-        if not self.training:
+        if not self.training:  # no collective call, because processes may have different numbers of batches
             return count.clamp(min=1)
-        count = sum_over_processes(count).clamp(min=1) / (dist.get_world_size() if _is_distributed() else 1)
+        count = sum_over_processes(count).clamp(min=1) / num_processes()
         if self.momentum > 0:
             previous = torch.where(self.running_mean > 0, self.running_mean, count)
             count = self.momentum * previous + (1 - self.momentum) * count
@@ -50,11 +43,12 @@ class PositiveNormaliser(nn.Module):
 
 def sum_over_processes(values: Tensor) -> Tensor:
     """Return the sum over the processes of a distributed run, on the device."""
-    if _is_distributed():
+    if num_processes() > 1:
         values = values.clone()
         dist.all_reduce(values)
     return values
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def num_processes() -> int:
+    """Return the number of processes of the run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

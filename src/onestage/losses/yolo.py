@@ -52,7 +52,6 @@ class SquaredObjectnessLoss(SigmoidClassificationLoss):
     Args:
         object_weight: of anchors with an object, finite and >= 0; `object_scale` of darknet.
         background_weight: of the others, finite and >= 0; `noobject_scale`.
-        class_weights: see `ClassificationLoss`.
     """
 
     uses_box_quality: ClassVar[bool] = True
@@ -81,7 +80,6 @@ class ObjectSoftmaxLoss(SoftmaxFocalLoss):
         alpha: weight of all objects, in [0, 1]; None: 1.
         gamma: focus on hard examples, in [0, 100]; 0 is cross-entropy.
         label_smoothing: see `SoftmaxFocalLoss`.
-        class_weights: see `ClassificationLoss`.
     """
 
     def __init__(

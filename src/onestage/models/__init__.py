@@ -1,4 +1,8 @@
-"""The detectors and backbones."""
+"""The detectors and backbones.
+
+Constructors raise ConfigError for an argument that is out of its range or conflicts with another, CheckpointError for
+weights that cannot be fetched or read, or do not fit.
+"""
 
 from onestage.models.backbone import Backbone, TorchvisionBackbone
 from onestage.models.darknet import Darknet19, Darknet53

@@ -46,13 +46,9 @@ class Backbone(nn.Module, ABC):
         return self.features(self.normalise(images))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Subtract the mean and divide by the deviation: [B, 3, H, W] of 0..255 to floats around 0.
-
-        In float32, then in the precision of the weights, which differs after `.half()` or with trainer.precision
-        bf16-true.
-        """
+        """Subtract the mean and divide by the deviation: [B, 3, H, W] of 0..255 to floats around 0."""
         normalised = (images.float() - self.pixel_mean) / self.pixel_std
-        return normalised.to(next(self.parameters()).dtype)
+        return normalised.to(next(self.parameters()).dtype)  # of `.half()`, or trainer.precision bf16-true
 
     @abstractmethod
     def features(self, images: Tensor) -> list[Tensor]:
@@ -63,11 +59,7 @@ class Backbone(nn.Module, ABC):
         return ()
 
     def freeze(self, num_stages: int) -> None:
-        """Keep the weights of the first stages, and the statistics of their batch norms, as they are.
-
-        Raises:
-            ConfigError: the backbone has fewer stages.
-        """
+        """Keep the weights of the first stages and the statistics of their batch norms; ConfigError for too many."""
         stages, name = self.freezable_stages(), type(self).__name__
         rule = f"in [0, {len(stages)}], the stages of {name} that can be frozen"
         require(0 <= num_stages <= len(stages), "model.freeze", num_stages, rule)
@@ -95,10 +87,6 @@ class TorchvisionBackbone(Backbone):
         strides: of the feature maps, px, finest first.
         weights: name of torchvision's weights, such as IMAGENET1K_V1, the path of a state dict, or None (random).
         norm: "batch"; "frozen" fixes the statistics and parameters of all batch norms, for small batches.
-
-    Raises:
-        ConfigError: if an argument is out of its range or the model has no such feature maps.
-        CheckpointError: if weights cannot be fetched or read, or do not fit.
     """
 
     def __init__(
@@ -142,9 +130,8 @@ def _blocks_by_stride(network: nn.Module) -> dict[int, list[tuple[str, int]]]:
     """Return, for each stride, names and channels of all blocks up to the last one of that stride.
 
     A block is a module whose name has at most two parts: `layer3.0.conv1` of a ResNet still has the stride of layer2.
-    Runs on the meta device, which computes nothing.
     """
-    network = copy.deepcopy(network).eval().to("meta")
+    network = copy.deepcopy(network).eval().to("meta")  # which computes nothing
     blocks: list[tuple[str, int]] = []
     by_stride: dict[int, list[tuple[str, int]]] = {}
 

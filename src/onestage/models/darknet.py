@@ -39,16 +39,11 @@ class Residual(nn.Module):
 
 
 class Darknet(Backbone):
-    """A sequence of stages, the last of which give the maps; stride s has `width` s channels.
-
-    Args:
-        width: channels of the first layer, a multiple of 2.
-        strides: of the maps, px.
-    """
+    """A sequence of stages. The last ones give the maps of the given strides, px; a map has stride x width channels."""
 
     def __init__(self, width: int, strides: tuple[int, ...]) -> None:
-        is_valid, rule = width >= 2 and width % 2 == 0, "a multiple of 2"
-        require(is_valid, f"{type(self).__name__}: width", width, rule, "The paper's is 32.")
+        place, is_valid = f"{type(self).__name__}: width", width >= 2 and width % 2 == 0
+        require(is_valid, place, width, "a multiple of 2", "The paper's is 32.")
         super().__init__([stride * width for stride in strides], strides, PIXEL_MEAN, PIXEL_STD)
         self.stages = nn.ModuleList()
 
@@ -134,9 +129,7 @@ class Passthrough(nn.Module):
 class PyramidBranch(nn.Module):
     """The layers of one level of `DarknetPyramid`.
 
-    Args:
-        channels: of the backbone's map and of the output.
-        above: channels that the next coarser level passes on; 0: there is none.
+    channels: of the backbone's map and of the output. above: those that the next coarser level passes on; 0: no level.
     """
 
     def __init__(self, channels: int, above: int) -> None:

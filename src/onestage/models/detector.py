@@ -76,10 +76,7 @@ class AnchorDetector(Detector):
         return Predictions(self.class_head(maps), self.box_head(maps), self.anchor_grid(grids), quality)
 
     def loss(self, predictions: Predictions, targets: Targets) -> Losses:
-        """Return the two terms of SSD eq. 1 and those of `quality_terms`, divided by the normaliser's number.
-
-        Never waits for the device.
-        """
+        """Return the two terms of SSD eq. 1 and those of `quality_terms`, divided by the normaliser's number."""
         class_logits, box_outputs, anchors, _ = predictions
         with torch.autocast(box_outputs.device.type, enabled=False):
             labels, gt_boxes = self.assign(predictions, targets)

@@ -49,10 +49,6 @@ class FCOS(AnchorDetector):
         nms_threshold: overlap by more than this suppresses the lower score of a class, in [0, 1].
         candidates_per_level: (point, class) pairs of a level that enter suppression, >= 1.
         max_detections: D, >= 1.
-
-    Raises:
-        ConfigError: if an argument is out of its range or conflicts with another.
-        CheckpointError: if weights cannot be fetched or read, or do not fit.
     """
 
     loss_terms = ("classification", "box", "centerness")

@@ -18,8 +18,7 @@ class FPN(nn.Module):
     Args:
         in_channels: channels of the backbone's maps, C3 to C5, finest first.
         channels: of every level.
-        p6_from: the map that P6 is computed from: "p5", as torchvision and detectron2's later models, or "c5", as in
-            the paper.
+        p6_from: the map that P6 is computed from: "p5" (torchvision, detectron2's later models) or "c5" (the paper).
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int = 256, p6_from: Literal["p5", "c5"] = "p5") -> None:
@@ -45,11 +44,7 @@ class FPN(nn.Module):
 
 
 def pyramid_backbone(name: str, backbone: Backbone | None) -> Backbone:
-    """Return a backbone with the maps C3 to C5, for a detector of that name; None: a ResNet-50 with random weights.
-
-    Raises:
-        ConfigError: its strides are others.
-    """
+    """Return a ResNet-50 with random weights, or the given backbone; ConfigError if it has other maps than C3 to C5."""
     backbone = backbone or TorchvisionBackbone("resnet50", STRIDES[:3])
     remedy = "Set strides: [8, 16, 32] in the init_args of the backbone."
     place, fits = f"{name}: strides of the backbone", backbone.strides == STRIDES[:3]

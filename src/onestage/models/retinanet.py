@@ -50,10 +50,6 @@ class RetinaNet(AnchorDetector):
         nms_threshold: overlap by more than this suppresses the lower score of a class, in [0, 1].
         candidates_per_level: (anchor, class) pairs of a level that enter suppression, >= 1.
         max_detections: D, >= 1.
-
-    Raises:
-        ConfigError: if an argument is out of its range or conflicts with another.
-        CheckpointError: if weights cannot be fetched or read, or do not fit.
     """
 
     size_multiple = 32  # so that the maps of the backbone have no partial cells

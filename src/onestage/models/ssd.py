@@ -26,9 +26,7 @@ AnchorTable = Literal["voc", "coco"]
 def ssd_levels(strides: Sequence[float], sizes: Sequence[float]) -> tuple[AnchorShapes, ...]:
     """Return a table of anchors in the paper's form: aspect ratio 2, and 3 on all levels but the first and last two.
 
-    Args:
-        strides: of each level, px.
-        sizes: s_k of each level and the next size of the last, px.
+    strides: of each level, px. sizes: s_k of each level and the next size of the last, px.
     """
     ratios = [(2,), *[(2, 3)] * (len(strides) - 3), (2,), (2,)]
     rows = zip(strides, sizes[:-1], sizes[1:], ratios, strict=True)
@@ -67,10 +65,6 @@ class SSD(AnchorDetector):
         nms_threshold: overlap by more than this suppresses the lower score of a class, in [0, 1].
         candidates_per_class: boxes of a class that enter suppression, >= 1.
         max_detections: D, >= 1.
-
-    Raises:
-        ConfigError: if an argument is out of its range or conflicts with another.
-        CheckpointError: if weights cannot be fetched or read, or do not fit.
     """
 
     image_size: int

@@ -42,9 +42,6 @@ class VGG(Backbone):
         stem_stride: of the first convolution, 1 or 2; 2 replaces the first pooling, so that no stage has the full size.
         strides: of the feature maps, px: (8, 16) with SSD's pool5, which keeps the size, or (8, 16, 32) with VGG's own,
             and with stage 5 between the maps of stage 4 and fc7; (16, 32) keeps the first pooling beside a stem of 2.
-
-    Raises:
-        ConfigError: the strides are others.
     """
 
     def __init__(

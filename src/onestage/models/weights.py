@@ -79,12 +79,10 @@ def load_published(detector: Any, value: str) -> None:
 
     COCO weights have a logit for each category id up to 90; for K = 80 the ids in use become the labels in order.
 
-    Args:
-        detector: an `AnchorDetector` of the published network, with K logits for each anchor, or K + 1.
-        value: see `Detector.published_state`; of each anchor's class outputs the first is the background.
+    ConfigError if they were trained on a number of classes that does not give K.
 
-    Raises:
-        ConfigError: if they were trained on a number of classes that does not give K.
+    detector: an `AnchorDetector` of the published network, with K logits for each anchor, or K + 1. value: see
+    `Detector.published_state`; of each anchor's class outputs the first is the background.
     """
     place, num_classes = f"pretrained: {value}", detector.num_classes
     state = dict(detector.published_state("pretrained", value))
@@ -117,10 +115,7 @@ def torchvision_ssdlite320(detector: nn.Module, key: str, value: str) -> dict[st
 
 
 def torchvision_retinanet(detector: nn.Module, key: str, value: str, is_second: bool) -> dict[str, Tensor]:
-    """Return the weights of torchvision's retinanet_resnet50_fpn or, `is_second`, its v2 under our names.
-
-    detector: a RetinaNet of that version. See `read_weights`.
-    """
+    """Return the weights of torchvision's retinanet_resnet50_fpn or, `is_second`, its v2 for a RetinaNet like it."""
     first, second = RetinaNet_ResNet50_FPN_Weights.COCO_V1, RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1
     published: WeightsEnum = second if is_second else first
     # Before torchvision 0.13 the towers were flat lists of convolutions and ReLUs.

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import ClassVar, Literal, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchvision.ops import box_convert
 
@@ -18,6 +17,7 @@ from onestage.errors import require
 from onestage.losses.box import BoxLoss
 from onestage.losses.classification import ClassificationLoss, SigmoidClassificationLoss, one_hot
 from onestage.losses.focal import SigmoidCrossEntropy
+from onestage.losses.normaliser import num_processes
 from onestage.losses.yolo import (
     GridBoxLoss,
     ImageNormaliser,
@@ -127,7 +127,7 @@ class YOLO(AnchorDetector):
                 "objectness": objectness_loss(logits, labels_of_term, quality),
             }
         if self.training:
-            self.images_seen += len(labels) * (dist.get_world_size() if dist.is_initialized() else 1)
+            self.images_seen += len(labels) * num_processes()
         terms = {name: value / divisor for name, value in terms.items()}
         return Losses(terms, (labels >= 0).sum(), divisor)
 
@@ -201,10 +201,6 @@ class YOLOv3(YOLO):
         score_threshold: detections score more than this, in [0, 1).
         nms_threshold: overlap by more than this suppresses the lower score of a class, in [0, 1].
         max_detections: D, >= 1.
-
-    Raises:
-        ConfigError: if an argument is out of its range or conflicts with another.
-        CheckpointError: if weights cannot be read or do not fit.
     """
 
     file_version = (0, 2, 0)
@@ -265,25 +261,17 @@ class YOLOv2(YOLO):
     """YOLOv2: five anchors on one map of stride 32. 50.7 million numbers with 20 classes; VOC07 76.8 mAP at 416 px.
 
     Args:
-        num_classes: K.
-        objectness_loss: None: SquaredObjectnessLoss(). See `YOLOv3`.
+        objectness_loss: None: SquaredObjectnessLoss().
         classification_loss: of objects; None: ObjectSoftmaxLoss(), with alpha 0.5 and gamma 2 darknet's focal loss.
         box_loss: None: SquaredGridBoxLoss().
         anchors: a table of darknet, or one `AnchorShapes` of the last stride, as `onestage anchors` proposes it.
         backbone: maps of strides 16 and 32, for small objects 8 and 16; None: Darknet19(). Its channels set the neck's.
         pretrained: path of a darknet file such as yolov2-voc.weights, for the same K and a Darknet19.
-        prior: see `YOLOv3`; the squared error has little slope near 0 and 1, hence not 0.01.
-        ignore_iou: see `YOLOv3`.
-        anchors_per_object: see `YOLOv3`.
+        prior: not 0.01, because the squared error has little slope near 0 and 1.
         anchor_images: in the first so many images, anchors without an object also learn to predict themselves, with
             weight 0.01; >= 0.
-        score_threshold: see `YOLOv3`.
-        nms_threshold: see `YOLOv3`.
-        max_detections: D, >= 1.
 
-    Raises:
-        ConfigError: if an argument is out of its range or conflicts with another.
-        CheckpointError: if weights cannot be read or do not fit.
+    The other arguments are those of `YOLOv3`.
     """
 
     file_version = (0, 1, 0)

@@ -147,11 +147,7 @@ def crowded_batch(data: DetectionData, num_images: int, device: torch.device) ->
 
 
 def free_bytes(device: torch.device, num_processes: int = 1) -> int:
-    """Return the bytes that this process may use, including those in use now. Processes of a CPU share its memory.
-
-    Raises:
-        ConfigError: the memory of the device cannot be measured.
-    """
+    """Return the bytes that this process may use, including those in use now; ConfigError if that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "cpu" and STATUS.is_file():

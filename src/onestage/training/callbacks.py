@@ -100,20 +100,21 @@ class ResultsWriter(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the metrics of the split."""
         if trainer.is_global_zero and not trainer.sanity_checking:
-            evaluator, seconds = pl_module.evaluator, pl_module.evaluation_seconds
+            evaluator, seconds, names = pl_module.evaluator, pl_module.evaluation_seconds, pl_module.data.class_names
+            _, per_class, analysis = evaluator.evaluation()
             write_results(
                 self.path,
                 stage="test" if trainer.testing else "validate",
                 metrics=pl_module.metrics,
-                per_class=evaluator.per_class(),
-                analysis=evaluator.evaluation().analysis,
-                class_names=pl_module.data.class_names,
+                per_class=per_class,
+                analysis=analysis,
+                class_names=names,
                 seconds=seconds,
                 images_per_second=evaluator.num_images / max(seconds, 1e-9),
             )
             # Drawing takes a second, and `fit` ends with an evaluation of its best weights.
             if trainer.state.fn != TrainerFn.FITTING:
-                write_figures(self.path.parent, evaluator.evaluation().analysis, pl_module.data.class_names)
+                write_figures(self.path.parent, analysis, names)
 
     on_test_end = on_validation_end
 

@@ -212,8 +212,7 @@ class DetectionModule(pl.LightningModule):
     def weighted_loss(self, losses: Losses) -> dict[str, Tensor]:
         """Return `loss`, the weighted sum of the terms, and each unweighted term as `<term>_loss`.
 
-        Raises:
-            ConfigError: the terms are not those that the detector declares.
+        ConfigError if the terms are not those that the detector declares.
         """
         terms, name = losses.terms, type(self.detector).__name__
         if terms.keys() != self.loss_weights.keys():
@@ -328,11 +327,7 @@ class DetectionModule(pl.LightningModule):
             restore_configured_hyperparameters(self._configured, self._scheduler)
 
     def make_optimizer(self) -> Optimizer:
-        """Return the configured optimizer over the detector's parameters, with the learning rate unscaled.
-
-        Raises:
-            ConfigError: the optimizer refuses its arguments.
-        """
+        """Return the configured optimizer, its learning rate unscaled; ConfigError if it refuses its arguments."""
         try:
             optimizer = self.optimizer(parameter_groups(self.detector, self._decayed))
         except (ValueError, RuntimeError) as error:  # each optimizer checks its own arguments
