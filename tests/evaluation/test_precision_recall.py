@@ -7,8 +7,8 @@ import pytest
 from evaluation_data import annotation_set, detections, flat, random_evaluation
 
 from onestage.evaluation import matching
+from onestage.evaluation.analysis import average_precision, best_threshold, make_curve, voc_average_precision
 from onestage.evaluation.matching import overlapping_pairs
-from onestage.evaluation.precision_recall import average_precision, best_threshold, make_curve, voc_average_precision
 
 
 def curve(*correct, num_objects, scores=None):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.utils import make_grid
 
 from onestage.files import atomic_write
 from onestage.types import PADDING, Detections
@@ -68,13 +70,9 @@ def draw_sheet(
 ) -> npt.NDArray[np.uint8]:
     """Draw images of one size, [N, H, W, 3] RGB, in a square of rows and columns, each with its (boxes, labels)."""
     drawn = [draw_boxes(image, *own, None, class_names) for image, own in zip(images, objects, strict=True)]
-    height, width = drawn[0].shape[:2]
-    columns = math.ceil(math.sqrt(len(drawn)))
-    sheet = np.full((math.ceil(len(drawn) / columns) * height, columns * width, 3), 255, dtype=np.uint8)
-    for number, picture in enumerate(drawn):
-        y, x = number // columns * height, number % columns * width
-        sheet[y : y + height, x : x + width] = picture
-    return sheet
+    pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
+    sheet = make_grid(pictures, nrow=math.ceil(math.sqrt(len(drawn))), padding=0, pad_value=255)
+    return np.asarray(sheet.permute(1, 2, 0))
 
 
 def save_jpeg(path: Path, image: npt.NDArray[np.uint8]) -> None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onestage.evaluation.analysis import Analysis
-from onestage.evaluation.precision_recall import RECALLS
+from onestage.evaluation.analysis import RECALLS, Analysis
 from onestage.files import atomic_write
 from onestage.types import AnnotationSet
 

@@ -1,4 +1,4 @@
-"""The divisor of loss sums: the number of positive anchors."""
+"""The divisor of loss sums: the number of positive anchors, or of images."""
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,14 @@ class PositiveNormaliser(nn.Module):
             count = self.momentum * previous + (1 - self.momentum) * count
             self.running_mean.copy_(count)
         return count
+
+
+class ImageNormaliser(nn.Module):
+    """The number of images of this process: darknet divides the sum of a batch by it, and by nothing else."""
+
+    def forward(self, is_positive: Tensor) -> Tensor:
+        """Return B, a scalar. is_positive: [B, A]."""
+        return torch.full((), float(len(is_positive)), device=is_positive.device)
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

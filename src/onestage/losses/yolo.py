@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from onestage.errors import require
 from onestage.losses.box import BoxLoss
@@ -106,11 +106,3 @@ class ObjectSoftmaxLoss(SoftmaxFocalLoss):
     def per_anchor_loss(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
         """Return the focal loss of each object's class, [B, A]; 0 without an object."""
         return torch.where(labels >= 0, super().per_anchor_loss(class_logits, labels, box_quality), 0.0)
-
-
-class ImageNormaliser(nn.Module):
-    """The number of images of this process: darknet divides the sum of a batch by it, and by nothing else."""
-
-    def forward(self, is_positive: Tensor) -> Tensor:
-        """Return B, a scalar. is_positive: [B, A]."""
-        return torch.full((), float(len(is_positive)), device=is_positive.device)

@@ -7,13 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import VGG16_Weights, WeightsEnum
-from torchvision.models.detection import (
-    RetinaNet_ResNet50_FPN_V2_Weights,
-    RetinaNet_ResNet50_FPN_Weights,
-    SSD300_VGG16_Weights,
-    SSDLite320_MobileNet_V3_Large_Weights,
-)
+from torchvision.models import VGG16_Weights, WeightsEnum, detection
 from torchvision.ops import FrozenBatchNorm2d
 
 from onestage.errors import CheckpointError, ConfigError
@@ -96,7 +90,7 @@ def load_published(detector: Any, value: str) -> None:
 
 def torchvision_ssd300(key: str, value: str, scale: float) -> dict[str, Tensor]:
     """Return the weights of torchvision's ssd300_vgg16 under our names; see `read_weights` and `load_vgg16`."""
-    weights = read_weights(key, value, {TORCHVISION_COCO: SSD300_VGG16_Weights.COCO_V1})
+    weights = read_weights(key, value, {TORCHVISION_COCO: detection.SSD300_VGG16_Weights.COCO_V1})
     keys = _parameters(_SSD300) | {"backbone.conv4_norm.weight": "backbone.scale_weight"}
     state = rename(weights, keys, f"{key}: {value}")
     state["backbone.to_conv4.conv1_1.weight"] = state["backbone.to_conv4.conv1_1.weight"] * scale
@@ -106,7 +100,7 @@ def torchvision_ssd300(key: str, value: str, scale: float) -> dict[str, Tensor]:
 def torchvision_ssdlite320(detector: nn.Module, key: str, value: str) -> dict[str, Tensor]:
     """Return the weights of torchvision's ssdlite320_mobilenet_v3_large under our names; see `read_weights`."""
     weights = {}
-    published = {TORCHVISION_COCO: SSDLite320_MobileNet_V3_Large_Weights.COCO_V1}
+    published = {TORCHVISION_COCO: detection.SSDLite320_MobileNet_V3_Large_Weights.COCO_V1}
     for name, tensor in read_weights(key, value, published).items():
         for theirs, ours in _SSDLITE320.items():
             name = name.replace(theirs, ours)
@@ -116,7 +110,10 @@ def torchvision_ssdlite320(detector: nn.Module, key: str, value: str) -> dict[st
 
 def torchvision_retinanet(detector: nn.Module, key: str, value: str, is_second: bool) -> dict[str, Tensor]:
     """Return the weights of torchvision's retinanet_resnet50_fpn or, `is_second`, its v2 for a RetinaNet like it."""
-    first, second = RetinaNet_ResNet50_FPN_Weights.COCO_V1, RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1
+    first, second = (
+        detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1,
+        detection.RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1,
+    )
     published: WeightsEnum = second if is_second else first
     # Before torchvision 0.13 the towers were flat lists of convolutions and ReLUs.
     state = torchvision_pyramid(detector, key, value, published, layers_per_conv=2)
@@ -151,7 +148,7 @@ def _columns(num_columns: int, num_classes: int, place: str) -> list[int]:
     if num_columns == num_classes + 1:
         return [*range(1, num_columns), 0]
     if (num_columns, num_classes) == (91, 80):
-        names = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
+        names = detection.SSD300_VGG16_Weights.COCO_V1.meta["categories"]
         return [i for i, name in enumerate(names) if name not in ("__background__", "N/A")] + [0]
     remedy = f"To train on your classes set pretrained: null and give --init_from {place.partition(': ')[2]}"
     problem = f"{place} was trained on {num_columns - 1} classes, the data have {num_classes}; they must be the same"

@@ -17,24 +17,11 @@ from onestage.errors import require
 from onestage.losses.box import BoxLoss
 from onestage.losses.classification import ClassificationLoss, SigmoidClassificationLoss, one_hot
 from onestage.losses.focal import SigmoidCrossEntropy
-from onestage.losses.normaliser import num_processes
-from onestage.losses.yolo import (
-    GridBoxLoss,
-    ImageNormaliser,
-    ObjectSoftmaxLoss,
-    SquaredGridBoxLoss,
-    SquaredObjectnessLoss,
-)
+from onestage.losses.normaliser import ImageNormaliser, num_processes
+from onestage.losses.yolo import GridBoxLoss, ObjectSoftmaxLoss, SquaredGridBoxLoss, SquaredObjectnessLoss
+from onestage.models import darknet
 from onestage.models.backbone import Backbone
-from onestage.models.darknet import (
-    Darknet19,
-    Darknet53,
-    DarknetPyramid,
-    Passthrough,
-    block_tensors,
-    load_darknet,
-    save_darknet,
-)
+from onestage.models.darknet import DarknetPyramid, Passthrough
 from onestage.models.detector import AnchorDetector
 from onestage.models.heads import AnchorHead
 from onestage.types import BACKGROUND, IGNORE, Losses, Predictions, Targets
@@ -109,7 +96,7 @@ class YOLO(AnchorDetector):
         self.objectness_loss = objectness_loss
         self.register_buffer("images_seen", torch.zeros((), dtype=torch.int64))
         if pretrained is not None:
-            self.images_seen.fill_(load_darknet(pretrained, "pretrained", self.darknet_tensors()))
+            self.images_seen.fill_(darknet.load_darknet(pretrained, "pretrained", self.darknet_tensors()))
 
     def loss(self, predictions: Predictions, targets: Targets) -> Losses:
         """Return the three terms, divided by the number of images. Never waits for the device."""
@@ -143,9 +130,9 @@ class YOLO(AnchorDetector):
 
     def darknet_tensors(self) -> list[Tensor]:
         """Return all weights in the order of darknet's files, as views: a change of them changes the detector."""
-        tensors = list(block_tensors(self.backbone))
+        tensors = list(darknet.block_tensors(self.backbone))
         for branch, level in self.neck.branches():
-            tensors += block_tensors(branch)
+            tensors += darknet.block_tensors(branch)
             heads = [head.levels[level] for head in (self.box_head, self.quality_head, self.class_head)]
             for name in ("bias", "weight"):  # rows by anchor: t_x, t_y, t_w, t_h, objectness, classes
                 by_anchor = [
@@ -157,7 +144,7 @@ class YOLO(AnchorDetector):
 
     def save_darknet(self, path: Path) -> None:
         """Write all weights to a `.weights` file of darknet. ResourceError if it cannot be written."""
-        save_darknet(path, self.file_version, int(self.images_seen), self.darknet_tensors())
+        darknet.save_darknet(path, self.file_version, int(self.images_seen), self.darknet_tensors())
 
     @abstractmethod
     def _box_targets(self, labels: Tensor, gt_boxes: Tensor, predictions: Predictions) -> tuple[Tensor, Tensor]:
@@ -226,7 +213,7 @@ class YOLOv3(YOLO):
         nms_threshold: float = 0.45,
         max_detections: int = 100,
     ) -> None:
-        loss, backbone = classification_loss or SigmoidCrossEntropy(), backbone or Darknet53()
+        loss, backbone = classification_loss or SigmoidCrossEntropy(), backbone or darknet.Darknet53()
         # Its labels are those of single sigmoids, so weights of classes would be those of class 0.
         require(loss.class_weights is None, "YOLOv3: class_weights of classification_loss", "weights", "null")
         require(backbone.strides == (8, 16, 32), "YOLOv3: strides of the backbone", backbone.strides, "(8, 16, 32)")
@@ -298,7 +285,7 @@ class YOLOv2(YOLO):
         max_detections: int = 100,
     ) -> None:
         require(anchor_images >= 0, "YOLOv2: anchor_images", anchor_images, ">= 0")
-        backbone = backbone or Darknet19()
+        backbone = backbone or darknet.Darknet19()
         fits = backbone.strides in ((8, 16), (16, STRIDE))
         require(fits, "YOLOv2: strides of the backbone", backbone.strides, "(16, 32) or (8, 16)")
         tables = {

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from onestage.evaluation.analysis import RECALLS
 from onestage.evaluation.matching import Found, Integers, Objects, Pairs, match, rows_by_class
-from onestage.evaluation.precision_recall import RECALLS
 
 IOUS = np.linspace(0.5, 0.95, 10)  # COCO's
 NUM_RESAMPLES = 1000

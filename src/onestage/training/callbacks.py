@@ -17,16 +17,9 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from onestage.errors import ConfigError
+from onestage.evaluation import figures
 from onestage.evaluation.anchor_losses import LossDistribution, anchor_statistics, missing_prior
 from onestage.evaluation.drawing import BATCH_FILE, draw_boxes, draw_sheet, save_jpeg
-from onestage.evaluation.figures import (
-    CURVES_FILE,
-    LABELS_FILE,
-    draw_labels,
-    draw_training,
-    save_figure,
-    write_figures,
-)
 from onestage.evaluation.results import write_records, write_results
 from onestage.files import atomic_write, read_rows
 from onestage.training.loggers import METRICS_FILE
@@ -114,7 +107,7 @@ class ResultsWriter(Callback):
             )
             # Drawing takes a second, and `fit` ends with an evaluation of its best weights.
             if trainer.state.fn != TrainerFn.FITTING:
-                write_figures(self.path.parent, analysis, names)
+                figures.write_figures(self.path.parent, analysis, names)
 
     on_test_end = on_validation_end
 
@@ -324,7 +317,9 @@ class TrainingPictures(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draw the training labels."""
         if trainer.is_global_zero:
-            save_figure(self.folder / LABELS_FILE, draw_labels(pl_module.data.annotations("train")))
+            figures.save_figure(
+                self.folder / figures.LABELS_FILE, figures.draw_labels(pl_module.data.annotations("train"))
+            )
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         """Draw the first batch of a new run, with its boxes, as the network sees it."""
@@ -341,4 +336,4 @@ class TrainingPictures(Callback):
                 logger.save()  # the latest rows
             _, rows = read_rows(self.folder / METRICS_FILE)
             if rows:
-                save_figure(self.folder / CURVES_FILE, draw_training(rows))
+                figures.save_figure(self.folder / figures.CURVES_FILE, figures.draw_training(rows))

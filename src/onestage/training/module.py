@@ -21,29 +21,10 @@ import onestage
 from onestage.boxes.geometry import to_original
 from onestage.errors import ConfigError, require
 from onestage.evaluation.coco import CocoEvaluator
+from onestage.training import optimization
 from onestage.training.multi_scale import MultiScale
-from onestage.training.optimization import (
-    WarmupSchedule,
-    check_clipping,
-    clip_gradients,
-    decayed_parameters,
-    hyperparameters,
-    parameter_groups,
-    restore_configured_hyperparameters,
-    scale_learning_rate,
-    shards_parameters,
-)
-from onestage.types import (
-    AnnotationSet,
-    Batch,
-    DetectionData,
-    Detections,
-    Detector,
-    Losses,
-    Metrics,
-    Predictions,
-    Stage,
-)
+from onestage.training.optimization import WarmupSchedule
+from onestage.types import AnnotationSet, Batch, DetectionData, Detections, Detector, Losses, Predictions, Stage
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
@@ -103,12 +84,12 @@ class DetectionModule(pl.LightningModule):
             rule = f"0 for {type(detector).__name__}, whose backbone cannot be frozen"
             require(hasattr(backbone, "freeze"), "model.freeze", freeze, rule)
             backbone.freeze(freeze)
-        self._decayed = decayed_parameters(detector)
+        self._decayed = optimization.decayed_parameters(detector)
         self._lr: float | None = None  # instead of the configured one
         self._configured: list[dict[str, Any]] = []  # hyperparameters of the optimizer as it was built
         self._scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
         self.evaluator: CocoEvaluator | None = None
-        self.metrics: Metrics = {}
+        self.metrics: dict[str, float] = {}
         self.score_threshold: float | None = None  # with the best F1 of the latest evaluation; None: unknown
         self.evaluation_seconds = self._start = 0.0
         self._loss_sums: dict[str, Tensor] = {}  # of an evaluation
@@ -180,7 +161,7 @@ class DetectionModule(pl.LightningModule):
         # momentum. Nor with ModelPruning, whose view(-1) of a weight needs its values in index order.
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined] # Lightning's type has none
         flattens = any(isinstance(callback, ModelPruning) for callback in callbacks)
-        if self.channels_last and not flattens and not shards_parameters(self.trainer.strategy):
+        if self.channels_last and not flattens and not optimization.shards_parameters(self.trainer.strategy):
             self.detector.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Detections:
@@ -304,10 +285,10 @@ class DetectionModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer over two parameter groups and the schedule that steps with it."""
         optimizer = self.make_optimizer()
-        check_clipping(self.trainer, optimizer)
+        optimization.check_clipping(self.trainer, optimizer)
         if self.reference_batch_size is not None and self._lr is None:
-            scale_learning_rate(optimizer, self.trainer, self.data.batch_size, self.reference_batch_size)
-        self._configured = hyperparameters(optimizer)
+            optimization.scale_learning_rate(optimizer, self.trainer, self.data.batch_size, self.reference_batch_size)
+        self._configured = optimization.hyperparameters(optimizer)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
@@ -324,12 +305,12 @@ class DetectionModule(pl.LightningModule):
                 "learning rate is below the configured one.\nSet model.schedule.warmup_steps to a tenth of the steps."
             )
         if self.trainer.ckpt_path is not None:
-            restore_configured_hyperparameters(self._configured, self._scheduler)
+            optimization.restore_configured_hyperparameters(self._configured, self._scheduler)
 
     def make_optimizer(self) -> Optimizer:
         """Return the configured optimizer, its learning rate unscaled; ConfigError if it refuses its arguments."""
         try:
-            optimizer = self.optimizer(parameter_groups(self.detector, self._decayed))
+            optimizer = self.optimizer(optimization.parameter_groups(self.detector, self._decayed))
         except (ValueError, RuntimeError) as error:  # each optimizer checks its own arguments
             raise ConfigError(f"model.optimizer cannot be built: {error}.") from error
         for group in optimizer.param_groups if self._lr is not None else ():
@@ -363,7 +344,7 @@ class DetectionModule(pl.LightningModule):
     ) -> None:
         """Clip by norm or by value, with any optimizer and any strategy that does not clip by itself."""
         if gradient_clip_val:
-            clip_gradients(self.trainer, optimizer, float(gradient_clip_val), gradient_clip_algorithm)
+            optimization.clip_gradients(self.trainer, optimizer, float(gradient_clip_val), gradient_clip_algorithm)
 
     # Checkpoints
 

@@ -14,13 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 
 from onestage.errors import ConfigError, DataError, require
-from onestage.evaluation.anchor_losses import (
-    FIGURE_GAMMAS,
-    LossDistribution,
-    draw_loss_curves,
-    format_loss_shares,
-    write_loss_curves,
-)
+from onestage.evaluation import anchor_losses
 from onestage.training.callbacks import LossCollector
 from onestage.training.module import DetectionModule
 
@@ -117,7 +111,7 @@ class DetectionTrainer(pl.Trainer):
             split: the images to use.
             gammas: of the focal loss, each >= 0. null: 0, 0.5, 1, 2 and 5.
         """
-        distribution = LossDistribution(gammas or FIGURE_GAMMAS)
+        distribution = anchor_losses.LossDistribution(gammas or anchor_losses.FIGURE_GAMMAS)
         run = self.validate if split == "val" else self.test
         run(LossCollector(model, distribution), datamodule=datamodule, verbose=False)
         curves = distribution.curves()
@@ -127,9 +121,9 @@ class DetectionTrainer(pl.Trainer):
         if self.is_global_zero:
             folder, title = Path(self.default_root_dir), str(ckpt_path or "the configured weights")
             folder.mkdir(parents=True, exist_ok=True)
-            write_loss_curves(folder / CURVES_FILE, curves, distribution.gammas)
-            draw_loss_curves(folder / FIGURE_FILE, curves, distribution.gammas, title)
-            print(format_loss_shares(curves, distribution.gammas))
+            anchor_losses.write_loss_curves(folder / CURVES_FILE, curves, distribution.gammas)
+            anchor_losses.draw_loss_curves(folder / FIGURE_FILE, curves, distribution.gammas, title)
+            print(anchor_losses.format_loss_shares(curves, distribution.gammas))
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
