@@ -110,11 +110,8 @@ def torchvision_ssdlite320(detector: nn.Module, key: str, value: str) -> dict[st
 
 def torchvision_retinanet(detector: nn.Module, key: str, value: str, is_second: bool) -> dict[str, Tensor]:
     """Return the weights of torchvision's retinanet_resnet50_fpn or, `is_second`, its v2 for a RetinaNet like it."""
-    first, second = (
-        detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1,
-        detection.RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1,
-    )
-    published: WeightsEnum = second if is_second else first
+    versions = (detection.RetinaNet_ResNet50_FPN_Weights, detection.RetinaNet_ResNet50_FPN_V2_Weights)
+    published: WeightsEnum = versions[is_second].COCO_V1
     # Before torchvision 0.13 the towers were flat lists of convolutions and ReLUs.
     state = torchvision_pyramid(detector, key, value, published, layers_per_conv=2)
     # The published first version was trained with eps = 0 in the batch norms: var + 0 = (var - eps) + eps.

@@ -317,9 +317,8 @@ class TrainingPictures(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draw the training labels."""
         if trainer.is_global_zero:
-            figures.save_figure(
-                self.folder / figures.LABELS_FILE, figures.draw_labels(pl_module.data.annotations("train"))
-            )
+            drawn = figures.draw_labels(pl_module.data.annotations("train"))
+            figures.save_figure(self.folder / figures.LABELS_FILE, drawn)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         """Draw the first batch of a new run, with its boxes, as the network sees it."""
