@@ -34,12 +34,8 @@ def test_results_have_null_for_undefined_metrics(tmp_path):
 
 
 def test_table_shows_percent_and_each_class_at_its_best_score_and_the_errors():
-    lines = format_table(METRICS, PER_CLASS).splitlines()
-    assert lines[0].split() == ["mAP", "25.0", "AP50", "50.0", "AP75", "-"]
-    assert lines[-2].split() == ["cat", "25.0"]
-    assert lines[-1].split() == ["Füchsin", "-"]
-    assert format_table({}, {}) == ""
     lines = format_table(METRICS, PER_CLASS, ANALYSIS).splitlines()
+    assert lines[0].split() == ["mAP", "25.0", "AP50", "50.0", "AP75", "-"]
     assert lines[-6].split() == ["class", "AP", "AP50", "prec.", "recall", "F1", "score", "objects"]
     assert lines[-5].split() == ["cat", "25.0", "100.0", "100.0", "100.0", "100.0", "0.75", "1"]
     assert lines[-4].split() == ["Füchsin", "-", "-", "-", "-", "-", "-", "0"]

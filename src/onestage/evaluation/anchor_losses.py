@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from onestage.errors import CheckpointError, require
+from onestage.evaluation.figures import new_figure, save_figure
 from onestage.files import atomic_write
 from onestage.types import BACKGROUND, IGNORE, AnchorLosses
 
@@ -165,9 +166,7 @@ def write_loss_curves(path: Path, curves: dict[str, LossCurve], gammas: Sequence
 
 def draw_loss_curves(path: Path, curves: dict[str, LossCurve], gammas: Sequence[float], title: str) -> None:
     """Draw positives and negatives side by side, as in the paper's figure."""
-    from matplotlib.figure import Figure  # half a second of import; without pyplot, which would look for a screen
-
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure = new_figure(9, 4.2)
     figure.suptitle(title)
     for axes, (name, curve) in zip(np.atleast_1d(figure.subplots(1, len(curves))), curves.items(), strict=True):
         anchors, columns = curve.points()
@@ -177,7 +176,7 @@ def draw_loss_curves(path: Path, curves: dict[str, LossCurve], gammas: Sequence[
         axes.set(title=f"{curve.num_anchors:,} {name}", xlabel=xlabel, ylabel=ylabel, xlim=(0, 1), ylim=(0, 1))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left")
-    figure.savefig(path, dpi=150)
+    save_figure(path, figure)
 
 
 def format_loss_shares(curves: dict[str, LossCurve], gammas: Sequence[float]) -> str:

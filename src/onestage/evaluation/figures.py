@@ -28,6 +28,13 @@ def write_figures(folder: Path, analysis: Analysis, class_names: Sequence[str]) 
         save_figure(folder / name, figure)
 
 
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure, inches."""
+    from matplotlib.figure import Figure  # half a second of import; without pyplot, which would look for a screen
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def save_figure(path: Path, figure: "Figure") -> None:
     """Write a figure as PNG, atomically."""
     with atomic_write(path) as temporary:
@@ -37,12 +44,11 @@ def save_figure(path: Path, figure: "Figure") -> None:
 def draw_precision_recall(analysis: Analysis, class_names: Sequence[str]) -> "Figure":
     """Draw the interpolated curve of each class at IoU 0.5, worst class last in the legend, and their mean."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure  # half a second of import; without pyplot, which would look for a screen
 
     shown = [label for label in _largest(analysis) if analysis.classes[label].num_objects]
     shown.sort(key=lambda label: -analysis.classes[label].ap50)
     palette = colormaps["tab10" if len(shown) <= 10 else "tab20"]  # every second of tab20 is pale
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     for rank, label in enumerate(shown):
         one = analysis.classes[label]
@@ -60,14 +66,12 @@ def draw_precision_recall(analysis: Analysis, class_names: Sequence[str]) -> "Fi
 
 def draw_confusion(analysis: Analysis, class_names: Sequence[str]) -> "Figure":
     """Draw counts on shares of each object class; the last column is missed, the last row false alarms."""
-    from matplotlib.figure import Figure
-
     num_classes = len(class_names)
     rows = [*sorted(_largest(analysis)), num_classes]
     counts = np.array(analysis.confusion)[np.ix_(rows, rows)]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = max(5.0, 2.2 + 0.5 * len(rows))
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    figure = new_figure(side + 1, side)
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, label="share of the row", shrink=0.7)
@@ -112,9 +116,7 @@ def _thinned(points: list[tuple[float, float]], max_points: int) -> list[tuple[f
 
 def draw_training(curves: Curves) -> "Figure":
     """Draw a panel for each group of curves."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * max(1, len(curves)), 4), layout="constrained")
+    figure = new_figure(5 * max(1, len(curves)), 4)
     for position, (panel, lines) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(1, len(curves), position)
         for name, points in lines.items():
@@ -127,12 +129,10 @@ def draw_training(curves: Curves) -> "Figure":
 
 def draw_labels(annotations: AnnotationSet) -> "Figure":
     """Draw the objects of a split: how many of each class, how large, and where in the image their centres lie."""
-    from matplotlib.figure import Figure
-
     names, num_classes = annotations.class_names, len(annotations.class_names)
     counts = np.bincount(annotations.labels, minlength=num_classes)
     shown = np.argsort(-counts, kind="stable")[:MAX_CLASSES][::-1]
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    figure = new_figure(15, 4.5)
     by_class, by_size, by_place = (figure.add_subplot(1, 3, position) for position in (1, 2, 3))
     by_class.barh([_name(names[label]) for label in shown], counts[shown])
     more = f" (of {num_classes})" if num_classes > len(shown) else ""

@@ -59,7 +59,6 @@ def write_results(
 
 
 def _class_as_json(one: ClassAnalysis) -> JSONDict:
-    """Return the analysis of a class; precision and recall at its best threshold, the curve by recall in percent."""
     curve = [round(value, 4) for value in one.precision]
     values: JSONDict = {"num_objects": one.num_objects, "AP50": one.ap50, "VOC07": one.voc07, "VOC10": one.voc10}
     return values | one.best._asdict() | {"precision_by_recall": curve}
@@ -94,28 +93,25 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def format_table(metrics: Metrics, per_class: Mapping[str, float], analysis: Analysis | None = None) -> str:
+def format_table(metrics: Metrics, per_class: Mapping[str, float], analysis: Analysis) -> str:
     """Return the metrics, a row for each class and the error types for the terminal, in percent."""
     names = [name for name in (*METRIC_NAMES, "VOC07", "VOC10") if name in metrics]
     cells = [f"{name:<10} {_percent(metrics[name])}" for name in names]
-    lines = ["   ".join(cells[start : start + 3]) for start in range(0, len(cells), 3)]
-    if per_class:
-        width = max(len("class"), *(len(name) for name in per_class))
-        details = (
-            [""] * (1 + len(per_class)) if analysis is None else [CLASS_COLUMNS, *map(_class_cells, analysis.classes)]
-        )
-        lines += ["", f"{'class':<{width}}    AP{details[0]}"]
-        rows = zip(per_class.items(), details[1:], strict=True)
-        lines += [f"{name:<{width}} {_percent(value)}{detail}" for (name, value), detail in rows]
-        if analysis is not None:
-            lines += [f"{'all':<{width}} {_percent(metrics['mAP'])}{_class_cells(analysis.overall)}", ""]
-            costs = [f"{name} {_percent(value).strip()}" for name, value in analysis.error_types.items()]
-            lines += ["AP50 lost by error: " + ", ".join(costs)]
-    return "\n".join(lines)
+    width = max(len("class"), *map(len, per_class))
+    rows = [*zip(per_class, per_class.values(), analysis.classes, strict=True)]
+    rows.append(("all", metrics["mAP"], analysis.overall))
+    costs = [f"{name} {_percent(value).strip()}" for name, value in analysis.error_types.items()]
+    return "\n".join(
+        [
+            *("   ".join(cells[start : start + 3]) for start in range(0, len(cells), 3)),
+            *("", f"{'class':<{width}}    AP{CLASS_COLUMNS}"),
+            *(f"{name:<{width}} {_percent(value)}{_class_cells(one)}" for name, value, one in rows),
+            *("", "AP50 lost by error: " + ", ".join(costs)),
+        ]
+    )
 
 
 def _class_cells(one: ClassAnalysis) -> str:
-    """Return what follows the AP of a class in its row."""
     best = one.best
     cells = map(_percent, (one.ap50, best.precision, best.recall, best.f1))
     threshold = "    -" if math.isnan(best.threshold) else f"{best.threshold:5.2f}"

@@ -52,16 +52,14 @@ class AutoBatch(Callback):
     """Set `data.batch_size` to the largest batch that fits, before training starts.
 
     Measures whole steps in the run's precision, on images with as many objects as the most crowded training image.
-    Weights are restored, so that the run equals one with the found number as `data.batch_size`.
+    Weights are restored, so that the run equals one with the found number as `data.batch_size`. ConfigError if not even
+    one image fits, or memory cannot be measured.
 
     Args:
         limit: bytes of the device, or on a CPU of the machine, for this process; None: its share of the free memory.
             A step gets 0.9 of it.
         averages_weights: whether an average of the weights will be kept.
         on_choice: receives the number.
-
-    Raises:
-        ConfigError: not even one image fits, or memory cannot be measured.
     """
 
     def __init__(self, limit: int | None, averages_weights: bool, on_choice: Callable[[int], None]) -> None:

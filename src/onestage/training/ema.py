@@ -31,11 +31,10 @@ class ExponentialMovingAverage(Callback):
     Not Lightning's WeightAveraging, which saves average and raw weights swapped if a validation raises, truncates
     averaged counters, and waits for the device twice per step.
 
+    ConfigError if the strategy splits the weights over processes.
+
     Args:
         decay: d after the ramp, in (0, 1); null: off. An average over about 1 / (1 - decay) steps.
-
-    Raises:
-        ConfigError: decay is out of range, or the strategy splits the weights over processes.
     """
 
     def __init__(self, decay: float | None = None) -> None:

@@ -124,13 +124,10 @@ def first_line(error: BaseException | None) -> str:
 def start_loggers(specs: Sequence[Any], folder: Path, instantiate: Callable[[Any], Logger]) -> list[Logger]:
     """Return the user's loggers, started and under the name of the run.
 
-    Args:
-        specs: parsed `trainer.logger` entries with `class_path` and `init_args`.
-        folder: runs/<experiment>/version_<n>, where they write unless told otherwise.
-        instantiate: makes a logger of an entry.
+    ConfigError if a package is missing, a service refuses, or the files would be those of the run itself.
 
-    Raises:
-        ConfigError: a package is missing, a service refuses, or the files would be those of the run itself.
+    specs: parsed `trainer.logger` entries with `class_path` and `init_args`, of which `instantiate` makes loggers.
+    folder: runs/<experiment>/version_<n>, where they write unless told otherwise.
     """
     # Without these, W&B prints a page of numbers at the end, and MLflow each migration of its database.
     os.environ.setdefault("WANDB_QUIET", "true")
@@ -190,12 +187,7 @@ def _missing_arguments(kind: type[Logger], folder: Path, given: Any, version: st
 
 
 class ResultsLogger(Callback):
-    """Log what is no metric: the configuration once; after every evaluation AP of each class, curves and images.
-
-    Args:
-        config: the resolved configuration.
-        images: folder of the drawn images.
-    """
+    """Log what is no metric: the resolved `config` once; after every evaluation AP of each class and drawn `images`."""
 
     def __init__(self, config: JSONDict, images: Path) -> None:
         self.config, self.images = config, images
