@@ -56,13 +56,13 @@ def test_published_sizes_have_the_published_maps_and_anchors(detector_class, sid
         detector = detector_class(num_classes=7, anchors="coco", classification_loss=loss)
         side = detector.image_size
         predictions = detector(torch.zeros(2, 3, side, side, dtype=torch.uint8))
-        summary = detector.anchor_summary()
+        levels, grids = detector.anchor_summary()
     assert predictions.class_logits.shape == (2, num_anchors, loss.num_logits(7))
     assert predictions.box_outputs.shape == (2, num_anchors, 4)
     assert predictions.anchors.boxes.shape == (num_anchors, 4)
     assert sum(predictions.anchors.level_sizes) == num_anchors
-    assert summary.grids == tuple((side, side) for side in sides)
-    assert summary.levels == detector.anchor_grid.levels
+    assert grids == tuple((side, side) for side in sides)
+    assert levels == detector.anchor_grid.levels
 
 
 @pytest.mark.parametrize(

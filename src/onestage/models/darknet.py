@@ -200,15 +200,10 @@ def load_darknet(value: str, key: str, tensors: Sequence[Tensor]) -> int:
     """Fill tensors from a `.weights` file of darknet; return its number of images seen in training.
 
     The file has three int32 (major, minor, revision), the number of images (uint64 from version 0.2 on, else uint32),
-    then little-endian float32 numbers and nothing else (load_weights of darknet's parser.c).
+    then little-endian float32 numbers and nothing else (load_weights of darknet's parser.c). CheckpointError if it
+    cannot be read or does not hold exactly these tensors.
 
-    Args:
-        value: path of the file.
-        key: of the configuration, for messages.
-        tensors: in the order of the file; they are changed in place.
-
-    Raises:
-        CheckpointError: if the file cannot be read or does not hold exactly these tensors.
+    value: path of the file. key: of the configuration, for messages. tensors: in the file's order, changed in place.
     """
     remedy = f"Set {key} to a darknet file of this network and these classes, or to null."
     place = f"{key}: {printable(value)}"

@@ -1,6 +1,6 @@
 """The detector that all anchor-based families share."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,6 @@ from onestage.losses.box import BoxLoss
 from onestage.losses.classification import ClassificationLoss
 from onestage.models.backbone import Backbone
 from onestage.types import AnchorLosses, BoxCoder, Detections, Detector, Losses, Predictions, Targets
-
-
-class AnchorSummary(NamedTuple):
-    """Anchors of a detector on one canvas."""
-
-    levels: tuple[AnchorShapes, ...]
-    grids: tuple[tuple[int, int], ...]  # (rows, columns) of each level
 
 
 class AnchorDetector(Detector):
@@ -153,8 +146,10 @@ class AnchorDetector(Detector):
                 loss.compile(*args, **settings)
 
     @torch.no_grad()
-    def anchor_summary(self, canvas: tuple[int, int] | None = None) -> AnchorSummary:
-        """Return the anchors on a canvas (height, width), px; None: the only one that the detector takes.
+    def anchor_summary(
+        self, canvas: tuple[int, int] | None = None
+    ) -> tuple[tuple[AnchorShapes, ...], tuple[tuple[int, int], ...]]:
+        """Return the anchors of each level and its (rows, columns) on a canvas; None: the only one that it takes, px.
 
         Runs the network on a blank image: under `torch.device("meta")` neither that nor building it costs anything.
         """
@@ -164,7 +159,7 @@ class AnchorDetector(Detector):
         images = torch.zeros(1, 3, *canvas, dtype=torch.uint8, device=self.anchor_grid.shapes.device)
         maps = self.eval().neck(self.backbone(images))
         self.train(is_training)
-        return AnchorSummary(self.anchor_grid.levels, tuple((m.shape[-2], m.shape[-1]) for m in maps))
+        return self.anchor_grid.levels, tuple((m.shape[-2], m.shape[-1]) for m in maps)
 
     @torch.no_grad()
     def box_quality(

@@ -1,6 +1,5 @@
 """Callbacks that report a run: images, results, anchor statistics, loss curves, the progress bar."""
 
-import csv
 import math
 import sys
 import time
@@ -21,8 +20,8 @@ from onestage.evaluation import figures
 from onestage.evaluation.anchor_losses import LossDistribution, anchor_statistics, missing_prior
 from onestage.evaluation.drawing import BATCH_FILE, draw_boxes, draw_sheet, save_jpeg
 from onestage.evaluation.results import write_records, write_results
-from onestage.files import atomic_write, read_rows
-from onestage.training.loggers import METRICS_FILE
+from onestage.files import read_rows
+from onestage.training.loggers import METRICS_FILE, write_rows
 from onestage.training.module import DetectionModule, stage_of
 from onestage.types import Batch, Detections, Predictions
 
@@ -150,16 +149,17 @@ class LossBar(TQDMProgressBar):
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print above the bar, or as any line if there is none."""
-        (super().print if self.is_enabled else print)(*args, **kwargs)
+        if self.is_enabled:
+            super().print(*args, **kwargs)
+        else:
+            print(*args, flush=True, **kwargs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the bar, and count batches from here."""
         super().on_train_start(trainer, pl_module)
         self._num_batches, self._start = 0, 0.0
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the bar; estimate the run time once."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._num_batches += 1
@@ -260,9 +260,7 @@ class EpochTable(Callback):
         """Start the clock."""
         self._start = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the losses of a batch, without waiting for the device."""
         # Lightning has divided this one by the number of accumulated batches.
         losses = {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}
@@ -299,10 +297,7 @@ def add_row(path: Path, row: Mapping[str, float]) -> None:
     _, rows = read_rows(path)
     text = {name: "" if math.isnan(value) else f"{value:.8g}" for name, value in row.items()}
     rows = [*(old for old in rows if int(old["step"]) < row["step"]), text]
-    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as lines:
-        table = csv.DictWriter(lines, fieldnames=[*dict.fromkeys(name for old in rows for name in old)])
-        table.writeheader()
-        table.writerows(rows)
+    write_rows(path, [*dict.fromkeys(name for old in rows for name in old)], rows)
 
 
 class TrainingPictures(Callback):

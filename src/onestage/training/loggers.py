@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -84,10 +84,7 @@ class TableLogger(CSVLogger):
             writer.metrics_keys = header
             kept = [row for row in rows if int(row["step"]) < before]
             self._restored = {(int(row["step"]), frozenset(key for key in row if row[key])) for row in kept}
-            with atomic_write(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as lines:
-                table = csv.DictWriter(lines, fieldnames=header)
-                table.writeheader()
-                table.writerows(kept)
+            write_rows(file, header, kept)
         return writer
 
     def save(self) -> None:
@@ -98,6 +95,14 @@ class TableLogger(CSVLogger):
         with failures_tolerated(METRICS_FILE, OSError):
             super().save()
         self.experiment.metrics = []  # Lightning clears them only once they are written
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
+    """Write a table of CSV, atomically."""
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        table.writerows(rows)
 
 
 _warned: set[str] = set()

@@ -43,13 +43,9 @@ class RunAddOn:
         return new_run_folder(settings.runs_dir, settings.experiment, is_writer=is_first_process(settings))
 
     def callbacks(self, settings: Any, config: JSONDict, callbacks: list[Callback], stored: JSONDict) -> list[Callback]:
-        """Return the callbacks of a command.
+        """Return the callbacks of a command: those of `add_arguments`, the average of the weights, and more.
 
-        Args:
-            settings: the parsed arguments.
-            config: the trainer's arguments; may be changed.
-            callbacks: those of `add_arguments` and the average of the weights.
-            stored: `fit`: the `model` and `data` configuration; empty for the other commands.
+        config: the trainer's arguments; may be changed. stored: `model` and `data` of `fit`'s configuration, or empty.
         """
         for callback in callbacks:
             if getattr(callback, "dirpath", "") is None:  # of checkpoints
