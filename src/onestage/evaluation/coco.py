@@ -84,12 +84,10 @@ class CocoEvaluator:
         """
         assert not self._is_gathered, "an evaluation takes no images after its first result"
         boxes, scores, labels = (tensor.detach().float() for tensor in detections)
-        packed = torch.cat([boxes, scores[..., None], labels[..., None]], dim=-1).flatten(1)
-        # One transfer for the whole batch. Indices and labels are exact in float32 up to 2^24.
-        packed = torch.cat([packed, image_indices.to(packed)[:, None]], dim=1).cpu()
-        for index, rows in zip(packed[:, -1].int().tolist(), packed[:, :-1].numpy(), strict=True):
+        packed = torch.cat([boxes, scores[..., None], labels[..., None]], dim=-1).cpu().numpy()
+        for index, rows in zip(image_indices.tolist(), packed, strict=True):
             if index not in self._rows_by_image:
-                self._rows_by_image[index] = self._sorted(rows.reshape(-1, 6), index)
+                self._rows_by_image[index] = self._sorted(rows, index)
 
     def evaluation(self) -> Evaluation:
         """Return everything. The first call is collective: every process must make it.

@@ -1,13 +1,11 @@
 """YOLO's own losses: boxes in grid cells, YOLOv2's objectness, and a softmax over classes without background."""
 
-import math
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onestage.errors import require
 from onestage.losses.box import BoxLoss
 from onestage.losses.class_weights import Weights
 from onestage.losses.classification import SigmoidClassificationLoss, one_hot
@@ -47,27 +45,15 @@ class SquaredGridBoxLoss(GridBoxLoss):
 class SquaredObjectnessLoss(SigmoidClassificationLoss):
     """YOLOv2's objectness: half the squared error of a sigmoid; the target of an object is its box's IoU.
 
-    darknet's region_layer.c with rescore=1.
-
-    Args:
-        object_weight: of anchors with an object, finite and >= 0; `object_scale` of darknet.
-        background_weight: of the others, finite and >= 0; `noobject_scale`.
+    darknet's region_layer.c with rescore=1, object_scale=5 and noobject_scale=1.
     """
 
     uses_box_quality: ClassVar[bool] = True
 
-    def __init__(
-        self, object_weight: float = 5.0, background_weight: float = 1.0, class_weights: Weights = None
-    ) -> None:
-        super().__init__(class_weights)
-        for name, weight in (("object_weight", object_weight), ("background_weight", background_weight)):
-            require(0 <= weight < math.inf, f"SquaredObjectnessLoss: {name}", weight, "finite and >= 0")
-        self.object_weight, self.background_weight = object_weight, background_weight
-
     def per_anchor_loss(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
         """Return the weighted squared error summed over the sigmoids of each anchor, [B, A]."""
         is_object = one_hot(labels, class_logits)
-        weight = torch.where(is_object == 1, self.object_weight, self.background_weight)
+        weight = torch.where(is_object == 1, 5.0, 1.0)
         return (0.5 * weight * (class_logits.sigmoid() - is_object * box_quality[..., None]).square()).sum(dim=2)
 
 
