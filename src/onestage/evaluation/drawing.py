@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.utils import make_grid
 
 from onestage.files import atomic_write
 from onestage.types import PADDING, Detections
@@ -70,9 +68,9 @@ def draw_sheet(
 ) -> npt.NDArray[np.uint8]:
     """Draw images of one size, [N, H, W, 3] RGB, in a square of rows and columns, each with its (boxes, labels)."""
     drawn = [draw_boxes(image, *own, None, class_names) for image, own in zip(images, objects, strict=True)]
-    pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
-    sheet = make_grid(pictures, nrow=math.ceil(math.sqrt(len(drawn))), padding=0, pad_value=255)
-    return np.asarray(sheet.permute(1, 2, 0))
+    columns = math.ceil(math.sqrt(len(drawn)))
+    drawn += [np.full_like(drawn[0], 255)] * (-len(drawn) % columns)
+    return np.vstack([np.hstack(drawn[start : start + columns]) for start in range(0, len(drawn), columns)])
 
 
 def save_jpeg(path: Path, image: npt.NDArray[np.uint8]) -> None:
