@@ -330,4 +330,4 @@ class TrainingPictures(Callback):
                 logger.save()  # the latest rows
             _, rows = read_rows(self.folder / METRICS_FILE)
             if rows:
-                figures.save_figure(self.folder / figures.CURVES_FILE, figures.draw_training(rows))
+                figures.save_figure(self.folder / figures.CURVES_FILE, figures.draw_training(figures.training_curves(rows)))
