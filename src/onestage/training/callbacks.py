@@ -330,4 +330,5 @@ class TrainingPictures(Callback):
                 logger.save()  # the latest rows
             _, rows = read_rows(self.folder / METRICS_FILE)
             if rows:
-                figures.save_figure(self.folder / figures.CURVES_FILE, figures.draw_training(figures.training_curves(rows)))
+                drawn = figures.draw_training(figures.training_curves(rows))
+                figures.save_figure(self.folder / figures.CURVES_FILE, drawn)
