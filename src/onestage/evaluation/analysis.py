@@ -78,7 +78,7 @@ def analyse(found: Found, objects: Objects, num_classes: int) -> Analysis:
     pairs = overlapping_pairs(found, objects)
     matched = match(found, objects, pairs)
     voc = voc_average_precision(found, objects, pairs, num_classes)
-    is_correct, is_counted, counts = matched.objects >= 0, ~matched.is_ignored, objects.count(num_classes)
+    is_correct, is_counted, counts = matched.objects >= 0, ~matched.is_ignored, objects.num_by_class(num_classes)
     curves = class_curves(found.scores, found.labels, is_correct, is_counted, counts)
     classes = [
         ClassAnalysis(
@@ -167,7 +167,7 @@ def voc_average_precision(found: Found, objects: Objects, pairs: Pairs, num_clas
     _, first = np.unique(nearest[candidates], return_index=True)  # the best detection of each object
     is_correct = np.zeros(len(found.scores), dtype=bool)
     is_correct[candidates[first]] = True
-    curves = class_curves(found.scores, found.labels, is_correct, ~is_ignored, objects.count(num_classes))
+    curves = class_curves(found.scores, found.labels, is_correct, ~is_ignored, objects.num_by_class(num_classes))
     return {rule: [average_precision(curve, rule) for curve in curves] for rule in ("VOC07", "VOC10")}
 
 
@@ -188,7 +188,7 @@ def confusion_matrix(
     counted = ~objects.is_ignored
     np.add.at(matrix, (objects.labels[counted], columns[counted]), 1)
     np.add.at(matrix[num_classes], found.labels[shown & ~hits], 1)
-    return matrix.tolist()  # type: ignore[no-any-return]
+    return matrix.tolist()
 
 
 def error_types(found: Found, objects: Objects, pairs: Pairs, matched: Match, num_classes: int) -> dict[str, float]:
@@ -207,7 +207,7 @@ def error_types(found: Found, objects: Objects, pairs: Pairs, matched: Match, nu
     removes them.
     """
     counted = ~objects.is_ignored
-    num_objects = objects.count(num_classes)
+    num_objects = objects.num_by_class(num_classes)
     if not num_objects.any():
         return dict.fromkeys(ERROR_TYPES, float("nan"))
     is_correct, kept = matched.objects >= 0, ~matched.is_ignored

@@ -5,6 +5,7 @@ import io
 import os
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -255,14 +256,10 @@ def precision_recall_tables(
 
 
 def _classes_of(package: Package) -> tuple[Any, Any]:
-    if package == "hotcoco":
-        from hotcoco import COCO, COCOeval
-    elif package == "faster_coco_eval":
-        from faster_coco_eval import COCO, COCOeval_faster as COCOeval
-    else:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    return COCO, COCOeval
+    if package == "pycocotools":
+        return import_module("pycocotools.coco").COCO, import_module("pycocotools.cocoeval").COCOeval
+    module = import_module(package)
+    return module.COCO, module.COCOeval if package == "hotcoco" else module.COCOeval_faster
 
 
 def _indexed(coco: Any, dataset: dict[str, Any]) -> Any:

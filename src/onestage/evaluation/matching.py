@@ -27,7 +27,7 @@ class Objects(NamedTuple):
     areas: npt.NDArray[np.float32]  # [T] px^2
     is_ignored: Booleans  # [T] neither found nor missed: crowds and difficult objects
 
-    def count(self, num_classes: int) -> Integers:
+    def num_by_class(self, num_classes: int) -> Integers:
         """Return the number of objects of each class, [K], without ignored ones."""
         return np.bincount(self.labels[~self.is_ignored], minlength=num_classes)
 
