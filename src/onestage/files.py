@@ -156,7 +156,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)  # noqa: PTH105 # tests interrupt this system call by its name
-        _sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # the new name itself; some file systems do not support this
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise write_error(path, error, temporary.stat().st_size if temporary.exists() else 0) from error
     finally:
@@ -203,16 +208,6 @@ def write_error(path: Path, error: OSError | RuntimeError, num_written: int = 0)
         f"{str(path)[:300]}: cannot be written: {reason}.\nAn earlier file of that name is unchanged. {remedy}, or "
         "choose another place (of a run: --runs_dir); a training continues with --resume auto."
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself survive a power cut; some file systems do not support this."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def printable(name: str | Path) -> str:

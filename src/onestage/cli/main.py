@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A config may name classes of this folder. It comes last, so that no file in it shadows a package.
         with suppress(OSError):  # the folder may be gone
             sys.path.append(str(Path.cwd()))
+    with suppress(AttributeError):  # a stream of the caller's own
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # for names from foreign files
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

@@ -51,7 +51,7 @@ def examine(
     anchors: DetectorAnchors,
     *,
     near_copies: bool = True,
-    num_decoders: int = 0,
+    is_decoded: bool = False,
     max_bad_fraction: float = 0.01,
 ) -> tuple[Diagnosis, dict[str, AnnotationSet]]:
     """Check splits as training would meet them; return the diagnosis, and the splits without unusable images.
@@ -60,15 +60,15 @@ def examine(
         splits: of one data set, the training split first; see `read_splits`.
         anchors: of the detector to train.
         near_copies: compare splits by what their images show.
-        num_decoders: processes that decode every image; 0: none is decoded.
+        is_decoded: decode every image completely.
         max_bad_fraction: that training may skip, in [0, 1].
     """
     findings = [finding for split in splits for finding in split.findings]
     start = time.perf_counter()
     usable = _check_headers(splits, max_bad_fraction, findings)
     seconds = {"headers": time.perf_counter() - start}
-    if num_decoders:
-        undecodable = decode_all(usable.values(), num_decoders)
+    if is_decoded:
+        undecodable = decode_all(usable.values())
         findings += undecodable
         places = {finding.place for finding in undecodable}
         for name, part in usable.items():

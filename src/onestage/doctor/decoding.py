@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -21,8 +22,8 @@ MAX_SECONDS = 30  # of an image; the largest takes 3 s
 Task = tuple[str, tuple[int, int]]  # path and annotated (height, width); 0, 0 if unknown
 
 
-def decode_all(splits: Iterable["AnnotationSet"], num_processes: int) -> "list[Finding]":
-    """Decode all images of some splits in so many child processes; return a finding for each that fails."""
+def decode_all(splits: Iterable["AnnotationSet"]) -> "list[Finding]":
+    """Decode all images of some splits in child processes; return a finding for each that fails."""
     from onestage.data.image_headers import image_finding
 
     tasks: list[Task] = [
@@ -30,6 +31,7 @@ def decode_all(splits: Iterable["AnnotationSet"], num_processes: int) -> "list[F
         for annotations in splits
         for path, (height, width) in zip(annotations.image_paths, annotations.sizes.tolist(), strict=True)
     ]
+    num_processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shares = [tasks[start::num_processes] for start in range(num_processes)]
     with ThreadPoolExecutor(num_processes) as pool:
         problems = zip(shares, pool.map(decode_in_child, shares), strict=True)

@@ -1,6 +1,5 @@
 """The commands `onestage doctor` and `onestage anchors`."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -62,20 +61,15 @@ def doctor(
 
         require_sheet(draw, num_drawn)
     splits = read_splits(find_splits(paths, images))
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     diagnosis, usable = examine(
-        splits,
-        placed,
-        near_copies=near_copies,
-        num_decoders=num_cores if decode else 0,
-        max_bad_fraction=max_bad_fraction,
+        splits, placed, near_copies=near_copies, is_decoded=decode, max_bad_fraction=max_bad_fraction
     )
     if not any(finding.effect == "error" for finding in diagnosis.findings):
         diagnosis = diagnosis._replace(training_command=training_command(paths, images, splits))
     exit_code = diagnosis.exit_code
     if not exit_code and strict and any(finding.effect == "warning" for finding in diagnosis.findings):
         exit_code = EXIT_WARNINGS
-    _print(as_json(diagnosis, exit_code) if json else as_text(diagnosis))
+    print(as_json(diagnosis, exit_code) if json else as_text(diagnosis))
     if draw is not None and usable:
         first = next(iter(usable.values()))
         num_written = write_sheet(draw, first, num_drawn, placed.image_size)
@@ -122,16 +116,10 @@ def anchors(
     split = find_splits([path], images)[0]
     text = compare_anchors(split.source.read(split.role, max_bad_fraction=1.0), placed, shapes)
     if out is None:
-        _print(text.rstrip("\n"))
+        print(text.rstrip("\n"))
     else:
         with atomic_write(out) as temporary:
             temporary.write_text(text, encoding="utf-8")
         comments = text.partition("model:")[0]
-        _print(f"{comments}wrote {out}; to train with it: onestage fit --config ... --config {out}")
+        print(f"{comments}wrote {out}; to train with it: onestage fit --config ... --config {out}")
     return 0
-
-
-def _print(text: str) -> None:
-    """Print; escape characters that the terminal's encoding lacks."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))

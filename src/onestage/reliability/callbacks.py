@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from onestage.errors import CheckpointError, ConfigError, DataError, require
 from onestage.evaluation.results import installed_versions
@@ -114,23 +113,25 @@ class BestCheckpoint(ModelCheckpoint):
     Args:
         monitor: a logged metric, such as `val/mAP` or `val/AP50`.
         mode: `max` where more is better.
-        dirpath: the folder; null: `checkpoints/` of the run.
     """
 
-    def __init__(self, monitor: str = "val/mAP", mode: str = "max", dirpath: str | None = None) -> None:
-        super().__init__(
-            dirpath=dirpath, filename=Path(BEST).stem, monitor=monitor, mode=mode, enable_version_counter=False
-        )
+    def __init__(self, monitor: str = "val/mAP", mode: str = "max") -> None:
+        super().__init__(filename=Path(BEST).stem, monitor=monitor, mode=mode, enable_version_counter=False)
         self._inherited: Path | None = None  # the best checkpoint of the resumed run
         self._copies = False
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Find the best checkpoint of the resumed run, for all processes."""
+        """Find the best checkpoint of the resumed run, which lies beside the resumed one, for all processes."""
         self._copies = trainer.is_global_zero
         best = None
-        if trainer.is_global_zero and is_training(trainer):
-            state = checkpoint["callbacks"].get(self.state_key)
-            best = _find_stored_best(state, Path(str(trainer.ckpt_path)).parent, Path(str(self.dirpath)))
+        was_validated = checkpoint["callbacks"].get(self.state_key, {}).get("best_model_score") is not None
+        if trainer.is_global_zero and is_training(trainer) and was_validated:
+            best = Path(str(trainer.ckpt_path)).with_name(BEST)
+            try:
+                read_checkpoint(best)
+            except CheckpointError as error:
+                best = None
+                rank_zero_info(f"resume: the best checkpoint so far is not used: {str(error).partition(chr(10))[0]}")
         self._inherited = trainer.strategy.broadcast(best)
 
     def on_sanity_check_end(self, trainer: pl.Trainer, module: Any) -> None:
@@ -161,26 +162,6 @@ class BestCheckpoint(ModelCheckpoint):
         self.current_score = state_dict.get("current_score")  # Lightning omits it
 
 
-def _find_stored_best(state: object, beside: Path, own: Path) -> Path | None:
-    """Return the best checkpoint of a run, beside the resumed one or in our folder.
-
-    A foreign checkpoint may name any file that this user can read; the path is followed into these folders only.
-    """
-    score = state.get("best_model_score") if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not isinstance(score, Tensor) or score.numel() != 1:
-        return None  # nothing was validated before it was written
-    stored = Path(str(state.get("best_model_path") or ""))
-    best = stored if stored.parent in (beside, own) else beside / BEST
-    try:
-        if stored.name != BEST:
-            raise CheckpointError(f"a path to {BEST} is expected, not {str(stored)!r}.")
-        read_checkpoint(best)
-    except (CheckpointError, OSError) as error:
-        rank_zero_info(f"resume: the best checkpoint so far is not used: {str(error).partition(chr(10))[0]}")
-        return None
-    return best
-
-
 class LastCheckpoint(Checkpoint):
     """Keep last.ckpt, the state to resume from, and previous.ckpt, the one before.
 
@@ -189,15 +170,15 @@ class LastCheckpoint(Checkpoint):
     Args:
         every_n_epochs: interval in epochs, >= 0; 0: not at the ends of epochs.
         every_n_steps: interval in optimizer steps, >= 0, for long epochs; 0: not inside epochs.
-        dirpath: the folder; null: `checkpoints/` of the run.
     """
 
-    def __init__(self, every_n_epochs: int = 1, every_n_steps: int = 0, dirpath: str | None = None) -> None:
+    dirpath: str | None = None  # the run's folder of checkpoints
+
+    def __init__(self, every_n_epochs: int = 1, every_n_steps: int = 0) -> None:
         for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
             require(value >= 0, f"last_checkpoint.{name}", value, ">= 0 (0: never)")
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
-        self.dirpath = dirpath
         self._is_due = False  # an interval ended at a moment that cannot be resumed
         self._is_before_validation = False
         self._saved: tuple[int, bool] | None = None  # global step and whether a validation was due

@@ -116,10 +116,7 @@ def _check_class(node: JSONDict, types: Types, place: str) -> Iterator[Refusal]:
     name, arguments = node["class_path"], node.get("init_args") or {}
     expected = tuple(each for each in types if inspect.isclass(each) and each not in PLAIN)
     found = _find_class(name)
-    if found is None:
-        yield Refusal(f"{place}.class_path", name)
-        arguments = {}  # unknown without the class; its name is refused already
-    elif not any(_is_kind(found, kind) for kind in expected):
+    if found is None or not any(_is_kind(found, kind) for kind in expected):
         yield Refusal(f"{place}.class_path", name)
     elif isinstance(arguments, dict):
         yield from _check_arguments(arguments, found, f"{place}.init_args")
