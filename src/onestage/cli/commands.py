@@ -73,7 +73,8 @@ def run_trainer_command(words: list[str], data: Source | DetectionDataModule | N
         check_config_file(file)
     given = [f"--config={file}" for file in files] + options
     checkpoints = [path for path in split_option(options, "--ckpt_path")[0] if path != "null"]
-    add_on = make_add_on()
+    module, _, name = next(iter(RUN_ADD_ONS), "onestage.training.run:RunAddOn").partition(":")
+    add_on: RunAddOn = getattr(import_module(module), name)()
     with add_on.command():
         stored = None
         if command != "fit" and checkpoints:
@@ -84,13 +85,6 @@ def run_trainer_command(words: list[str], data: Source | DetectionDataModule | N
             first = Path(folder) / STORED_CONFIG
             first.write_text(yaml.safe_dump(stored), encoding="utf-8")
             return DetectionCLI(command, [f"--config={first}", *given], add_on, data)  # the user's files override
-
-
-def make_add_on() -> RunAddOn:
-    """Return the run add-on of the table, or the hooks that do nothing."""
-    module, _, name = next(iter(RUN_ADD_ONS), "onestage.training.run:RunAddOn").partition(":")
-    add_on: RunAddOn = getattr(import_module(module), name)()
-    return add_on
 
 
 class RunConfig(SaveConfigCallback):
@@ -108,15 +102,10 @@ class DetectionCLI(LightningCLI):
     run_folder: Path
 
     def __init__(
-        self,
-        command: str,
-        options: list[str],
-        add_on: RunAddOn | None = None,
-        data: Source | DetectionDataModule | None = None,
+        self, command: str, options: list[str], add_on: RunAddOn, data: Source | DetectionDataModule | None
     ) -> None:
-        self.command, self._given_data = command, data
+        self.command, self.add_on, self._given_data = command, add_on, data
         self._has_short_help = options[-1:] != ["all"]
-        self.add_on = add_on or make_add_on()
         self._stored: JSONDict = {}  # `fit`: the configuration in its checkpoints
         super().__init__(
             model_class=DetectionModule,

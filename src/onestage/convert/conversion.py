@@ -188,7 +188,6 @@ def _unique_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _write(splits: list[WritableSplit], to: Format, out: Path, images: ImageTransfer) -> Losses:
-    """Write everything beside `out`, then rename it."""
     try:
         with atomic_folder(out) as unfinished:
             losses = WRITERS[to](unfinished, splits)
@@ -201,7 +200,6 @@ def _write(splits: list[WritableSplit], to: Format, out: Path, images: ImageTran
 
 
 def _transfer(split: WritableSplit, folder: Path, images: ImageTransfer) -> None:
-    """Copy or link the images of a split."""
     folder.mkdir(parents=True, exist_ok=True)
     for text, name in zip(split.annotations.image_paths.tolist(), split.file_names, strict=True):
         source, target = Path(text).resolve(), folder / name  # resolved: a link to a link may lead out of the folder

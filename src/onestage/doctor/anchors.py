@@ -14,16 +14,14 @@ from torchvision.ops import box_convert
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes
 from onestage.boxes.geometry import paired_iou, pairwise_overlap
-from onestage.data.annotations import UNREACHED_BOX
 from onestage.doctor.statistics import SIDES, size_bin, stretched_boxes
 from onestage.errors import ConfigError, DataError, require
 from onestage.files import printable, read_file
 from onestage.models.detector import AnchorDetector
-from onestage.types import AnnotationSet, Detector, Finding
+from onestage.types import AnnotationSet, Detector
 
 POSITIVE_IOU = 0.5  # of a positive anchor
 POOR_IOU = 0.3  # a head hardly sees a box whose best anchor overlaps it by less
-MAX_UNREACHED = 0.05  # fraction of boxes with only their forced match; more is worth a warning
 BLOCK_ROWS = 1 << 14  # boxes whose IoUs are computed at once, in the cache of a core
 COUNTED_BOXES = 2_000  # evenly spaced boxes whose positive anchors are counted, 64 at a time
 FITTED_BOXES = 4_000  # boxes, drawn with a fixed seed, that anchors are fitted to; all boxes measure the result
@@ -136,17 +134,6 @@ def count_positives(boxes: Tensor, anchors: DetectorAnchors) -> Tensor:
     placed = box_convert(AnchorGrid(anchors.levels)(anchors.grids).boxes, "cxcywh", "xyxy")
     ious = (pairwise_overlap(part.float(), placed)[1] for part in torch.split(boxes, 64))
     return torch.cat([(iou >= POSITIVE_IOU).sum(dim=1) for iou in ious])
-
-
-def check_coverage(source: str, coverage: Coverage, num_boxes: int, anchors: DetectorAnchors) -> list[Finding]:
-    """Return a finding if more than 5 % of the boxes have only their forced match."""
-    if coverage.num_unreached <= MAX_UNREACHED * num_boxes:
-        return []
-    problem = (
-        f"{coverage.num_unreached} of {num_boxes} boxes have no anchor of {anchors.detector} with IoU >= "
-        f"{POSITIVE_IOU:g}; each trains one anchor that fits it badly"
-    )
-    return [UNREACHED_BOX.broken(source, problem, coverage.num_unreached)]
 
 
 def propose_anchors(boxes: Tensor, anchors: DetectorAnchors, seed: int = 0) -> DetectorAnchors:
@@ -265,21 +252,15 @@ def _with_shapes(anchors: DetectorAnchors, shapes: list[list[float]], per_level:
 
 
 def _read_table(file: str) -> tuple[AnchorShapes, ...]:
-    """Read a file of `write_table`."""
     remedy = "Give a file that `onestage anchors` wrote."
+    content = read_file(Path(file), ConfigError, "a YAML file of `onestage anchors`", remedy, MAX_TABLE_BYTES)
     try:
-        content = read_file(Path(file), DataError, "a YAML file of `onestage anchors`", remedy, MAX_TABLE_BYTES)
-        rows = yaml.safe_load(content)["model"]["detector"]["init_args"]["anchors"]
-        return tuple(
-            AnchorShapes(
-                shapes=tuple((float(width), float(height)) for width, height in row["shapes"]),
-                **{key: float(row[key]) for key in row.keys() - {"shapes"}},
-            )
-            for row in rows
-        )
-    except DataError as reason:
-        raise ConfigError(str(reason)) from None
-    except (yaml.YAMLError, RecursionError, KeyError, TypeError, ValueError) as reason:
+        levels = []
+        for row in yaml.safe_load(content)["model"]["detector"]["init_args"]["anchors"]:
+            shapes = tuple((float(width), float(height)) for width, height in row.pop("shapes"))
+            levels.append(AnchorShapes(shapes=shapes, **{key: float(value) for key, value in row.items()}))
+        return tuple(levels)
+    except (yaml.YAMLError, RecursionError, AttributeError, KeyError, TypeError, ValueError) as reason:
         problem = f"is not an anchor table ({type(reason).__name__}: {str(reason).partition(chr(10))[0][:100]})"
         raise ConfigError(f"{printable(file)}: {problem}.\n{remedy}") from None
 

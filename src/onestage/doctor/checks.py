@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import FILE, require_few_skipped, select_images
+from onestage.data.annotations import FILE, UNREACHED_BOX, require_few_skipped, select_images
 from onestage.data.image_headers import check_headers, tiny_boxes
 from onestage.data.layouts import Split
-from onestage.doctor.anchors import Coverage, DetectorAnchors, check_coverage, measure_coverage
+from onestage.doctor.anchors import POSITIVE_IOU, Coverage, DetectorAnchors, measure_coverage
 from onestage.doctor.decoding import decode_all
 from onestage.doctor.leakage import find_leakage
 from onestage.doctor.statistics import (
@@ -20,11 +20,13 @@ from onestage.doctor.statistics import (
     class_table,
     shape_counts,
     stretched_boxes,
-)  # fmt: skip
+)
 from onestage.doctor.usage import check_use
 from onestage.errors import AnnotationError
 from onestage.files import printable
 from onestage.types import AnnotationSet, Finding, JSONDict
+
+MAX_UNREACHED = 0.05  # fraction of boxes with only their forced match; more is worth a warning
 
 
 class Diagnosis(NamedTuple):
@@ -129,7 +131,12 @@ def _check_anchors(
     if not anchors.levels:
         return shape_counts(boxes), None
     coverage = measure_coverage(boxes, labels, len(annotations.class_names), anchors)
-    findings += check_coverage(annotations.source, coverage, len(boxes), anchors)
+    if coverage.num_unreached > MAX_UNREACHED * len(boxes):
+        problem = (
+            f"{coverage.num_unreached} of {len(boxes)} boxes have no anchor of {anchors.detector} with IoU >= "
+            f"{POSITIVE_IOU:g}; each trains one anchor that fits it badly"
+        )
+        findings.append(UNREACHED_BOX.broken(annotations.source, problem, coverage.num_unreached))
     return shape_counts(boxes), coverage
 
 
@@ -146,7 +153,6 @@ def _check_fraction(
 
 
 def _summarise(split: Split, annotations: AnnotationSet) -> JSONDict:
-    """Return the counts of a split. Crowds are boxes too."""
     return {
         "name": split.name,
         "format": split.source.format,

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -64,14 +63,16 @@ def _find_near_copies(owners: Sequence[tuple[str, str]]) -> list[Finding]:
 
 def _reduce_image(owner: tuple[str, str]) -> Picture | None:
     """Decode an image in gray at an eighth of its size; None if it cannot be decoded or is blank."""
-    content = np.frombuffer(_content(owner[1]), dtype=np.uint8)
     try:
-        image = cv2.imdecode(content, cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_IGNORE_ORIENTATION)
+        content = read_file(Path(owner[1]), ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
+        image = cv2.imdecode(
+            np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_IGNORE_ORIENTATION
+        )
         if image is None or image.size > MAX_PIXELS:
             return None
         grid = cv2.resize(image, (HASH_SIDE + 1, HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.int16)
         thumbnail = cv2.resize(image, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=cv2.INTER_AREA)
-    except cv2.error:
+    except (cv2.error, ImageError):  # which another check reports
         return None
     if thumbnail.std() < MIN_CONTRAST:
         return None
@@ -91,10 +92,3 @@ def _similar_pairs(pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Pictu
             block = np.array([picture.signs for picture in group[start : start + BLOCK_ROWS]], dtype=np.float32)
             for row, column in np.argwhere(block @ signs.T >= HASH_SIDE**2 - 2 * MAX_BITS).tolist():
                 yield group[start + row], other[column]
-
-
-def _content(path: str) -> bytes:
-    """Return the bytes of an image; none if it cannot be read, which another check reports."""
-    with suppress(ImageError):
-        return read_file(Path(path), ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
-    return b""

@@ -6,7 +6,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 
 from onestage.data.annotations import quoted
-from onestage.errors import CheckpointError, ConfigError
+from onestage.errors import ConfigError
 from onestage.files import printable
 from onestage.models.weights import CLASS_OUTPUT
 from onestage.reliability.checkpoints import read_checkpoint, require_finite, unusable
@@ -56,14 +56,10 @@ def load_fitting_weights(module: DetectionModule, path: str, class_names: Sequen
         else:
             fitting[name] = given
     if not any(name.startswith("detector.backbone.") for name in fitting):
-        raise _nothing_fits(path, fresh)
+        problem = "holds no tensor that fits the backbone of the configured detector:\n  " + "\n  ".join(fresh[:3])
+        raise unusable(path, problem, "Set model.detector to the detector that it was trained with.")
     module.load_state_dict(fitting, strict=False)
     text = f"init_from: {len(fitting)} of {len(fitting) + len(fresh)} tensors are loaded from {printable(path)}"
     if fresh:
         text = f"{text}; these start fresh:\n  {quoted(fresh, MAX_LINES)}"
     rank_zero_info(text)
-
-
-def _nothing_fits(path: str, fresh: Sequence[str]) -> CheckpointError:
-    problem = "holds no tensor that fits the backbone of the configured detector:\n  " + "\n  ".join(fresh[:3])
-    return unusable(path, problem, "Set model.detector to the detector that it was trained with.")

@@ -144,7 +144,6 @@ class NonFiniteGuard(Callback):
         module.log("train/skipped_steps", float(self.num_skipped))
 
     def _facts(self, trainer: pl.Trainer, module: DetectionModule, window: Window, outputs: Any) -> JSONDict:
-        """Return the facts of a skipped step in this process."""
         annotations = module.data.annotations("train")
         ids, paths = annotations.image_ids, annotations.image_paths
         rows = torch.cat([batch.image_indices for batch in window.batches]).tolist()

@@ -69,7 +69,6 @@ def write_after_run(
 
 
 def _entry(evaluator: CocoEvaluator, errors: Integers, position: int) -> JSONDict:
-    """Return picture, name and number of errors of an image."""
     row = int(evaluator.image_rows[position])
     missed, wrong = errors[:, position].tolist()
     name = Path(str(evaluator.annotations.image_paths[row])).name

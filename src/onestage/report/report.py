@@ -191,7 +191,6 @@ def _compare(runs: Sequence[Run], out: Path) -> JSONDict:
 
 
 def _interval(first: Run, second: Run) -> str:
-    """Return the text about the difference of mAP."""
     from onestage.report.comparison import are_comparable, difference_interval, read_matches
 
     matches = [read_matches(run.folder / DATA_FOLDER / MATCHES_FILE) for run in (first, second)]

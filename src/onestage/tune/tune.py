@@ -148,7 +148,6 @@ def _result(folder: Path) -> float:
 
 
 def _write_table(file: Path, trials: list[Any]) -> None:
-    """Write a row for each trial: number, state, metric, values."""
     keys = sorted({key for trial in trials for key in trial.params})
     with atomic_write(file) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
