@@ -227,11 +227,10 @@ def test_split_names_that_do_not_fit_are_refused(tmp_path: Path, given: dict, me
         run_conversion(write_source(tmp_path / "in"), "coco", tmp_path / "out", name_by_split=given)
 
 
-@pytest.mark.parametrize("to", ["coco", "voc", "yolo"])
-def test_command_reports_the_splits_and_how_to_train(to, tmp_path, capsys) -> None:
+def test_command_reports_the_splits_and_how_to_train(tmp_path, capsys) -> None:
     files = [str(file) for file in write_source(tmp_path / "in")]
-    out = tmp_path / to
-    assert main(["convert", *files, "--to", to, "--out", str(out), "--splits", "train=val", "val=train"]) == 0
+    out = tmp_path / "out"
+    assert main(["convert", *files, "--to", "yolo", "--out", str(out), "--splits", "train=val", "val=train"]) == 0
     text = capsys.readouterr().out
     assert "val: 4 images, 6 boxes" in text
     assert text.rstrip().endswith(f"make train DATA={out}")
@@ -245,8 +244,6 @@ def test_command_reports_the_splits_and_how_to_train(to, tmp_path, capsys) -> No
     ("words", "code", "message"),
     [
         (["in", "--to", "pascal", "--out", "x"], 2, "--to"),
-        (["in", "--to", "voc"], 2, "out"),
-        ([], 2, "paths"),
         (["gone", "--to", "voc", "--out", "x"], 3, "gone"),
         (["gone", "--to", "voc", "--out", "x", "--max_bad_fraction", "5"], 2, "in [0, 1], got 5"),
     ],

@@ -78,19 +78,6 @@ def test_boxes_labels_and_ids_of_a_small_file(tmp_path: Path) -> None:
     assert annotations.findings == ()
 
 
-def test_unexpected_class_names_are_refused_with_the_difference(tmp_path: Path) -> None:
-    with pytest.raises(AnnotationError) as caught:
-        parse(tmp_path, good_content(), class_names=["boat", "cat", "dog"])
-    for part in ("instances.json", "boat, cat, cup", "boat, cat, dog", "only here: cup", "only expected: dog"):
-        assert part in str(caught.value)
-
-
-def test_unknown_sizes_are_zero(tmp_path: Path) -> None:
-    content = good_content()
-    del content["images"][1]["width"], content["images"][1]["height"]
-    assert parse(tmp_path, content).sizes.tolist() == [[80, 100], [0, 0], [80, 100]]
-
-
 def test_large_file_is_parsed_without_outlines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coco, "MANY_BYTES", 0)
     content = good_content()
@@ -127,11 +114,9 @@ def test_real_annotations_agree_with_pycocotools(split: str) -> None:
     ("bbox", "rule"),
     [
         ([1, 2, 3], "4 numbers"),
-        (["1", "2", "x", "4"], "finite"),
         ([1, 2, True, 4], "finite"),
         (None, "4 numbers [x, y, width, height]; outlines are not read"),
         ([float("nan"), 2, 3, 4], "finite"),
-        ([1, 2, 10**400, 4], "finite"),
     ],
 )
 def test_bad_box_is_skipped_and_named(tmp_path: Path, bbox: Any, rule: str) -> None:
@@ -252,18 +237,14 @@ def as_xyxy(content: Content) -> None:
         (lambda content: content.pop("images"), "'images' must be a list of objects, got no such key"),
         (lambda content: content.pop("annotations"), '"annotations": []'),
         (lambda content: content.update(categories=[]), "'categories' must be a list of objects"),
-        (lambda content: content.update(images={"id": 1}), "got a dict"),
         (set_item("images", 0, id=3), "'b.jpg' and 'sub/a.jpg'"),
         (set_item("images", 0, id="x7"), "id 'x7' must be a 64-bit integer, in {'id': 'x7', 'file_name': 'b.jpg'"),
         (set_item("images", 0, width="wide"), "width 'wide'"),
-        (set_item("images", 0, height=float("nan")), "height nan"),
         (set_item("annotations", 1, image_id=None), "image_id None must be"),
         (set_item("annotations", 1, category_id=5), "annotation 2 has category_id 5"),
-        (set_item("categories", 1, id=90), "several categories have the id or name 90"),
         (set_item("categories", 1, name="cup"), "several categories have the id or name 'cup'"),
         (as_xyxy, "looks like xyxy"),
         (lambda content: [a.update(bbox=[0.1, 0.2, 0.25, 0.5]) for a in content["annotations"]], "like fractions"),
-        (lambda content: [a.update(bbox=[1, 1, 0, 0]) for a in content["annotations"]], "boxes can be used"),
     ],
 )
 def test_wrong_table_is_refused_with_place_rule_and_remedy(tmp_path: Path, mutate: Mutation, rule: str) -> None:
@@ -289,10 +270,7 @@ GOOD = json.dumps(good_content()).encode()
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
         (b'[{"image": "a.jpg", "annotations": []}]', "the top level is a list, as in CreateML's annotations;"),
         (b'[{"image_id": 1, "score": 0.5}]', "the top level is a list, as in a detections (results) file"),
-        (b"{'images': []}", "is not JSON: Expecting property name enclosed in double quotes: line 1 column 2"),
         (GOOD.replace(b"images", b"\xff"), "'utf-8' codec can't decode"),
-        (b'{"shapes": [], "imagePath": "a.jpg"}', "is not COCO JSON, it looks like labelme's files"),
-        (b'{"a.jpg1": {"filename": "a.jpg", "regions": []}}', "is not COCO JSON, it looks like files of VIA"),
         (b'[{"id": 1, "annotations": [], "data": {}}]', "a list, as in Label Studio's own JSON;"),
         (b"[" * 200_000, "is not JSON: maximum recursion depth"),
         (b'{"images": ' + b"1" * 5000 + b"}", "digits"),

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import albumentations as A
 import pytest
 import torch
 from image_sets import image_set, noise
@@ -39,18 +38,6 @@ def test_sample_has_boxes_in_network_pixels_and_crowds_ignored(annotations: Anno
     torch.testing.assert_close(sample.boxes, expected, atol=1e-4, rtol=0)
     assert sample.labels.tolist() == [1, 0, IGNORE]
     assert (sample.image_index, sample.original_size) == (0, (40, 60))
-
-
-def test_unknown_annotated_size_takes_the_files(annotations: AnnotationSet) -> None:
-    annotations.sizes[0] = 0
-    assert evaluation(annotations)[0].original_size == (40, 60)
-
-
-def test_labels_follow_their_boxes_through_a_crop(annotations: AnnotationSet) -> None:
-    transform = SeededTransform([A.Crop(x_min=30, y_min=0, x_max=90, y_max=30)], Stretch(30))
-    sample = DetectionDataset(annotations, transform)[2]
-    assert sample.labels.tolist() == [0]
-    torch.testing.assert_close(sample.boxes, torch.tensor([[7.5, 0, 30, 30]]), atol=1e-4, rtol=0)
 
 
 def sample_with(num_objects: int, index: int = 0) -> Sample:

@@ -287,30 +287,6 @@ def test_worker_that_dies_or_stops_outside_the_loader_is_reported_by_the_next_ba
         list(loader if is_between_epochs else iterator)
 
 
-def test_death_in_an_idle_loader_is_explained_by_the_one_that_waits(annotations: AnnotationSet) -> None:
-    others = set(torch.multiprocessing.active_children())
-    idle = iter(harmful_loader(annotations, lambda: None))
-    next(idle)
-    (worker,) = set(torch.multiprocessing.active_children()) - others
-    waiting = iter(harmful_loader(annotations, lambda: None))
-    next(waiting)
-    os.kill(worker.pid, signal.SIGKILL)
-    time.sleep(0.5)  # not join(), which would keep its death from torch
-    with pytest.raises(DataError, match="a worker process of the loader was killed by SIGKILL"):
-        list(waiting)
-
-
-def test_workers_of_a_broken_iterator_disturb_no_later_one(annotations: AnnotationSet) -> None:
-    others = set(torch.multiprocessing.active_children())
-    loader = harmful_loader(annotations, lambda: time.sleep(100), 2.0)
-    with pytest.raises(DataError, match="no batch came"):
-        list(loader)
-    assert set(torch.multiprocessing.active_children()) <= others
-    assert len(list(iter(harmful_loader(annotations, lambda: None)))) == len(loader)
-    loader.dataset.harm, loader.timeout = lambda: None, 60.0  # a busy machine may need more than 2 s
-    assert len(list(loader)) == len(loader)
-
-
 LEFT_OPEN = """
 import multiprocessing, torch
 from onestage.data.loader import DetectionLoader, start_worker

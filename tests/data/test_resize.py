@@ -108,9 +108,7 @@ def test_large_images_are_averaged_before_they_are_sampled() -> None:
     ("build", "message"),
     [
         (lambda: Stretch(0), r"Stretch: size must be >= 1, got 0\."),
-        (lambda: ShortestEdge(900, 800), r"shortest must be in \[1, longest\], longest is 800, got 900"),
         (lambda: ShortestEdge(canvases=[]), r"ShortestEdge: canvases must be at least one \(height, width\)"),
-        (lambda: Letterbox(-1), r"Letterbox: size must be >= 1, got -1\."),
         (lambda: Letterbox(64, fill=(0, 0, 256)), r"Letterbox: fill must be .*\[0, 255\], got \(0, 0, 256\)"),
     ],
 )

@@ -12,7 +12,7 @@ from onestage.data.images import read_image
 from onestage.data.scenes import SHAPE_NAMES, draw_scene
 from onestage.data.shapes import SHAPE_CATEGORY_IDS, draw_shapes
 from onestage.data.voc import parse_voc
-from onestage.errors import ConfigError, DataError
+from onestage.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -97,21 +97,8 @@ def test_a_foreign_folder_or_file_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine too"
 
 
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [
-        ({"num_train": 0, "num_val": 1, "seed": 0}, "data.source.num_train must be >= 1, got 0"),
-        ({"num_train": 1, "num_val": -1, "seed": 0}, "data.source.num_val must be >= 1, got -1"),
-        ({"num_train": 1, "num_val": 1, "seed": -1}, "data.source.draw_seed must be >= 0, got -1"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(tmp_path: Path, settings: dict[str, int], key: str) -> None:
-    with pytest.raises(ConfigError, match=key):
-        draw_shapes(tmp_path / "shapes", **settings)
-
-
 def test_boxes_lie_inside_and_hold_the_area_of_a_plausible_shape() -> None:
-    drawn_scenes = [draw_scene(0, index) for index in range(120)]
+    drawn_scenes = [draw_scene(0, index) for index in range(60)]
     for scene in drawn_scenes:
         height, width = scene.image.shape[:2]
         assert np.all(scene.boxes[:, :2] >= 0)
@@ -121,7 +108,7 @@ def test_boxes_lie_inside_and_hold_the_area_of_a_plausible_shape() -> None:
         fill = scene.areas / sides.prod(axis=1)
         assert np.all((fill > 0.15) & (fill <= 1))
     numbers = np.array([len(scene.labels) for scene in drawn_scenes])
-    assert 1 <= np.count_nonzero(numbers == 0) <= 20  # about 6 %
+    assert 1 <= np.count_nonzero(numbers == 0) <= 10  # about 6 %
     assert numbers.max() >= 5
     labels = np.bincount(np.concatenate([scene.labels for scene in drawn_scenes]), minlength=len(SHAPE_NAMES))
     assert labels.min() > 0.1 * labels.sum()

@@ -122,11 +122,8 @@ def test_split_that_leaves_a_part_empty_is_refused(number: int, fraction: float)
     ("settings", "message"),
     [
         ({"val_fraction": 1.0}, r"data.val_fraction must be in \(0, 1\), got 1.0"),
-        ({"val_fraction": float("nan")}, "data.val_fraction must be"),
         ({"val_fraction": 0.2, "num_folds": 5}, "data.val_fraction conflicts with data.num_folds"),
-        ({"num_folds": 1}, "data.num_folds must be >= 2, or null, got 1"),
         ({"num_folds": 5, "fold": 5}, r"data.fold must be in \[0, 5\), got 5"),
-        ({"fold": 1}, r"(?s)data.fold must be in \[0, 1\), got 1.*data.num_folds"),
     ],
 )
 def test_split_settings_out_of_range_are_refused(settings: dict, message: str) -> None:

@@ -157,11 +157,9 @@ def test_damaged_file_is_fetched_once_more_and_never_kept(server, tmp_path):
     [
         (answer(404), "answers 404", 1),
         (answer(500), "answers 500", 3),
-        (answer(204), "was cut after 0 of", 3),
         (answer(200, b"<!DOCTYPE html><html>Log in</html>"), "the file is damaged or another one", 2),
         (send(num_bytes=0), "the connection was cut after 0 of 204800 bytes", 3),
         (answer(302, Location="file:///etc/passwd"), "answers 302", 3),
-        (answer(302, Location="/data.tar"), "302", 3),
         (lambda handler: handler.server.released.wait(60), "no byte within 0.2 s", 3),
     ],
 )
