@@ -17,14 +17,6 @@ def softplus(*values: float) -> float:
     return sum(math.log1p(math.exp(value)) for value in values)
 
 
-def test_mined_cross_entropy_takes_the_hardest_negatives_of_each_image() -> None:
-    x = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
-    labels = torch.tensor([[0, BACKGROUND, BACKGROUND, BACKGROUND, BACKGROUND, IGNORE], [BACKGROUND] * 6])
-    # Image 0: its positive, and of 1, 2, 3, 4 the hardest two (5 is ignored). Image 1 has no object: two.
-    expected = math.log(2) + softplus(4, 3) + softplus(5, 4)
-    assert_close(MinedCrossEntropy(2, min_negatives=2)(two_logits(x), labels), torch.tensor(expected))
-
-
 def test_images_without_objects_have_min_negatives() -> None:
     x = torch.tensor([[3.0, 1.0, 2.0]])
     labels = torch.full((1, 3), BACKGROUND)

@@ -17,14 +17,6 @@ def test_l2_norm_scales_each_cell_to_length_20() -> None:
     assert_close(L2Norm(4)(large).flatten(), torch.full((4,), 10.0, dtype=torch.float16))  # 20 / sqrt(4)
 
 
-def test_images_are_normalised_with_the_backbones_own_mean_and_deviation() -> None:
-    white = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
-    vgg = VGG(widths=(2, 2, 2, 2, 2), fc_width=2)
-    assert_close(vgg.normalise(white).flatten(), torch.tensor([132.0, 138.0, 151.0]) / 64, atol=1e-4, rtol=1e-4)
-    expected = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
-    assert_close(TorchvisionBackbone("resnet18").normalise(white).flatten(), expected)
-
-
 @pytest.mark.parametrize(("image_size", "conv4_side", "fc7_side"), [(300, 38, 19), (512, 64, 32), (160, 20, 10)])
 def test_vgg_maps_have_the_published_sizes_and_convolutions(image_size, conv4_side, fc7_side) -> None:
     with torch.device("meta"):

@@ -10,7 +10,6 @@ from onestage.losses import (
     MinedCrossEntropy,
     QualityFocalLoss,
     SigmoidFocalLoss,
-    SoftmaxFocalLoss,
 )
 from onestage.models import SSD160, SSD256, SSD300, SSD512, TorchvisionBackbone
 from onestage.types import IGNORE, PADDING, Predictions, Targets
@@ -98,8 +97,7 @@ def test_losses_are_divided_by_the_number_of_positives() -> None:
     assert_close(parts.losses.sum() / losses.num_positives, losses.terms["classification"].detach())
 
 
-@pytest.mark.parametrize("num_rows", [0, 16])
-@pytest.mark.parametrize("loss", [SigmoidFocalLoss(), MinedCrossEntropy()])
+@pytest.mark.parametrize(("loss", "num_rows"), [(SigmoidFocalLoss(), 0), (MinedCrossEntropy(), 16)])
 def test_batch_without_objects_has_a_finite_loss_that_trains_the_class_head(loss, num_rows) -> None:
     detector = SSD160(num_classes=1, classification_loss=loss)
     losses = detector.loss(detector(images_of(2)), no_objects(2, num_rows))
@@ -121,10 +119,10 @@ def test_padding_does_not_change_the_loss_and_a_crowd_ignores_its_anchors() -> N
 
 
 def test_resnet_under_ssd_trains_a_step() -> None:
-    detector = SSD300(num_classes=3, backbone=TorchvisionBackbone("resnet18")).train()
+    detector = SSD160(num_classes=3, backbone=TorchvisionBackbone("resnet18")).train()
     detector.backbone.freeze(1)
-    predictions = detector(images_of(1, 300))
-    assert predictions.anchors.level_sizes == (5776, 2166, 600, 150, 36, 4)
+    predictions = detector(images_of(1))
+    assert predictions.anchors.level_sizes == (1600, 600, 150, 36, 4)
     total_of(detector.loss(predictions, two_objects(1))).backward()
     trained = {name for name, parameter in detector.named_parameters() if parameter.grad is not None}
     assert "backbone.body.layer2.0.conv1.weight" in trained
@@ -174,16 +172,6 @@ def test_box_quality_is_the_iou_of_the_predicted_box_at_positives() -> None:
         assert (quality[labels < 0] == 0).all()
 
 
-def test_one_seed_gives_all_but_the_class_head_the_same_weights_for_any_loss() -> None:
-    def parameters(loss):
-        torch.manual_seed(3)
-        return dict(SSD160(num_classes=3, classification_loss=loss).named_parameters())
-
-    sigmoid, softmax = parameters(SigmoidFocalLoss()), parameters(SoftmaxFocalLoss())
-    same = [name for name in sigmoid if not name.startswith("class_head.")]
-    assert all(torch.equal(sigmoid[name], softmax[name]) for name in same)
-
-
 def test_loss_compiles_without_a_graph_break() -> None:
     detector = SSD160(num_classes=3)
     class_logits, box_outputs, anchors, _ = detector(images_of(2))
@@ -202,9 +190,6 @@ def test_loss_compiles_without_a_graph_break() -> None:
         ({"image_size": 300}, "image_size must be 160, got 300.\nSet data.image_size: 160"),
         ({"anchors": "kitti"}, "anchors must be one of voc, coco, got 'kitti'"),
         ({"anchors": list(SSD300.anchor_tables["voc"])}, "anchors, strides must be .8, 16, 32, 53, 160."),
-        ({"prior": 0.0}, r"prior must be in \(0, 1\), got 0.0"),
-        ({"positive_iou": 0.4}, "negative_iou must be in"),
-        ({"score_threshold": float("nan")}, r"score_threshold must be in \[0, 1\), got nan"),
         ({"backbone_weights": "IMAGENET1K_FEATURES"}, "must be VGG16 without batch norm, got 'VGG'"),
         ({"pretrained": "torchvision_coco"}, "SSD300 or SSDLite320, coco, a softmax, got 'SSD160, voc"),
     ],

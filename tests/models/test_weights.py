@@ -133,8 +133,7 @@ def test_vgg16_weights_give_the_same_features_on_images_divided_by_64(prefix, wi
         ssd300(20, backbone_weights=str(tmp_path / "vgg.pth"))
 
 
-@pytest.mark.parametrize("num_columns", [2, 21, 91])
-@pytest.mark.parametrize("spread", [1.5, 0.02])  # as of a trained and of an untrained network
+@pytest.mark.parametrize(("num_columns", "spread"), [(2, 1.5), (21, 0.02), (91, 1.5)])  # 0.02: as if untrained
 def test_detections_equal_torchvision_on_the_same_outputs(num_columns, spread) -> None:
     with torch.device("meta"):
         theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_columns)

@@ -243,10 +243,8 @@ def test_any_backbone_of_the_strides_and_any_canvas_of_their_multiple_is_taken()
     [
         ("v3", {"anchors": LEVELS[1:]}, r"YOLOv3: anchors, strides must be \(8, 16, 32\), one level"),
         ("v3", {"anchors": [*LEVELS[:2], LEVELS[2]._replace(offset=0.0)]}, "offsets must be 0.5"),
-        ("v3", {"anchors": "voc"}, "YOLOv3: anchors must be one of coco, got 'voc'"),
         ("v3", {"backbone": Darknet19(2)}, r"strides of the backbone must be \(8, 16, 32\)"),
         ("v2", {"backbone": Darknet53(2, ONCE)}, r"strides of the backbone must be \(16, 32\) or \(8, 16\)"),
-        ("v2", {"anchor_images": -1}, "anchor_images must be >= 0"),
         ("v3", {"classification_loss": SigmoidCrossEntropy(class_weights=ClassWeights([1.0] * 4))}, "must be null"),
     ],
 )
