@@ -104,16 +104,9 @@ def coco_objects(annotations: AnnotationSet, found: Detections) -> tuple[dict, l
     objects, records = [], []
     for index, image_id in enumerate(annotations.image_ids.tolist()):
         for row in range(*annotations.objects(index).indices(len(annotations.labels))):
-            objects.append(
-                {
-                    "id": len(objects) + 1,
-                    "image_id": image_id,
-                    "category_id": annotations.category_ids[annotations.labels[row]],
-                    "bbox": _xywh(annotations.boxes[row]),
-                    "area": float(annotations.areas[row]),
-                    "iscrowd": int(annotations.is_crowd[row]),
-                }
-            )
+            entry = {"id": row + 1, "image_id": image_id, "bbox": _xywh(annotations.boxes[row])}
+            entry |= {"category_id": annotations.category_ids[annotations.labels[row]]}
+            objects.append({**entry, "area": float(annotations.areas[row]), "iscrowd": int(annotations.is_crowd[row])})
         for box, score, label in zip(found.boxes[index], found.scores[index], found.labels[index], strict=True):
             if label != PADDING:
                 category = annotations.category_ids[int(label)]

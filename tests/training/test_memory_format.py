@@ -112,17 +112,3 @@ def test_timing_changes_neither_detector_nor_random_states(trainer):
     assert all(torch.equal(one, other) for one, other in zip(before, state(), strict=True))
     assert (detector.training, [p for p in detector.parameters() if p.grad is not None]) == (False, [])
     assert min(seconds.values()) > 0
-
-
-@pytest.mark.parametrize(("limit", "num_steps"), [(1e9, 2 * memory_format.ROUNDS), (0.0, 2)])
-def test_no_round_starts_after_the_time_limit(monkeypatch, trainer, limit, num_steps):
-    formats = []
-
-    class Seen(TinyDetector):
-        def forward(self, images: torch.Tensor) -> object:
-            formats.append(images.is_contiguous(memory_format=torch.channels_last))
-            return super().forward(images)
-
-    monkeypatch.setattr(memory_format, "MAX_SECONDS", limit)
-    time_formats(Seen(2), BATCH, trainer)
-    assert formats == [True, False] * (num_steps // 2)

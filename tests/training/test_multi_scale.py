@@ -88,12 +88,3 @@ def test_size_that_detector_or_data_do_not_have_is_refused_before_training(detec
     module = DetectionModule(detector, multi_scale=MultiScale(sizes))
     with pytest.raises(ConfigError, match=message):
         quiet_trainer(DetectionTrainer, tmp_path, max_steps=1).fit(module, datamodule=SeededData(2, 1))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(([],), "sizes must be a list of sizes"), (([0],), "got .0."), (([32], 0), "every_n_steps must be >= 1, got 0")],
-)
-def test_invalid_settings_are_refused(arguments, message) -> None:
-    with pytest.raises(ConfigError, match=message):
-        MultiScale(*arguments)

@@ -70,12 +70,6 @@ def test_learning_rate_scales_with_images_per_step(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("reference", [0, -32])
-def test_reference_batch_size_below_one_is_refused(reference):
-    with pytest.raises(ConfigError, match=rf"reference_batch_size must be >= 1 image, or null, got {reference}"):
-        DetectionModule(TinyDetector(num_classes=2), reference_batch_size=reference)
-
-
 def test_schedule_starts_from_scaled_learning_rate(tmp_path):
     schedule = WarmupSchedule(kind="constant", warmup_steps=2, warmup_start=0.5)
     module = DetectionModule(TinyDetector(2), partial(torch.optim.SGD, lr=0.01), schedule, reference_batch_size=1)
