@@ -46,9 +46,7 @@ def refused(path: Path) -> str:
         (lambda content: b"", "is empty (0 bytes)"),
         (lambda content: content[: len(content) // 2], "is truncated or damaged"),
         (lambda content: content[:-1], "is truncated or damaged"),
-        (lambda content: content[:3], "is truncated or damaged"),
         (lambda content: b"<!DOCTYPE html><title>404</title>", "is not a torch checkpoint"),
-        (lambda content: bytes(len(content)), "is not a torch checkpoint"),
         (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (lambda content: pickle.dumps({"state_dict": {}}), "is not a torch checkpoint"),
     ],
@@ -56,22 +54,6 @@ def refused(path: Path) -> str:
 def test_damaged_file_is_refused_with_its_problem(checkpoint, damage, problem):
     checkpoint.write_bytes(damage(checkpoint.read_bytes()))
     assert problem in refused(checkpoint)
-
-
-@pytest.mark.parametrize("call", ["is_file", "open"])
-def test_permission_error_is_reported_as_unreadable(checkpoint, monkeypatch, capsys, call):
-    """root may read everything, so the call refuses."""
-    original = getattr(Path, call)
-
-    def refuse(self: Path, *arguments: Any, **named: Any) -> Any:
-        if self == checkpoint:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
-        return original(self, *arguments, **named)
-
-    monkeypatch.setattr(Path, call, refuse)
-    for command in ("validate", "export"):
-        assert run(command, "--ckpt_path", str(checkpoint)) == 2
-        assert f"checkpoint {checkpoint} cannot be read: Permission denied" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints", "version_0/checkpoints"])
@@ -181,7 +163,6 @@ def test_weights_of_the_same_model_are_loaded(module, tmp_path):
     ("place", "value", "problems"),
     [
         ("onestage.detector", "RetinaNet", ["RetinaNet", "TinyDetector"]),
-        ("onestage.image_size", 512, ["512", "64"]),
         ("onestage.class_names", ["a", "b", "c", "d\x1b[31m"], ["4 classes, the data has 3", "'d\\x1b[31m'"]),
         ("state_dict", {}, ["Missing key(s)"]),
         ("state_dict.more", torch.zeros(1), ["Unexpected key(s)"]),

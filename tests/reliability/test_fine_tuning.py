@@ -11,6 +11,7 @@ from command_line import REPOSITORY
 from tiny_run import folder_of
 from tiny_training import TinyDetectorWithBatchNorm
 
+from onestage.data.scenes import SHAPE_NAMES
 from onestage.data.shapes import draw_shapes
 from onestage.errors import CheckpointError, ConfigError
 from onestage.models import SSD300
@@ -26,13 +27,18 @@ def module_of(num_classes: int, **settings: object) -> DetectionModule:
     return DetectionModule(TinyDetectorWithBatchNorm(num_classes), **settings)
 
 
+def write_checkpoint(path: Path, module: DetectionModule, names: list[str] = NAMES) -> Path:
+    """Write a checkpoint with all weights of the module moved by one."""
+    state = {name: tensor + 1 for name, tensor in module.state_dict().items()}
+    ids = list(range(1, len(names) + 1))
+    ours = {"schema": 2, "detector": "X", "image_size": 64, "class_names": names, "category_ids": ids}
+    torch.save({"state_dict": state, "global_step": 5, "onestage": ours}, path)
+    return path
+
+
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
-    """A checkpoint of three classes, all of whose weights are moved by one."""
-    state = {name: tensor + 1 for name, tensor in module_of(3).state_dict().items()}
-    ours = {"schema": 2, "detector": "X", "image_size": 64, "class_names": NAMES, "category_ids": [1, 2, 3]}
-    torch.save({"state_dict": state, "global_step": 5, "onestage": ours}, tmp_path / "best.ckpt")
-    return tmp_path / "best.ckpt"
+    return write_checkpoint(tmp_path / "best.ckpt", module_of(3))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +65,7 @@ def test_what_fits_is_loaded_and_the_rest_is_listed_and_starts_at_the_prior(trai
 
 
 def test_file_of_another_network_or_with_nan_is_refused(trained):
-    with pytest.raises(CheckpointError, match=r"holds no tensor that fits the backbone"):
+    with torch.device("meta"), pytest.raises(CheckpointError, match=r"holds no tensor that fits the backbone"):
         load_fitting_weights(DetectionModule(SSD300(2)), str(trained), NAMES)
     content = torch.load(trained, weights_only=True)
     content["state_dict"][f"{HEAD}.bias"][0] = float("nan")
@@ -84,8 +90,8 @@ def test_frozen_stages_keep_weights_and_batch_norm_statistics():
         module_of(2, freeze=6)
 
 
-def test_fit_starts_from_the_weights_of_another_run(drawn, uninterrupted, tmp_path, capsys):
-    best = uninterrupted() / "checkpoints" / "best.ckpt"
+def test_fit_starts_from_the_weights_of_another_run(drawn, tmp_path, capsys):
+    best = write_checkpoint(tmp_path / "best.ckpt", DetectionModule(tiny_run.ForgetfulDetector(6)), [*SHAPE_NAMES])
     options = ("--init_from", str(best), "--model.freeze", "5", "--trainer.max_steps", "1", "--resume", "auto")
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, *options)) == 0
     assert "tensors are loaded from" in capsys.readouterr().err
