@@ -36,7 +36,7 @@ predict: $(READY) ## Draw detections: make predict ARGS="--data.predict_dir=my/i
 	exec $(BIN)/onestage predict $(OPTIONS)
 
 test: $(READY) ## Run the quick tests, a process per core; one file: make test ARGS=tests/boxes/test_nms.py
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-all: $(READY) ## Run every test
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)

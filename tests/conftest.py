@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from command_line import REPOSITORY, run
+from filelock import FileLock
 
 # Before torch is imported, here and in the processes of tests: `make test` has a process on each core, whose threads
 # would wait for each other; and a forked child would wait for the threads of its parent for ever.
@@ -48,7 +49,12 @@ def fast_options(drawn: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, fast_options: list[str]) -> Path:
-    """Run folder of `onestage fit`."""
-    runs = tmp_path_factory.mktemp("runs")
-    assert run("fit", *fast_options, "--runs_dir", str(runs)) == 0
-    return runs / "shapes_ssd" / "version_0"
+    """Run folder of `onestage fit`, which one of the processes of `pytest -n` trains for all."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "runs" / "shapes_ssd" / "version_0"
+    with FileLock(shared / "trained.lock"):
+        if not (shared / "trained").exists():
+            assert run("fit", *fast_options, "--runs_dir", str(shared / "runs")) == 0
+            (shared / "trained").touch()
+    return folder

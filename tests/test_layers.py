@@ -160,9 +160,10 @@ def test_files_with_weights_are_read_in_two_modules_and_only_as_tensors() -> Non
 
 def test_package_and_help_import_nothing_heavy() -> None:
     program = (
-        "import contextlib, io, sys, onestage, onestage.errors, onestage.cli\n"
+        "import contextlib, io, os, sys, onestage, onestage.errors, onestage.cli, onestage.data\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
         "    onestage.cli.main(['--help']), onestage.cli.main(['fti'])\n"
+        "assert os.environ['NO_ALBUMENTATIONS_UPDATE']\n"
         "print(*{'torch', 'numpy', 'lightning', 'albumentations', 'cv2', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -172,12 +173,12 @@ def test_package_and_help_import_nothing_heavy() -> None:
 TRAIN_IN_PYTHON = """
 import lightning.pytorch as pl
 from onestage.data import DetectionDataModule, Shapes
-from onestage.models import SSD160
+from onestage.models import SSD128
 from onestage.training.module import DetectionModule
 source = Shapes("shapes", num_train=4, num_val=2)
-data = DetectionDataModule(source, image_size=SSD160.image_size, batch_size=2, num_workers=0)
-module = DetectionModule(SSD160(num_classes=6))
-quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+data = DetectionDataModule(source, image_size=SSD128.image_size, batch_size=2, num_workers=0)
+module = DetectionModule(SSD128(num_classes=6))
+quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
 trainer = pl.Trainer(max_epochs=1, accelerator="cpu", **quiet)
 trainer.fit(module, datamodule=data)
 assert trainer.global_step == 2 and "mAP" in module.metrics

@@ -16,7 +16,6 @@ def test_config_files_are_found_in_any_form_and_the_other_options_keep_their_ord
     ("content", "expected"),
     [
         (b"", "is empty"),
-        (b"just text", "holds a str"),
         (b"model:\n\tx: 1\n", r":2:1: .*indent with spaces"),
         (b"trainer: {devices: 1}\ntrainer: {devices: 2}\n", r"bad.yaml:2:1: duplicate key 'trainer'"),
         (b"a: \xff\xfe", "is not UTF-8"),

@@ -171,6 +171,7 @@ def test_two_and_three_processes_evaluate_an_odd_number_of_images_like_one(confi
 
 def test_auto_batch_prints_and_records_batch_and_learning_rate(config, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onestage.training.batch_size.gc.collect", lambda: 0)  # seconds among the objects of other tests
         patch.syspath_prepend(str(SUPPORT))
         options = ["--auto_batch", "64", "--model.reference_batch_size", "4", "--trainer.max_epochs", "1"]
         assert run(*fit_words(config, tmp_path, *options)) == 0
@@ -269,7 +270,6 @@ def test_processes_agree_on_the_auto_batch(config, tmp_path):
     ("options", "said"),
     [
         (["--trainer.strategy=fsdp", "--ema.decay=null"], "requires a GPU"),
-        (["--trainer.strategy=deepspeed", "--ema.decay=null"], "DeepSpeed installed"),
         (["--trainer.strategy=dpp"], "'dpp'"),
     ],
 )
@@ -278,17 +278,3 @@ def test_strategy_that_cannot_run_here_is_one_message(config, tmp_path, capsys, 
         patch.syspath_prepend(str(SUPPORT))
         assert run("fit", "--config", str(config), "--runs_dir", str(tmp_path), *options) == 2
     assert said in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_validation_losses_equal_those_of_one_process(one, two):
-    """Weighted by positives, the mean does not depend on how images are shared among batches and processes."""
-
-    def last_losses(folder: Path) -> list[float]:
-        (path,) = folder.glob("runs/*/version_0/metrics.csv")
-        header, *rows = [line.split(",") for line in path.read_text().splitlines()]
-        names = ("val/loss", "val/classification_loss", "val/box_loss")
-        (*_, row) = [row for row in rows if row[header.index("val/loss")]]
-        return [float(row[header.index(name)]) for name in names]
-
-    assert last_losses(two) == pytest.approx(last_losses(one), rel=1e-4)

@@ -119,35 +119,6 @@ def test_committed_page_is_written_from_the_committed_table(script, monkeypatch,
     assert pictures == {path.name for path in (ROOT / "docs" / "images").glob("loss_comparison*.png")}
 
 
-def test_loss_with_settings_of_its_own_stands_beside_the_others_in_a_row(script, plan_file, tmp_path):
-    from comparison import write_page
-
-    plan = yaml.safe_load(plan_file.read_text())
-    group = {"losses": {"focal": {}, "mining": {"model.loss_weights.box": 4.0}}, "conditions": [{"data.path": "a/b"}]}
-    plan_file.write_text(yaml.safe_dump(plan | {"groups": {"a": group}}))
-    plan = script.read_plan(plan_file)
-    focal, mining = script.trainings(plan)
-    assert mining.condition == '{"data.path": "a/b", "model.loss_weights.box": 4.0}'
-    rows = [outcome(focal, 0.4), outcome(mining, 0.5)]
-    write_page(plan, [{key: str(value) for key, value in row.items()} for row in rows], tmp_path)
-    page = (tmp_path / "loss_comparison.md").read_text()
-    assert "| condition | background per positive | focal | mining (box 4.0) |" in page
-    assert "| as configured | 10 | 40.0 | **50.0** |" in page
-
-
-def test_losses_are_drawn_against_the_imbalance_once_seeds_tell_the_noise(script, plan_file, tmp_path):
-    from comparison import write_page
-
-    plan = script.read_plan(plan_file)
-    plan["groups"]["b"]["losses"] = {"focal": {}, "mining": {}}
-    plan["groups"]["b"]["conditions"].append({"data.batch_size": 2})
-    ratios = {"{}": 10.0, STRICT: 300.0, '{"data.batch_size": 2}': 50.0}
-    rows = [outcome(one, 0.4 + 0.01 * one.seed, ratios[one.condition]) for one in script.trainings(plan)]
-    write_page(plan, [{key: str(value) for key, value in row.items()} for row in rows], tmp_path)
-    assert "](images/loss_comparison_b.png)" in (tmp_path / "loss_comparison.md").read_text()
-    assert (tmp_path / "images" / "loss_comparison_b.png").stat().st_size > 1000
-
-
 @pytest.mark.slow
 def test_trainings_fill_the_table(script, plan_file, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
