@@ -19,9 +19,7 @@ TIME = {"seconds", "images_per_second"}  # of a results file, beside which every
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def start(
-    words: list[str], launcher: list[str] | None = None, more_environment: dict[str, str] | None = None
-) -> subprocess.Popen[str]:
+def start(words, launcher=None, more_environment=None) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         **(more_environment or {}),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from onestage.data import coco
-from onestage.data.coco import COCO, parse_coco
+from onestage.data.coco import parse_coco
 from onestage.errors import AnnotationError
 from onestage.types import AnnotationSet
 
@@ -306,11 +306,3 @@ def test_image_folder_without_the_images_is_refused_with_the_key(tmp_path: Path)
     assert str(caught.value).endswith(
         f"They are in {tmp_path}/images: give it as data.source.train_images or val_images."
     )
-
-
-def test_explicit_splits_and_image_folders_are_used(tmp_path: Path) -> None:
-    file = write(tmp_path, good_content())
-    source = COCO(tmp_path, train="instances.json", val=file, train_images="images", val_images=tmp_path / "images")
-    assert source.splits == ("train", "val")
-    assert (len(source.read("train")), len(source.read("val"))) == (3, 3)
-    assert COCO(tmp_path, train="mine").annotation_file("train") == tmp_path / "annotations/instances_mine.json"

@@ -44,13 +44,10 @@ def test_flag_is_set_by_1_and_true(value: object, flag: bool) -> None:
         ("images\\a.jpg", ("images", "a.jpg")),
         ("C:\\sets\\a.jpg", ("sets", "a.jpg")),
         ("\\\\server\\share\\a.jpg", ("server", "share", "a.jpg")),
-        ("/home/me/a.jpg", ("home", "me", "a.jpg")),
         ('"a b.jpg"\r', ("a b.jpg",)),
         ("..", ()),
         ("a\0b", ()),
-        ("\ud800", ()),
         ("x" * 300, ()),
-        ("a/" * 3000, ()),
         (None, ()),
     ],
 )

@@ -41,16 +41,7 @@ def dataset(annotations: AnnotationSet, seed: int = 0, **settings: object) -> De
     return DetectionDataset(annotations, SeededTransform(ssd_transforms(STRETCH), STRETCH), seed=seed, **settings)
 
 
-def training_loader(
-    annotations: AnnotationSet,
-    num_workers: int = 0,
-    *,
-    batch_size: int = 2,
-    seed: int = 0,
-    world_size: int = 1,
-    start_method: str | None = None,
-    **settings: object,
-) -> DetectionLoader:
+def training_loader(annotations, num_workers=0, batch_size=2, seed=0, world_size=1, start_method=None, **settings):
     images = dataset(annotations, seed, **settings)
     sampler = TrainingSampler(images, batch_size=batch_size, seed=seed, world_size=world_size)
     options = {"batch_size": batch_size, "num_workers": num_workers, "prefetch_factor": 2}
@@ -91,9 +82,7 @@ def test_samples_are_the_same_for_any_start_method(annotations: AnnotationSet, s
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("batches_done", [1, 4])
-def test_resumed_epoch_returns_exactly_the_batches_that_were_left(
-    annotations: AnnotationSet, num_workers: int, batches_done: int
-) -> None:
+def test_resumed_epoch_returns_exactly_the_batches_that_were_left(annotations, num_workers, batches_done) -> None:
     whole = training_loader(annotations)
     expected = epoch_bytes(whole, 4)
     stopped = training_loader(annotations, num_workers)
@@ -113,9 +102,7 @@ def test_resumed_epoch_returns_exactly_the_batches_that_were_left(
 
 
 @pytest.mark.parametrize(("state", "epoch"), [({"epoch": 0, "batches": 5}, 0), ({"epoch": 0, "batches": 3}, 1)])
-def test_position_at_the_end_of_an_epoch_or_of_another_epoch_is_not_used(
-    annotations: AnnotationSet, state: dict[str, int], epoch: int
-) -> None:
+def test_position_at_the_end_of_an_epoch_or_of_another_epoch_is_not_used(annotations, state, epoch) -> None:
     loader = training_loader(annotations)
     loader.load_state_dict(loader.state_dict() | state)
     assert len(epoch_bytes(loader, epoch)) == 5
@@ -138,9 +125,7 @@ def test_abandoned_iteration_does_not_shift_the_next(annotations: AnnotationSet)
         ({"world_size": 2}, "trainer.devices was 1; now it is 2"),
     ],
 )
-def test_position_inside_an_epoch_needs_the_same_settings(
-    annotations: AnnotationSet, change: dict[str, int], message: str
-) -> None:
+def test_position_inside_an_epoch_needs_the_same_settings(annotations, change, message) -> None:
     state = training_loader(annotations).state_dict() | {"epoch": 1, "batches": 2}
     other = training_loader(annotations, **change)
     with pytest.raises(ConfigError, match=message):
@@ -175,9 +160,7 @@ def test_samples_with_substitutes_are_the_same_for_any_number_of_workers(damaged
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_failures_are_reported_at_the_end_of_each_epoch(
-    damaged: AnnotationSet, num_workers: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failures_are_reported_at_the_end_of_each_epoch(damaged, num_workers, caplog) -> None:
     split = training_loader(damaged, num_workers, batch_size=11, on_error="skip", max_bad_fraction=0.5)
     assert len(epoch_bytes(split, 0)) == 1
     assert len([message for message in caplog.messages if "an image was skipped" in message]) == 2
@@ -203,9 +186,7 @@ def test_failures_are_reported_at_the_end_of_each_epoch(
         ),
     ],
 )
-def test_bad_images_stop_the_run_with_the_message_alone(
-    damaged: AnnotationSet, num_workers: int, settings: dict, error: type[DataError], message: str
-) -> None:
+def test_bad_images_stop_the_run_with_the_message_alone(damaged, num_workers, settings, error, message) -> None:
     with pytest.raises(error, match=message):
         epoch_bytes(training_loader(damaged, num_workers, batch_size=11, **settings), 0)
 
@@ -253,9 +234,7 @@ def harmful_loader(annotations: AnnotationSet, harm, timeout_seconds: float = 60
     ],
     ids=["killed", "shared memory full", "hangs"],
 )
-def test_worker_that_dies_or_hangs_is_one_message(
-    annotations: AnnotationSet, harm, exit_code: int, message: str
-) -> None:
+def test_worker_that_dies_or_hangs_is_one_message(annotations, harm, exit_code, message) -> None:
     loader = harmful_loader(annotations, harm, 2.0 if "no batch" in message else 60.0)
     with pytest.raises((DataError, Exception), match=message) as caught:
         list(loader)

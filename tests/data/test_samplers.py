@@ -36,9 +36,7 @@ class Images:
         return [np.flatnonzero(self.canvases == canvas) for canvas in np.unique(self.canvases)]
 
 
-def epoch_of(
-    num_images: int, batch_size: int, world_size: int = 1, *, epoch: int = 0, seed: int = 0, repeats=None
-) -> list[list[tuple[int, int]]]:
+def epoch_of(num_images, batch_size, world_size=1, *, epoch=0, seed=0, repeats=None) -> list[list[tuple[int, int]]]:
     """What each process gets in an epoch."""
     shares = []
     for rank in range(world_size):
@@ -59,9 +57,7 @@ def test_training_order_depends_on_seed_and_epoch_only(repeats: np.ndarray | Non
 
 @pytest.mark.parametrize(("repeats", "num_images"), [(None, 40), (np.tile(REPEATS, 4), 28)])
 @pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_training_step_has_the_same_images_for_any_number_of_processes(
-    world_size: int, repeats: np.ndarray | None, num_images: int
-) -> None:
+def test_training_step_has_the_same_images_for_any_number_of_processes(world_size, repeats, num_images) -> None:
     (alone,) = epoch_of(num_images, 12, repeats=repeats)
     size = 12 // world_size
     shares = epoch_of(num_images, size, world_size, repeats=repeats)

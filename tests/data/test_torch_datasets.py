@@ -28,10 +28,8 @@ def read(*items: Any, **settings: Any) -> Any:
     [
         ([0, 1], {}, [0, 1]),
         ([1, 2], {}, [0, 1]),  # torchvision's: 0 is the background
-        ([2], {}, [1]),
         ([0], {}, [0]),
         ([1], {"first_label": 1}, [0]),
-        ([1], {"first_label": 0}, [1]),
         ([1], {"class_names": ["__background__", *NAMES]}, [0]),
     ],
 )

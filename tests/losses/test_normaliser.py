@@ -34,9 +34,7 @@ def test_evaluation_divides_by_its_own_positives_and_keeps_the_running_mean(monk
     assert normaliser.running_mean == 10
 
 
-def divisors(
-    monkeypatch: pytest.MonkeyPatch, numbers: tuple[int, ...], momentum: float = 0.0, steps: int = 1
-) -> list[torch.Tensor]:
+def divisors(monkeypatch, numbers, momentum=0.0, steps=1) -> list[torch.Tensor]:
     """Return the divisor of each process in the last of `steps` equal steps."""
     with monkeypatch.context() as patch:
         patch.setattr(dist, "is_initialized", lambda: True)

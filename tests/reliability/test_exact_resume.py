@@ -45,9 +45,7 @@ STOPS = [  # number of the call at which SIGTERM comes
 ]
 
 
-def stop_and_resume(
-    drawn: Path, runs: Path, options: tuple[str, ...], method: str, count: int, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def stop_and_resume(drawn, runs, options, method, count, monkeypatch) -> Path:
     command = tiny_run.words(drawn, runs, *options, "--resume", "auto")
     with monkeypatch.context() as patch:
         break_method(patch, method, count, lambda: tiny_run.send(signal.SIGTERM))

@@ -11,7 +11,7 @@ from onestage.errors import ConfigError
 from onestage.training.ema import ExponentialMovingAverage
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import WarmupSchedule, scaler_of
-from onestage.training.trainer import DetectionTrainer, check_processes, choose_precision, evaluate_at_least_once
+from onestage.training.trainer import DetectionTrainer, check_processes, choose_precision
 
 OPTIMIZERS = {
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
@@ -79,12 +79,6 @@ def test_precision_follows_instructions_of_the_device(monkeypatch):
     assert choose_precision("cpu")[0] == choose_precision("mps")[0] == "32-true"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert choose_precision("cuda")[0] == "16-mixed"
-
-
-def test_short_run_validates_at_its_end():
-    settings = SimpleNamespace(max_epochs=2, check_val_every_n_epoch=10)
-    evaluate_at_least_once(settings)
-    assert settings.check_val_every_n_epoch == 2
 
 
 def test_sync_batchnorm_of_several_cpu_processes_is_refused():
