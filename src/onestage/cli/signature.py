@@ -6,7 +6,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from onestage.errors import ConfigError
 
@@ -35,9 +35,7 @@ def run_function(command: str, function: Callable[..., int], words: Sequence[str
     Raises:
         ConfigError: the words do not fit the signature.
     """
-    arguments = command_parser(command, function).parse_args(list(words))
-    values = {name: _plain(value) for name, value in vars(arguments).items()}
-    return function(**values)
+    return function(**vars(command_parser(command, function).parse_args(list(words))))
 
 
 def command_parser(command: str, function: Callable[..., int]) -> CommandParser:
@@ -49,6 +47,7 @@ def command_parser(command: str, function: Callable[..., int]) -> CommandParser:
     hints = get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
         is_required = parameter.default is inspect.Parameter.empty
+        is_positional = is_required and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
         settings: dict[str, Any] = {"help": help_by_name.get(name, ""), "type": hints[name]}
         items = _list_item(hints[name])
         if items is not None:
@@ -56,12 +55,11 @@ def command_parser(command: str, function: Callable[..., int]) -> CommandParser:
         if hints[name] is bool:  # no value: the next word may be a positional
             del settings["type"]
             settings["action"] = ActionYesNo(yes_prefix="", no_prefix="no_")
-        if is_required and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
-            parser.add_argument(name, **settings)
-        elif is_required:
-            parser.add_argument(f"--{name}", required=True, **settings)
-        else:
-            parser.add_argument(f"--{name}", default=parameter.default, **settings)
+        if not is_required:
+            settings["default"] = parameter.default
+        elif not is_positional:
+            settings["required"] = True
+        parser.add_argument(name if is_positional else f"--{name}", **settings)
     return parser
 
 
@@ -79,7 +77,3 @@ def _list_item(hint: Any) -> Any:
         if get_origin(option) is list:
             return get_args(option)[0]
     return None
-
-
-def _plain(value: Any) -> Any:
-    return value.as_dict() if isinstance(value, Namespace) else value
