@@ -106,11 +106,9 @@ class LossDistribution:
     """Collect the p_t of any number of anchors in constant memory, and compute their loss shares per gamma.
 
     One p_t per anchor: of K sigmoids that of the object's class, or for background the one most wrong; RetinaNet's
-    figure counts the other K - 1 as examples of their own.
-
-    The loss is FL = -(1 - p_t)^gamma log(p_t), RetinaNet eq. 4; alpha cancels within each group. The loss falls with
-    p_t for every gamma, so anchors are counted in bins of p_t's logit, 1/64 wide; the curves are exact at their edges.
-    gammas: G of them, each in [0, 100].
+    figure counts the other K - 1 as examples of their own. The loss is FL = -(1 - p_t)^gamma log(p_t), RetinaNet eq. 4;
+    alpha cancels within each group. It falls with p_t for every gamma, so anchors are counted in bins of p_t's logit,
+    1/64 wide; the curves are exact at their edges. gammas: G of them, each in [0, 100].
     """
 
     def __init__(self, gammas: Sequence[float] = FIGURE_GAMMAS) -> None:

@@ -22,11 +22,7 @@ IMAGENET_STD: Pixel = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 class Backbone(nn.Module, ABC):
     """Network from uint8 images to feature maps; normalisation belongs to it, because its weights decide it.
 
-    Args:
-        out_channels: channels of each feature map, finest first.
-        strides: stride of each feature map, px.
-        pixel_mean: subtracted from the RGB channels of 0..255.
-        pixel_std: divides them afterwards.
+    out_channels, strides (px): of each feature map, finest first. pixel_mean, pixel_std: of the RGB channels of 0..255.
     """
 
     pixel_mean: Tensor  # [3, 1, 1]

@@ -21,12 +21,7 @@ class ExtraLayer(NamedTuple):
 
 
 class ExtraLayers(nn.ModuleList):
-    """SSD's neck: append ever smaller feature maps (arXiv:1512.02325, section 2.1).
-
-    Args:
-        in_channels: channels of the backbone's maps.
-        layers: one per appended map.
-    """
+    """SSD's neck: append a smaller feature map for each layer (arXiv:1512.02325, section 2.1)."""
 
     def __init__(self, in_channels: Sequence[int], layers: Sequence[ExtraLayer]) -> None:
         super().__init__()
@@ -55,11 +50,7 @@ class ExtraLayers(nn.ModuleList):
 class AnchorHead(nn.Module):
     """Predict `num_outputs` numbers for every anchor with one convolution per level (SSD section 2.1).
 
-    Args:
-        in_channels: channels of each feature map, [L].
-        anchors_per_cell: of each level, [L].
-        num_outputs: numbers for each anchor.
-        kernel_size: odd; 3 in SSD, 1 in YOLO.
+    in_channels, anchors_per_cell: of each level, [L]. kernel_size: odd; 3 in SSD, 1 in YOLO.
     """
 
     def __init__(
@@ -86,15 +77,9 @@ class AnchorHead(nn.Module):
 class SharedHead(nn.Module):
     """RetinaNet's head: a tower of 3 x 3 convolutions and the outputs, with the same weights for all levels.
 
-    Section 4 (arXiv:1708.02002); group normalisation is torchvision's second version.
+    Section 4 (arXiv:1708.02002); group normalisation, with 32 groups, is torchvision's second version.
 
-    Args:
-        channels: of every level, and of the tower.
-        tower_convs: convolutions of the tower, each with a ReLU.
-        anchors_per_cell: of every level.
-        group_norm: whether the tower has group normalisations with 32 groups.
-        num_outputs: numbers for each anchor.
-        tower_bias: whether the tower's convolutions have biases; None: without group normalisation.
+    tower_convs: each with a ReLU. tower_bias: whether they have biases; None: without group normalisation.
     """
 
     def __init__(

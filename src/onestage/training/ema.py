@@ -25,13 +25,8 @@ class ExponentialMovingAverage(Callback):
     statistics of batch norm; integer counters are not.
 
     During a validation the module holds the average and this callback the raw weights; the two exchange storage, so
-    that nothing is copied or rounded. After `fit` the module keeps the average. Before the first update the raw weights
-    are evaluated.
-
-    Not Lightning's WeightAveraging, which saves average and raw weights swapped if a validation raises, truncates
-    averaged counters, and waits for the device twice per step.
-
-    ConfigError if the strategy splits the weights over processes.
+    that nothing is copied or rounded. After `fit` the module keeps the average. Not Lightning's WeightAveraging, which
+    saves average and raw weights swapped if a validation raises, and waits for the device twice per step.
 
     Args:
         decay: d after the ramp, in (0, 1); null: off. An average over about 1 / (1 - decay) steps.
