@@ -153,13 +153,7 @@ class CocoEvaluator:
 
     def _evaluate(self) -> Evaluation:
         found, objects = self.detections(), self.objects()
-        names, counts = self.annotations.class_names, np.bincount(objects.images, minlength=1)
-        if num_crowded := int(np.count_nonzero(counts > MAX_DETECTIONS)):
-            warnings.warn(
-                f"{num_crowded} of {self.num_images} images have more than {MAX_DETECTIONS} objects, up to "
-                f"{counts.max()}: COCO's metrics count {MAX_DETECTIONS} detections of an image, so some are missed.",
-                stacklevel=2,
-            )
+        names = self.annotations.class_names
         precision, recall = precision_recall_tables(found, objects, self.num_images, len(names), self.backend)
         by_class = [_mean(precision[:, :, label, 0, -1]) for label in range(len(names))]
         per_class = dict(zip(names, by_class, strict=True))
