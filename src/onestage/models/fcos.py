@@ -18,8 +18,8 @@ from onestage.losses.focal import SigmoidFocalLoss
 from onestage.losses.normaliser import PositiveNormaliser
 from onestage.models.backbone import Backbone
 from onestage.models.detector import AnchorDetector
-from onestage.models.fpn import FPN, STRIDES, pyramid_backbone
-from onestage.models.heads import SharedHead, by_anchor
+from onestage.models.heads import by_anchor
+from onestage.models.retinanet import FPN, STRIDES, SharedHead, pyramid_backbone
 from onestage.models.weights import load_published, torchvision_pyramid
 from onestage.types import Predictions
 
@@ -37,12 +37,10 @@ class FCOS(AnchorDetector):
         classification_loss: owns the link between logits and scores. None: SigmoidFocalLoss().
         box_loss: None: GIoULoss().
         backbone: maps of strides 8, 16 and 32; None: a ResNet-50 with random weights.
-        channels: of the pyramid and the towers, a multiple of 64: each of the 32 groups of the normalisation
-            needs more than one value, also on a map of one cell.
+        channels: of the pyramid and the towers, a multiple of 64: two values for each of 32 groups on a map of one cell.
         tower_convs: 3 x 3 convolutions of each tower, >= 0, each with group normalisation.
         matcher: None: PointMatcher().
-        pretrained: torchvision_coco or the path of a state dict of torchvision's fcos_resnet50_fpn; it replaces all
-            weights.
+        pretrained: torchvision_coco or the path of a state dict of torchvision's fcos_resnet50_fpn, for all weights.
         prior: class score of every point before training, in (0, 1).
         normaliser_momentum: of the running mean of positives that divides the losses, in [0, 1); 0: each batch's own.
         score_threshold: detections score more than this, in [0, 1); for small networks less than 0.2.

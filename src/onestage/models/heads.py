@@ -1,13 +1,11 @@
-"""Layers behind the backbone: SSD's extra feature maps, prediction heads of each level or shared by all."""
+"""Layers behind the backbone: SSD's extra feature maps and prediction heads."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import Conv2dNormActivation
 
 
 class ExtraLayer(NamedTuple):
@@ -71,44 +69,7 @@ class AnchorHead(nn.Module):
     def start_at_prior(self, prior_bias: Tensor) -> None:
         """Set weights to N(0, 0.01^2) and biases to `prior_bias`, [num_outputs]. RetinaNet section 4.1."""
         for level in self.levels:
-            _start_at(level[-1] if isinstance(level, nn.Sequential) else level, prior_bias)
-
-
-class SharedHead(nn.Module):
-    """RetinaNet's head: a tower of 3 x 3 convolutions and the outputs, with the same weights for all levels.
-
-    Section 4 (arXiv:1708.02002); group normalisation, with 32 groups, is torchvision's second version.
-
-    tower_convs: each with a ReLU. tower_bias: whether they have biases; None: without group normalisation.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        tower_convs: int,
-        anchors_per_cell: int,
-        group_norm: bool,
-        num_outputs: int,
-        tower_bias: bool | None = None,
-    ) -> None:
-        super().__init__()
-        self.num_outputs = num_outputs
-        norm = partial(nn.GroupNorm, 32) if group_norm else None
-        self.tower = nn.Sequential(
-            *[Conv2dNormActivation(channels, channels, norm_layer=norm, bias=tower_bias) for _ in range(tower_convs)]
-        )
-        self.output = nn.Conv2d(channels, anchors_per_cell * num_outputs, 3, padding=1)
-        for conv in self.modules():
-            if isinstance(conv, nn.Conv2d):
-                _start_at(conv, torch.zeros(1))
-
-    def forward(self, feature_maps: Sequence[Tensor]) -> Tensor:
-        """Return [B, A, num_outputs] float32 of maps [B, channels, H_l, W_l], in the order of `AnchorGrid`."""
-        return by_anchor([self.output(self.tower(features)) for features in feature_maps], self.num_outputs)
-
-    def start_at_prior(self, prior_bias: Tensor) -> None:
-        """Set the biases of the outputs to `prior_bias`, [num_outputs]. RetinaNet section 4.1."""
-        _start_at(self.output, prior_bias)
+            start_at(level[-1] if isinstance(level, nn.Sequential) else level, prior_bias)
 
 
 def by_anchor(maps: Sequence[Tensor], num_outputs: int) -> Tensor:
@@ -120,7 +81,7 @@ def by_anchor(maps: Sequence[Tensor], num_outputs: int) -> Tensor:
 
 
 @torch.no_grad()
-def _start_at(conv: nn.Module, bias: Tensor) -> None:
+def start_at(conv: nn.Module, bias: Tensor) -> None:
     """Set the weights of a convolution to N(0, 0.01^2) and its biases, if any, to repetitions of `bias`."""
     for name, parameter in conv.named_parameters(recurse=False):
         if name == "weight":

@@ -1,9 +1,13 @@
-"""RetinaNet (arXiv:1708.02002), on ResNet-50 or any other backbone."""
+"""RetinaNet (arXiv:1708.02002) on a feature pyramid (arXiv:1612.03144) of ResNet-50 or any other backbone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import Conv2dNormActivation
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes, pyramid_shapes
 from onestage.boxes.coders import DeltaBoxCoder
@@ -14,13 +18,90 @@ from onestage.losses.box import BoxLoss, L1Loss
 from onestage.losses.classification import ClassificationLoss, SigmoidClassificationLoss
 from onestage.losses.focal import SigmoidFocalLoss
 from onestage.losses.normaliser import PositiveNormaliser
-from onestage.models.backbone import Backbone
+from onestage.models.backbone import Backbone, TorchvisionBackbone
 from onestage.models.detector import AnchorDetector
-from onestage.models.fpn import FPN, STRIDES, pyramid_backbone
-from onestage.models.heads import SharedHead
+from onestage.models.heads import by_anchor, start_at
 from onestage.models.weights import load_published, torchvision_retinanet
 
+STRIDES = (8, 16, 32, 64, 128)  # of P3 to P7, px
 ANCHOR_SCALE = 4.0  # side of a level's smallest square anchor in strides (section 4: 32 to 512 px on P3 to P7)
+
+
+class FPN(nn.Module):
+    """RetinaNet's neck: P3 to P5 from three maps of a backbone, P6 and P7 by strided convolutions (section 4).
+
+    Args:
+        in_channels: channels of the backbone's maps, C3 to C5, finest first.
+        channels: of every level.
+        p6_from: the map that P6 is computed from: "p5" (torchvision, detectron2's later models) or "c5" (the paper).
+    """
+
+    def __init__(self, in_channels: Sequence[int], channels: int = 256, p6_from: Literal["p5", "c5"] = "p5") -> None:
+        super().__init__()
+        self.p6_from = p6_from
+        self.laterals = nn.ModuleList(nn.Conv2d(count, channels, 1) for count in in_channels)
+        self.smoothing = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
+        self.p6 = nn.Conv2d(in_channels[-1] if p6_from == "c5" else channels, channels, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_uniform_(conv.weight, a=1)
+                nn.init.zeros_(conv.get_parameter("bias"))
+
+    def forward(self, feature_maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return the maps [B, channels, H_l, W_l] of all levels, finest first, from those of the backbone."""
+        merged = [lateral(features) for lateral, features in zip(self.laterals, feature_maps, strict=True)]
+        for level in range(len(merged) - 2, -1, -1):  # top-down
+            merged[level] = merged[level] + F.interpolate(merged[level + 1], size=merged[level].shape[-2:])
+        levels = [smooth(features) for smooth, features in zip(self.smoothing, merged, strict=True)]
+        levels.append(self.p6(feature_maps[-1] if self.p6_from == "c5" else levels[-1]))
+        return [*levels, self.p7(levels[-1].relu())]
+
+
+def pyramid_backbone(name: str, backbone: Backbone | None) -> Backbone:
+    """Return a ResNet-50 with random weights, or the given backbone; ConfigError if it has other maps than C3 to C5."""
+    backbone = backbone or TorchvisionBackbone("resnet50", STRIDES[:3])
+    remedy = "Set strides: [8, 16, 32] in the init_args of the backbone."
+    place, fits = f"{name}: strides of the backbone", backbone.strides == STRIDES[:3]
+    require(fits, place, backbone.strides, "(8, 16, 32)", remedy)
+    return backbone
+
+
+class SharedHead(nn.Module):
+    """RetinaNet's head: a tower of 3 x 3 convolutions and the outputs, with the same weights for all levels.
+
+    Section 4 (arXiv:1708.02002); group normalisation, with 32 groups, is torchvision's second version.
+
+    tower_convs: each with a ReLU. tower_bias: whether they have biases; None: without group normalisation.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        tower_convs: int,
+        anchors_per_cell: int,
+        group_norm: bool,
+        num_outputs: int,
+        tower_bias: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+        norm = partial(nn.GroupNorm, 32) if group_norm else None
+        self.tower = nn.Sequential(
+            *[Conv2dNormActivation(channels, channels, norm_layer=norm, bias=tower_bias) for _ in range(tower_convs)]
+        )
+        self.output = nn.Conv2d(channels, anchors_per_cell * num_outputs, 3, padding=1)
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d):
+                start_at(conv, torch.zeros(1))
+
+    def forward(self, feature_maps: Sequence[Tensor]) -> Tensor:
+        """Return [B, A, num_outputs] float32 of maps [B, channels, H_l, W_l], in the order of `AnchorGrid`."""
+        return by_anchor([self.output(self.tower(features)) for features in feature_maps], self.num_outputs)
+
+    def start_at_prior(self, prior_bias: Tensor) -> None:
+        """Set the biases of the outputs to `prior_bias`, [num_outputs]. RetinaNet section 4.1."""
+        start_at(self.output, prior_bias)
 
 
 class RetinaNet(AnchorDetector):
@@ -34,11 +115,10 @@ class RetinaNet(AnchorDetector):
         box_loss: None: L1Loss().
         anchors: one `AnchorShapes` for each of P3 to P7, as `onestage anchors` proposes them; None: the paper's.
         anchor_scale: side of the smallest square anchor of each level in strides, > 0; for small images less than 4.
-        backbone: maps of strides 8, 16 and 32, such as onestage.models.TorchvisionBackbone; None: a ResNet-50 with
-            random weights.
+        backbone: maps of strides 8, 16 and 32, such as TorchvisionBackbone; None: a ResNet-50 with random weights.
         channels: of the pyramid and the towers; with group norm a multiple of 64, see `FCOS`.
         tower_convs: 3 x 3 convolutions of each tower, >= 0.
-        p6_from: map that P6 is computed from; see `onestage.models.fpn.FPN`.
+        p6_from: map that P6 is computed from; see `FPN`.
         group_norm: whether the towers have group normalisation with 32 groups.
         pretrained: torchvision_coco or the path of a state dict of torchvision's retinanet_resnet50_fpn or, with group
             norm and P6 from C5, of its retinanet_resnet50_fpn_v2; it replaces all weights.

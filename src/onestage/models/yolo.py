@@ -135,10 +135,8 @@ class YOLO(AnchorDetector):
             tensors += darknet.block_tensors(branch)
             heads = [head.levels[level] for head in (self.box_head, self.quality_head, self.class_head)]
             for name in ("bias", "weight"):  # rows by anchor: t_x, t_y, t_w, t_h, objectness, classes
-                by_anchor = [
-                    head.get_parameter(name).detach().chunk(len(self.anchor_grid.levels[level].shapes))
-                    for head in heads
-                ]
+                num_anchors = len(self.anchor_grid.levels[level].shapes)
+                by_anchor = [head.get_parameter(name).detach().chunk(num_anchors) for head in heads]
                 tensors += [part for anchor in zip(*by_anchor, strict=True) for part in anchor]
         return tensors
 
@@ -174,14 +172,12 @@ class YOLOv3(YOLO):
 
     Args:
         num_classes: K.
-        objectness_loss: over all anchors; its target is 1, or the IoU of the box if it uses quality. None:
-            SigmoidCrossEntropy().
+        objectness_loss: of all anchors; its target is 1, or the IoU if it uses quality. None: SigmoidCrossEntropy().
         classification_loss: of the K sigmoids of each object; without class weights. None: SigmoidCrossEntropy().
         box_loss: None: GridBoxLoss(). Weighted by 2 - the object's share of the canvas.
         anchors: "coco", or one `AnchorShapes` for each of the strides 8, 16, 32, as `onestage anchors` proposes them.
         backbone: maps of strides 8, 16 and 32; None: Darknet53(). Its channels set the neck's.
-        pretrained: path of a darknet file such as yolov3.weights, for the same K and a Darknet53; it replaces all
-            weights.
+        pretrained: path of a darknet file of all weights, such as yolov3.weights, for the same K and a Darknet53.
         prior: objectness of every anchor before training, in (0, 1); 0.5 in darknet.
         ignore_iou: a predicted box that overlaps an object by more is no background, in [0, 1].
         anchors_per_object: anchors that each object trains, >= 1; see `CellMatcher`.
@@ -255,8 +251,7 @@ class YOLOv2(YOLO):
         backbone: maps of strides 16 and 32, for small objects 8 and 16; None: Darknet19(). Its channels set the neck's.
         pretrained: path of a darknet file such as yolov2-voc.weights, for the same K and a Darknet19.
         prior: not 0.01, because the squared error has little slope near 0 and 1.
-        anchor_images: in the first so many images, anchors without an object also learn to predict themselves, with
-            weight 0.01; >= 0.
+        anchor_images: >= 0; in so many images at first, anchors without an object learn themselves with weight 0.01.
 
     The other arguments are those of `YOLOv3`.
     """

@@ -49,8 +49,8 @@ class DetectionModule(pl.LightningModule):
         loss_weights: weight >= 0 of each of the detector's loss terms, such as `{box: 0.2}` (alpha of SSD eq. 1). A
             term that is not listed has weight 1.
         channels_last: memory format of network and images. auto: the faster one, which `fit` times on a CPU.
-        compile: compile the network and its classification loss in place with torch.compile on the first step of
-            `fit`. Needs a C++ compiler; on a CPU it gains nothing and costs 40 s.
+        compile: use torch.compile for network and classification loss in `fit`. Needs a C++ compiler; on a CPU it
+            gains nothing and costs 40 s.
         freeze: number of the backbone's first stages that keep their weights, for fine-tuning; 0: all are trained.
         reference_batch_size: images per step for which the optimizer's learning rate was chosen; the rate is
             multiplied by images per step / reference (arXiv:1706.02677). One step sees data.batch_size images of each
