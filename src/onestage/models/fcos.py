@@ -37,7 +37,7 @@ class FCOS(AnchorDetector):
         classification_loss: owns the link between logits and scores. None: SigmoidFocalLoss().
         box_loss: None: GIoULoss().
         backbone: maps of strides 8, 16 and 32; None: a ResNet-50 with random weights.
-        channels: of the pyramid and the towers, a multiple of 64: two values for each of 32 groups on a map of one cell.
+        channels: of the pyramid and the towers, a multiple of 64: two values for each of 32 groups on maps of a cell.
         tower_convs: 3 x 3 convolutions of each tower, >= 0, each with group normalisation.
         matcher: None: PointMatcher().
         pretrained: torchvision_coco or the path of a state dict of torchvision's fcos_resnet50_fpn, for all weights.
