@@ -1,7 +1,7 @@
 """Anchor shapes and the grid that places them over feature maps."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -43,6 +43,16 @@ def pyramid_shapes(size: float) -> tuple[tuple[float, float], ...]:
     sides = (size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3)))
     pairs = [(side / math.sqrt(ratio), side * math.sqrt(ratio)) for ratio in (0.5, 1.0, 2.0) for side in sides]
     return tuple((max(2.0 * round(width / 2), 1.0), max(2.0 * round(height / 2), 1.0)) for width, height in pairs)
+
+
+def named_levels(
+    place: str, anchors: str | Sequence[AnchorShapes], tables: Mapping[str, Sequence[AnchorShapes]]
+) -> Sequence[AnchorShapes]:
+    """Return the levels of the table of that name, or the given ones. place: class and argument, for messages."""
+    if not isinstance(anchors, str):
+        return anchors
+    require(anchors in tables, place, anchors, f"one of {', '.join(tables)}")
+    return tables[anchors]
 
 
 class AnchorGrid(nn.Module):

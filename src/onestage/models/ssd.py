@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from onestage.boxes.anchors import AnchorGrid, AnchorShapes, ssd_shapes
+from onestage.boxes.anchors import AnchorGrid, AnchorShapes, named_levels, ssd_shapes
 from onestage.boxes.coders import DeltaBoxCoder
 from onestage.boxes.matchers import IoUMatcher
 from onestage.boxes.nms import Selection
@@ -68,7 +68,7 @@ class SSD(AnchorDetector):
     """
 
     image_size: int
-    anchor_tables: ClassVar[Mapping[AnchorTable, Sequence[AnchorShapes]]]
+    anchor_tables: ClassVar[Mapping[str, Sequence[AnchorShapes]]]
     extra_layers: ClassVar[Sequence[ExtraLayer]]
     backbone_strides: tuple[int, int] = (8, 16)
     neck_class: type[ExtraLayers] = ExtraLayers
@@ -98,7 +98,11 @@ class SSD(AnchorDetector):
         require(image_size in (None, side), f"{name}: image_size", image_size, str(side), remedy)
         require(num_classes >= 1, f"{name}: num_classes", num_classes, ">= 1")
         require(0 < prior < 1, f"{name}: prior", prior, "in (0, 1)", "RetinaNet's is 0.01.")
-        levels = self._anchor_levels(anchors)
+        levels = named_levels(f"{name}: anchors", anchors, self.anchor_tables)
+        tables = (next(iter(self.anchor_tables.values())), levels)
+        strides, given = ([level.stride for level in table] for table in tables)
+        fits = len(given) == len(strides) and all(abs(a - b) < 0.01 for a, b in zip(given, strides, strict=True))
+        require(fits, f"{name}: anchors, strides", given, f"{strides}, one level for each feature map")
         is_own_backbone = backbone is None
         backbone, loss = backbone or self.make_backbone(), classification_loss or SigmoidFocalLoss()
         fits, rule = backbone.strides == self.backbone_strides, str(self.backbone_strides)
@@ -140,18 +144,6 @@ class SSD(AnchorDetector):
     def make_backbone(self) -> Backbone:
         """Return the network of the first two feature maps, with random weights."""
         return VGG()
-
-    def _anchor_levels(self, anchors: AnchorTable | list[AnchorShapes]) -> Sequence[AnchorShapes]:
-        """Return the table of that name, or the given one, checked to fit the feature maps."""
-        name = f"{type(self).__name__}: anchors"
-        if isinstance(anchors, str):
-            require(anchors in self.anchor_tables, name, anchors, f"one of {', '.join(self.anchor_tables)}")
-            return self.anchor_tables[anchors]
-        strides = [level.stride for level in next(iter(self.anchor_tables.values()))]
-        given = [level.stride for level in anchors]
-        fits = len(given) == len(strides) and all(abs(a - b) < 0.01 for a, b in zip(given, strides, strict=True))
-        require(fits, f"{name}, strides", given, f"{strides}, one level for each feature map")
-        return anchors
 
 
 # Sizes of the anchors: the Caffe code of the paper (examples/ssd/ssd_{pascal,coco}*.py) spaces s_k evenly from s_min

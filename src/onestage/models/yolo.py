@@ -1,7 +1,7 @@
 """YOLOv2 (arXiv:1612.08242) and YOLOv3 (arXiv:1804.02767), on Darknet or another backbone."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from onestage.boxes.anchors import AnchorGrid, AnchorShapes
+from onestage.boxes.anchors import AnchorGrid, AnchorShapes, named_levels
 from onestage.boxes.cell_matcher import CellMatcher
 from onestage.boxes.coders import GridBoxCoder
 from onestage.boxes.nms import Selection
@@ -217,7 +217,7 @@ class YOLOv3(YOLO):
             num_classes,
             backbone,
             DarknetPyramid(backbone.out_channels),
-            _levels("YOLOv3", anchors, {"coco": self.anchors_coco}),
+            named_levels("YOLOv3: anchors", anchors, {"coco": self.anchors_coco}),
             loss,
             box_loss or GridBoxLoss(),
             objectness_loss or SigmoidCrossEntropy(),
@@ -291,7 +291,7 @@ class YOLOv2(YOLO):
             num_classes,
             backbone,
             Passthrough(backbone.out_channels),
-            _levels("YOLOv2", anchors, tables),
+            named_levels("YOLOv2: anchors", anchors, tables),
             classification_loss or ObjectSoftmaxLoss(),
             box_loss or SquaredGridBoxLoss(),
             objectness_loss or SquaredObjectnessLoss(),
@@ -312,13 +312,3 @@ class YOLOv2(YOLO):
     def _classification(self, predictions: Predictions, targets: Targets) -> Tensor:
         logits, labels, is_kept, _ = self._object_rows(predictions, targets)
         return cast(Tensor, self.classification_loss(logits, torch.where(is_kept, labels, IGNORE)))
-
-
-def _levels(
-    name: str, anchors: str | list[AnchorShapes], tables: Mapping[str, Sequence[AnchorShapes]]
-) -> Sequence[AnchorShapes]:
-    """Return the table of that name, or the given one."""
-    if not isinstance(anchors, str):
-        return anchors
-    require(anchors in tables, f"{name}: anchors", anchors, f"one of {', '.join(tables)}")
-    return tables[anchors]
