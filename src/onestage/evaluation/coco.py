@@ -23,16 +23,15 @@ from onestage.types import PADDING, AnnotationSet, Detections, JSONDict, Metrics
 Package = Literal["hotcoco", "faster_coco_eval", "pycocotools"]
 Backend = Literal["auto", Package]
 BACKENDS: tuple[Package, ...] = get_args(Package)  # the fastest first
-Table = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.float64]
 
 _hotcoco_processes = set[int]()  # that have started hotcoco's threads, or were forked from one of them
 
 Rows = npt.NDArray[np.float32]  # [n, 6]: x1, y1, x2, y2, score, label
 
-SIZES = ("small", "medium", "large")
-METRIC_NAMES = (
-    *("mAP", "AP50", "AP75", *(f"mAP_{size}" for size in SIZES)),
-    *("AR1", "AR10", "AR100", *(f"AR_{size}" for size in SIZES)),
+METRIC_NAMES = (  # in the order of COCOeval
+    *("mAP", "AP50", "AP75", "mAP_small", "mAP_medium", "mAP_large"),
+    *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
 )
 
 
@@ -154,10 +153,11 @@ class CocoEvaluator:
     def _evaluate(self) -> Evaluation:
         found, objects = self.detections(), self.objects()
         names = self.annotations.class_names
-        precision, recall = precision_recall_tables(found, objects, self.num_images, len(names), self.backend)
+        numbers, precision = coco_numbers(found, objects, self.num_images, len(names), self.backend)
         by_class = [_mean(precision[:, :, label, 0, -1]) for label in range(len(names))]
         per_class = dict(zip(names, by_class, strict=True))
-        return Evaluation(twelve_metrics(precision, recall), per_class, analyse(found, objects, len(names)))
+        metrics = dict(zip(METRIC_NAMES, map(_mean, numbers[:, None]), strict=True))
+        return Evaluation(metrics, per_class, analyse(found, objects, len(names)))
 
     def detections(self) -> Found:
         """Return the best hundred detections of each collected image."""
@@ -176,18 +176,7 @@ class CocoEvaluator:
         return Objects(images, annotations.boxes[rows], annotations.labels[rows], annotations.areas[rows], is_ignored)
 
 
-def twelve_metrics(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64]) -> Metrics:
-    """Return COCO's twelve metrics from COCOeval's tables, as its `summarize` does; see `precision_recall_tables`."""
-    by_area = [precision[..., area, -1] for area in range(1 + len(SIZES))]
-    average_precisions = [by_area[0], by_area[0][0], by_area[0][5], *by_area[1:]]  # IoU 0.50:0.95, 0.50 and 0.75
-    recalls = [
-        *(recall[..., 0, limit] for limit in range(3)),
-        *(recall[..., 1 + size, -1] for size in range(len(SIZES))),
-    ]
-    return dict(zip(METRIC_NAMES, map(_mean, [*average_precisions, *recalls]), strict=True))
-
-
-def _mean(values: npt.NDArray[np.float64]) -> float:
+def _mean(values: Numbers) -> float:
     """Return the mean of the defined values, which are not -1; NaN if there is none."""
     defined = values[values > -1]
     # COCOeval adds 2e-16 to the denominator of a precision; in float32 a perfect result is 1 again.
@@ -216,15 +205,16 @@ def choose_backend(backend: Backend = "auto") -> Package:
     return next(name for name in BACKENDS[is_forked:] if backend == name or find_spec(name))
 
 
-def precision_recall_tables(
+def coco_numbers(
     found: Found, objects: Objects, num_images: int, num_classes: int, backend: Backend = "auto"
-) -> tuple[Table, Table]:
-    """Return COCOeval's precision [10 IoUs, 101 recalls, K, 4 areas, 3 limits] and recall [10, K, 4, 3].
+) -> tuple[Numbers, Numbers]:
+    """Return COCOeval's numbers in the order of METRIC_NAMES, [12], and its precision [10, 101, K, 4, 3].
 
-    In [0, 1], -1 where there is no object. Areas: all, small, medium, large; limits: 1, 10, 100 detections per image.
+    In [0, 1], -1 where there is no object. Axes of the precision: IoU, recall, class, area (all, small, medium, large),
+    detections per image (1, 10, 100).
     """
     if not len(objects.labels):
-        return np.full((10, 101, num_classes, 4, 3), -1.0), np.full((10, num_classes, 4, 3), -1.0)
+        return np.full(len(METRIC_NAMES), -1.0), np.full((10, 101, num_classes, 4, 3), -1.0)
     package, boxes = choose_backend(backend), _xywh(objects.boxes)
     if package == "hotcoco":
         _hotcoco_processes.add(os.getpid())
@@ -246,7 +236,8 @@ def precision_recall_tables(
         evaluation = coco_eval(truth, results, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
-    return np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"])
+        evaluation.summarize()
+    return np.asarray(evaluation.stats)[: len(METRIC_NAMES)], np.asarray(evaluation.eval["precision"])
 
 
 def _classes_of(package: Package) -> tuple[Any, Any]:
