@@ -1,17 +1,4 @@
-"""Results of an evaluation: `results.json`, COCO result files, and a table for the terminal.
-
-results.json, where NaN is null and every share is in [0, 1]:
-
-- stage: validate or test; metrics: COCO's twelve, VOC07 and VOC10; per_class: AP of each class by name; class_names
-- score_threshold: the score with the best F1 over all detections, null without detections or objects
-- classes: by name, and overall, of all together: num_objects, AP50, VOC07, VOC10, threshold (the score with the best
-  F1), precision, recall and f1 there, precision_by_recall (101 values at IoU 0.5, recall 0, 0.01, ..., 1)
-- confusion: [K + 1][K + 1] counts at score_threshold; rows are objects, columns detections; the last of both is the
-  background: a missed object stands in the last column, a detection without an object in the last row; empty above
-  1,000 classes
-- error_types: AP50 that each of TIDE's six types costs, by name
-- seconds, images_per_second, versions
-"""
+"""Results of an evaluation: `results.json` (docs/report.md), COCO result files, and a table for the terminal."""
 
 import contextlib
 import json
