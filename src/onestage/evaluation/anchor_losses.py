@@ -65,9 +65,8 @@ def anchor_statistics(anchor_losses: AnchorLosses, strides: Tensor) -> dict[str,
 def missing_prior(anchor_losses: AnchorLosses) -> str | None:
     """Return a warning if the first batch of an untrained detector shows a head without prior bias, else None.
 
-    RetinaNet section 4.1 (arXiv:1708.02002): a loss over all anchors is dominated by the background unless that scores
-    low at the start. The criterion is the background's mean p_t, because alpha, gamma and the number of anchors change
-    the size of the loss by powers of ten. A loss that mines a few negatives for each positive needs no prior.
+    RetinaNet section 4.1 (arXiv:1708.02002). The criterion is the background's mean p_t, because alpha, gamma and the
+    number of anchors change the size of the loss by powers of ten. A loss that mines few negatives needs no prior.
     """
     labels, losses, p_t = anchor_losses
     is_negative, total = labels == BACKGROUND, float(losses.sum())

@@ -223,12 +223,7 @@ class LossCollector(pl.LightningModule):
 
 
 class EpochTable(Callback):
-    """epochs.csv: a row for each validation of a training.
-
-    Columns: number of the epoch, 1 the first; optimizer steps so far; lr of the first parameter group; train/*, the
-    mean of each loss over the first process's batches since the row before; val/*, the losses and metrics of the
-    validation, empty where undefined; seconds since the row before, or since the start or resume.
-    """
+    """epochs.csv: a row for each validation of a training; docs/report.md has its columns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
