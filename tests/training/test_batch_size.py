@@ -5,8 +5,8 @@ import torch
 from tiny_training import CrowdedData, TinyDetectorWithBatchNorm, quiet_trainer
 
 from onestage.errors import ConfigError
-from onestage.training import batch_size
-from onestage.training.batch_size import GIB, AutoBatch, free_bytes, largest_batch, step_bytes
+from onestage.training import measurement
+from onestage.training.measurement import GIB, AutoBatch, free_bytes, largest_batch, step_bytes
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import WarmupSchedule
 from onestage.training.trainer import DetectionTrainer
@@ -72,7 +72,7 @@ def module_with(optimizer=torch.optim.SGD):
 
 @pytest.fixture(autouse=True)
 def no_garbage(monkeypatch):
-    monkeypatch.setattr(batch_size.gc, "collect", lambda: 0)  # seconds among the objects of other tests
+    monkeypatch.setattr(measurement.gc, "collect", lambda: 0)  # seconds among the objects of other tests
 
 
 def fit(folder, data, *callbacks, **settings):
@@ -100,9 +100,9 @@ def test_too_little_memory_is_refused(tmp_path):
 def test_out_of_memory_is_a_result_and_other_errors_are_not(tmp_path, monkeypatch, error):
     module = module_with()
     trainer = quiet_trainer(DetectionTrainer, tmp_path)
-    monkeypatch.setattr(batch_size, "crowded_batch", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(measurement, "crowded_batch", lambda *_: (_ for _ in ()).throw(error))
     assert step_bytes(trainer, module, 2) is None
-    monkeypatch.setattr(batch_size, "crowded_batch", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(measurement, "crowded_batch", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         step_bytes(trainer, module, 2)
 
@@ -122,8 +122,8 @@ def test_larger_batch_needs_more_measured_memory(tmp_path):
 
 def test_processes_of_one_cpu_share_the_free_memory(monkeypatch):
     gib = {"MemAvailable": 12 * GIB, "VmRSS": GIB}
-    monkeypatch.setattr(batch_size, "_status_bytes", lambda _, key: gib[key])
-    monkeypatch.setattr(batch_size, "CGROUP", Path("/nowhere"))
+    monkeypatch.setattr(measurement, "_status_bytes", lambda _, key: gib[key])
+    monkeypatch.setattr(measurement, "CGROUP", Path("/nowhere"))
     cpu = torch.device("cpu")
     assert [free_bytes(cpu, number) / GIB for number in (1, 2, 4)] == [13, 7, 4]
     with pytest.raises(ConfigError, match=r"auto_batch: false and data\.batch_size"):

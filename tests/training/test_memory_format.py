@@ -11,9 +11,8 @@ import pytest
 import torch
 from tiny_training import CrowdedData, TinyDetector, TinyDetectorWithBatchNorm, quiet_trainer
 
-from onestage.training import memory_format
-from onestage.training.batch_size import crowded_batch
-from onestage.training.memory_format import CACHE_FILE, resolve_memory_format, time_formats
+from onestage.training import measurement
+from onestage.training.measurement import CACHE_FILE, crowded_batch, resolve_memory_format, time_formats
 from onestage.training.module import usual_memory_format
 from onestage.training.trainer import DetectionTrainer
 
@@ -42,7 +41,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], list[torc
             shapes.append(batch[0].shape)
             return {True: with_it, False: without}
 
-        monkeypatch.setattr(memory_format, "time_formats", given)
+        monkeypatch.setattr(measurement, "time_formats", given)
         return shapes
 
     return install

@@ -33,7 +33,6 @@ from onestage.data.source import Source
 from onestage.errors import ConfigError, DataError
 from onestage.evaluation.results import format_table
 from onestage.files import atomic_write, printable
-from onestage.training.batch_size import GIB, AutoBatch
 from onestage.training.callbacks import (
     EPOCHS_FILE,
     AnchorMonitor,
@@ -45,7 +44,7 @@ from onestage.training.callbacks import (
 )
 from onestage.training.ema import ExponentialMovingAverage
 from onestage.training.loggers import ResultsLogger, ended_with_the_command, log_run, run_loggers, start_loggers
-from onestage.training.memory_format import resolve_memory_format
+from onestage.training.measurement import GIB, AutoBatch, resolve_memory_format
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import shards_parameters
 from onestage.training.run import RunAddOn, is_first_process, link_data_to_model
