@@ -113,9 +113,8 @@ def assign(
 ) -> tuple[Tensor, Tensor]:
     """Match all anchors of a batch, in chunks of images that bound the memory at `MAX_PAIRS` pairs.
 
-    Returns:
-        The label of every anchor, BACKGROUND or IGNORE, [B, A], and the box of its object [B, A, 4] xyxy, px, arbitrary
-        for anchors without an object.
+    Return the label of every anchor, BACKGROUND or IGNORE, [B, A], and the box of its object, [B, A, 4] xyxy, px,
+    arbitrary for anchors without an object.
     """
     if targets.labels.shape[1] == 0:  # a row of padding, so that reductions over objects are defined
         targets = Targets(F.pad(targets.boxes, (0, 0, 0, 1)), F.pad(targets.labels, (0, 1), value=PADDING))

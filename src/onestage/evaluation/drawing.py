@@ -35,15 +35,12 @@ def draw_boxes(
     """Draw objects as dashed white boxes and detections as solid boxes in the colour of their class.
 
     Args:
-        image: [H, W, 3] RGB. Enlarged by a whole factor if the short side is under 300 px.
+        image: [H, W, 3] RGB. Enlarged by a whole factor if the short side is under 300 px, and so is the result.
         gt_boxes: [M, 4] xyxy in pixels of the image.
         gt_labels: [M] 0..K-1.
         detections: of this image: boxes [D, 4] in its pixels, scores [D], labels [D]; None: only objects are drawn.
         class_names: [K].
         score_threshold: detections below it are not drawn, in [0, 1]; None: the NUM_BEST best are.
-
-    Returns:
-        [H * factor, W * factor, 3] RGB.
     """
     height, width = image.shape[:2]
     factor = max(1, min(math.ceil(MIN_SHORT_SIDE / min(height, width)), MAX_LONG_SIDE // max(height, width)))
@@ -51,12 +48,10 @@ def draw_boxes(
     pen = _Pen(picture, factor)
     for box, label in zip(gt_boxes.tolist(), gt_labels.tolist(), strict=True):
         pen.draw(box, class_names[label], None)
-    if score_threshold is None and detections:
-        detections, score_threshold = Detections(*(column[:NUM_BEST] for column in detections)), 0.0
-    lowest = score_threshold or 0.0
-    rows = zip(*(column.flip(0).tolist() for column in detections), strict=True) if detections else ()
+    number = NUM_BEST if score_threshold is None else None
+    rows = zip(*(column[:number].flip(0).tolist() for column in detections), strict=True) if detections else ()
     for box, score, label in rows:  # the best last, so that it is on top
-        if label != PADDING and score >= lowest:
+        if label != PADDING and score >= (score_threshold or 0.0):
             pen.draw(box, f"{class_names[label]} {score:.2f}", class_colour(label))
     return np.asarray(picture)
 

@@ -181,11 +181,11 @@ class SSD512(SSD):
     extra_layers: ClassVar = (ExtraLayer(256, 512), *[ExtraLayer(128, 256)] * 3, _last)
 
 
-class SSD160(SSD):
-    """A small SSD for CPUs: 2390 anchors on maps of 20, 10, 5, 3 and 1 cells, a narrow VGG11 with batch norm.
+# Ours, not published: small SSDs for CPUs, which train from random weights. One table of anchors serves both names.
 
-    Ours, not published; it trains from random weights. One table of anchors serves both names.
-    """
+
+class SSD160(SSD):
+    """A small SSD: 2390 anchors on maps of 20, 10, 5, 3 and 1 cells, a narrow VGG11 with batch norm."""
 
     image_size = 160
     _levels = ssd_levels((8, 16, 32, 53, 160), (16, 32, 68.8, 105.6, 142.4, 179.2))  # s_min 0.20, and 0.10 below it
@@ -198,10 +198,7 @@ class SSD160(SSD):
 
 
 class SSD128(SSD):
-    """The smallest SSD, for minutes on two CPU cores: 1344 anchors on maps of 16, 8 and 4 cells.
-
-    Ours, not published; it trains from random weights. Its anchors fit the drawn shapes.
-    """
+    """The smallest SSD, for the drawn shapes: 1344 anchors on maps of 16, 8 and 4 cells."""
 
     image_size = 128
     _levels = small_levels(1)
@@ -215,10 +212,9 @@ class SSD128(SSD):
 
 
 class SSD256(SSD):
-    """A small SSD for minutes on two CPU cores: 1344 anchors on maps of 16, 8 and 4 cells.
+    """A small SSD for the drawn shapes on maps of 16, 8 and 4 cells, as SSD128, but images of twice the size.
 
-    Ours, not published; it trains from random weights. It has as many cells as SSD128 on images of twice the size, one
-    more pooling and two more convolutions: nine points of mAP in as many steps (docs/data/shapes_recipe.csv).
+    One more pooling and two more convolutions: nine points of mAP in as many steps (docs/data/shapes_recipe.csv).
     """
 
     image_size = 256

@@ -155,9 +155,8 @@ class YOLO(AnchorDetector):
     def _object_rows(self, predictions: Predictions, targets: Targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what the class loss needs of the N = n M anchors of the objects, not of all anchors.
 
-        Returns:
-            Their class logits [B, N, C'], the objects' labels [B, N], whether the object is the one that the anchor
-            keeps [B, N], and whether another object has the same anchor [B, N, N].
+        Class logits [B, N, C'], the objects' labels [B, N], whether the object is the one that the anchor keeps [B, N],
+        and whether another object has the same anchor [B, N, N].
         """
         best = self.matcher.best_anchors(targets, predictions.anchors)
         logits = predictions.class_logits

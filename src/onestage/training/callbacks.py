@@ -40,11 +40,8 @@ SHORT_NAMES = {
 class DetectionImages(Callback):
     """Draw ground truth and detections of the first images of every evaluation, and of all images to predict.
 
-    Args:
-        folder: receives the JPEGs; those of an earlier evaluation are replaced.
-        num_images: number of images per process and evaluation.
-
     Detections below the module's score threshold are not drawn; before the first evaluation the best ones are.
+    folder: receives the JPEGs; those of an earlier evaluation are replaced. num_images: per process and evaluation.
     """
 
     def __init__(self, folder: Path, num_images: int) -> None:

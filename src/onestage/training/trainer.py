@@ -39,7 +39,6 @@ class DetectionTrainer(pl.Trainer):
     keep, `--trainer.limit_val_batches 1` would become 1.0, all batches instead of one.
 
     Args:
-        args: Lightning's.
         precision: `auto` takes the faster precision of the device and reports it.
         use_distributed_sampler: stays false: Lightning's sampler would pad the evaluation with duplicates.
         limit_train_batches: batches per epoch: an int counts them, a float is a fraction in [0, 1].
@@ -48,7 +47,6 @@ class DetectionTrainer(pl.Trainer):
         limit_predict_batches: the same, per prediction.
         overfit_batches: the same, for both training and validation.
         val_check_interval: between validations: steps, a fraction of an epoch, or a time in Lightning's format.
-        kwargs: Lightning's.
     """
 
     def __init__(
