@@ -59,12 +59,9 @@ class AnchorGrid(nn.Module):
     """Anchors of feature maps of any size, cached by the sizes of the maps.
 
     Args:
-        levels: shapes of each feature map, finest first.
+        levels: shapes of each feature map, finest first, with strides, widths and heights > 0.
         max_side: upper limit of widths and heights, px; None: no limit. torchvision's SSD limits them to the image's
             side, because no object is larger; the Caffe code of the paper does not.
-
-    Raises:
-        ConfigError: a stride, width or height is not > 0, or a level has no shape.
     """
 
     shapes: Tensor  # [sum of anchors per cell, 2] (width, height), px

@@ -73,14 +73,10 @@ class CocoEvaluator:
         return np.array(list(self._rows_by_image), dtype=np.int64)
 
     def update(self, image_indices: Tensor, detections: Detections) -> None:
-        """Collect the detections of a batch, without communication between processes.
+        """Collect the detections of a batch, in ORIGINAL pixels, without communication between processes.
 
-        An image that comes a second time, from a sampler that pads the last batch, is ignored.
-
-        Args:
-            image_indices: [B] int64, rows of the AnnotationSet.
-            detections: boxes [B, D, 4] xyxy in ORIGINAL pixels, scores [B, D], labels [B, D]; rows with label PADDING
-                are no detections. Rows with a non-finite number are dropped with a warning.
+        An image that comes a second time, from a sampler that pads the last batch, is ignored. Rows with a non-finite
+        number are dropped with a warning. image_indices: [B] int64, rows of the AnnotationSet.
         """
         assert not self._is_gathered, "an evaluation takes no images after its first result"
         boxes, scores, labels = (tensor.detach().float() for tensor in detections)

@@ -191,9 +191,7 @@ class RetinaNet(AnchorDetector):
         if pretrained is not None:
             is_torchvision = isinstance(loss, SigmoidClassificationLoss) and group_norm == (p6_from == "c5")
             is_torchvision &= anchors is None and anchor_scale == ANCHOR_SCALE
-            settings = (
-                f"{type(loss).__name__}, group_norm {group_norm}, p6_from {p6_from}, anchor_scale {anchor_scale:g}"
-            )
+            settings = f"{type(loss).__name__}, {group_norm=}, p6_from={p6_from}, {anchor_scale=:g}"
             rule = "torchvision's: sigmoids, the paper's anchors, and group_norm with p6_from c5 or neither"
             require(is_torchvision, f"pretrained: {pretrained}: detector", settings, rule, "Or set pretrained: null.")
             load_published(self, pretrained)

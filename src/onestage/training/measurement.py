@@ -112,7 +112,6 @@ class AutoBatch(Callback):
 
 @contextlib.contextmanager
 def _restored(detector: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Put the detector on the device in evaluation mode, then restore its weights and its mode."""
     state = {name: value.detach().cpu().clone() for name, value in detector.state_dict().items()}
     is_training = detector.training
     detector.to(device).eval()  # whose loss does not wait for other processes: they may take fewer steps here

@@ -18,8 +18,7 @@ class MultiScale:
     process of it, sees the same sizes. Evaluation keeps the loader's size.
 
     Args:
-        sizes: longest sides of the input, px, that the detector takes, none above the loader's. YOLO's are 320, 352,
-            ..., 608.
+        sizes: longest sides of the input, px, none above the loader's. YOLO's are 320, 352, ..., 608.
         every_n_steps: optimizer steps with one size, >= 1.
     """
 
