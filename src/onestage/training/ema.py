@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from onestage.errors import ConfigError, require
-from onestage.training.optimization import shards_parameters
+from onestage.errors import require
+from onestage.training.optimization import require_whole_weights
 
 # In a checkpoint `state_dict` holds the average, so that every reader gets the better weights, and this key the raw
 # weights. Lightning's WeightAveraging uses the same two names.
@@ -46,11 +46,8 @@ class ExponentialMovingAverage(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse strategies that split the weights."""
-        if stage == "fit" and self.decay is not None and shards_parameters(trainer.strategy):
-            raise ConfigError(
-                f"ema.decay is {self.decay}, but {type(trainer.strategy).__name__} splits the weights over the "
-                "processes, and the average needs whole weights.\nSet ema.decay: null, or trainer.strategy: ddp."
-            )
+        if stage == "fit" and self.decay is not None:
+            require_whole_weights(trainer.strategy, "ema.decay", "ema.decay: null")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the average. Only now is the module complete, on its device, and loaded from a checkpoint."""

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from onestage.errors import ConfigError, OnestageError
 from onestage.files import atomic_write, cache_folder
 from onestage.training.module import DetectionModule, usual_memory_format
-from onestage.training.optimization import shards_parameters
+from onestage.training.optimization import require_whole_weights
 from onestage.types import Batch, DetectionData, Detector, Targets
 
 GIB = 2**30
@@ -84,11 +84,7 @@ class AutoBatch(Callback):
             return
         assert isinstance(pl_module, DetectionModule)
         device = trainer.strategy.root_device
-        if shards_parameters(trainer.strategy):
-            raise ConfigError(
-                f"auto_batch measures the whole model on one device, which {type(trainer.strategy).__name__} splits.\n"
-                "Set auto_batch: false and data.batch_size, or trainer.strategy: ddp."
-            )
+        require_whole_weights(trainer.strategy, "auto_batch", "auto_batch: false and data.batch_size")
         limit = int(USABLE * (self.limit or free_bytes(device, trainer.num_devices)))
         trainer.strategy.barrier("auto_batch")  # no process may allocate before all have read the free memory
         most = max(1, len(pl_module.data.annotations("train")) // trainer.world_size)

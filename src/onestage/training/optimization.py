@@ -128,6 +128,13 @@ def shards_parameters(strategy: Strategy) -> bool:
     return isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy)
 
 
+def require_whole_weights(strategy: Strategy, key: str, remedy: str) -> None:
+    """Raise ConfigError if the strategy splits the weights over the processes. key: what needs them whole."""
+    if shards_parameters(strategy):
+        problem = f"{key} needs whole weights, but {type(strategy).__name__} splits them over the processes"
+        raise ConfigError(f"{problem}.\nSet {remedy}, or trainer.strategy: ddp.")
+
+
 def is_fused(optimizer: Optimizer) -> bool:
     """Return whether the optimizer steps in one kernel, which then also undoes the loss scale."""
     return any(group.get("fused") for group in optimizer.param_groups)
