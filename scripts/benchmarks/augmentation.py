@@ -23,8 +23,9 @@ from torchvision.transforms import v2
 from benchmarks.image_files import read_samples, write_images
 from benchmarks.timing import compare
 from onestage.data.augmentation import SSDAugmentation, SSDMinIoUCrop, SSDPhotometricDistort, SSDZoomOut
-from onestage.data.cache import DiskCache, FileReader, ImageReader
+from onestage.data.cache import DiskCache, FileReader
 from onestage.data.resize import MEAN_RGB, Stretch
+from onestage.data.source import ImageReader
 from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.types import AnnotationSet
 
@@ -100,7 +101,7 @@ def _from_files(annotations: AnnotationSet, samples: list[Sample], folder: Path)
     def from_reader(reader: ImageReader) -> Callable[[], object]:
         def read_and_augment() -> None:
             for index, given in enumerate(boxes):
-                image = reader.read(index)
+                image = reader(index)
                 scale = image.pixels.shape[0] / image.original_size[0]
                 SSD(image.pixels, given * np.float32(scale), key=(0, 0, index))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from onestage.data.annotations import start_messages
-from onestage.data.folder import list_images
+from onestage.data.folder import ImageFolder
 from onestage.errors import DataError
 
 
@@ -19,18 +19,18 @@ def touch(*paths: Path) -> None:
 def test_images_of_a_folder_and_those_below_it_are_sorted_and_numbered(tmp_path: Path) -> None:
     names = ["b.jpg", "a.PNG", "sub/deep/c.webp", "sub/d.jpeg"]
     touch(*(tmp_path / name for name in [*names, "notes.txt", ".hidden.jpg", ".cache/e.jpg"]))
-    annotations = list_images(tmp_path, ("cat", "dog"), (3, 7))
+    annotations = ImageFolder(tmp_path).read("test", ["cat", "dog"])
     assert annotations.image_paths.tolist() == [str(tmp_path / name) for name in sorted(names)]
     assert annotations.image_ids.tolist() == [1, 2, 3, 4]
     assert annotations.sizes.tolist() == [[0, 0]] * 4
     assert annotations.box_offsets.tolist() == [0] * 5
     assert annotations.boxes.shape == (0, 4)
-    assert (annotations.class_names, annotations.category_ids) == (("cat", "dog"), (3, 7))
+    assert (annotations.class_names, annotations.category_ids) == (("cat", "dog"), (1, 2))
 
 
 def test_a_single_image_is_a_set_of_one(tmp_path: Path) -> None:
     touch(tmp_path / "photo")  # whatever its name: the decoder will tell
-    assert list_images(tmp_path / "photo", ("cat",), (1,)).image_paths.tolist() == [str(tmp_path / "photo")]
+    assert ImageFolder(tmp_path / "photo").read("test").image_paths.tolist() == [str(tmp_path / "photo")]
 
 
 def test_what_is_not_read_is_named_or_counted_and_a_link_back_ends(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_what_is_not_read_is_named_or_counted_and_a_link_back_ends(tmp_path: Pat
     os.mkfifo(tmp_path / "b.jpg")
     touch(tmp_path / "d.avif", tmp_path / "sub" / "e.JP2")
     (tmp_path / "c.jpg").symlink_to(tmp_path / "nothing")
-    annotations = list_images(tmp_path, ("cat",), (1,))
+    annotations = ImageFolder(tmp_path).read("test")
     assert len(annotations) == 1
     assert [line.partition(":")[0] for line in annotations.skipped] == [
         str(tmp_path / "b.jpg"),
@@ -58,5 +58,5 @@ def test_no_image_is_an_error_with_place_rule_and_remedy(tmp_path: Path, kind: s
     with pytest.raises(
         DataError, match=r"(holds no images \(\.jpg|neither folder nor image)(.|\n)*data\.predict_dir"
     ) as caught:
-        list_images(place, ("cat",), (1,))
+        ImageFolder(place).read("test")
     assert str(caught.value).startswith(str(place))

@@ -301,8 +301,11 @@ CASES = {
     ),
     "YOLO: lists alone, and the system's files": Case(files(
         "Images/{a,b,c,d,@eaDir/thumb}.jpg", "Labels/{a,b,c,d}.txt",
-        texts={"train.txt": "data/Images/a.jpg\r\ndata/Images/b.jpg\r\n", "valid.txt": "Images/c.jpg\nImages/d.jpg\n"},
-    ), "YOLO", {"train": 2, "val": 2}, {"no class names"}),
+        texts={
+            "train.txt": "data/Images/a.jpg\r\ndata/Images/b.jpg\r\n", "valid.txt": "Images/c.jpg\nImages/d.jpg\n",
+            "classes.txt": "cat\n",
+        },
+    ), "YOLO", {"train": 2, "val": 2}),
     "YOLO: a YAML file of any name, and a test split that is not there": Case(files(
         "train/images/{a,b,c}.jpg", "train/labels/{a,b,c}.txt", "valid/images/{d,e,f}.jpg", "valid/labels/{d,e,f}.txt",
         texts={"mine.yaml": YAML + "test: ../test/images\n", "hyp.yaml": "lr0: 0.01\n"},
@@ -312,10 +315,7 @@ CASES = {
         lambda root: [yolo("images/train")(root), (root / "classes.txt").write_text("cat\n\ndog\n")], "YOLO", {},
         {"annotation file"}, stops=True,
     ),
-    "YOLO: no class names, flat": Case(yolo("images", names=""), "YOLO", {"train": 3}, {"no class names"}),
-    "YOLO: neither class names nor objects": Case(
-        lambda root: yolo_images(root, "images", "labels", text=""), "YOLO", {}, {"annotation file"}, stops=True
-    ),
+    "YOLO: no class names": Case(yolo("images", names=""), "YOLO", {}, {"annotation file"}, stops=True),
     "YOLO: CVAT and darknet": Case(yolo_cvat, "YOLO", {"train": 3, "val": 1}),
     "YOLO: a list of Windows": Case(
         yolo_list("C:\\sets\\mine\\images\\train\\a.jpg", "images\\train\\b.jpg", ".\\images\\train\\c.jpg"),
@@ -342,7 +342,7 @@ CASES = {
     "missing and torn images, too many together": Case(
         coco_pair(two_missing_and_two_torn, num_images=9), "COCO", {"train": 5, "val": 9}, {"annotation file"}, True
     ),
-    "a torn XML file": Case(voc_torn_xml, "VOC", {"train": 2, "val": 1}, {"XML malformed"}),
+    "a torn XML file": Case(voc_torn_xml, "VOC", {"train": 2, "val": 1}, {"label file malformed"}),
     "too few images to divide": Case(
         lambda root: coco_folder(root, "train", num_images=2), "COCO", {"train": 2}, {"too few images"}, stops=True
     ),
@@ -431,23 +431,6 @@ def test_folder_without_a_known_split_is_refused_by_both(write: Callable[[Path],
             recognise(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "kind"),
-    [
-        ("a.json", {"shapes": [], "imagePath": "a.jpg"}, "no file says .* look like labelme's files"),
-        ("via/a.json", {"a.jpg1": {"regions": []}}, "no file says .*look like files of VIA"),
-        ("annotations.xml", "<annotations><image/></annotations>", "holds .*look like CVAT's own XML"),
-    ],
-)
-def test_folder_of_another_tool_is_refused_with_its_name(tmp_path: Path, name: str, content: object, kind: str) -> None:
-    for number in range(2):
-        file = tmp_path / name.replace("a.json", f"a{number}.json")
-        picture(file.with_suffix(f".{number}.jpg"))
-        file.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(DataError, match=rf"{kind}(.|\n)*(Export the data set as|Known are)"):
-        recognise(tmp_path)
-
-
 def test_labels_without_images_are_refused_as_such(tmp_path: Path) -> None:
     yolo("images")(tmp_path)
     shutil.rmtree(tmp_path / "images")
@@ -489,19 +472,12 @@ def test_settings_that_name_no_split_are_refused_with_the_key(tmp_path: Path) ->
             find_splits([path])
 
 
-@pytest.mark.parametrize("name", ["a.xml", "ImageSets/Main/train.txt", "Annotations", "JPEGImages", "labels/train"])
-def test_part_of_a_data_set_is_answered_with_its_folder(tmp_path: Path, name: str) -> None:
-    for folder in ("ImageSets/Main", "Annotations", "JPEGImages", "labels/train"):
-        (tmp_path / folder).mkdir(parents=True)
-    for file in ("a.xml", "ImageSets/Main/train.txt"):
-        (tmp_path / file).write_text("")
-    with pytest.raises(DataError, match=rf"Give the folder of the data set, such as {tmp_path}\.\n"):
-        recognise(tmp_path / name)
+def test_part_of_a_data_set_is_refused_with_the_layouts(tmp_path: Path) -> None:
+    picture(tmp_path / "JPEGImages" / "a.jpg")
+    with pytest.raises(DataError, match=r"it holds 1 \.jpg\.\nGive the folder of the whole data set\. Known are: COCO"):
+        recognise(tmp_path / "JPEGImages")
 
 
-def test_archive_is_to_be_unpacked_and_obj_data_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "mine.tar.gz").write_text("")
-    with pytest.raises(DataError, match="Unpack it, and give its folder"):
-        recognise(tmp_path / "mine.tar.gz")
+def test_obj_data_is_taken(tmp_path: Path) -> None:
     yolo_cvat(tmp_path)
     assert recognise(tmp_path / "obj.data").splits == ("train", "val")

@@ -238,5 +238,5 @@ class Wrong(Sampling):
 
 @pytest.mark.parametrize("values", [[1.0], [[1.0] * 9], [0.0] * 9, [-1.0] + [1.0] * 8, [math.nan] * 9])
 def test_rule_that_gives_no_numbers_of_times_is_refused(root: Path, values: object) -> None:
-    with pytest.raises(ConfigError, match=r"Wrong gives repeats of shape .* for each of the 9 images"):
+    with pytest.raises(ConfigError, match="repeats of Wrong must be one number >= 0 for each of the 9 images"):
         data_module(root, Wrong(values)).train_dataloader()

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from onestage.data.annotations import require_few_skipped
 from onestage.types import AnnotationSet
+
+
+def accepted(annotations: AnnotationSet, max_bad_fraction: float = 0.01) -> AnnotationSet:
+    """Return a set of which training accepts the boxes and images that were skipped."""
+    num_used = len(annotations), len(annotations.boxes)
+    require_few_skipped(annotations.source, *num_used, annotations.findings, max_bad_fraction)
+    return annotations
 
 
 def hand_written(labels: Sequence[Sequence[int]], boxes: Sequence[Any], **fields: Any) -> AnnotationSet:

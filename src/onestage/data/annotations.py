@@ -1,11 +1,10 @@
 """Rules of annotations, and the checks that turn parsed columns into an `AnnotationSet`. No file is read here."""
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +17,6 @@ ALWAYS_ALLOWED = 2  # bad items stop no run, unless max_bad_fraction is 0: in a 
 NUM_EXAMPLES = 5  # bad items that an error message quotes
 NUM_QUOTED = 3  # skipped items that a training quotes when it starts
 CLIP_NOTICE = 1.0  # px; rounding explains less
-OTHER_KINDS = {  # by a key of their first entry
-    "image_id": "a detections (results) file", "shapes": "labelme's files", "regions": "files of VIA",
-    "_via_img_metadata": "files of VIA", "tags": "Supervisely's files", "data": "Label Studio's own JSON",
-    "categories": "COCO's JSON", "annotations": "CreateML's annotations",
-}  # fmt: skip
 
 
 class Rule(NamedTuple):
@@ -35,6 +29,10 @@ class Rule(NamedTuple):
     def broken(self, place: str, problem: str, num_items: int = 1) -> Finding:
         """Return the finding. place: a file, and an item in it; problem: the actual and the expected value."""
         return Finding(self.name, self.effect, place, problem, self.remedy, num_items)
+
+    def counted(self, place: str, problem: str, num_items: int) -> list[Finding]:
+        """Return the finding for so many items, if there are any."""
+        return [self.broken(place, problem, num_items)] if num_items else []
 
     def broken_by(self, file: str | Path, reason: DataError) -> Finding:
         """Return the finding for the error of one file: `<file>[:line]: <problem>.`, examples, and a remedy."""
@@ -65,8 +63,7 @@ OBJECT_MALFORMED = Rule("object malformed", "skipped", "Correct the object, or r
 
 # One image is skipped.
 IMAGE_MISSING = Rule("image missing", "skipped", "Put the image there, or remove it from the annotations or the list.")
-XML_MALFORMED = Rule("XML malformed", "skipped", "Export the file again.")
-LABEL_MALFORMED = Rule("label file malformed", "skipped", "Export the file again, as UTF-8 text.")
+LABEL_MALFORMED = Rule("label file malformed", "skipped", "Export the file again, in UTF-8.")
 IMAGE_UNREADABLE = Rule("image unreadable", "skipped", "Replace the file, or remove it from the data set.")
 IMAGE_TOO_SMALL = Rule("image too small", "skipped", "Replace the file, or remove it from the data set.")
 IMAGE_SIZE_DIFFERS = Rule("image size", "skipped", "Restore the original image, or annotate this one again.")
@@ -75,24 +72,14 @@ IMAGE_SIZE_DIFFERS = Rule("image size", "skipped", "Restore the original image, 
 LEAKED_COPY = Rule("copy in two splits", "warning", "Remove it from one split, or scores are too high.")
 NOT_READ = Rule("image type not read", "warning", "Save these images as JPEG or PNG.")
 NOT_SEARCHED = Rule("linked folder", "warning", "Give that folder itself, or put its images there.")
-NO_NAMES = Rule("no class names", "warning", "Write classes.txt there, with a class name on each line.")
 NOT_USED = Rule("not used", "note", "Nothing needs to be done, unless a split should hold them.")
 DEEP_IMAGE = Rule("16 bits", "warning", "Scale the values to 0..65535 first if they end below.")
-TRANSPARENT = Rule("transparency", "note", "Nothing needs to be done, unless the shapes are drawn in it.")
 IMAGE_REPEATED = Rule("image listed twice", "warning", "List each image once, with all its objects.")
-IDS_REPEATED = Rule("ids repeated", "warning", "Give every annotation its own id; other tools lose objects otherwise.")
-IDS_AS_TEXT = Rule("ids as text", "warning", "Write ids as integers; other tools compare them with numbers.")
-ID_ZERO = Rule("id 0 or none", "note", "Number annotations from 1; COCO's own tools lose the object with id 0.")
 ROOT_CATEGORY = Rule("root category", "note", "Nothing needs to be done.")
-AREA_WRONG = Rule("area wrong", "note", "Nothing needs to be done: it only decides the size range of an object.")
 BOX_CLIPPED = Rule("box clipped", "warning", "Check the width and height of these images.")
 BOX_REPEATED = Rule("box repeated", "warning", "Remove the copies; each is one more object to find.")
 BOX_TINY = Rule("box under 1 px", "warning", "Train at a larger image_size, or in tiles.")
-ZERO_BASED = Rule("zero-based boxes", "warning", "Export boxes as VOC has them, counted from 1.")
-NO_XML = Rule("image without XML", "note", "They are trained on as images without objects; check that this is meant.")
-NO_LABEL = NO_XML._replace(name="image without label file")
-POLYGON = Rule("outline", "note", "Nothing needs to be done: the box around it is used.")
-OTHER_FILE_NAME = Rule("other file name", "note", "Nothing needs to be done: the name of the XML file decides.")
+NO_LABEL = Rule("image without label file", "note", "They are trained on as background; check that this is meant.")
 NO_OBJECT_IMAGES = Rule("image without objects", "note", "They are trained on as background; check that this is meant.")
 MANY_OBJECTS = Rule(
     "many objects", "warning", "Raise max_detections above it; COCO's metrics count 100 detections an image."
@@ -102,9 +89,6 @@ ONE_SPLIT_CLASS = Rule("class in one split", "warning", "Split again, by class: 
 RARE_CLASS = Rule("rare class", "warning", "Collect more, or drop the class; its score will be mostly chance.")
 SAME_SPLIT = Rule("same images in two splits", "warning", "Give each split its own images.")
 LEAKED_LIKENESS = Rule("near copy in two splits", "warning", "Compare the pair; remove one if it is one scene.")
-FIRST_FRAME = Rule("animation", "warning", "Only the first frame is used; save the others as separate images.")
-OTHER_SUFFIX = Rule("suffix of another format", "note", "Nothing needs to be done: the content decides.")
-TURNED = Rule("turned by EXIF", "note", "Nothing needs to be done: it is turned as the annotated size says.")
 EXTREME_SHAPE = Rule("extreme shape", "warning", "It is squeezed into a square: cut it into tiles.")
 UNREACHED_BOX = Rule("box no anchor reaches", "warning", "Try `onestage anchors`, a larger image_size, or tiles.")
 
@@ -141,7 +125,6 @@ def build_annotation_set(
     *,
     describe: Callable[[int], str],
     findings: Sequence[Finding] = (),
-    max_bad_fraction: float = 0.01,
 ) -> AnnotationSet:
     """Check every box, clip it to its image, skip boxes that cannot be objects, and group the rest by image.
 
@@ -156,17 +139,14 @@ def build_annotation_set(
         category_ids: [K] the data set's own ids, in label order.
         describe: row of an object -> its file, image, id and values as written, for messages.
         findings: the parser's; each with the effect "skipped" stands for one image.
-        max_bad_fraction: in [0, 1]; see `require_few_skipped`.
 
     Raises:
-        AnnotationError: too many bad boxes or images, or no usable one among some.
+        AnnotationError: all boxes are fractions of their image.
     """
     _refuse_fractions(source, objects.boxes)
     boxes, clipped = _clip(source, objects, images.sizes)
     broken_rules = _broken_rules(boxes, objects)
     bad_boxes = [rule.broken(describe(row), problem) for row, (rule, problem) in sorted(broken_rules.items())]
-    num_used = len(images.paths), len(boxes) - len(bad_boxes)
-    require_few_skipped(source, *num_used, [*findings, *bad_boxes], max_bad_fraction)
     is_used = np.ones(len(boxes), dtype=np.bool_)
     is_used[list(broken_rules)] = False
     rows = np.flatnonzero(is_used)
@@ -242,8 +222,9 @@ def require_known_names(source: str, found: Sequence[str], expected: Sequence[st
 
 def missing_classes(source: str, names: Sequence[str]) -> list[Finding]:
     """Return the finding for classes that a file does not have."""
-    problem = f"the file does not name {shortened(names)}: no object of that class"
-    return [CLASSES_MISSING.broken(source, problem, len(names))] if names else []
+    return CLASSES_MISSING.counted(
+        source, f"the file does not name {shortened(names)}: no object of that class", len(names)
+    )
 
 
 def fill_category_ids(annotations: AnnotationSet, ids: Sequence[int] = ()) -> AnnotationSet:
@@ -295,21 +276,6 @@ def shortened(names: Sequence[str], num_named: int = 8) -> str:
     return ", ".join(names[:num_named]) + (f" and {len(names) - num_named} more" if len(names) > num_named else "")
 
 
-def count_findings(source: str, counts: Mapping[Rule, tuple[str, int]]) -> list[Finding]:
-    """Return a finding for each rule with a number of items > 0. counts: rule -> (problem with {} for it, number)."""
-    return [rule.broken(source, problem.format(count), count) for rule, (problem, count) in counts.items() if count]
-
-
-def with_nearest(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Return the names, quoted; the first few with the known name that resembles them most, which takes long."""
-    return [
-        f"{name!r} (nearest: {near[0]!r})"
-        if number < NUM_EXAMPLES and (near := difflib.get_close_matches(name, known, n=1))
-        else repr(name)
-        for number, name in enumerate(names)
-    ]
-
-
 def _refuse_fractions(source: str, boxes: npt.NDArray[np.float64]) -> None:
     """Raise if all boxes are fractions of their image: as pixels each would be too small to train on."""
     boxes = boxes[np.isfinite(boxes).all(axis=1)]
@@ -329,8 +295,8 @@ def _clip(
         moved = np.nanmax(np.abs(clipped - objects.boxes), axis=1, initial=0.0)
         overlaps = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
         num_far = int(np.count_nonzero(np.isfinite(moved) & (moved > CLIP_NOTICE) & overlaps))
-        problem = f"{{}} of {len(clipped)} boxes reach out of their image and are clipped to it"
-        return clipped.astype(np.float32), count_findings(source, {BOX_CLIPPED: (problem, num_far)})
+        problem = f"{num_far} of {len(clipped)} boxes reach out of their image and are clipped to it"
+        return clipped.astype(np.float32), BOX_CLIPPED.counted(source, problem, num_far)
 
 
 def _broken_rules(clipped: npt.NDArray[np.float32], objects: ObjectColumns) -> dict[int, tuple[Rule, str]]:
@@ -353,10 +319,3 @@ def malformed(place: str, problem: str, remedy: str, lines: Sequence[str] = ()) 
     examples = "".join(f"\n  {line}" for line in lines[:NUM_EXAMPLES])
     more = f"\n  and {len(lines) - NUM_EXAMPLES} more; see all: onestage doctor" if len(lines) > NUM_EXAMPLES else ""
     return AnnotationError(f"{place}: {problem}.{examples}{more}\n{remedy}")
-
-
-def kind_of(parsed: Any) -> str:
-    """Return of which tool the content of a JSON file is, for messages; empty if unknown."""
-    entries = parsed if isinstance(parsed, list) else [parsed, *parsed.values()] if isinstance(parsed, dict) else []
-    keys = {key for entry in entries[:2] if isinstance(entry, dict) for key in entry}
-    return next((kind for key, kind in OTHER_KINDS.items() if key in keys), "")

@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 import onestage.data.annotations as rules
-from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set, count_findings, malformed
+from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set, malformed
 from onestage.data.source import Source, Split, role_of
 from onestage.errors import AnnotationError
 from onestage.files import (
@@ -25,7 +25,6 @@ from onestage.files import (
     is_hidden,
     printable,
     read_file,
-    refuse_repeated_keys,
     spellings,
     to_flag,
     to_number,
@@ -41,7 +40,6 @@ MAX_SEARCHED = 500  # folders of a data set whose images are in none of the usua
 MAX_TRIED = 5  # images of which one must be on disk, to find their folder
 AREA_TOLERANCE = 0.01  # of the box's area, and 1 px^2; more is no rounding
 FRESH_COPY = "Take a fresh copy of the file, or export it again as COCO JSON, in UTF-8."
-EXPORT = "Export the data set as COCO, VOC or YOLO."
 OTHER_PATH = "Correct data.path (data.source.train, data.source.val), or take a fresh copy of the file."
 
 
@@ -83,13 +81,11 @@ class COCO(Source):
         found = self._found()
         return tuple(split for split, given in self._given.items() if given is not None or split in found)
 
-    def read(
-        self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
-    ) -> AnnotationSet:
+    def read(self, split: Split, class_names: Sequence[str] | None = None) -> AnnotationSet:
         """Read the JSON file of a split."""
         file, images = self.annotation_file(split), self._images[split]
         folders = _image_folders(file, self._root) if images is None else [self._root / as_path(images)]
-        return parse_coco(file, folders, class_names=class_names, max_bad_fraction=max_bad_fraction)
+        return parse_coco(file, folders, class_names)
 
     def describe(self, split: Split) -> str:
         """Return the JSON file of a split."""
@@ -148,25 +144,8 @@ def _image_folders(file: Path, root: Path) -> Iterator[Path]:
     yield from sorted(folder for folder in below if role_of(folder.name) is None)
 
 
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Do not search for garbage: there is none, and searching a million new objects for it doubles the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_without_garbage_collection()
 def parse_coco(
-    annotation_file: Path,
-    image_folders: Path | Iterable[Path],
-    *,
-    class_names: Sequence[str] | None = None,
-    max_bad_fraction: float = 0.01,
+    annotation_file: Path, image_folders: Path | Iterable[Path], class_names: Sequence[str] | None = None
 ) -> AnnotationSet:
     """Read a COCO instances file. Images without objects stay; outlines are not read.
 
@@ -178,13 +157,12 @@ def parse_coco(
         image_folders: the folder that `file_name` is relative to; of several, the first one that holds one of the first
             image. No file outside it is ever opened.
         class_names: as in `Source.read`; the file may lack some, whose category ids are then < 0.
-        max_bad_fraction: as in `Source.read`.
     """
     source = printable(annotation_file)
     content = _load(annotation_file)
     images, annotations, categories = (_table(source, content, name) for name in TABLES)
-    findings = _check_ids(source, annotations)
-    category_ids = _integer_column(source, annotations, "category_id", findings).tolist()
+    findings: list[Finding] = []
+    category_ids = _integer_column(source, annotations, "category_id").tolist()
     classes = _read_categories(source, categories, set(category_ids), findings)
     ids = set(classes.values())
     if class_names is not None:
@@ -199,7 +177,7 @@ def parse_coco(
         raise malformed(source, f"{problem}; the categories are {known}", remedy)
     folders = [image_folders] if isinstance(image_folders, Path) else image_folders
     columns, row_of_id = _read_images(source, images, folders, findings)
-    objects, numbers = _read_objects(source, annotations, labels, columns, row_of_id, findings)
+    objects, numbers = _read_objects(source, annotations, labels, columns, row_of_id)
 
     def describe(row: int) -> str:
         annotation = annotations[numbers[row]]
@@ -214,7 +192,6 @@ def parse_coco(
         list(classes.values()),
         describe=describe,
         findings=findings,
-        max_bad_fraction=max_bad_fraction,
     )
 
 
@@ -225,35 +202,32 @@ def _load(annotation_file: Path) -> JSONDict:
         return read_file(annotation_file, AnnotationError, "a COCO annotation file (JSON)", OTHER_PATH)
 
     source, content = printable(annotation_file), read()
-    # Only the last of two equal keys would count. Searching all objects for them is slow.
-    hook = refuse_repeated_keys if any(content.count(f'"{name}"'.encode()) > 1 for name in TABLES) else None
+    if len(content) < MANY_BYTES:
+        return _parse_json(source, content)
     try:
-        if len(content) < MANY_BYTES or hook:
-            return _parse_json(source, content, hook)
         content = OUTLINES.sub(b"", content)
-        return _parse_json(source, content, hook)
+        return _parse_json(source, content)
     except AnnotationError:
-        return _parse_json(source, read(), hook)  # the whole file, for the right line and column
+        return _parse_json(source, read())  # the whole file, for the right line and column
 
 
-def _parse_json(source: str, content: bytes, hook: Any) -> JSONDict:
-    """Parse JSON whose top level is an object. hook: as `object_pairs_hook` of `json.loads`."""
-    if content[:2] in (b"PK", b"\x1f\x8b"):
-        raise malformed(source, "is compressed; it must be JSON text", "Unpack it first (unzip, gunzip).")
+def _parse_json(source: str, content: bytes) -> JSONDict:
+    """Parse JSON whose top level is an object."""
+    is_collecting = gc.isenabled()
+    gc.disable()  # there is no garbage, and searching a million new objects for it doubles the time
     try:
-        parsed = json.loads(content, object_pairs_hook=hook)
+        parsed = json.loads(content)
     except (ValueError, RecursionError) as reason:  # also for other encodings and integers of thousands of digits
         place, text = getattr(reason, "pos", 0), getattr(reason, "doc", "")
         is_cut = text and ("Unterminated" in str(reason) or len(text) - place < 16)
         problem = f"is not JSON: {reason}{'; the file ends there, so it was cut off' if is_cut else ''}"
         raise malformed(source, problem, FRESH_COPY) from None
-    kind = rules.kind_of(parsed)
+    finally:
+        if is_collecting:
+            gc.enable()
     if not isinstance(parsed, dict):
-        problem = f"the top level is a {type(parsed).__name__}{f', as in {kind}' * bool(kind)}"
-        remedy = OTHER_PATH if kind in ("", rules.OTHER_KINDS["image_id"]) else EXPORT
-        raise malformed(source, f"{problem}; it must be an object with {', '.join(TABLES)}", remedy)
-    if kind and not parsed.keys() & {*TABLES}:
-        raise malformed(source, f"is not COCO JSON, it looks like {kind}", EXPORT)
+        problem = f"the top level is a {type(parsed).__name__}; it must be an object with {', '.join(TABLES)}"
+        raise malformed(source, problem, OTHER_PATH)
     return parsed
 
 
@@ -268,7 +242,7 @@ def _table(source: str, content: JSONDict, name: str) -> list[JSONDict]:
     raise malformed(source, problem, f'{FRESH_COPY} A set without boxes has "annotations": [].')
 
 
-def _integer_column(source: str, table: list[JSONDict], key: str, findings: list[Finding]) -> npt.NDArray[np.int64]:
+def _integer_column(source: str, table: list[JSONDict], key: str) -> npt.NDArray[np.int64]:
     """Return one key of every entry as int64. Strings of digits are read if all entries have them; 3.0 is 3."""
     values = [entry.get(key) for entry in table]
     kinds = set(map(type, values))
@@ -277,11 +251,7 @@ def _integer_column(source: str, table: list[JSONDict], key: str, findings: list
         kinds = set(map(type, values))
     with suppress(ValueError, OverflowError):
         if kinds <= {int} or kinds == {str}:
-            numbers = np.array(values, dtype=np.int64)
-            if kinds == {str}:
-                problem = f"every {key} is a string; read as integers"
-                findings.append(rules.IDS_AS_TEXT.broken(source, problem, len(numbers)))
-            return numbers
+            return np.array(values, dtype=np.int64)
     wanted = str if kinds == {str} else int
     is_right = [type(value) is wanted and str(value).lstrip("-").isdigit() for value in values]
     entry = table[is_right.index(False) if False in is_right else 0]
@@ -289,21 +259,11 @@ def _integer_column(source: str, table: list[JSONDict], key: str, findings: list
     raise malformed(source, problem, f"Write every {key} of the file as an integer.")
 
 
-def _check_ids(source: str, annotations: list[JSONDict]) -> list[Finding]:
-    """Report the annotation ids that confuse other tools. Nothing here depends on them."""
-    ids = [annotation_id for entry in annotations if (annotation_id := entry.get("id"))]
-    if set(map(type, ids)) != {int}:
-        ids = list(map(str, ids))
-    zero = ("{} annotations have id 0 or none; ids are numbered anew", len(annotations) - len(ids))
-    repeated = ("{} annotations have the id of an earlier one; ids are numbered anew", len(ids) - len(set(ids)))
-    return count_findings(source, {rules.ID_ZERO: zero, rules.IDS_REPEATED: repeated})
-
-
 def _read_categories(
     source: str, categories: list[JSONDict], used_ids: set[int], findings: list[Finding]
 ) -> dict[str, int]:
     """Return class name -> category id, in order of id."""
-    ids, pairs = _integer_column(source, categories, "id", findings).tolist(), []
+    ids, pairs = _integer_column(source, categories, "id").tolist(), []
     for category_id, entry in zip(ids, categories, strict=True):
         name = entry.get("name")
         if not isinstance(name, str) or not name.strip():
@@ -328,7 +288,7 @@ def _read_images(
     source: str, images: list[JSONDict], folders: Iterable[Path], findings: list[Finding]
 ) -> tuple[ImageColumns, dict[int, int]]:
     """Return the images that are on disk, and image id -> row (-1: not on disk, which is a finding)."""
-    ids = _integer_column(source, images, "id", findings)
+    ids = _integer_column(source, images, "id")
     repeated, count = Counter(ids.tolist()).most_common(1)[0]
     if count > 1:
         first, second, *_ = (images[n].get("file_name") for n in np.flatnonzero(ids == repeated))
@@ -351,8 +311,9 @@ def _read_images(
         for n in np.flatnonzero(~found)
     ]
     is_again = found & (first_rows != np.arange(len(paths)))
-    problem = "{} images are listed again under another id: read as one image, with all its objects"
-    findings += count_findings(source, {rules.IMAGE_REPEATED: (problem, int(np.count_nonzero(is_again)))})
+    num_again = int(np.count_nonzero(is_again))
+    problem = f"{num_again} images are listed again under another id: read as one image, with all its objects"
+    findings += rules.IMAGE_REPEATED.counted(source, problem, num_again)
     rows = np.where(found, (np.cumsum(found & ~is_again) - 1)[first_rows], -1)
     found &= ~is_again
     columns = ImageColumns(
@@ -384,13 +345,12 @@ def _read_objects(
     labels: npt.NDArray[np.int64],
     images: ImageColumns,
     row_of_id: Mapping[int, int],
-    findings: list[Finding],
 ) -> tuple[ObjectColumns, npt.NDArray[np.int64]]:
     """Return the objects of the images that are on disk, and the position of each in `annotations`.
 
     An annotation whose image the file does not list is a bad box; one whose image is not on disk is skipped with it.
     """
-    image_ids = _integer_column(source, annotations, "image_id", findings)
+    image_ids = _integer_column(source, annotations, "image_id")
     unlisted, missing = -2, -1
     rows = np.array([row_of_id.get(image_id, unlisted) for image_id in image_ids.tolist()], dtype=np.int64)
     numbers = np.flatnonzero(rows != missing)
@@ -405,27 +365,14 @@ def _read_objects(
     problems |= {int(row): "the file lists no image of that id" for row in np.flatnonzero(rows == unlisted)}
     rows = np.maximum(rows, 0)
     _refuse_corners(source, boxes, images.sizes[rows])
-    areas = _read_areas(source, kept, boxes[:, 2] * boxes[:, 3], findings)
+    areas = _floats([entry.get("area") for entry in kept])
+    with np.errstate(invalid="ignore"):
+        is_wrong = areas > (1 + AREA_TOLERANCE) * boxes[:, 2] * boxes[:, 3] + 1  # no outline is larger than its box
+    areas[is_wrong] = np.nan  # the box's own
     boxes[:, 2:] += boxes[:, :2]
     is_crowd = np.array([to_flag(entry.get("iscrowd")) for entry in kept], dtype=np.bool_)
     is_difficult = np.array([to_flag(entry.get("difficult")) for entry in kept], dtype=np.bool_)  # not COCO's own
     return ObjectColumns(rows, boxes, labels, problems, areas, is_crowd, is_difficult), numbers
-
-
-def _read_areas(
-    source: str, annotations: list[JSONDict], box_areas: npt.NDArray[np.float64], findings: list[Finding]
-) -> npt.NDArray[np.float64]:
-    """Return the areas [T]; NaN, for the box's own, where an object of that box cannot have the given area.
-
-    An area smaller than the box's is that of the outline, whether or not the file still has it.
-    """
-    areas = _floats([entry.get("area") for entry in annotations])
-    with np.errstate(invalid="ignore"):
-        is_wrong = (areas <= 0) | (areas > (1 + AREA_TOLERANCE) * box_areas + 1)
-        is_wrong &= box_areas > 0  # a bad box is a finding of its own
-    problem = "the area of {} objects is 0 or more than their box's; the box's is used"
-    findings += count_findings(source, {rules.AREA_WRONG: (problem, int(np.count_nonzero(is_wrong)))})
-    return np.where(is_wrong, np.nan, areas)
 
 
 def _floats(values: list[Any]) -> npt.NDArray[np.float64]:

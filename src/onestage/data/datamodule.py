@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,16 +13,22 @@ import numpy.typing as npt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from onestage.data.annotations import fill_category_ids, require_objects, require_same_categories, start_messages
-from onestage.data.cache import CacheKind, FileReader, FunctionReader, ImageReader, open_images
+from onestage.data.annotations import (
+    fill_category_ids,
+    require_few_skipped,
+    require_objects,
+    require_same_categories,
+    start_messages,
+)
+from onestage.data.cache import CacheKind, FileReader, open_images
 from onestage.data.dataset import DetectionDataset
-from onestage.data.folder import list_images
+from onestage.data.folder import ImageFolder
 from onestage.data.image_headers import check_before_start
 from onestage.data.layouts import describe_source, recognise
 from onestage.data.loader import DetectionLoader, StartMethod, num_auto_workers, open_loader
 from onestage.data.resize import Resize, Stretch
 from onestage.data.samplers import EvaluationSampler, Sampling, TrainingSampler, count_repeats
-from onestage.data.source import Source, Split
+from onestage.data.source import ImageReader, Source, Split
 from onestage.data.splits import DEFAULT_VAL_FRACTION, find_shared_images, split_by_fold, split_by_fraction
 from onestage.data.transforms import ScaleJitter, SeededTransform, ssd_transforms
 from onestage.errors import ConfigError, require
@@ -130,7 +137,6 @@ class DetectionDataModule(LightningDataModule):
         self._category_ids = category_ids
         self._require_valid_settings(image_size)
         self._annotation_sets: dict[Stage, AnnotationSet] = {}
-        self._checked_splits: set[Stage] = set()
         self.shared: list[Finding] = []  # images of both training and validation split, found by `setup`
         self._train_loader: DetectionLoader | None = None
         self._position: dict[str, int] = {}  # from a checkpoint, until the training loader exists
@@ -189,18 +195,21 @@ class DetectionDataModule(LightningDataModule):
         Args:
             stage: Lightning's name of the call: fit, validate, test or predict.
         """
-        new_splits = {self._split_of(name) for name in CALLS[stage]} - self._checked_splits
-        for split in sorted(new_splits):
-            self._check_images(split)
-        if stage == "fit" and new_splits:
+        splits = {self._split_of(name) for name in CALLS[stage]}
+        has_new = not splits <= self._annotation_sets.keys()
+        for split in sorted(splits):
+            self.annotations(split)
+        if stage == "fit" and has_new:
             self._announce()
-            splits = [("training", self.annotations("train")), ("validation", self.annotations("val"))]
-            self.shared = [] if self._is_divided else find_shared_images(splits)[0]
+            pair = [("training", self.annotations("train")), ("validation", self.annotations("val"))]
+            self.shared = [] if self._is_divided else find_shared_images(pair)[0]
             for message in start_messages(self.shared, ""):
                 _warn(message)
 
     def annotations(self, stage: Stage) -> AnnotationSet:
-        """Return the split that `stage` reads. It is parsed once.
+        """Return the split that `stage` reads, without images whose header shows that they cannot be used.
+
+        It is read and checked once.
 
         Raises:
             DataError: the split cannot be read, or its categories are not those of the training split.
@@ -214,16 +223,15 @@ class DetectionDataModule(LightningDataModule):
 
     def read_image(self, stage: Stage, index: int) -> npt.NDArray[np.uint8]:
         """Decode image `index` of the split that `stage` reads: [H, W, 3] RGB in original pixels."""
-        return self._images(stage).read(index).pixels
+        return self._images(stage)(index).pixels
 
     def _images(self, stage: Stage, cache: CacheKind = "none") -> ImageReader:
         """Return the reader of the images of the split that a stage reads."""
         annotations, split = self.annotations(stage), self._split_of(stage)
-        if split != "predict":
-            load = self.source.image_reader("train" if split == "val" and self._is_divided else split, annotations)
-            if load is not None:
-                return FunctionReader(load)
-        return open_images(cache, annotations, min(map(min, self.canvases)))
+        if split == "predict":
+            return FileReader(annotations)
+        of_source = self.source.image_reader("train" if split == "val" and self._is_divided else split, annotations)
+        return of_source or open_images(cache, annotations, min(map(min, self.canvases)))
 
     @property
     def predicted_root(self) -> Path:
@@ -317,31 +325,29 @@ class DetectionDataModule(LightningDataModule):
         no_test = stage == "test" and "test" not in self.source.splits
         return "val" if no_test or (stage == "predict" and self.predict_dir is None) else stage
 
-    def _check_images(self, split: Stage) -> None:
-        """Skip the images of a split whose headers show that they cannot be used."""
-        annotations = self.annotations(split)
-        is_whole = split == "test" or (split != "predict" and not self._is_divided)  # parts are checked as a whole
-        if is_whole and isinstance(self._images(split), FileReader):
-            checked = check_before_start(annotations, self.image_size, self.max_bad_fraction)
-            for message in start_messages(checked.findings[len(annotations.findings) :], checked.source):
-                _warn(message)
-            self._annotation_sets[split] = require_objects(checked) if split == "train" else checked
-        self._checked_splits.add(split)
-
     def _read(self, stage: Stage) -> AnnotationSet:
         if stage == "predict":
-            return list_images(Path(str(self.predict_dir)), self.class_names, self.category_ids)
+            images = ImageFolder(str(self.predict_dir)).read("test", self.class_names)
+            return replace(images, category_ids=tuple(self.category_ids))
         if stage != "test" and self._is_divided:
             return self._parts[stage == "val"]
         if stage == "train":
-            return self._train
+            return require_objects(self._checked(self._train, stage))
         annotations = self._parse(stage, self.class_names)
         if self._class_names is None and "train" in self.source.splits:
             require_same_categories(self._train, annotations)
-        return annotations
+        return self._checked(annotations, stage)
+
+    def _checked(self, annotations: AnnotationSet, split: Split) -> AnnotationSet:
+        """Return a split without images that cannot be used, if they are files."""
+        if self.source.image_reader(split, annotations) is not None:
+            return annotations
+        return check_before_start(annotations, self.image_size, self.max_bad_fraction)
 
     def _parse(self, split: Split, class_names: Sequence[str] | None) -> AnnotationSet:
-        annotations = self.source.read(split, class_names, max_bad_fraction=self.max_bad_fraction)
+        annotations = self.source.read(split, class_names)
+        num_used = len(annotations), len(annotations.boxes)
+        require_few_skipped(annotations.source, *num_used, annotations.findings, self.max_bad_fraction)
         of_train = split != "train" and self._class_names is None and "train" in self.source.splits
         return fill_category_ids(annotations, self._train.category_ids if of_train else self._category_ids or ())
 
@@ -359,10 +365,8 @@ class DetectionDataModule(LightningDataModule):
 
     @cached_property
     def _parts(self) -> tuple[AnnotationSet, AnnotationSet]:
-        """The parts of the training set to train and to validate on, without images that cannot be used."""
-        whole = self._train
-        if self.source.image_reader("train", whole) is None:  # the images are files
-            whole = check_before_start(whole, self.image_size, self.max_bad_fraction)
+        """The parts of the training set to train and to validate on."""
+        whole = self._checked(self._train, "train")
         if self.num_folds is not None:
             train, validation = split_by_fold(whole, self.num_folds, self.fold)
         else:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from onestage.data.cache import FileReader, ImageReader
+from onestage.data.cache import FileReader
 from onestage.data.image_headers import check_headers
 from onestage.data.resize import Canvas, Placement
+from onestage.data.source import ImageReader
 from onestage.data.transforms import Picture, SeededTransform, mixup, mosaic
 from onestage.errors import ConfigError, ImageError, require
 from onestage.types import IGNORE, PADDING, AnnotationSet, Batch, Targets
@@ -160,7 +161,7 @@ class DetectionDataset(Dataset[Sample]):
         random = _generator((*key[:2], index), SUBSTITUTES)
         for trial in range(MAX_SUBSTITUTES + 1):
             try:
-                pixels, original_size = self.images.read(index)
+                pixels, original_size = self.images(index)
                 break
             except ImageError as error:
                 if self.on_error != "skip" or trial == MAX_SUBSTITUTES:

@@ -38,49 +38,35 @@ class ImageFolder(Source):
         """Only test."""
         return ("test",)
 
-    def read(
-        self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
-    ) -> AnnotationSet:
-        """List the images; `class_names` are those of the model."""
-        return list_images(self.path, class_names or (), range(1, len(class_names or ()) + 1))
+    def read(self, split: Split, class_names: Sequence[str] | None = None) -> AnnotationSet:
+        """List the images, with the classes of the model and no object; see `find_images`. Ids are 1..N.
 
-    def describe(self, split: Split) -> str:
-        """Return the folder."""
-        return printable(self.path)
+        An entry that is named like an image and is no regular file (a pipe, a dangling link) is skipped; images of a
+        type that is not read are counted.
 
-
-def list_images(folder: Path, class_names: Sequence[str], category_ids: Sequence[int]) -> AnnotationSet:
-    """Return the images below a folder, or one image, as a set without objects; see `find_images`. Ids are 1..N.
-
-    An entry that is named like an image and is no regular file (a pipe, a dangling link) is named in `skipped`; images
-    of a type that is not read are counted.
-
-    Raises:
-        DataError: the folder is missing or cannot be listed, or there is no image in it.
-    """
-    found = find_images(folder) if folder.is_dir() else [folder]
-    paths = [str(path) for path in found if path.is_file()]
-    if not paths:
-        problem = f"holds no images ({' '.join(IMAGE_SUFFIXES)})" if folder.is_dir() else "is neither folder nor image"
-        raise DataError(f"{printable(folder)}: {problem}.\nGive a folder of images, or one image: data.predict_dir")
-    no_rows = np.zeros(0, dtype=np.int64)
-    return build_annotation_set(
-        printable(folder),
-        ImageColumns(paths, np.arange(1, len(paths) + 1), np.zeros((len(paths), 2), dtype=np.int32)),
-        ObjectColumns(no_rows, np.zeros((0, 4)), no_rows),
-        class_names,
-        category_ids,
-        describe=str,
-        findings=[
-            *(
-                IMAGE_UNREADABLE.broken(printable(path), "is not a regular file")
-                for path in found
-                if not path.is_file()
-            ),
-            *(count_unread(folder) if folder.is_dir() else ()),
-        ],
-        max_bad_fraction=1.0,
-    )
+        Raises:
+            DataError: the folder is missing or cannot be listed, or there is no image in it.
+        """
+        folder, names = self.path, class_names or ()
+        found = find_images(folder) if folder.is_dir() else [folder]
+        paths = [str(path) for path in found if path.is_file()]
+        if not paths:
+            is_folder = folder.is_dir()
+            problem = f"holds no images ({' '.join(IMAGE_SUFFIXES)})" if is_folder else "is neither folder nor image"
+            raise DataError(f"{printable(folder)}: {problem}.\nGive a folder of images, or one image: data.predict_dir")
+        others = [path for path in found if not path.is_file()]
+        findings = [IMAGE_UNREADABLE.broken(printable(path), "is not a regular file") for path in others]
+        findings += count_unread(folder) if folder.is_dir() else []
+        no_rows = np.zeros(0, dtype=np.int64)
+        return build_annotation_set(
+            printable(folder),
+            ImageColumns(paths, np.arange(1, len(paths) + 1), np.zeros((len(paths), 2), dtype=np.int32)),
+            ObjectColumns(no_rows, np.zeros((0, 4)), no_rows),
+            names,
+            range(1, len(names) + 1),
+            describe=str,
+            findings=findings,
+        )
 
 
 def count_unread(folder: Path) -> list[Finding]:

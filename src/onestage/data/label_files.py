@@ -1,6 +1,5 @@
 """One annotation file per image, as in VOC and YOLO: read all, skip malformed ones, flatten their objects."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 import onestage.data.annotations as rules
-from onestage.data.annotations import ImageColumns, ObjectColumns, Rule, count_findings, malformed
+from onestage.data.annotations import ImageColumns, ObjectColumns, malformed
 from onestage.data.image_headers import HeaderCheck
 from onestage.errors import AnnotationError
 from onestage.files import list_files, printable, require_inside, spellings
@@ -38,16 +37,6 @@ class LabelFile(NamedTuple):
 
     objects: Sequence[WrittenObject] = ()
     size: tuple[int, int] = (0, 0)  # (height, width); 0, 0 if not given
-    notes: Mapping[Rule, int] = {}  # what is read in another way than written -> number of times
-
-
-class LabelFormat(NamedTuple):
-    """Rules and messages of a format."""
-
-    no_file: Rule  # an image without a file
-    malformed_file: Rule
-    notes: Mapping[Rule, str]  # problem with {} for the number
-    unknown_class: str = ""  # problem of an object whose class has no label
 
 
 def read_label_files(
@@ -57,8 +46,7 @@ def read_label_files(
     read: Callable[[int, Path], LabelFile],
     find_classes: Callable[[Sequence[WrittenObject]], Mapping[str | float, int]],
     class_names: list[str],
-    format: LabelFormat,
-    max_bad_fraction: float,
+    unknown_class: str = "",
     headers: Sequence[HeaderCheck] | None = None,
 ) -> AnnotationSet:
     """Read the annotation file of each image that can be used. An image without a file is one without objects.
@@ -70,12 +58,11 @@ def read_label_files(
         read: reads the file of an image, (row, file); raises AnnotationError if it is malformed, which skips the image.
         find_classes: returns class key -> label of all objects, and may fill in `class_names`.
         class_names: [K] in label order.
-        format: see there.
-        max_bad_fraction: as in `Source.read`.
+        unknown_class: problem of an object whose class has no label.
         headers: of the images, whose sizes count; None: the sizes in the files do.
 
     Raises:
-        AnnotationError: no image has a file, a link leaves `root`, or too many are skipped.
+        AnnotationError: no image has a file, or a link leaves `root`.
     """
     folders = {path.parent for item in listed for path in (item.image, item.label)}
     names = {folder: list_files(folder) for folder in folders}
@@ -98,22 +85,20 @@ def read_label_files(
         problem += f" (searched {printable(listed[0].label)}, ...)"
         raise malformed(source, problem, "Correct data.path, or put the annotations there.")
     files: dict[int, LabelFile] = {}
-    counts: Counter[Rule] = Counter()
     for row, (item, is_there) in enumerate(zip(listed, has_file, strict=True)):
         if row not in skipped:
             try:
-                files[row] = read(row, item.label) if is_there else LabelFile(notes={format.no_file: 1})
-                counts.update(files[row].notes)
+                files[row] = read(row, item.label) if is_there else LabelFile()
             except AnnotationError as reason:
-                skipped[row] = format.malformed_file.broken_by(item.label, reason)
+                skipped[row] = rules.LABEL_MALFORMED.broken_by(item.label, reason)
     findings = [skipped[row] for row in sorted(skipped)]
-    rules.require_few_skipped(source, len(files), 0, findings, max_bad_fraction)
-    problems = {format.no_file: "{} images have no annotation file: without objects", **format.notes}
-    findings += count_findings(source, {rule: (problem, counts[rule]) for rule, problem in problems.items()})
+    num_without = sum(not has_file[row] for row in files)
+    problem = f"{num_without} images have no annotation file: without objects"
+    findings += rules.NO_LABEL.counted(source, problem, num_without)
     objects = [item for file in files.values() for item in file.objects]
     label_of_key = find_classes(objects)
     labels = np.array([label_of_key.get(item.class_key, -1) for item in objects], dtype=np.int64)
-    broken = dict.fromkeys(np.flatnonzero(labels < 0).tolist(), format.unknown_class)
+    broken = dict.fromkeys(np.flatnonzero(labels < 0).tolist(), unknown_class)
     broken |= {row: item.problem for row, item in enumerate(objects) if item.problem}
     sizes = [file.size for file in files.values()]
     if headers is not None:
@@ -124,11 +109,10 @@ def read_label_files(
     paths, ids = [str(listed[row].image) for row in files], np.arange(1, len(files) + 1)
     return rules.build_annotation_set(
         source,
-        ImageColumns(paths, ids, np.array(sizes, dtype=np.int32)),
+        ImageColumns(paths, ids, np.array(sizes, dtype=np.int32).reshape(-1, 2)),
         ObjectColumns(image_rows, boxes, labels, broken, is_difficult=is_difficult),
         class_names,
         range(1, len(class_names) + 1),
         describe=lambda row: objects[row].text,
         findings=findings,
-        max_bad_fraction=max_bad_fraction,
     )

@@ -1,6 +1,5 @@
 """Recognise the format of a path and its splits, for training, doctor, anchors and convert."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,21 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import FILE, UNKNOWN_CLASS, kind_of, missing_classes, shortened, with_nearest
-from onestage.data.coco import COCO, EXPORT, list_annotation_files, split_name
+from onestage.data.annotations import FILE, UNKNOWN_CLASS, missing_classes, require_few_skipped, shortened
+from onestage.data.coco import COCO, list_annotation_files, split_name
 from onestage.data.folder import find_images
 from onestage.data.source import Source, Split as Role, role_of
-from onestage.data.voc import IMAGE_FOLDERS, VOC, XML_FOLDERS, find_list_files, find_lists
+from onestage.data.voc import VOC, find_list_files, find_lists
 from onestage.data.yolo import DARKNET_FILE, LABEL_FOLDERS, YOLO, has_labels, has_settings
 from onestage.errors import DataError
-from onestage.files import as_path, is_hidden, only_folder, printable, read_text
+from onestage.files import as_path, only_folder, printable
 from onestage.types import AnnotationSet, Finding
 
 ROLES = ("train", None, "val", "test")  # the order of splits; None: a name of the user's own
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
-INNER_FOLDERS = {"Main", "ImageSets", *IMAGE_FOLDERS, *XML_FOLDERS, *ROLES, "valid", "Images", "Labels"} - {"data", "."}
 NUM_SEEN = 2000  # files of an unknown folder that are counted
-MAX_SEEN_BYTES = 1 << 20  # of a file of an unknown folder that is read
 KNOWN = (
     "Known are: COCO (a JSON file, annotations/instances_*.json, <split>/_annotations.coco.json), "
     "VOC (ImageSets/Main, VOCdevkit, or XML files beside images), "
@@ -65,7 +61,7 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
         return YOLO(path.parent)
     if not path.is_dir():
         problem = "is not a folder, JSON or YAML file" if path.exists() else "there is no such file or folder"
-        raise DataError(f"{printable(path)}: {problem}.\n{_folder_to_give(path)}{KNOWN}.")
+        raise DataError(f"{printable(path)}: {problem}.\n{KNOWN}.")
     recognisers: tuple[tuple[Callable[[Path], object], Callable[[Path], Source]], ...] = (
         (find_list_files, VOC),
         (has_settings, YOLO),
@@ -78,51 +74,25 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
             found = source(path)
             if not found.splits:
                 problem, remedy = "holds annotations, but no images", "Put the images there, as they were exported."
-                if next(iter(find_images(path)), None):
+                if find_images(path):
                     if isinstance(found, YOLO):
                         found.read("train")  # as above
-                    kind = _what_it_holds(path)
-                    problem = f"no file says by its name which split it is{kind}"
-                    is_foreign = kind and "COCO" not in kind
-                    remedy = EXPORT if is_foreign else "Give the files one by one, or call one of them train."
+                    problem = "no file says by its name which split it is"
+                    remedy = "Give the files one by one, or call one of them train."
                 raise DataError(f"{printable(path)}: {problem}.\n{remedy}")
             return found
     if folder := only_folder(path):
         return recognise(folder, image_root)
     suffixes = Counter(file.suffix.lower() or "no suffix" for file in islice(path.rglob("*.*"), NUM_SEEN))
     seen = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4)) or "nothing"
-    problem = f"is no data set that is known here; it holds {seen}{_what_it_holds(path)}"
-    raise DataError(f"{printable(path)}: {problem}.\n{_folder_to_give(path)}{KNOWN}.")
+    problem = f"is no data set that is known here; it holds {seen}"
+    raise DataError(f"{printable(path)}: {problem}.\nGive the folder of the whole data set. {KNOWN}.")
 
 
 def _is_wrapped(path: Path) -> bool:
     """Tell whether all that a folder holds is the folder of a data set, not of a split or of images."""
     folder = only_folder(path)
     return folder is not None and not role_of(folder.name) and folder.name not in LABEL_FOLDERS
-
-
-def _folder_to_give(path: Path) -> str:
-    """Return the remedy for a path that is a part of a data set, or its archive; empty for any other."""
-    folder = path if path.is_dir() else path.parent
-    while folder.name in INNER_FOLDERS:
-        folder = folder.parent
-    if path.is_file() and path.suffix.lower() in ARCHIVES:
-        return "Unpack it, and give its folder.\n"
-    is_part = folder != path and (path.is_dir() or path.suffix.lower() in (".xml", ".txt")) and path.exists()
-    return f"Give the folder of the data set, such as {printable(folder)}.\n" if is_part else ""
-
-
-def _what_it_holds(folder: Path) -> str:
-    """Return of which tool the files of a folder are, for messages; empty if that is not known."""
-    files = islice((file for kind in ("*.json", "*.xml") for file in folder.rglob(kind)), NUM_SEEN)
-    for file in islice((file for file in files if not is_hidden(file.name)), 3):
-        try:
-            content = read_text(file, DataError, "a file of annotations", "", MAX_SEEN_BYTES)
-            if kind := "CVAT's own XML" if "<annotations>" in content else kind_of(json.loads(content)):
-                return f" (they look like {kind})"
-        except (DataError, ValueError, RecursionError):
-            continue
-    return ""
 
 
 def describe_source(source: Source) -> list[str]:
@@ -148,7 +118,8 @@ def read_splits(splits: Sequence[Split], max_bad_fraction: float = 1.0) -> list[
     read = []
     for split in splits:
         try:
-            found = split.source.read(split.role, max_bad_fraction=max_bad_fraction)
+            found = split.source.read(split.role)
+            require_few_skipped(found.source, len(found), len(found.boxes), found.findings, max_bad_fraction)
             read.append(split._replace(annotations=found, findings=found.findings))
         except DataError as reason:
             read.append(split._replace(findings=(FILE.broken_by(split.source.path, reason),)))
@@ -175,7 +146,7 @@ def _splits_of(source: Source) -> list[Split]:
 def _unknown_classes(annotations: AnnotationSet, known: Sequence[str]) -> list[Finding]:
     """Report the classes of a split that the training split, whose classes are the detector's, does not have."""
     unknown = sorted(set(annotations.class_names) - set(known))
-    problem = f"the training split has no {shortened(with_nearest(unknown, known))}"
+    problem = f"the training split has no {shortened(list(map(repr, unknown)))}"
     return [UNKNOWN_CLASS.broken(annotations.source, problem, len(unknown))] if unknown else []
 
 

@@ -1,11 +1,9 @@
 """The DataLoader of training and evaluation: resumable inside an epoch, with one message per failure."""
 
 import logging
-import math
 import os
 import signal
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import active_children
@@ -23,7 +21,6 @@ from onestage.data.samplers import EvaluationSampler, TrainingSampler
 from onestage.errors import ConfigError, DataError, OnestageError, ResourceError
 from onestage.types import Batch
 
-GRACE_SECONDS = 2.0  # torch's own timeout comes first
 MAX_AUTO_WORKERS = 16  # more than one GPU needs at 200 images/s and core
 KEY_BY_FIELD = {
     "seed": "seed_everything",
@@ -53,10 +50,9 @@ class DetectionLoader(DataLoader[Batch]):
         self._epoch = 0  # of the batches returned last
         self._num_returned = 0  # batches of that epoch
         self._resume_from: dict[str, int] = {}
-        self._failures = FailureLog(self.dataset)
+        self.unreadable: dict[int, str] = {}  # row of an image that could not be read -> the reason, in all epochs
+        self._num_replaced = 0  # in this epoch; an image may be requested more than once
         self._processes: set[BaseProcess] = set()  # its workers
-        self._awaited_since = math.inf  # the time since which the next batch is awaited
-        self._is_overdue = False
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator, and therefore lazy
         """Iterate over the batches of the sampler's epoch.
@@ -79,41 +75,33 @@ class DetectionLoader(DataLoader[Batch]):
                     sampler.batches_to_skip = 0  # for this epoch only; the sampler has read it by now
                 self._num_returned += 1
                 if isinstance(loaded, LoadedBatch):
-                    self._failures.add(loaded.failures)
+                    self._count_failures(loaded.failures)
                     loaded = loaded.batch
                 yield loaded
         except OnestageError as error:
             raise type(error)(_original_message(error)) from error
         finally:  # also if the epoch is cut short
-            self._failures.end_epoch(self._epoch)
+            self._report_replaced()
 
     def _await_batches(self, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """Iterate over what the workers deliver, and explain their deaths and timeouts."""
-        others, iterator, is_over = set(active_children()), None, threading.Event()
-        if self.timeout:
-            threading.Thread(target=self._kill_overdue_workers, args=(is_over,), daemon=True).start()
+        others, iterator = set(active_children()), None
         try:
             if any(worker.exitcode for worker in self._processes):  # active_children has kept that from torch
                 raise RuntimeError("DataLoader worker died between two epochs")
             while True:
-                self._awaited_since = time.monotonic()
                 if iterator is None:  # workers of an earlier epoch answer here that they are ready
                     iterator = _call_noticing_deaths(start)
                     self._register_workers(set(active_children()) - others)
-                loaded = _call_noticing_deaths(iterator.__next__)
-                self._awaited_since = math.inf
-                yield loaded
+                yield _call_noticing_deaths(iterator.__next__)
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:  # a dead worker's queue may be cut off, too
-            is_late = self._is_overdue or str(error).startswith("DataLoader timed out")
+            is_late = str(error).startswith("DataLoader timed out")
             explained = _late(self.timeout) if is_late else _explained(error, self._processes)
             if explained is not error:
                 self._abandon(iterator or self._iterator)
             raise explained from error
-        finally:
-            self._awaited_since = math.inf
-            is_over.set()
 
     def _register_workers(self, workers: set[BaseProcess]) -> None:
         self._processes |= workers
@@ -121,29 +109,54 @@ class DetectionLoader(DataLoader[Batch]):
             Finalize(None, _kill_workers, exitpriority=0)  # runs before multiprocessing waits for its processes
         _workers.update(workers)
 
-    def _kill_overdue_workers(self, is_over: threading.Event) -> None:
-        """Kill workers that block this process: a stopped one, in the middle of a transfer, escapes torch's timeout."""
-        while not is_over.wait(1):
-            if time.monotonic() - self._awaited_since > self.timeout + GRACE_SECONDS:
-                self._is_overdue = True
-                for worker in self._processes:
-                    worker.kill()
-                return
-
     def _abandon(self, iterator: Any) -> None:
         """Kill the workers of a broken iterator, and keep torch from reporting their deaths to the next loader."""
         for worker in self._processes:
             worker.kill()
         if iterator is not None:
             iterator._shutdown_workers()
-        self._iterator, self._is_overdue = None, False
+        self._iterator = None
         _workers.difference_update(self._processes)
         self._processes.clear()
 
-    @property
-    def unreadable(self) -> dict[int, str]:
-        """The reason for each image, by its row, that could not be read so far."""
-        return dict(self._failures.messages)
+    def _count_failures(self, failures: Sequence[Failure]) -> None:
+        """Count the images of a batch that its worker could not read, and warn about the first.
+
+        Raises:
+            DataError: more images have failed than `max_bad_fraction` of the dataset allows.
+        """
+        if not failures:
+            return
+        images: Any = self.dataset  # a DetectionDataset: others report no failures
+        is_left_out = images.on_error == "leave_out"
+        for image_index, message in failures:
+            if image_index not in self.unreadable and len(self.unreadable) < NUM_QUOTED:
+                what = "left out" if is_left_out else "skipped and another took its place"
+                logger.warning("an image was %s: %s", what, message)
+            self.unreadable.setdefault(image_index, message)
+        if is_left_out:
+            return
+        self._num_replaced += len(failures)
+        if len(self.unreadable) > images.max_bad_fraction * len(images):
+            raise DataError(
+                f"{images.annotations.source}: {len(self.unreadable)} of {len(images)} images could not be read, "
+                f"more than data.max_bad_fraction ({images.max_bad_fraction:g}) allows:\n  {self._quote_unreadable()}\n"
+                "Repair or remove them, or raise data.max_bad_fraction."
+            )
+
+    def _report_replaced(self) -> None:
+        """Report how many images the epoch replaced, if any."""
+        num_replaced, self._num_replaced = self._num_replaced, 0
+        if num_replaced:
+            images: Any = self.dataset
+            logger.warning(
+                f"epoch {self._epoch}: {num_replaced} times an image could not be read and another took its place; so "
+                f"far {len(self.unreadable)} of the {len(images)} images of {images.annotations.source} have failed:\n"
+                f"  {self._quote_unreadable()}"
+            )
+
+    def _quote_unreadable(self) -> str:
+        return quoted([message.partition("\n")[0] for message in self.unreadable.values()])
 
     def state_dict(self) -> dict[str, int]:
         """Return the position inside the epoch, and what the order of images depends on."""
@@ -173,55 +186,6 @@ class DetectionLoader(DataLoader[Batch]):
                     f"Set it back to {state[field]}, or resume from a checkpoint written at the end of an epoch."
                 )
         self._resume_from = dict(state)
-
-
-class FailureLog:
-    """Counts, in the training process, the images that its workers could not read.
-
-    Args:
-        dataset: a `DetectionDataset`; of other datasets, which report no failures, nothing is used.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-        self._leaves_out = getattr(dataset, "on_error", "raise") == "leave_out"
-        self.messages: dict[int, str] = {}  # of all epochs, by image
-        self._num_replaced = 0  # in this epoch; an image may be requested more than once
-
-    def add(self, failures: Sequence[Failure]) -> None:
-        """Count the failures of a batch, and warn about the first images.
-
-        Raises:
-            DataError: more images have failed than `max_bad_fraction` of the dataset allows.
-        """
-        if not failures:
-            return
-        self._num_replaced += len(failures)
-        for image_index, message in failures:
-            if image_index not in self.messages and len(self.messages) < NUM_QUOTED:
-                what = "left out" if self._leaves_out else "skipped and another took its place"
-                logger.warning("an image was %s: %s", what, message)
-            self.messages.setdefault(image_index, message)
-        max_bad_fraction, num_images = self._dataset.max_bad_fraction, len(self._dataset)
-        if len(self.messages) > max_bad_fraction * num_images and not self._leaves_out:
-            raise DataError(
-                f"{self._dataset.annotations.source}: {len(self.messages)} of {num_images} images could not be read, "
-                f"more than data.max_bad_fraction ({max_bad_fraction:g}) allows:\n  {self._quoted()}\n"
-                "Repair or remove them, or raise data.max_bad_fraction."
-            )
-
-    def end_epoch(self, epoch: int) -> None:
-        """Report what the epoch replaced, if anything, and reset the count."""
-        num_replaced, self._num_replaced = self._num_replaced, 0
-        if num_replaced and not self._leaves_out:
-            logger.warning(
-                f"epoch {epoch}: {num_replaced} times an image could not be read and another took its place; so far "
-                f"{len(self.messages)} of the {len(self._dataset)} images of {self._dataset.annotations.source} have "
-                f"failed:\n  {self._quoted()}"
-            )
-
-    def _quoted(self) -> str:
-        return quoted([message.partition("\n")[0] for message in self.messages.values()])
 
 
 def open_loader(

@@ -77,12 +77,9 @@ def count_repeats(sampling: Sampling, annotations: AnnotationSet) -> npt.NDArray
         ConfigError: `sampling.repeats` returns another shape, a negative or non-finite number, or only zeros.
     """
     repeats = np.asarray(sampling.repeats(annotations), dtype=np.float64)
-    if repeats.shape != (len(annotations),) or not (repeats >= 0).all() or not 0 < repeats.sum() < np.inf:
-        raise ConfigError(
-            f"data.sampling: {type(sampling).__name__} gives repeats of shape {repeats.shape}, "
-            f"{repeats.min(initial=0):g} to {repeats.max(initial=0):g}; it must give one number >= 0 for each of the "
-            f"{len(annotations)} images.\nCorrect its method `repeats`."
-        )
+    is_valid = repeats.shape == (len(annotations),) and bool((repeats >= 0).all()) and 0 < repeats.sum() < np.inf
+    rule = f"one number >= 0 for each of the {len(annotations)} images"
+    require(is_valid, f"data.sampling: repeats of {type(sampling).__name__}", repeats, rule)
     if np.allclose(repeats, 1):
         problem = f"no class of {annotations.source} is rare enough"
         remedy = "Raise its threshold, or remove data.sampling."

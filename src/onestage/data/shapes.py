@@ -75,18 +75,12 @@ class Shapes(Source):
         numbers = {"num_train": self.num_train, "num_val": self.num_val, "max_objects": self.max_objects}
         draw_shapes(self.path, seed=self.draw_seed, **numbers)
 
-    def read(
-        self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
-    ) -> AnnotationSet:
+    def read(self, split: Split, class_names: Sequence[str] | None = None) -> AnnotationSet:
         """Read the drawn files of a split."""
         if self._annotation_format == "voc":
-            return parse_voc(self.path, [split], class_names=class_names, max_bad_fraction=max_bad_fraction)
+            return parse_voc(self.path, [split], class_names=class_names)
         file, images = self.path / "annotations" / f"instances_{split}.json", self.path / "JPEGImages"
-        return parse_coco(file, images, class_names=class_names, max_bad_fraction=max_bad_fraction)
-
-    def describe(self, split: Split) -> str:
-        """Return the folder and the number of images."""
-        return f"{printable(self.path)} ({self.num_train if split == 'train' else self.num_val} drawn images)"
+        return parse_coco(file, images, class_names=class_names)
 
 
 def draw_shapes(folder: Path, *, num_train: int, num_val: int, seed: int, max_objects: int = MAX_OBJECTS) -> None:

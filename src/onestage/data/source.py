@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
+from onestage.files import printable
 from onestage.types import AnnotationSet
 
 Split = Literal["train", "val", "test"]
@@ -23,6 +24,9 @@ class ReadImage(NamedTuple):
 
     pixels: npt.NDArray[np.uint8]  # [H, W, 3]
     original_size: tuple[int, int]  # (height, width) of the decoded file
+
+
+ImageReader = Callable[[int], ReadImage]  # from a row; raises ImageError, with the file, if it cannot be decoded
 
 
 class Source(ABC):
@@ -45,31 +49,28 @@ class Source(ABC):
         """The splits that exist, in the order train, val, test."""
 
     @abstractmethod
-    def read(
-        self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
-    ) -> AnnotationSet:
+    def read(self, split: Split, class_names: Sequence[str] | None = None) -> AnnotationSet:
         """Read the annotations of a split.
 
         Args:
             split: one of `splits`.
             class_names: [K] names in label order; None takes those of the annotations.
-            max_bad_fraction: fraction of the images, and of the boxes, that may be skipped, in [0, 1].
 
         Raises:
             AnnotationError: the annotations are missing, malformed, or of other classes.
         """
 
-    @abstractmethod
     def describe(self, split: Split) -> str:
         """Return the files that a split is read from, for messages: `annotations/instances_train.json`."""
+        return printable(self.path)
 
     @property
     def known_classes(self) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
         """Class names and category ids that are known without reading annotations, or None."""
         return None
 
-    def image_reader(self, split: Split, annotations: AnnotationSet) -> Callable[[int], ReadImage] | None:
-        """Return a function from a row of `annotations`, of that split, to its image; None: the images are files."""
+    def image_reader(self, split: Split, annotations: AnnotationSet) -> ImageReader | None:
+        """Return the reader of the images of `annotations`, of that split; None: they are files."""
         return None
 
     def unused(self) -> list[str]:

@@ -1,7 +1,7 @@
 """torch data sets as a source: samples (image, {"boxes", "labels"}), the convention of torchvision's detectors."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set
 from onestage.data.datamodule import DetectionDataModule
 from onestage.data.images import RGBImage
-from onestage.data.source import ReadImage, Source, Split
+from onestage.data.source import ImageReader, ReadImage, Source, Split
 from onestage.errors import AnnotationError, ConfigError, ImageError, require
 from onestage.types import AnnotationSet
 
@@ -86,13 +86,7 @@ class TorchDatasets(Source):
         """The given names, and ids 1..K."""
         return self._names, tuple(range(1, len(self._names) + 1))
 
-    def describe(self, split: Split) -> str:
-        """Return the type and the length of the data set."""
-        return f"{type(self._sets[split]).__name__} ({len(self._sets[split])} samples)"
-
-    def read(
-        self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
-    ) -> AnnotationSet:
+    def read(self, split: Split, class_names: Sequence[str] | None = None) -> AnnotationSet:
         """Read the targets of a split, which also loads its images once."""
         names, samples = self._names if class_names is None else tuple(class_names), self._sets[split]
         if sorted(names) != sorted(self._names):
@@ -118,10 +112,9 @@ class TorchDatasets(Source):
             names,
             [self._names.index(name) + 1 for name in names],
             describe=lambda row: f"{split}[{rows[row]}]: box {columns['boxes'][row].tolist()}",
-            max_bad_fraction=max_bad_fraction,
         )
 
-    def image_reader(self, split: Split, annotations: AnnotationSet) -> Callable[[int], ReadImage]:
+    def image_reader(self, split: Split, annotations: AnnotationSet) -> ImageReader:
         """Return a function that loads the image of a row."""
         return SampleReader(self._sets[split], annotations)
 

@@ -10,10 +10,10 @@ from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 import onestage.data.annotations as rules
-from onestage.data.annotations import malformed, shortened, with_nearest
+from onestage.data.annotations import malformed, shortened
 from onestage.data.folder import find_images
 from onestage.data.images import IMAGE_SUFFIXES
-from onestage.data.label_files import LabelFile, LabelFormat, LabelledImage, WrittenObject, read_label_files
+from onestage.data.label_files import LabelFile, LabelledImage, WrittenObject, read_label_files
 from onestage.data.source import Source, Split, names_by_role, role_of
 from onestage.errors import AnnotationError, require
 from onestage.files import (
@@ -36,14 +36,6 @@ IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "data", ".")  # "." last: wit
 XML_FOLDERS = ("Annotations", "annotations", "Annotation", "labels", "xmls", "xml", ".")
 ALL_IMAGES = "."  # name of the split of a folder without lists
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-LABEL_FORMAT = LabelFormat(
-    rules.NO_XML,
-    rules.XML_MALFORMED,
-    {
-        rules.OTHER_FILE_NAME: "in {} XML files <filename> is not the name of the file",
-        rules.ZERO_BASED: "{} boxes start at pixel 0, though VOC counts from 1: clipped",
-    },
-)
 LIST_EXTRAS = re.compile(r"^.*JPEGImages[/\\]|\s+(-1|0|1|\S+\.xml)$")
 MAX_XML_BYTES = 16 << 20  # some 50,000 objects; a file of VOC has a few kB
 
@@ -86,12 +78,10 @@ class VOC(Source):
         """The splits that were named or found."""
         return tuple(split for split in self._given if self.lists(split))
 
-    def read(
-        self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
-    ) -> AnnotationSet:
+    def read(self, split: Split, class_names: Sequence[str] | None = None) -> AnnotationSet:
         """Read the XML files of a split."""
         lists = self.lists(split) or (split,)
-        return parse_voc(self.path, lists, class_names=class_names, max_bad_fraction=max_bad_fraction)
+        return parse_voc(self.path, lists, class_names)
 
     def describe(self, split: Split) -> str:
         """Return the lists of a split."""
@@ -164,9 +154,7 @@ def _is_of_class(stem: str, stems: Set[str]) -> bool:
     return any(stem[place + 1 :] in stems for place, sign in enumerate(stem) if sign == "_")
 
 
-def parse_voc(
-    root: Path, splits: Sequence[str], *, class_names: Sequence[str] | None = None, max_bad_fraction: float = 0.01
-) -> AnnotationSet:
+def parse_voc(root: Path, splits: Sequence[str], class_names: Sequence[str] | None = None) -> AnnotationSet:
     """Read the images of one or more splits as one set. Images without objects, or without an XML file, stay.
 
     VOC gives 1-based inclusive pixel indices: the left and top *edges* are one less, the right and bottom equal. A box
@@ -179,7 +167,6 @@ def parse_voc(
         splits: names of lists in ImageSets/Main, such as "train"; with year folders "2007_trainval"; without lists the
             folder of the images, "." for `root`.
         class_names: as in `Source.read`; None takes all that occur, sorted.
-        max_bad_fraction: as in `Source.read`.
     """
     source = f"{printable(root)} ({' + '.join(splits)})"
     listed = list(dict.fromkeys(image for split in splits for image in _list_images(root, split)))
@@ -191,15 +178,12 @@ def parse_voc(
         label_of_name: dict[str | float, int] = {name: label for label, name in enumerate(names)}
         unknown = sorted(found.keys() - label_of_name.keys())
         if unknown:
-            lines = [f"{found[name]}: {text}" for name, text in zip(unknown, with_nearest(unknown, names), strict=True)]
+            lines = [f"{found[name]}: {name!r}" for name in unknown]
             problem = f"{len(unknown)} class names are not among {shortened(names, 100)}"
             raise malformed(source, problem, "Correct the names, or add them to data.class_names.", lines)
         return label_of_name
 
-    def read(_: int, file: Path) -> LabelFile:
-        return read_record(file)
-
-    return read_label_files(source, root, listed, read, find_classes, names, LABEL_FORMAT, max_bad_fraction)
+    return read_label_files(source, root, listed, lambda _, file: read_record(file), find_classes, names)
 
 
 def _list_images(root: Path, split: str) -> list[LabelledImage]:
@@ -309,7 +293,7 @@ def read_record(path: Path) -> LabelFile:
     Raises:
         AnnotationError: it cannot be read, or is not such XML; the message has line and column.
     """
-    content = read_file(path, AnnotationError, "a VOC annotation (XML)", rules.XML_MALFORMED.remedy, MAX_XML_BYTES)
+    content = read_file(path, AnnotationError, "a VOC annotation (XML)", rules.LABEL_MALFORMED.remedy, MAX_XML_BYTES)
     place = printable(path)
     try:
         root = fromstring(content, forbid_dtd=True)
@@ -327,12 +311,7 @@ def read_record(path: Path) -> LabelFile:
         for n, element in enumerate(root.findall("object"), 1)
         for corners in element.findall("bndbox") or [element]  # some tools write two; without one, there are no corners
     ]
-    file_name = (root.findtext("filename") or "").strip()
-    notes = {
-        rules.OTHER_FILE_NAME: int(file_name != "" and Path(file_name).stem != path.stem),
-        rules.ZERO_BASED: sum(min(item.box[:2]) == -1 for item in objects),
-    }
-    return LabelFile(objects, size, notes)
+    return LabelFile(objects, size)
 
 
 def _read_object(element: Element, corners: Element, place: str) -> WrittenObject:

@@ -15,9 +15,9 @@ import yaml
 import onestage.data.annotations as rules
 from onestage.data.annotations import malformed, require_known_names, shortened
 from onestage.data.folder import find_images
-from onestage.data.image_headers import check_files
+from onestage.data.image_headers import check_header
 from onestage.data.images import IMAGE_SUFFIXES
-from onestage.data.label_files import LabelFile, LabelFormat, LabelledImage, WrittenObject, read_label_files
+from onestage.data.label_files import LabelFile, LabelledImage, WrittenObject, read_label_files
 from onestage.data.source import Source, Split, names_by_role, role_of
 from onestage.errors import AnnotationError
 from onestage.files import (
@@ -41,7 +41,6 @@ NAMES_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "_darknet.label
 DEEP_NAMES_FILES = ("*/classes.txt", "*/*/classes.txt")  # as LabelImg writes them beside the labels of each folder
 LABEL_FOLDERS = {"images": "labels", "Images": "Labels", "IMAGES": "LABELS"}
 DEEP_YAML = re.compile(rb"(?:[\[{]\s*){10}")  # thousands of brackets take the parser seconds; data.yaml has 2
-CLASS_INDEX = re.compile(r"^\s*(\d{1,4})(?:\.0*)?\s", re.MULTILINE)  # larger ones are no class indices
 MAX_SETTINGS_BYTES = 1 << 20  # ten thousand classes take a fifth of it
 MAX_SEARCHED = 100  # images of which one must have a label, to take a folder for YOLO's
 TOLERANCE = 1e-3  # of rounding, in fractions of the image
@@ -74,12 +73,29 @@ class YOLO(Source):
         except AnnotationError:  # `read` reports it
             return ("train",)
 
-    def read(
-        self, split: Split, class_names: Sequence[str] | None = None, *, max_bad_fraction: float = 0.01
-    ) -> AnnotationSet:
-        """Read the label files of a split."""
-        name = self._names[split]
-        return parse_yolo(self._settings, name, class_names=class_names, max_bad_fraction=max_bad_fraction)
+    def read(self, split: Split, class_names: Sequence[str] | None = None) -> AnnotationSet:
+        """Read the label files of a split. Images without one, or with an empty one, stay as images without objects.
+
+        A label is `class cx cy width height`, in fractions of the upright image; the outline of a segmentation data
+        set becomes the box around it. Image ids are 1..N in order of path, category ids 1..K.
+        """
+        settings, name = self._settings, self._names[split]
+        names = list(class_names or settings.class_names)
+        source = f"{settings.source} ({name})"
+        notices = require_known_names(source, settings.class_names, names)
+        listed = list_split(settings, name)
+        headers = [check_header(str(item.image)) for item in listed]
+
+        def read(row: int, file: Path) -> LabelFile:
+            size = (headers[row].width, headers[row].height)  # labels are fractions of it
+            return _read_label(file, size, settings.num_keypoint_values)
+
+        label_of_name = {name: label for label, name in enumerate(names)}
+        label_of_index: dict[str | float, int] = {n: label_of_name[name] for n, name in enumerate(settings.class_names)}
+        unknown_class = f"the class must be a whole number in 0..{len(names) - 1}; the first one is 0"
+        classes = lambda _: label_of_index, names, unknown_class
+        found = read_label_files(source, settings.root, listed, read, *classes, headers)
+        return replace(found, findings=(*found.findings, *notices))
 
     def describe(self, split: Split) -> str:
         """Return the settings file or folder, and the folders and lists of a split."""
@@ -112,48 +128,6 @@ class YOLOSettings(NamedTuple):
     class_names: list[str]  # [K] in order of class index
     entries: Mapping[str, Sequence[str]]  # name of a split -> its folders and lists of images
     num_keypoint_values: int = 0  # numbers after each box in a pose data set
-    is_named: bool = True  # by a file, and not class_0, class_1, ...
-
-
-def parse_yolo(
-    settings: YOLOSettings, split: str, *, class_names: Sequence[str] | None = None, max_bad_fraction: float = 0.01
-) -> AnnotationSet:
-    """Read the images of a split. Those without a label file, or with an empty one, stay as images without objects.
-
-    A label is `class cx cy width height`, in fractions of the upright image; the outline of a segmentation data set
-    becomes the box around it. Image ids are 1..N in order of path, category ids 1..K.
-
-    Args:
-        settings: see `read_settings`.
-        split: name of a split; val also finds valid, validation and val2017.
-        class_names: as in `Source.read`; the data set may lack some.
-        max_bad_fraction: as in `Source.read`.
-    """
-    source = f"{settings.source} ({split})"
-    names = list(class_names or settings.class_names)
-    notices = require_known_names(source, settings.class_names, names)
-    listed = list_split(settings, split)
-    # Labels are fractions of the image's size.
-    headers = check_files([str(item.image) for item in listed], [(0, 0)] * len(listed))
-    label_of_name = {name: label for label, name in enumerate(names)}
-    label_of_index: dict[str | float, int] = {n: label_of_name[name] for n, name in enumerate(settings.class_names)}
-    notes = {
-        rules.BOX_REPEATED: "{} lines occur twice in their file: read once",
-        rules.POLYGON: "{} objects are outlines: the box around each is used",
-    }
-    unknown_class = f"the class must be a whole number in 0..{len(names) - 1}; the first one is 0"
-    label_format = LabelFormat(rules.NO_LABEL, rules.LABEL_MALFORMED, notes, unknown_class)
-
-    def read(row: int, file: Path) -> LabelFile:
-        size = (headers[row].width, headers[row].height)
-        return _read_label(file, size, settings.num_keypoint_values)
-
-    classes = names, label_format, max_bad_fraction
-    found = read_label_files(source, settings.root, listed, read, lambda _: label_of_index, *classes, headers)
-    if not settings.is_named:
-        problem = f"nothing names the {len(names)} classes: they are called {shortened(names)}"
-        notices.append(rules.NO_NAMES.broken(source, problem))
-    return replace(found, findings=(*found.findings, *notices))
 
 
 def read_settings(data: Path) -> YOLOSettings:
@@ -161,8 +135,7 @@ def read_settings(data: Path) -> YOLOSettings:
 
     Args:
         data: the YAML file; or a folder that holds one (data.yaml, dataset.yaml or yolo.yaml), or obj.data, or else
-            classes.txt or obj.names with a name on each line. Without any of these, the largest class index in the
-            label files tells how many classes there are, and they are called class_0, class_1, ...
+            classes.txt or obj.names with a name on each line.
 
     Raises:
         AnnotationError: the file is missing or malformed, or its classes are incomplete.
@@ -183,8 +156,8 @@ def read_settings(data: Path) -> YOLOSettings:
         lists = {key: [given[key]] for key in ("train", "valid", "test") if find_below(data, given.get(key))}
         entries = lists or entries
     if names_file is None:
-        settings = YOLOSettings(printable(data), data, [], entries, is_named=False)
-        return settings._replace(class_names=[f"class_{index}" for index in range(_count_classes(settings))])
+        remedy = f"Put {SETTINGS_FILES[0]} there, or {NAMES_FILES[0]} with a class name on each line."
+        raise malformed(printable(data), "no file names the classes", remedy)
     remedy = "Write a class name on each line."
     text = read_text(names_file, AnnotationError, "the class names of a YOLO data set", remedy)
     names = text.rstrip().splitlines()  # a blank line between them is a class without name, which is refused
@@ -280,23 +253,6 @@ def _has_images(path: Path, root: Path) -> bool:
     with suppress(AnnotationError, IndexError):
         line = _read_lines(path, "a list of images", "")[0]
     return line.lower().endswith(IMAGE_SUFFIXES) and find_below(root, line) is not None
-
-
-def _count_classes(settings: YOLOSettings) -> int:
-    """Return the largest class index of all label files plus one.
-
-    Raises:
-        AnnotationError: there is no label.
-    """
-    largest = -1
-    for label in {item.label for split in settings.entries for item in list_split(settings, split)}:
-        with suppress(AnnotationError):  # reading the split reports it
-            text = read_text(label, AnnotationError, "a YOLO label file", "") if label.is_file() else ""
-            largest = max([largest, *map(int, CLASS_INDEX.findall(text))])
-    if largest < 0:
-        problem = "names no classes, and no label file has any"
-        raise malformed(settings.source, problem, f"Put {SETTINGS_FILES[0]} or {NAMES_FILES[0]} there.")
-    return largest + 1
 
 
 def _read_lines(file: Path, noun: str, remedy: str) -> list[str]:
@@ -407,36 +363,27 @@ def _read_label(path: Path, size: tuple[int, int], num_keypoint_values: int) -> 
     """Read one label file; each line counts once. size: (width, height) of the image."""
     text = read_text(path, AnnotationError, "a YOLO label file", rules.LABEL_MALFORMED.remedy)
     number_of_line: dict[tuple[str, ...], int] = {}
-    num_lines = num_outlines = 0
-    objects = []
     for number, line in enumerate(text.splitlines(), start=1):
-        words = tuple(line.split())
-        num_lines += bool(words)
-        if words and number_of_line.setdefault(words, number) == number:
-            is_outline = len(words) >= 7 and len(words) % 2 == 1 and not num_keypoint_values
-            num_outlines += is_outline
-            place = f"{printable(path)}:{number}"
-            objects.append(_read_line(place, words, size, 5 + num_keypoint_values, is_outline))
-    return LabelFile(objects, notes={rules.BOX_REPEATED: num_lines - len(objects), rules.POLYGON: num_outlines})
+        if words := tuple(line.split()):
+            number_of_line.setdefault(words, number)
+    places = ((f"{printable(path)}:{number}", words) for words, number in number_of_line.items())
+    return LabelFile([_read_line(place, words, size, num_keypoint_values) for place, words in places])
 
 
-def _read_line(
-    place: str, words: Sequence[str], size: tuple[int, int], num_columns: int, is_outline: bool
-) -> WrittenObject:
+def _read_line(place: str, words: Sequence[str], size: tuple[int, int], num_keypoint_values: int) -> WrittenObject:
     """Read `class cx cy width height`, perhaps with keypoints after it, or `class x1 y1 x2 y2 x3 y3 ...`."""
     box: tuple[float, ...] = (nan,) * 4
     class_index, *values = map(to_number, words)
     problem = None
     if not values or not isfinite(sum(values)):
         problem = "a line must hold numbers with spaces between, class cx cy width height"
-    elif is_outline:
+    elif len(words) >= 7 and len(words) % 2 == 1 and not num_keypoint_values:  # an outline
         sides = [(min(numbers), max(numbers)) for numbers in (values[::2], values[1::2])]
         box = (*((low + high) / 2 for low, high in sides), *(high - low for low, high in sides))
-    elif len(words) == num_columns:
+    elif len(words) == 5 + num_keypoint_values:
         box = tuple(values[:4])
     else:
-        score = " (6 are those of detections, with a score)" if len(words) == 6 else ""
-        problem = f"has {len(words)} columns; a line must have 5: class cx cy width height{score}"
+        problem = f"has {len(words)} columns; a line must have 5: class cx cy width height"
     if not problem and not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in box):
         problem = "cx, cy, width, height must be in 0..1: fractions of the width and height of the image"
     x, y, width, height = (fraction * side for fraction, side in zip(box, size * 2, strict=True))

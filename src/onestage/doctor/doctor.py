@@ -114,7 +114,7 @@ def anchors(
     if out is not None and out.exists():
         raise ConfigError(f"out: {printable(out)} already exists; nothing is overwritten. Give a new name.")
     split = find_splits([path], images)[0]
-    text = compare_anchors(split.source.read(split.role, max_bad_fraction=1.0), placed, shapes)
+    text = compare_anchors(split.source.read(split.role), placed, shapes)
     if out is None:
         print(text.rstrip("\n"))
     else:
