@@ -72,14 +72,12 @@ SSD = SeededTransform(ssd_transforms(Stretch(IMAGE_SIZE)), Stretch(IMAGE_SIZE))
 
 def _from_pixels(samples: list[Sample]) -> dict[str, Callable[[], object]]:
     reference, last = torchvision_ssd(), torchvision_ssd(photometric_last=True)
-    bilinear = SeededTransform([SSDAugmentation(IMAGE_SIZE, interpolations=("linear",))], Stretch(IMAGE_SIZE))
     first = SeededTransform([SSDAugmentation(IMAGE_SIZE, distort_first=True)], Stretch(IMAGE_SIZE))
     steps = SeededTransform(STEP_BY_STEP, Stretch(IMAGE_SIZE))
     return {
         "torchvision v2": lambda: [_with_torchvision(reference, *sample) for sample in samples],
         "torchvision v2, photometric last": lambda: [_with_torchvision(last, *sample) for sample in samples],
         "onestage": lambda: _with_onestage(SSD, samples),
-        "onestage, bilinear only": lambda: _with_onestage(bilinear, samples),
         "onestage, photometric first": lambda: _with_onestage(first, samples),
         "onestage, step by step, bilinear": lambda: _with_onestage(steps, samples),
     }

@@ -12,7 +12,7 @@ from draws import FixedDraws
 from image_sets import noise, smooth
 
 from onestage.data.augmentation import (
-    OPENCV_CODES,
+    INTERPOLATIONS,
     SSDAugmentation,
     SSDMinIoUCrop,
     SSDPhotometricDistort,
@@ -124,7 +124,7 @@ def reference_recipe(
             y1, y2 = max(y1 - top, 0) * SIDE / height, min(y2 - top, height) * SIDE / height
             kept.append([x1, y1, x2, y2])
             rows.append(row)
-    is_mirrored, interpolation = rng.random() < 0.5, list(OPENCV_CODES.values())[rng.integers(5)]
+    is_mirrored, interpolation = rng.random() < 0.5, INTERPOLATIONS[rng.integers(5)]
     image = cv2.resize(np.rint(image).astype(np.uint8), (SIDE, SIDE), interpolation=interpolation)
     if is_mirrored:
         image = image[:, ::-1]
@@ -280,7 +280,7 @@ def test_boxes_of_the_whole_recipe_stay_sane_over_many_draws(size: tuple[int, in
         (lambda: SSDMinIoUCrop(min_ious=(0.5, 1.5)), r"min_ious must be each in \[0, 1\]"),
         (lambda: ScaleJitter(scale=(0.1, 1.0)), r"scale .* must be \[low, high\] .*, got \(0.1, 1.0\)"),
         (lambda: SSDPhotometricDistort(brightness=-1), r"brightness must be in \[0, 255\], got -1"),
-        (lambda: SSDAugmentation(32, interpolations=("bilinear",)), "interpolations must be at least one of linear"),
+        (lambda: SSDAugmentation(32, mirror_p=1.5), r"mirror_p must be in \[0, 1\], got 1.5"),
     ],
 )
 def test_settings_out_of_range_are_refused(build, message: str) -> None:

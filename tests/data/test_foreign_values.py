@@ -128,12 +128,17 @@ def coco_with_a_sub_folder(root: Path) -> None:
     edit_json(root / "annotations" / "instances_train.json", "images", [0], file_name="sub/a0.jpg")
 
 
+def yolo_folder(root: Path) -> None:
+    yolo_images(root, "images", "labels")
+    (root / "classes.txt").write_text("cat\n")
+
+
 @pytest.mark.parametrize(
     ("write", "linked"),
     [
         *[(coco_with_a_sub_folder, name) for name in ("train/sub/a0.jpg", "train/sub")],
         *[(lambda root: voc_folder(root, train="a b"), name) for name in ("JPEGImages/a.jpg", "Annotations/a.xml")],
-        *[(lambda root: yolo_images(root, "images", "labels"), name) for name in ("images/a.jpg", "labels/a.txt")],
+        *[(yolo_folder, name) for name in ("images/a.jpg", "labels/a.txt")],
     ],
 )
 def test_link_out_of_the_folder_is_refused_and_one_inside_is_fine(write, linked, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import albumentations as A
 import cv2
@@ -16,8 +16,8 @@ from onestage.errors import ConfigError, require
 LEVELS = np.arange(256, dtype=np.float32)  # every value of a uint8 channel
 DEGREES_TO_HUE = 256 / 360  # OpenCV's *_FULL conversions spread the circle over 0..255, which wraps like uint8
 
-Interpolation = Literal["linear", "area", "nearest", "cubic", "lanczos4"]
-OPENCV_CODES: dict[str, int] = {name: getattr(cv2, f"INTER_{name.upper()}") for name in get_args(Interpolation)}
+TRIALS = 50  # of a patch in each mode, as in the Caffe code
+INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_CUBIC, cv2.INTER_LANCZOS4)
 
 
 class Distortion(NamedTuple):
@@ -167,13 +167,12 @@ class SSDMinIoUCrop(WindowTransform):
 
     One of `len(min_ious) + 2` modes is chosen: the whole image; for each value a patch whose IoU with at least one
     object reaches it; any patch. As in the Caffe code the choice is uniform over the modes that find a patch in
-    `trials` attempts, and an image without objects stays whole. A patch may hold no object's centre.
+    50 attempts, and an image without objects stays whole. A patch may hold no object's centre.
 
     Args:
         min_ious: the minimum overlaps, each in [0, 1].
         scale: range of the patch's side, relative to the image's: its area is scale squared of the image's.
         aspect_ratio: range of width over height, relative to the image's own aspect ratio.
-        trials: attempts in each mode, >= 1.
         p: probability that a mode is chosen at all.
     """
 
@@ -182,7 +181,6 @@ class SSDMinIoUCrop(WindowTransform):
         min_ious: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9),
         scale: tuple[float, float] = (0.3, 1.0),
         aspect_ratio: tuple[float, float] = (0.5, 2.0),
-        trials: int = 50,
         p: float = 1.0,
     ) -> None:
         super().__init__(p=p)
@@ -192,11 +190,9 @@ class SSDMinIoUCrop(WindowTransform):
         require(is_range, f"{name}: scale", scale, "[low, high] with 0 < low <= high <= 1")
         is_range = len(aspect_ratio) == 2 and 0 < aspect_ratio[0] <= 1 <= aspect_ratio[1] < math.inf
         require(is_range, f"{name}: aspect_ratio", aspect_ratio, "[low, high] with 0 < low <= 1 <= high")
-        require(trials >= 1, f"{name}: trials", trials, ">= 1")
         self.min_ious = min_ious
         self.scale = scale
         self.aspect_ratio = aspect_ratio
-        self.trials = trials
 
     def draw(self, random: np.random.Generator, size: tuple[int, int], boxes: Boxes) -> Window:
         """Draw the patch, as a window into the image.
@@ -218,8 +214,8 @@ class SSDMinIoUCrop(WindowTransform):
         return Window(0, 0, width, height)
 
     def _draw_candidates(self, random: np.random.Generator) -> npt.NDArray[np.float64]:
-        """Return [trials, 4] patches, xyxy, relative to the image."""
-        draws = random.random((self.trials, 4))
+        """Return [TRIALS, 4] patches, xyxy, relative to the image."""
+        draws = random.random((TRIALS, 4))
         scale = self.scale[0] + draws[:, 0] * (self.scale[1] - self.scale[0])
         aspect_ratio = self.aspect_ratio[0] + draws[:, 1] * (self.aspect_ratio[1] - self.aspect_ratio[0])
         # Beyond these the patch would be wider or higher than the image. The Caffe code (util/sampler.cpp) clamps the
@@ -235,7 +231,7 @@ class View(NamedTuple):
 
     window: Window  # the part of the image's plane that fills the result
     is_mirrored: bool
-    interpolation: Interpolation
+    interpolation: int  # OpenCV's code
     distortion: Distortion | None
 
 
@@ -255,7 +251,6 @@ class SSDAugmentation(A.DualTransform):  # type: ignore[misc]  # albumentations 
         zoom_out: the canvas; null: `SSDZoomOut` with its defaults.
         crop: the patch; null: `SSDMinIoUCrop` with its defaults.
         mirror_p: probability of a horizontal flip.
-        interpolations: what to draw from, with equal chances.
         distort_first: always distort before resizing, as the Caffe code does.
         p: probability that an image is augmented; the others are stretched to the result.
     """
@@ -267,7 +262,6 @@ class SSDAugmentation(A.DualTransform):  # type: ignore[misc]  # albumentations 
         zoom_out: SSDZoomOut | None = None,
         crop: SSDMinIoUCrop | None = None,
         mirror_p: float = 0.5,
-        interpolations: tuple[Interpolation, ...] = get_args(Interpolation),
         distort_first: bool = False,
         p: float = 1.0,
     ) -> None:
@@ -276,14 +270,11 @@ class SSDAugmentation(A.DualTransform):  # type: ignore[misc]  # albumentations 
         require(image_size >= 1, f"{name}: image_size", image_size, ">= 1")
         require(0 <= mirror_p <= 1, f"{name}: mirror_p", mirror_p, "in [0, 1]")
         require(0 <= p <= 1, f"{name}: p", p, "in [0, 1]")
-        is_known = bool(interpolations) and set(interpolations) <= set(OPENCV_CODES)
-        require(is_known, f"{name}: interpolations", interpolations, f"at least one of {', '.join(OPENCV_CODES)}")
         self.image_size = image_size
         self.distort = distort or SSDPhotometricDistort()
         self.zoom_out = zoom_out or SSDZoomOut()
         self.crop = crop or SSDMinIoUCrop()
         self.mirror_p = mirror_p
-        self.interpolations = interpolations
         self.distort_first = distort_first
         self.augment_p = p  # `p` itself is albumentations' own: below 1 it would skip the resize too
 
@@ -291,7 +282,7 @@ class SSDAugmentation(A.DualTransform):  # type: ignore[misc]  # albumentations 
         """Draw everything for an image of `size` (height, width) with boxes [n, 4] xyxy, relative to it."""
         window = Window(0, 0, size[1], size[0])
         if random.random() >= self.augment_p:
-            return View(window, is_mirrored=False, interpolation="linear", distortion=None)
+            return View(window, is_mirrored=False, interpolation=cv2.INTER_LINEAR, distortion=None)
         distortion = self.distort.draw(random) if random.random() < self.distort.p else None
         if random.random() < self.zoom_out.p:
             window = self.zoom_out.draw(random, size, boxes)
@@ -299,7 +290,7 @@ class SSDAugmentation(A.DualTransform):  # type: ignore[misc]  # albumentations 
             patch = self.crop.draw(random, (window.height, window.width), into_window(boxes, window, size))
             window = Window(window.left + patch.left, window.top + patch.top, patch.width, patch.height)
         is_mirrored = bool(random.random() < self.mirror_p)
-        return View(window, is_mirrored, self.interpolations[random.integers(len(self.interpolations))], distortion)
+        return View(window, is_mirrored, INTERPOLATIONS[random.integers(len(INTERPOLATIONS))], distortion)
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """Draw the view; albumentations passes it to the two methods below."""
@@ -317,7 +308,7 @@ class SSDAugmentation(A.DualTransform):  # type: ignore[misc]  # albumentations 
         if view.distortion is not None and is_distorted_first:
             part = self.distort.apply(part, distortion=view.distortion)
         size = (target.width, target.height)
-        part = np.asarray(cv2.resize(part, size, interpolation=OPENCV_CODES[view.interpolation]), dtype=np.uint8)
+        part = np.asarray(cv2.resize(part, size, interpolation=view.interpolation), dtype=np.uint8)
         if view.distortion is not None and not is_distorted_first:
             part = self.distort.apply(part, distortion=view.distortion)
         below, right = side - target.top - target.height, side - target.left - target.width

@@ -81,26 +81,24 @@ class Stretch(Resize):
 
 
 class Letterbox(Resize):
-    """Scale every image to fit into a square, keep its aspect ratio, and fill the rest.
+    """Scale every image to fit into the middle of a square, keep its aspect ratio, and fill the rest.
 
     Args:
         size: side of the square, px, >= 1.
         fill: RGB colour of the rest, each in [0, 255].
-        centred: whether the image lies in the middle; if not, at the upper left.
     """
 
-    def __init__(self, size: int, fill: tuple[int, int, int] = MEAN_RGB, centred: bool = True) -> None:
+    def __init__(self, size: int, fill: tuple[int, int, int] = MEAN_RGB) -> None:
         require(size >= 1, "Letterbox: size", size, ">= 1")
         require_colour("Letterbox: fill", fill)
         self.size = size
         self.fill = fill
-        self.centred = centred
         self.canvases = ((size, size),)
 
     def place(self, height: int, width: int, canvas: Canvas) -> Placement:
         """Return scales and offsets; the sides are rounded to whole pixels, so the two scales differ a little."""
         new_height, new_width = scaled_size((height, width), self.size / max(height, width))
-        left, top = ((self.size - new_width) // 2, (self.size - new_height) // 2) if self.centred else (0, 0)
+        left, top = (self.size - new_width) // 2, (self.size - new_height) // 2
         return Placement(new_width / width, new_height / height, left, top)
 
 

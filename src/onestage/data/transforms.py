@@ -19,7 +19,7 @@ from onestage.data.augmentation import (
     require_rgb,
 )
 from onestage.data.images import RGBImage
-from onestage.data.resize import MEAN_RGB, Boxes, Canvas, Resize, Stretch, require_colour, scale_image
+from onestage.data.resize import MEAN_RGB, Boxes, Canvas, Resize, Stretch, scale_image
 from onestage.errors import ConfigError, OnestageError, require
 
 MIN_SIDE = 1.0  # px of the network input; a network cannot find less of an object
@@ -47,20 +47,15 @@ class ScaleJitter(WindowTransform):
 
     Args:
         scale: range of the factor on the image's sides, in [0.25, 4], uniformly distributed.
-        fill: RGB colour of the rest, each in [0, 255].
         p: probability that an image is rescaled.
     """
 
-    def __init__(
-        self, scale: tuple[float, float] = (0.5, 1.5), fill: tuple[int, int, int] = MEAN_RGB, p: float = 1.0
-    ) -> None:
+    def __init__(self, scale: tuple[float, float] = (0.5, 1.5), p: float = 1.0) -> None:
         super().__init__(p=p)
         is_range = len(scale) == 2 and 0.25 <= scale[0] <= scale[1] <= 4
         rule = "[low, high] with 0.25 <= low <= high <= 4"
         require(is_range, "ScaleJitter: scale (data.scale_jitter)", scale, rule)
-        require_colour("ScaleJitter: fill", fill)
         self.scale = scale
-        self.fill = fill
 
     def draw(self, random: np.random.Generator, size: tuple[int, int], boxes: Boxes) -> Window:
         """Draw the frame, as a window into the image or around it."""

@@ -93,8 +93,9 @@ class YOLO(Source):
         label_of_name = {name: label for label, name in enumerate(names)}
         label_of_index: dict[str | float, int] = {n: label_of_name[name] for n, name in enumerate(settings.class_names)}
         unknown_class = f"the class must be a whole number in 0..{len(names) - 1}; the first one is 0"
-        classes = lambda _: label_of_index, names, unknown_class
-        found = read_label_files(source, settings.root, listed, read, *classes, headers)
+        found = read_label_files(
+            source, settings.root, listed, read, lambda _: label_of_index, names, unknown_class, headers
+        )
         return replace(found, findings=(*found.findings, *notices))
 
     def describe(self, split: Split) -> str:
