@@ -170,7 +170,6 @@ def test_boxes_in_pixels_and_a_set_without_any_label_file_are_refused(tmp_path: 
         ("names: [cat, dog\n", r"data.yaml: is not YAML .*line 2, column 1"),
         ("names: &n [cat]\ntrain: *n\n", "aliases are not read"),
         ("names: [cat, cat]\ntrain: images/train\n", "2 classes are called 'cat'"),
-        ("names: [cat, dog]\nnc: 3\ntrain: images/train\n", "nc must be the number of names, 2, got 3"),
         ("names: {0: cat, 2: dog}\ntrain: images/train\n", "class 1 has no name; .* numbered from 0 without gaps"),
         ("names: [cat, dog]\ntrain: images/gone\n", "'images/gone' is neither a folder nor a list"),
         ("names: [cat, dog]\nval: images/train\n", r"no split 'train' \(there are: val\)"),

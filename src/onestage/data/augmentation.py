@@ -165,9 +165,9 @@ class SSDZoomOut(WindowTransform):
 class SSDMinIoUCrop(WindowTransform):
     """Keep the whole image, or a patch that overlaps an object by a minimum, or any patch (SSD section 2.2).
 
-    One of `len(min_ious) + 2` modes is chosen: the whole image; for each value a patch whose IoU with at least one
-    object reaches it; any patch. As in the Caffe code the choice is uniform over the modes that find a patch in
-    50 attempts, and an image without objects stays whole. A patch may hold no object's centre.
+    The modes are the whole image, a patch whose IoU with an object reaches each of `min_ious`, and any patch. As in the
+    Caffe code the choice is uniform over the modes that find a patch in 50 attempts, and an image without objects stays
+    whole. A patch may hold no object's centre.
 
     Args:
         min_ious: the minimum overlaps, each in [0, 1].
@@ -239,11 +239,9 @@ class SSDAugmentation(A.DualTransform):  # type: ignore[misc]  # albumentations 
     """The training augmentation of SSD (arXiv:1512.02325, sections 2.2 and 3.6, and its Caffe code) in one step.
 
     Colours are distorted, the image is zoomed out, a patch is cropped, mirrored, and stretched to the result with an
-    interpolation drawn for each image. Everything is drawn first. Then only the visible part of the image is distorted
-    and resized, once, into its place on the mean colour, so no canvas of 16 times the image's area is made.
-
-    The distortion works on the image or on the result, whichever has fewer of the visible pixels; the Caffe code
-    distorts before it resizes. They differ by rounding and saturation.
+    interpolation drawn for each image. Everything is drawn first; then only the visible part of the image is distorted
+    and resized, once, into its place on the mean colour. The distortion comes before or after the resize, whichever
+    has fewer pixels; the Caffe code distorts first. They differ by rounding and saturation.
 
     Args:
         image_size: side of the square result, px, >= 1.

@@ -60,7 +60,7 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
 
     Gray, palette, CMYK and 16-bit images are converted (16 bits by dropping the lower 8), transparency is dropped,
     and of an animation the first frame is taken. An EXIF orientation is applied, as browsers and annotation tools do,
-    unless only the stored image has the annotated size. Any number of threads may call this.
+    unless only the stored image has the annotated size.
 
     Args:
         path: the file. It is opened once, and never waited for.

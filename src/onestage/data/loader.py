@@ -38,11 +38,9 @@ logger = logging.getLogger(__name__)
 class DetectionLoader(DataLoader[Batch]):
     """Counts the batches it returns, and can start an epoch after those that a checkpoint has counted.
 
-    Nothing is loaded before the first batch is requested: Lightning creates the iterator before it sets the epoch of
-    the sampler, so workers started at once would load the order of epoch 0 when training resumes.
-
-    It takes DataLoader's own arguments, because Lightning rebuilds loaders from those. Only a loader with a
-    `TrainingSampler` has a position.
+    Nothing is loaded before the first batch is requested, because Lightning creates the iterator before it sets the
+    epoch of the sampler. It takes DataLoader's own arguments, because Lightning rebuilds loaders from those. Only a
+    loader with a `TrainingSampler` has a position.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

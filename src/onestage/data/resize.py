@@ -105,9 +105,8 @@ class Letterbox(Resize):
 class ShortestEdge(Resize):
     """Scale the shorter side of every image to one length unless the longer becomes too long; fill a canvas.
 
-    The resize of Faster R-CNN (arXiv:1506.01497) and RetinaNet, on few canvases instead of one per batch, so that
-    shapes repeat. An image lies at the upper left of the smallest canvas that holds it at its scale; if none does, it
-    shrinks to fit the canvas on which it is largest. A batch holds images of one canvas.
+    The resize of Faster R-CNN (arXiv:1506.01497) and RetinaNet, on few canvases, so that shapes repeat. An image lies
+    at the upper left of the smallest canvas on which it is largest. A batch holds images of one canvas.
 
     Args:
         shortest: length of the shorter side, px, >= 1.

@@ -105,22 +105,18 @@ def _pairs(annotations: AnnotationSet) -> tuple[npt.NDArray[np.int64], ...]:
 class TrainingSampler(DistributedSampler[tuple[int, int]]):
     """Visits the images in an order that is a function of (seed, epoch), and yields (epoch, index).
 
-    All processes together take batches of `world_size * batch_size` images from the front of that order; the rest is
-    not used in this epoch. So every process has the same number of batches, and the images of a step depend on the
-    size of the whole batch only, not on the number of processes.
+    All processes together take batches of `world_size * batch_size` images of one canvas from the front of that order;
+    the rest of each canvas is not used in this epoch. So every process has the same number of batches, and the images
+    of a step depend on the size of the whole batch only, not on the number of processes.
 
-    All images of a step have one canvas; where the resize has several, an epoch drops a rest of each.
-
-    Without `repeats` no image comes twice in an epoch. With them, an epoch shows image i `floor(repeats[i])` or one
-    more times, `repeats[i]` times on average over the epochs. Its copy number c is item (epoch, c * N + i), which
-    `DetectionDataset` augments in its own way.
+    With `repeats`, an epoch shows image i `floor(repeats[i])` or one more times. Its copy number c is item (epoch,
+    c * N + i), which `DetectionDataset` augments in its own way.
 
     Args:
         dataset: the training split, N images.
         batch_size: per process, >= 1.
         seed: of the order, >= 0.
-        rank: of this process, in [0, world_size).
-        world_size: number of processes.
+        rank, world_size: number of this process, in [0, world_size), and of all.
         repeats: [N] how many times an epoch shows each image on average, >= 0 (see `Sampling`); None: once.
 
     Raises:
@@ -198,9 +194,8 @@ def draw_copies(repeats: npt.NDArray[np.float64], generator: np.random.Generator
 class EvaluationSampler(DistributedSampler[int | None], SequentialSampler):
     """Visits every image exactly once, over all processes: process r of W takes images r, r + W, r + 2 W, ...
 
-    Nothing is repeated to make the shares equal, so processes may differ by one image. All images of a batch have one
-    canvas: those of a canvas follow each other, and the last batch of a canvas is filled with None, which yields no
-    image. So the network sees an image as it would see it alone.
+    Processes may differ by one image. All images of a batch have one canvas, so that the network sees an image as it
+    would see it alone; the last batch of a canvas is filled with None, which yields no image.
 
     A SequentialSampler, because `overfit_batches` replaces every other sampler, and all processes would get the same
     images. No batch sampler, because Lightning would rebuild it around another sampler.
@@ -208,8 +203,7 @@ class EvaluationSampler(DistributedSampler[int | None], SequentialSampler):
     Args:
         dataset: the split, N images.
         batch_size: of the loader, per process, >= 1.
-        rank: of this process, 0..world_size - 1.
-        world_size: number of processes.
+        rank, world_size: number of this process, in [0, world_size), and of all.
         is_even: whether the last images of each canvas are left out so that all shares are equal, as training needs.
 
     Raises:

@@ -254,14 +254,9 @@ def _pair(image_folder: Path, xml_folder: Path, lines: Sequence[str]) -> list[La
 
 
 def _images_by_stem(folder: Path, is_deep: bool = True) -> dict[str, str]:
-    """Return stem -> name of the images in a folder, and perhaps below it: sub/a -> sub/a.jpg.
-
-    Of several with one stem, the first known suffix counts.
-    """
-    rank = {suffix: place for place, suffix in enumerate(IMAGE_SUFFIXES)}
-    images = [Path(name) for name in _list_below(folder, IMAGE_SUFFIXES, is_deep)]
-    images.sort(key=lambda path: (rank[path.suffix.lower()], path.name), reverse=True)
-    return {path.with_suffix("").as_posix(): path.as_posix() for path in images}
+    """Return stem -> name of the images in a folder, and perhaps below it: sub/a -> sub/a.jpg."""
+    names = sorted(_list_below(folder, IMAGE_SUFFIXES, is_deep), reverse=True)  # a.jpg counts, not a.png
+    return {Path(name).with_suffix("").as_posix(): name for name in names}
 
 
 def _list_below(folder: Path, suffixes: tuple[str, ...], is_deep: bool) -> list[str]:

@@ -162,7 +162,7 @@ def read_settings(data: Path) -> YOLOSettings:
     remedy = "Write a class name on each line."
     text = read_text(names_file, AnnotationError, "the class names of a YOLO data set", remedy)
     names = text.rstrip().splitlines()  # a blank line between them is a class without name, which is refused
-    return YOLOSettings(printable(data), data, _checked_names(printable(names_file), names, None), entries)
+    return YOLOSettings(printable(data), data, _checked_names(printable(names_file), names), entries)
 
 
 def _find_names_file(folder: Path) -> Path | None:
@@ -277,7 +277,7 @@ def _read_yaml(file: Path) -> YOLOSettings:
     return YOLOSettings(
         source,
         folder if folder.is_dir() else find_below(file.parent, root) or file.parent,  # often that of another machine
-        _checked_names(source, settings["names"], settings.get("nc")),
+        _checked_names(source, settings["names"]),
         {str(k): _checked_entries(source, k, value) for k, value in settings.items() if role_of(str(k)) and value},
         int(keypoints[0]) * int(keypoints[1]),
     )
@@ -306,7 +306,7 @@ def _parse_yaml(source: str, content: bytes) -> JSONDict:
         raise malformed(source, f"is not YAML as in data.yaml: {problem[:300]}", "Correct the line.") from None
 
 
-def _checked_names(source: str, names: object, num_classes: object) -> list[str]:
+def _checked_names(source: str, names: object) -> list[str]:
     """Return the class names in order of index, given as a list or as index: name."""
     if isinstance(names, dict):
         names = [names.get(str(index)) for index in range(len(names))]
@@ -316,9 +316,6 @@ def _checked_names(source: str, names: object, num_classes: object) -> list[str]
     if "" in texts:
         problem = f"class {texts.index('')} has no name; the classes must be numbered from 0 without gaps"
         raise malformed(source, problem, "Name every class.")
-    if num_classes and to_number(num_classes) != len(texts):
-        problem = f"nc must be the number of names, {len(texts)}, got {str(num_classes)[:20]}"
-        raise malformed(source, problem, "Give every class a name, and correct nc or leave it out.")
     name, count = Counter(texts).most_common(1)[0]
     if count > 1:
         raise malformed(source, f"{count} classes are called {name!r}", "Give every class a name of its own.")
