@@ -215,6 +215,7 @@ def run_copy(program: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_core_trains_when_every_add_on_is_deleted(tmp_path: Path) -> None:
     run_copy(TRAIN_IN_PYTHON, copy_without(ADD_ONS | {"cli"}, tmp_path))
 
