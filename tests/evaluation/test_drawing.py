@@ -6,9 +6,8 @@ import torch
 from evaluation_data import annotation_set, detections, flat, random_evaluation
 from PIL import Image
 
-from onestage.errors import ResourceError
 from onestage.evaluation.analysis import analyse
-from onestage.evaluation.drawing import class_colour, draw_boxes, save_jpeg
+from onestage.evaluation.drawing import class_colour, draw_boxes
 from onestage.evaluation.figures import draw_confusion, draw_precision_recall, write_figures
 from onestage.types import PADDING, Detections
 
@@ -71,16 +70,6 @@ def test_arbitrary_boxes_and_names_stay_inside_picture(box):
         drawn = draw_boxes(grey(320, 320), NO_BOXES, NO_LABELS, found([[200.0, 5, 310, 310]], [0.9], [0]), [name])
         assert drawn.shape == (320, 320, 3)
         assert (drawn[0:12] != 127).any()  # there is no room above the box, so the name is at the upper border
-
-
-def test_jpeg_replaces_the_old_one_and_names_the_file_on_errors(tmp_path):
-    path = tmp_path / "new" / "drawn.jpg"
-    for _ in range(2):
-        save_jpeg(path, grey(30, 40))
-    assert [file.name for file in path.parent.iterdir()] == ["drawn.jpg"]
-    assert Image.open(path).size == (40, 30)
-    with pytest.raises(ResourceError, match=r"drawn\.jpg/again\.jpg"):
-        save_jpeg(path / "again.jpg", grey(30, 40))
 
 
 def test_pictures_are_written_for_any_names_and_for_nothing_found(tmp_path):
