@@ -182,6 +182,8 @@ class DetectionCLI(LightningCLI):
         if isinstance(given, DetectionDataModule):
             self.datamodule = given
         if self.command == "fit" and self.model.channels_last == "auto":
+            if self.trainer.world_size == 1:
+                self.datamodule.prepare_data()  # drawn shapes: the steps that are timed have the objects of its images
             decided = resolve_memory_format(self.model.detector, self.datamodule, self.trainer)
             self.model.channels_last = self.settings.model.channels_last = decided
             self._stored["model"]["channels_last"] = decided
