@@ -158,7 +158,7 @@ class DetectionDataset(Dataset[Sample]):
 
         The picture may be smaller than the file, as cached copies are.
         """
-        random = _generator((*key[:2], index), SUBSTITUTES)
+        first_index, random = index, None  # a generator takes longer than the header of an image
         for trial in range(MAX_SUBSTITUTES + 1):
             try:
                 pixels, original_size = self.images(index)
@@ -167,6 +167,7 @@ class DetectionDataset(Dataset[Sample]):
                 if self.on_error != "skip" or trial == MAX_SUBSTITUTES:
                     raise
                 failures.append(Failure(index, str(error)))
+            random = random or _generator((*key[:2], first_index), SUBSTITUTES)
             index = int(random.integers(len(self)))
         objects = self.annotations.objects(index)
         scales = [pixels.shape[1] / original_size[1], pixels.shape[0] / original_size[0]] * 2
