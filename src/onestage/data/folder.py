@@ -104,6 +104,5 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> lis
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if not is_hidden(name)]
-        is_image = (not is_hidden(name) and name.lower().endswith(suffixes) for name in files)
-        found += [Path(parent, name) for name, keep in zip(files, is_image, strict=True) if keep]
+        found += [Path(parent, name) for name in files if not is_hidden(name) and name.lower().endswith(suffixes)]
     return sorted(found)

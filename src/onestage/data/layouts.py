@@ -147,7 +147,7 @@ def _unknown_classes(annotations: AnnotationSet, known: Sequence[str]) -> list[F
     """Report the classes of a split that the training split, whose classes are the detector's, does not have."""
     unknown = sorted(set(annotations.class_names) - set(known))
     problem = f"the training split has no {shortened(list(map(repr, unknown)))}"
-    return [UNKNOWN_CLASS.broken(annotations.source, problem, len(unknown))] if unknown else []
+    return UNKNOWN_CLASS.counted(annotations.source, problem, len(unknown))
 
 
 def _with_categories_of(train: AnnotationSet | None, other: AnnotationSet) -> AnnotationSet:

@@ -80,8 +80,7 @@ class VOC(Source):
 
     def read(self, split: Split, class_names: Sequence[str] | None = None) -> AnnotationSet:
         """Read the XML files of a split."""
-        lists = self.lists(split) or (split,)
-        return parse_voc(self.path, lists, class_names)
+        return parse_voc(self.path, self.lists(split) or (split,), class_names)
 
     def describe(self, split: Split) -> str:
         """Return the lists of a split."""
@@ -91,13 +90,10 @@ class VOC(Source):
     def unused(self) -> list[str]:
         """Return the lists that belong to no split, without those of one class and those that overlap by definition."""
         used = {name for split in self._given for name in self.lists(split)}
-        files = (
-            (name, file)
-            for name, file in find_list_files(self.path).items()
-            if file.stem not in ("train", "val", "trainval")
-        )
-        stems = {file.stem for file in find_list_files(self.path).values()}
-        return [printable(file) for name, file in files if name not in used and not _is_of_class(file.stem, stems)]
+        files = find_list_files(self.path)
+        stems = {file.stem for file in files.values()}
+        others = [file for name, file in files.items() if name not in used and not _is_of_class(file.stem, stems)]
+        return [printable(file) for file in others if file.stem not in ("train", "val", "trainval")]
 
     def lists(self, split: Split) -> tuple[str, ...]:
         """Return the names of the lists of a split; empty if there are none."""
