@@ -101,8 +101,8 @@ def test_bad_images_are_skipped_by_doctor_and_training(tmp_path: Path) -> None:
 def test_unusual_images_are_read_some_with_a_note(tmp_path: Path) -> None:
     frames = {"save_all": True, "append_images": [Image.new("RGB", (WIDTH, HEIGHT), "blue")]}
     files = {
-        "frames.gif": (encoded(WIDTH, HEIGHT, "GIF", **frames), ""),
-        "frames.tif": (encoded(WIDTH, HEIGHT, "TIFF", **frames), ""),
+        "frames.gif": (encoded(WIDTH, HEIGHT, "GIF", **frames), "animation"),
+        "frames.tif": (encoded(WIDTH, HEIGHT, "TIFF", **frames), "animation"),
         "png.jpg": (encoded(WIDTH, HEIGHT), ""),
         "half.jpg": (turned(3), ""),
         "shown.jpg": (turned(6), ""),

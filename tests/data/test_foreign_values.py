@@ -1,5 +1,6 @@
 """Paths and scalars that other tools and systems write: one meaning each, or refused."""
 
+import json
 import math
 from pathlib import Path
 
@@ -119,6 +120,25 @@ def test_text_of_every_unicode_encoding_is_read_everywhere(tmp_path: Path, encod
         annotations = kind(tmp_path / name).read("train")
         assert len(annotations.boxes) == {"coco": 8, "voc": 2, "yolo": 1}[name]
     assert annotations.class_names == ("кот",)
+
+
+def test_flags_and_numbers_as_text_are_read_in_coco_and_voc(tmp_path: Path) -> None:
+    coco_folder(tmp_path / "coco", "train")
+    file = tmp_path / "coco" / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0] |= {"iscrowd": "1", "bbox": ["10", "20", "30", "40"], "area": "1200"}
+    content["images"][0] |= {"width": "100", "height": 80.0}
+    for entry in content["annotations"]:
+        entry["image_id"] = str(entry["image_id"])
+    file.write_text(json.dumps(content))
+    annotations = COCO(tmp_path / "coco").read("train")
+    assert annotations.is_crowd.tolist() == [True, *[False] * 7]
+    assert annotations.boxes[0].tolist() == [10, 20, 40, 60]
+    assert annotations.findings == ()
+    voc_folder(tmp_path / "voc", train="a")
+    xml = tmp_path / "voc" / "Annotations" / "a.xml"
+    xml.write_text(xml.read_text().replace("<bndbox>", "<difficult>true</difficult><bndbox>"))
+    assert VOC(tmp_path / "voc").read("train").is_difficult.tolist() == [True]
 
 
 def coco_with_a_sub_folder(root: Path) -> None:

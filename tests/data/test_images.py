@@ -108,6 +108,9 @@ def test_every_mode_and_depth_is_decoded_to_hand_computed_values(tmp_path, kind,
         np.testing.assert_allclose(image[[0, 8], [0, 8]], [expected] * 2, atol=3 if suffix == ".jpg" else 1)
         said = {finding.rule for finding in check_header(str(path)).findings}
         assert ("16 bits" in said) == (kind is np.uint16 or "16" in str(kind))
+        assert ("transparency" in said) == (
+            kind in ("LA", "RGBA") or (np.shape(colour) == (4,) and kind in (np.uint8, np.uint16))
+        )
 
 
 @pytest.mark.parametrize(("library", "kind", "colour"), FLOATS)

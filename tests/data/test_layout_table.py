@@ -301,11 +301,8 @@ CASES = {
     ),
     "YOLO: lists alone, and the system's files": Case(files(
         "Images/{a,b,c,d,@eaDir/thumb}.jpg", "Labels/{a,b,c,d}.txt",
-        texts={
-            "train.txt": "data/Images/a.jpg\r\ndata/Images/b.jpg\r\n", "valid.txt": "Images/c.jpg\nImages/d.jpg\n",
-            "classes.txt": "cat\n",
-        },
-    ), "YOLO", {"train": 2, "val": 2}),
+        texts={"train.txt": "data/Images/a.jpg\r\ndata/Images/b.jpg\r\n", "valid.txt": "Images/c.jpg\nImages/d.jpg\n"},
+    ), "YOLO", {"train": 2, "val": 2}, {"no class names"}),
     "YOLO: a YAML file of any name, and a test split that is not there": Case(files(
         "train/images/{a,b,c}.jpg", "train/labels/{a,b,c}.txt", "valid/images/{d,e,f}.jpg", "valid/labels/{d,e,f}.txt",
         texts={"mine.yaml": YAML + "test: ../test/images\n", "hyp.yaml": "lr0: 0.01\n"},
@@ -315,7 +312,10 @@ CASES = {
         lambda root: [yolo("images/train")(root), (root / "classes.txt").write_text("cat\n\ndog\n")], "YOLO", {},
         {"annotation file"}, stops=True,
     ),
-    "YOLO: no class names": Case(yolo("images", names=""), "YOLO", {}, {"annotation file"}, stops=True),
+    "YOLO: no class names, flat": Case(yolo("images", names=""), "YOLO", {"train": 3}, {"no class names"}),
+    "YOLO: neither class names nor objects": Case(
+        lambda root: yolo_images(root, "images", "labels", text=""), "YOLO", {}, {"annotation file"}, stops=True
+    ),
     "YOLO: CVAT and darknet": Case(yolo_cvat, "YOLO", {"train": 3, "val": 1}),
     "YOLO: a list of Windows": Case(
         yolo_list("C:\\sets\\mine\\images\\train\\a.jpg", "images\\train\\b.jpg", ".\\images\\train\\c.jpg"),
@@ -429,6 +429,23 @@ def test_folder_without_a_known_split_is_refused_by_both(write: Callable[[Path],
     for name in ("gone", "notes.md"):
         with pytest.raises(DataError, match=r"no such file or folder|is not a folder, JSON or YAML file"):
             recognise(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.json", {"shapes": [], "imagePath": "a.jpg"}, "no file says .* look like labelme's files"),
+        ("via/a.json", {"a.jpg1": {"regions": []}}, "no file says .*look like files of VIA"),
+        ("annotations.xml", "<annotations><image/></annotations>", "holds .*look like CVAT's own XML"),
+    ],
+)
+def test_folder_of_another_tool_is_refused_with_its_name(tmp_path: Path, name: str, content: object, kind: str) -> None:
+    for number in range(2):
+        file = tmp_path / name.replace("a.json", f"a{number}.json")
+        picture(file.with_suffix(f".{number}.jpg"))
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(DataError, match=rf"{kind}(.|\n)*(Export the data set as|Known are)"):
+        recognise(tmp_path)
 
 
 def test_labels_without_images_are_refused_as_such(tmp_path: Path) -> None:

@@ -242,20 +242,52 @@ def test_worker_that_dies_or_hangs_is_one_message(annotations, harm, exit_code, 
 
 
 @pytest.mark.parametrize("is_between_epochs", [False, True])
-def test_worker_that_dies_outside_the_loader_is_reported_by_the_next_batch(
-    annotations: AnnotationSet, is_between_epochs: bool
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGKILL, "a worker process of the loader was killed by SIGKILL"),
+        # Its batches are sent, but not the memory they lie in: torch waits for that without any timeout.
+        pytest.param(signal.SIGSTOP, "no batch came from the workers of the loader for 4 s", marks=pytest.mark.slow),
+    ],
+)
+def test_worker_that_dies_or_stops_outside_the_loader_is_reported_by_the_next_batch(
+    annotations: AnnotationSet, number: int, message: str, is_between_epochs: bool
 ) -> None:
     others = set(torch.multiprocessing.active_children())  # exceptions of earlier tests keep their workers alive
-    loader = harmful_loader(annotations, lambda: None)
+    loader = harmful_loader(annotations, lambda: None, 4.0 if number == signal.SIGSTOP else 60.0)
     iterator = iter(loader)
     for _ in range(len(loader) if is_between_epochs else 1):
         next(iterator)
     (worker,) = set(torch.multiprocessing.active_children()) - others
     time.sleep(0.5)
-    os.kill(worker.pid, signal.SIGKILL)
+    os.kill(worker.pid, number)
     time.sleep(0.5)  # a training step, which torch's own signal handler would interrupt
-    with pytest.raises(DataError, match="a worker process of the loader was killed by SIGKILL"):
+    with pytest.raises(DataError, match=message):
         list(loader if is_between_epochs else iterator)
+
+
+def test_death_in_an_idle_loader_is_explained_by_the_one_that_waits(annotations: AnnotationSet) -> None:
+    others = set(torch.multiprocessing.active_children())
+    idle = iter(harmful_loader(annotations, lambda: None))
+    next(idle)
+    (worker,) = set(torch.multiprocessing.active_children()) - others
+    waiting = iter(harmful_loader(annotations, lambda: None))
+    next(waiting)
+    os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.5)  # not join(), which would keep its death from torch
+    with pytest.raises(DataError, match="a worker process of the loader was killed by SIGKILL"):
+        list(waiting)
+
+
+def test_workers_of_a_broken_iterator_disturb_no_later_one(annotations: AnnotationSet) -> None:
+    others = set(torch.multiprocessing.active_children())
+    loader = harmful_loader(annotations, lambda: time.sleep(100), 2.0)
+    with pytest.raises(DataError, match="no batch came"):
+        list(loader)
+    assert set(torch.multiprocessing.active_children()) <= others
+    assert len(list(iter(harmful_loader(annotations, lambda: None)))) == len(loader)
+    loader.dataset.harm, loader.timeout = lambda: None, 60.0  # a busy machine may need more than 2 s
+    assert len(list(loader)) == len(loader)
 
 
 LEFT_OPEN = """

@@ -1,5 +1,6 @@
 """VOC files: their values, and what is skipped or refused."""
 
+import codecs
 from pathlib import Path
 
 import pytest
@@ -83,14 +84,27 @@ def test_years_and_splits_make_one_set(tmp_path: Path) -> None:
     assert len(VOC(tmp_path / "VOCdevkit/VOC2007", val=["trainval"]).read("val")) == 1
 
 
+def test_list_may_have_blank_lines_crlf_flags_and_spaces_in_names(tmp_path: Path) -> None:
+    write(tmp_path, {stem: xml(obj()) for stem in ("a", "b", "c", "my dog 2")})
+    content = codecs.BOM_UTF8 + b"a\r\n\r\n  b -1\r\nc  1\r\nmy dog 2\r\na\r\n"
+    (tmp_path / "ImageSets/Main/train.txt").write_bytes(content)
+    assert [Path(path).stem for path in parse_voc(tmp_path, ["train"]).image_paths] == ["a", "b", "c", "my dog 2"]
+
+
+def test_declared_latin_1_is_read(tmp_path: Path) -> None:
+    text = '<?xml version="1.0" encoding="iso-8859-1"?>' + xml(obj("bébé"))
+    write(tmp_path, {"a": text.encode("latin-1")})
+    assert parse_voc(tmp_path, ["train"]).class_names == ("bébé",)
+
+
 # -- findings that training survives -----------------------------------------------------------------------------------
 
 
-def test_zero_based_boxes_are_clipped(tmp_path: Path) -> None:
+def test_zero_based_boxes_are_clipped_with_one_warning(tmp_path: Path) -> None:
     write(tmp_path, {"a": xml(obj(box="0 0 40 60"), obj(box="0 5 40 60"))})
     annotations = parse_voc(tmp_path, ["train"])
     assert annotations.boxes.tolist() == [[0, 0, 40, 60], [0, 4, 40, 60]]
-    assert annotations.skipped == ()
+    assert [(finding.rule, finding.num_items) for finding in annotations.findings] == [("zero-based boxes", 2)]
 
 
 def test_image_without_xml_is_a_negative_unless_all_are(tmp_path: Path) -> None:

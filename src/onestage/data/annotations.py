@@ -17,6 +17,11 @@ ALWAYS_ALLOWED = 2  # bad items stop no run, unless max_bad_fraction is 0: in a 
 NUM_EXAMPLES = 5  # bad items that an error message quotes
 NUM_QUOTED = 3  # skipped items that a training quotes when it starts
 CLIP_NOTICE = 1.0  # px; rounding explains less
+OTHER_KINDS = {  # by a key of their first entry
+    "image_id": "a detections (results) file", "shapes": "labelme's files", "regions": "files of VIA",
+    "_via_img_metadata": "files of VIA", "tags": "Supervisely's files", "data": "Label Studio's own JSON",
+    "categories": "COCO's JSON", "annotations": "CreateML's annotations",
+}  # fmt: skip
 
 
 class Rule(NamedTuple):
@@ -72,13 +77,18 @@ IMAGE_SIZE_DIFFERS = Rule("image size", "skipped", "Restore the original image, 
 LEAKED_COPY = Rule("copy in two splits", "warning", "Remove it from one split, or scores are too high.")
 NOT_READ = Rule("image type not read", "warning", "Save these images as JPEG or PNG.")
 NOT_SEARCHED = Rule("linked folder", "warning", "Give that folder itself, or put its images there.")
+NO_NAMES = Rule("no class names", "warning", "Write classes.txt there, with a class name on each line.")
 NOT_USED = Rule("not used", "note", "Nothing needs to be done, unless a split should hold them.")
 DEEP_IMAGE = Rule("16 bits", "warning", "Scale the values to 0..65535 first if they end below.")
+TRANSPARENT = Rule("transparency", "note", "Nothing needs to be done, unless the shapes are drawn in it.")
+FIRST_FRAME = Rule("animation", "warning", "Only the first frame is used; save the others as separate images.")
 IMAGE_REPEATED = Rule("image listed twice", "warning", "List each image once, with all its objects.")
 ROOT_CATEGORY = Rule("root category", "note", "Nothing needs to be done.")
 BOX_CLIPPED = Rule("box clipped", "warning", "Check the width and height of these images.")
 BOX_REPEATED = Rule("box repeated", "warning", "Remove the copies; each is one more object to find.")
 BOX_TINY = Rule("box under 1 px", "warning", "Train at a larger image_size, or in tiles.")
+ZERO_BASED = Rule("zero-based boxes", "warning", "Export boxes as VOC has them, counted from 1.")
+POLYGON = Rule("outline", "note", "Nothing needs to be done: the box around it is used.")
 NO_LABEL = Rule("image without label file", "note", "They are trained on as background; check that this is meant.")
 NO_OBJECT_IMAGES = Rule("image without objects", "note", "They are trained on as background; check that this is meant.")
 MANY_OBJECTS = Rule(
@@ -312,6 +322,13 @@ def _broken_rules(clipped: npt.NDArray[np.float32], objects: ObjectColumns) -> d
     for rule, problem, holds in checks:
         rules |= dict.fromkeys(np.flatnonzero(~holds).tolist(), (rule, problem))
     return rules | {row: (OBJECT_MALFORMED, problem) for row, problem in objects.problems.items()}
+
+
+def kind_of(parsed: object) -> str:
+    """Return of which tool the content of a JSON file is, for messages; empty if unknown."""
+    entries = parsed if isinstance(parsed, list) else [parsed, *parsed.values()] if isinstance(parsed, dict) else []
+    keys = {key for entry in entries[:2] if isinstance(entry, dict) for key in entry}
+    return next((kind for key, kind in OTHER_KINDS.items() if key in keys), "")
 
 
 def malformed(place: str, problem: str, remedy: str, lines: Sequence[str] = ()) -> AnnotationError:

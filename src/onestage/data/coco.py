@@ -25,6 +25,7 @@ from onestage.files import (
     is_hidden,
     printable,
     read_file,
+    refuse_repeated_keys,
     spellings,
     to_flag,
     to_number,
@@ -40,6 +41,7 @@ MAX_SEARCHED = 500  # folders of a data set whose images are in none of the usua
 MAX_TRIED = 5  # images of which one must be on disk, to find their folder
 AREA_TOLERANCE = 0.01  # of the box's area, and 1 px^2; more is no rounding
 FRESH_COPY = "Take a fresh copy of the file, or export it again as COCO JSON, in UTF-8."
+EXPORT = "Export the data set as COCO, VOC or YOLO."
 OTHER_PATH = "Correct data.path (data.source.train, data.source.val), or take a fresh copy of the file."
 
 
@@ -202,8 +204,10 @@ def _load(annotation_file: Path) -> JSONDict:
         return read_file(annotation_file, AnnotationError, "a COCO annotation file (JSON)", OTHER_PATH)
 
     source, content = printable(annotation_file), read()
-    if len(content) < MANY_BYTES:
-        return _parse_json(source, content)
+    # Only the last of two equal keys would count. Searching all objects for them is slow.
+    hook = refuse_repeated_keys if any(content.count(f'"{name}"'.encode()) > 1 for name in TABLES) else None
+    if len(content) < MANY_BYTES or hook:
+        return _parse_json(source, content, hook)
     try:
         content = OUTLINES.sub(b"", content)
         return _parse_json(source, content)
@@ -211,12 +215,14 @@ def _load(annotation_file: Path) -> JSONDict:
         return _parse_json(source, read())  # the whole file, for the right line and column
 
 
-def _parse_json(source: str, content: bytes) -> JSONDict:
-    """Parse JSON whose top level is an object."""
+def _parse_json(source: str, content: bytes, hook: Any = None) -> JSONDict:
+    """Parse JSON whose top level is an object. hook: as `object_pairs_hook` of `json.loads`."""
+    if content[:2] in (b"PK", b"\x1f\x8b"):
+        raise malformed(source, "is compressed; it must be JSON text", "Unpack it first (unzip, gunzip).")
     is_collecting = gc.isenabled()
     gc.disable()  # there is no garbage, and searching a million new objects for it doubles the time
     try:
-        parsed = json.loads(content)
+        parsed = json.loads(content, object_pairs_hook=hook)
     except (ValueError, RecursionError) as reason:  # also for other encodings and integers of thousands of digits
         place, text = getattr(reason, "pos", 0), getattr(reason, "doc", "")
         is_cut = text and ("Unterminated" in str(reason) or len(text) - place < 16)
@@ -225,9 +231,13 @@ def _parse_json(source: str, content: bytes) -> JSONDict:
     finally:
         if is_collecting:
             gc.enable()
+    kind = rules.kind_of(parsed)
     if not isinstance(parsed, dict):
-        problem = f"the top level is a {type(parsed).__name__}; it must be an object with {', '.join(TABLES)}"
-        raise malformed(source, problem, OTHER_PATH)
+        problem = f"the top level is a {type(parsed).__name__}{f', as in {kind}' * bool(kind)}"
+        remedy = OTHER_PATH if kind in ("", rules.OTHER_KINDS["image_id"]) else EXPORT
+        raise malformed(source, f"{problem}; it must be an object with {', '.join(TABLES)}", remedy)
+    if kind and not parsed.keys() & {*TABLES}:
+        raise malformed(source, f"is not COCO JSON, it looks like {kind}", EXPORT)
     return parsed
 
 

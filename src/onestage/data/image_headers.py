@@ -61,14 +61,15 @@ def check_header(path: str, annotated_size: tuple[int, int] = (0, 0)) -> HeaderC
         return HeaderCheck(0, 0, [image_finding(path, reason)])
     height, width = (header.height, header.width) if orientation < 5 else (header.width, header.height)
     place, size = printable(path), f"is {width} x {height} px"
-    findings = []
-    if min(height, width) < MIN_IMAGE_SIDE:
-        problem = f"{size}; both sides must be at least {MIN_IMAGE_SIDE} px"
-        findings.append(rules.IMAGE_TOO_SMALL.broken(place, problem))
-    elif max(height, width) > MAX_ASPECT * min(height, width):
-        findings.append(rules.EXTREME_SHAPE.broken(place, f"{size}, over {MAX_ASPECT:g}:1"))
-    if header.is_deep:
-        findings.append(rules.DEEP_IMAGE.broken(place, "has 16 bits per channel; the upper 8 are used"))
+    short, long = sorted((height, width))
+    checks = (
+        (short < MIN_IMAGE_SIDE, rules.IMAGE_TOO_SMALL, f"{size}; both sides must be at least {MIN_IMAGE_SIDE} px"),
+        (long > MAX_ASPECT * short, rules.EXTREME_SHAPE, f"{size}, over {MAX_ASPECT:g}:1"),
+        (header.is_animated, rules.FIRST_FRAME, "has several frames or pages; the first is taken"),
+        (header.is_deep, rules.DEEP_IMAGE, "has 16 bits per channel; the upper 8 are used"),
+        (header.has_alpha, rules.TRANSPARENT, "has transparent parts; they are shown in their own colours"),
+    )
+    findings = [rule.broken(place, problem) for is_so, rule, problem in checks if is_so]
     return HeaderCheck(height, width, findings, orientation == header.orientation)
 
 
@@ -128,6 +129,8 @@ def _read_whole(path: str, stream: BinaryIO, end: bytes) -> ImageHeader:
     """Read the header of a whole image. end: its last bytes, or all of them."""
     with open_header(path, stream) as image:
         header = read_header(path, image)
+        with suppress(Exception):  # a damaged GIF; Pillow's readers raise whatever that leads them to
+            header = header._replace(is_animated=header.format != "MPO" and getattr(image, "is_animated", False))
     is_jpeg = header.format in ("JPEG", "MPO")
     if (is_jpeg and not is_whole_jpeg(end)) or (header.format == "PNG" and b"IEND\xaeB`\x82" not in end):
         problem = f"is cut off: {len(end)} bytes of {header.format} without its end"

@@ -53,6 +53,8 @@ class ImageHeader(NamedTuple):
     width: int
     orientation: int  # EXIF 1..8; 1 is upright
     is_deep: bool = False  # 16 bits per channel
+    has_alpha: bool = False
+    is_animated: bool = False  # several frames or pages; filled in by the check of headers
 
 
 def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) -> RGBImage:
@@ -116,7 +118,8 @@ def read_header(file: str | Path, image: Image.Image) -> ImageHeader:
         raise ImageError(f"{printable(file)}: {problem}.\nSave it as 8-bit RGB or gray, scaled to 0..255.")
     exif = image.info.get("exif") if image.format != "TIFF" else None  # Pillow turns TIFF itself
     is_deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-    return ImageHeader(image.format or "", height, width, _read_orientation(exif), is_deep)
+    has_alpha = image.mode.lower().endswith("a") or "transparency" in image.info
+    return ImageHeader(image.format or "", height, width, _read_orientation(exif), is_deep, has_alpha)
 
 
 def _read_orientation(exif: bytes | None) -> int:

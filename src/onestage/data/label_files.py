@@ -7,11 +7,18 @@ from typing import NamedTuple
 import numpy as np
 
 import onestage.data.annotations as rules
-from onestage.data.annotations import ImageColumns, ObjectColumns, malformed
+from onestage.data.annotations import ImageColumns, ObjectColumns, Rule, malformed
 from onestage.data.image_headers import HeaderCheck
 from onestage.errors import AnnotationError
 from onestage.files import list_files, printable, require_inside, spellings
 from onestage.types import AnnotationSet
+
+NOTES = {
+    rules.NO_LABEL: "{} images have no annotation file: without objects",
+    rules.ZERO_BASED: "{} boxes start at pixel 0, though VOC counts from 1: clipped",
+    rules.BOX_REPEATED: "{} lines occur twice in their file: read once",
+    rules.POLYGON: "{} objects are outlines: the box around each is used",
+}
 
 
 class LabelledImage(NamedTuple):
@@ -37,6 +44,7 @@ class LabelFile(NamedTuple):
 
     objects: Sequence[WrittenObject] = ()
     size: tuple[int, int] = (0, 0)  # (height, width); 0, 0 if not given
+    notes: Mapping[Rule, int] = {}  # what is read in another way than written -> number of times
 
 
 def read_label_files(
@@ -88,13 +96,13 @@ def read_label_files(
     for row, (item, is_there) in enumerate(zip(listed, has_file, strict=True)):
         if row not in skipped:
             try:
-                files[row] = read(row, item.label) if is_there else LabelFile()
+                files[row] = read(row, item.label) if is_there else LabelFile(notes={rules.NO_LABEL: 1})
             except AnnotationError as reason:
                 skipped[row] = rules.LABEL_MALFORMED.broken_by(item.label, reason)
     findings = [skipped[row] for row in sorted(skipped)]
-    num_without = sum(not has_file[row] for row in files)
-    problem = f"{num_without} images have no annotation file: without objects"
-    findings += rules.NO_LABEL.counted(source, problem, num_without)
+    for rule, problem in NOTES.items():
+        count = sum(file.notes.get(rule, 0) for file in files.values())
+        findings += rule.counted(source, problem.format(count), count)
     objects = [item for file in files.values() for item in file.objects]
     label_of_key = find_classes(objects)
     labels = np.array([label_of_key.get(item.class_key, -1) for item in objects], dtype=np.int64)

@@ -1,5 +1,6 @@
 """Recognise the format of a path and its splits, for training, doctor, anchors and convert."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,18 +11,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import FILE, UNKNOWN_CLASS, missing_classes, require_few_skipped, shortened
-from onestage.data.coco import COCO, list_annotation_files, split_name
+from onestage.data.annotations import (
+    FILE,
+    UNKNOWN_CLASS,
+    kind_of,
+    missing_classes,
+    require_few_skipped,
+    shortened,
+)
+from onestage.data.coco import COCO, EXPORT, list_annotation_files, split_name
 from onestage.data.folder import find_images
 from onestage.data.source import Source, Split as Role, role_of
 from onestage.data.voc import VOC, find_list_files, find_lists
 from onestage.data.yolo import DARKNET_FILE, LABEL_FOLDERS, YOLO, has_labels, has_settings
 from onestage.errors import DataError
-from onestage.files import as_path, only_folder, printable
+from onestage.files import as_path, is_hidden, only_folder, printable, read_text
 from onestage.types import AnnotationSet, Finding
 
 ROLES = ("train", None, "val", "test")  # the order of splits; None: a name of the user's own
 NUM_SEEN = 2000  # files of an unknown folder that are counted
+MAX_SEEN_BYTES = 1 << 20  # of a file of an unknown folder that is read
 KNOWN = (
     "Known are: COCO (a JSON file, annotations/instances_*.json, <split>/_annotations.coco.json), "
     "VOC (ImageSets/Main, VOCdevkit, or XML files beside images), "
@@ -77,15 +86,17 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
                 if find_images(path):
                     if isinstance(found, YOLO):
                         found.read("train")  # as above
-                    problem = "no file says by its name which split it is"
-                    remedy = "Give the files one by one, or call one of them train."
+                    kind = _what_it_holds(path)
+                    problem = f"no file says by its name which split it is{kind}"
+                    is_foreign = kind and "COCO" not in kind
+                    remedy = EXPORT if is_foreign else "Give the files one by one, or call one of them train."
                 raise DataError(f"{printable(path)}: {problem}.\n{remedy}")
             return found
     if folder := only_folder(path):
         return recognise(folder, image_root)
     suffixes = Counter(file.suffix.lower() or "no suffix" for file in islice(path.rglob("*.*"), NUM_SEEN))
     seen = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4)) or "nothing"
-    problem = f"is no data set that is known here; it holds {seen}"
+    problem = f"is no data set that is known here; it holds {seen}{_what_it_holds(path)}"
     raise DataError(f"{printable(path)}: {problem}.\nGive the folder of the whole data set. {KNOWN}.")
 
 
@@ -93,6 +104,19 @@ def _is_wrapped(path: Path) -> bool:
     """Tell whether all that a folder holds is the folder of a data set, not of a split or of images."""
     folder = only_folder(path)
     return folder is not None and not role_of(folder.name) and folder.name not in LABEL_FOLDERS
+
+
+def _what_it_holds(folder: Path) -> str:
+    """Return of which tool the files of a folder are, for messages; empty if that is not known."""
+    files = islice((file for kind in ("*.json", "*.xml") for file in folder.rglob(kind)), NUM_SEEN)
+    for file in islice((file for file in files if not is_hidden(file.name)), 3):
+        try:
+            content = read_text(file, DataError, "a file of annotations", "", MAX_SEEN_BYTES)
+            if kind := "CVAT's own XML" if "<annotations>" in content else kind_of(json.loads(content)):
+                return f" (they look like {kind})"
+        except (DataError, ValueError, RecursionError):
+            continue
+    return ""
 
 
 def describe_source(source: Source) -> list[str]:

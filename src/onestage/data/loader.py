@@ -1,9 +1,11 @@
 """The DataLoader of training and evaluation: resumable inside an epoch, with one message per failure."""
 
 import logging
+import math
 import os
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import active_children
@@ -21,6 +23,7 @@ from onestage.data.samplers import EvaluationSampler, TrainingSampler
 from onestage.errors import ConfigError, DataError, OnestageError, ResourceError
 from onestage.types import Batch
 
+GRACE_SECONDS = 2.0  # torch's own timeout comes first
 MAX_AUTO_WORKERS = 16  # more than one GPU needs at 200 images/s and core
 KEY_BY_FIELD = {
     "seed": "seed_everything",
@@ -51,6 +54,8 @@ class DetectionLoader(DataLoader[Batch]):
         self.unreadable: dict[int, str] = {}  # row of an image that could not be read -> the reason, in all epochs
         self._num_replaced = 0  # in this epoch; an image may be requested more than once
         self._processes: set[BaseProcess] = set()  # its workers
+        self._awaited_since = math.inf  # the time since which the next batch is awaited
+        self._is_overdue = False
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator, and therefore lazy
         """Iterate over the batches of the sampler's epoch.
@@ -83,23 +88,31 @@ class DetectionLoader(DataLoader[Batch]):
 
     def _await_batches(self, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """Iterate over what the workers deliver, and explain their deaths and timeouts."""
-        others, iterator = set(active_children()), None
+        others, iterator, is_over = set(active_children()), None, threading.Event()
+        if self.timeout:
+            threading.Thread(target=self._kill_overdue_workers, args=(is_over,), daemon=True).start()
         try:
             if any(worker.exitcode for worker in self._processes):  # active_children has kept that from torch
                 raise RuntimeError("DataLoader worker died between two epochs")
             while True:
+                self._awaited_since = time.monotonic()
                 if iterator is None:  # workers of an earlier epoch answer here that they are ready
                     iterator = _call_noticing_deaths(start)
                     self._register_workers(set(active_children()) - others)
-                yield _call_noticing_deaths(iterator.__next__)
+                loaded = _call_noticing_deaths(iterator.__next__)
+                self._awaited_since = math.inf
+                yield loaded
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:  # a dead worker's queue may be cut off, too
-            is_late = str(error).startswith("DataLoader timed out")
+            is_late = self._is_overdue or str(error).startswith("DataLoader timed out")
             explained = _late(self.timeout) if is_late else _explained(error, self._processes)
             if explained is not error:
                 self._abandon(iterator or self._iterator)
             raise explained from error
+        finally:
+            self._awaited_since = math.inf
+            is_over.set()
 
     def _register_workers(self, workers: set[BaseProcess]) -> None:
         self._processes |= workers
@@ -107,13 +120,22 @@ class DetectionLoader(DataLoader[Batch]):
             Finalize(None, _kill_workers, exitpriority=0)  # runs before multiprocessing waits for its processes
         _workers.update(workers)
 
+    def _kill_overdue_workers(self, is_over: threading.Event) -> None:
+        """Kill workers that block this process: a stopped one, in the middle of a transfer, escapes torch's timeout."""
+        while not is_over.wait(1):
+            if time.monotonic() - self._awaited_since > self.timeout + GRACE_SECONDS:
+                self._is_overdue = True
+                for worker in self._processes:
+                    worker.kill()
+                return
+
     def _abandon(self, iterator: Any) -> None:
         """Kill the workers of a broken iterator, and keep torch from reporting their deaths to the next loader."""
         for worker in self._processes:
             worker.kill()
         if iterator is not None:
             iterator._shutdown_workers()
-        self._iterator = None
+        self._iterator, self._is_overdue = None, False
         _workers.difference_update(self._processes)
         self._processes.clear()
 

@@ -302,7 +302,7 @@ def read_record(path: Path) -> LabelFile:
         for n, element in enumerate(root.findall("object"), 1)
         for corners in element.findall("bndbox") or [element]  # some tools write two; without one, there are no corners
     ]
-    return LabelFile(objects, size)
+    return LabelFile(objects, size, {rules.ZERO_BASED: sum(min(item.box[:2]) == -1 for item in objects)})
 
 
 def _read_object(element: Element, corners: Element, place: str) -> WrittenObject:

@@ -41,6 +41,7 @@ NAMES_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "_darknet.label
 DEEP_NAMES_FILES = ("*/classes.txt", "*/*/classes.txt")  # as LabelImg writes them beside the labels of each folder
 LABEL_FOLDERS = {"images": "labels", "Images": "Labels", "IMAGES": "LABELS"}
 DEEP_YAML = re.compile(rb"(?:[\[{]\s*){10}")  # thousands of brackets take the parser seconds; data.yaml has 2
+CLASS_INDEX = re.compile(r"^\s*(\d{1,4})(?:\.0*)?\s", re.MULTILINE)  # larger ones are no class indices
 MAX_SETTINGS_BYTES = 1 << 20  # ten thousand classes take a fifth of it
 MAX_SEARCHED = 100  # images of which one must have a label, to take a folder for YOLO's
 TOLERANCE = 1e-3  # of rounding, in fractions of the image
@@ -96,6 +97,9 @@ class YOLO(Source):
         found = read_label_files(
             source, settings.root, listed, read, lambda _: label_of_index, names, unknown_class, headers
         )
+        if not settings.is_named:
+            problem = f"nothing names the {len(names)} classes: they are called {shortened(names)}"
+            notices.append(rules.NO_NAMES.broken(source, problem))
         return replace(found, findings=(*found.findings, *notices))
 
     def describe(self, split: Split) -> str:
@@ -129,6 +133,7 @@ class YOLOSettings(NamedTuple):
     class_names: list[str]  # [K] in order of class index
     entries: Mapping[str, Sequence[str]]  # name of a split -> its folders and lists of images
     num_keypoint_values: int = 0  # numbers after each box in a pose data set
+    is_named: bool = True  # by a file, and not class_0, class_1, ...
 
 
 def read_settings(data: Path) -> YOLOSettings:
@@ -136,7 +141,8 @@ def read_settings(data: Path) -> YOLOSettings:
 
     Args:
         data: the YAML file; or a folder that holds one (data.yaml, dataset.yaml or yolo.yaml), or obj.data, or else
-            classes.txt or obj.names with a name on each line.
+            classes.txt or obj.names with a name on each line. Without any of these, the largest class index in the
+            label files tells how many classes there are, and they are called class_0, class_1, ...
 
     Raises:
         AnnotationError: the file is missing or malformed, or its classes are incomplete.
@@ -157,8 +163,8 @@ def read_settings(data: Path) -> YOLOSettings:
         lists = {key: [given[key]] for key in ("train", "valid", "test") if find_below(data, given.get(key))}
         entries = lists or entries
     if names_file is None:
-        remedy = f"Put {SETTINGS_FILES[0]} there, or {NAMES_FILES[0]} with a class name on each line."
-        raise malformed(printable(data), "no file names the classes", remedy)
+        settings = YOLOSettings(printable(data), data, [], entries, is_named=False)
+        return settings._replace(class_names=[f"class_{index}" for index in range(_count_classes(settings))])
     remedy = "Write a class name on each line."
     text = read_text(names_file, AnnotationError, "the class names of a YOLO data set", remedy)
     names = text.rstrip().splitlines()  # a blank line between them is a class without name, which is refused
@@ -254,6 +260,19 @@ def _has_images(path: Path, root: Path) -> bool:
     with suppress(AnnotationError, IndexError):
         line = _read_lines(path, "a list of images", "")[0]
     return line.lower().endswith(IMAGE_SUFFIXES) and find_below(root, line) is not None
+
+
+def _count_classes(settings: YOLOSettings) -> int:
+    """Return the largest class index of all label files plus one; AnnotationError if there is no label."""
+    largest = -1
+    for label in {item.label for split in settings.entries for item in list_split(settings, split)}:
+        with suppress(AnnotationError):  # reading the split reports it
+            text = read_text(label, AnnotationError, "a YOLO label file", "") if label.is_file() else ""
+            largest = max([largest, *map(int, CLASS_INDEX.findall(text))])
+    if largest < 0:
+        problem = "names no classes, and no label file has any"
+        raise malformed(settings.source, problem, f"Put {SETTINGS_FILES[0]} or {NAMES_FILES[0]} there.")
+    return largest + 1
 
 
 def _read_lines(file: Path, noun: str, remedy: str) -> list[str]:
@@ -361,24 +380,33 @@ def _read_label(path: Path, size: tuple[int, int], num_keypoint_values: int) -> 
     """Read one label file; each line counts once. size: (width, height) of the image."""
     text = read_text(path, AnnotationError, "a YOLO label file", rules.LABEL_MALFORMED.remedy)
     number_of_line: dict[tuple[str, ...], int] = {}
+    num_lines = num_outlines = 0
     for number, line in enumerate(text.splitlines(), start=1):
         if words := tuple(line.split()):
+            num_lines += 1
             number_of_line.setdefault(words, number)
-    places = ((f"{printable(path)}:{number}", words) for words, number in number_of_line.items())
-    return LabelFile([_read_line(place, words, size, num_keypoint_values) for place, words in places])
+    objects = []
+    for words, number in number_of_line.items():
+        is_outline = len(words) >= 7 and len(words) % 2 == 1 and not num_keypoint_values
+        num_outlines += is_outline
+        objects.append(_read_line(f"{printable(path)}:{number}", words, size, 5 + num_keypoint_values, is_outline))
+    notes = {rules.BOX_REPEATED: num_lines - len(objects), rules.POLYGON: num_outlines}
+    return LabelFile(objects, notes=notes)
 
 
-def _read_line(place: str, words: Sequence[str], size: tuple[int, int], num_keypoint_values: int) -> WrittenObject:
+def _read_line(
+    place: str, words: Sequence[str], size: tuple[int, int], num_columns: int, is_outline: bool
+) -> WrittenObject:
     """Read `class cx cy width height`, perhaps with keypoints after it, or `class x1 y1 x2 y2 x3 y3 ...`."""
     box: tuple[float, ...] = (nan,) * 4
     class_index, *values = map(to_number, words)
     problem = None
     if not values or not isfinite(sum(values)):
         problem = "a line must hold numbers with spaces between, class cx cy width height"
-    elif len(words) >= 7 and len(words) % 2 == 1 and not num_keypoint_values:  # an outline
+    elif is_outline:
         sides = [(min(numbers), max(numbers)) for numbers in (values[::2], values[1::2])]
         box = (*((low + high) / 2 for low, high in sides), *(high - low for low, high in sides))
-    elif len(words) == 5 + num_keypoint_values:
+    elif len(words) == num_columns:
         box = tuple(values[:4])
     else:
         problem = f"has {len(words)} columns; a line must have 5: class cx cy width height"
