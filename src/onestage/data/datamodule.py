@@ -226,7 +226,6 @@ class DetectionDataModule(LightningDataModule):
         return self._images(stage)(index).pixels
 
     def _images(self, stage: Stage, cache: CacheKind = "none") -> ImageReader:
-        """Return the reader of the images of the split that a stage reads."""
         annotations, split = self.annotations(stage), self._split_of(stage)
         if split == "predict":
             return FileReader(annotations)

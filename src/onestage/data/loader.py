@@ -165,7 +165,6 @@ class DetectionLoader(DataLoader[Batch]):
             )
 
     def _report_replaced(self) -> None:
-        """Report how many images the epoch replaced, if any."""
         num_replaced, self._num_replaced = self._num_replaced, 0
         if num_replaced:
             images: Any = self.dataset
@@ -286,7 +285,6 @@ def _kill_workers() -> None:
 
 
 def _late(timeout_seconds: float) -> DataError:
-    """Return the error about workers that delivered nothing in time."""
     return DataError(
         f"no batch came from the workers of the loader for {timeout_seconds:g} s; the disk or network drive may be "
         "slow.\nSet data.worker_timeout_seconds higher, or copy the data to a local disk; then continue with "

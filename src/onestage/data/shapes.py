@@ -142,7 +142,6 @@ def _read_settings(folder: Path) -> JSONDict | None:
 
 
 def _draw_split(folder: Path, name: str, seed: int, indices: range, max_objects: int) -> WritableSplit:
-    """Draw the images of a split and return their annotations."""
     names = [f"{index + 1:06d}.jpg" for index in indices]
     paths = [str(folder / "JPEGImages" / file_name) for file_name in names]
 

@@ -126,7 +126,6 @@ class SeededTransform:
     def _augment(
         self, image: RGBImage, boxes: Boxes, rows: npt.NDArray[np.int64], sequence: np.random.SeedSequence
     ) -> tuple[RGBImage, Boxes, npt.NDArray[np.int64]]:
-        """Apply the transforms."""
         generator = np.random.default_rng(sequence)
         height, width = image.shape[:2]
         try:

@@ -141,7 +141,6 @@ def find_list_files(root: Path) -> dict[str, Path]:
 
 
 def _set_of(file: Path) -> Path:
-    """Return the folder of the data set of a list."""
     return next(folder for folder in file.parents if folder.name not in SPLIT_FOLDER.parts)
 
 
@@ -210,7 +209,6 @@ def _list_folder(folder: Path) -> list[LabelledImage]:
 
 
 def _xml_folder(folder: Path) -> Path | None:
-    """Return the folder of the XML files of a data set."""
     folders = (folder / name for name in XML_FOLDERS)
     is_xml = (".xml", ".XML")
     return next((path for path in folders if any(name.endswith(is_xml) for name in list_files(path))), None)

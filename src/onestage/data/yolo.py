@@ -342,7 +342,6 @@ def _checked_names(source: str, names: object) -> list[str]:
 
 
 def _checked_entries(source: str, key: str, value: object) -> list[str]:
-    """Return the folders and lists of a split."""
     entries = [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, str)]
     if not entries or not all(foreign_parts(entry) or entry in (".", "./") for entry in entries):
         raise malformed(source, f"{key} must be a folder, a list file, or a list of these", f"Correct {key}.")
@@ -366,7 +365,6 @@ def _list_entry(settings: YOLOSettings, entry: str) -> dict[Path, bool]:
 
 
 def _label_folder(folder: Path, root: Path) -> Path:
-    """Return the folder of the label files of the images in a folder."""
     parts, places = folder.parts, [n for n, part in enumerate(folder.parts) if part in LABEL_FOLDERS]
     if places:
         beside = Path(*parts[: places[-1]], LABEL_FOLDERS[parts[places[-1]]], *parts[places[-1] + 1 :])
