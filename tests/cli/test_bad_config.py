@@ -90,6 +90,11 @@ def printed_config(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str,
     return dict(yaml.safe_load(capsys.readouterr().out))
 
 
+def test_configuration_that_contains_itself_is_one_message(capsys, tmp_path):
+    (tmp_path / "loop.yaml").write_text("a: &a [*a]\n")
+    assert "recursion" in message_of(capsys, "fit", "--config", str(tmp_path / "loop.yaml"))
+
+
 def test_number_that_yaml_reads_as_text_is_converted(capsys, fast_options, tmp_path):
     file = tmp_path / "more.yaml"
     file.write_text("trainer: {gradient_clip_val: 1e-4}\n")

@@ -143,7 +143,7 @@ class DetectionCLI(LightningCLI):
         """Parse; explain an error in one line."""
         try:
             self.config = parser.parse_args(args)
-        except ParsingError as error:
+        except (ParsingError, RecursionError) as error:  # an alias of YAML may stand inside of itself
             keys = [action.dest for action in self._subcommand_parsers[self.command]._actions]
             raise ConfigError(explain(str(error), self.command, args[1:], keys)) from error
 
