@@ -162,7 +162,8 @@ def test_package_and_help_import_nothing_heavy() -> None:
     program = (
         "import contextlib, io, os, sys, onestage, onestage.errors, onestage.cli, onestage.data\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
-        "    onestage.cli.main(['--help']), onestage.cli.main(['fti'])\n"
+        "    onestage.cli.main(['--help']), onestage.cli.main(['fti']), onestage.cli.main(['fit', '--help'])\n"
+        "    onestage.cli.main(['fit', '--config', 'shapes_ssd', '--trainer.max_epoch', '3'])\n"
         "assert os.environ['NO_ALBUMENTATIONS_UPDATE']\n"
         "print(*{'torch', 'numpy', 'lightning', 'albumentations', 'cv2', 'matplotlib'} & set(sys.modules))"
     )

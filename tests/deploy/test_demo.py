@@ -1,7 +1,9 @@
 """The page of `onestage demo` detects what `predict` detects."""
 
 import io
+import sys
 import threading
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -12,7 +14,7 @@ from PIL import Image
 from tiny_training import TinyDetector
 
 from onestage.data import DetectionDataModule
-from onestage.deploy.demo import DemoServer
+from onestage.deploy.demo import demo, make_app, open_port
 from onestage.deploy.predictor import Predictor
 from onestage.errors import ConfigError
 from onestage.evaluation.drawing import JPEG_QUALITY
@@ -28,11 +30,13 @@ def model() -> Predictor:
 
 @pytest.fixture(scope="module")
 def address(model):
-    with DemoServer(model, 0) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    uvicorn = pytest.importorskip("uvicorn", reason="pip install 'onestage[demo]'")
+    with open_port(0) as listener:
+        server = uvicorn.Server(uvicorn.Config(make_app(model), log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+        yield "http://{}:{}".format(*listener.getsockname())
+        server.should_exit = True
         thread.join()
 
 
@@ -74,6 +78,13 @@ def test_name_of_another_site_is_refused(address) -> None:
 
 
 @pytest.mark.parametrize("port", [None, 70000])
-def test_port_in_use_or_out_of_range_ends_with_one_message(port, model) -> None:
-    with DemoServer(model, 0) as used, pytest.raises(ConfigError, match=r"port \d+ cannot be used: .*\nGive another"):
-        DemoServer(model, port or used.server_port)
+def test_port_in_use_or_out_of_range_ends_with_one_message(port) -> None:
+    message = r"port \d+ cannot be used: .*\nGive another --port"
+    with open_port(0) as used, pytest.raises(ConfigError, match=message):
+        open_port(port or used.getsockname()[1])
+
+
+def test_missing_package_is_named_with_its_command(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ConfigError, match=r'pip install "onestage\[demo\]"'):
+        demo(ckpt_path=Path("best.ckpt"))

@@ -1,5 +1,6 @@
 """Checkpoint files: damaged, foreign and hostile ones are named and refused; writing leaves whole files."""
 
+import copy
 import errno
 import os
 import pickle
@@ -12,16 +13,17 @@ import pytest
 import torch
 from checkpoint_files import changed, contents, write
 from command_line import run
-from safetensors.torch import save_file
 from tiny_training import TinyDetector
 
 from onestage.errors import CheckpointError, ResourceError
+from onestage.reliability import checkpoints
 from onestage.reliability.checkpoints import (
     AtomicCheckpointIO,
     keep_previous,
     load_weights,
     read_checkpoint,
     require_writable,
+    stored_step,
 )
 from onestage.reliability.resume import newest_checkpoint
 from onestage.reliability.runs import take_run_folder
@@ -86,6 +88,13 @@ class Payload:
         return os.system, ("touch canary",)
 
 
+class Greedy:
+    """A pickle of some bytes that allocates 6 GiB when it is read."""
+
+    def __reduce__(self) -> tuple[Callable[[int], Any], tuple[int]]:
+        return bytearray, (6 << 30,)
+
+
 def test_pickle_that_runs_a_command_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "hostile.ckpt", changed("hyper_parameters", Payload()))
@@ -98,6 +107,13 @@ def test_pickle_that_runs_a_command_is_not_run(tmp_path, monkeypatch):
     assert Path("canary").exists()
 
 
+def test_pickle_that_allocates_gigabytes_is_not_loaded(tmp_path, monkeypatch):
+    path = write(tmp_path / "hostile.ckpt", changed("more", Greedy()))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    assert stored_step(path) == -1
+    assert "asks for memory that it does not fill" in refused(path)
+
+
 def with_pickle(checkpoint: Path, content: bytes) -> Path:
     hostile = checkpoint.with_name("hostile.ckpt")
     with zipfile.ZipFile(checkpoint) as whole, zipfile.ZipFile(hostile, "w") as changed_file:
@@ -105,6 +121,12 @@ def with_pickle(checkpoint: Path, content: bytes) -> Path:
             is_pickle = member.filename.endswith(".pkl")
             changed_file.writestr(member.filename, content if is_pickle else whole.read(member))
     return hostile
+
+
+def test_pickle_of_millions_of_empty_dictionaries_is_not_loaded(checkpoint, monkeypatch):
+    path = with_pickle(checkpoint, b"\x80\x02](" + b"}" * (2 << 20) + b"e.")  # 130 MB and a minute
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    assert "beside its tensors" in refused(path)
 
 
 def test_control_characters_of_a_checkpoint_do_not_reach_the_terminal(checkpoint, capsys):
@@ -115,25 +137,72 @@ def test_control_characters_of_a_checkpoint_do_not_reach_the_terminal(checkpoint
     assert "nothing in it was run" in printed
 
 
+def test_compressed_archive_is_refused_before_it_is_unpacked(checkpoint, monkeypatch):
+    bomb = checkpoint.with_name("bomb.ckpt")
+    with zipfile.ZipFile(checkpoint) as whole, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in whole.infolist():
+            packed.writestr(member.filename, whole.read(member))
+        packed.writestr("archive/data/999", bytes(5_000_000))
+    assert bomb.stat().st_size < 100_000
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+    assert stored_step(bomb) == -1
+    assert "is compressed" in refused(bomb)
+
+
+def test_archive_that_repeats_the_same_bytes_is_refused(checkpoint):
+    with zipfile.ZipFile(checkpoint, "a") as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        for number in range(9):
+            again = copy.copy(largest)
+            again.filename = f"archive/data/9{number}"
+            archive.filelist.append(again)
+        archive._didModify = True
+    assert "would become" in refused(checkpoint)
+
+
+@pytest.mark.parametrize("size", [100_000_000, 10**13])
+def test_expanded_tensor_is_refused_before_its_values_are_read(tmp_path, monkeypatch, capsys, size):
+    path = write(tmp_path / "hostile.ckpt", changed("state_dict", {"a": torch.zeros(1).expand(size)}))
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda _: pytest.fail("its values were read"))
+    for command in ("validate", "export"):
+        assert run(command, "--ckpt_path", str(path)) == 2
+        assert f"a tensor of {4 * size:,} bytes as `state_dict.a`, of which 4 are stored" in capsys.readouterr().err
+    assert not (tmp_path / "export").exists()
+
+
+def recursive() -> list[Any]:
+    items: list[Any] = []
+    items.append(items)
+    return items
+
+
+def doubled(levels: int) -> list[Any]:
+    items: list[Any] = [1]
+    for _ in range(levels):
+        items = [items, items]
+    return items
+
+
 @pytest.mark.parametrize(
     ("place", "value", "problem"),
     [
-        ("onestage", [1], "has not all of category_ids, class_names, detector, schema"),
-        ("onestage.class_names", ..., "has not all of category_ids, class_names, detector, schema"),
+        ("more", recursive(), "more than 1,000 values"),
+        ("state_dict.a", torch.ones(3).to_sparse(), "sparse, quantized or not on the CPU"),
+        ("onestage", [1], "a dictionary as `onestage`"),
+        ("onestage.config.model.loss_weights", torch.ones(1), "plain keys and values as `onestage.config`"),
+        ("onestage.class_names", ..., "a list of names as `onestage.class_names`"),
+        ("onestage.category_ids", 5, "a list of whole numbers as `onestage.category_ids`"),
+        ("onestage.image_size", "big", "pixels or nothing as `onestage.image_size`"),
+        ("onestage.versions", ["torch"], "versions by package"),
         ("onestage.schema", 99, f"has schema 99; this version of onestage reads schema {CHECKPOINT_SCHEMA}"),
         ("onestage", ..., "was not written by `onestage fit`"),
+        ("state_dict", [1, 2], "tensors by name as `state_dict`"),
+        ("global_step", ..., "a number of steps as `global_step`"),
     ],
 )
-def test_checkpoint_without_the_entries_of_this_version_is_refused(tmp_path, place, value, problem):
+def test_entry_of_another_type_is_refused_with_its_place(tmp_path, monkeypatch, place, value, problem):
+    monkeypatch.setattr(checkpoints, "MAX_VALUES", 1000)
     assert problem in refused(write(tmp_path / "odd.ckpt", changed(place, value)))
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.write_text("[" * 100_000), Path.touch])
-def test_weights_with_an_unreadable_description_are_refused(tmp_path, make):
-    save_file({"detector.a": torch.ones(3)}, tmp_path / "model.safetensors")
-    make(tmp_path / "model.json")
-    with pytest.raises(CheckpointError, match=r"model\.json(.|\n)*onestage export --ckpt_path"):
-        read_checkpoint(tmp_path / "model.safetensors")
 
 
 # Loading weights

@@ -1,14 +1,18 @@
 """A new run from weights: what fits is loaded, the rest starts fresh; frozen stages."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny_run
 import torch
+from command_line import REPOSITORY
 from tiny_run import folder_of
 from tiny_training import TinyDetectorWithBatchNorm
 
 from onestage.data.scenes import SHAPE_NAMES
+from onestage.data.shapes import draw_shapes
 from onestage.errors import CheckpointError, ConfigError
 from onestage.models import SSD300
 from onestage.reliability.checkpoints import read_checkpoint
@@ -98,3 +102,48 @@ def test_fit_starts_from_the_weights_of_another_run(drawn, tmp_path, capsys):
     assert names
     assert all(torch.equal(old[name], new[name]) for name in names)
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--init_from", str(best), "--resume", str(best))) == 2
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_half_of_the_drawn_classes_beats_scratch_at_equal_steps(tmp_path):
+    def fit(data: Path, experiment: str, steps: int, *options: str) -> Path:
+        words = ["fit", "--config", str(REPOSITORY / "configs" / "shapes_ssd.yaml"), "--data.path", str(data)]
+        words += ["--trainer.max_steps", str(steps), "--trainer.max_epochs", "-1", "--experiment", experiment]
+        words += [
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.check_val_every_n_epoch",
+            "100",
+            "--model.channels_last=false",
+        ]
+        words += ["--trainer.enable_progress_bar", "false", "--drawn_images", "0", "--runs_dir", str(tmp_path / "runs")]
+        assert tiny_run.onestage(*words, "--model.schedule.warmup_steps", "20", *options) == 0
+        return tmp_path / "runs" / experiment / "version_0"
+
+    def mean_average_precision(run: Path) -> float:
+        results = json.loads((run / "results.json").read_text())
+        assert len(results["per_class"]) == 3
+        return results["metrics"]["mAP"]
+
+    for name in ("one", "other"):
+        draw_shapes(tmp_path / name, num_train=400, num_val=60, seed=0)
+    first = keep_classes(tmp_path / "one", {"circle", "square", "triangle"})
+    second = keep_classes(tmp_path / "other", {"star", "ring", "cross"})
+    weights = fit(first, "first", 300) / "checkpoints" / "last.ckpt"
+    tuned = mean_average_precision(fit(second, "tuned", 60, "--init_from", str(weights)))
+    scratch = mean_average_precision(fit(second, "scratch", 60))
+    print(tuned, scratch)
+    assert tuned > scratch + 0.02
+
+
+def keep_classes(folder: Path, names: set[str]) -> Path:
+    """Remove the other classes of a drawn set from its COCO files, and its VOC lists, which would be read instead."""
+    shutil.rmtree(folder / "ImageSets", ignore_errors=True)
+    shutil.rmtree(folder / "Annotations", ignore_errors=True)
+    for file in folder.glob("annotations/*.json"):
+        content = json.loads(file.read_text())
+        content["categories"] = [entry for entry in content["categories"] if entry["name"] in names]
+        ids = {entry["id"] for entry in content["categories"]}
+        content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] in ids]
+        file.write_text(json.dumps(content))
+    return folder

@@ -58,6 +58,6 @@ def test_checkpoint_of_a_release_is_evaluated_and_exported(checkpoint, drawn, tm
     detector = ("--model.detector.class_path", "golden.GoldenDetector")
     assert onestage("validate", *options, *detector, "--ckpt_path", str(copy)) == 0
     assert onestage("export", "--ckpt_path", str(copy), "--output", str(tmp_path / "shared")) == 0
-    assert "has 'golden.GoldenDetector' as model.detector.class_path" in capsys.readouterr().out
+    assert "it names golden.GoldenDetector" in capsys.readouterr().out
     shared = tmp_path / "shared" / "model.safetensors"
     assert onestage("validate", *options, *detector, "--ckpt_path", str(shared)) == 0

@@ -102,7 +102,14 @@ def test_lengthened_run_is_continued_with_a_notice(run_folder, caplog):
     assert "trainer.max_epochs 2 -> 7; model.schedule spans the new length" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["[", "5", "[" * 500, "\0", "trainer: 5", "a" * 300_000, None])
+# A few hundred bytes of aliases that stand for 10^10 values.
+LAUGHS = "\n".join(
+    ["model:", "  l0: &l0 {a: 1}"]
+    + [f"  l{n}: &l{n} {{{', '.join(f'{k}: *l{n - 1}' for k in 'abcdefghij')}}}" for n in range(1, 11)]
+)
+
+
+@pytest.mark.parametrize("content", ["[", "5", "[" * 500, "\0", "trainer: 5", LAUGHS, "a" * 300_000, None])
 def test_unreadable_configuration_of_a_run_is_passed_over(run_folder, content):
     file = run_folder / "config.yaml"
     file.unlink()

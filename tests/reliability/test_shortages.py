@@ -101,6 +101,20 @@ def test_other_versions_of_packages_are_reported_and_another_schema_is_refused(s
     assert "schema 99" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["loops", "lr_schedulers", "callbacks", "optimizer_states"])
+def test_checkpoint_without_entries_of_lightning_is_refused_without_a_traceback(
+    place, stopped, drawn, tmp_path, capsys
+):
+    saved = torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)
+    saved[place] = {"loops": {"fit_loop": {}}, "lr_schedulers": 5, "callbacks": 5, "optimizer_states": [1]}[place]
+    path = checkpoint_files.write(tmp_path / "malformed.ckpt", saved)
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, "--resume", str(path))) == 2
+    err = capsys.readouterr().err
+    assert "Resume from" in err or "Use another one" in err
+    assert "Traceback" not in err
+
+
 def edit_a_box(data: Path) -> None:
     file = data / "annotations" / "instances_train.json"
     content = json.loads(file.read_text())

@@ -9,7 +9,7 @@ from checkpoint_files import DETECTOR, SOURCE, changed, contents, write
 from command_line import run
 
 from onestage.errors import CheckpointError
-from onestage.reliability.stored_config import config_of
+from onestage.reliability.stored_config import config_of, foreign_classes
 
 
 @pytest.fixture
@@ -87,6 +87,10 @@ def test_text_where_a_class_is_expected_is_refused(canary, place, text):
         (f"{DETECTOR}.box_loss", {"class_path": "onestage.losses.SigmoidFocalLoss"}),
         (f"{DETECTOR}.anchors", [{"class_path": "evil.Model"}]),
         (f"{SOURCE}.path", {"class_path": "evil.Model"}),
+        (f"{SOURCE}.num_val", 10**9),
+        ("onestage.config.data.image_size", 10**6),
+        ("onestage.config.data.batch_size", 10**9),
+        ("onestage.class_names", ["x"] * 30_000),
         ("onestage.class_names", ["a", "b", "\x1b[31mred"]),
         ("onestage.config", None),
     ],
@@ -116,7 +120,7 @@ def test_value_that_only_training_needs_is_not_read(canary, place, value):
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("command", ["validate", "test", "predict", "losses"])
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "losses", "export"])
 def test_no_command_imports_what_a_checkpoint_names(canary, capsys, command):
     saved = changed(f"{DETECTOR}.classification_loss", "{class_path: evil.Model}")
     path = write(canary.with_name("a.ckpt"), saved)
@@ -139,8 +143,9 @@ def test_description_beside_exported_weights_is_checked_too(canary, capsys):
 
 def test_detector_of_the_user_is_exported_with_a_notice_and_not_loaded(canary, capsys):
     path = write(canary.with_name("a.ckpt"), changed("onestage.config.model.detector.class_path", "mine.Detector"))
+    assert str(foreign_classes(path)).startswith("it names mine.Detector, not in onestage.models")
     assert run("export", "--ckpt_path", str(path), "--output", str(canary.with_name("shared"))) == 0
-    assert "has 'mine.Detector' as model.detector.class_path" in capsys.readouterr().out
+    assert "Share the run's config.yaml" in capsys.readouterr().out
     assert "mine.Detector" in refused(path)
 
 
@@ -151,3 +156,4 @@ def test_text_that_looks_like_a_class_is_kept_where_text_belongs(tmp_path):
     config = config_of(write(tmp_path / "a.ckpt", saved))
     assert config["data"]["class_names"] == names
     assert config["data"]["source"]["init_args"]["path"] == "evil.Model"
+    assert foreign_classes(tmp_path / "a.ckpt") is None

@@ -5,6 +5,8 @@ import inspect
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -119,12 +121,30 @@ def test_unexplained_lost_connection_ends_with_the_code_of_a_lost_process(monkey
         await_watchdog_verdict()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "is_launcher_alive", "code"), [("1", True, 0), ("1", False, 7), ("0", False, 0)])
+def test_process_that_lightning_started_ends_with_its_parent(rank, is_launcher_alive, code):
+    """Process 0 was started by no command of ours: its variable comes from a run around it."""
+    program = (
+        "import time; from onestage.reliability import watchdog; watchdog.CHECK_SECONDS = 0.1\n"
+        "with watchdog.processes_watched(): time.sleep(3)"
+    )
+    launcher = str(os.getpid() if is_launcher_alive else 2**22 + 1)  # above Linux's largest process number
+    environment = {**os.environ, watchdog.LAUNCHER: launcher, "LOCAL_RANK": rank}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert ("which started this one, died" in done.stderr) == (code != 0)
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [
         ("torch.distributed.distributed_c10d", "_get_default_store"),  # watchdog.py: the store that all processes share
         ("lightning.pytorch.strategies.launchers", "_SubprocessScriptLauncher.procs"),  # processes it has started
         ("lightning.pytorch.strategies", "FSDPStrategy._state_dict_type"),  # add_on.py: whole or sharded checkpoints
+        ("lightning.pytorch.trainer.connectors.checkpoint_connector", "_CheckpointConnector.restore"),  # stopping.py
         ("lightning.pytorch.loops.progress", "_ProcessedTracker.processed"),  # callbacks.py: progress in a checkpoint
         ("lightning.pytorch.cli", "LightningCLI._instantiate_trainer"),  # cli/commands.py overrides these
         ("lightning.pytorch.cli", "LightningCLI._prepare_subcommand_kwargs"),

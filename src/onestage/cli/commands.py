@@ -104,7 +104,6 @@ class DetectionCLI(LightningCLI):
         self, command: str, options: list[str], add_on: RunAddOn, data: Source | DetectionDataModule | None
     ) -> None:
         self.command, self.add_on, self._given_data = command, add_on, data
-        self._has_short_help = options[-1:] != ["all"]
         self._stored: JSONDict = {}  # `fit`: the configuration in its checkpoints
         super().__init__(
             model_class=DetectionModule,
@@ -131,8 +130,6 @@ class DetectionCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys of the run; pass classes, size and seed to where they are used."""
-        if self._has_short_help:
-            parser.command = self.command  # type: ignore[attr-defined] # a DetectionParser
         add_run_keys(parser)
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         self.add_on.add_arguments(parser)

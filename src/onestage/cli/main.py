@@ -110,6 +110,15 @@ def run(words: list[str]) -> int:
         hint = f"Did you mean: onestage {close[0]}" if close else "See: onestage --help"
         raise ConfigError(f"unknown command {words[0]!r}; the commands are {', '.join(COMMANDS)}. {hint}")
     target = COMMANDS[words[0]][0]
+    if target == TRAINER:
+        from onestage.cli.keys import help_page, require_known_keys
+
+        asked = next((place for place, word in enumerate(words) if word in ("--help", "-h")), None)
+        if asked is not None and words[asked + 1 :] != ["all"]:
+            print(help_page(words[0]))
+            return 0
+        words = words if asked is None else words[: asked + 1]
+        require_known_keys(words[0], words[1:])
     module, _, function = target.partition(":")
     command = getattr(import_module(module), function)  # seconds of imports
     if target == TRAINER:

@@ -5,7 +5,6 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from inspect import isclass, signature
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +69,9 @@ def _as_typed(key: str, options: Sequence[str]) -> str:
 
 
 def _nearest_key(key: str, known_keys: Iterable[str]) -> str:
-    """Return the known key, or argument of a public class, with the most similar spelling of all or its end, or ""."""
+    """Return the known key with the most similar spelling, as a whole or in its last part, or ""."""
     known = list(known_keys)
-    leaves = {
-        name: name for kind in _public_classes(MODULES_OF_CLASSES).values() for name in signature(kind).parameters
-    }
-    leaves |= {candidate.rpartition(".")[2]: candidate for candidate in known}
+    leaves = {candidate.rpartition(".")[2]: candidate for candidate in known}
     close = get_close_matches(key, known, 1, 0.75)
     close = close or [leaves[leaf] for leaf in get_close_matches(key.rpartition(".")[2], leaves, 1, 0.75)]
     return close[0] if close and close[0] != key else ""
@@ -83,15 +79,10 @@ def _nearest_key(key: str, known_keys: Iterable[str]) -> str:
 
 def _nearest_class(class_path: str) -> str:
     module, _, name = class_path.rpartition(".")
-    close = get_close_matches(name, _public_classes([module] if module else MODULES_OF_CLASSES), 3, 0.4)
+    modules = [sys.modules.get(known) for known in ([module] if module else MODULES_OF_CLASSES)]
+    names = [public for known in modules for public in getattr(known, "__all__", ()) if public[0].isupper()]
+    close = get_close_matches(name, names, 3, 0.4)
     return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-def _public_classes(modules: Iterable[str]) -> dict[str, type]:
-    """Return the classes by name that modules export, as far as they are imported."""
-    imported = [sys.modules[module] for module in modules if module in sys.modules]
-    found = {name: getattr(module, name) for module in imported for name in getattr(module, "__all__", ())}
-    return {name: value for name, value in found.items() if isclass(value)}
 
 
 def _wrong_type(message: str) -> str:

@@ -1,10 +1,6 @@
 """Lightning's parser with our keys, and the configuration files it reads."""
 
 import inspect
-import json
-import shutil
-import textwrap
-from argparse import SUPPRESS, HelpFormatter
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -24,10 +20,6 @@ from onestage.errors import require
 
 SHARED_CONFIG = Path("configs") / "trainer.yaml"
 STORED_CONFIG = "of_the_checkpoint.yaml"
-FREQUENT = (  # of the Trainer's keys
-    "max_epochs", "max_steps", "check_val_every_n_epoch", "log_every_n_steps", "accelerator", "devices", "precision",
-    "accumulate_grad_batches", "gradient_clip_val", "logger", "callbacks",
-)  # fmt: skip
 
 DATA_HELP = (
     "The data set: --data.path recognises COCO, VOC and YOLO; or a class of onestage.data: COCO, VOC, YOLO, Shapes, or "
@@ -40,17 +32,7 @@ yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.repres
 
 
 class DetectionParser(LightningArgumentParser):
-    """Lightning's parser; it raises instead of printing a page of usage.
-
-    Attributes:
-        command: the trainer command whose help is the short page; "": jsonargparse's help of several hundred lines.
-    """
-
-    command = ""
-
-    def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        """Return the page that --help prints."""
-        return _short_help(self) if self.command else str(super().format_help(formatter))
+    """Lightning's parser; it raises instead of printing a page of usage."""
 
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
         """Add the arguments of a class; a logger needs no save_dir, because a run has a folder."""
@@ -69,56 +51,32 @@ class ParsingError(Exception):
     """A value or key that jsonargparse rejects."""
 
 
-def _short_help(parser: DetectionParser) -> str:
-    """Return the project's own keys by group, one line each, and the names of Lightning's."""
-    width = min(max(shutil.get_terminal_size().columns, 80), 120)
-    groups: dict[str, list[str]] = {"run": []}
-    others = []
-    for action in parser._actions:
-        group, _, name = action.dest.rpartition(".")
-        if action.default == SUPPRESS or action.dest == "config":  # the help of classes, and links
-            continue
-        if group == "trainer" and name not in FREQUENT:
-            others.append(name)
-            continue
-        is_scalar = action.default is None or isinstance(action.default, int | float)
-        default = json.dumps(action.default) if is_scalar else action.default if isinstance(action.default, str) else ""
-        text = textwrap.shorten(str(action.help), width - 39, placeholder=" ...")
-        groups.setdefault(group or "run", []).append(f"{f'  --{action.dest} {default}':<38} {text}".rstrip())
-    groups["trainer"] = groups.pop("trainer")  # last
-    groups["and of Lightning's Trainer"] = textwrap.wrap(
-        ", ".join(others), width, initial_indent="  ", subsequent_indent="  "
-    )
-    command = f"onestage {parser.command}"
-    return "\n".join([
-        f"usage: {command} [--config FILE ...] [--KEY VALUE ...]",
-        "",
-        "FILE is YAML or a shipped name such as shapes_ssd. Later files override earlier ones, keys override files.",
-        *(line for group, lines in groups.items() for line in ("", f"{group}:", *lines)),
-        "",
-        f"all of the trainer, with types:  {command} --help all",
-        f"the keys of a class:             {command} --model.detector.help onestage.models.SSD300",
-        f"                                 {command} --data.source.help onestage.data.COCO",
-        "",
-    ])  # fmt: skip
-
-
 def add_run_keys(parser: LightningArgumentParser) -> None:
     """Add the keys of no class. Every command accepts all of them, so that any config.yaml fits any command."""
     for name in onestage.losses.__all__:
         getattr(onestage.losses, name)  # jsonargparse accepts the short name of an imported class only
     assert parser.groups is not None
     parser.groups["data"].title = DATA_HELP
-    name_help = "name of the run's folder; default: that of the last --config"
-    drawn_help = "number of images drawn in each evaluation; 0: no pictures"
-    anchor_help = "log which anchors the classification loss comes from"
-    batch_help = "fit with the largest data.batch_size that fits into 0.9 of the free memory, or into this many GiB"
-    parser.add_argument("--experiment", type=str | None, default=None, help=name_help)
+    parser.add_argument(  # all literal: cli/keys.py reads them
+        "--experiment",
+        type=str | None,
+        default=None,
+        help="name of the run's folder; default: that of the last --config",
+    )
     parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
-    parser.add_argument("--drawn_images", type=NonNegativeInt, default=16, help=drawn_help)
-    parser.add_argument("--anchor_statistics", type=bool, default=True, help=anchor_help)
-    auto_batch = bool | PositiveFloat
-    parser.add_argument("--auto_batch", type=auto_batch, nargs="?", const=True, default=False, help=batch_help)
+    parser.add_argument(
+        "--drawn_images",
+        type=NonNegativeInt,
+        default=16,
+        help="number of images drawn in each evaluation; 0: no pictures",
+    )
+    parser.add_argument(
+        "--anchor_statistics", type=bool, default=True, help="log which anchors the classification loss comes from"
+    )
+    parser.add_argument(
+        "--auto_batch", type=bool | PositiveFloat, nargs="?", const=True, default=False,
+        help="fit with the largest data.batch_size that fits into 0.9 of the free memory, or into this many GiB",
+    )  # fmt: skip
 
 
 def checked_seed(seed: int) -> int:

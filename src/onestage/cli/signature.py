@@ -8,6 +8,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
+from onestage.cli.keys import parse_docstring
 from onestage.errors import ConfigError
 
 
@@ -61,14 +62,6 @@ def command_parser(command: str, function: Callable[..., int]) -> CommandParser:
             settings["required"] = True
         parser.add_argument(name if is_positional else f"--{name}", **settings)
     return parser
-
-
-def parse_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """Return what stands before the sections, and the entries of `Args` by name."""
-    description = re.split(r"^(?:Args|Returns|Raises):\s*$", text, maxsplit=1, flags=re.MULTILINE)[0].strip()
-    section = re.search(r"^Args:\s*\n((?:[ ]+.*\n?|\n)*)", text, flags=re.MULTILINE)
-    entries = re.findall(r"^ {4}(\w+): ((?:.*\n?)(?:^ {6,}.*\n?)*)", section[1] if section else "", flags=re.MULTILINE)
-    return description, {name: re.sub(r"\s+", " ", entry).strip() for name, entry in entries}
 
 
 def _list_item(hint: Any) -> Any:

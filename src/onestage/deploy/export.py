@@ -29,7 +29,12 @@ def export(
         for line in export_onnx(load(ckpt_path, device="cpu"), folder):
             print(f"exported: {line}")
         return 0
+    from onestage.reliability.stored_config import foreign_classes  # seconds of imports
+
+    reason = foreign_classes(ckpt_path)  # model.json carries the configuration, but not the user's own code
     print(f"exported: {export_safetensors(ckpt_path, folder)}")
+    if reason is not None:
+        print(f"Share the run's config.yaml and your code too; the configuration in model.json is not used: {reason}.")
     return 0
 
 
@@ -47,7 +52,7 @@ def export_safetensors(checkpoint: Path, folder: Path) -> Path:
     from onestage.errors import CheckpointError
     from onestage.files import atomic_write
     from onestage.reliability.checkpoints import read_checkpoint
-    from onestage.reliability.stored_config import evaluation_part, refusals
+    from onestage.reliability.stored_config import evaluation_part
     from onestage.training.module import CHECKPOINT_KEY
 
     content = read_checkpoint(checkpoint)
@@ -64,8 +69,6 @@ def export_safetensors(checkpoint: Path, folder: Path) -> Path:
         save_file(weights, temporary, metadata={"format": "pt"})
     with atomic_write(target.with_suffix(".json")) as temporary:
         temporary.write_text(description, encoding="utf-8")
-    for refusal in refusals(ours["config"]):  # such as a class of the user's own
-        print(f"The configuration in model.json cannot be used: it {refusal}. Share config.yaml and your code too.")
     return target
 
 

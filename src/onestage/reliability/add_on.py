@@ -52,18 +52,19 @@ class Reliability(RunAddOn):
         parser.add_lightning_class_args(NonFiniteGuard, "guard")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
-        resume_help = (
-            "auto: continue the newest run of this experiment and configuration, in its folder; "
-            "PATH: continue from that checkpoint, in a new folder; none: start a new run"
+        parser.add_argument(  # all literal: cli/keys.py reads them
+            "--resume", type=str, default="none",
+            help="auto: continue the newest run of this experiment and configuration, in its folder; "
+            "PATH: continue from that checkpoint, in a new folder; none: start a new run",
+        )  # fmt: skip
+        parser.add_argument(
+            "--init_from", type=str | None, default=None,
+            help="start a new run from the weights of a checkpoint (.ckpt, .safetensors) or of torchvision "
+            "(torchvision_coco, or the path of a state dict), of the same classes or others; the rest starts fresh",
+        )  # fmt: skip
+        parser.add_argument(
+            "--allow_data_change", type=bool, default=False, help="resume although annotations or images have changed"
         )
-        init_help = (
-            "start a new run from the weights of a checkpoint (.ckpt, .safetensors) or of torchvision "
-            "(torchvision_coco, or the path of a state dict), of the same classes or others; the rest starts fresh"
-        )
-        change_help = "resume although annotations or images have changed"
-        parser.add_argument("--resume", type=str, default="none", help=resume_help)
-        parser.add_argument("--init_from", type=str | None, default=None, help=init_help)
-        parser.add_argument("--allow_data_change", type=bool, default=False, help=change_help)
 
     def before_instantiate(self, settings: Any, config: JSONDict) -> None:
         """Find the checkpoint to resume from; adopt what its run has decided for `auto`."""

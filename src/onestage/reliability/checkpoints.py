@@ -20,7 +20,11 @@ from onestage.training.module import CHECKPOINT_KEY, CHECKPOINT_SCHEMA, Detectio
 from onestage.types import JSONDict
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-MAX_JSON_BYTES = 8 << 20  # 25,000 class names need 700 kB
+MAX_VALUES = 1_000_000  # keys and values in a checkpoint, tensors counted as one; 100,000 classes need 200,000
+MAX_PICKLE_BYTES = 1 << 20  # torch takes 10 s for a million opcodes; 25,000 class names need 700 kB
+MAX_JSON_BYTES = 8 << 20  # "[],[],[]" becomes thirty times as many bytes
+MAX_CHARACTERS = 16 << 20  # of all texts, each time they are used: a pickle may repeat one a million times
+MAX_DEPTH = 100  # of nested lists and dictionaries
 SHARED_KEYS = {"schema", "detector", "class_names", "category_ids"}
 
 
@@ -67,13 +71,15 @@ def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
             f"checkpoint {str(path)[:300]} cannot be read: {error.strerror or error}.\n"
             "Check the path, and that this user may read the file and enter its folder."
         ) from error
+    fault = _find_oversized_value(checkpoint, path.stat().st_size)
     ours = checkpoint[CHECKPOINT_KEY]
-    if not isinstance(ours, dict) or not ours.keys() >= SHARED_KEYS:
-        remedy = "`onestage fit` writes checkpoints, `onestage export` a .safetensors and a .json file together."
-        raise unusable(path, f"has not all of {', '.join(sorted(SHARED_KEYS))}", remedy)
-    if ours["schema"] != CHECKPOINT_SCHEMA:
-        problem = f"has schema {ours['schema']!r:.99}; this version of onestage reads schema {CHECKPOINT_SCHEMA}"
+    schema = ours.get("schema") if isinstance(ours, dict) else CHECKPOINT_SCHEMA
+    if fault is None and schema != CHECKPOINT_SCHEMA:
+        problem = f"has schema {schema!r:.99}; this version of onestage reads schema {CHECKPOINT_SCHEMA}"
         raise unusable(path, problem, "Use the version that wrote it; its number is in the run's results.json.")
+    fault = fault or _find_wrong_type(checkpoint)
+    if fault is not None:
+        raise unusable(path, fault, "`onestage fit` does not write such a file.")
     return checkpoint
 
 
@@ -120,8 +126,9 @@ def _load_archive(path: Path, mapped: bool, check_bytes: bool = True) -> Any:
         )
     try:
         with zipfile.ZipFile(path) as archive:
+            _require_harmless(path, archive, size)
             damaged = archive.testzip() if check_bytes else None
-    except PermissionError:
+    except (CheckpointError, PermissionError):
         raise
     except Exception as error:  # zipfile, struct and zlib raise a dozen kinds between them
         raise unusable(path, f"is truncated or damaged ({size:,} bytes; {first_line(error)})") from error
@@ -135,16 +142,101 @@ def _load_archive(path: Path, mapped: bool, check_bytes: bool = True) -> Any:
         raise unusable(path, problem, remedy) from error
 
 
+def _require_harmless(path: Path, archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse what can become gigabytes: compressed and overlapping members, and buffers without content."""
+    members = archive.infolist()
+    declared = sum(member.file_size for member in members)
+    if declared > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        problem = f"is compressed: {size:,} bytes that would become {declared:,}. torch never compresses"
+        raise unusable(path, problem, "It was not unpacked. Use the file that `onestage fit` wrote.")
+    pickles = [member for member in members if member.filename.endswith(".pkl")]
+    if sum(member.file_size for member in pickles) > MAX_PICKLE_BYTES:
+        raise unusable(path, f"has more than {MAX_PICKLE_BYTES:,} bytes beside its tensors. It was not loaded")
+    # bytearray is the one callable that torch accepts and that allocates memory by itself.
+    if any(b"bytearray" in archive.read(member) for member in pickles):
+        raise unusable(path, "asks for memory that it does not fill. It was not loaded")
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     """Read the two files of `onestage export` as a checkpoint without optimizer."""
-    file = path.with_suffix(".json")
+    description = path.with_suffix(".json")
     remedy = "Both are written by: onestage export --ckpt_path runs/.../checkpoints/best.ckpt"
     try:
-        content = read_file(file, CheckpointError, "the description of the weights", remedy, MAX_JSON_BYTES)
+        content = read_file(description, CheckpointError, "the description of the weights", remedy, MAX_JSON_BYTES)
         ours, weights = json.loads(content), load_file(path)
-        return {"state_dict": weights, CHECKPOINT_KEY: ours, "global_step": ours.get("global_step", 0)}
-    except (SafetensorError, ValueError, AttributeError, RecursionError) as error:
-        raise unusable(path, f"with {file.name} cannot be read ({str(error)[:200]})", remedy) from error
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise unusable(path, f"with {description.name} cannot be read ({str(error)[:200]})", remedy) from error
+    if not isinstance(ours, dict) or not ours.keys() >= SHARED_KEYS:
+        raise unusable(description, f"has not all of {', '.join(sorted(SHARED_KEYS))}", remedy)
+    return {"state_dict": weights, CHECKPOINT_KEY: ours, "global_step": ours.get("global_step", 0)}
+
+
+def _find_oversized_value(checkpoint: dict[str, Any], file_size: int) -> str | None:
+    """Find what needs more memory than the file stores, or more time than a real checkpoint."""
+    waiting: list[tuple[str, Any, int]] = [(_short(key), value, 1) for key, value in checkpoint.items()]
+    storages: dict[int, int] = {}
+    num_values, num_characters = 0, 0
+    while waiting:
+        place, node, depth = waiting.pop()
+        num_values += 1
+        num_characters += len(node) if isinstance(node, str | bytes | bytearray) else 0
+        if num_values > MAX_VALUES or num_characters > MAX_CHARACTERS or depth > MAX_DEPTH:
+            return f"has more than {MAX_VALUES:,} values, {MAX_CHARACTERS:,} characters or {MAX_DEPTH} levels"
+        if isinstance(node, dict):
+            waiting += [(place, key, depth) for key in node]
+            waiting += [(f"{place}.{_short(key)}"[-200:], value, depth + 1) for key, value in node.items()]
+        elif isinstance(node, list | tuple):
+            waiting += [(f"{place}.{index}"[-200:], value, depth + 1) for index, value in enumerate(node)]
+        elif isinstance(node, Tensor):
+            if node.layout != torch.strided or node.device.type != "cpu" or node.is_quantized:
+                return f"has a tensor as `{place}` that is sparse, quantized or not on the CPU"
+            size, stored = node.numel() * node.element_size(), node.untyped_storage().nbytes()
+            if size > stored:
+                return f"has a tensor of {size:,} bytes as `{place}`, of which {stored:,} are stored, again and again"
+            storages[node.untyped_storage().data_ptr()] = stored
+            if sum(storages.values()) > file_size:
+                return f"has tensors of more bytes than the file, up to `{place}`"
+    return None
+
+
+def _short(key: object) -> str:
+    return key[:200] if isinstance(key, str) else type(key).__name__
+
+
+def _find_wrong_type(checkpoint: dict[str, Any]) -> str | None:
+    """Find an entry of this project, not of Lightning, that has another type."""
+    ours = checkpoint[CHECKPOINT_KEY]
+    if not isinstance(ours, dict):
+        return f"must hold a dictionary as `{CHECKPOINT_KEY}`, got {type(ours).__name__}"
+    step, side = checkpoint.get("global_step"), ours.get("image_size")
+    names, categories, config = ours.get("class_names"), ours.get("category_ids"), ours.get("config")
+    rules = {
+        "state_dict": (_is_dict_of(Tensor, checkpoint["state_dict"]), "tensors by name"),
+        "global_step": (type(step) is int and step >= 0, "a number of steps"),
+        "onestage.detector": (isinstance(ours.get("detector"), str), "a class name"),
+        "onestage.image_size": (side is None or (type(side) is int and side > 0), "pixels or nothing"),
+        "onestage.class_names": (_is_list_of(str, names), "a list of names"),
+        "onestage.category_ids": (_is_list_of(int, categories), "a list of whole numbers"),
+        "onestage.config": (config is None or _is_plain_dict(config), "plain keys and values"),
+        "onestage.versions": (_is_dict_of(str, ours.get("versions", {})), "versions by package"),
+    }
+    return next((f"must hold {rule} as `{place}`" for place, (is_right, rule) in rules.items() if not is_right), None)
+
+
+def _is_list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list | tuple) and all(type(item) is kind for item in value)
+
+
+def _is_dict_of(kind: type, value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(item, kind) for k, item in value.items())
+
+
+def _is_plain_dict(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):  # a tensor; a loop; too deep
+        return False
+    return isinstance(value, dict)
 
 
 def first_line(error: BaseException) -> str:

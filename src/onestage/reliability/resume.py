@@ -40,6 +40,7 @@ LENGTHS = ("trainer.max_epochs", "trainer.max_steps")  # a run may be lengthened
 OPTIMIZER = "optimizer_states"  # Lightning's key; missing in checkpoints that hold weights alone
 
 MAX_CONFIG_BYTES = 256 << 10  # of config.yaml; a full one has 10 kB, and YAML takes seconds for each MB
+MAX_SETTINGS = 100_000
 READ_BYTES = 2 << 30  # image files of so many bytes together are read, in seconds; of more only the sizes are compared
 READ_THREADS = 8  # a disk answers several at a time; hashing releases the interpreter lock
 
@@ -184,7 +185,9 @@ def decisive_settings(config: Any) -> dict[str, Any]:
     chosen = {key: config.get(key) for key in DECISIVE}
     chosen["trainer"] = {key: (config.get("trainer") or {}).get(key) for key in DECISIVE_IN_TRAINER}
     settings = {}
-    for key, value in _leaves(chosen):
+    for number, (key, value) in enumerate(_leaves(chosen)):
+        if number > MAX_SETTINGS:  # a few aliases can stand for billions of values
+            raise ValueError("too many values")
         name = key.rpartition(".")[2]
         if not key.startswith("data."):
             settings[key] = value
@@ -213,7 +216,9 @@ def require_resumable(
         CheckpointError: it has another model, optimizer, set of classes, kind of strategy or data set.
     """
     checkpoint = load_weights(module, path, data.class_names)
-    if OPTIMIZER not in checkpoint or "loops" not in checkpoint:  # Lightning would start at step 0, silently
+    loops = checkpoint.get("loops")
+    has_progress = isinstance(loops, dict) and bool(loops.get("fit_loop"))  # else Lightning starts at step 0, silently
+    if not isinstance(checkpoint.get(OPTIMIZER), list) or not has_progress:
         remedy = f"Resume from a last.ckpt, or start a new run from these weights: --init_from {path}"
         raise unusable(path, "holds weights alone, without the optimizer and the progress of a run", remedy)
     _require_same_strategy(path, checkpoint, strategy)
@@ -232,9 +237,12 @@ def _require_same_strategy(path: Path, checkpoint: JSONDict, strategy: Strategy)
 
     The numbers follow our two parameter groups, but under a strategy that splits weights they follow the model.
     """
-    groups = [list(group["params"]) for state in checkpoint[OPTIMIZER] for group in state["param_groups"]]
-    numbers = [number for group in groups for number in group]
-    is_split = numbers != sorted(numbers)
+    try:
+        groups = [list(group["params"]) for state in checkpoint[OPTIMIZER] for group in state["param_groups"]]
+        numbers = [number for group in groups for number in group]
+        is_split = numbers != sorted(numbers)
+    except (TypeError, KeyError) as error:
+        raise unusable(path, f"has no `{OPTIMIZER}` that `onestage fit` wrote", "Use another one.") from error
     if sum(map(bool, groups)) > 1 and is_split != shards_parameters(strategy):  # with one group the order is the same
         kinds = ("whole weights, such as ddp or one process", "split weights, such as fsdp")
         problem = f"was written by a strategy with {kinds[is_split]}; this run's has {kinds[not is_split]}"

@@ -20,7 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from onestage.errors import CancelledError, ConfigError, OnestageError, ResourceError, TerminatedError
+from onestage.errors import CancelledError, CheckpointError, ConfigError, OnestageError, ResourceError, TerminatedError
 from onestage.files import OUT_OF_SPACE
 from onestage.reliability.callbacks import LastCheckpoint, is_after_step, is_last_batch, is_training, validation_follows
 from onestage.reliability.checkpoints import BEST, LAST, first_line
@@ -170,7 +170,7 @@ def mapped_errors(batch_size_key: str = "data.batch_size") -> Iterator[None]:
     except Exception as error:
         if is_connection_lost(error):
             await_watchdog_verdict()
-        mapped = _shortage(error, batch_size_key) or _misused(error)
+        mapped = _shortage(error, batch_size_key) or _malformed_checkpoint(error) or _misused(error)
         if mapped is None:
             raise
         raise mapped from error
@@ -210,3 +210,12 @@ def _misused(error: Exception) -> ConfigError | None:
             problem = f"{name} cannot work in this run: {type(error).__name__}: {first_line(error)}"
             return ConfigError(f"{key}: {problem}\nCorrect its arguments as Lightning's manual says, or leave it out.")
     return None
+
+
+def _malformed_checkpoint(error: Exception) -> CheckpointError | None:
+    """Return an error if Lightning failed in the function that restores a checkpoint's entries, or None."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not any("checkpoint_connector.py" in frame.filename and "restore" in frame.name for frame in frames):
+        return None
+    problem = f"the checkpoint cannot be restored: an entry is malformed ({type(error).__name__}: {str(error)[:200]})"
+    return CheckpointError(f"{problem}.\nResume from another one, or start with --resume none.")

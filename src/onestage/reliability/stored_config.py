@@ -15,9 +15,13 @@ from pathlib import Path, PurePath
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from onestage.reliability.checkpoints import read_checkpoint, unusable
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from onestage.reliability.checkpoints import first_line, read_checkpoint, unusable
 from onestage.training.module import CHECKPOINT_KEY, DetectionModule
-from onestage.types import JSONDict
+from onestage.types import Detector, JSONDict
 
 DATA_MODULE = "onestage.data.DetectionDataModule"
 EVALUATION_KEYS = {
@@ -29,7 +33,16 @@ EVALUATION_KEYS = {
 }  # fmt: skip
 TRUSTED = ("onestage.models", "onestage.losses", "onestage.boxes", "onestage.data")
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+LAST_NAME = re.compile(r"[^.]*[^.\d][^.]*")  # of a place; numbers count the items of a list
+LIMITS = {
+    "image_size": 8192, "batch_size": 4096, "num_train": 100_000, "num_val": 100_000, "draw_seed": 2**32,
+    "tower_convs": 64, "depths": 64,
+}  # fmt: skip
 TRUST = "If you trust the file, give the run's own config.yaml with --config."
+MAX_NUMBER = 1_000_000
+MAX_ITEMS = 1000  # of a list
+SPARE_BYTES = 256 << 20
+MAX_CLASSES = 25_000  # the largest published detector has 9,418
 PLAIN = (str, int, float, bool, NoneType)
 SEQUENCES: tuple[Any, ...] = (list, tuple, Sequence)
 MAPPINGS: tuple[Any, ...] = (dict, Mapping)
@@ -42,9 +55,12 @@ class Refusal(NamedTuple):
 
     place: str
     value: object
+    is_foreign_class: bool = False  # it may be the user's own; the checkpoint is sound, but needs its config.yaml
 
     def __str__(self) -> str:
-        return f"has {self.value!r:.200} as {self.place}; plain values and classes of {', '.join(TRUSTED)} are read"
+        if self.is_foreign_class:
+            return f"names {self.value!r:.200} as {self.place}, which is not in {', '.join(TRUSTED)}"
+        return f"has {self.value!r:.200} as {self.place}, which is nothing that `onestage fit` stores there"
 
 
 def config_of(path: str | Path) -> JSONDict:
@@ -53,15 +69,54 @@ def config_of(path: str | Path) -> JSONDict:
     Raises:
         CheckpointError: the checkpoint is unreadable, or its configuration is malformed or holds a forbidden value.
     """
-    saved = read_checkpoint(path)[CHECKPOINT_KEY]
+    checkpoint = read_checkpoint(path)
+    saved = checkpoint[CHECKPOINT_KEY]
     config = evaluation_part(saved, path)
     for refusal in refusals(config):
         raise unusable(path, str(refusal), TRUST)
     _forget_weights(config["model"]["detector"])
-    if not all(name.isprintable() for name in saved["class_names"]):
-        raise unusable(path, "has class names with control characters", TRUST)
+    names = saved["class_names"]
+    if len(names) > MAX_CLASSES or not all(name.isprintable() for name in names):
+        raise unusable(path, f"has {len(names)} class names; at most {MAX_CLASSES} printable ones are used", TRUST)
+    _require_weights_of_the_detector(path, config["model"]["detector"], saved, checkpoint["state_dict"])
     config["data"] |= {key: saved[key] for key in ("class_names", "category_ids")}
     return config
+
+
+def _require_weights_of_the_detector(path: str | Path, node: JSONDict, saved: JSONDict, weights: JSONDict) -> None:
+    """Refuse a detector that needs much more memory than the file has weights: 25,000 classes can need 14 GB.
+
+    It is built on the device "meta", which allocates nothing.
+    """
+    given = {"num_classes": len(saved["class_names"]), "image_size": saved.get("image_size")}
+    known = _parameters(_find_class(node.get("class_path")))
+    arguments = {**(node.get("init_args") or {}), **{name: value for name, value in given.items() if name in known}}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Detector, "detector")
+    try:
+        parsed = parser.parse_object({"detector": {**node, "init_args": arguments}})
+        with torch.device("meta"):
+            detector = parser.instantiate_classes(parsed).detector
+    except Exception as error:  # any kind, from jsonargparse or the constructor
+        raise unusable(path, f"has a detector that cannot be built: {first_line(error)}", TRUST) from error
+    needed, stored = (sum(map(_num_bytes, tensors.values())) for tensors in (detector.state_dict(), weights))
+    if needed > stored + SPARE_BYTES:
+        problem = f"has a detector that needs {needed:,} bytes, and weights of {stored:,} bytes"
+        raise unusable(path, problem, "`onestage fit` does not write such a file.")
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def foreign_classes(path: str | Path) -> str | None:
+    """Return why a checkpoint needs the user's config.yaml, or None."""
+    found = list(refusals(evaluation_part(read_checkpoint(path)[CHECKPOINT_KEY], path)))
+    for refusal in found:
+        if not refusal.is_foreign_class:
+            raise unusable(path, str(refusal), TRUST)
+    names = sorted({str(refusal.value) for refusal in found})
+    return f"it names {', '.join(names)}, not in {', '.join(TRUSTED)}" if names else None
 
 
 def evaluation_part(saved: JSONDict, path: str | Path) -> JSONDict:
@@ -103,6 +158,8 @@ def _check(node: object, types: Types, place: str) -> Iterator[Refusal]:
             yield from _check_arguments(node, owner, place)
         else:
             yield Refusal(place, node)
+    elif isinstance(node, list | tuple) and len(node) > MAX_ITEMS:
+        yield Refusal(place, f"{len(node):,} items")
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
             yield from _check(value, _item_types(types, SEQUENCES), f"{place}.{index}")
@@ -110,13 +167,19 @@ def _check(node: object, types: Types, place: str) -> Iterator[Refusal]:
         is_word = any(_origin(each) is Literal and node in get_args(each) for each in types)
         if not is_word and not all(_is_plain(each) for each in types):  # the parser would read it as a class
             yield Refusal(place, node)
+    elif isinstance(node, int) and abs(node) > LIMITS.get(LAST_NAME.findall(place)[-1], MAX_NUMBER):
+        yield Refusal(place, node)
 
 
 def _check_class(node: JSONDict, types: Types, place: str) -> Iterator[Refusal]:
     name, arguments = node["class_path"], node.get("init_args") or {}
     expected = tuple(each for each in types if inspect.isclass(each) and each not in PLAIN)
     found = _find_class(name)
-    if found is None or not any(_is_kind(found, kind) for kind in expected):
+    if found is None:
+        is_foreign = isinstance(name, str) and bool(CLASS_PATH.fullmatch(name)) and not name.startswith(TRUSTED)
+        yield Refusal(f"{place}.class_path", name, is_foreign)
+        arguments = {}  # unknown without the class; its name is refused already
+    elif not any(_is_kind(found, kind) for kind in expected):
         yield Refusal(f"{place}.class_path", name)
     elif isinstance(arguments, dict):
         yield from _check_arguments(arguments, found, f"{place}.init_args")

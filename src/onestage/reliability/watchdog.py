@@ -26,9 +26,11 @@ STOPPED_SECONDS = 10.0  # a process of this machine that is stopped this long is
 SILENT_SECONDS = 120.0  # a process of another machine that sends nothing; a long call into C delays a heartbeat
 REMEDY = "Checkpoints are unchanged; start the evaluation again."
 FIT_REMEDY = "The last checkpoint is complete: continue with --resume auto."
+LAUNCHER = "ONESTAGE_LAUNCHER"  # in the environment: the process that starts the others of its machine
 
 _generation = 0  # of watch threads in this process; every process starts them in the same order
 _thread: "WatchThread | None" = None
+_watchdog_started = threading.Event()  # before it, a process knows only the one that started it
 
 
 class Peer(NamedTuple):
@@ -63,6 +65,7 @@ class Watchdog(Callback):
         remedy = FIT_REMEDY if stage == "fit" else REMEDY
         _thread = WatchThread(store, trainer.global_rank, trainer.world_size, remedy)
         _thread.start()
+        _watchdog_started.set()
         _detach_lightning_observer(trainer)
 
 
@@ -179,11 +182,26 @@ def await_watchdog_verdict() -> NoReturn:
 
 @contextlib.contextmanager
 def processes_watched() -> Iterator[None]:
-    """Let the watchdog watch until the end of the command."""
+    """Let the watchdog watch until the end of the command; end with the parent if Lightning started this process."""
     global _thread
+    launcher = os.environ.get(LAUNCHER)
+    is_child = launcher is not None and os.environ.get("LOCAL_RANK", "0") != "0"
+    if is_child:
+        threading.Thread(target=_watch_parent, args=(int(str(launcher)),), name="launcher watch", daemon=True).start()
+    else:
+        os.environ[LAUNCHER] = str(os.getpid())
     try:
         yield
     finally:
         if _thread is not None:
             _thread.leave()
             _thread = None
+        if not is_child:
+            del os.environ[LAUNCHER]
+
+
+def _watch_parent(launcher: int) -> None:
+    while not _watchdog_started.wait(CHECK_SECONDS):
+        if os.getppid() != launcher:
+            os.write(2, f"error: process {launcher}, which started this one, died, so this one ends too.\n".encode())
+            os._exit(ProcessLostError.exit_code)

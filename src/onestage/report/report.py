@@ -1,12 +1,11 @@
 """The command `onestage report`: one HTML page about a run, or about several side by side."""
 
 import base64
-import io
 import json
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -26,6 +25,7 @@ PAGE_FILE, COMPARISON_FILE = "report.html", "comparison.html"
 TEMPLATE = Path(__file__).with_name("page.html")
 MAX_BYTES = 100_000_000  # of a file of a run
 MAX_CLASSES = 20  # with a curve of their own, and in the confusion matrix: those with the most objects
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 230, 44, 8, 8, 24  # of a chart and around its axes, in its own units
 
 
 class Run(NamedTuple):
@@ -116,19 +116,23 @@ def _read_run(folder: Path) -> Run:
 
 def _describe_run(run: Run) -> JSONDict:
     """Return what the template shows of a run."""
-    from onestage.evaluation.figures import PR_FILE, training_curves
+    from onestage.evaluation.figures import training_curves
 
-    facts, classes, names = run.facts, run.results["classes"], run.results["class_names"]
+    results, facts, classes = run.results, run.facts, run.results["classes"]
+    names = results["class_names"]
     largest = sorted(range(len(names)), key=lambda label: -classes[names[label]]["num_objects"])[:MAX_CLASSES]
+    found = {f"all {len(names)} classes": results["overall"]}
+    found |= {names[label]: classes[names[label]] for label in largest}
+    precision = {name: [(n / 100, p) for n, p in enumerate(one["precision_by_recall"])] for name, one in found.items()}
     pictures = {
-        kind: [(_picture(run.folder / DATA_FOLDER / Path(image["file"]).name), image) for image in facts.get(kind, ())]
+        kind: [(_picture(run.folder, image["file"]), image) for image in facts.get(kind, ())]
         for kind in ("worst", "random")
     }
     return {
         "command": _command(run),
-        "curves": _draw(training_curves(run.rows)),
-        "precision": _picture(run.folder / PR_FILE),
-        "confused": [*sorted(largest), len(names)] if run.results["confusion"] else [],
+        "curves": [chart(f"{panel} over steps", lines) for panel, lines in training_curves(run.rows).items()],
+        "precision": chart("precision over recall, IoU 0.5", precision, (0, 1), (0, 1)),
+        "confused": [*sorted(largest), len(names)] if results["confusion"] else [],
         "images": {kind: [pair for pair in pairs if pair[0]] for kind, pairs in pictures.items()},
     }
 
@@ -143,20 +147,11 @@ def _command(run: Run) -> str:
     return f"onestage {command} --config {shlex.quote(str(file))}"
 
 
-def _picture(file: Path) -> str:
-    """Return a picture of the run as base64; empty if it is missing."""
+def _picture(folder: Path, name: str) -> str:
+    """Return a JPEG of the run as base64; empty if it is missing. Only the name counts: no path leads elsewhere."""
+    file = folder / DATA_FOLDER / Path(name).name
     content = file.read_bytes() if file.is_file() and file.stat().st_size < MAX_BYTES else b""
-    return base64.b64encode(content).decode() if content.startswith((b"\xff\xd8", b"\x89PNG")) else ""
-
-
-def _draw(curves: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
-    """Return a PNG as base64 with a panel for each group of curves; empty without any."""
-    from onestage.evaluation.figures import draw_training
-
-    picture = io.BytesIO()
-    if curves:
-        draw_training(curves).savefig(picture, format="png", dpi=100)
-    return base64.b64encode(picture.getvalue()).decode()
+    return base64.b64encode(content).decode() if content.startswith(b"\xff\xd8") else ""
 
 
 # Several runs
@@ -182,7 +177,7 @@ def _compare(runs: Sequence[Run], out: Path) -> JSONDict:
             for text, key in tables.items()
         ],
         "intervals": ["", *(_interval(runs[0], run) for run in runs[1:])],
-        "curves": _draw(curves),
+        "curves": [chart(f"{name} over steps", lines) for name, lines in curves.items()],
         "differences": config_differences([run.config for run in runs]),
         "links": [
             quote(Path(os.path.relpath(page, out.parent)).as_posix()) if page.is_file() else "" for page in pages
@@ -201,6 +196,51 @@ def _interval(first: Run, second: Run) -> str:
     low, high = difference_interval(matches[0], matches[1])
     difference = second.results["metrics"]["mAP"] - first.results["metrics"]["mAP"]
     return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+# Charts
+
+
+def chart(
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    x_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float] | None = None,
+) -> JSONDict:
+    """Return the lines of a chart as points of an SVG, with the places and texts of its ticks.
+
+    lines: name -> points (x, y); those without a finite y are left out. Ranges: of the axes; None: of the points,
+    with 0 on the y axis.
+    """
+    finite = {name: [p for p in points if p[1] is not None and math.isfinite(p[1])] for name, points in lines.items()}
+    finite = {name: points for name, points in finite.items() if points}
+    xs, ys = ([point[axis] for points in finite.values() for point in points] for axis in (0, 1))
+    (x1, x2), (y1, y2) = x_range or _range(xs), y_range or _range([0.0, *ys])
+
+    def x(value: float) -> float:
+        return round(LEFT + (value - x1) / (x2 - x1) * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(value: float) -> float:
+        return round(HEIGHT - BOTTOM - (value - y1) / (y2 - y1) * (HEIGHT - TOP - BOTTOM), 1)
+
+    return {
+        "title": title,
+        "lines": {name: " ".join(f"{x(a)},{y(b)}" for a, b in points) for name, points in finite.items()},
+        "x_ticks": [(x(value), f"{value:g}") for value in _ticks(x1, x2)],
+        "y_ticks": [(y(value), f"{value:g}") for value in _ticks(y1, y2)],
+    }
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def _ticks(low: float, high: float) -> Iterable[float]:
+    """Return three to six round numbers in a range."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = next(power * factor for factor in (5, 2, 1) if power * factor <= (high - low) / 3)
+    return [round(n * step, 12) for n in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
 
 
 def _percent(value: float | None) -> str:
