@@ -18,15 +18,6 @@ def select(boxes, scores, level_sizes=None, **changes) -> Detections:
     return select_detections(boxes, scores, level_sizes or (scores.shape[1],), SSD._replace(**changes))
 
 
-def test_overlapping_box_of_the_same_class_is_suppressed_and_of_another_class_is_kept() -> None:
-    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 10], [50, 50, 60, 60]]])
-    scores = torch.tensor([[[0.9, 0.0], [0.8, 0.0], [0.0, 0.7], [0.005, 0.6]]])
-    found = select(boxes, scores, max_detections=5)
-    assert_close(found.scores, torch.tensor([[0.9, 0.7, 0.6, 0.0, 0.0]]))
-    assert found.labels.tolist() == [[0, 1, 1, PADDING, PADDING]]
-    assert found.boxes.tolist() == [[[0, 0, 10, 10], [0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 0, 0], [0, 0, 0, 0]]]
-
-
 def test_iou_at_the_threshold_is_kept_and_score_at_the_threshold_is_not() -> None:
     boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 5], [30, 0, 40, 10]]])
     scores = torch.tensor([[[0.75], [0.5], [0.25]]])

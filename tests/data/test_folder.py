@@ -28,11 +28,6 @@ def test_images_of_a_folder_and_those_below_it_are_sorted_and_numbered(tmp_path:
     assert (annotations.class_names, annotations.category_ids) == (("cat", "dog"), (1, 2))
 
 
-def test_a_single_image_is_a_set_of_one(tmp_path: Path) -> None:
-    touch(tmp_path / "photo")  # whatever its name: the decoder will tell
-    assert ImageFolder(tmp_path / "photo").read("test").image_paths.tolist() == [str(tmp_path / "photo")]
-
-
 def test_what_is_not_read_is_named_or_counted_and_a_link_back_ends(tmp_path: Path) -> None:
     touch(tmp_path / "a.jpg")
     (tmp_path / "again").symlink_to(tmp_path)
