@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from onestage.cli.commands import DetectionCLI
 from onestage.losses import ClassificationLoss
+from onestage.reliability.add_on import Reliability
 from onestage.training.ema import ExponentialMovingAverage
 from onestage.types import DetectionData, Detector
 
@@ -29,7 +30,7 @@ class Built(DetectionCLI):
 
 def build(options: list[str], tmp_path: Path, command: str = "fit") -> Built:
     options = [*options, "--runs_dir", str(tmp_path / "runs"), "--trainer.accelerator", "cpu"]
-    return Built(command, [*options, "--model.channels_last", "false"])  # auto would time it
+    return Built(command, [*options, "--model.channels_last", "false"], Reliability(), None)  # auto would time it
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
