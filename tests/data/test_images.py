@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -189,6 +190,14 @@ def test_palettes_of_any_depth_give_their_colours(tmp_path: Path, mode: str, suf
         assert read_image(path)[8, 8].tolist() == list(GREEN)
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".tif", ".png"])
+def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    path = tmp_path / f"a{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], **({"lossless": True} if suffix == ".webp" else {}))
+    np.testing.assert_array_equal(read_image(path), np.asarray(frames[0]))
+
+
 def test_of_several_jpegs_in_one_file_the_first_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     picture().save(path, "MPO", save_all=True, append_images=[Image.new("RGB", (64, 48))], quality=95)
@@ -233,3 +242,26 @@ def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str, fraction: floa
         read_image(path)
     assert str(path) in str(caught.value)
     assert "Replace the file" in str(caught.value)
+
+
+def test_a_jpeg_cut_in_the_middle_is_refused_even_if_its_thumbnail_is_whole(tmp_path: Path) -> None:
+    content = jpeg_bytes(400, 400, exif=b"Exif\0\0" + jpeg_bytes(16, 16))
+    (tmp_path / "whole.jpg").write_bytes(content)
+    assert read_image(tmp_path / "whole.jpg").shape == (400, 400, 3)
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) * 3 // 4])
+    with pytest.raises(ImageError, match=r"cut\.jpg: is cut off or damaged"):
+        read_image(tmp_path / "cut.jpg")
+
+
+def png_header(width: int, height: int) -> bytes:
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+@pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (8_001, 8_000)])
+def test_a_header_that_claims_too_many_pixels_is_refused_before_decoding(tmp_path, monkeypatch, width, height) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(width, height) + b"\0\0\0\0IDAT")
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match=r"bomb\.png: claims .* at most 64 million(.|\n)*Shrink"):
+        read_image(path)

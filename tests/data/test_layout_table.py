@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
-from bad_data import doctor
+from bad_data import doctor, found
 from jsonargparse import ArgumentParser
 from layout_files import (
     LABEL,
@@ -18,12 +19,15 @@ from layout_files import (
     edit_json,
     picture,
     voc_folder,
+    voc_image,
+    voc_lists,
     yolo_images,
 )  # fmt: skip
+from PIL import Image
 
 from onestage.convert.conversion import convert_splits
 from onestage.data import DetectionDataModule
-from onestage.data.layouts import find_splits, read_splits, recognise
+from onestage.data.layouts import describe_source, find_splits, read_splits, recognise
 from onestage.doctor.anchors import find_anchors
 from onestage.doctor.checks import Diagnosis, examine
 from onestage.errors import ConfigError, DataError
@@ -172,6 +176,16 @@ def edited(split: str, table: str, rows: list[int] | slice = slice(None), **valu
     return coco_pair(lambda root: edit_json(root / f"annotations/instances_{split}.json", table, rows, **values))
 
 
+def with_image(image: Image.Image, name: str) -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        image.save(root / "train" / name)
+        file = root / "annotations" / "instances_train.json"
+        edit_json(file, "images", [0], file_name=name, width=image.width, height=image.height)
+        edit_json(file, "annotations", [0, 1], bbox=[1, 1, 10, 10], area=100)
+
+    return coco_pair(write)
+
+
 def two_missing_and_two_torn(root: Path) -> None:
     for number in range(4):
         path = root / "train" / f"a{number}.jpg"
@@ -197,6 +211,19 @@ def unused_files(root: Path) -> None:
     (root / "images" / "train" / "photo.avif").write_bytes(b"AVIF")
     for name in ("more/x.jpg", "more/y.jpg"):
         picture(root / name)
+
+
+def copied(root: Path) -> None:
+    shutil.copyfile(root / "train" / "a1.jpg", root / "val" / "a2.jpg")
+
+
+FLOAT = Image.fromarray(np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40))
+
+
+DEEP = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
+
+
+RED = Image.new("RGBA", (40, 30), (255, 0, 0, 0))
 
 
 FOURS = {"train": 4, "val": 4}
@@ -325,6 +352,10 @@ CASES = {
         yolo_list("images/x.jpg", "../../y.jpg"), "YOLO", {}, {"annotation file"}, stops=True
     ),
     "YOLO: valid beside val": Case(yolo("images/train", "images/val", "images/valid"), "YOLO", PAIR, unused=4),
+    "a copy in two splits": Case(coco_pair(copied), "COCO", FOURS, {"copy in two splits"}),
+    "a float TIFF": Case(with_image(FLOAT, "f.tif"), "COCO", {"train": 3, "val": 4}, {"image unreadable"}, unused=1),
+    "a 16-bit PNG": Case(with_image(DEEP, "f.png"), "COCO", FOURS, {"16 bits"}, unused=1),
+    "a transparent PNG": Case(with_image(RED, "f.png"), "COCO", FOURS, {"transparency"}, unused=1),
     "one image in two splits": Case(
         lambda root: voc_folder(root, train="a b", val="b c"), "VOC", {"train": 2, "val": 2},
         {"same images in two splits"},
@@ -464,6 +495,17 @@ def test_of_several_settings_files_one_must_be_given(tmp_path: Path) -> None:
     assert read_splits(find_splits([tmp_path / "b.yml"]))[0].annotations is not None
 
 
+def test_command_counts_what_is_unused_and_says_how_to_train(tmp_path: Path) -> None:
+    unused_files(tmp_path)
+    code, report = doctor(tmp_path)
+    assert (code, report["training_command"]) == (0, f"make train DATA={tmp_path}")
+    problems = " ".join(finding["problem"] for finding in found(report, "not used"))
+    for words in ("2 images are in no split", "1 images are of a type that is not read (.avif)", "gone.txt"):
+        assert words in problems
+    lines = describe_source(recognise(tmp_path))
+    assert [line.partition(":")[0].strip() for line in lines] == [f"YOLO data set {tmp_path}", "train", "val"]
+
+
 def test_command_for_several_files_trains_on_them(tmp_path: Path) -> None:
     coco_folder(tmp_path, "train2017", "val2017", "mine")
     files = [tmp_path / "annotations" / f"instances_{name}.json" for name in ("val2017", "train2017", "mine")]
@@ -479,6 +521,18 @@ def test_command_for_several_files_trains_on_them(tmp_path: Path) -> None:
     assert [str(tmp_path / f"{name}2017/a0.jpg") for name in ("train", "val")] == [
         str(data.annotations(stage).image_paths[0]) for stage in ("train", "val")
     ]
+
+
+def test_voc_splits_get_one_order_of_classes(tmp_path: Path) -> None:
+    voc_image(tmp_path, "a", name="dogs")
+    voc_image(tmp_path, "b", name="dog")
+    voc_lists(tmp_path, train="a", val="b")
+    train, val = read_splits(find_splits([tmp_path]))
+    assert train.annotations is not None
+    assert val.annotations is not None
+    assert train.annotations.class_names == val.annotations.class_names == ("dog", "dogs")
+    assert (train.annotations.labels.tolist(), val.annotations.labels.tolist()) == ([1], [0])
+    assert "'dog' (nearest: 'dogs')" in val.findings[0].problem
 
 
 def test_settings_that_name_no_split_are_refused_with_the_key(tmp_path: Path) -> None:

@@ -110,6 +110,17 @@ def test_copies_add_up_whatever_rounding_does_to_the_sum(fraction: float) -> Non
         assert number >= int(repeats.sum() + 1e-6)
 
 
+@pytest.mark.parametrize("num_images", [7, 8, 13])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_evaluation_visits_every_image_exactly_once(num_images: int, world_size: int) -> None:
+    images = Images(num_images)
+    samplers = [EvaluationSampler(images, batch_size=3, rank=r, world_size=world_size) for r in range(world_size)]
+    shares = [list(sampler) for sampler in samplers]
+    assert sorted(index for share in shares for index in share) == list(range(num_images))
+    assert [len(sampler) for sampler in samplers] == [len(share) for share in shares]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 2), (2, 1), (2, 3), (3, 2)])
 @pytest.mark.parametrize("is_even", [False, True])
 def test_evaluation_batches_have_one_canvas(world_size: int, batch_size: int, is_even: bool) -> None:

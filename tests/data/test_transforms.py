@@ -200,3 +200,13 @@ def test_mosaic_in_the_dataset_has_the_labels_of_its_images(annotations: Annotat
                 assert sample.image[0, row, column] == levels[label]  # the object's own image is at its place
             partners.update(sample.labels.tolist())
     assert set(partners) == {0, 1, 2, 3, 4, IGNORE}
+
+
+def test_mixup_has_the_objects_of_two_images(annotations: AnnotationSet) -> None:
+    mixed = dataset(annotations, mixup=1.0)
+    for epoch in range(10):
+        sample = mixed[epoch, 0]
+        assert len(sample.labels) == 2
+        assert sample.labels[0] == 0
+        other = 5 if sample.labels[1] == IGNORE else int(sample.labels[1])
+        assert sample.image.float().mean() == pytest.approx(20 * other, abs=8 * other)

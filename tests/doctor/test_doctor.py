@@ -60,6 +60,15 @@ def test_clean_data_set_is_reported_with_its_counts(tmp_path, capsys):
     assert (coverage["detector"], coverage["image_size"], coverage["by_size"][0]) == ("SSD300", 300, None)
 
 
+def test_class_name_cannot_colour_the_terminal(tmp_path, capsys):
+    content = coco_content()
+    content["categories"][0]["name"] = "\x1b[31mcat\n"
+    assert main(["doctor", str(write_coco(tmp_path, content))]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert "'\\x1b[31mcat'" in text
+
+
 def test_exit_code_follows_the_worst_finding(tmp_path, capsys):
     content = clean_content()
     content["annotations"][1]["bbox"] = [90, 70, 40, 40]  # clipped: a warning

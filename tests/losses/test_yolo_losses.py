@@ -3,8 +3,30 @@ import math
 import torch
 from torch.testing import assert_close
 
-from onestage.losses import ObjectSoftmaxLoss
-from onestage.types import BACKGROUND
+from onestage.boxes.coders import GridBoxCoder
+from onestage.losses import GridBoxLoss, ObjectSoftmaxLoss, SquaredGridBoxLoss, SquaredObjectnessLoss
+from onestage.types import BACKGROUND, IGNORE, Anchors
+
+ANCHORS = Anchors(torch.tensor([[16.0, 16.0, 10.0, 20.0]] * 2), torch.tensor([32.0] * 2), (2,))
+
+
+def test_grid_box_losses_equal_hand_computed_values_and_skip_other_anchors() -> None:
+    gt_boxes = torch.tensor([[[3.0, 6.0, 13.0, 26.0], [0.0, 0.0, 0.0, 0.0]]])  # centre (8, 16): sigmoids 1/4, 1/2
+    outputs = torch.tensor([[[0.0, 0.0, 0.2, -0.4], [5.0, 5.0, 5.0, 5.0]]], requires_grad=True)
+    is_positive = torch.tensor([[True, False]])
+    sizes = (0.2**2 + 0.4**2) / 2
+    found = GridBoxLoss().per_anchor_loss(outputs, gt_boxes, ANCHORS, GridBoxCoder(), is_positive)
+    assert_close(found, torch.tensor([[2 * math.log(2) + sizes, 0.0]]))
+    found = SquaredGridBoxLoss()(outputs, gt_boxes, ANCHORS, GridBoxCoder(), is_positive)
+    assert_close(found, torch.tensor(0.25**2 / 2 + sizes))
+    found.backward()
+    assert (outputs.grad[0, 1] == 0).all()
+
+
+def test_squared_objectness_is_half_the_weighted_squared_error_to_the_iou() -> None:
+    logits, labels = torch.zeros(1, 3, 1), torch.tensor([[0, BACKGROUND, IGNORE]])
+    found = SquaredObjectnessLoss().anchor_losses(logits, labels, torch.tensor([[0.8, 0.0, 0.0]]))
+    assert_close(found, torch.tensor([[5 * 0.3**2 / 2, 0.5**2 / 2, 0.0]]))
 
 
 def test_object_softmax_has_no_background() -> None:

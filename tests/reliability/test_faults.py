@@ -1,5 +1,6 @@
 """Faults of processes: kills, signals, lost and different ones among several."""
 
+import csv
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from tiny_run import break_method, fail_with, folder_of, is_same_end
 
 from onestage import cli
 from onestage.errors import ConfigError
+from onestage.reliability import stopping
 from onestage.reliability.callbacks import ConfigInCheckpoint
 from onestage.reliability.checkpoints import read_checkpoint
 from onestage.reliability.resume import newest_checkpoint
@@ -86,6 +88,20 @@ def test_signal_saves_that_step_and_ends_with_its_code(number, code, drawn, tmp_
 
 
 @pytest.mark.slow
+def test_second_sigterm_and_one_inside_the_save_change_nothing(drawn, tmp_path, monkeypatch):
+    sync = tiny_run.at_call(1, lambda: tiny_run.send(signal.SIGTERM), os.fsync)
+
+    def stop() -> None:
+        for _ in range(2):
+            tiny_run.send(signal.SIGTERM)
+        monkeypatch.setattr(os, "fsync", sync)  # the next one is in the save
+
+    break_method(monkeypatch, "training_step", 3, stop)
+    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 143
+    assert newest_checkpoint(folder_of(tmp_path) / "checkpoints").global_step == 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_while_stopping_ends_at_once_with_whole_files(first, drawn, tmp_path):
     signals = lambda: [tiny_run.send(number) for number in (first, signal.SIGINT)]  # noqa: E731
@@ -99,6 +115,19 @@ def test_ctrl_c_before_the_command_runs_is_one_line(command, monkeypatch, capsys
     monkeypatch.setattr(cli.main.__globals__["sys"].modules[cli.main.__module__], "run", fail_with(KeyboardInterrupt()))
     assert cli.main([command]) == 130
     assert capsys.readouterr().err == "error: interrupted.\n"
+
+
+def test_signal_during_the_exchange_of_signals_is_kept(monkeypatch):
+    stop = stopping.StopOnSignal(None)
+
+    def minimum(value: int) -> int:
+        stop._store_signal(signal.SIGTERM, None)
+        return value
+
+    monkeypatch.setattr(stop, "_minimum", minimum)
+    assert not stop._all_agree(SimpleNamespace())
+    assert stop.received == signal.SIGTERM
+    assert stop._all_agree(SimpleNamespace())  # after the next step
 
 
 @pytest.mark.slow
@@ -158,6 +187,16 @@ def test_processes_with_different_configurations_are_refused(monkeypatch):
         ConfigInCheckpoint({}, decisive).setup(SimpleNamespace(world_size=3), None, "fit")
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda gathered, own: gathered.__setitem__(0, own))
     ConfigInCheckpoint({}, decisive).setup(SimpleNamespace(world_size=1), None, "fit")
+
+
+@pytest.mark.slow
+def test_kill_in_the_save_after_a_validation_leaves_one_row_of_it(drawn, tmp_path):
+    command = tiny_run.words(drawn, tmp_path, "--resume", "auto", epochs=1)
+    assert tiny_run.end_of_child(command, "write", 10) == -signal.SIGKILL  # 7 steps, before the validation, best, last
+    assert tiny_run.onestage(*command) == 0
+    with (folder_of(tmp_path) / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val/mAP"]]
+    assert len({row["step"] for row in rows}) == len(rows)
 
 
 @pytest.mark.slow

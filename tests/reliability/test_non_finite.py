@@ -1,5 +1,6 @@
 """The guard against non-finite values: no step, checkpoint or resume lets one pass; each is explained."""
 
+import errno
 import json
 import math
 import os
@@ -86,6 +87,23 @@ def test_fourth_skipped_step_in_a_row_ends_the_run_with_all_facts(tmp_path):
     facts = diagnosis["latest"][0]["processes"][0]
     assert (facts["loss"], facts["learning_rates"], facts["precision"]) == ("nan", [0.1, 0.1], "32-true")
     assert facts["boxes"] == boxes_of(2, 0, 0)
+
+
+def test_full_disk_for_the_diagnosis_is_reported_and_training_continues(tmp_path, monkeypatch):
+    replace, guard = os.replace, NonFiniteGuard()
+
+    def refuse(source, target) -> None:
+        if Path(target).name == "skipped_steps.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.warns(UserWarning, match=r"is skipped .* See .*skipped_steps\.json: cannot be written: the disk"):
+        train(tmp_path, {1: "nan loss", 2: "nan loss"}, num_steps=4, guard=guard)
+    assert guard.num_skipped == 2
+    assert list(tmp_path.glob("*skipped*")) == []
+    with pytest.raises(NonFiniteError, match=r"All details: .*skipped_steps\.json: cannot be written"):
+        train(tmp_path, {1: "nan loss"}, guard=NonFiniteGuard(max_skipped_steps=0))
 
 
 def test_max_skipped_steps_zero_ends_at_the_first(tmp_path):

@@ -215,6 +215,13 @@ def test_changed_box_or_label_changes_the_data_fingerprint_alone(folder):
         assert after["image_fingerprint"] == before["image_fingerprint"]
 
 
+def test_fifo_in_place_of_an_image_does_not_block(folder):
+    annotations = read(folder)
+    image(folder).unlink()
+    os.mkfifo(str(annotations.image_paths[2]))
+    assert fingerprints(annotations)["image_fingerprint"].startswith("bytes:")
+
+
 def test_only_sizes_of_a_large_set_are_compared(folder, monkeypatch):
     total = sum(Path(path).stat().st_size for path in read(folder).image_paths.tolist())
     monkeypatch.setattr(resume, "READ_BYTES", total)

@@ -119,6 +119,19 @@ def test_committed_page_is_written_from_the_committed_table(script, monkeypatch,
     assert pictures == {path.name for path in (ROOT / "docs" / "images").glob("loss_comparison*.png")}
 
 
+def test_losses_are_drawn_against_the_imbalance_once_seeds_tell_the_noise(script, plan_file, tmp_path):
+    from comparison import write_page
+
+    plan = script.read_plan(plan_file)
+    plan["groups"]["b"]["losses"] = {"focal": {}, "mining": {}}
+    plan["groups"]["b"]["conditions"].append({"data.batch_size": 2})
+    ratios = {"{}": 10.0, STRICT: 300.0, '{"data.batch_size": 2}': 50.0}
+    rows = [outcome(one, 0.4 + 0.01 * one.seed, ratios[one.condition]) for one in script.trainings(plan)]
+    write_page(plan, [{key: str(value) for key, value in row.items()} for row in rows], tmp_path)
+    assert "](images/loss_comparison_b.png)" in (tmp_path / "loss_comparison.md").read_text()
+    assert (tmp_path / "images" / "loss_comparison_b.png").stat().st_size > 1000
+
+
 @pytest.mark.slow
 def test_trainings_fill_the_table(script, plan_file, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
