@@ -532,7 +532,7 @@ def test_voc_splits_get_one_order_of_classes(tmp_path: Path) -> None:
     assert val.annotations is not None
     assert train.annotations.class_names == val.annotations.class_names == ("dog", "dogs")
     assert (train.annotations.labels.tolist(), val.annotations.labels.tolist()) == ([1], [0])
-    assert "'dog' (nearest: 'dogs')" in val.findings[0].problem
+    assert "has no 'dog'" in val.findings[0].problem
 
 
 def test_settings_that_name_no_split_are_refused_with_the_key(tmp_path: Path) -> None:
