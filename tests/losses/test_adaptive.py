@@ -52,6 +52,7 @@ def test_gamma_is_unchanged_by_batches_without_objects_evaluation_and_no_grad() 
 def test_running_mean_is_over_the_positives_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = AutomatedFocalLoss()
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     # The other process has three positives whose p_t sum to 1.5: (0.1 + 1.5) / 4 = 0.4, not (0.1 + 0.5) / 2.
     monkeypatch.setattr(dist, "all_reduce", lambda values: values.add_(torch.tensor([1.5, 3.0])))
     step(loss, 0.1)

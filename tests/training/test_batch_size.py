@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,7 @@ def test_too_little_memory_is_refused(tmp_path):
 def test_out_of_memory_is_a_result_and_other_errors_are_not(tmp_path, monkeypatch, error):
     module = module_with()
     trainer = quiet_trainer(DetectionTrainer, tmp_path)
+    module.trainer = SimpleNamespace(datamodule=CrowdedData(num_images=2, batch_size=1))
     monkeypatch.setattr(measurement, "crowded_batch", lambda *_: (_ for _ in ()).throw(error))
     assert step_bytes(trainer, module, 2) is None
     monkeypatch.setattr(measurement, "crowded_batch", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
