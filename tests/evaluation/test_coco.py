@@ -9,8 +9,9 @@ import pytest
 import torch
 from evaluation_data import annotation_set, coco_numbers, detections, random_evaluation
 
-from onestage.evaluation import coco
-from onestage.evaluation.coco import BACKENDS, METRIC_NAMES, CocoEvaluator, choose_backend
+from onestage.evaluation import backends
+from onestage.evaluation.backends import BACKENDS, choose_backend
+from onestage.evaluation.coco import METRIC_NAMES, CocoEvaluator
 from onestage.types import Detections
 
 HERE, THERE, ELSEWHERE = [10.0, 10.0, 30.0, 30.0], [100.0, 100.0, 120.0, 120.0], [300.0, 300.0, 320.0, 320.0]
@@ -66,9 +67,9 @@ def test_metrics_of_every_backend_equal_those_of_pycocotools(seed, backend, capf
 
 
 def test_hotcoco_is_not_used_without_its_threads(monkeypatch):
-    monkeypatch.setattr(coco, "_hotcoco_processes", {os.getpid()})
+    monkeypatch.setattr(backends, "_hotcoco_processes", {os.getpid()})
     assert choose_backend("hotcoco") == "hotcoco"
-    monkeypatch.setattr(coco, "_hotcoco_processes", {os.getpid() + 1})  # as after a fork
+    monkeypatch.setattr(backends, "_hotcoco_processes", {os.getpid() + 1})  # as after a fork
     assert choose_backend("auto") == choose_backend("hotcoco") == "faster_coco_eval"
 
 

@@ -29,7 +29,7 @@ def test_results_have_null_for_undefined_metrics(tmp_path):
     assert (results["score_threshold"], results["confusion"]) == (0.75, [[1, 0, 0], [0, 0, 0], [0, 0, 0]])
     assert results["error_types"]["background"] == 0  # it comes after the last object
     assert (results["stage"], results["seconds"], results["images_per_second"]) == ("validate", 2.0, 50.0)
-    assert {"python", "torch", "torchvision", "hotcoco"} <= set(results["versions"])
+    assert {"python", "torch", "torchvision", "torchmetrics", "hotcoco"} <= set(results["versions"])
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 
 

@@ -6,6 +6,7 @@ import torch
 from faulty_training import FaultyDetector, train
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from onestage.training import callbacks
 from onestage.training.callbacks import AnchorMonitor, LossBar
 from onestage.types import BACKGROUND, AnchorLosses, Anchors
 
@@ -54,6 +55,28 @@ def test_detector_without_anchor_losses_trains_with_the_monitor(tmp_path):
     logger = RecordingLogger(tmp_path)
     train(tmp_path, num_steps=2, callbacks=(AnchorMonitor(),), logger=logger, log_every_n_steps=1)
     assert logger.recorded == []
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "seconds", "printed"),
+    # 2 steps take `seconds`, 26 are left: 1300 s, 13000 s
+    [(30, 100, "about 22 min for 26 steps"), (30, 1000, "about 3.6 h for 26 steps"), (-1, 100, "")],
+)
+def test_run_time_is_printed_once_unless_the_run_has_no_end(tmp_path, monkeypatch, max_steps, seconds, printed):
+    clock = iter(range(0, 10**7, seconds))
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(callbacks, "TIMED_BATCHES", (2, 4))
+    lines = []
+
+    class Bar(LossBar):
+        def print(self, *values, **_):
+            lines.extend(values)
+
+    train(
+        tmp_path, num_steps=max_steps, max_epochs=-1, callbacks=(Bar(),), enable_progress_bar=True,
+        limit_train_batches=5 if max_steps > 0 else None, max_time=None if max_steps > 0 else {"seconds": 1},
+    )  # fmt: skip
+    assert lines == ([f"training: {printed}"] if printed else [])
 
 
 def test_bar_has_short_names_and_fits_80_columns():

@@ -73,13 +73,15 @@ def test_foreign_batch_is_refused_with_a_remedy(tmp_path):
         )
 
 
-def test_calling_the_module_detects_and_torch_exports_it():
+def test_calling_the_module_detects_and_torchscript_is_refused_with_the_export_that_works():
     module = module_of().eval()
     found = module(tiny_batch([0, 1]).images)
     expected = module.detector.detect(module.detector(tiny_batch([0, 1]).images))
     assert isinstance(found, Detections)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     images = tiny_batch([0, 1]).images
+    with pytest.raises(ConfigError, match=r"Export with torch\.export\.export\(module, \(images,\)\)"):
+        module.to_torchscript()
     exported = torch.export.export(module, (images,)).module()
     assert all(torch.equal(*pair) for pair in zip(exported(images), module(images), strict=True))
 

@@ -1,14 +1,9 @@
 """COCO's twelve metrics, exact for any number of processes."""
 
-import contextlib
-import io
-import os
 import warnings
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from onestage.evaluation.analysis import Analysis, analyse
+from onestage.evaluation.backends import Backend, precision_recall_tables
 from onestage.evaluation.matching import MAX_DETECTIONS, Found, Objects
 from onestage.types import PADDING, AnnotationSet, Detections, JSONDict, Metrics
 
-Package = Literal["hotcoco", "faster_coco_eval", "pycocotools"]
-Backend = Literal["auto", Package]
-BACKENDS: tuple[Package, ...] = get_args(Package)  # the fastest first
-Numbers = npt.NDArray[np.float64]
-
-_hotcoco_processes = set[int]()  # that have started hotcoco's threads, or were forked from one of them
-
 Rows = npt.NDArray[np.float32]  # [n, 6]: x1, y1, x2, y2, score, label
 
-METRIC_NAMES = (  # in the order of COCOeval
-    *("mAP", "AP50", "AP75", "mAP_small", "mAP_medium", "mAP_large"),
-    *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
+SIZES = ("small", "medium", "large")
+METRIC_NAMES = (
+    *("mAP", "AP50", "AP75", *(f"mAP_{size}" for size in SIZES)),
+    *("AR1", "AR10", "AR100", *(f"AR_{size}" for size in SIZES)),
 )
 
 
@@ -149,11 +139,10 @@ class CocoEvaluator:
     def _evaluate(self) -> Evaluation:
         found, objects = self.detections(), self.objects()
         names = self.annotations.class_names
-        numbers, precision = coco_numbers(found, objects, self.num_images, len(names), self.backend)
+        precision, recall = precision_recall_tables(found, objects, self.num_images, len(names), self.backend)
         by_class = [_mean(precision[:, :, label, 0, -1]) for label in range(len(names))]
         per_class = dict(zip(names, by_class, strict=True))
-        metrics = dict(zip(METRIC_NAMES, map(_mean, numbers[:, None]), strict=True))
-        return Evaluation(metrics, per_class, analyse(found, objects, len(names)))
+        return Evaluation(twelve_metrics(precision, recall), per_class, analyse(found, objects, len(names)))
 
     def detections(self) -> Found:
         """Return the best hundred detections of each collected image."""
@@ -172,7 +161,18 @@ class CocoEvaluator:
         return Objects(images, annotations.boxes[rows], annotations.labels[rows], annotations.areas[rows], is_ignored)
 
 
-def _mean(values: Numbers) -> float:
+def twelve_metrics(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64]) -> Metrics:
+    """Return COCO's twelve metrics from COCOeval's tables, as its `summarize` does; see `precision_recall_tables`."""
+    by_area = [precision[..., area, -1] for area in range(1 + len(SIZES))]
+    average_precisions = [by_area[0], by_area[0][0], by_area[0][5], *by_area[1:]]  # IoU 0.50:0.95, 0.50 and 0.75
+    recalls = [
+        *(recall[..., 0, limit] for limit in range(3)),
+        *(recall[..., 1 + size, -1] for size in range(len(SIZES))),
+    ]
+    return dict(zip(METRIC_NAMES, map(_mean, [*average_precisions, *recalls]), strict=True))
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float:
     """Return the mean of the defined values, which are not -1; NaN if there is none."""
     defined = values[values > -1]
     # COCOeval adds 2e-16 to the denominator of a precision; in float32 a perfect result is 1 again.
@@ -188,66 +188,3 @@ def coco_record(image_id: int, category_id: int, box: Sequence[float], score: fl
 
 def _num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def choose_backend(backend: Backend = "auto") -> Package:
-    """Return the package to use; auto: the first of BACKENDS that is installed.
-
-    Not hotcoco in a process that was forked after an evaluation: it would wait for ever for the threads of its parent.
-    """
-    if backend == "faster_coco_eval" or backend == "pycocotools":
-        return backend
-    is_forked = bool(_hotcoco_processes - {os.getpid()})
-    return next(name for name in BACKENDS[is_forked:] if backend == name or find_spec(name))
-
-
-def coco_numbers(
-    found: Found, objects: Objects, num_images: int, num_classes: int, backend: Backend = "auto"
-) -> tuple[Numbers, Numbers]:
-    """Return COCOeval's numbers in the order of METRIC_NAMES, [12], and its precision [10, 101, K, 4, 3].
-
-    In [0, 1], -1 where there is no object. Axes of the precision: IoU, recall, class, area (all, small, medium, large),
-    detections per image (1, 10, 100).
-    """
-    if not len(objects.labels):
-        return np.full(len(METRIC_NAMES), -1.0), np.full((10, 101, num_classes, 4, 3), -1.0)
-    package, boxes = choose_backend(backend), _xywh(objects.boxes)
-    if package == "hotcoco":
-        _hotcoco_processes.add(os.getpid())
-    areas = np.where(objects.areas > 0, objects.areas, boxes[:, 2] * boxes[:, 3])
-    ids = np.arange(1, 1 + len(areas))  # 0 would mean that a detection has no object
-    columns = (ids, objects.images, objects.labels, boxes, areas, objects.is_ignored.astype(np.int64))
-    keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-    dataset = {
-        "images": [{"id": image} for image in range(num_images)],
-        "categories": [{"id": label, "name": str(label)} for label in range(num_classes)],
-        "annotations": [dict(zip(keys, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)],
-    }
-    rows = np.column_stack([found.images, _xywh(found.boxes), found.scores, found.labels]).astype(np.float64)
-    coco, coco_eval = _classes_of(package)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-        truth = _indexed(coco(), dataset)
-        # pycocotools cannot load results without a row.
-        results = truth.loadRes(rows) if len(rows) else _indexed(coco(), {**dataset, "annotations": []})
-        evaluation = coco_eval(truth, results, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return np.asarray(evaluation.stats)[: len(METRIC_NAMES)], np.asarray(evaluation.eval["precision"])
-
-
-def _classes_of(package: Package) -> tuple[Any, Any]:
-    if package == "pycocotools":
-        return import_module("pycocotools.coco").COCO, import_module("pycocotools.cocoeval").COCOeval
-    module = import_module(package)
-    return module.COCO, module.COCOeval if package == "hotcoco" else module.COCOeval_faster
-
-
-def _indexed(coco: Any, dataset: dict[str, Any]) -> Any:
-    coco.dataset = dataset
-    coco.createIndex()
-    return coco
-
-
-def _xywh(boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)

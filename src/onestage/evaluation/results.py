@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from onestage.evaluation.analysis import Analysis, ClassAnalysis
-from onestage.evaluation.coco import METRIC_NAMES, choose_backend
+from onestage.evaluation.backends import choose_backend
+from onestage.evaluation.coco import METRIC_NAMES
 from onestage.files import atomic_write
 from onestage.types import JSONDict, Metrics
 
@@ -74,7 +75,7 @@ def _finite(value: Any) -> Any:
 def installed_versions() -> dict[str, str]:
     """Return the version of every installed package that the metrics depend on."""
     versions = {"python": platform.python_version()}
-    for package in ("onestage", "torch", "torchvision", "lightning", choose_backend()):
+    for package in ("onestage", "torch", "torchvision", "lightning", "torchmetrics", choose_backend()):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return versions

@@ -27,6 +27,7 @@ from onestage.types import Batch, Detections, Predictions
 
 IMAGES_FILE, EPOCHS_FILE = "images.json", "epochs.csv"
 MAX_DRAWN = 16  # images of the first batch
+TIMED_BATCHES = (10, 30)  # the run time is estimated from those between; the first ones are slower
 SHORT_NAMES = {
     "train/loss": "loss",
     "train/classification_loss": "cls",
@@ -118,7 +119,7 @@ class ResultsWriter(Callback):
 class LossBar(TQDMProgressBar):
     """Progress bar of 80 columns with losses and mAP, and a line that stays for each validation.
 
-    Without a terminal only the lines are printed.
+    Without a terminal only the lines are printed. After 30 batches it prints how long the training will take.
     """
 
     BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} [{remaining}{postfix}]"
@@ -149,6 +150,26 @@ class LossBar(TQDMProgressBar):
             super().print(*args, **kwargs)
         else:
             print(*args, flush=True, **kwargs)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the bar, and count batches from here."""
+        super().on_train_start(trainer, pl_module)
+        self._num_batches, self._start = 0, 0.0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Update the bar; estimate the run time once."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._num_batches += 1
+        first, last = TIMED_BATCHES
+        if self._num_batches == first:
+            self._start = time.perf_counter()
+        elif self._num_batches == last and trainer.is_global_zero:
+            seconds = (time.perf_counter() - self._start) / (last - first) * trainer.accumulate_grad_batches
+            steps = float(trainer.estimated_stepping_batches) - trainer.global_step
+            minutes = steps * seconds / 60
+            if 1 <= minutes < math.inf:
+                time_text = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+                self.print(f"training: about {time_text} for {steps:,.0f} steps")
 
 
 class AnchorMonitor(Callback):

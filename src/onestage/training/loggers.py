@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from onestage.errors import ConfigError, OnestageError, missing_package
+from onestage.evaluation.analysis import RECALLS, Analysis
 from onestage.evaluation.drawing import BATCH_FILE
 from onestage.evaluation.figures import CONFUSION_FILE, CURVES_FILE, LABELS_FILE, PR_FILE
 from onestage.files import atomic_write, read_rows
@@ -216,7 +217,7 @@ class ResultsLogger(Callback):
             return
         if not self._has_logged_config:
             self.on_train_start(trainer, pl_module)
-        stage, step = stage_of(trainer), trainer.global_step
+        stage, step, names = stage_of(trainer), trainer.global_step, list(pl_module.data.class_names)
         per_class = list(pl_module.evaluator.evaluation().per_class.items())[:MAX_CLASSES]
         rows = [(label, name, ap) for label, (name, ap) in enumerate(per_class) if not math.isnan(ap)]
         drawn = sorted(self.images.glob("*.jpg"))[:MAX_IMAGES]
@@ -225,6 +226,8 @@ class ResultsLogger(Callback):
                 continue
             with failures_tolerated(type(each).__name__):
                 each.log_metrics({f"{stage}/AP/{_key(label, name, each)}": ap for label, name, ap in rows}, step)
+                if isinstance(each, TensorBoardLogger):
+                    _add_curves(each.experiment, pl_module.evaluator.evaluation().analysis, names, stage, step)
                 for file in drawn:
                     log_image(each, f"{stage}/{file.stem}", file, step)
 
@@ -234,6 +237,19 @@ class ResultsLogger(Callback):
 def _key(label: int, name: str, each: Logger) -> str:
     is_fine = name.isprintable() and "/" not in name and (name.isascii() or not isinstance(each, MLFlowLogger))
     return name if is_fine else f"class_{label}"  # MLflow takes ASCII only
+
+
+def _add_curves(writer: Any, analysis: Analysis, names: Sequence[str], stage: str, step: int) -> None:
+    """Add the precision-recall curves at IoU 0.5 of all classes together and of each to TensorBoard."""
+    curves = {"all": analysis.overall, **dict(zip(names[:MAX_CLASSES], analysis.classes, strict=False))}
+    for name, one in curves.items():
+        if one.num_objects:
+            # The plugin draws from rising thresholds, so falling recall. Precision is interpolated: see results.json.
+            recall, precision = RECALLS["COCO"][::-1], np.asarray(one.precision)[::-1]
+            true = recall * one.num_objects
+            false = np.where(precision > 0, true / np.maximum(precision, 1e-9) - true, 0)
+            counts = (true, false, np.zeros_like(true), one.num_objects - true)
+            writer.add_pr_curve_raw(f"{stage}/{name}", *counts, precision, recall, step, num_thresholds=len(recall))
 
 
 def log_image(each: Logger, name: str, file: Path, step: int) -> None:

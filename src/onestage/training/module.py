@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -13,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import onestage
@@ -84,6 +85,7 @@ class DetectionModule(pl.LightningModule):
             require(hasattr(backbone, "freeze"), "model.freeze", freeze, rule)
             backbone.freeze(freeze)
         self._decayed = optimization.decayed_parameters(detector)
+        self._lr: float | None = None  # instead of the configured one
         self._configured: list[dict[str, Any]] = []  # hyperparameters of the optimizer as it was built
         self._scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
         self.evaluator: CocoEvaluator | None = None
@@ -106,6 +108,20 @@ class DetectionModule(pl.LightningModule):
                 "Pass datamodule=onestage.data.DetectionDataModule(...) to the Trainer's method."
             )
         return cast(DetectionData, self.trainer.datamodule)  # type: ignore[attr-defined] # Lightning sets it
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The detector's backbone, under the name that Lightning's BackboneFinetuning looks for."""
+        return cast(nn.Module, self.detector.backbone)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first parameter group, which Lightning's LearningRateFinder reads and sets."""
+        return self._lr if self._lr is not None else float(self.make_optimizer().param_groups[0]["lr"])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._lr = value
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override] # a classmethod to type checkers only
@@ -151,6 +167,11 @@ class DetectionModule(pl.LightningModule):
     def forward(self, images: Tensor) -> Detections:
         """Detect on images of the detector's canvas, [B, 3, H, W] uint8 RGB; boxes in their pixels."""
         return self.detector.detect(self.detector(images))
+
+    def to_torchscript(self, *_: Any, **__: Any) -> Any:
+        """Raise ConfigError: TorchScript, which torch has deprecated, cannot express the detectors."""
+        remedy = "Export with torch.export.export(module, (images,)), images as in a call of the module."
+        raise ConfigError(f"to_torchscript: detectors cannot be scripted; torch has deprecated TorchScript.\n{remedy}")
 
     def _resize_batch(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Resize a training batch to the input size of the step."""
@@ -270,7 +291,7 @@ class DetectionModule(pl.LightningModule):
         """Build the optimizer over two parameter groups and the schedule that steps with it."""
         optimizer = self.make_optimizer()
         optimization.check_clipping(self.trainer, optimizer)
-        if self.reference_batch_size is not None:
+        if self.reference_batch_size is not None and self._lr is None:
             optimization.scale_learning_rate(optimizer, self.trainer, self.data.batch_size, self.reference_batch_size)
         self._configured = optimization.hyperparameters(optimizer)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
@@ -294,9 +315,12 @@ class DetectionModule(pl.LightningModule):
     def make_optimizer(self) -> Optimizer:
         """Return the configured optimizer, its learning rate unscaled; ConfigError if it refuses its arguments."""
         try:
-            return self.optimizer(optimization.parameter_groups(self.detector, self._decayed))
+            optimizer = self.optimizer(optimization.parameter_groups(self.detector, self._decayed))
         except (ValueError, RuntimeError) as error:  # each optimizer checks its own arguments
             raise ConfigError(f"model.optimizer cannot be built: {error}.") from error
+        for group in optimizer.param_groups if self._lr is not None else ():
+            group["lr"] = self._lr
+        return optimizer
 
     def _learning_rate_factor(self, step: int) -> float:
         # Reading the length of the run while the optimizers are being built would make Lightning set up the loaders
@@ -307,6 +331,15 @@ class DetectionModule(pl.LightningModule):
         total_steps = float(self.trainer.estimated_stepping_batches)
         require(total_steps < math.inf, "model.schedule.kind", kind, "constant in a run without end", remedy)
         return self.schedule.factor(step, total_steps)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step the schedule; leave the rate of groups alone that a callback, such as BackboneFinetuning, has added."""
+        own = self._scheduler
+        if own is not None and scheduler is own:
+            for group in own.optimizer.param_groups[len(own.base_lrs) :]:
+                own.base_lrs.append(1.0)
+                own.lr_lambdas.append(partial(_rate_of, group))
+        super().lr_scheduler_step(scheduler, metric)
 
     def configure_gradient_clipping(
         self,
@@ -341,6 +374,10 @@ class DetectionModule(pl.LightningModule):
         """Take the score threshold that a checkpoint holds, if it holds a valid one."""
         if isinstance(value, float) and 0 <= value <= 1:
             self.score_threshold = value
+
+
+def _rate_of(group: dict[str, Any], _step: int) -> float:
+    return float(group["lr"])
 
 
 def usual_memory_format(device: str, precision: str) -> bool:
