@@ -169,7 +169,7 @@ def test_two_and_three_processes_evaluate_an_odd_number_of_images_like_one(confi
 
 def test_auto_batch_prints_and_records_batch_and_learning_rate(config, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("onestage.training.batch_size.gc.collect", lambda: 0)  # seconds among the objects of other tests
+        patch.setattr("onestage.training.measurement.gc.collect", lambda: 0)  # seconds among the objects of other tests
         patch.syspath_prepend(str(SUPPORT))
         options = ["--auto_batch", "64", "--model.reference_batch_size", "4", "--trainer.max_epochs", "1"]
         assert run(*fit_words(config, tmp_path, *options)) == 0
