@@ -1,5 +1,7 @@
 """Bad configurations and command lines: each stops with code 2 and one message before anything is trained."""
 
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -103,6 +105,16 @@ def test_monitor_that_no_validation_logs_is_rejected_before_an_epoch_is_trained(
     assert "best_checkpoint.monitor" in text
     assert "val/map" in text
     assert "val/mAP" in text
+
+
+def test_resume_auto_with_another_configuration_starts_a_new_run_and_says_why(trained, fast_options, capsys):
+    options = ["--resume", "auto", "--model.loss_weights.box", "0.7", "--trainer.limit_train_batches", "1"]
+    assert run("fit", *fast_options, *options, "--runs_dir", str(trained.parents[1])) == 0
+    printed = capsys.readouterr().err
+    assert str(trained) in printed
+    assert "model.loss_weights.box" in printed
+    assert {path.name for path in trained.parent.iterdir()} == {"version_0", "version_1"}
+    shutil.rmtree(trained.parent / "version_1")
 
 
 def test_evaluating_random_weights_is_rejected(capsys, fast_options, tmp_path):

@@ -276,3 +276,17 @@ def test_strategy_that_cannot_run_here_is_one_message(config, tmp_path, capsys, 
         patch.syspath_prepend(str(SUPPORT))
         assert run("fit", "--config", str(config), "--runs_dir", str(tmp_path), *options) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_validation_losses_equal_those_of_one_process(one, two):
+    """Weighted by positives, the mean does not depend on how images are shared among batches and processes."""
+
+    def last_losses(folder: Path) -> list[float]:
+        (path,) = folder.glob("runs/*/version_0/metrics.csv")
+        header, *rows = [line.split(",") for line in path.read_text().splitlines()]
+        names = ("val/loss", "val/classification_loss", "val/box_loss")
+        (*_, row) = [row for row in rows if row[header.index("val/loss")]]
+        return [float(row[header.index(name)]) for name in names]
+
+    assert last_losses(two) == pytest.approx(last_losses(one), rel=1e-4)

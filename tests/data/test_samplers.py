@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from pathlib import Path
 
 import albumentations as A
@@ -53,6 +54,16 @@ def test_training_order_depends_on_seed_and_epoch_only(repeats: np.ndarray | Non
     orders = [epoch_of(7, 2, epoch=e, seed=s, repeats=repeats)[0] for s in range(3) for e in range(3)]
     assert len({tuple(index for _, index in order) for order in orders}) == 9
     assert epoch_of(7, 2, epoch=2, seed=1, repeats=repeats)[0] == orders[5]
+
+
+@pytest.mark.parametrize(("num_images", "batch_size", "world_size"), [(23, 4, 1), (23, 4, 2), (23, 2, 3), (24, 4, 3)])
+def test_training_shards_have_equal_batches_and_no_image_twice(
+    num_images: int, batch_size: int, world_size: int
+) -> None:
+    shares = epoch_of(num_images, batch_size, world_size)
+    batches = num_images // (batch_size * world_size)
+    assert [len(share) for share in shares] == [batches * batch_size] * world_size
+    assert max(Counter(index for share in shares for _, index in share).values()) == 1
 
 
 @pytest.mark.parametrize(("repeats", "num_images"), [(None, 40), (np.tile(REPEATS, 4), 28)])

@@ -10,6 +10,7 @@ from onestage.losses import (
     MinedCrossEntropy,
     QualityFocalLoss,
     SigmoidFocalLoss,
+    SoftmaxFocalLoss,
 )
 from onestage.models import SSD160, SSD256, SSD300, SSD512, TorchvisionBackbone
 from onestage.types import IGNORE, PADDING, Predictions, Targets
@@ -170,6 +171,16 @@ def test_box_quality_is_the_iou_of_the_predicted_box_at_positives() -> None:
         quality, labels = detector.classification_loss.box_quality, detector.classification_loss.labels
         assert_close(quality[labels >= 0], torch.full_like(quality[labels >= 0], iou), rtol=1e-4, atol=1e-4)
         assert (quality[labels < 0] == 0).all()
+
+
+def test_one_seed_gives_all_but_the_class_head_the_same_weights_for_any_loss() -> None:
+    def parameters(loss):
+        torch.manual_seed(3)
+        return dict(SSD160(num_classes=3, classification_loss=loss).named_parameters())
+
+    sigmoid, softmax = parameters(SigmoidFocalLoss()), parameters(SoftmaxFocalLoss())
+    same = [name for name in sigmoid if not name.startswith("class_head.")]
+    assert all(torch.equal(sigmoid[name], softmax[name]) for name in same)
 
 
 def test_loss_compiles_without_a_graph_break() -> None:

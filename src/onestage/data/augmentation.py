@@ -16,7 +16,6 @@ from onestage.errors import ConfigError, require
 LEVELS = np.arange(256, dtype=np.float32)  # every value of a uint8 channel
 DEGREES_TO_HUE = 256 / 360  # OpenCV's *_FULL conversions spread the circle over 0..255, which wraps like uint8
 
-TRIALS = 50  # of a patch in each mode, as in the Caffe code
 INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_CUBIC, cv2.INTER_LANCZOS4)
 
 
@@ -166,13 +165,14 @@ class SSDMinIoUCrop(WindowTransform):
     """Keep the whole image, or a patch that overlaps an object by a minimum, or any patch (SSD section 2.2).
 
     The modes are the whole image, a patch whose IoU with an object reaches each of `min_ious`, and any patch. As in the
-    Caffe code the choice is uniform over the modes that find a patch in 50 attempts, and an image without objects stays
-    whole. A patch may hold no object's centre.
+    Caffe code the choice is uniform over the modes that find a patch in `trials` attempts, and an image without objects
+    stays whole. A patch may hold no object's centre.
 
     Args:
         min_ious: the minimum overlaps, each in [0, 1].
         scale: range of the patch's side, relative to the image's: its area is scale squared of the image's.
         aspect_ratio: range of width over height, relative to the image's own aspect ratio.
+        trials: attempts in each mode, >= 1.
         p: probability that a mode is chosen at all.
     """
 
@@ -181,6 +181,7 @@ class SSDMinIoUCrop(WindowTransform):
         min_ious: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9),
         scale: tuple[float, float] = (0.3, 1.0),
         aspect_ratio: tuple[float, float] = (0.5, 2.0),
+        trials: int = 50,
         p: float = 1.0,
     ) -> None:
         super().__init__(p=p)
@@ -190,9 +191,11 @@ class SSDMinIoUCrop(WindowTransform):
         require(is_range, f"{name}: scale", scale, "[low, high] with 0 < low <= high <= 1")
         is_range = len(aspect_ratio) == 2 and 0 < aspect_ratio[0] <= 1 <= aspect_ratio[1] < math.inf
         require(is_range, f"{name}: aspect_ratio", aspect_ratio, "[low, high] with 0 < low <= 1 <= high")
+        require(trials >= 1, f"{name}: trials", trials, ">= 1")
         self.min_ious = min_ious
         self.scale = scale
         self.aspect_ratio = aspect_ratio
+        self.trials = trials
 
     def draw(self, random: np.random.Generator, size: tuple[int, int], boxes: Boxes) -> Window:
         """Draw the patch, as a window into the image.
@@ -214,8 +217,8 @@ class SSDMinIoUCrop(WindowTransform):
         return Window(0, 0, width, height)
 
     def _draw_candidates(self, random: np.random.Generator) -> npt.NDArray[np.float64]:
-        """Return [TRIALS, 4] patches, xyxy, relative to the image."""
-        draws = random.random((TRIALS, 4))
+        """Return [trials, 4] patches, xyxy, relative to the image."""
+        draws = random.random((self.trials, 4))
         scale = self.scale[0] + draws[:, 0] * (self.scale[1] - self.scale[0])
         aspect_ratio = self.aspect_ratio[0] + draws[:, 1] * (self.aspect_ratio[1] - self.aspect_ratio[0])
         # Beyond these the patch would be wider or higher than the image. The Caffe code (util/sampler.cpp) clamps the
