@@ -4,8 +4,11 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 WIDE = 3.0  # times that the imbalance varies within a group that is drawn
 REFERENCES = ("mining", "cross_entropy")
@@ -15,13 +18,13 @@ COLOURS = ("#4477aa", "#cc3311", "#228833", "#aa3377", "#bbbb33")
 class Cell(NamedTuple):
     """The trainings of one loss under one condition."""
 
-    values: list[float]  # mAP of each seed, %; one that met non-finite numbers counts as 0
+    by_seed: dict[int, float]  # mAP, %; a training that met non-finite numbers counts as 0
     background_per_positive: float
 
     @property
     def mean(self) -> float:
         """Mean mAP, %."""
-        return statistics.mean(self.values)
+        return statistics.mean(self.by_seed.values())
 
 
 Table = list[dict[str, str]]
@@ -36,14 +39,10 @@ def joined(condition: dict[str, Any], settings: dict[str, Any]) -> str:
 def write_page(plan: dict[str, Any], table: Table, folder: Path) -> None:
     """Write loss_comparison.md and images/loss_comparison_<group>.png."""
     cells, sections, shown = gather(table), list[str](), set[tuple[str, str]]()
-    noise = pooled_deviation(cells)
+    noise = paired_deviation(_compared(plan, cells))
     for name, group in plan["groups"].items():
         conditions = {joined(one, {}): one for one in group.get("conditions", [{}])}
-        keys = {
-            (loss, text): (loss, joined(condition, settings))
-            for loss, settings in group["losses"].items()
-            for text, condition in conditions.items()
-        }
+        keys = {(loss, text): _key(group, loss, one) for loss in group["losses"] for text, one in conditions.items()}
         found = {short: cells[key] for short, key in keys.items() if key in cells}
         made = {keys[short] for short in found}
         if made <= shown:  # no training yet, or further seeds of another group's
@@ -53,7 +52,7 @@ def write_page(plan: dict[str, Any], table: Table, folder: Path) -> None:
         losses = [loss for loss in group["losses"] if any(loss == one for one, _ in found)]
         texts = [text for text in conditions if any(text == one for _, one in found)]
         ratios = [cell.background_per_positive for cell in found.values()]
-        if noise and min(len(losses), len(texts) - 1) > 1 and max(ratios) > WIDE * min(ratios) > 0:
+        if noise is not None and min(len(losses), len(texts) - 1) > 1 and max(ratios) > WIDE * min(ratios) > 0:
             picture = f"images/loss_comparison_{name}.png"
             draw_boundary(found, losses, texts, noise, folder / picture)
             sections.append(f"![mAP of the losses against the imbalance]({picture})\n")
@@ -74,18 +73,42 @@ def gather(table: Table) -> Cells:
         rows[row["loss"], row["condition"]].append(row)
     return {
         key: Cell(
-            [100 * float(row["mAP"] or 0) for row in found],
+            {int(row["seed"]): 100 * float(row["mAP"] or 0) for row in found},
             statistics.mean(float(row["background_per_positive"]) for row in found),
         )
         for key, found in rows.items()
     }
 
 
-def pooled_deviation(cells: Cells) -> float | None:
-    """Return the standard deviation over seeds, pooled over the cells with several, in points of mAP."""
-    several = [cell.values for cell in cells.values() if len(cell.values) > 1]
-    freedom = sum(len(values) - 1 for values in several)
-    squares = sum(statistics.variance(values) * (len(values) - 1) for values in several)
+def _key(group: dict[str, Any], loss: str, condition: dict[str, Any]) -> tuple[str, str]:
+    return loss, joined(condition, group["losses"][loss])
+
+
+def _compared(plan: dict[str, Any], cells: Cells) -> list[list[Cell]]:
+    """Return the cells of several seeds that stand side by side in a row of some group, each such set once."""
+    several = {key for key, cell in cells.items() if len(cell.by_seed) > 1}
+    rows = [
+        frozenset(_key(group, loss, condition) for loss in group["losses"]) & several
+        for group in plan["groups"].values()
+        for condition in group.get("conditions", [{}])
+    ]
+    return [[cells[key] for key in sorted(row)] for row in dict.fromkeys(rows)]
+
+
+def paired_deviation(rows: Iterable[list[Cell]]) -> float | None:
+    """Return the standard deviation of a training beside the others of its seed, in points of mAP, pooled over rows.
+
+    The trainings of one seed share images, their order and the initial weights, so a seed moves all losses of a row
+    together. That part is removed: what is left are the residuals of a table of losses and seeds.
+    """
+    squares, freedom = 0.0, 0
+    for row in rows:
+        seeds = sorted(set.intersection(*(set(cell.by_seed) for cell in row))) if row else []
+        table = np.array([[cell.by_seed[seed] for seed in seeds] for cell in row])
+        if min(len(row), len(seeds)) > 1:
+            residuals = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+            squares += float((residuals**2).sum())
+            freedom += (len(row) - 1) * (len(seeds) - 1)
     return math.sqrt(squares / freedom) if freedom else None
 
 
@@ -132,9 +155,9 @@ def draw_boundary(cells: Cells, losses: list[str], conditions: list[str], noise:
             points = []
             for condition in conditions:
                 one, other = cells.get((loss, condition)), cells.get((reference, condition))
-                if one and other:
-                    error = noise * math.sqrt(1 / len(one.values) + 1 / len(other.values))
-                    points.append((one.background_per_positive, one.mean - other.mean, error))
+                if one and other and (seeds := one.by_seed.keys() & other.by_seed.keys()):
+                    gain = statistics.mean(one.by_seed[seed] - other.by_seed[seed] for seed in seeds)
+                    points.append((one.background_per_positive, gain, noise * math.sqrt(2 / len(seeds))))
             if points:
                 x, y, errors = zip(*sorted(points), strict=True)
                 axis.errorbar(
@@ -160,20 +183,21 @@ def _title(loss: str, settings: dict[str, Any]) -> str:
 
 def _format_cell(cell: Cell, best: float, has_rivals: bool) -> str:
     text = f"{cell.mean:.1f}"
-    if len(cell.values) > 1:
-        text += f" ({min(cell.values):.1f} to {max(cell.values):.1f})"
+    if len(cell.by_seed) > 1:
+        text += f" ({min(cell.by_seed.values()):.1f} to {max(cell.by_seed.values()):.1f})"
     return f"**{text}**" if has_rivals and cell.mean == best else text
 
 
 def _about_noise(noise: float | None, cells: Cells) -> str:
-    number = sum(len(cell.values) for cell in cells.values())
+    number = sum(len(cell.by_seed) for cell in cells.values())
     text = (
         f"{number} trainings. Each cell is the mAP in percent: of one seed, or the mean of several (lowest to highest)."
     )
     if noise is None:
         return f"{text} No condition has several seeds, so the noise is unknown."
-    limit = 2 * noise * math.sqrt(2)
     return (
-        f"{text} The standard deviation over seeds, pooled, is {noise:.1f} points: two single trainings that differ by "
-        f"less than {limit:.1f} are equal within noise. `as_configured` is the loss of the plan's configuration."
+        f"{text} Beside the other losses of its seed, a training varies by {noise:.1f} points (standard deviation, "
+        f"pooled): two trainings of one seed that differ by less than {2 * noise * math.sqrt(2):.1f} are equal within "
+        f"noise, two means over three seeds by less than {2 * noise * math.sqrt(2 / 3):.1f}. "
+        "`as_configured` is the loss of the plan's configuration."
     )

@@ -99,17 +99,16 @@ def test_plan_that_cannot_be_used_ends_with_one_message(change, told, script, pl
     assert "cannot be read: No such file" in capsys.readouterr().err
 
 
-def test_deviation_is_pooled_and_seeds_of_all_groups_come_together(script):
+def test_noise_leaves_out_what_a_seed_adds_to_all_losses(script):
     import comparison
 
-    trainings = [script.Training(*words) for words in (("a", "focal", 0, "{}"), ("b", "focal", 1, "{}"))]
-    others = [script.Training("a", "mining", seed, "{}") for seed in range(3)]
-    rows = [outcome(one, score) for one, score in zip(trainings + others, (0.50, 0.54, 0.40, 0.41, 0.42), strict=True)]
+    # Means 42 and 38 of the losses, 41 and 39 of the seeds: residuals +-1 in a table of 2 x 2 with 1 degree of freedom.
+    scores = {("focal", 0): 0.44, ("focal", 1): 0.40, ("mining", 0): 0.38, ("mining", 1): 0.38}
+    rows = [outcome(script.Training(f"g{seed}", loss, seed, "{}"), score) for (loss, seed), score in scores.items()]
     cells = comparison.gather([{key: str(value) for key, value in row.items()} for row in rows])
-    # Variances 8 and 1 points^2 with 1 and 2 degrees of freedom: sqrt((8 + 2) / 3).
-    assert comparison.pooled_deviation(cells) == pytest.approx((10 / 3) ** 0.5)
+    assert comparison.paired_deviation([list(cells.values())]) == pytest.approx(2)
     table = comparison.format_table(cells, {"focal": "focal", "mining": "mining"}, ["{}"])
-    assert "| as configured | 10 | **52.0 (50.0 to 54.0)** | 41.0 (40.0 to 42.0) |" in table
+    assert "| as configured | 10 | **42.0 (40.0 to 44.0)** | 38.0 (38.0 to 38.0) |" in table
 
 
 def test_committed_page_is_written_from_the_committed_table(script, monkeypatch, tmp_path):
