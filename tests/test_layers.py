@@ -41,8 +41,8 @@ FORBIDDEN_LIBRARIES = {
     "evaluation": {"lightning", "albumentations"},
 }
 # These may only shrink. The goals with all families are 9,000, 6,000 and 13,000 lines, and 900, 500, 1,500 and 1,200.
-MAX_LINES = {"core": 13850, "add-ons": 6750, "tests": 17800, "file": 450}
-MAX_CLOSURE_LINES = {"models.ssd": 2500, "losses.focal": 800, "data.coco": 1600, "training.module": 1900}
+MAX_LINES = {"core": 12950, "add-ons": 6450, "tests": 17000, "file": 450}
+MAX_CLOSURE_LINES = {"models.ssd": 2400, "losses.focal": 750, "data.coco": 1550, "training.module": 1800}
 
 
 def part_of(path: Path) -> str:
