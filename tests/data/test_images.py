@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from onestage.data.image_headers import check_header
-from onestage.data.images import read_image
+from onestage.data.images import ImageHeader, open_header, read_header, read_image, read_plain_jpeg
 from onestage.errors import ImageError
 
 RNG = np.random.default_rng(0)
@@ -55,6 +55,39 @@ def test_lossless_formats_give_the_pixels_as_rgb(tmp_path: Path, suffix: str) ->
 def test_jpeg_is_decoded_as_pillow_does(tmp_path: Path, options: dict[str, object]) -> None:
     path = save(tmp_path / "a.jpg", picture(), **options)
     np.testing.assert_allclose(read_image(path), np.asarray(Image.open(path)), atol=3)
+
+
+def pillow_header(content: bytes) -> ImageHeader | None:
+    """Return the header that Pillow reads; None if it refuses the file."""
+    try:
+        with open_header("a.jpg", io.BytesIO(content)) as image:
+            return read_header("a.jpg", image)
+    except ImageError:
+        return None
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow about damaged metadata
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK", "YCbCr"])
+def test_header_of_a_plain_jpeg_is_that_of_pillow_or_left_to_it(mode: str) -> None:
+    exif = Image.Exif()
+    exif.update({0x0112: 6, 0x010F: "maker", 0x011A: 72.0, 0x0128: 2})
+    options = {"exif": exif, "icc_profile": b"profile", "comment": b"text", "dpi": (72, 72), "progressive": True}
+    options |= {"restart_marker_blocks": 2, "xmp": b"<x/>"}
+    contents = []
+    for names in ((), *((name,) for name in options), tuple(options)):
+        buffer = io.BytesIO()
+        picture().convert(mode).save(buffer, "JPEG", **{name: options[name] for name in names})
+        contents.append(buffer.getvalue())
+    read = [read_plain_jpeg(content) for content in contents]
+    assert read == list(map(pillow_header, contents))
+    assert [header[:4] for header in read if header] == [("JPEG", 48, 64, n) for n in (1, 6, 1, 1, 1, 1, 1, 1, 6)]
+    end_of_header = contents[-1].index(b"\xff\xda") + 10
+    for place in range(end_of_header):  # every byte damaged, and the file cut there
+        assert read_plain_jpeg(contents[-1][:place]) is None
+        value = (0, 2, 255, contents[-1][place] ^ 1)[place % 4]
+        damaged = contents[-1][:place] + bytes([value]) + contents[-1][place + 1 :]
+        header = read_plain_jpeg(damaged)
+        assert header is None or header == pillow_header(damaged), place
 
 
 GREEN = (10, 200, 30)

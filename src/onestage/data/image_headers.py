@@ -20,11 +20,13 @@ from onestage.data.images import (
     open_header,
     orientation_to_apply,
     read_header,
+    read_plain_jpeg,
 )
 from onestage.errors import ImageError
 from onestage.files import open_at_once, printable, read_file
 from onestage.types import AnnotationSet, Finding
 
+HEAD_BYTES = 64 << 10  # holds the header of nearly every photograph, its EXIF data included
 TAIL_BYTES = 32
 MIN_IMAGE_SIDE = 8  # px, the stride of SSD's first feature map
 MAX_ASPECT = 10.0  # of the sides; stretched to a square, objects would be lines
@@ -114,12 +116,15 @@ def tiny_boxes(annotations: AnnotationSet, image_size: int) -> list[Finding]:
 
 def _read(path: str) -> ImageHeader:
     """Read the header, and check that the file does not end early."""
-    with suppress(OSError, ValueError, ImageError), open(path, "rb", opener=open_at_once) as stream:
-        stream.seek(-TAIL_BYTES, os.SEEK_END)
-        if stream.tell() <= MAX_IMAGE_BYTES:
-            end = stream.read()
-            stream.seek(0)
-            return _read_whole(path, stream, end)
+    with suppress(OSError, ValueError, ImageError), open(path, "rb", buffering=0, opener=open_at_once) as file:
+        file.seek(-TAIL_BYTES, os.SEEK_END)
+        if file.tell() <= MAX_IMAGE_BYTES:
+            end = file.read()
+            file.seek(0)
+            if is_whole_jpeg(end) and (header := read_plain_jpeg(file.read(HEAD_BYTES))) is not None:
+                return header
+            file.seek(0)
+            return _read_whole(path, io.BufferedReader(file), end)
     # Not a whole image at first sight: the whole file tells why, or that only its end is unusual.
     content = read_file(Path(path), ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
     return _read_whole(path, io.BytesIO(content), content)

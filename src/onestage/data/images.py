@@ -1,6 +1,7 @@
 """The one image decoder: a file becomes [H, W, 3] uint8 RGB, upright as annotated."""
 
 import io
+import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -35,6 +36,16 @@ TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader takes the lower 8 bit
 DECODED_BY_OPENCV = ("JPEG", "MPO", "PNG")  # a quarter faster than Pillow, as strict given bytes; MPO: several JPEGs
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 ORIENTATION_TAG = 0x0112
+SEGMENT, FRAME = struct.Struct(">HH"), struct.Struct(">BHHB")  # marker, length; bits, height, width, layers
+FRAME_MARKERS, SCAN_MARKER, TABLE_MARKER = (0xFFC0, 0xFFC1, 0xFFC2), 0xFFDA, 0xFFDB
+PLAIN_FRAMES = {(8, 1, 11), (8, 3, 17), (8, 4, 20)}  # bits, layers, length of the segment
+TABLE_BYTES = 65  # of a quantization table of 8 bits, with its number
+EXIF = b"Exif\0\0"
+# Marker -> beginning and least length of a segment in which Pillow finds no fault.
+PLAIN_SEGMENTS: dict[int, tuple[bytes | tuple[bytes, ...], int]] = {
+    0xFFC4: (b"", 2), 0xFFDD: (b"", 2), 0xFFFE: (b"", 2), 0xFFE0: (b"JFIF", 16), 0xFFE2: (b"ICC_PROFILE\0", 16),
+    0xFFE1: ((EXIF, b"http://ns.adobe.com/xap/1.0/\0"), 16), 0xFFEE: (b"Adobe", 14),
+}  # fmt: skip
 REMEDY = "Replace the file, or remove it from the data set."
 
 
@@ -77,12 +88,16 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
     """
     file = Path(path)
     content = read_file(file, ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
-    pillow_image = open_header(file, io.BytesIO(content))
-    header = read_header(file, pillow_image)
+    header, pillow_image = read_plain_jpeg(content), None
+    if header is None:
+        pillow_image = open_header(file, io.BytesIO(content))
+        header = read_header(file, pillow_image)
     orientation = orientation_to_apply(file, header, annotated_size)
     try:
-        is_opencv = header.format in DECODED_BY_OPENCV
-        image = _decode_with_opencv(content, header) if is_opencv else _decode_with_pillow(pillow_image)
+        if pillow_image is None or header.format in DECODED_BY_OPENCV:
+            image = _decode_with_opencv(content, header)
+        else:
+            image = _decode_with_pillow(pillow_image)
     except Exception as reason:  # the libraries raise whatever damaged pixels lead them to
         problem = f"is cut off or damaged ({len(content)} bytes of {header.format}; {_first_line(reason)})"
         raise ImageError(f"{printable(file)}: {problem}.\n{REMEDY}") from None
@@ -120,6 +135,37 @@ def read_header(file: str | Path, image: Image.Image) -> ImageHeader:
     is_deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     has_alpha = image.mode.lower().endswith("a") or "transparency" in image.info
     return ImageHeader(image.format or "", height, width, _read_orientation(exif), is_deep, has_alpha)
+
+
+def read_plain_jpeg(head: bytes) -> ImageHeader | None:
+    """Read the header of a JPEG as Pillow does, in a sixth of the time; None where that takes Pillow.
+
+    Plain is a file of 8 bits whose first scan follows segments without gaps (ITU-T T.81 section B.1.1), none of which
+    Pillow could refuse. head: the first bytes of the file.
+    """
+    place, size, exif = 2, (0, 0), b""
+    try:
+        while head.startswith(b"\xff\xd8"):
+            marker, length = SEGMENT.unpack_from(head, place)
+            start, place = place + 4, place + 2 + length
+            if marker == SCAN_MARKER:
+                is_plain = place <= len(head) and 0 < size[0] * size[1] <= MAX_PIXELS
+                return ImageHeader("JPEG", *size, _read_orientation(exif)) if is_plain else None
+            if marker == TABLE_MARKER:
+                is_plain = length % TABLE_BYTES == 2 and max(head[start:place:TABLE_BYTES]) < 16
+            elif marker in FRAME_MARKERS:
+                bits, height, width, layers = FRAME.unpack_from(head, start)
+                is_plain, size = (bits, layers, length) in PLAIN_FRAMES and size == (0, 0), (height, width)
+            else:
+                beginning, min_length = PLAIN_SEGMENTS[marker]
+                is_plain = head.startswith(beginning, start) and length >= min_length
+                if beginning and head.startswith(EXIF, start):
+                    is_plain, exif = is_plain and not exif, head[start:place]
+            if not is_plain:
+                return None
+    except (struct.error, KeyError, ValueError):  # the end of the head, another marker, an empty table
+        return None
+    return None
 
 
 def _read_orientation(exif: bytes | None) -> int:
