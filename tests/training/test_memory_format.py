@@ -12,12 +12,12 @@ import torch
 from tiny_training import CrowdedData, TinyDetector, TinyDetectorWithBatchNorm, quiet_trainer
 
 from onestage.training import measurement
-from onestage.training.measurement import CACHE_FILE, crowded_batch, resolve_memory_format, time_formats
+from onestage.training.measurement import CACHE_FILE, blank_batch, resolve_memory_format, time_formats
 from onestage.training.module import usual_memory_format
 from onestage.training.trainer import DetectionTrainer
 
 DATA = CrowdedData(num_images=8, batch_size=4)
-BATCH = crowded_batch(DATA, 2, torch.device("cpu"))
+BATCH = blank_batch(DATA, 2, 1, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)

@@ -140,7 +140,7 @@ class DetectionCLI(LightningCLI):
         """Parse; explain an error in one line."""
         try:
             self.config = parser.parse_args(args)
-        except (ParsingError, RecursionError) as error:  # an alias of YAML may stand inside of itself
+        except ParsingError as error:
             keys = [action.dest for action in self._subcommand_parsers[self.command]._actions]
             raise ConfigError(explain(str(error), self.command, args[1:], keys)) from error
 
@@ -179,8 +179,6 @@ class DetectionCLI(LightningCLI):
         if isinstance(given, DetectionDataModule):
             self.datamodule = given
         if self.command == "fit" and self.model.channels_last == "auto":
-            if self.trainer.world_size == 1:
-                self.datamodule.prepare_data()  # drawn shapes: the steps that are timed have the objects of its images
             decided = resolve_memory_format(self.model.detector, self.datamodule, self.trainer)
             self.model.channels_last = self.settings.model.channels_last = decided
             self._stored["model"]["channels_last"] = decided

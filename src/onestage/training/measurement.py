@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -126,7 +127,8 @@ def step_bytes(trainer: pl.Trainer, module: DetectionModule, num_images: int) ->
     optimizer = module.make_optimizer()
     _reset_peak(device)
     try:
-        batch = crowded_batch(module.data, num_images, device)
+        most = int(np.diff(module.data.annotations("train").box_offsets).max(initial=1))
+        batch = blank_batch(module.data, num_images, most, device)
         with trainer.precision_plugin.forward_context():
             losses = module.detector.loss(module.predict_batch(batch), batch.targets)
         module.weighted_loss(losses)["loss"].backward()  # type: ignore[no-untyped-call]
@@ -140,10 +142,9 @@ def step_bytes(trainer: pl.Trainer, module: DetectionModule, num_images: int) ->
         optimizer.zero_grad(set_to_none=True)
 
 
-def crowded_batch(data: DetectionData, num_images: int, device: torch.device) -> Batch:
-    """Return a batch of the largest canvas, each image with as many objects as the most crowded training image."""
-    objects = int(np.diff(data.annotations("train").box_offsets).max(initial=1))
-    rows = -(-objects // 16) * 16  # as collate pads
+def blank_batch(data: DetectionData, num_images: int, num_objects: int, device: torch.device) -> Batch:
+    """Return black images of the largest canvas, each with so many objects."""
+    rows = -(-num_objects // 16) * 16  # as collate pads
     height, width = max(data.canvases, key=math.prod)
     images = torch.zeros(num_images, 3, height, width, dtype=torch.uint8, device=device)
     box = torch.tensor([width / 4, height / 4, width * 3 / 4, height * 3 / 4], device=device)
@@ -187,7 +188,7 @@ def resolve_memory_format(detector: Detector, data: DetectionData, trainer: pl.T
     """Return whether channels_last is the faster format of this training, and print the reason.
 
     Neither format always wins on a CPU, so steps are timed: of one process, since a loss of several may communicate.
-    The answer is kept in the cache folder for this machine, torch, detector, size of the batch and precision. Detector
+    The answer is kept in the cache folder for this CPU, torch, detector, size of the batch and precision. Detector
     and random states stay unchanged.
     """
     device, precision = trainer.strategy.root_device.type, str(trainer.precision)
@@ -197,25 +198,30 @@ def resolve_memory_format(detector: Detector, data: DetectionData, trainer: pl.T
     num_images = max(1, min(data.batch_size, MAX_PIXELS // math.prod(canvas)))
     size = f"{num_images} x {canvas[0]} x {canvas[1]}"
     kind = f"{type(detector).__module__}.{type(detector).__qualname__}"
-    machine = (platform.node(), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}")
+    machine = (_cpu_name(), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}")
     key = " | ".join((*machine, kind, size, precision))
     path = cache_folder() / CACHE_FILE
     known: dict[str, object] = {}
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         known.update(json.loads(path.read_text(encoding="utf-8")))
     if isinstance(known.get(key), bool):
         decided, reason = bool(known[key]), f"remembered in {path}"
     else:
-        seconds = time_formats(detector, crowded_batch(data, num_images, trainer.strategy.root_device), trainer)
+        seconds = time_formats(detector, blank_batch(data, num_images, 1, trainer.strategy.root_device), trainer)
         decided = seconds[True] < (1 - MIN_GAIN) * seconds[False]
         reason = f"a step of {size} px takes {seconds[True]:.3g} s with it, {seconds[False]:.3g} s without"
-        with (
-            contextlib.suppress(OnestageError, OSError),
-            atomic_write(path) as temporary,
-        ):  # else the next run times again
+        with contextlib.suppress(OnestageError, OSError), atomic_write(path) as temporary:  # else timed again
             temporary.write_text(json.dumps({**known, key: decided}, indent=1), encoding="utf-8")
     rank_zero_info(f"channels_last: {str(decided).lower()} ({reason}); override it with model.channels_last")
     return decided
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError, UnicodeError):
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def time_formats(detector: Detector, batch: Batch, trainer: pl.Trainer) -> dict[bool, float]:
