@@ -12,12 +12,19 @@ def test_config_files_are_found_in_any_form_and_the_other_options_keep_their_ord
     assert split_option([*words, "--ckpt_path=b.ckpt", "--ckpt_path"], "--ckpt_path")[0] == ["a.ckpt", "b.ckpt"]
 
 
+ALIAS_BOMB = "\n".join(
+    ["l0: &l0 [1, 2, 3]", *(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 12))]
+).encode()
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         (b"", "is empty"),
         (b"model:\n\tx: 1\n", r":2:1: .*indent with spaces"),
         (b"trainer: {devices: 1}\ntrainer: {devices: 2}\n", r"bad.yaml:2:1: duplicate key 'trainer'"),
+        (b"a: &a [*a]\n", "through its aliases|recursive"),
+        (ALIAS_BOMB, "values through its aliases"),
         (b"a: \xff\xfe", "is not UTF-8"),
         (b"a: !!python/object/apply:os.system [true]\n", "could not determine a constructor"),
     ],

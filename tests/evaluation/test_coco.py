@@ -140,9 +140,12 @@ def test_non_finite_detection_is_dropped_with_warning(bad):
     assert evaluator.evaluation().metrics["mAP"] == 1.0
 
 
-def test_results_name_images_relative_to_a_root():
-    evaluator = CocoEvaluator(annotation_set([[HERE]], [[0]]))
-    evaluator.update(torch.tensor([0]), detections([[HERE]], [[0.9]], [[0]]))
+def test_crowded_images_are_warned_of_and_results_name_images_relative_to_a_root():
+    annotations = annotation_set([[HERE] * 101, [HERE]], [[0] * 101, [0]])
+    evaluator = CocoEvaluator(annotations)
+    evaluator.update(torch.tensor([0, 1]), detections([[HERE], [HERE]], [[0.9], [0.9]], [[0], [0]]))
+    with pytest.warns(UserWarning, match="1 of 2 images have more than 100 objects, up to 101"):
+        evaluator.evaluation()
     elsewhere = evaluator.results(Path("/nowhere"))[0]["file_name"]
     assert elsewhere == Path("0.jpg").absolute().as_posix()
 

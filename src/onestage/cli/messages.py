@@ -14,6 +14,7 @@ from onestage.errors import ConfigError
 from onestage.files import is_path, read_text
 
 CONFIGS = (Path(__file__).parents[1] / "configs").resolve()  # also in an installed package
+MAX_CONFIG_NODES = 100_000  # the largest configuration of this project has 200
 MODULES_OF_CLASSES = (  # whose public classes a misspelt name can mean
     "onestage.models", "onestage.losses", "onestage.data", "lightning.pytorch.loggers", "torch.optim",
 )  # fmt: skip
@@ -178,6 +179,20 @@ def check_config_file(file: str) -> None:
         raise ConfigError(f"{file}{place}: {error.problem}. Correct this line; indent with spaces.") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{file}: is not YAML: {str(error).splitlines()[0]}") from error
+    if _expanded_size(content, {}) > MAX_CONFIG_NODES:
+        problem = f"expands to more than {MAX_CONFIG_NODES:,} values through its aliases"
+        raise ConfigError(f"{file}: {problem}.\nWrite the values themselves instead of nested & and * marks.")
     if not isinstance(content, dict):
         what = "is empty" if content is None else f"holds a {type(content).__name__}, not keys and values"
         raise ConfigError(f"{file}: {what}. See {CONFIGS}/shapes_ssd.yaml for one that works.")
+
+
+def _expanded_size(node: object, known: dict[int, float]) -> float:
+    """Return the number of values with aliases expanded; infinite if a value contains itself."""
+    children = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+    if not children:
+        return 1
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # a lookup before the line below comes from inside this node
+        known[id(node)] = 1 + sum(_expanded_size(child, known) for child in children)
+    return known[id(node)]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,7 +118,9 @@ def draw_shapes(folder: Path, *, num_train: int, num_val: int, seed: int, max_ob
             write_voc(unfinished, splits)
             (unfinished / SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
             if folder.exists() and not _is_finished(folder, settings):
-                shutil.rmtree(folder)
+                # Under another name first, so that no partial one is ever seen.
+                outdated = folder.replace(tempfile.mkdtemp(prefix=unfinished.name, dir=folder.parent))
+                shutil.rmtree(outdated, ignore_errors=True)
     except OSError as reason:
         if _is_finished(folder, settings):  # by another process, meanwhile
             return

@@ -124,12 +124,13 @@ class BestCheckpoint(ModelCheckpoint):
         """Find the best checkpoint of the resumed run, which lies beside the resumed one, for all processes."""
         self._copies = trainer.is_global_zero
         best = None
-        was_validated = checkpoint["callbacks"].get(self.state_key, {}).get("best_model_score") is not None
+        state = checkpoint["callbacks"].get(self.state_key)
+        was_validated = isinstance(state, dict) and state.get("best_model_score") is not None
         if trainer.is_global_zero and is_training(trainer) and was_validated:
             best = Path(str(trainer.ckpt_path)).with_name(BEST)
             try:
                 read_checkpoint(best)
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:
                 best = None
                 rank_zero_info(f"resume: the best checkpoint so far is not used: {str(error).partition(chr(10))[0]}")
         self._inherited = trainer.strategy.broadcast(best)

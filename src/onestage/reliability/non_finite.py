@@ -167,7 +167,7 @@ class NonFiniteGuard(Callback):
         worst = next((other for other in processes if not math.isfinite(other["loss"])), processes[0])
         is_end = self.num_in_row > self.max_skipped_steps or self.num_scaler_skips > MAX_SCALER_SKIPS
         self._records.append({"step": facts["step"], "processes": as_json(processes)})
-        where = self._write(is_end) if trainer.is_global_zero else ""
+        where = self._write(is_end) if trainer.is_global_zero else str(self._folder / DIAGNOSIS_FILE)
         place = f"step {facts['step']} of epoch {facts['epoch']}"
         if is_end:
             count = max(self.num_in_row, self.num_scaler_skips)
