@@ -48,6 +48,14 @@ def test_match_covers_positive_ignored_background_and_forced() -> None:
     assert IoUMatcher(0.5, 0.5)(targets, anchors).tolist() == [[0, 0, BACKGROUND, 1, BACKGROUND]]  # 0.5 is positive
 
 
+def test_an_object_keeps_no_best_anchor_below_the_minimum() -> None:
+    anchors = anchors_of([0, 0, 10, 10], [40, 0, 50, 10], [80, 0, 90, 10])
+    targets = targets_of([0, 0, 10, 3, 0], [40, 0, 44, 10, 1])  # IoU 0.3 with anchor 0, 0.4 with anchor 1
+    for rule in ("one", "ties"):
+        match = IoUMatcher(best_anchors=rule, min_best_iou=0.35)(targets, anchors)
+        assert match.tolist() == [[BACKGROUND, 1, BACKGROUND]]
+
+
 def test_object_that_loses_its_best_anchor_twice_gets_none() -> None:
     anchors = anchors_of([0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 2])
     same = [0, 0, 10, 10]
@@ -144,6 +152,7 @@ def test_assign_in_chunks_equals_assign_at_once(matcher, monkeypatch) -> None:
     ("build", "message"),
     [
         *[(lambda pair=pair: IoUMatcher(*pair), "_iou must be in") for pair in ((0.4, 0.5), (0.5, 0.0), (1.5, 0.5))],
+        (lambda: IoUMatcher(min_best_iou=0.6), "min_best_iou must be in"),
         (lambda: CellMatcher(1.5), r"CellMatcher: ignore_iou must be in \[0, 1\], got 1.5"),
         (lambda: PointMatcher(0), "PointMatcher: radius must be > 0, got 0"),
         (lambda: ATSSMatcher(0), "ATSSMatcher: num_candidates must be >= 1, got 0"),

@@ -67,6 +67,14 @@ def test_more_objects_in_training_images_leave_validation_as_it_is(drawn: Path, 
     assert numbers[0] > 1.5 * numbers[1]
 
 
+def test_clutter_adds_edges_to_the_images() -> None:
+    def edges(clutter: int) -> float:
+        images = [draw_scene(3, index, 1, clutter).image.astype(int) for index in range(8)]
+        return sum(float(np.abs(np.diff(image, axis=1)).mean()) for image in images)
+
+    assert edges(0) < edges(1) < edges(6)
+
+
 def test_a_finished_folder_is_touched_only_for_other_settings_and_lost_images(tmp_path: Path) -> None:
     folder = tmp_path / "shapes"
     folder.mkdir()  # an empty folder is filled

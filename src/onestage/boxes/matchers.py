@@ -11,6 +11,7 @@ from onestage.boxes.geometry import pairwise_overlap
 from onestage.errors import require
 from onestage.types import BACKGROUND, IGNORE, PADDING, Anchors, Targets
 
+BestAnchors = Literal["one", "ties"]
 MAX_PAIRS = 2**25  # object-anchor pairs matched at once: 128 MB for each float32 tensor of that size
 
 
@@ -49,19 +50,26 @@ class IoUMatcher:
         positive_iou: at least this IoU makes an anchor positive, in (0, 1].
         negative_iou: a lower IoU makes it background, in (0, positive_iou].
         best_anchors: the rule for the best anchors of an object, "one" or "ties".
+        min_best_iou: with a lower IoU an object does not keep its best anchor, in [0, positive_iou].
     """
 
     needs_predictions = False
 
     def __init__(
-        self, positive_iou: float = 0.5, negative_iou: float = 0.5, best_anchors: Literal["one", "ties"] = "one"
+        self,
+        positive_iou: float = 0.5,
+        negative_iou: float = 0.5,
+        best_anchors: BestAnchors = "one",
+        min_best_iou: float = 0.0,
     ) -> None:
         remedy = "SSD's are positive_iou: 0.5 and negative_iou: 0.5, RetinaNet's 0.5 and 0.4"
         require(0 < positive_iou <= 1, "IoUMatcher: positive_iou", positive_iou, "in (0, 1]", remedy)
         rule = f"in (0, positive_iou], and positive_iou is {positive_iou}"
         require(0 < negative_iou <= positive_iou, "IoUMatcher: negative_iou", negative_iou, rule, remedy)
         require(best_anchors in ("one", "ties"), "IoUMatcher: best_anchors", best_anchors, "one or ties")
-        self.positive_iou, self.negative_iou, self.best_anchors = positive_iou, negative_iou, best_anchors
+        require(0 <= min_best_iou <= positive_iou, "IoUMatcher: min_best_iou", min_best_iou, f"in [0, {positive_iou}]")
+        self.positive_iou, self.negative_iou = positive_iou, negative_iou
+        self.best_anchors, self.min_best_iou = best_anchors, min_best_iou
 
     def __call__(self, targets: Targets, anchors: Anchors, predicted: Predicted | None = None) -> Tensor:
         """Return the match of every anchor; see `Matcher`."""
@@ -72,12 +80,13 @@ class IoUMatcher:
         is_covered = (intersection * regions).amax(dim=1) >= 0.5 * anchors.boxes[:, 2:].prod(dim=1)  # [B, A]
 
         if self.best_anchors == "one":
-            iou = _raise_best_anchors(iou)
-            iou = _raise_best_anchors(_withdraw_taken_anchors(iou))
+            iou = _raise_best_anchors(iou, self.min_best_iou)
+            iou = _raise_best_anchors(_withdraw_taken_anchors(iou), self.min_best_iou)
         best_iou, match = iou.max(dim=1)  # [B, A]; the first of equal ones
         is_matched = best_iou >= self.positive_iou  # raised pairs are
         if self.best_anchors == "ties":
-            is_matched |= ((iou == iou.amax(dim=2, keepdim=True)) & (iou > 0)).any(dim=1)
+            is_best = (iou == iou.amax(dim=2, keepdim=True)) & (iou > 0) & (iou >= self.min_best_iou)
+            is_matched |= is_best.any(dim=1)
         unmatched = torch.where((best_iou < self.negative_iou) & ~is_covered, BACKGROUND, IGNORE)
         return torch.where(is_matched, match, unmatched)
 
@@ -90,13 +99,13 @@ def empty_without_area(boxes: Tensor) -> Tensor:
 _RAISE = 2.0  # above any IoU: a raised pair wins its anchor, and among raised pairs the higher IoU still wins
 
 
-def _raise_best_anchors(iou: Tensor) -> Tensor:
-    """Add 2 to the IoU of each object with its best anchor, in place; [B, M, A].
+def _raise_best_anchors(iou: Tensor, minimum: float) -> Tensor:
+    """Add 2 to the IoU of each object with its best anchor, if it is at least `minimum`, in place; [B, M, A].
 
     Each row writes its own cell, so the result does not depend on the order of the device's threads.
     """
     best_iou, best_anchor = iou.max(dim=2, keepdim=True)  # [B, M, 1]
-    is_new = (best_iou > 0) & (best_iou < _RAISE)
+    is_new = (best_iou > 0) & (best_iou >= minimum) & (best_iou < _RAISE)
     return iou.scatter_(2, best_anchor, best_iou + _RAISE * is_new)
 
 

@@ -36,11 +36,14 @@ class Scene(NamedTuple):
     areas: npt.NDArray[np.int64]  # [M] pixels of the whole shape
 
 
-def draw_scene(seed: int, index: int, max_objects: int = MAX_OBJECTS) -> Scene:
-    """Draw scene `index` of the data set `seed`: the same numbers give the same scene."""
+def draw_scene(seed: int, index: int, max_objects: int = MAX_OBJECTS, clutter: int = 1) -> Scene:
+    """Draw scene `index` of the data set `seed`: the same numbers give the same scene.
+
+    clutter: times the usual number of spots and strokes that are no object, >= 0.
+    """
     rng = np.random.default_rng(np.random.SeedSequence((seed, index)))
     height, width = CANVAS_SIZES[rng.integers(len(CANVAS_SIZES))]
-    canvas = _draw_background(rng, height, width)
+    canvas = _draw_background(rng, height, width, clutter)
     num_objects = 0 if rng.random() < EMPTY_FRACTION else int(rng.integers(1, max_objects + 1))
     labels: list[int] = []
     masks: list[Mask] = []
@@ -185,15 +188,15 @@ def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: int) 
     return np.asarray(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), dtype=np.float32).clip(0, 1)
 
 
-def _draw_background(rng: np.random.Generator, height: int, width: int) -> Array:
+def _draw_background(rng: np.random.Generator, height: int, width: int, clutter: int) -> Array:
     """Return a canvas [H, W, 3] in 0..255: two blended textures, and clutter that is no object."""
     first, second, third = rng.uniform(20, 235, (3, 3)).astype(np.float32)
     blend = _smooth_noise(rng, height, width, int(rng.integers(24, 90)))[..., None]
     canvas = np.asarray(first + (second - first) * blend, dtype=np.float32)
     _blend(canvas, np.float32(rng.uniform(0.1, 0.45)) * _texture(rng, height, width), third)
-    for _ in range(rng.integers(2, 7)):
+    for _ in range(clutter * rng.integers(2, 7)):
         _draw_blob(rng, canvas)
-    for _ in range(rng.integers(2, 10)):
+    for _ in range(clutter * rng.integers(2, 10)):
         _draw_stroke(rng, canvas)
     return canvas
 

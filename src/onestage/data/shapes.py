@@ -37,6 +37,7 @@ class Shapes(Source):
         draw_seed: seed of the drawings, >= 0.
         max_objects: most objects of a training image, >= 1; more of them teach more in each step. A validation image
             has at most 6 whatever it is.
+        clutter: times the usual number of spots and strokes that are no object, in all images, >= 0.
         format: which of the two annotation formats is read.
     """
 
@@ -50,6 +51,7 @@ class Shapes(Source):
         num_val: int = 201,
         draw_seed: int = 0,
         max_objects: int = MAX_OBJECTS,
+        clutter: int = 1,
         format: Literal["coco", "voc"] = "coco",
     ) -> None:
         self.path = Path(path)
@@ -57,6 +59,7 @@ class Shapes(Source):
         self.num_val = num_val
         self.draw_seed = draw_seed
         self.max_objects = max_objects
+        self.clutter = clutter
         self._annotation_format = format
 
     @property
@@ -72,8 +75,14 @@ class Shapes(Source):
 
     def prepare(self) -> None:
         """Draw the images, unless the folder holds exactly these."""
-        numbers = {"num_train": self.num_train, "num_val": self.num_val, "max_objects": self.max_objects}
-        draw_shapes(self.path, seed=self.draw_seed, **numbers)
+        draw_shapes(
+            self.path,
+            num_train=self.num_train,
+            num_val=self.num_val,
+            seed=self.draw_seed,
+            max_objects=self.max_objects,
+            clutter=self.clutter,
+        )
 
     def read(self, split: Split, class_names: Sequence[str] | None = None) -> AnnotationSet:
         """Read the drawn files of a split."""
@@ -83,7 +92,9 @@ class Shapes(Source):
         return parse_coco(file, images, class_names=class_names)
 
 
-def draw_shapes(folder: Path, *, num_train: int, num_val: int, seed: int, max_objects: int = MAX_OBJECTS) -> None:
+def draw_shapes(
+    folder: Path, *, num_train: int, num_val: int, seed: int, max_objects: int = MAX_OBJECTS, clutter: int = 1
+) -> None:
     """Draw the data set into `folder`, unless it is there already. The same arguments give the same files.
 
     The folder gets JPEGImages/000001.jpg ..., annotations/instances_{train,val}.json (file names relative to
@@ -94,12 +105,12 @@ def draw_shapes(folder: Path, *, num_train: int, num_val: int, seed: int, max_ob
         ConfigError: a number is out of the range that `Shapes` says.
         DataError: `folder` holds something that was not drawn here, or cannot be written.
     """
-    numbers = {"num_train": num_train, "num_val": num_val, "draw_seed": seed, "max_objects": max_objects}
+    numbers = {"num_train": num_train, "num_val": num_val, "seed": seed, "max_objects": max_objects, "clutter": clutter}
     for name, value in numbers.items():
-        minimum = 0 if name == "draw_seed" else 1
-        require(value >= minimum, f"data.source.{name}", value, f">= {minimum}")
-    settings = {"num_train": num_train, "num_val": num_val, "seed": seed, "max_objects": max_objects}
-    settings["version"] = DRAWING_VERSION
+        minimum = 0 if name in ("seed", "clutter") else 1
+        key = "draw_seed" if name == "seed" else name
+        require(value >= minimum, f"data.source.{key}", value, f">= {minimum}")
+    settings = numbers | {"version": DRAWING_VERSION}
     if _is_finished(folder, settings):
         return
     try:
@@ -111,8 +122,8 @@ def draw_shapes(folder: Path, *, num_train: int, num_val: int, seed: int, max_ob
             (unfinished / "JPEGImages").mkdir()
             val = range(num_train, num_train + num_val)
             splits = [
-                _draw_split(unfinished, "train", seed, range(num_train), max_objects),
-                _draw_split(unfinished, "val", seed, val, MAX_OBJECTS),
+                _draw_split(unfinished, "train", seed, range(num_train), max_objects, clutter),
+                _draw_split(unfinished, "val", seed, val, MAX_OBJECTS, clutter),
             ]
             write_coco(unfinished, splits)
             write_voc(unfinished, splits)
@@ -144,12 +155,12 @@ def _read_settings(folder: Path) -> JSONDict | None:
     return settings if isinstance(settings, dict) and "num_train" in settings else None
 
 
-def _draw_split(folder: Path, name: str, seed: int, indices: range, max_objects: int) -> WritableSplit:
+def _draw_split(folder: Path, name: str, seed: int, indices: range, max_objects: int, clutter: int) -> WritableSplit:
     names = [f"{index + 1:06d}.jpg" for index in indices]
     paths = [str(folder / "JPEGImages" / file_name) for file_name in names]
 
     def draw(index: int, path: str) -> tuple[tuple[int, ...], Scene]:
-        scene = draw_scene(seed, index, max_objects)
+        scene = draw_scene(seed, index, max_objects, clutter)
         bgr = cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)
         _, jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
         Path(path).write_bytes(jpeg.tobytes())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes, named_levels, ssd_shapes
 from onestage.boxes.coders import DeltaBoxCoder
-from onestage.boxes.matchers import IoUMatcher
+from onestage.boxes.matchers import BestAnchors, IoUMatcher
 from onestage.boxes.nms import Selection
 from onestage.errors import require
 from onestage.losses.box import BoxLoss, SmoothL1Loss
@@ -60,6 +60,8 @@ class SSD(AnchorDetector):
         prior: score of every anchor before training, in (0, 1). RetinaNet's pi.
         positive_iou: overlap that makes an anchor positive, in (0, 1].
         negative_iou: overlap below which it is background, in (0, positive_iou].
+        best_anchors: the rule for the best anchors of an object, one or ties; see `IoUMatcher`.
+        min_best_iou: with less overlap an object does not keep its best anchor, in [0, positive_iou].
         normaliser_momentum: of the running mean of positives that divides the losses, in [0, 1); 0: each batch's own.
         score_threshold: detections score more than this, in [0, 1).
         nms_threshold: overlap by more than this suppresses the lower score of a class, in [0, 1].
@@ -87,6 +89,8 @@ class SSD(AnchorDetector):
         prior: float = 0.01,
         positive_iou: float = 0.5,
         negative_iou: float = 0.5,
+        best_anchors: BestAnchors = "one",
+        min_best_iou: float = 0.0,
         normaliser_momentum: float = 0.0,
         score_threshold: float = 0.01,
         nms_threshold: float = 0.45,
@@ -122,7 +126,7 @@ class SSD(AnchorDetector):
             classification_loss=loss,
             box_loss=box_loss or SmoothL1Loss(),
             box_coder=box_coder,
-            matcher=IoUMatcher(positive_iou, negative_iou),
+            matcher=IoUMatcher(positive_iou, negative_iou, best_anchors, min_best_iou),
             normaliser=PositiveNormaliser(normaliser_momentum),
             selection=Selection(score_threshold, nms_threshold, max_detections, candidates_per_class),
         )
