@@ -1,6 +1,5 @@
 """Analysis of an evaluation at IoU 0.5: curves, thresholds, confusion of classes, error types, VOC's metric."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -72,25 +71,16 @@ class Analysis(NamedTuple):
 
 def analyse(found: Found, objects: Objects, num_classes: int) -> Analysis:
     """Analyse the detections of all images."""
-    order = np.argsort(-found.scores, kind="stable")  # all sorts that follow take linear time then
-    images, boxes, scores, labels = found
-    found = Found(images[order], boxes[order], scores[order], labels[order])
     pairs = overlapping_pairs(found, objects)
     matched = match(found, objects, pairs)
     voc = voc_average_precision(found, objects, pairs, num_classes)
     is_correct, is_counted, counts = matched.objects >= 0, ~matched.is_ignored, objects.num_by_class(num_classes)
-    curves = class_curves(found.scores, found.labels, is_correct, is_counted, counts)
-    classes = [
-        ClassAnalysis(
-            curve.num_objects,
-            average_precision(curve),
-            best_threshold(curve),
-            interpolated_precision(curve, RECALLS["COCO"]).tolist(),
-            voc07,
-            voc10,
-        )
-        for curve, voc07, voc10 in zip(curves, voc["VOC07"], voc["VOC10"], strict=True)
-    ]
+    classes = []
+    curves = class_curves(found, is_correct, is_counted, counts)
+    for curve, voc07, voc10 in zip(curves, voc["VOC07"], voc["VOC10"], strict=True):
+        precision = interpolated_precision(curve, RECALLS["COCO"]).tolist()
+        measures = (average_precision(curve), best_threshold(curve), precision)
+        classes.append(ClassAnalysis(curve.num_objects, *measures, voc07, voc10))
     best = best_threshold(make_curve(found.scores[is_counted], is_correct[is_counted], int(counts.sum())))
     with_objects = [one for one in classes if one.num_objects] or classes
     ap50, voc07, voc10 = (float(np.mean([getattr(c, n) for c in with_objects])) for n in ("ap50", "voc07", "voc10"))
@@ -103,11 +93,10 @@ def analyse(found: Found, objects: Objects, num_classes: int) -> Analysis:
 
 
 def make_curve(scores: Floats, is_correct: Booleans, num_objects: int) -> Curve:
-    """Return the curve of detections in any order; ignored ones left out. scores, is_correct: [n]."""
-    order = np.argsort(-scores, kind="stable")  # the order of COCOeval where scores are equal
-    correct = np.cumsum(is_correct[order])
-    precision = correct / np.arange(1, len(order) + 1)
-    return Curve(scores[order], precision, correct / max(num_objects, 1), num_objects)
+    """Return the curve of detections, the best first; ignored ones left out. scores, is_correct: [n]."""
+    correct = np.cumsum(is_correct)
+    precision = correct / np.arange(1, len(correct) + 1)
+    return Curve(scores, precision, correct / max(num_objects, 1), num_objects)
 
 
 def interpolated_precision(curve: Curve, recalls: Floats) -> Floats:
@@ -140,13 +129,11 @@ def best_threshold(curve: Curve) -> OperatingPoint:
     return OperatingPoint(*(float(values[best]) for values in (curve.scores, curve.precision, curve.recall, f1)))
 
 
-def class_curves(
-    scores: Floats, labels: Integers, is_correct: Booleans, is_counted: Booleans, num_objects: Integers
-) -> list[Curve]:
-    """Return the curve of the counted detections of each class, [K]. num_objects: [K]; the others: [D]."""
-    by_class = [rows[is_counted[rows]] for rows in rows_by_class(labels, len(num_objects))]
+def class_curves(found: Found, is_correct: Booleans, is_counted: Booleans, num_objects: Integers) -> list[Curve]:
+    """Return the curve of the counted detections of each class, [K]. is_*: [D]; num_objects: [K]."""
+    by_class = [rows[is_counted[rows]] for rows in rows_by_class(found.labels, len(num_objects))]
     return [
-        make_curve(scores[rows], is_correct[rows], count)
+        make_curve(found.scores[rows], is_correct[rows], count)
         for rows, count in zip(by_class, num_objects.tolist(), strict=True)
     ]
 
@@ -162,12 +149,8 @@ def voc_average_precision(found: Found, objects: Objects, pairs: Pairs, num_clas
     ious, nearest = best_overlaps(pairs.where(pairs.is_same_class), len(found.scores))
     hits = ious >= POSITIVE_IOU
     is_ignored = hits & objects.is_ignored[nearest] if len(objects.labels) else hits
-    order = np.argsort(-found.scores, kind="stable")
-    candidates = order[(hits & ~is_ignored)[order]]
-    _, first = np.unique(nearest[candidates], return_index=True)  # the best detection of each object
-    is_correct = np.zeros(len(found.scores), dtype=bool)
-    is_correct[candidates[first]] = True
-    curves = class_curves(found.scores, found.labels, is_correct, ~is_ignored, objects.num_by_class(num_classes))
+    is_correct = _best_of_each(nearest, hits & ~is_ignored)
+    curves = class_curves(found, is_correct, ~is_ignored, objects.num_by_class(num_classes))
     return {rule: [average_precision(curve, rule) for curve in curves] for rule in ("VOC07", "VOC10")}
 
 
@@ -206,56 +189,51 @@ def error_types(found: Found, objects: Objects, pairs: Pairs, matched: Match, nu
     `missed` are objects that no detection has found and no error of the first two types belongs to; the oracle
     removes them.
     """
-    counted = ~objects.is_ignored
     num_objects = objects.num_by_class(num_classes)
     if not num_objects.any():
         return dict.fromkeys(ERROR_TYPES, float("nan"))
-    is_correct, kept = matched.objects >= 0, ~matched.is_ignored
-    before = _mean_ap(found, found.labels, is_correct, kept, num_objects)
-    gains, claimed = {}, [matched.objects[is_correct]]
-    types = dict(zip(ERROR_TYPES, _types(found, objects, pairs, kept & ~is_correct), strict=False))
-    for name, (members, targets) in types.items():
-        labels, correct = found.labels, is_correct
-        if name in ("classification", "localisation"):
-            fixed = _first_claims(members, targets, found, matched.objects[is_correct])
-            claimed.append(targets[members])
-            correct = is_correct.copy()
-            correct[fixed] = True
-            labels = np.where(correct & members, objects.labels[targets], labels)
-        after = _mean_ap(found, labels, correct, kept & (correct | ~members), num_objects)
-        gains[name] = after - before
-    missed = counted.copy()
-    missed[np.concatenate(claimed)] = False
-    left = num_objects - np.bincount(objects.labels[missed], minlength=num_classes)
-    return {**gains, "missed": _mean_ap(found, found.labels, is_correct, kept, left) - before}
-
-
-def _types(found: Found, objects: Objects, pairs: Pairs, wrong: Booleans) -> Iterator[tuple[Booleans, Integers]]:
-    """Yield the detections of each type, [D], and the object they belong to, [D], in the order of ERROR_TYPES."""
-    pairs, num_found = pairs.where(~objects.is_ignored[pairs.objects]), len(found.scores)
+    is_correct, kept, num_found = matched.objects >= 0, ~matched.is_ignored, len(found.scores)
+    pairs = pairs.where(~objects.is_ignored[pairs.objects])
     own_iou, own = best_overlaps(pairs.where(pairs.is_same_class), num_found)
     other_iou, other = best_overlaps(pairs.where(~pairs.is_same_class), num_found)
-    localisation = wrong & (own_iou >= MIN_OVERLAP) & (own_iou < POSITIVE_IOU)
-    classification = wrong & ~localisation & (other_iou >= POSITIVE_IOU)
-    duplicate = wrong & ~classification & (own_iou >= POSITIVE_IOU)
-    background = wrong & (own_iou < MIN_OVERLAP) & (other_iou < MIN_OVERLAP)
-    both = wrong & ~(localisation | classification | duplicate | background)
-    yield classification, other
-    yield localisation, own
-    for members in (both, duplicate, background):
-        yield members, own
+    conditions = {
+        "localisation": (own_iou >= MIN_OVERLAP) & (own_iou < POSITIVE_IOU),
+        "classification": other_iou >= POSITIVE_IOU,
+        "duplicate": own_iou >= POSITIVE_IOU,
+        "background": (own_iou < MIN_OVERLAP) & (other_iou < MIN_OVERLAP),
+    }
+    types, rest = {}, kept & ~is_correct
+    for name, condition in conditions.items():
+        types[name], rest = rest & condition, rest & ~condition
+    types["both"] = rest
+    corrected = {"classification": other, "localisation": own}
+    is_found = np.zeros(len(objects.labels), dtype=bool)
+    is_found[matched.objects[is_correct]] = True
+    missed = ~(objects.is_ignored | is_found)
+    before, gains = _mean_ap(found, is_correct, kept, num_objects), {}
+    for name in ERROR_TYPES[:-1]:
+        members, labels, correct = types[name], found.labels, is_correct
+        if name in corrected:
+            targets = corrected[name]
+            missed[targets[members]] = False
+            fixed = _best_of_each(targets, members & ~is_found[targets])
+            labels, correct = np.where(fixed, objects.labels[targets], labels), correct | fixed
+        after = _mean_ap(found._replace(labels=labels), correct, kept & (correct | ~members), num_objects)
+        gains[name] = after - before
+    left = num_objects - np.bincount(objects.labels[missed], minlength=num_classes)
+    return {**gains, "missed": _mean_ap(found, is_correct, kept, left) - before}
 
 
-def _first_claims(members: Booleans, targets: Integers, found: Found, taken: Integers) -> Integers:
-    """Return the best member of each target that is not taken."""
-    rows = np.flatnonzero(members)
-    rows = rows[~np.isin(targets[rows], taken)]
-    rows = rows[np.argsort(-found.scores[rows], kind="stable")]
-    return np.asarray(rows[np.unique(targets[rows], return_index=True)[1]])
+def _best_of_each(targets: Integers, candidates: Booleans) -> Booleans:
+    """Return which detections are the best candidate of their target, [D]."""
+    rows = np.flatnonzero(candidates)
+    is_best = np.zeros_like(candidates)
+    is_best[rows[np.unique(targets[rows], return_index=True)[1]]] = True
+    return is_best
 
 
-def _mean_ap(found: Found, labels: Integers, correct: Booleans, kept: Booleans, num_objects: Integers) -> float:
+def _mean_ap(found: Found, is_correct: Booleans, is_counted: Booleans, num_objects: Integers) -> float:
     """Return AP50 over the classes with objects."""
-    curves = class_curves(found.scores, labels, correct, kept, num_objects)
+    curves = class_curves(found, is_correct, is_counted, num_objects)
     values = [average_precision(curve) for curve in curves if curve.num_objects]
     return float(np.mean(values)) if values else float("nan")

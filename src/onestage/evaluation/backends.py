@@ -120,5 +120,5 @@ def _by_image(
     images: npt.NDArray[np.int64], num_images: int, columns: Sequence[npt.NDArray[np.generic]]
 ) -> list[list[Tensor]]:
     """Return for each column the list of its rows by image, as tensors."""
-    bounds = np.cumsum(np.bincount(images, minlength=num_images))[:-1]
-    return [[torch.tensor(part) for part in np.split(column, bounds)] for column in columns]
+    order, bounds = np.argsort(images, kind="stable"), np.cumsum(np.bincount(images, minlength=num_images))[:-1]
+    return [[torch.tensor(part) for part in np.split(column[order], bounds)] for column in columns]

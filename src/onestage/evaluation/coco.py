@@ -155,11 +155,13 @@ class CocoEvaluator:
             )
 
     def detections(self) -> Found:
-        """Return the best hundred detections of each collected image."""
+        """Return the best hundred detections of each collected image, sorted by score."""
         rows = [rows[:MAX_DETECTIONS] for rows in self._rows_by_image.values()]
         table = np.concatenate([np.zeros((0, 6), np.float32), *rows])
         images = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
-        return Found(images, table[:, :4], table[:, 4], table[:, 5].astype(np.int64))
+        order = np.argsort(-table[:, 4], kind="stable")  # as COCOeval orders equal scores
+        table = table[order]
+        return Found(images[order], table[:, :4], table[:, 4], table[:, 5].astype(np.int64))
 
     def objects(self) -> Objects:
         """Return the objects of the collected images."""

@@ -33,11 +33,11 @@ class Objects(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The detections of N images; `images` need not ascend."""
+    """The detections of N images, the best score first."""
 
     images: Integers  # [D] position of the image, 0..N-1
     boxes: npt.NDArray[np.float32]  # [D, 4] xyxy px
-    scores: npt.NDArray[np.float32]  # [D]
+    scores: npt.NDArray[np.float32]  # [D] falling
     labels: Integers  # [D] 0..K-1
 
 
@@ -108,7 +108,10 @@ def match(found: Found, objects: Objects, pairs: Pairs, *, same_class: bool = Tr
     pairs = pairs.where(~on_ignored & (pairs.ious >= iou))
 
     groups = found.images * (1 + found.labels.max(initial=0)) + found.labels if same_class else found.images
-    ranks = _ranks(groups, found.scores)[pairs.found]
+    by_group = np.argsort(groups, kind="stable")
+    ranks = np.empty_like(groups)  # of each detection in its group; 0 is the best
+    ranks[by_group] = np.arange(len(groups)) - np.searchsorted(groups[by_group], groups[by_group])
+    ranks = ranks[pairs.found]
     order = np.lexsort((-pairs.objects, -pairs.ious, ranks))  # COCOeval takes the last of equal objects
     rounds = np.split(order, np.flatnonzero(np.diff(ranks[order])) + 1)
     matched, is_taken = np.full(len(found.scores), -1), np.zeros(len(objects.labels), dtype=bool)
@@ -124,15 +127,6 @@ def rows_by_class(labels: Integers, num_classes: int) -> list[Integers]:
     """Return the rows of each class, [K], in one pass: a mask for each class would cost D x K. labels: [D] 0..K-1."""
     order = np.argsort(labels.astype(np.int16 if num_classes < 2**15 else np.int64), kind="stable")  # radix sort
     return np.split(order, np.searchsorted(labels[order], np.arange(1, num_classes)))
-
-
-def _ranks(groups: Integers, scores: Floats) -> Integers:
-    """Return the rank of each detection among those of its group, [D]; 0 is the best."""
-    order = np.lexsort((-scores, groups))
-    _, starts, counts = np.unique(groups[order], return_index=True, return_counts=True)
-    ranks = np.empty(len(groups), dtype=np.int64)
-    ranks[order] = np.arange(len(groups)) - np.repeat(starts, counts)
-    return ranks
 
 
 def best_overlaps(pairs: Pairs, num_found: int) -> tuple[Floats, Integers]:
