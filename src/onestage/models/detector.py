@@ -19,20 +19,9 @@ from onestage.types import AnchorLosses, BoxCoder, Detections, Detector, Losses,
 class AnchorDetector(Detector):
     """Backbone, neck and heads over anchors; match, encode, loss; decode, select.
 
-    Args:
-        num_classes: K, without the background.
-        backbone: uint8 images to feature maps.
-        neck: the backbone's maps to the maps of all levels, finest first.
-        class_head: maps to class logits [B, A, C'].
-        box_head: maps to box outputs [B, A, N].
-        anchor_grid: anchors of the maps.
-        classification_loss: also the link between logits and scores.
-        box_loss: of positive anchors.
-        box_coder: link between box outputs and boxes.
-        matcher: assigns objects to anchors.
-        normaliser: is_positive [B, A] to the scalar > 0 that divides both losses.
-        selection: limits of the detections.
-        quality_head: maps to quality logits [B, A, 1]; None: the detector has none.
+    neck: the backbone's maps to those of all levels, finest first. class_head, box_head, quality_head: these to class
+    logits [B, A, C'], box outputs [B, A, N] and quality logits [B, A, 1]. normaliser: is_positive [B, A] to the scalar
+    > 0 that divides the losses.
     """
 
     def __init__(

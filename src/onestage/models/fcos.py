@@ -20,7 +20,7 @@ from onestage.models.backbone import Backbone
 from onestage.models.detector import AnchorDetector
 from onestage.models.heads import by_anchor
 from onestage.models.retinanet import FPN, STRIDES, SharedHead, pyramid_backbone
-from onestage.models.weights import load_published, torchvision_pyramid
+from onestage.models.weights import load_published, torchvision_weights
 from onestage.types import Predictions
 
 ANCHOR_SCALE = 8  # strides; the square by which ATSS measures overlap, and `doctor` coverage. FCOS uses centres only.
@@ -121,7 +121,7 @@ class FCOS(AnchorDetector):
     def published_state(self, key: str, value: str) -> Mapping[str, Tensor]:
         """Return the weights of torchvision's fcos_resnet50_fpn."""
         # Its towers are flat lists of convolutions, group norms and ReLUs.
-        return torchvision_pyramid(self, key, value, FCOS_ResNet50_FPN_Weights.COCO_V1, layers_per_conv=3)
+        return torchvision_weights(self, key, value, FCOS_ResNet50_FPN_Weights.COCO_V1, layers_per_conv=3)
 
 
 class DistanceHead(SharedHead):

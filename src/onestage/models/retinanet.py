@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import Conv2dNormActivation
+from torchvision.models.detection import RetinaNet_ResNet50_FPN_V2_Weights, RetinaNet_ResNet50_FPN_Weights
+from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes, pyramid_shapes
 from onestage.boxes.coders import DeltaBoxCoder
@@ -21,7 +22,7 @@ from onestage.losses.normaliser import PositiveNormaliser
 from onestage.models.backbone import Backbone, TorchvisionBackbone
 from onestage.models.detector import AnchorDetector
 from onestage.models.heads import by_anchor, start_at
-from onestage.models.weights import load_published, torchvision_retinanet
+from onestage.models.weights import TORCHVISION_COCO, load_published, torchvision_weights
 
 STRIDES = (8, 16, 32, 64, 128)  # of P3 to P7, px
 ANCHOR_SCALE = 4.0  # side of a level's smallest square anchor in strides (section 4: 32 to 512 px on P3 to P7)
@@ -197,5 +198,14 @@ class RetinaNet(AnchorDetector):
             load_published(self, pretrained)
 
     def published_state(self, key: str, value: str) -> Mapping[str, Tensor]:
-        """Return the weights of torchvision's RetinaNet of this version; see `torchvision_retinanet`."""
-        return torchvision_retinanet(self, key, value, self.group_norm)
+        """Return the weights of torchvision's retinanet_resnet50_fpn or, with group norm, of its second version."""
+        versions = (RetinaNet_ResNet50_FPN_Weights, RetinaNet_ResNet50_FPN_V2_Weights)
+        published = versions[self.group_norm].COCO_V1
+        # Before torchvision 0.13 the towers were flat lists of convolutions and ReLUs.
+        state = torchvision_weights(self, key, value, published, layers_per_conv=2)
+        # The published first version was trained with eps = 0 in the batch norms: var + 0 = (var - eps) + eps.
+        if not self.group_norm and (value == TORCHVISION_COCO or value.endswith(published.url.rpartition("/")[2])):
+            for name, module in self.named_modules():
+                if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
+                    state[f"{name}.running_var"] = state[f"{name}.running_var"] - module.eps
+        return state

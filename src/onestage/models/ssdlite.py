@@ -6,13 +6,14 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_large
+from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from torchvision.ops import Conv2dNormActivation
 
 from onestage.boxes.anchors import AnchorShapes, ssd_shapes
 from onestage.models.backbone import Backbone
 from onestage.models.heads import AnchorHead, ExtraLayer, ExtraLayers
 from onestage.models.ssd import SSD
-from onestage.models.weights import torchvision_ssdlite320
+from onestage.models.weights import torchvision_weights
 
 PIXEL_MEAN_AND_STD = 127.5  # images of -1..1
 BATCH_NORM = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)  # torchvision's; the papers give neither
@@ -81,8 +82,8 @@ class SSDLite320(SSD):
         return MobileNetV3()
 
     def published_state(self, key: str, value: str) -> Mapping[str, Tensor]:
-        """Return the weights of torchvision's ssdlite320_mobilenet_v3_large; see `torchvision_ssdlite320`."""
-        return torchvision_ssdlite320(self, key, value)
+        """Return the weights of torchvision's ssdlite320_mobilenet_v3_large."""
+        return torchvision_weights(self, key, value, SSDLite320_MobileNet_V3_Large_Weights.COCO_V1)
 
 
 def _initialise(module: nn.Module) -> nn.Module:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, WeightsEnum, detection
-from torchvision.ops import FrozenBatchNorm2d
 
 from onestage.errors import CheckpointError, ConfigError
 
@@ -33,13 +32,11 @@ _SSD300 = {
     **{f"class_head.levels.{level}": f"head.classification_head.module_list.{level}" for level in range(6)},
     **{f"box_head.levels.{level}": f"head.regression_head.module_list.{level}" for level in range(6)},
 }
-_SSDLITE320 = {  # torchvision's names: ours
-    "backbone.features.": "backbone.parts.",
-    "backbone.extra.": "neck.",
-    "head.classification_head.module_list.": "class_head.levels.",
-    "head.regression_head.module_list.": "box_head.levels.",
-}
-_PYRAMID = {  # torchvision's names of RetinaNet and FCOS, those of its versions before 0.13 included: ours
+_OURS = {  # by torchvision's names of SSDLite320, RetinaNet and FCOS, those of its versions before 0.13 included
+    r"^backbone\.features\.": "backbone.parts.",
+    r"^backbone\.extra\.": "neck.",
+    r"^head\.classification_head\.module_list\.": "class_head.levels.",
+    r"^head\.regression_head\.module_list\.": "box_head.levels.",
     r"^backbone\.fpn\.inner_blocks\.(\d)(\.0)?\.": r"neck.laterals.\1.",
     r"^backbone\.fpn\.layer_blocks\.(\d)(\.0)?\.": r"neck.smoothing.\1.",
     r"^backbone\.fpn\.extra_blocks\.": "neck.",
@@ -97,35 +94,13 @@ def torchvision_ssd300(key: str, value: str, scale: float) -> dict[str, Tensor]:
     return state
 
 
-def torchvision_ssdlite320(detector: nn.Module, key: str, value: str) -> dict[str, Tensor]:
-    """Return the weights of torchvision's ssdlite320_mobilenet_v3_large under our names; see `read_weights`."""
-    weights = {}
-    published = {TORCHVISION_COCO: detection.SSDLite320_MobileNet_V3_Large_Weights.COCO_V1}
-    for name, tensor in read_weights(key, value, published).items():
-        for theirs, ours in _SSDLITE320.items():
-            name = name.replace(theirs, ours)
-        weights[name] = tensor
-    return rename(weights, {name: name for name in detector.state_dict()}, f"{key}: {value}")
-
-
-def torchvision_retinanet(detector: nn.Module, key: str, value: str, is_second: bool) -> dict[str, Tensor]:
-    """Return the weights of torchvision's retinanet_resnet50_fpn or, `is_second`, its v2 for a RetinaNet like it."""
-    versions = (detection.RetinaNet_ResNet50_FPN_Weights, detection.RetinaNet_ResNet50_FPN_V2_Weights)
-    published: WeightsEnum = versions[is_second].COCO_V1
-    # Before torchvision 0.13 the towers were flat lists of convolutions and ReLUs.
-    state = torchvision_pyramid(detector, key, value, published, layers_per_conv=2)
-    # The published first version was trained with eps = 0 in the batch norms: var + 0 = (var - eps) + eps.
-    if not is_second and (value == TORCHVISION_COCO or value.endswith(published.url.rpartition("/")[2])):
-        for name, module in detector.named_modules():
-            if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
-                state[f"{name}.running_var"] = state[f"{name}.running_var"] - module.eps
-    return state
-
-
-def torchvision_pyramid(
-    detector: nn.Module, key: str, value: str, published: WeightsEnum, layers_per_conv: int
+def torchvision_weights(
+    detector: nn.Module, key: str, value: str, published: WeightsEnum, layers_per_conv: int = 1
 ) -> dict[str, Tensor]:
-    """Return weights of torchvision's detectors on an FPN; layers_per_conv: in towers that are flat lists."""
+    """Return the weights of one of torchvision's detectors under our names; see `read_weights`.
+
+    layers_per_conv: of towers that are flat lists of convolutions, ReLUs and perhaps norms.
+    """
 
     def place(found: re.Match[str]) -> str:
         conv, layer = divmod(int(found[1]), layers_per_conv)
@@ -133,10 +108,11 @@ def torchvision_pyramid(
 
     weights = {}
     for name, tensor in read_weights(key, value, {TORCHVISION_COCO: published}).items():
-        for theirs, ours in _PYRAMID.items():
+        for theirs, ours in _OURS.items():
             name = re.sub(theirs, ours, name)
         weights[re.sub(r"tower\.(\d+)\.(\w+)$", place, name)] = tensor
-    keys = {name: name for name in detector.state_dict() if not name.endswith("num_batches_tracked")}
+    wanted = (name for name in detector.state_dict() if name in weights or not name.endswith("num_batches_tracked"))
+    keys = {name: name for name in wanted}
     return rename(weights, keys, f"{key}: {value}")
 
 

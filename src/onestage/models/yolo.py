@@ -56,11 +56,10 @@ class YOLO(AnchorDetector):
         classification_loss: ClassificationLoss,
         box_loss: BoxLoss,
         objectness_loss: SigmoidClassificationLoss,
-        ignore_iou: float,
-        anchors_per_object: int,
+        matcher: CellMatcher,
+        selection: Selection,
         prior: float,
         pretrained: str | None,
-        selection: Selection,
     ) -> None:
         name = type(self).__name__
         require(num_classes >= 1, f"{name}: num_classes", num_classes, ">= 1")
@@ -89,7 +88,7 @@ class YOLO(AnchorDetector):
             classification_loss=classification_loss,
             box_loss=box_loss,
             box_coder=coder,
-            matcher=CellMatcher(ignore_iou, anchors_per_object),
+            matcher=matcher,
             normaliser=ImageNormaliser(),
             selection=selection,
         )
@@ -212,20 +211,11 @@ class YOLOv3(YOLO):
         # Its labels are those of single sigmoids, so weights of classes would be those of class 0.
         require(loss.class_weights is None, "YOLOv3: class_weights of classification_loss", "weights", "null")
         require(backbone.strides == (8, 16, 32), "YOLOv3: strides of the backbone", backbone.strides, "(8, 16, 32)")
-        super().__init__(
-            num_classes,
-            backbone,
-            DarknetPyramid(backbone.out_channels),
-            named_levels("YOLOv3: anchors", anchors, {"coco": self.anchors_coco}),
-            loss,
-            box_loss or GridBoxLoss(),
-            objectness_loss or SigmoidCrossEntropy(),
-            ignore_iou,
-            anchors_per_object,
-            prior,
-            pretrained,
-            Selection(score_threshold, nms_threshold, max_detections),
-        )
+        levels = named_levels("YOLOv3: anchors", anchors, {"coco": self.anchors_coco})
+        losses = (loss, box_loss or GridBoxLoss(), objectness_loss or SigmoidCrossEntropy())
+        neck, matcher = DarknetPyramid(backbone.out_channels), CellMatcher(ignore_iou, anchors_per_object)
+        selection = Selection(score_threshold, nms_threshold, max_detections)
+        super().__init__(num_classes, backbone, neck, levels, *losses, matcher, selection, prior, pretrained)
 
     def _box_targets(self, labels: Tensor, gt_boxes: Tensor, predictions: Predictions) -> tuple[Tensor, Tensor]:
         canvas, sides = self._canvas(predictions)[:2], gt_boxes[..., 2:] - gt_boxes[..., :2]
@@ -286,20 +276,12 @@ class YOLOv2(YOLO):
             name: (AnchorShapes(STRIDE, tuple((w * STRIDE, h * STRIDE) for w, h in cells)),)
             for name, cells in self.anchor_tables.items()
         }
-        super().__init__(
-            num_classes,
-            backbone,
-            Passthrough(backbone.out_channels),
-            named_levels("YOLOv2: anchors", anchors, tables),
-            classification_loss or ObjectSoftmaxLoss(),
-            box_loss or SquaredGridBoxLoss(),
-            objectness_loss or SquaredObjectnessLoss(),
-            ignore_iou,
-            anchors_per_object,
-            prior,
-            pretrained,
-            Selection(score_threshold, nms_threshold, max_detections),
-        )
+        levels = named_levels("YOLOv2: anchors", anchors, tables)
+        box_loss, objectness_loss = box_loss or SquaredGridBoxLoss(), objectness_loss or SquaredObjectnessLoss()
+        losses = (classification_loss or ObjectSoftmaxLoss(), box_loss, objectness_loss)
+        neck, matcher = Passthrough(backbone.out_channels), CellMatcher(ignore_iou, anchors_per_object)
+        selection = Selection(score_threshold, nms_threshold, max_detections)
+        super().__init__(num_classes, backbone, neck, levels, *losses, matcher, selection, prior, pretrained)
         self.anchor_images = anchor_images
 
     def _box_targets(self, labels: Tensor, gt_boxes: Tensor, predictions: Predictions) -> tuple[Tensor, Tensor]:
