@@ -32,8 +32,7 @@ class PointMatcher:
 
     def __call__(self, targets: Targets, anchors: Anchors, predicted: Predicted | None = None) -> Tensor:
         """Return the match of every anchor; see `onestage.boxes.matchers.Matcher`."""
-        shifts, half_sides = _offsets(targets.boxes, anchors)
-        is_inside = _is_inside(shifts, half_sides)
+        shifts, half_sides, is_inside = _offsets(targets.boxes, anchors)
         farthest = torch.maximum(half_sides[0] + shifts[0], half_sides[1] + shifts[1])
         low, high = 4 * anchors.strides, 8 * anchors.strides
         low[: anchors.level_sizes[0]] = 0
@@ -65,16 +64,12 @@ class ATSSMatcher:
 
     def __call__(self, targets: Targets, anchors: Anchors, predicted: Predicted | None = None) -> Tensor:
         """Return the match of every anchor; see `onestage.boxes.matchers.Matcher`."""
-        shifts, half_sides = _offsets(targets.boxes, anchors)
-        is_inside = _is_inside(shifts, half_sides)
+        shifts, _, is_inside = _offsets(targets.boxes, anchors)
         iou = pairwise_overlap(targets.boxes, box_convert(anchors.boxes, "cxcywh", "xyxy"))[1]  # [B, M, A]
-        starts = [sum(anchors.level_sizes[:level]) for level in range(len(anchors.level_sizes))]
-        nearest = [
-            start + level.topk(min(self.num_candidates, level.shape[2]), largest=False).indices
-            for start, level in zip(
-                starts, torch.split(torch.hypot(*shifts), list(anchors.level_sizes), dim=2), strict=True
-            )
-        ]
+        nearest, start = [], 0
+        for level in torch.split(torch.hypot(*shifts), list(anchors.level_sizes), dim=2):
+            nearest.append(start + level.topk(min(self.num_candidates, level.shape[2]), largest=False).indices)
+            start += level.shape[2]
         candidates = torch.cat(nearest, dim=2)  # [B, M, N]
         ious = iou.gather(2, candidates)
         threshold = ious.mean(dim=2, keepdim=True) + ious.std(dim=2, keepdim=True)
@@ -83,17 +78,18 @@ class ATSSMatcher:
         return torch.where(best > 0, match, _unmatched(is_inside, targets))
 
 
-def _offsets(boxes: Tensor, anchors: Anchors) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return |dx| and |dy| from box to anchor centres, [B, M, A], and half widths and heights, [B, M, 1], px."""
+Axes = tuple[Tensor, Tensor]  # a value for x and one for y
+
+
+def _offsets(boxes: Tensor, anchors: Anchors) -> tuple[Axes, Axes, Tensor]:
+    """Return |dx| and |dy| from box to anchor centres, [B, M, A], and half widths and heights, [B, M, 1], px.
+
+    And whether the anchor centre lies inside the box, [B, M, A]; false for boxes without area, or with NaN.
+    """
     centres = (boxes[..., None, :2] + boxes[..., None, 2:]) / 2
-    half_sides = (boxes[..., None, 2:] - boxes[..., None, :2]) / 2
+    half_width, half_height = ((boxes[..., None, 2:] - boxes[..., None, :2]) / 2).unbind(-1)
     dx, dy = ((anchors.boxes[:, axis] - centres[..., axis]).abs() for axis in (0, 1))
-    return (dx, dy), (half_sides[..., 0], half_sides[..., 1])
-
-
-def _is_inside(shifts: tuple[Tensor, Tensor], half_sides: tuple[Tensor, Tensor]) -> Tensor:
-    """Return whether anchor centres lie inside boxes, [B, M, A]; false for boxes without area, or with NaN."""
-    return (shifts[0] < half_sides[0]) & (shifts[1] < half_sides[1])
+    return (dx, dy), (half_width, half_height), (dx < half_width) & (dy < half_height)
 
 
 def _unmatched(is_inside: Tensor, targets: Targets) -> Tensor:

@@ -178,13 +178,6 @@ class AnchorMonitor(Callback):
     Uses the first process's batch that ends the step. A detector without `anchor_losses` is skipped.
     """
 
-    def __init__(self) -> None:
-        self._is_first_batch = False
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the first batch unless the run continues from a checkpoint."""
-        self._is_first_batch = trainer.global_step == 0
-
     @rank_zero_only
     @torch.no_grad()  # adaptive losses count the batches that have a gradient
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -193,15 +186,15 @@ class AnchorMonitor(Callback):
         every = trainer.log_every_n_steps  # type: ignore[attr-defined] # Lightning sets it
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         is_logged = bool(loggers) and ends_step and trainer.global_step % every == 0
-        if not (is_logged or self._is_first_batch):
+        is_first = batch_idx == trainer.current_epoch == 0
+        if not (is_logged or is_first):
             return
         predictions: Predictions = outputs["predictions"]
         anchor_losses = pl_module.detector.anchor_losses(predictions, batch.targets)
         if anchor_losses is None:
             return
-        if self._is_first_batch and (warning := missing_prior(anchor_losses)):
+        if is_first and (warning := missing_prior(anchor_losses)):
             rank_zero_warn(warning)
-        self._is_first_batch = False
         if is_logged:
             statistics = anchor_statistics(anchor_losses, predictions.anchors.strides)
             for logger in loggers:  # dozens of columns would bury the losses in metrics.csv

@@ -6,7 +6,6 @@ import gc
 import json
 import math
 import platform
-import re
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -198,7 +197,10 @@ def resolve_memory_format(detector: Detector, data: DetectionData, trainer: pl.T
     num_images = max(1, min(data.batch_size, MAX_PIXELS // math.prod(canvas)))
     size = f"{num_images} x {canvas[0]} x {canvas[1]}"
     kind = f"{type(detector).__module__}.{type(detector).__qualname__}"
-    machine = (_cpu_name(), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}")
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, UnicodeError, IndexError):  # Linux names the model here
+        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("model name\t: ")[1].partition("\n")[0]
+    machine = (cpu, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}")
     key = " | ".join((*machine, kind, size, precision))
     path = cache_folder() / CACHE_FILE
     known: dict[str, object] = {}
@@ -214,14 +216,6 @@ def resolve_memory_format(detector: Detector, data: DetectionData, trainer: pl.T
             temporary.write_text(json.dumps({**known, key: decided}, indent=1), encoding="utf-8")
     rank_zero_info(f"channels_last: {str(decided).lower()} ({reason}); override it with model.channels_last")
     return decided
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError, UnicodeError):
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
-            return found[1]
-    return platform.processor() or platform.machine()
 
 
 def time_formats(detector: Detector, batch: Batch, trainer: pl.Trainer) -> dict[bool, float]:
