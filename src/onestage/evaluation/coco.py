@@ -53,13 +53,11 @@ class CocoEvaluator:
         self._results: Evaluation | None = None
 
     @property
-    def num_images(self) -> int:
-        """Number of collected images; of all processes once `evaluation` was called."""
-        return len(self._rows_by_image)
-
-    @property
     def image_rows(self) -> npt.NDArray[np.int64]:
-        """Rows of the AnnotationSet that were collected, [N], in the order of `detections` and `objects`."""
+        """Rows of the AnnotationSet that were collected, [N], in the order of `detections` and `objects`.
+
+        Those of all processes once `evaluation` was called.
+        """
         return np.array(list(self._rows_by_image), dtype=np.int64)
 
     def update(self, image_indices: Tensor, detections: Detections) -> None:
@@ -140,7 +138,7 @@ class CocoEvaluator:
         self._warn_of_crowded_images()
         found, objects = self.detections(), self.objects()
         names = self.annotations.class_names
-        precision, recall = precision_recall_tables(found, objects, self.num_images, len(names), self.backend)
+        precision, recall = precision_recall_tables(found, objects, len(self.image_rows), len(names), self.backend)
         by_class = [_mean(precision[:, :, label, 0, -1]) for label in range(len(names))]
         per_class = dict(zip(names, by_class, strict=True))
         return Evaluation(twelve_metrics(precision, recall), per_class, analyse(found, objects, len(names)))

@@ -121,10 +121,6 @@ class Passthrough(nn.Module):
         fine, coarse = feature_maps
         return [self.output(torch.cat([reorganise(self.fine(fine)), self.coarse(coarse)], dim=1))]
 
-    def branches(self) -> Iterator[tuple[nn.Module, int]]:
-        """Yield the layers before each prediction layer and its level, in the order of darknet's files."""
-        yield self, 0
-
 
 class PyramidBranch(nn.Module):
     """The layers of one level of `DarknetPyramid`.
@@ -169,10 +165,6 @@ class DarknetPyramid(nn.Module):
             above, output = level(features, above)
             outputs.append(output)
         return outputs[::-1]
-
-    def branches(self) -> Iterator[tuple[nn.Module, int]]:
-        """Yield the layers before each prediction layer and its level, in the order of darknet's files."""
-        yield from zip(self.levels, reversed(range(len(self.levels))), strict=True)
 
 
 def reorganise(features: Tensor) -> Tensor:

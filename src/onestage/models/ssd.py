@@ -23,24 +23,17 @@ from onestage.models.weights import load_published, load_vgg16, torchvision_ssd3
 AnchorTable = Literal["voc", "coco"]
 
 
-def ssd_levels(strides: Sequence[float], sizes: Sequence[float]) -> tuple[AnchorShapes, ...]:
-    """Return a table of anchors in the paper's form: aspect ratio 2, and 3 on all levels but the first and last two.
+def ssd_levels(
+    strides: Sequence[float], sizes: Sequence[float], aspect_ratios: Sequence[float] | None = None
+) -> tuple[AnchorShapes, ...]:
+    """Return a table of anchors in the paper's form.
 
-    strides: of each level, px. sizes: s_k of each level and the next size of the last, px.
+    strides: of each level, px. sizes: s_k of each level and the next size of the last, px. aspect_ratios: of all
+    levels; None: the paper's, 2, and 3 on all levels but the first and last two.
     """
-    ratios = [(2,), *[(2, 3)] * (len(strides) - 3), (2,), (2,)]
-    rows = zip(strides, sizes[:-1], sizes[1:], ratios, strict=True)
-    return tuple(AnchorShapes(stride, ssd_shapes(size, following, ratio)) for stride, size, following, ratio in rows)
-
-
-def small_levels(scale: int) -> tuple[AnchorShapes, ...]:
-    """Return anchors that fit the drawn shapes on images of 128 px times `scale`, for three maps.
-
-    The boxes measure 12 to 76 px at 128 px and are at most 1.5 times as long as wide. The anchors are small for their
-    maps: a finer map gives tighter boxes (docs/data/shapes_recipe.csv).
-    """
-    rows = ((8, 17, 38), (16, 38, 72), (32, 72, 112))
-    return tuple(AnchorShapes(scale * row[0], ssd_shapes(scale * row[1], scale * row[2], (1.5,))) for row in rows)
+    papers = [(2,), *[(2, 3)] * (len(strides) - 3), (2,), (2,)]
+    rows = zip(strides, sizes[:-1], sizes[1:], [aspect_ratios] * len(strides) if aspect_ratios else papers, strict=True)
+    return tuple(AnchorShapes(stride, ssd_shapes(size, following, ratios)) for stride, size, following, ratios in rows)
 
 
 class SSD(AnchorDetector):
@@ -186,6 +179,8 @@ class SSD512(SSD):
 
 
 # Ours, not published: small SSDs for CPUs, which train from random weights. One table of anchors serves both names.
+# The drawn shapes measure 12 to 76 px at 128 px and are at most 1.5 times as long as wide. The anchors of SSD128 and
+# SSD256 are small for their maps: a finer map gives tighter boxes (docs/data/shapes_recipe.csv).
 
 
 class SSD160(SSD):
@@ -205,7 +200,7 @@ class SSD128(SSD):
     """The smallest SSD, for the drawn shapes: 1344 anchors on maps of 16, 8 and 4 cells."""
 
     image_size = 128
-    _levels = small_levels(1)
+    _levels = ssd_levels((8, 16, 32), (17, 38, 72, 112), (1.5,))
     anchor_tables: ClassVar = {"voc": _levels, "coco": _levels}
     extra_layers: ClassVar = (ExtraLayer(64, 128),)
 
@@ -222,7 +217,7 @@ class SSD256(SSD):
     """
 
     image_size = 256
-    _levels = small_levels(2)
+    _levels = ssd_levels((16, 32, 64), (34, 76, 144, 224), (1.5,))
     anchor_tables: ClassVar = {"voc": _levels, "coco": _levels}
     extra_layers: ClassVar = (ExtraLayer(64, 128),)
     backbone_strides = (16, 32)

@@ -9,10 +9,9 @@ from torchvision.models import mobilenet_v3_large
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from torchvision.ops import Conv2dNormActivation
 
-from onestage.boxes.anchors import AnchorShapes, ssd_shapes
 from onestage.models.backbone import Backbone
 from onestage.models.heads import AnchorHead, ExtraLayer, ExtraLayers
-from onestage.models.ssd import SSD
+from onestage.models.ssd import SSD, ssd_levels
 from onestage.models.weights import torchvision_weights
 
 PIXEL_MEAN_AND_STD = 127.5  # images of -1..1
@@ -69,11 +68,7 @@ class SSDLite320(SSD):
     neck_class = LiteLayers
     head_class = LiteHead
     _sizes = (*(320 * (0.2 + 0.15 * level) for level in range(6)), 320)  # s_min 0.2 and s_max 0.95 of the image
-    _strides = (16, 32, 64, 320 / 3, 160, 320)
-    _levels = tuple(
-        AnchorShapes(stride, ssd_shapes(size, following, (2, 3)))
-        for stride, size, following in zip(_strides, _sizes[:-1], _sizes[1:], strict=True)
-    )
+    _levels = ssd_levels((16, 32, 64, 320 / 3, 160, 320), _sizes, (2, 3))
     anchor_tables: ClassVar = {"voc": _levels, "coco": _levels}
     extra_layers: ClassVar = (ExtraLayer(256, 512), ExtraLayer(128, 256), ExtraLayer(128, 256), ExtraLayer(64, 128))
 

@@ -130,7 +130,8 @@ class YOLO(AnchorDetector):
     def darknet_tensors(self) -> list[Tensor]:
         """Return all weights in the order of darknet's files, as views: a change of them changes the detector."""
         tensors = list(darknet.block_tensors(self.backbone))
-        for branch, level in self.neck.branches():
+        branches = [*self.neck.levels] if isinstance(self.neck, DarknetPyramid) else [self.neck]  # coarsest first
+        for level, branch in zip(reversed(range(len(branches))), branches, strict=True):
             tensors += darknet.block_tensors(branch)
             heads = [head.levels[level] for head in (self.box_head, self.quality_head, self.class_head)]
             for name in ("bias", "weight"):  # rows by anchor: t_x, t_y, t_w, t_h, objectness, classes

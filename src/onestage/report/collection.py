@@ -41,7 +41,7 @@ def write_after_run(
     evaluator, stages = module.evaluator, STAGES[command]
     if evaluator is None:
         return
-    found, objects, num_images = evaluator.detections(), evaluator.objects(), evaluator.num_images
+    found, objects, num_images = evaluator.detections(), evaluator.objects(), len(evaluator.image_rows)
     pairs, splits = overlapping_pairs(found, objects), [data.annotations(stage) for stage in stages]
     findings = [*(finding for split in splits for finding in split.findings), *data.shared]
     facts: JSONDict = {"command": command, "findings": _grouped(findings)}

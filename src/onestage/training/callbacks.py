@@ -99,7 +99,7 @@ class ResultsWriter(Callback):
                 analysis=analysis,
                 class_names=names,
                 seconds=seconds,
-                images_per_second=evaluator.num_images / max(seconds, 1e-9),
+                images_per_second=len(evaluator.image_rows) / max(seconds, 1e-9),
             )
             # Drawing takes a second, and `fit` ends with an evaluation of its best weights.
             if trainer.state.fn != TrainerFn.FITTING:

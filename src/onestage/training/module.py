@@ -91,8 +91,6 @@ class DetectionModule(pl.LightningModule):
         self.evaluator: CocoEvaluator | None = None
         self.metrics: dict[str, float] = {}
         self.score_threshold: float | None = None  # with the best F1 of the latest evaluation; None: unknown
-        self.evaluation_seconds = self._start = 0.0
-        self._loss_sums: dict[str, Tensor] = {}  # of an evaluation
 
     @property
     def has_data(self) -> bool:
@@ -214,8 +212,7 @@ class DetectionModule(pl.LightningModule):
         """Start a new evaluation."""
         annotations = self._annotations(stage_of(self.trainer))
         self.evaluator = CocoEvaluator(annotations) if annotations is not None else None
-        names = ("divisor", "loss", *(f"{term}_loss" for term in self.loss_weights))
-        self._loss_sums = {name: torch.zeros((), device=self.device) for name in names}
+        self._loss_sums = torch.zeros(2 + len(self.loss_weights), device=self.device)  # of divisors, loss and terms
         self._start = time.perf_counter()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -224,9 +221,8 @@ class DetectionModule(pl.LightningModule):
         losses = self.detector.loss(predictions, batch.targets)
         # The batch's own divisor is undone: the logged loss is that of one batch with all images of all processes.
         divisor = losses.num_positives if losses.divisor is None else losses.divisor
-        for name, value in self.weighted_loss(losses).items():
-            self._loss_sums[name] += value * divisor.clamp(min=1)
-        self._loss_sums["divisor"] += divisor
+        values = torch.stack([*self.weighted_loss(losses).values()])
+        self._loss_sums += torch.cat([divisor[None], values * divisor.clamp(min=1)])
         return self._collect(batch, predictions)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -269,9 +265,10 @@ class DetectionModule(pl.LightningModule):
             if analysis.score_threshold is not None:
                 self.score_threshold = analysis.score_threshold
         self.evaluation_seconds = time.perf_counter() - self._start
-        sums = cast(Tensor, self.trainer.strategy.reduce(torch.stack([*self._loss_sums.values()]), reduce_op="sum"))
-        for name, total in zip([*self._loss_sums][1:], sums[1:], strict=True):
-            self.log(f"{prefix}/{name}", total / sums[0].clamp(min=1))  # sums[0] is the divisor
+        divisor, *sums = cast(Tensor, self.trainer.strategy.reduce(self._loss_sums, reduce_op="sum"))
+        names = ("loss", *(f"{term}_loss" for term in self.loss_weights))
+        for name, total in zip(names, sums, strict=True):
+            self.log(f"{prefix}/{name}", total / divisor.clamp(min=1))
         for name, value in self.metrics.items():
             # NaN means "undefined on this data", which loggers and ModelCheckpoint cannot handle; 0 comes nearest.
             value = 0.0 if math.isnan(value) else value
@@ -342,10 +339,7 @@ class DetectionModule(pl.LightningModule):
         super().lr_scheduler_step(scheduler, metric)
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip by norm or by value, with any optimizer and any strategy that does not clip by itself."""
         if gradient_clip_val:
