@@ -21,11 +21,9 @@ MAX_LETTERS = 20  # of a class name
 
 def write_figures(folder: Path, analysis: Analysis, class_names: Sequence[str]) -> None:
     """Write pr_curves.png and, if there is a matrix, confusion.png, atomically. class_names: [K]."""
-    figures = {PR_FILE: draw_precision_recall(analysis, class_names)}
+    save_figure(folder / PR_FILE, draw_precision_recall(analysis, class_names))
     if analysis.confusion:
-        figures[CONFUSION_FILE] = draw_confusion(analysis, class_names)
-    for name, figure in figures.items():
-        save_figure(folder / name, figure)
+        save_figure(folder / CONFUSION_FILE, draw_confusion(analysis, class_names))
 
 
 def new_figure(width: float, height: float) -> "Figure":

@@ -13,22 +13,5 @@ from onestage.models.ssdlite import MobileNetV3, SSDLite320
 from onestage.models.vgg import VGG
 from onestage.models.yolo import YOLOv2, YOLOv3
 
-__all__ = [
-    "FCOS",
-    "SSD",
-    "SSD128",
-    "SSD160",
-    "SSD256",
-    "SSD300",
-    "SSD512",
-    "VGG",
-    "Backbone",
-    "Darknet19",
-    "Darknet53",
-    "MobileNetV3",
-    "RetinaNet",
-    "SSDLite320",
-    "TorchvisionBackbone",
-    "YOLOv2",
-    "YOLOv3",
-]
+__all__ = ["FCOS", "SSD", "SSD128", "SSD160", "SSD256", "SSD300", "SSD512", "RetinaNet", "SSDLite320"]
+__all__ += ["VGG", "Backbone", "Darknet19", "Darknet53", "MobileNetV3", "TorchvisionBackbone", "YOLOv2", "YOLOv3"]
