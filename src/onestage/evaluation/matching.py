@@ -72,15 +72,11 @@ def overlapping_pairs(found: Found, objects: Objects) -> Pairs:
     ends = np.cumsum(counts)
     parts = []
     for part in np.split(np.arange(len(counts)), np.searchsorted(ends, np.arange(0, ends[-1:].sum(), PAIRS_PER_CHUNK))):
-        repeated = np.repeat(part, counts[part])
-        start = np.repeat(first[found.images[part]], counts[part])
-        within = np.arange(len(repeated)) - np.repeat(np.cumsum(counts[part]) - counts[part], counts[part])
-        others = start + within
+        num, repeated = counts[part], np.repeat(part, counts[part])
+        others = np.repeat(first[found.images[part]] - np.cumsum(num) + num, num) + np.arange(len(repeated))
         rows, columns = found.boxes.take(repeated, axis=0), objects.boxes.take(others, axis=0)
-        touching = np.flatnonzero(  # few: most are apart
-            (rows[:, 0] < columns[:, 2]) & (columns[:, 0] < rows[:, 2])
-            & (rows[:, 1] < columns[:, 3]) & (columns[:, 1] < rows[:, 3])
-        )  # fmt: skip
+        overlaps = (rows[:, :2] < columns[:, 2:]) & (columns[:, :2] < rows[:, 2:])  # along x and y
+        touching = np.flatnonzero(overlaps[:, 0] & overlaps[:, 1])  # few: most are apart
         repeated, others = repeated[touching], others[touching]
         boxes, gt_boxes = (torch.from_numpy(values[touching]).double()[:, None] for values in (rows, columns))
         intersection, iou = (values[:, 0, 0].numpy() for values in pairwise_overlap(boxes, gt_boxes))
