@@ -135,22 +135,19 @@ class CocoEvaluator:
         self._is_gathered = True
 
     def _evaluate(self) -> Evaluation:
-        self._warn_of_crowded_images()
+        counts = np.diff(self.annotations.box_offsets)[self.image_rows]
+        if num_crowded := int(np.count_nonzero(counts > MAX_DETECTIONS)):
+            warnings.warn(
+                f"{num_crowded} of {len(counts)} images have more than {MAX_DETECTIONS} objects, up to {counts.max()}: "
+                f"COCO's metrics count {MAX_DETECTIONS} detections of an image, so some cannot be found.",
+                stacklevel=1,
+            )
         found, objects = self.detections(), self.objects()
         names = self.annotations.class_names
         precision, recall = precision_recall_tables(found, objects, len(self.image_rows), len(names), self.backend)
         by_class = [_mean(precision[:, :, label, 0, -1]) for label in range(len(names))]
         per_class = dict(zip(names, by_class, strict=True))
         return Evaluation(twelve_metrics(precision, recall), per_class, analyse(found, objects, len(names)))
-
-    def _warn_of_crowded_images(self) -> None:
-        counts = np.diff(self.annotations.box_offsets)[list(self._rows_by_image)]
-        if num_crowded := int(np.count_nonzero(counts > MAX_DETECTIONS)):
-            warnings.warn(
-                f"{num_crowded} of {len(counts)} images have more than {MAX_DETECTIONS} objects, up to {counts.max()}: "
-                f"COCO's metrics count {MAX_DETECTIONS} detections of an image, so some cannot be found.",
-                stacklevel=2,
-            )
 
     def detections(self) -> Found:
         """Return the best hundred detections of each collected image, sorted by score."""
