@@ -209,9 +209,12 @@ class DetectionModule(pl.LightningModule):
     # Evaluation: each step only collects; all metrics are computed once, at the end.
 
     def on_validation_epoch_start(self) -> None:
-        """Start a new evaluation."""
-        annotations = self._annotations(stage_of(self.trainer))
-        self.evaluator = CocoEvaluator(annotations) if annotations is not None else None
+        """Start a new evaluation of the data module's split, or of a loader's dataset with annotations."""
+        stage = stage_of(self.trainer)
+        annotations: Any = getattr(getattr(self._loader(stage), "dataset", None), "annotations", None)
+        if self.has_data:
+            annotations = self.data.annotations(stage)
+        self.evaluator = CocoEvaluator(annotations) if self.has_data or isinstance(annotations, AnnotationSet) else None
         self._loss_sums = torch.zeros(2 + len(self.loss_weights), device=self.device)  # of divisors, loss and terms
         self._start = time.perf_counter()
 
@@ -228,13 +231,6 @@ class DetectionModule(pl.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the detections of one batch in original pixels."""
         return self._collect(batch, self.predict_batch(batch))
-
-    def _annotations(self, stage: Stage) -> AnnotationSet | None:
-        """Return the split that a stage reads, of the data module or of the loader's dataset; None: unknown."""
-        if self.has_data:
-            return self.data.annotations(stage)
-        annotations = getattr(getattr(self._loader(stage), "dataset", None), "annotations", None)
-        return annotations if isinstance(annotations, AnnotationSet) else None
 
     def _loader(self, stage: Stage) -> Any:
         return getattr(self.trainer, f"{stage}_dataloaders", None)
