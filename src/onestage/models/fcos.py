@@ -1,6 +1,7 @@
 """FCOS (arXiv:1904.01355) and, with another matcher, ATSS (arXiv:1912.02424)."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from onestage.losses.focal import SigmoidFocalLoss
 from onestage.losses.normaliser import PositiveNormaliser
 from onestage.models.backbone import Backbone
 from onestage.models.detector import AnchorDetector
-from onestage.models.heads import by_anchor
+from onestage.models.heads import by_anchor, initialise
 from onestage.models.retinanet import FPN, STRIDES, SharedHead, pyramid_backbone
 from onestage.models.weights import load_published, torchvision_weights
 from onestage.types import Predictions
@@ -130,8 +131,7 @@ class DistanceHead(SharedHead):
     def __init__(self, channels: int, tower_convs: int) -> None:
         super().__init__(channels, tower_convs, 1, True, DistanceBoxCoder.num_outputs, tower_bias=True)
         self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
-        nn.init.normal_(self.centerness.weight, std=0.01)
-        nn.init.zeros_(self.centerness.get_parameter("bias"))
+        initialise(self.centerness, partial(nn.init.normal_, std=0.01))
 
     def forward(self, feature_maps: Sequence[Tensor]) -> Tensor:
         """Return four distances and the centerness logit, [B, A, 5] float32, of maps [B, channels, H_l, W_l]."""

@@ -1,7 +1,7 @@
 """Layers behind the backbone: SSD's extra feature maps and prediction heads."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,9 +33,8 @@ class ExtraLayers(nn.ModuleList):
         reduce = nn.Conv2d(in_channels, layer.reduced_channels, kernel_size=1)
         conv = nn.Conv2d(layer.reduced_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
         # No batch norm: the last maps have 1 to 9 cells, too few values for its statistics.
-        block = [("reduce", _xavier(reduce)), ("reduce_relu", nn.ReLU(inplace=True))]
-        block += [("conv", _xavier(conv)), ("conv_relu", nn.ReLU(inplace=True))]
-        return nn.Sequential(OrderedDict(block))
+        block = OrderedDict(reduce=reduce, reduce_relu=nn.ReLU(True), conv=conv, conv_relu=nn.ReLU(True))
+        return initialise(nn.Sequential(block), nn.init.xavier_uniform_)
 
     def forward(self, feature_maps: Sequence[Tensor]) -> list[Tensor]:
         """Return the given maps [B, C, H, W] and one more for each layer."""
@@ -59,7 +58,7 @@ class AnchorHead(nn.Module):
         sizes = zip(in_channels, anchors_per_cell, strict=True)
         padding = kernel_size // 2
         convs = (nn.Conv2d(c, n * num_outputs, kernel_size, padding=padding) for c, n in sizes)
-        self.levels = nn.ModuleList(map(_xavier, convs))
+        self.levels = nn.ModuleList(initialise(conv, nn.init.xavier_uniform_) for conv in convs)
 
     def forward(self, feature_maps: Sequence[Tensor]) -> Tensor:
         """Return [B, A, num_outputs] float32 of maps [B, C_l, H_l, W_l], in the order of `AnchorGrid`."""
@@ -82,16 +81,20 @@ def by_anchor(maps: Sequence[Tensor], num_outputs: int) -> Tensor:
 
 @torch.no_grad()
 def start_at(conv: nn.Module, bias: Tensor) -> None:
-    """Set the weights of a convolution to N(0, 0.01^2) and its biases, if any, to repetitions of `bias`."""
-    for name, parameter in conv.named_parameters(recurse=False):
-        if name == "weight":
-            nn.init.normal_(parameter, std=0.01)
-        else:
-            parameter.copy_(bias.repeat(len(parameter) // len(bias)))
+    """Set the weights of a convolution to N(0, 0.01^2) and its biases to repetitions of `bias`."""
+    nn.init.normal_(conv.get_parameter("weight"), std=0.01)
+    biases = conv.get_parameter("bias")
+    biases.copy_(bias.repeat(len(biases) // len(bias)))
 
 
-def _xavier(conv: nn.Conv2d) -> nn.Module:
-    """Initialise as all new layers of SSD (section 3): Xavier weights, biases of 0."""
-    nn.init.xavier_uniform_(conv.weight)
-    nn.init.zeros_(conv.get_parameter("bias"))
-    return conv
+def initialise(module: nn.Module, set_weights: Callable[[Tensor], object]) -> nn.Module:
+    """Set the weights of all convolutions by a function of `torch.nn.init`, and their biases to 0; return the module.
+
+    SSD's new layers have Xavier weights (section 3).
+    """
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            set_weights(conv.weight)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+    return module

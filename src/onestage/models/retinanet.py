@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_V2_Weights, RetinaNet_ResNet50_FPN_Weights
@@ -21,7 +20,7 @@ from onestage.losses.focal import SigmoidFocalLoss
 from onestage.losses.normaliser import PositiveNormaliser
 from onestage.models.backbone import Backbone, TorchvisionBackbone
 from onestage.models.detector import AnchorDetector
-from onestage.models.heads import by_anchor, start_at
+from onestage.models.heads import by_anchor, initialise, start_at
 from onestage.models.weights import TORCHVISION_COCO, load_published, torchvision_weights
 
 STRIDES = (8, 16, 32, 64, 128)  # of P3 to P7, px
@@ -44,10 +43,7 @@ class FPN(nn.Module):
         self.smoothing = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
         self.p6 = nn.Conv2d(in_channels[-1] if p6_from == "c5" else channels, channels, 3, stride=2, padding=1)
         self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        for conv in self.modules():
-            if isinstance(conv, nn.Conv2d):
-                nn.init.kaiming_uniform_(conv.weight, a=1)
-                nn.init.zeros_(conv.get_parameter("bias"))
+        initialise(self, partial(nn.init.kaiming_uniform_, a=1))
 
     def forward(self, feature_maps: Sequence[Tensor]) -> list[Tensor]:
         """Return the maps [B, channels, H_l, W_l] of all levels, finest first, from those of the backbone."""
@@ -92,9 +88,7 @@ class SharedHead(nn.Module):
             *[Conv2dNormActivation(channels, channels, norm_layer=norm, bias=tower_bias) for _ in range(tower_convs)]
         )
         self.output = nn.Conv2d(channels, anchors_per_cell * num_outputs, 3, padding=1)
-        for conv in self.modules():
-            if isinstance(conv, nn.Conv2d):
-                start_at(conv, torch.zeros(1))
+        initialise(self, partial(nn.init.normal_, std=0.01))
 
     def forward(self, feature_maps: Sequence[Tensor]) -> Tensor:
         """Return [B, A, num_outputs] float32 of maps [B, channels, H_l, W_l], in the order of `AnchorGrid`."""

@@ -10,12 +10,13 @@ from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from torchvision.ops import Conv2dNormActivation
 
 from onestage.models.backbone import Backbone
-from onestage.models.heads import AnchorHead, ExtraLayer, ExtraLayers
+from onestage.models.heads import AnchorHead, ExtraLayer, ExtraLayers, initialise
 from onestage.models.ssd import SSD, ssd_levels
 from onestage.models.weights import torchvision_weights
 
 PIXEL_MEAN_AND_STD = 127.5  # images of -1..1
 BATCH_NORM = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)  # torchvision's; the papers give neither
+NORMAL = partial(nn.init.normal_, std=0.03)  # the weights of all convolutions
 RELU6_BLOCK = partial(Conv2dNormActivation, norm_layer=BATCH_NORM, activation_layer=nn.ReLU6)
 
 
@@ -28,7 +29,7 @@ class MobileNetV3(Backbone):
         block = cast(nn.Sequential, blocks.get_submodule("13.block"))  # C4 is what this block of stride 2 expands
         to_c4, to_c5 = nn.Sequential(*list(blocks)[:13], block[0]), nn.Sequential(block[1:], *list(blocks)[14:])
         self.parts = nn.ModuleList([to_c4, to_c5])
-        _initialise(self)
+        initialise(self, NORMAL)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Return C4 (stride 16) and C5 (stride 32) of normalised images, [B, 3, H, W] float."""
@@ -44,7 +45,7 @@ class LiteLayers(ExtraLayers):
         reduced = layer.reduced_channels
         depthwise = RELU6_BLOCK(reduced, reduced, layer.kernel_size, layer.stride, groups=reduced)
         block = [RELU6_BLOCK(in_channels, reduced, 1), depthwise, RELU6_BLOCK(reduced, layer.out_channels, 1)]
-        return _initialise(nn.Sequential(*block))
+        return initialise(nn.Sequential(*block), NORMAL)
 
 
 class LiteHead(AnchorHead):
@@ -54,7 +55,7 @@ class LiteHead(AnchorHead):
         super().__init__(in_channels, anchors_per_cell, num_outputs, kernel_size=1)
         depthwise = (RELU6_BLOCK(channels, channels, 3, groups=channels) for channels in in_channels)
         self.levels = nn.ModuleList(map(nn.Sequential, depthwise, self.levels))
-        _initialise(self)
+        initialise(self, NORMAL)
 
 
 class SSDLite320(SSD):
@@ -79,13 +80,3 @@ class SSDLite320(SSD):
     def published_state(self, key: str, value: str) -> Mapping[str, Tensor]:
         """Return the weights of torchvision's ssdlite320_mobilenet_v3_large."""
         return torchvision_weights(self, key, value, SSDLite320_MobileNet_V3_Large_Weights.COCO_V1)
-
-
-def _initialise(module: nn.Module) -> nn.Module:
-    """Set all convolutions to N(0, 0.03^2) and their biases to 0, as torchvision does."""
-    for conv in module.modules():
-        if isinstance(conv, nn.Conv2d):
-            nn.init.normal_(conv.weight, std=0.03)
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
-    return module
