@@ -78,10 +78,7 @@ class ATSSMatcher:
         return torch.where(best > 0, match, _unmatched(is_inside, targets))
 
 
-Axes = tuple[Tensor, Tensor]  # a value for x and one for y
-
-
-def _offsets(boxes: Tensor, anchors: Anchors) -> tuple[Axes, Axes, Tensor]:
+def _offsets(boxes: Tensor, anchors: Anchors) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
     """Return |dx| and |dy| from box to anchor centres, [B, M, A], and half widths and heights, [B, M, 1], px.
 
     And whether the anchor centre lies inside the box, [B, M, A]; false for boxes without area, or with NaN.

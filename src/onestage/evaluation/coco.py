@@ -172,10 +172,7 @@ def twelve_metrics(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.fl
     """Return COCO's twelve metrics from COCOeval's tables, as its `summarize` does; see `precision_recall_tables`."""
     by_area = [precision[..., area, -1] for area in range(1 + len(SIZES))]
     average_precisions = [by_area[0], by_area[0][0], by_area[0][5], *by_area[1:]]  # IoU 0.50:0.95, 0.50 and 0.75
-    recalls = [
-        *(recall[..., 0, limit] for limit in range(3)),
-        *(recall[..., 1 + size, -1] for size in range(len(SIZES))),
-    ]
+    recalls = [*(recall[..., 0, limit] for limit in range(3)), *(recall[..., area, -1] for area in (1, 2, 3))]
     return dict(zip(METRIC_NAMES, map(_mean, [*average_precisions, *recalls]), strict=True))
 
 
