@@ -127,6 +127,7 @@ class LossBar(TQDMProgressBar):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Switch the bar off if standard output is a file or a pipe, where each refresh would be written."""
         super().setup(trainer, pl_module, stage)
+        self._num_batches, self._start = 0, 0.0
         if not sys.stdout.isatty():
             self.disable()
 
@@ -150,11 +151,6 @@ class LossBar(TQDMProgressBar):
             super().print(*args, **kwargs)
         else:
             print(*args, flush=True, **kwargs)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the bar, and count batches from here."""
-        super().on_train_start(trainer, pl_module)
-        self._num_batches, self._start = 0, 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the bar; estimate the run time once."""
