@@ -94,8 +94,7 @@ class AutoBatch(Callback):
         extra = copies * sum(parameter.nbytes for parameter in pl_module.detector.parameters())
         with _restored(pl_module.detector, device):
             batch = largest_batch(lambda images: step_bytes(trainer, pl_module, images), limit - extra, most)
-        if trainer.world_size > 1:
-            batch = int(trainer.strategy.reduce(torch.tensor(batch, device=device), reduce_op="min"))
+        batch = int(trainer.strategy.reduce(torch.tensor(batch, device=device), reduce_op="min"))
         if batch == 0:
             raise ConfigError(
                 f"auto_batch: a step with one image needs more than {limit / GIB:.2f} GiB on {device}.\n"
