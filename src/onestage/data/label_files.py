@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 import onestage.data.annotations as rules
-from onestage.data.annotations import ImageColumns, ObjectColumns, Rule, malformed
+from onestage.data.annotations import ImageColumns, ObjectColumns, Rule, malformed, shortened
 from onestage.data.image_headers import HeaderCheck
 from onestage.errors import AnnotationError
 from onestage.files import list_files, printable, require_inside, spellings
@@ -33,7 +33,7 @@ class WrittenObject(NamedTuple):
     """One object as its file gives it."""
 
     text: str  # place and values, for messages
-    class_key: str | float  # its name in VOC, its index in YOLO
+    class_name: str  # empty: it has none, which is a problem
     box: tuple[float, ...]  # xyxy edges, px; NaN where there is no number
     problem: str | None = None  # the rule that it breaks
     is_difficult: bool = False
@@ -52,9 +52,7 @@ def read_label_files(
     root: Path,
     listed: Sequence[LabelledImage],
     read: Callable[[int, Path], LabelFile],
-    find_classes: Callable[[Sequence[WrittenObject]], Mapping[str | float, int]],
-    class_names: list[str],
-    unknown_class: str = "",
+    class_names: Sequence[str] | None,
     headers: Sequence[HeaderCheck] | None = None,
 ) -> AnnotationSet:
     """Read the annotation file of each image that can be used. An image without a file is one without objects.
@@ -64,13 +62,11 @@ def read_label_files(
         root: the folder of the data set, which no link may leave.
         listed: the images of a split.
         read: reads the file of an image, (row, file); raises AnnotationError if it is malformed, which skips the image.
-        find_classes: returns class key -> label of all objects, and may fill in `class_names`.
-        class_names: [K] in label order.
-        unknown_class: problem of an object whose class has no label.
+        class_names: [K] in label order; None: those of the objects, sorted.
         headers: of the images, whose sizes count; None: the sizes in the files do.
 
     Raises:
-        AnnotationError: no image has a file, or a link leaves `root`.
+        AnnotationError: no image has a file, a link leaves `root`, or an object has another class.
     """
     folders = {path.parent for item in listed for path in (item.image, item.label)}
     names = {folder: list_files(folder) for folder in folders}
@@ -83,14 +79,14 @@ def read_label_files(
     for path in (path for item in listed for path in (item.image, item.label)):
         if names[path.parent].get(path.name):  # a link
             require_inside(source, [root, path.parent], path)
-    bad_headers = {row: header.findings[0] for row, header in enumerate(headers or ()) if not header.is_usable}
-    missing = {row: printable(item.image) for row, item in enumerate(listed) if item.is_missing}
-    problem = "there is no such image"
-    skipped = bad_headers | {row: rules.IMAGE_MISSING.broken(place, problem) for row, place in missing.items()}
+    skipped = {row: header.findings[0] for row, header in enumerate(headers or ()) if not header.is_usable}
+    for row, item in enumerate(listed):
+        if item.is_missing:
+            skipped[row] = rules.IMAGE_MISSING.broken(printable(item.image), "there is no such image")
     has_file = [item.label.name in names[item.label.parent] for item in listed]
     if len(skipped) < len(listed) and not any(has_file):
-        problem = f"none of its {len(listed)} images has an annotation file"
-        problem += f" (searched {printable(listed[0].label)}, ...)"
+        searched = f"searched {printable(listed[0].label)}, ..."
+        problem = f"none of its {len(listed)} images has an annotation file ({searched})"
         raise malformed(source, problem, "Correct data.path, or put the annotations there.")
     files: dict[int, LabelFile] = {}
     for row, (item, is_there) in enumerate(zip(listed, has_file, strict=True)):
@@ -104,10 +100,15 @@ def read_label_files(
         count = sum(file.notes.get(rule, 0) for file in files.values())
         findings += rule.counted(source, problem.format(count), count)
     objects = [item for file in files.values() for item in file.objects]
-    label_of_key = find_classes(objects)
-    labels = np.array([label_of_key.get(item.class_key, -1) for item in objects], dtype=np.int64)
-    broken = dict.fromkeys(np.flatnonzero(labels < 0).tolist(), unknown_class)
-    broken |= {row: item.problem for row, item in enumerate(objects) if item.problem}
+    text_of_class = {item.class_name: item.text for item in reversed(objects) if item.class_name}
+    names = sorted(text_of_class) if class_names is None else list(class_names)
+    if unknown := sorted(text_of_class.keys() - {*names}):
+        lines = [f"{text_of_class[name]}: {name!r}" for name in unknown]
+        problem = f"{len(unknown)} class names are not among {shortened(names, 100)}"
+        raise malformed(source, problem, "Correct the names, or add them to data.class_names.", lines)
+    label_of_name = {name: label for label, name in enumerate(names)}
+    labels = np.array([label_of_name.get(item.class_name, -1) for item in objects], dtype=np.int64)
+    problems = {row: item.problem for row, item in enumerate(objects) if item.problem}
     sizes = [file.size for file in files.values()]
     if headers is not None:
         sizes = [(headers[row].height, headers[row].width) for row in files]
@@ -118,9 +119,9 @@ def read_label_files(
     return rules.build_annotation_set(
         source,
         ImageColumns(paths, ids, np.array(sizes, dtype=np.int32).reshape(-1, 2)),
-        ObjectColumns(image_rows, boxes, labels, broken, is_difficult=is_difficult),
-        class_names,
-        range(1, len(class_names) + 1),
+        ObjectColumns(image_rows, boxes, labels, problems, is_difficult=is_difficult),
+        names,
+        range(1, len(names) + 1),
         describe=lambda row: objects[row].text,
         findings=findings,
     )

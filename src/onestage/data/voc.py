@@ -10,7 +10,7 @@ from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 import onestage.data.annotations as rules
-from onestage.data.annotations import malformed, shortened
+from onestage.data.annotations import malformed
 from onestage.data.folder import find_images
 from onestage.data.images import IMAGE_SUFFIXES
 from onestage.data.label_files import LabelFile, LabelledImage, WrittenObject, read_label_files
@@ -165,20 +165,7 @@ def parse_voc(root: Path, splits: Sequence[str], class_names: Sequence[str] | No
     """
     source = f"{printable(root)} ({' + '.join(splits)})"
     listed = list(dict.fromkeys(image for split in splits for image in _list_images(root, split)))
-    names = list(class_names or ())
-
-    def find_classes(objects: Sequence[WrittenObject]) -> dict[str | float, int]:
-        found = {str(item.class_key): item.text for item in reversed(objects) if item.class_key}
-        names.extend(sorted(found) if class_names is None else ())
-        label_of_name: dict[str | float, int] = {name: label for label, name in enumerate(names)}
-        unknown = sorted(found.keys() - label_of_name.keys())
-        if unknown:
-            lines = [f"{found[name]}: {name!r}" for name in unknown]
-            problem = f"{len(unknown)} class names are not among {shortened(names, 100)}"
-            raise malformed(source, problem, "Correct the names, or add them to data.class_names.", lines)
-        return label_of_name
-
-    return read_label_files(source, root, listed, lambda _, file: read_record(file), find_classes, names)
+    return read_label_files(source, root, listed, lambda _, file: read_record(file), class_names)
 
 
 def _list_images(root: Path, split: str) -> list[LabelledImage]:

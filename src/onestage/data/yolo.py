@@ -47,6 +47,17 @@ MAX_SEARCHED = 100  # images of which one must have a label, to take a folder fo
 TOLERANCE = 1e-3  # of rounding, in fractions of the image
 
 
+class YOLOSettings(NamedTuple):
+    """Content of data.yaml."""
+
+    source: str  # the file or folder, for messages
+    root: Path  # what paths are relative to
+    class_names: list[str]  # [K] in order of class index
+    entries: Mapping[str, Sequence[str]]  # name of a split -> its folders and lists of images
+    num_keypoint_values: int = 0  # numbers after each box in a pose data set
+    is_named: bool = True  # by a file, and not class_0, class_1, ...
+
+
 class YOLO(Source):
     """YOLO txt labels: the splits that data.yaml names, or images/<split> and labels/<split>, or all of images/.
 
@@ -67,10 +78,10 @@ class YOLO(Source):
     def splits(self) -> tuple[Split, ...]:
         """The splits that data.yaml names or whose folders exist."""
         try:
-            splits = [split for split, name in self._names.items() if find_entries(self._settings, name)]
-            test = find_entries(self._settings, self._names["test"])
-            is_there = any(entry == "." or find_below(self._settings.root, entry) for entry in test)
-            return tuple(split for split in splits if split != "test" or is_there)  # Roboflow always names one
+            found = {split: self._entries(split) for split in self._names}
+            if not any(entry == "." or find_below(self._settings.root, entry) for entry in found["test"]):
+                found["test"] = ()  # Roboflow always names one
+            return tuple(split for split, entries in found.items() if entries)
         except AnnotationError:  # `read` reports it
             return ("train",)
 
@@ -89,14 +100,9 @@ class YOLO(Source):
 
         def read(row: int, file: Path) -> LabelFile:
             size = (headers[row].width, headers[row].height)  # labels are fractions of it
-            return _read_label(file, size, settings.num_keypoint_values)
+            return _read_label(file, size, settings, len(names))
 
-        label_of_name = {name: label for label, name in enumerate(names)}
-        label_of_index: dict[str | float, int] = {n: label_of_name[name] for n, name in enumerate(settings.class_names)}
-        unknown_class = f"the class must be a whole number in 0..{len(names) - 1}; the first one is 0"
-        found = read_label_files(
-            source, settings.root, listed, read, lambda _: label_of_index, names, unknown_class, headers
-        )
+        found = read_label_files(source, settings.root, listed, read, names, headers)
         if not settings.is_named:
             problem = f"nothing names the {len(names)} classes: they are called {shortened(names)}"
             notices.append(rules.NO_NAMES.broken(source, problem))
@@ -104,11 +110,11 @@ class YOLO(Source):
 
     def describe(self, split: Split) -> str:
         """Return the settings file or folder, and the folders and lists of a split."""
-        return f"{self._settings.source} ({', '.join(find_entries(self._settings, self._names[split]))})"
+        return f"{self._settings.source} ({', '.join(self._entries(split))})"
 
     def unused(self) -> list[str]:
         """Return the entries that belong to no split, such as `valid` beside `val`."""
-        used = [find_entries(self._settings, self._names[split]) for split in self.splits]
+        used = list(map(self._entries, self.splits))
         return [f"{name}: {', '.join(entry)}" for name, entry in self._settings.entries.items() if entry not in used]
 
     @property
@@ -121,19 +127,11 @@ class YOLO(Source):
         return names, tuple(range(1, len(names) + 1))
 
     @cached_property
-    def _settings(self) -> "YOLOSettings":
+    def _settings(self) -> YOLOSettings:
         return read_settings(self.path)
 
-
-class YOLOSettings(NamedTuple):
-    """Content of data.yaml."""
-
-    source: str  # the file or folder, for messages
-    root: Path  # what paths are relative to
-    class_names: list[str]  # [K] in order of class index
-    entries: Mapping[str, Sequence[str]]  # name of a split -> its folders and lists of images
-    num_keypoint_values: int = 0  # numbers after each box in a pose data set
-    is_named: bool = True  # by a file, and not class_0, class_1, ...
+    def _entries(self, split: Split) -> Sequence[str]:
+        return find_entries(self._settings, self._names[split])
 
 
 def read_settings(data: Path) -> YOLOSettings:
@@ -374,42 +372,50 @@ def _label_folder(folder: Path, root: Path) -> Path:
     return below if below.is_dir() else folder
 
 
-def _read_label(path: Path, size: tuple[int, int], num_keypoint_values: int) -> LabelFile:
+def _read_label(path: Path, size: tuple[int, int], settings: YOLOSettings, num_classes: int) -> LabelFile:
     """Read one label file; each line counts once. size: (width, height) of the image."""
     text = read_text(path, AnnotationError, "a YOLO label file", rules.LABEL_MALFORMED.remedy)
+    lines = [tuple(line.split()) for line in text.splitlines()]
     number_of_line: dict[tuple[str, ...], int] = {}
-    num_lines = num_outlines = 0
-    for number, line in enumerate(text.splitlines(), start=1):
-        if words := tuple(line.split()):
-            num_lines += 1
-            number_of_line.setdefault(words, number)
-    objects = []
-    for words, number in number_of_line.items():
-        is_outline = len(words) >= 7 and len(words) % 2 == 1 and not num_keypoint_values
-        num_outlines += is_outline
-        objects.append(_read_line(f"{printable(path)}:{number}", words, size, 5 + num_keypoint_values, is_outline))
-    notes = {rules.BOX_REPEATED: num_lines - len(objects), rules.POLYGON: num_outlines}
-    return LabelFile(objects, notes=notes)
+    for number, words in enumerate(lines, start=1):
+        number_of_line.setdefault(words, number)
+    number_of_line.pop((), None)  # blank lines
+    objects = [
+        _read_line(f"{printable(path)}:{number}", words, size, settings, num_classes)
+        for words, number in number_of_line.items()
+    ]
+    num_repeated = len(list(filter(None, lines))) - len(objects)
+    num_outlines = sum(_is_outline(words, settings) for words in number_of_line)
+    return LabelFile(objects, notes={rules.BOX_REPEATED: num_repeated, rules.POLYGON: num_outlines})
+
+
+def _is_outline(words: Sequence[str], settings: YOLOSettings) -> bool:
+    """Tell whether a line is `class x1 y1 x2 y2 x3 y3 ...`."""
+    return len(words) >= 7 and len(words) % 2 == 1 and not settings.num_keypoint_values
 
 
 def _read_line(
-    place: str, words: Sequence[str], size: tuple[int, int], num_columns: int, is_outline: bool
+    place: str, words: Sequence[str], size: tuple[int, int], settings: YOLOSettings, num_classes: int
 ) -> WrittenObject:
-    """Read `class cx cy width height`, perhaps with keypoints after it, or `class x1 y1 x2 y2 x3 y3 ...`."""
-    box: tuple[float, ...] = (nan,) * 4
+    """Read `class cx cy width height`, perhaps with keypoints after it, or an outline."""
     class_index, *values = map(to_number, words)
+    is_class = class_index.is_integer() and 0 <= class_index < len(settings.class_names)
+    box: tuple[float, ...] = (nan,) * 4
     problem = None
     if not values or not isfinite(sum(values)):
         problem = "a line must hold numbers with spaces between, class cx cy width height"
-    elif is_outline:
+    elif _is_outline(words, settings):
         sides = [(min(numbers), max(numbers)) for numbers in (values[::2], values[1::2])]
         box = (*((low + high) / 2 for low, high in sides), *(high - low for low, high in sides))
-    elif len(words) == num_columns:
+    elif len(words) == 5 + settings.num_keypoint_values:
         box = tuple(values[:4])
     else:
         problem = f"has {len(words)} columns; a line must have 5: class cx cy width height"
     if not problem and not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in box):
         problem = "cx, cy, width, height must be in 0..1: fractions of the width and height of the image"
+    elif not problem and not is_class:
+        problem = f"the class must be a whole number in 0..{num_classes - 1}; the first one is 0"
     x, y, width, height = (fraction * side for fraction, side in zip(box, size * 2, strict=True))
     edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-    return WrittenObject(f"{place}: {printable(' '.join(words))[:80]}", class_index, edges, problem)
+    class_name = settings.class_names[int(class_index)] if is_class else ""
+    return WrittenObject(f"{place}: {printable(' '.join(words))[:80]}", class_name, edges, problem)
