@@ -157,9 +157,7 @@ def build_annotation_set(
     boxes, clipped = _clip(source, objects, images.sizes)
     broken_rules = _broken_rules(boxes, objects)
     bad_boxes = [rule.broken(describe(row), problem) for row, (rule, problem) in sorted(broken_rules.items())]
-    is_used = np.ones(len(boxes), dtype=np.bool_)
-    is_used[list(broken_rules)] = False
-    rows = np.flatnonzero(is_used)
+    rows = np.setdiff1d(np.arange(len(boxes)), list(broken_rules))
     rows = rows[np.argsort(objects.image_rows[rows], kind="stable")]
     counts = np.bincount(objects.image_rows[rows], minlength=len(images.paths))
     box_areas, no_flags = np.prod(boxes[rows, 2:] - boxes[rows, :2], axis=1), np.zeros(len(boxes), dtype=np.bool_)
@@ -210,11 +208,10 @@ def require_few_skipped(
             )
         allowed = max(max_bad_fraction * total, ALWAYS_ALLOWED) if max_bad_fraction > 0 else 0
         if len(bad) > allowed + 1e-6:  # 0.29 * 100 is 28.999999999999996
-            problem = (
-                f"{len(bad)} of {total} {noun} cannot be used; at most {max_bad_fraction:.4g} of them may be skipped"
-            )
+            rule = f"at most {max_bad_fraction:.4g} of them may be skipped"
             enough = math.ceil(100 * len(bad) / total) / 100
-            raise malformed(source, problem, f"Correct them, or allow more: data.max_bad_fraction: {enough}", bad)
+            remedy = f"Correct them, or allow more: data.max_bad_fraction: {enough}"
+            raise malformed(source, f"{len(bad)} of {total} {noun} cannot be used; {rule}", remedy, bad)
 
 
 def require_known_names(source: str, found: Sequence[str], expected: Sequence[str]) -> list[Finding]:
@@ -333,6 +330,5 @@ def kind_of(parsed: object) -> str:
 
 def malformed(place: str, problem: str, remedy: str, lines: Sequence[str] = ()) -> AnnotationError:
     """Return the error to raise for bad annotations; it quotes the first few lines."""
-    examples = "".join(f"\n  {line}" for line in lines[:NUM_EXAMPLES])
-    more = f"\n  and {len(lines) - NUM_EXAMPLES} more; see all: onestage doctor" if len(lines) > NUM_EXAMPLES else ""
-    return AnnotationError(f"{place}: {problem}.{examples}{more}\n{remedy}")
+    more = "; see all: onestage doctor" if len(lines) > NUM_EXAMPLES else ""
+    return AnnotationError(f"{quoted([f'{place}: {problem}.', *lines], NUM_EXAMPLES + 1)}{more}\n{remedy}")

@@ -187,13 +187,7 @@ def parse_coco(
         return f"{source}: {place}, bbox {annotation.get('bbox')!r:.80}"
 
     return build_annotation_set(
-        source,
-        columns,
-        objects,
-        list(classes),
-        list(classes.values()),
-        describe=describe,
-        findings=findings,
+        source, columns, objects, list(classes), list(classes.values()), describe=describe, findings=findings
     )
 
 

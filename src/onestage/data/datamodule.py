@@ -1,9 +1,9 @@
 """The one Lightning data module: splits, classes and loaders of any source."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +13,8 @@ import numpy.typing as npt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from onestage.data.annotations import (
-    fill_category_ids,
-    require_few_skipped,
-    require_objects,
-    require_same_categories,
-    start_messages,
-)
+import onestage.data.annotations as rules
+from onestage.data.annotations import require_objects, start_messages
 from onestage.data.cache import CacheKind, FileReader, open_images
 from onestage.data.dataset import DetectionDataset
 from onestage.data.folder import ImageFolder
@@ -192,15 +187,17 @@ class DetectionDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the annotations that a Trainer call needs, so that all problems with them show before it starts.
 
-        Args:
-            stage: Lightning's name of the call: fit, validate, test or predict.
+        stage: Lightning's name of the call: fit, validate, test or predict.
         """
         splits = {self._split_of(name) for name in CALLS[stage]}
         has_new = not splits <= self._annotation_sets.keys()
         for split in sorted(splits):
             self.annotations(split)
         if stage == "fit" and has_new:
-            self._announce()
+            found = [(name, self.annotations(name)) for name in self._annotation_sets]
+            counts = [f"{name} {len(part)} images with {len(part.boxes)} boxes" for name, part in found]
+            lines = [*describe_source(self.source), f"  {', '.join(counts)}; {self.num_classes} classes"]
+            rank_zero_info("data: " + "\n".join(lines))
             pair = [("training", self.annotations("train")), ("validation", self.annotations("val"))]
             self.shared = [] if self._is_divided else find_shared_images(pair)[0]
             for message in start_messages(self.shared, ""):
@@ -256,10 +253,9 @@ class DetectionDataModule(LightningDataModule):
             max_bad_fraction=self.max_bad_fraction,
         )
         if getattr(self.trainer, "overfit_batches", 0):  # the same images in every epoch
-            return self._loader(dataset, EvaluationSampler(dataset, is_even=True, **self._share()))
+            return self._loader(dataset, partial(EvaluationSampler, is_even=True))
         repeats = None if self.sampling is None else count_repeats(self.sampling, annotations)
-        sampler = TrainingSampler(dataset, seed=self.seed, repeats=repeats, **self._share())
-        self._train_loader = self._loader(dataset, sampler)
+        self._train_loader = self._loader(dataset, partial(TrainingSampler, seed=self.seed, repeats=repeats))
         self._train_loader.load_state_dict(self._position)
         self._position = {}
         return self._train_loader
@@ -295,25 +291,24 @@ class DetectionDataModule(LightningDataModule):
             images=self._images(stage),
             on_error="leave_out",
         )
-        return self._loader(dataset, EvaluationSampler(dataset, **self._share()))
+        return self._loader(dataset, EvaluationSampler)
 
-    def _loader(self, dataset: DetectionDataset, sampler: TrainingSampler | EvaluationSampler) -> DetectionLoader:
-        num_processes = self.trainer.num_devices if self.trainer is not None else 1  # on this machine
-        is_cpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cpu"
+    def _loader(
+        self, dataset: DetectionDataset, sampler: Callable[..., TrainingSampler | EvaluationSampler]
+    ) -> DetectionLoader:
+        rank, world_size, num_local, is_cpu = 0, 1, 1, False
+        if self.trainer is not None:
+            rank, world_size, num_local = self.trainer.global_rank, self.trainer.world_size, self.trainer.num_devices
+            is_cpu = self.trainer.strategy.root_device.type == "cpu"
         return open_loader(
             dataset,
-            sampler,
+            sampler(dataset, batch_size=self.batch_size, rank=rank, world_size=world_size),
             batch_size=self.batch_size,
-            num_workers=num_auto_workers(num_processes, is_cpu) if self.num_workers == "auto" else self.num_workers,
+            num_workers=num_auto_workers(num_local, is_cpu) if self.num_workers == "auto" else self.num_workers,
             prefetch_factor=self.prefetch_factor,
             start_method=self.worker_start_method,
             timeout_seconds=self.worker_timeout_seconds,
         )
-
-    def _share(self) -> dict[str, Any]:
-        """Return the size of a batch, the rank of this process and the number of all, as samplers take them."""
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        return {"batch_size": self.batch_size, "rank": rank, "world_size": world_size}
 
     # Splits
 
@@ -334,7 +329,7 @@ class DetectionDataModule(LightningDataModule):
             return require_objects(self._checked(self._train, stage))
         annotations = self._parse(stage, self.class_names)
         if self._class_names is None and "train" in self.source.splits:
-            require_same_categories(self._train, annotations)
+            rules.require_same_categories(self._train, annotations)
         return self._checked(annotations, stage)
 
     def _checked(self, annotations: AnnotationSet, split: Split) -> AnnotationSet:
@@ -346,9 +341,9 @@ class DetectionDataModule(LightningDataModule):
     def _parse(self, split: Split, class_names: Sequence[str] | None) -> AnnotationSet:
         annotations = self.source.read(split, class_names)
         num_used = len(annotations), len(annotations.boxes)
-        require_few_skipped(annotations.source, *num_used, annotations.findings, self.max_bad_fraction)
+        rules.require_few_skipped(annotations.source, *num_used, annotations.findings, self.max_bad_fraction)
         of_train = split != "train" and self._class_names is None and "train" in self.source.splits
-        return fill_category_ids(annotations, self._train.category_ids if of_train else self._category_ids or ())
+        return rules.fill_category_ids(annotations, self._train.category_ids if of_train else self._category_ids or ())
 
     @cached_property
     def _train(self) -> AnnotationSet:
@@ -376,15 +371,6 @@ class DetectionDataModule(LightningDataModule):
                 )
             train, validation = split_by_fraction(whole, self.val_fraction or DEFAULT_VAL_FRACTION)
         return require_objects(train), validation
-
-    def _announce(self) -> None:
-        """Print what was recognised, on one process."""
-        counts = ", ".join(
-            f"{stage} {len(annotations)} images with {len(annotations.boxes)} boxes"
-            for stage, annotations in self._annotation_sets.items()
-        )
-        lines = [*describe_source(self.source), f"  {counts}; {self.num_classes} classes"]
-        rank_zero_info("data: " + "\n".join(lines))
 
     def _require_valid_settings(self, image_size: int) -> None:
         side = self.resize.longest_side

@@ -11,14 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import (
-    FILE,
-    UNKNOWN_CLASS,
-    kind_of,
-    missing_classes,
-    require_few_skipped,
-    shortened,
-)
+from onestage.data.annotations import FILE, UNKNOWN_CLASS, kind_of, missing_classes, require_few_skipped, shortened
 from onestage.data.coco import COCO, EXPORT, list_annotation_files, split_name
 from onestage.data.folder import find_images
 from onestage.data.source import Source, Split as Role, role_of

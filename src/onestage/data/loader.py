@@ -88,7 +88,7 @@ class DetectionLoader(DataLoader[Batch]):
 
     def _await_batches(self, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """Iterate over what the workers deliver, and explain their deaths and timeouts."""
-        others, iterator, is_over = set(active_children()), None, threading.Event()
+        others, iterator, is_over = {*active_children()}, None, threading.Event()
         if self.timeout:
             threading.Thread(target=self._kill_overdue_workers, args=(is_over,), daemon=True).start()
         try:
@@ -98,27 +98,30 @@ class DetectionLoader(DataLoader[Batch]):
                 self._awaited_since = time.monotonic()
                 if iterator is None:  # workers of an earlier epoch answer here that they are ready
                     iterator = _call_noticing_deaths(start)
-                    self._register_workers(set(active_children()) - others)
+                    self._processes |= {*active_children()} - others
+                    if self._processes and not _workers:
+                        Finalize(None, _kill_workers, exitpriority=0)  # before multiprocessing waits for its processes
+                    _workers.update(self._processes)
                 loaded = _call_noticing_deaths(iterator.__next__)
                 self._awaited_since = math.inf
                 yield loaded
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:  # a dead worker's queue may be cut off, too
-            is_late = self._is_overdue or str(error).startswith("DataLoader timed out")
-            explained = _late(self.timeout) if is_late else _explained(error, self._processes)
+            if self._is_overdue or str(error).startswith("DataLoader timed out"):
+                explained: Exception = DataError(
+                    f"no batch came from the workers of the loader for {self.timeout:g} s; the disk or network drive "
+                    "may be slow.\nSet data.worker_timeout_seconds higher, or copy the data to a local disk; then "
+                    "continue with --resume auto."
+                )
+            else:
+                explained = _explained(error, self._processes)
             if explained is not error:
                 self._abandon(iterator or self._iterator)
             raise explained from error
         finally:
             self._awaited_since = math.inf
             is_over.set()
-
-    def _register_workers(self, workers: set[BaseProcess]) -> None:
-        self._processes |= workers
-        if workers and not _workers:
-            Finalize(None, _kill_workers, exitpriority=0)  # runs before multiprocessing waits for its processes
-        _workers.update(workers)
 
     def _kill_overdue_workers(self, is_over: threading.Event) -> None:
         """Kill workers that block this process: a stopped one, in the middle of a transfer, escapes torch's timeout."""
@@ -282,14 +285,6 @@ def _kill_workers() -> None:
     """Kill what an unclosed iterator has left: multiprocessing would wait for ever, as SIGTERM is ignored."""
     for worker in _workers:
         worker.kill()
-
-
-def _late(timeout_seconds: float) -> DataError:
-    return DataError(
-        f"no batch came from the workers of the loader for {timeout_seconds:g} s; the disk or network drive may be "
-        "slow.\nSet data.worker_timeout_seconds higher, or copy the data to a local disk; then continue with "
-        "--resume auto."
-    )
 
 
 def _explained(error: Exception, workers: set[BaseProcess]) -> Exception:

@@ -211,13 +211,7 @@ class EvaluationSampler(DistributedSampler[int | None], SequentialSampler):
     """
 
     def __init__(
-        self,
-        dataset: DetectionDataset,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        is_even: bool = False,
+        self, dataset: DetectionDataset, *, batch_size: int, rank: int = 0, world_size: int = 1, is_even: bool = False
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
         groups = dataset.rows_by_canvas()
