@@ -69,21 +69,21 @@ def read_label_files(
         AnnotationError: no image has a file, a link leaves `root`, or an object has another class.
     """
     folders = {path.parent for item in listed for path in (item.image, item.label)}
-    names = {folder: list_files(folder) for folder in folders}
+    listings = {folder: list_files(folder) for folder in folders}
 
     def as_stored(label: Path) -> Path:
-        found = next((form for form in spellings(label.name) if form in names[label.parent]), label.name)
+        found = next((form for form in spellings(label.name) if form in listings[label.parent]), label.name)
         return label if found == label.name else label.with_name(found)
 
     listed = [item._replace(label=as_stored(item.label)) for item in listed]
     for path in (path for item in listed for path in (item.image, item.label)):
-        if names[path.parent].get(path.name):  # a link
+        if listings[path.parent].get(path.name):  # a link
             require_inside(source, [root, path.parent], path)
     skipped = {row: header.findings[0] for row, header in enumerate(headers or ()) if not header.is_usable}
     for row, item in enumerate(listed):
         if item.is_missing:
             skipped[row] = rules.IMAGE_MISSING.broken(printable(item.image), "there is no such image")
-    has_file = [item.label.name in names[item.label.parent] for item in listed]
+    has_file = [item.label.name in listings[item.label.parent] for item in listed]
     if len(skipped) < len(listed) and not any(has_file):
         searched = f"searched {printable(listed[0].label)}, ..."
         problem = f"none of its {len(listed)} images has an annotation file ({searched})"

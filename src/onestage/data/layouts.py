@@ -2,9 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -52,51 +51,45 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
         DataError: the path is missing, or of an unknown format.
     """
     path, images = as_path(path), image_root and as_path(image_root).absolute()
-    if path.suffix.lower() in (".yaml", ".yml"):
-        yolo = YOLO(path)
-        if not yolo.splits:
-            yolo.read("train")  # says which key is missing
-        return yolo
     if path.suffix.lower() == ".json":
         return COCO(path, train_images=images)
+    is_yaml = path.suffix.lower() in (".yaml", ".yml")
     if path.name == DARKNET_FILE and path.is_file():
         return YOLO(path.parent)
-    if not path.is_dir():
+    if not is_yaml and not path.is_dir():
         problem = "is not a folder, JSON or YAML file" if path.exists() else "there is no such file or folder"
         raise DataError(f"{printable(path)}: {problem}.\n{KNOWN}.")
-    recognisers: tuple[tuple[Callable[[Path], object], Callable[[Path], Source]], ...] = (
-        (find_list_files, VOC),
-        (has_settings, YOLO),
-        (find_lists, VOC),
-        (list_annotation_files, partial(COCO, train_images=images, val_images=images, test_images=images)),
-        (lambda folder: not _is_wrapped(folder) and has_labels(folder), YOLO),
-    )
-    for is_found, source in recognisers:
-        if is_found(path):
-            found = source(path)
-            if not found.splits:
-                problem, remedy = "holds annotations, but no images", "Put the images there, as they were exported."
-                if find_images(path):
-                    if isinstance(found, YOLO):
-                        found.read("train")  # as above
-                    kind = _what_it_holds(path)
-                    problem = f"no file says by its name which split it is{kind}"
-                    is_foreign = kind and "COCO" not in kind
-                    remedy = EXPORT if is_foreign else "Give the files one by one, or call one of them train."
-                raise DataError(f"{printable(path)}: {problem}.\n{remedy}")
-            return found
-    if folder := only_folder(path):
+    folder = None if is_yaml else only_folder(path)
+    # Whether all that lies there is the folder of a data set, not of a split or of images.
+    is_wrapped = folder is not None and not role_of(folder.name) and folder.name not in LABEL_FOLDERS
+    source: Source
+    if not is_yaml and find_list_files(path):
+        source = VOC(path)
+    elif is_yaml or has_settings(path):
+        source = YOLO(path)
+    elif find_lists(path):
+        source = VOC(path)
+    elif list_annotation_files(path):
+        source = COCO(path, train_images=images, val_images=images, test_images=images)
+    elif not is_wrapped and has_labels(path):
+        source = YOLO(path)
+    elif folder is not None:
         return recognise(folder, image_root)
-    suffixes = Counter(file.suffix.lower() or "no suffix" for file in islice(path.rglob("*.*"), NUM_SEEN))
-    seen = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4)) or "nothing"
-    problem = f"is no data set that is known here; it holds {seen}{_what_it_holds(path)}"
-    raise DataError(f"{printable(path)}: {problem}.\nGive the folder of the whole data set. {KNOWN}.")
-
-
-def _is_wrapped(path: Path) -> bool:
-    """Tell whether all that a folder holds is the folder of a data set, not of a split or of images."""
-    folder = only_folder(path)
-    return folder is not None and not role_of(folder.name) and folder.name not in LABEL_FOLDERS
+    else:
+        suffixes = Counter(file.suffix.lower() or "no suffix" for file in islice(path.rglob("*.*"), NUM_SEEN))
+        seen = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4)) or "nothing"
+        problem = f"is no data set that is known here; it holds {seen}{_what_it_holds(path)}"
+        raise DataError(f"{printable(path)}: {problem}.\nGive the folder of the whole data set. {KNOWN}.")
+    if source.splits:
+        return source
+    problem, remedy = "holds annotations, but no images", "Put the images there, as they were exported."
+    if is_yaml or find_images(path):
+        if isinstance(source, YOLO):
+            source.read("train")  # says which key is missing
+        kind = _what_it_holds(path)
+        problem = f"no file says by its name which split it is{kind}"
+        remedy = "Give the files one by one, or call one of them train." if "COCO" in kind or not kind else EXPORT
+    raise DataError(f"{printable(path)}: {problem}.\n{remedy}")
 
 
 def _what_it_holds(folder: Path) -> str:
@@ -140,44 +133,35 @@ def read_splits(splits: Sequence[Split], max_bad_fraction: float = 1.0) -> list[
             read.append(split._replace(annotations=found, findings=found.findings))
         except DataError as reason:
             read.append(split._replace(findings=(FILE.broken_by(split.source.path, reason),)))
+    # The detector has the classes of the training split.
     voc = [part for split in read if split.source.format == "VOC" and (part := split.annotations) is not None]
     all_names = sorted(set().union(*(part.class_names for part in voc))) or ["object"]
     for number, split in enumerate(read):
-        if split.source.format == "VOC" and (whole := split.annotations) is not None:
-            findings = (*split.findings, *_unknown_classes(whole, voc[0].class_names))
-            read[number] = split._replace(annotations=_with_classes(whole, all_names), findings=findings)
-        elif split.annotations is not None:
-            whole = _with_categories_of(read[0].annotations, split.annotations)
-            lacking = sorted({*whole.class_names} - {*split.annotations.class_names})
-            findings = (*split.findings, *missing_classes(whole.source, lacking))
-            read[number] = split._replace(annotations=whole, findings=findings)
+        if (part := split.annotations) is None:
+            continue
+        if split.source.format == "VOC":
+            categories = {name: category for category, name in enumerate(all_names, start=1)}
+            unknown = sorted({*part.class_names} - {*voc[0].class_names})
+            problem = f"the training split has no {shortened(list(map(repr, unknown)))}"
+            findings = UNKNOWN_CLASS.counted(part.source, problem, len(unknown))
+        else:  # the file may lack some of the training split's; others are a finding of their own
+            own, known = _categories(part), _categories(read[0].annotations)
+            categories = known if own.items() < known.items() else own
+            findings = missing_classes(part.source, sorted(categories.keys() - own.keys()))
+        label_of_name = {name: label for label, name in enumerate(categories)}
+        labels = np.array([label_of_name[name] for name in part.class_names], dtype=np.int64)[part.labels]
+        names, ids = tuple(categories), tuple(categories.values())
+        whole = replace(part, labels=labels, class_names=names, category_ids=ids)
+        read[number] = split._replace(annotations=whole, findings=(*split.findings, *findings))
     return read
+
+
+def _categories(annotations: AnnotationSet | None) -> dict[str, int]:
+    """Return class name -> category id."""
+    return dict(zip(annotations.class_names, annotations.category_ids, strict=True)) if annotations is not None else {}
 
 
 def _splits_of(source: Source) -> list[Split]:
     """Return the splits of a source; the name of a single COCO file says which split it is."""
     own_name = split_name(source.path) if source.path.suffix.lower() == ".json" else ""
     return [Split(role_of(own_name) or own_name or split, source, split) for split in source.splits]
-
-
-def _unknown_classes(annotations: AnnotationSet, known: Sequence[str]) -> list[Finding]:
-    """Report the classes of a split that the training split, whose classes are the detector's, does not have."""
-    unknown = sorted(set(annotations.class_names) - set(known))
-    problem = f"the training split has no {shortened(list(map(repr, unknown)))}"
-    return UNKNOWN_CLASS.counted(annotations.source, problem, len(unknown))
-
-
-def _with_categories_of(train: AnnotationSet | None, other: AnnotationSet) -> AnnotationSet:
-    """Return a split with the categories of the training split, of which its file may lack some."""
-    known = dict(zip(train.class_names, train.category_ids, strict=True)) if train is not None else {}
-    if not dict(zip(other.class_names, other.category_ids, strict=True)).items() < known.items():
-        return other  # the same, or others, which is a finding of its own
-    return replace(_with_classes(other, [*known]), category_ids=tuple(known.values()))
-
-
-def _with_classes(annotations: AnnotationSet, names: Sequence[str]) -> AnnotationSet:
-    """Number the classes in the order of `names`, which holds all of the set's own."""
-    label_of_name = {name: label for label, name in enumerate(names)}
-    new_label = np.array([label_of_name[name] for name in annotations.class_names], dtype=np.int64)
-    labels = new_label[annotations.labels] if len(annotations.labels) else annotations.labels
-    return replace(annotations, labels=labels, class_names=tuple(names), category_ids=tuple(range(1, len(names) + 1)))
