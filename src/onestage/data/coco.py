@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -193,10 +194,7 @@ def parse_coco(
 
 def _load(annotation_file: Path) -> JSONDict:
     """Parse the file. Large files are parsed without outlines, in a third of the time and memory."""
-
-    def read() -> bytes:
-        return read_file(annotation_file, AnnotationError, "a COCO annotation file (JSON)", OTHER_PATH)
-
+    read = partial(read_file, annotation_file, AnnotationError, "a COCO annotation file (JSON)", OTHER_PATH)
     source, content = printable(annotation_file), read()
     # Only the last of two equal keys would count. Searching all objects for them is slow.
     hook = refuse_repeated_keys if any(content.count(f'"{name}"'.encode()) > 1 for name in TABLES) else None
@@ -307,23 +305,20 @@ def _read_images(
     names: Sequence[object] = [image.get("file_name") for image in images]
     root, names = _find_root(folders, names)
     paths = find_files(source, names, root)
-    first_row: dict[str | None, int] = {}
-    first_rows = np.array([first_row.setdefault(path, row) for row, path in enumerate(paths)])
-    found = np.array([path is not None for path in paths])
-    findings += [
-        rules.IMAGE_MISSING.broken(f"{source}: image {ids[n]}", f"{names[int(n)]!r} is not in {printable(root)}")
-        for n in np.flatnonzero(~found)
-    ]
-    is_again = found & (first_rows != np.arange(len(paths)))
-    num_again = int(np.count_nonzero(is_again))
+    number_of_path: dict[str, int] = {}  # of the first entry of an image
+    for n, path in enumerate(paths):
+        if path is not None:
+            number_of_path.setdefault(path, n)
+        else:
+            problem = f"{names[n]!r} is not in {printable(root)}"
+            findings.append(rules.IMAGE_MISSING.broken(f"{source}: image {ids[n]}", problem))
+    num_again = len(paths) - paths.count(None) - len(number_of_path)
     problem = f"{num_again} images are listed again under another id: read as one image, with all its objects"
     findings += rules.IMAGE_REPEATED.counted(source, problem, num_again)
-    rows = np.where(found, (np.cumsum(found & ~is_again) - 1)[first_rows], -1)
-    found &= ~is_again
-    columns = ImageColumns(
-        [str(paths[row]) for row in np.flatnonzero(found)], ids[found], sizes[found].astype(np.int32)
-    )
-    return columns, dict(zip(ids.tolist(), rows.tolist(), strict=True))
+    kept, row_of_path = list(number_of_path.values()), {path: row for row, path in enumerate(number_of_path)}
+    rows = (-1 if path is None else row_of_path[path] for path in paths)
+    columns = ImageColumns(list(number_of_path), ids[kept], sizes[kept].astype(np.int32))
+    return columns, dict(zip(ids.tolist(), rows, strict=True))
 
 
 def _find_root(folders: Iterable[Path], names: Sequence[object]) -> tuple[Path, Sequence[object]]:
@@ -360,13 +355,12 @@ def _read_objects(
     numbers = np.flatnonzero(rows != missing)
     kept = [annotations[number] for number in numbers]
     rows, labels = rows[numbers], labels[numbers]
-    written = [annotation.get("bbox") for annotation in kept]
     nothing = [np.nan] * 4
-    fours = [box if isinstance(box, list) and len(box) == 4 else nothing for box in written]
+    fours = [box if isinstance(box := entry.get("bbox"), list) and len(box) == 4 else nothing for entry in kept]
     boxes = _floats(list(chain.from_iterable(fours))).reshape(-1, 4)
     rule = "bbox must be a list of 4 numbers [x, y, width, height]; outlines are not read"
     problems = {row: rule for row, box in enumerate(fours) if box is nothing}
-    problems |= {int(row): "the file lists no image of that id" for row in np.flatnonzero(rows == unlisted)}
+    problems |= dict.fromkeys(np.flatnonzero(rows == unlisted).tolist(), "the file lists no image of that id")
     rows = np.maximum(rows, 0)
     _refuse_corners(source, boxes, images.sizes[rows])
     areas = _floats([entry.get("area") for entry in kept])

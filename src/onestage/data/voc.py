@@ -1,7 +1,7 @@
 """Read PASCAL VOC annotations (devkit of VOC2012, section 4): one XML file per image."""
 
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
@@ -90,9 +90,7 @@ class VOC(Source):
     def unused(self) -> list[str]:
         """Return the lists that belong to no split, without those of one class and those that overlap by definition."""
         used = {name for split in self._given for name in self.lists(split)}
-        files = find_list_files(self.path)
-        stems = {file.stem for file in files.values()}
-        others = [file for name, file in files.items() if name not in used and not _is_of_class(file.stem, stems)]
+        others = [file for name, file in _without_classes(find_list_files(self.path)).items() if name not in used]
         return [printable(file) for file in others if file.stem not in ("train", "val", "trainval")]
 
     def lists(self, split: Split) -> tuple[str, ...]:
@@ -111,10 +109,8 @@ def find_lists(root: Path) -> dict[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {role: (name,) for role, name in folders.items()}
         return found or ({"train": (ALL_IMAGES,)} if _list_folder(root) else {})
     by_stem: dict[str, list[str]] = {}
-    all_stems = {file.stem for file in files.values()}
-    for name, file in files.items():
-        if not _is_of_class(file.stem, all_stems):
-            by_stem.setdefault(file.stem, []).append(name)
+    for name, file in _without_classes(files).items():
+        by_stem.setdefault(file.stem, []).append(name)
     stems = names_by_role(by_stem)
     has_years = not (root / SPLIT_FOLDER).is_dir()
     if "test" in by_stem and "trainval" in by_stem and (has_years or "val" not in stems):  # the papers', such as 07+12
@@ -144,9 +140,11 @@ def _set_of(file: Path) -> Path:
     return next(folder for folder in file.parents if folder.name not in SPLIT_FOLDER.parts)
 
 
-def _is_of_class(stem: str, stems: Set[str]) -> bool:
-    """Tell whether a list is one of a class: dog_train beside train."""
-    return any(stem[place + 1 :] in stems for place, sign in enumerate(stem) if sign == "_")
+def _without_classes(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the lists without those of one class: dog_train beside train."""
+    stems = {file.stem for file in files.values()}
+    is_of_class = {s: any(s[place + 1 :] in stems for place, sign in enumerate(s) if sign == "_") for s in stems}
+    return {name: file for name, file in files.items() if not is_of_class[file.stem]}
 
 
 def parse_voc(root: Path, splits: Sequence[str], class_names: Sequence[str] | None = None) -> AnnotationSet:
@@ -157,8 +155,7 @@ def parse_voc(root: Path, splits: Sequence[str], class_names: Sequence[str] | No
     1..N, category ids 1..K.
 
     Args:
-        root: a folder with JPEGImages, Annotations and ImageSets/Main; one that holds VOC2007, VOC2012 ... (also below
-            VOCdevkit); or one with XML files only.
+        root: as the path of `VOC`.
         splits: names of lists in ImageSets/Main, such as "train"; with year folders "2007_trainval"; without lists the
             folder of the images, "." for `root`.
         class_names: as in `Source.read`; None takes all that occur, sorted.
@@ -227,10 +224,9 @@ def _pair(image_folder: Path, xml_folder: Path, lines: Sequence[str]) -> list[La
                         return stem
         return name
 
-    stems = map(find_stem, lines)
     return [
         LabelledImage(image_folder / names.get(stem, stem), xml_folder / f"{stem}.xml", stem not in names)
-        for stem in stems
+        for stem in map(find_stem, lines)
     ]
 
 
