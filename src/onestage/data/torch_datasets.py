@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_only
 
-from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set
+from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set, malformed
 from onestage.data.datamodule import DetectionDataModule
 from onestage.data.images import RGBImage
 from onestage.data.source import ImageReader, ReadImage, Source, Split
-from onestage.errors import AnnotationError, ConfigError, ImageError, require
+from onestage.errors import ConfigError, ImageError, require
 from onestage.types import AnnotationSet
 
 BACKGROUND_NAMES = ("__background__", "background")  # torchvision's list of COCO's classes begins with the first
@@ -97,26 +98,21 @@ class TorchDatasets(Source):
         labels = np.concatenate([target["labels"] for target in targets]).astype(np.int64)
         labels = labels - self._offset(split, labels)
         order = np.array([names.index(name) for name in self._names])
-        columns = {name: np.concatenate([target[name] for target in targets]) for name in ("boxes", "area", "iscrowd")}
+        boxes, areas, is_crowd = (np.concatenate([t[key] for t in targets]) for key in ("boxes", "area", "iscrowd"))
         rows = np.repeat(np.arange(len(targets)), [len(target["labels"]) for target in targets])
+        paths, sizes = [f"{split}[{index}]" for index in range(len(targets))], [target["size"] for target in targets]
         return build_annotation_set(
             f"{type(samples).__name__} ({split})",
-            ImageColumns(
-                [f"{split}[{index}]" for index in range(len(targets))],
-                np.arange(1, len(targets) + 1),
-                np.array([target["size"] for target in targets], np.int32),
-            ),
-            ObjectColumns(
-                rows, columns["boxes"], order[labels], areas=columns["area"], is_crowd=columns["iscrowd"].astype(bool)
-            ),
+            ImageColumns(paths, np.arange(1, len(targets) + 1), np.array(sizes, np.int32)),
+            ObjectColumns(rows, boxes, order[labels], areas=areas, is_crowd=is_crowd.astype(bool)),
             names,
             [self._names.index(name) + 1 for name in names],
-            describe=lambda row: f"{split}[{rows[row]}]: box {columns['boxes'][row].tolist()}",
+            describe=lambda row: f"{paths[rows[row]]}: box {boxes[row].tolist()}",
         )
 
     def image_reader(self, split: Split, annotations: AnnotationSet) -> ImageReader:
         """Return a function that loads the image of a row."""
-        return SampleReader(self._sets[split], annotations)
+        return partial(_load_sample, self._sets[split], annotations)  # which workers can receive
 
     def _offset(self, split: Split, labels: npt.NDArray[np.int64]) -> int:
         """Return the label of the first class; AnnotationError if a label is out of range."""
@@ -131,30 +127,22 @@ class TorchDatasets(Source):
         first = self._first_label
         if not (first <= lowest and highest < first + count):
             problem = f"labels must be in {first}..{first + count - 1}, got {lowest}..{highest}"
-            raise AnnotationError(
-                f"{split}: {problem}.\nCorrect the labels, or class_names ({', '.join(self._names)})."
-            )
+            raise malformed(split, problem, f"Correct the labels, or class_names ({', '.join(self._names)}).")
         return first
 
 
-class SampleReader:
-    """Loads the image of a row from its data set; a class, so that workers can receive it."""
-
-    def __init__(self, samples: Any, annotations: AnnotationSet) -> None:
-        self.samples, self.annotations = samples, annotations
-
-    def __call__(self, row: int) -> ReadImage:
-        """Return image `row`; ImageError if the data set raises or its size has changed."""
-        place = str(self.annotations.image_paths[row])
-        try:
-            image = _to_rgb(place, self.samples[int(self.annotations.image_ids[row]) - 1][0])
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ImageError(f"{place}: cannot be loaded: {str(error)[:200]}.\nCorrect the data set.") from error
-        size = (image.shape[0], image.shape[1])
-        if size != tuple(self.annotations.sizes[row].tolist()):
-            problem = f"is now {size[1]} x {size[0]} px; its boxes were read for another size"
-            raise ImageError(f"{place}: {problem}.\nRemove random transforms from the data set.")
-        return ReadImage(image, size)
+def _load_sample(samples: Any, annotations: AnnotationSet, row: int) -> ReadImage:
+    """Return the image of a row; ImageError if the data set raises or its size has changed."""
+    place = str(annotations.image_paths[row])
+    try:
+        image = _to_rgb(place, samples[int(annotations.image_ids[row]) - 1][0])
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ImageError(f"{place}: cannot be loaded: {str(error)[:200]}.\nCorrect the data set.") from error
+    size = (image.shape[0], image.shape[1])
+    if size != tuple(annotations.sizes[row].tolist()):
+        problem = f"is now {size[1]} x {size[0]} px; its boxes were read for another size"
+        raise ImageError(f"{place}: {problem}.\nRemove random transforms from the data set.")
+    return ReadImage(image, size)
 
 
 def _read_target(place: str, sample: Any) -> dict[str, npt.NDArray[Any]]:
@@ -162,15 +150,13 @@ def _read_target(place: str, sample: Any) -> dict[str, npt.NDArray[Any]]:
     is_pair = isinstance(sample, tuple | list) and len(sample) == 2 and isinstance(sample[1], Mapping)
     if not is_pair or not sample[1].keys() >= {"boxes", "labels"}:
         found = sorted(map(str, sample[1])) if is_pair else type(sample).__name__
-        problem = f'{place}: a sample must be (image, {{"boxes", "labels"}}), got {found}'
-        raise AnnotationError(
-            f"{problem}.\nWrap the data set, for example by torchvision.datasets.wrap_dataset_for_transforms_v2."
-        )
+        remedy = "Wrap the data set, for example by torchvision.datasets.wrap_dataset_for_transforms_v2."
+        raise malformed(place, f'a sample must be (image, {{"boxes", "labels"}}), got {found}', remedy)
     image, target = sample
     boxes = np.asarray(target["boxes"], dtype=np.float64).reshape(-1, 4)
     labels = np.asarray(target["labels"]).reshape(-1)
     if len(boxes) != len(labels):
-        raise AnnotationError(f"{place}: has {len(boxes)} boxes and {len(labels)} labels.\nGive every box a label.")
+        raise malformed(place, f"has {len(boxes)} boxes and {len(labels)} labels", "Give every box a label.")
     size = _to_rgb(place, image).shape[:2]
     area = np.asarray(target.get("area", np.full(len(boxes), np.nan)), dtype=np.float64).reshape(-1)
     is_crowd = np.asarray(target.get("iscrowd", np.zeros(len(boxes)))).reshape(-1)
@@ -185,11 +171,11 @@ def _to_rgb(place: str, image: Any) -> RGBImage:
     if hasattr(image, "permute") and pixels.ndim == 3:  # a tensor
         pixels = pixels.transpose(1, 2, 0)
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
-        raise AnnotationError(f"{place}: an image must be RGB, got shape {tuple(pixels.shape)}.\nConvert it to RGB.")
+        raise malformed(place, f"an image must be RGB, got shape {tuple(pixels.shape)}", "Convert it to RGB.")
     if pixels.dtype != np.uint8:
         low, high = float(pixels.min()), float(pixels.max())
         if not (pixels.dtype.kind == "f" and low >= 0 and high <= 1):
             problem = f"an image must be uint8, or floats in [0, 1], got {pixels.dtype} of {low:g}..{high:g}"
-            raise AnnotationError(f"{place}: {problem}.\nLeave out Normalize: the backbone normalises.")
+            raise malformed(place, problem, "Leave out Normalize: the backbone normalises.")
         pixels = (255 * pixels).round().astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
