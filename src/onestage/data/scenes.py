@@ -74,7 +74,11 @@ def _place_shape(
     for _ in range(PLACEMENT_TRIALS):
         radius = 0.5 * np.exp(rng.uniform(*np.log(DIAMETERS)))
         centre = rng.uniform((0, 0), (width, height))
-        contours = _contours(rng, name, radius)
+        angle = rng.uniform(0, 2 * np.pi)
+        stretch = np.exp(rng.uniform(-0.5, 0.5) * np.log(MAX_STRETCH))
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        axes = turn @ np.diag([radius * stretch, radius / stretch])
+        contours = [(outline @ axes.T).astype(np.float32) for outline in _unit_contours(rng, name)]
         whole = _rasterise(contours, centre + MARGIN, (height + 2 * MARGIN, width + 2 * MARGIN))
         coverage = whole[MARGIN:-MARGIN, MARGIN:-MARGIN]
         if coverage.sum() < MIN_INSIDE * whole.sum():
@@ -88,17 +92,8 @@ def _place_shape(
     return None
 
 
-def _contours(rng: np.random.Generator, name: str, radius: float) -> list[Array]:
-    """Return the outlines of a shape around (0, 0), turned and stretched at random; a second one is a hole."""
-    angle = rng.uniform(0, 2 * np.pi)
-    stretch = np.exp(rng.uniform(-0.5, 0.5) * np.log(MAX_STRETCH))
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    axes = turn @ np.diag([radius * stretch, radius / stretch])
-    return [(outline @ axes.T).astype(np.float32) for outline in _unit_contours(rng, name)]
-
-
 def _unit_contours(rng: np.random.Generator, name: str) -> list[npt.NDArray[np.float64]]:
-    """Return the outlines of a shape that touches the unit circle."""
+    """Return the outlines of a shape that touches the unit circle; a second one is a hole."""
     if name == "circle":
         return [_polygon(48)]
     if name == "ring":
@@ -138,8 +133,8 @@ def _tight_box(mask: Mask) -> tuple[int, int, int, int]:
 
 def _paint(rng: np.random.Generator, canvas: Array, coverage: Array) -> None:
     """Lay a texture over the canvas where the shape is, in colours that stand out from what was there."""
-    window = _window(coverage)
-    canvas, coverage = canvas[window], coverage[window]
+    x1, y1, x2, y2 = _tight_box(coverage > 0)
+    canvas, coverage = canvas[y1:y2, x1:x2], coverage[y1:y2, x1:x2]
     under = cv2.mean(canvas, (coverage >= 0.5).astype(np.uint8))[:3]
     colours = rng.uniform(0, 255, (16, 3))
     distance = np.abs(colours - under).max(axis=1)
@@ -151,18 +146,14 @@ def _paint(rng: np.random.Generator, canvas: Array, coverage: Array) -> None:
         kernel = np.ones((3, 3), dtype=np.uint8)
         rim = coverage - cv2.erode(coverage, kernel, iterations=int(rng.integers(1, 3)))
         texture += rim[..., None] * np.float32(rng.choice([-80.0, 80.0]))
-    _blend(canvas, coverage, texture.clip(0, 255))
+    canvas += coverage[..., None] * (texture.clip(0, 255) - canvas)
 
 
 def _blend(canvas: Array, coverage: Array, colour: Array) -> None:
-    """Mix a colour [3], or a picture [H, W, 3], into the canvas where the coverage [H, W] is above 0."""
-    canvas += coverage[..., None] * (colour - canvas)
-
-
-def _window(coverage: Array) -> tuple[slice, slice]:
-    """Return the rows and columns that a coverage touches: most things are much smaller than the canvas."""
+    """Mix a colour [3] into the canvas where the coverage [H, W] is above 0, mostly a small part of it."""
     x1, y1, x2, y2 = _tight_box(coverage > 0)
-    return slice(y1, y2), slice(x1, x2)
+    part = canvas[y1:y2, x1:x2]
+    part += coverage[y1:y2, x1:x2, None] * (colour - part)
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> Array:
@@ -208,8 +199,7 @@ def _draw_blob(rng: np.random.Generator, canvas: Array) -> None:
     outline = (_polygon(9) * radii[:, None]).astype(np.float32)
     spot = _rasterise([outline], rng.uniform((0, 0), (width, height)), (height, width))
     spot = np.asarray(cv2.blur(cv2.blur(spot, BLOB_BLUR), BLOB_BLUR), dtype=np.float32)
-    window = _window(spot)
-    _blend(canvas[window], spot[window], rng.uniform(0, 255, 3).astype(np.float32))
+    _blend(canvas, spot, rng.uniform(0, 255, 3).astype(np.float32))
 
 
 def _draw_stroke(rng: np.random.Generator, canvas: Array) -> None:
@@ -221,9 +211,7 @@ def _draw_stroke(rng: np.random.Generator, canvas: Array) -> None:
     line = np.zeros((height, width), dtype=np.uint8)
     scaled = np.round(points * (1 << SUBPIXEL_BITS)).astype(np.int32)
     cv2.polylines(line, [scaled], False, 255, int(rng.integers(1, 4)), cv2.LINE_AA, SUBPIXEL_BITS)
-    coverage = line.astype(np.float32) / np.float32(255)
-    window = _window(coverage)
-    _blend(canvas[window], coverage[window], rng.uniform(0, 255, 3).astype(np.float32))
+    _blend(canvas, line.astype(np.float32) / np.float32(255), rng.uniform(0, 255, 3).astype(np.float32))
 
 
 def _photograph(rng: np.random.Generator, canvas: Array) -> RGBImage:

@@ -55,11 +55,8 @@ class Shapes(Source):
         format: Literal["coco", "voc"] = "coco",
     ) -> None:
         self.path = Path(path)
-        self.num_train = num_train
-        self.num_val = num_val
-        self.draw_seed = draw_seed
-        self.max_objects = max_objects
-        self.clutter = clutter
+        self._settings = {"num_train": num_train, "num_val": num_val, "seed": draw_seed}
+        self._settings |= {"max_objects": max_objects, "clutter": clutter}
         self._annotation_format = format
 
     @property
@@ -75,14 +72,7 @@ class Shapes(Source):
 
     def prepare(self) -> None:
         """Draw the images, unless the folder holds exactly these."""
-        draw_shapes(
-            self.path,
-            num_train=self.num_train,
-            num_val=self.num_val,
-            seed=self.draw_seed,
-            max_objects=self.max_objects,
-            clutter=self.clutter,
-        )
+        draw_shapes(self.path, **self._settings)
 
     def read(self, split: Split, class_names: Sequence[str] | None = None) -> AnnotationSet:
         """Read the drawn files of a split."""
