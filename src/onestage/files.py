@@ -38,13 +38,7 @@ def read_file(
 ) -> bytes:
     """Read a regular file of at most `max_bytes`, and never wait for a pipe.
 
-    Args:
-        path: the file.
-        error: the class to raise.
-        noun: what the file should be, for the message: "a COCO annotation file".
-        remedy: last line of the message.
-        max_bytes: limit, checked before the file is read.
-        may_be_empty: whether an empty file is accepted.
+    noun: what the file should be, for the message: "a COCO annotation file". remedy: last line of the message.
 
     Raises:
         OnestageError: `error`: missing, unreadable, not regular, empty, too long, a web page or an LFS pointer.
@@ -93,12 +87,8 @@ def read_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
 def find_files(source: str, names: Sequence[object], root: Path) -> list[str | None]:
     """Return the path of each file that an annotation names, or None if there is no such regular file.
 
-    Each folder is listed once; no file is opened.
-
-    Args:
-        source: the annotation file, for messages.
-        names: file names as written, relative to `root`, with "/" between folders.
-        root: the folder that no name may leave, not even through a link.
+    Each folder is listed once; no file is opened. source: the annotation file, for messages. names: as written,
+    relative to `root`, which no name may leave, not even through a link.
 
     Raises:
         AnnotationError: `root` is not a folder, a name leaves it, or none of the files exists.

@@ -11,7 +11,7 @@ from onestage.data.annotations import ImageColumns, ObjectColumns, Rule, malform
 from onestage.data.image_headers import HeaderCheck
 from onestage.errors import AnnotationError
 from onestage.files import list_files, printable, require_inside, spellings
-from onestage.types import AnnotationSet
+from onestage.types import AnnotationSet, Finding
 
 NOTES = {
     rules.NO_LABEL: "{} images have no annotation file: without objects",
@@ -57,13 +57,9 @@ def read_label_files(
 ) -> AnnotationSet:
     """Read the annotation file of each image that can be used. An image without a file is one without objects.
 
-    Args:
-        source: file or folder, for messages.
-        root: the folder of the data set, which no link may leave.
-        listed: the images of a split.
-        read: reads the file of an image, (row, file); raises AnnotationError if it is malformed, which skips the image.
-        class_names: [K] in label order; None: those of the objects, sorted.
-        headers: of the images, whose sizes count; None: the sizes in the files do.
+    root: the folder of the data set, which no link may leave. read: reads the file of an image, (row, file); raises
+    AnnotationError if it is malformed, which skips the image. class_names: [K] in label order; None: those of the
+    objects, sorted. headers: of the images, whose sizes count; None: the sizes in the files do.
 
     Raises:
         AnnotationError: no image has a file, a link leaves `root`, or an object has another class.
@@ -79,23 +75,23 @@ def read_label_files(
     for path in (path for item in listed for path in (item.image, item.label)):
         if listings[path.parent].get(path.name):  # a link
             require_inside(source, [root, path.parent], path)
-    skipped = {row: header.findings[0] for row, header in enumerate(headers or ()) if not header.is_usable}
-    for row, item in enumerate(listed):
-        if item.is_missing:
-            skipped[row] = rules.IMAGE_MISSING.broken(printable(item.image), "there is no such image")
     has_file = [item.label.name in listings[item.label.parent] for item in listed]
-    if len(skipped) < len(listed) and not any(has_file):
-        searched = f"searched {printable(listed[0].label)}, ..."
-        problem = f"none of its {len(listed)} images has an annotation file ({searched})"
-        raise malformed(source, problem, "Correct data.path, or put the annotations there.")
+    findings: list[Finding] = []
     files: dict[int, LabelFile] = {}
     for row, (item, is_there) in enumerate(zip(listed, has_file, strict=True)):
-        if row not in skipped:
+        if item.is_missing:
+            findings.append(rules.IMAGE_MISSING.broken(printable(item.image), "there is no such image"))
+        elif headers is not None and not headers[row].is_usable:
+            findings.append(headers[row].findings[0])
+        else:
             try:
                 files[row] = read(row, item.label) if is_there else LabelFile(notes={rules.NO_LABEL: 1})
             except AnnotationError as reason:
-                skipped[row] = rules.LABEL_MALFORMED.broken_by(item.label, reason)
-    findings = [skipped[row] for row in sorted(skipped)]
+                findings.append(rules.LABEL_MALFORMED.broken_by(item.label, reason))
+    if files and not any(has_file):
+        searched = f"searched {printable(listed[0].label)}, ..."
+        problem = f"none of its {len(listed)} images has an annotation file ({searched})"
+        raise malformed(source, problem, "Correct data.path, or put the annotations there.")
     for rule, problem in NOTES.items():
         count = sum(file.notes.get(rule, 0) for file in files.values())
         findings += rule.counted(source, problem.format(count), count)
@@ -109,9 +105,7 @@ def read_label_files(
     label_of_name = {name: label for label, name in enumerate(names)}
     labels = np.array([label_of_name.get(item.class_name, -1) for item in objects], dtype=np.int64)
     problems = {row: item.problem for row, item in enumerate(objects) if item.problem}
-    sizes = [file.size for file in files.values()]
-    if headers is not None:
-        sizes = [(headers[row].height, headers[row].width) for row in files]
+    sizes = [file.size if headers is None else (headers[n].height, headers[n].width) for n, file in files.items()]
     image_rows = np.repeat(np.arange(len(files)), [len(file.objects) for file in files.values()]).astype(np.int64)
     boxes = np.array([item.box for item in objects], dtype=np.float64).reshape(-1, 4)
     is_difficult = np.array([item.is_difficult for item in objects], dtype=np.bool_)

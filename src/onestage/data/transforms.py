@@ -96,13 +96,10 @@ class SeededTransform:
         self._pipeline = A.Compose(list(transforms), bbox_params=params) if transforms and not is_ssd else None
 
     def __call__(self, image: RGBImage, boxes: Boxes, key: tuple[int, ...], canvas: Canvas | None = None) -> Picture:
-        """Transform an image with its boxes.
+        """Transform an image [H, W, 3] uint8 RGB with its boxes [n, 4] xyxy, px, which are clipped to it.
 
-        Args:
-            image: [H, W, 3] uint8 RGB.
-            boxes: [n, 4] xyxy edges in pixels of the image; they are clipped to it.
-            key: (seed, epoch, index of the image), each >= 0, and a number that separates several uses of one image.
-            canvas: one of the resize; None: that of the image's size.
+        key: (seed, epoch, index of the image), each >= 0, and a number that separates several uses of one image.
+        canvas: one of the resize; None: that of the image's size.
 
         Raises:
             ConfigError: a transform fails on this image, or the result is not a uint8 RGB image.
@@ -112,20 +109,18 @@ class SeededTransform:
         max_factor = MAX_CANVASES * self.resize.longest_side / max(image.shape[:2])
         if has_transforms and max_factor < 1:  # SSD's smallest crop of 0.3 keeps its detail
             image, boxes = scale_image(image, boxes, max_factor)
-        height, width = image.shape[:2]
-        boxes = boxes.clip(0, (width, height) * 2)
+        boxes = boxes.clip(0, (image.shape[1], image.shape[0]) * 2)
         rows = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= MIN_TRACE).all(axis=1))
         boxes = boxes[rows]
         if has_transforms:
-            image, boxes, rows = self._augment(image, boxes, rows, np.random.SeedSequence(key))
+            image, boxes, rows = self._augment(Picture(image, boxes, rows), np.random.SeedSequence(key))
         placement = self.resize.place(image.shape[0], image.shape[1], canvas)
         boxes = placement.to_canvas(boxes).clip(0, np.array([canvas[1], canvas[0]] * 2, dtype=np.float32))
         is_kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
         return Picture(self.resize.apply(image, canvas), boxes[is_kept], rows[is_kept])
 
-    def _augment(
-        self, image: RGBImage, boxes: Boxes, rows: npt.NDArray[np.int64], sequence: np.random.SeedSequence
-    ) -> tuple[RGBImage, Boxes, npt.NDArray[np.int64]]:
+    def _augment(self, picture: Picture, sequence: np.random.SeedSequence) -> Picture:
+        image, boxes, rows = picture
         generator = np.random.default_rng(sequence)
         height, width = image.shape[:2]
         try:
@@ -134,7 +129,7 @@ class SeededTransform:
                 view = self._ssd.draw(generator, (height, width), relative[:, :4])
                 moved = self._ssd.apply_to_bboxes(relative, view=view, shape=image.shape)
                 side = self._ssd.image_size
-                return self._ssd.apply(image, view=view), moved[:, :4] * side, moved[:, 4].astype(np.int64)
+                return Picture(self._ssd.apply(image, view=view), moved[:, :4] * side, moved[:, 4].astype(np.int64))
             assert self._pipeline is not None
             # One generator for all: seeding each transform by itself would correlate their draws.
             self._pipeline.set_random_state(generator, random.Random(int(sequence.generate_state(1)[0])))
@@ -148,7 +143,7 @@ class SeededTransform:
             ) from reason
         boxes = np.asarray(result["bboxes"], dtype=np.float32).reshape(-1, 4)  # an empty result is a list
         rows = np.asarray(result["rows"], dtype=np.int64).reshape(-1)
-        return require_rgb("data.train_transforms", result["image"]), boxes, rows
+        return Picture(require_rgb("data.train_transforms", result["image"]), boxes, rows)
 
 
 def mosaic(pictures: Sequence[Picture], side: int, random: np.random.Generator) -> Picture:
@@ -158,10 +153,7 @@ def mosaic(pictures: Sequence[Picture], side: int, random: np.random.Generator) 
     longer side is half of the square's, put into its quadrant with a corner at the point, and cut at the border. An
     object is kept, and clipped, if its centre is on the square and a pixel of it remains.
 
-    Args:
-        pictures: four: upper left, upper right, lower left, lower right.
-        side: of the square, px, >= 2.
-        random: draws the point.
+    pictures: upper left, upper right, lower left, lower right. side: of the square, px, >= 2. random: draws the point.
     """
     x, y = (round(side * (0.25 + draw / 2)) for draw in random.random(2).tolist())
     canvas = np.full((side, side, 3), MEAN_RGB, dtype=np.uint8)

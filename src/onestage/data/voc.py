@@ -108,16 +108,15 @@ def find_lists(root: Path) -> dict[str, tuple[str, ...]]:
         folders = names_by_role(path.name for path in root.glob("*/") if role_of(path.name) and _list_folder(path))
         found: dict[str, tuple[str, ...]] = {role: (name,) for role, name in folders.items()}
         return found or ({"train": (ALL_IMAGES,)} if _list_folder(root) else {})
-    by_stem: dict[str, list[str]] = {}
-    for name, file in _without_classes(files).items():
-        by_stem.setdefault(file.stem, []).append(name)
-    stems = names_by_role(by_stem)
+    lists = _without_classes(files)
+    all_stems = {file.stem for file in lists.values()}
+    stems = names_by_role(all_stems)
     has_years = not (root / SPLIT_FOLDER).is_dir()
-    if "test" in by_stem and "trainval" in by_stem and (has_years or "val" not in stems):  # the papers', such as 07+12
+    if all_stems >= {"test", "trainval"} and (has_years or "val" not in stems):  # the papers', such as 07+12
         stems = {"train": "trainval", "val": "test"}
-    if not stems and len(by_stem) == 1:
-        stems = {"train": next(iter(by_stem))}
-    return {role: tuple(by_stem[stem]) for role, stem in stems.items()}
+    if not stems and len(all_stems) == 1:
+        stems = {"train": all_stems.pop()}
+    return {role: tuple(name for name, file in lists.items() if file.stem == stem) for role, stem in stems.items()}
 
 
 def find_list_files(root: Path) -> dict[str, Path]:

@@ -137,10 +137,9 @@ class YOLO(Source):
 def read_settings(data: Path) -> YOLOSettings:
     """Read data.yaml or obj.data, or derive their content from the folder.
 
-    Args:
-        data: the YAML file; or a folder that holds one (data.yaml, dataset.yaml or yolo.yaml), or obj.data, or else
-            classes.txt or obj.names with a name on each line. Without any of these, the largest class index in the
-            label files tells how many classes there are, and they are called class_0, class_1, ...
+    data: the YAML file; or a folder that holds one (data.yaml, dataset.yaml or yolo.yaml), or obj.data, or else
+    classes.txt or obj.names with a name on each line. Without any of these, the largest class index in the label files
+    tells how many classes there are, and they are called class_0, class_1, ...
 
     Raises:
         AnnotationError: the file is missing or malformed, or its classes are incomplete.
