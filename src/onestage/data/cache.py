@@ -19,6 +19,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from onestage.data.images import read_image
+from onestage.data.resize import scale_image
 from onestage.data.source import ImageReader, ReadImage
 from onestage.errors import ConfigError, ResourceError
 from onestage.files import atomic_write, cache_folder, printable
@@ -55,7 +56,7 @@ class FileReader:
         return ReadImage(pixels, (pixels.shape[0], pixels.shape[1]))
 
 
-class DiskCache:
+class DiskCache(FileReader):
     """Keeps JPEG copies in a folder that any number of processes and trainings may share.
 
     A copy's name is a hash of the file's path, size and modification time, of the annotated size and of how copies
@@ -72,8 +73,7 @@ class DiskCache:
     """
 
     def __init__(self, annotations: AnnotationSet, short_side: int, folder: Path) -> None:
-        self.files = FileReader(annotations)
-        self.annotations = annotations
+        super().__init__(annotations)
         self.short_side = short_side
         self.folder = folder
         remedy = "Set the environment variable XDG_CACHE_HOME to another folder, or data.cache: none."
@@ -92,10 +92,12 @@ class DiskCache:
             found = _decode_copy(path.read_bytes())
             if found is not None:
                 return found
-        image = self.files(index)
+        image = super().__call__(index)
         if min(image.original_size) <= self.short_side:
             return image
-        content = _encode_copy(image, self.short_side)
+        pixels, _ = scale_image(image.pixels, np.zeros((0, 4)), self.short_side / min(image.original_size))
+        bgr, quality = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+        content = HEADER.pack(*image.original_size) + cv2.imencode(".jpg", bgr, quality)[1].tobytes()
         try:
             if shutil.disk_usage(self.folder).free > SPARE_BYTES:
                 with atomic_write(path) as temporary:
@@ -122,12 +124,3 @@ def _decode_copy(content: bytes) -> ReadImage | None:
     jpeg = np.frombuffer(content, dtype=np.uint8, offset=HEADER.size)
     pixels: Any = cv2.imdecode(jpeg, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     return None if pixels is None else ReadImage(np.asarray(pixels, dtype=np.uint8), HEADER.unpack_from(content))
-
-
-def _encode_copy(image: ReadImage, short_side: int) -> bytes:
-    """Return header and JPEG of an image whose short side is longer than `short_side`, resized to that."""
-    height, width = image.original_size
-    factor = short_side / min(height, width)
-    pixels = cv2.resize(image.pixels, (round(width * factor), round(height * factor)), interpolation=cv2.INTER_AREA)
-    _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    return HEADER.pack(*image.original_size) + jpeg.tobytes()

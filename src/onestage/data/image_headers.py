@@ -1,33 +1,17 @@
-"""Check images by their headers and last bytes, without decoding."""
+"""Check images by their headers, without decoding."""
 
-import io
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 import onestage.data.annotations as rules
-from onestage.data.images import (
-    MAX_IMAGE_BYTES,
-    REMEDY,
-    ImageHeader,
-    ImageSizeError,
-    is_whole_jpeg,
-    open_header,
-    orientation_to_apply,
-    read_header,
-    read_plain_jpeg,
-)
+from onestage.data.images import ImageSizeError, orientation_to_apply, read_whole_header
 from onestage.errors import ImageError
-from onestage.files import open_at_once, printable, read_file
+from onestage.files import printable
 from onestage.types import AnnotationSet, Finding
 
-HEAD_BYTES = 64 << 10  # holds the header of nearly every photograph, its EXIF data included
-TAIL_BYTES = 32
 MIN_IMAGE_SIDE = 8  # px, the stride of SSD's first feature map
 MAX_ASPECT = 10.0  # of the sides; stretched to a square, objects would be lines
 START_IMAGES = 20_000  # images of a split that are checked before training; the others are when they are read
@@ -57,7 +41,7 @@ def check_headers(annotations: AnnotationSet, rows: Sequence[int] | None = None)
 def check_header(path: str, annotated_size: tuple[int, int] = (0, 0)) -> HeaderCheck:
     """Check one image file, which is never waited for. annotated_size: (height, width); 0, 0 if unknown."""
     try:
-        header = _read(path)
+        header = read_whole_header(path)
         orientation = orientation_to_apply(path, header, annotated_size)
     except ImageError as reason:
         return HeaderCheck(0, 0, [image_finding(path, reason)])
@@ -112,32 +96,3 @@ def tiny_boxes(annotations: AnnotationSet, image_size: int) -> list[Finding]:
     num_tiny = int(((annotations.boxes[:, 2:] - annotations.boxes[:, :2]) * scale < 1).any(axis=1).sum())
     problem = f"{num_tiny} of {len(sizes)} boxes are less than 1 px wide or high at {image_size} px: not trained on"
     return rules.BOX_TINY.counted(annotations.source, problem, num_tiny)
-
-
-def _read(path: str) -> ImageHeader:
-    """Read the header, and check that the file does not end early."""
-    with suppress(OSError, ValueError, ImageError), open(path, "rb", buffering=0, opener=open_at_once) as file:
-        file.seek(-TAIL_BYTES, os.SEEK_END)
-        if file.tell() <= MAX_IMAGE_BYTES:
-            end = file.read()
-            file.seek(0)
-            if is_whole_jpeg(end) and (header := read_plain_jpeg(file.read(HEAD_BYTES))) is not None:
-                return header
-            file.seek(0)
-            return _read_whole(path, io.BufferedReader(file), end)
-    # Not a whole image at first sight: the whole file tells why, or that only its end is unusual.
-    content = read_file(Path(path), ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
-    return _read_whole(path, io.BytesIO(content), content)
-
-
-def _read_whole(path: str, stream: BinaryIO, end: bytes) -> ImageHeader:
-    """Read the header of a whole image. end: its last bytes, or all of them."""
-    with open_header(path, stream) as image:
-        header = read_header(path, image)
-        with suppress(Exception):  # a damaged GIF; Pillow's readers raise whatever that leads them to
-            header = header._replace(is_animated=header.format != "MPO" and getattr(image, "is_animated", False))
-    is_jpeg = header.format in ("JPEG", "MPO")
-    if (is_jpeg and not is_whole_jpeg(end)) or (header.format == "PNG" and b"IEND\xaeB`\x82" not in end):
-        problem = f"is cut off: {len(end)} bytes of {header.format} without its end"
-        raise ImageError(f"{printable(path)}: {problem}.\n{REMEDY}")
-    return header

@@ -1,6 +1,7 @@
 """The one image decoder: a file becomes [H, W, 3] uint8 RGB, upright as annotated."""
 
 import io
+import os
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from onestage.errors import ImageError
-from onestage.files import printable, read_file
+from onestage.files import open_at_once, printable, read_file
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 UNREAD_SUFFIXES = (
@@ -34,6 +35,8 @@ PILLOW_MODES = (
 VALUE_TYPES = {"F": "floating-point values", "I": "32-bit or signed values"}
 TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader takes the lower 8 bits of planes of 16
 DECODED_BY_OPENCV = ("JPEG", "MPO", "PNG")  # a quarter faster than Pillow, as strict given bytes; MPO: several JPEGs
+HEAD_BYTES = 64 << 10  # holds the header of nearly every photograph, its EXIF data included
+TAIL_BYTES = 32
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 ORIENTATION_TAG = 0x0112
 SEGMENT, FRAME = struct.Struct(">HH"), struct.Struct(">BHHB")  # marker, length; bits, height, width, layers
@@ -65,7 +68,7 @@ class ImageHeader(NamedTuple):
     orientation: int  # EXIF 1..8; 1 is upright
     is_deep: bool = False  # 16 bits per channel
     has_alpha: bool = False
-    is_animated: bool = False  # several frames or pages; filled in by the check of headers
+    is_animated: bool = False  # several frames or pages; filled in by `read_whole_header`
 
 
 def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) -> RGBImage:
@@ -102,6 +105,39 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
         problem = f"is cut off or damaged ({len(content)} bytes of {header.format}; {_first_line(reason)})"
         raise ImageError(f"{printable(file)}: {problem}.\n{REMEDY}") from None
     return _turn_upright(image, orientation)
+
+
+def read_whole_header(path: str) -> ImageHeader:
+    """Read the header of a file, and check that it does not end early; nothing is decoded, and no pipe waited for.
+
+    Raises:
+        ImageError: as `read_image`, as far as header and end show it.
+    """
+    with suppress(OSError, ValueError, ImageError), open(path, "rb", buffering=0, opener=open_at_once) as file:
+        file.seek(-TAIL_BYTES, os.SEEK_END)
+        if file.tell() <= MAX_IMAGE_BYTES:
+            end = file.read()
+            file.seek(0)
+            if is_whole_jpeg(end) and (header := read_plain_jpeg(file.read(HEAD_BYTES))) is not None:
+                return header
+            file.seek(0)
+            return _read_whole(path, io.BufferedReader(file), end)
+    # Not a whole image at first sight: the whole file tells why, or that only its end is unusual.
+    content = read_file(Path(path), ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
+    return _read_whole(path, io.BytesIO(content), content)
+
+
+def _read_whole(path: str, stream: BinaryIO, end: bytes) -> ImageHeader:
+    """Read the header of a whole image. end: its last bytes, or all of them."""
+    with open_header(path, stream) as image:
+        header = read_header(path, image)
+        with suppress(Exception):  # a damaged GIF; Pillow's readers raise whatever that leads them to
+            header = header._replace(is_animated=header.format != "MPO" and getattr(image, "is_animated", False))
+    is_jpeg = header.format in ("JPEG", "MPO")
+    if (is_jpeg and not is_whole_jpeg(end)) or (header.format == "PNG" and b"IEND\xaeB`\x82" not in end):
+        problem = f"is cut off: {len(end)} bytes of {header.format} without its end"
+        raise ImageError(f"{printable(path)}: {problem}.\n{REMEDY}")
+    return header
 
 
 def open_header(file: str | Path, stream: BinaryIO) -> Image.Image:

@@ -114,7 +114,11 @@ def describe_source(source: Source) -> list[str]:
 
 def find_splits(paths: Sequence[Path], image_root: Path | None = None) -> list[Split]:
     """Return the splits of one set that the paths hold: train, val, test, each name once. See `recognise`."""
-    found = [split for path in paths for split in _splits_of(recognise(path, image_root))]
+    found = []
+    for source in (recognise(path, image_root) for path in paths):
+        # The name of a single COCO file says which split it is.
+        own_name = split_name(source.path) if source.path.suffix.lower() == ".json" else ""
+        found += [Split(role_of(own_name) or own_name or split, source, split) for split in source.splits]
     found.sort(key=lambda split: ROLES.index(role_of(split.name)))
     names = [split.name for split in found]
     return [
@@ -159,9 +163,3 @@ def read_splits(splits: Sequence[Split], max_bad_fraction: float = 1.0) -> list[
 def _categories(annotations: AnnotationSet | None) -> dict[str, int]:
     """Return class name -> category id."""
     return dict(zip(annotations.class_names, annotations.category_ids, strict=True)) if annotations is not None else {}
-
-
-def _splits_of(source: Source) -> list[Split]:
-    """Return the splits of a source; the name of a single COCO file says which split it is."""
-    own_name = split_name(source.path) if source.path.suffix.lower() == ".json" else ""
-    return [Split(role_of(own_name) or own_name or split, source, split) for split in source.splits]

@@ -81,8 +81,9 @@ class DetectionLoader(DataLoader[Batch]):
                     self._count_failures(loaded.failures)
                     loaded = loaded.batch
                 yield loaded
-        except OnestageError as error:
-            raise type(error)(_original_message(error)) from error
+        except OnestageError as error:  # torch puts the traceback of a worker before its message
+            text, name = str(error), f"{type(error).__module__}.{type(error).__qualname__}: "
+            raise type(error)(text.rpartition(name)[2].strip() if text.startswith("Caught ") else text) from error
         finally:  # also if the epoch is cut short
             self._report_replaced()
 
@@ -306,10 +307,3 @@ def _explained(error: Exception, workers: set[BaseProcess]) -> Exception:
         f"a worker process of the loader {how}, perhaps because memory ran out, or of a damaged image.\nLower "
         "data.num_workers, or check the images with `onestage doctor`; then continue with --resume auto."
     )
-
-
-def _original_message(error: OnestageError) -> str:
-    """Return the message alone, without the traceback of a worker that torch has put before it."""
-    text = str(error)
-    _, found, message = text.rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")
-    return message.strip() if found and text.startswith("Caught ") else text

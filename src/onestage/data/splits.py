@@ -56,7 +56,9 @@ def assign_parts(annotations: AnnotationSet, shares: Sequence[float]) -> npt.NDA
         shares: [P] fractions that add up to 1.
     """
     groups = _groups(annotations)
-    classes_of_group = [_classes(annotations, rows) for rows in groups]
+    labels = annotations.labels.tolist()
+    classes_of_row = [set(labels[annotations.objects(row)]) or {NOTHING} for row in range(len(annotations))]
+    classes_of_group = [Counter(name for row in rows for name in classes_of_row[row]) for rows in groups]
     groups_of_class: dict[int, list[int]] = defaultdict(list)
     remaining: Counter[int] = Counter()  # class -> images that have no part yet
     for group, classes in enumerate(classes_of_group):
@@ -184,9 +186,3 @@ def _digest(path: str, num_bytes: int) -> bytes | str:
             return hashlib.blake2b(file.read(num_bytes), digest_size=16).digest()
     except OSError:
         return path
-
-
-def _classes(annotations: AnnotationSet, rows: Sequence[int]) -> Counter[int]:
-    """Return class -> number of images of a group that show it; NOTHING -> those without objects."""
-    labels_of_row = (annotations.labels[annotations.objects(row)].tolist() or [NOTHING] for row in rows)
-    return Counter(label for labels in labels_of_row for label in set(labels))
