@@ -66,29 +66,26 @@ def read_label_files(
     """
     folders = {path.parent for item in listed for path in (item.image, item.label)}
     listings = {folder: list_files(folder) for folder in folders}
-
-    def as_stored(label: Path) -> Path:
-        found = next((form for form in spellings(label.name) if form in listings[label.parent]), label.name)
-        return label if found == label.name else label.with_name(found)
-
-    listed = [item._replace(label=as_stored(item.label)) for item in listed]
-    for path in (path for item in listed for path in (item.image, item.label)):
-        if listings[path.parent].get(path.name):  # a link
-            require_inside(source, [root, path.parent], path)
-    has_file = [item.label.name in listings[item.label.parent] for item in listed]
     findings: list[Finding] = []
     files: dict[int, LabelFile] = {}
-    for row, (item, is_there) in enumerate(zip(listed, has_file, strict=True)):
-        if item.is_missing:
-            findings.append(rules.IMAGE_MISSING.broken(printable(item.image), "there is no such image"))
+    has_any = False
+    for row, (image, label, is_missing) in enumerate(listed):
+        stored = next((form for form in spellings(label.name) if form in listings[label.parent]), None)
+        file = label.with_name(stored) if stored is not None and stored != label.name else label
+        has_any = has_any or stored is not None
+        for path in (image, file):
+            if listings[path.parent].get(path.name):  # a link
+                require_inside(source, [root, path.parent], path)
+        if is_missing:
+            findings.append(rules.IMAGE_MISSING.broken(printable(image), "there is no such image"))
         elif headers is not None and not headers[row].is_usable:
             findings.append(headers[row].findings[0])
         else:
             try:
-                files[row] = read(row, item.label) if is_there else LabelFile(notes={rules.NO_LABEL: 1})
+                files[row] = read(row, file) if stored is not None else LabelFile(notes={rules.NO_LABEL: 1})
             except AnnotationError as reason:
-                findings.append(rules.LABEL_MALFORMED.broken_by(item.label, reason))
-    if files and not any(has_file):
+                findings.append(rules.LABEL_MALFORMED.broken_by(file, reason))
+    if files and not has_any:
         searched = f"searched {printable(listed[0].label)}, ..."
         problem = f"none of its {len(listed)} images has an annotation file ({searched})"
         raise malformed(source, problem, "Correct data.path, or put the annotations there.")
