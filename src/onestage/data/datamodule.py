@@ -140,12 +140,7 @@ class DetectionDataModule(LightningDataModule):
 
     @property
     def source(self) -> Source:
-        """The files and splits: those of `path` if it is given.
-
-        Raises:
-            ConfigError: neither `source` nor `path` is given.
-            DataError: `path` is no known data set.
-        """
+        """The files and splits: those of `path` if given; ConfigError if there is none, DataError if it is unknown."""
         if self.path is not None and self._recognised != self.path:
             self._source, self._recognised = recognise(self.path), self.path
         if self._source is None:
@@ -185,10 +180,7 @@ class DetectionDataModule(LightningDataModule):
             self.source.prepare()
 
     def setup(self, stage: str) -> None:
-        """Read the annotations that a Trainer call needs, so that all problems with them show before it starts.
-
-        stage: Lightning's name of the call: fit, validate, test or predict.
-        """
+        """Read what a Trainer call (fit, validate, test, predict) needs, so that all problems show before it starts."""
         splits = {self._split_of(name) for name in CALLS[stage]}
         has_new = not splits <= self._annotation_sets.keys()
         for split in sorted(splits):
@@ -206,10 +198,7 @@ class DetectionDataModule(LightningDataModule):
     def annotations(self, stage: Stage) -> AnnotationSet:
         """Return the split that `stage` reads, without images whose header shows that they cannot be used.
 
-        It is read and checked once.
-
-        Raises:
-            DataError: the split cannot be read, or its categories are not those of the training split.
+        It is read and checked once. DataError: it cannot be read, or its categories are not the training split's.
         """
         stage = self._split_of(stage)
         if stage not in self._annotation_sets:

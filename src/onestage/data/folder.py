@@ -91,10 +91,9 @@ def find_linked_folders(folder: Path) -> list[Path]:
 
 
 def find_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
-    """Return every entry below a folder that has one of the suffixes, sorted; nothing hidden or below linked folders.
+    """Return the entries below a folder that have one of the suffixes, sorted; DataError if it cannot be listed.
 
-    Raises:
-        DataError: a folder cannot be listed.
+    Nothing that is hidden or below a linked folder is among them.
     """
 
     def stop(reason: OSError) -> None:

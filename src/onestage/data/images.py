@@ -108,11 +108,7 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
 
 
 def read_whole_header(path: str) -> ImageHeader:
-    """Read the header of a file, and check that it does not end early; nothing is decoded, and no pipe waited for.
-
-    Raises:
-        ImageError: as `read_image`, as far as header and end show it.
-    """
+    """Read the header of a file without decoding; ImageError as of `read_image`, as far as header and end show it."""
     with suppress(OSError, ValueError, ImageError), open(path, "rb", buffering=0, opener=open_at_once) as file:
         file.seek(-TAIL_BYTES, os.SEEK_END)
         if file.tell() <= MAX_IMAGE_BYTES:
@@ -141,11 +137,7 @@ def _read_whole(path: str, stream: BinaryIO, end: bytes) -> ImageHeader:
 
 
 def open_header(file: str | Path, stream: BinaryIO) -> Image.Image:
-    """Read the header with Pillow; no pixel is decoded or allocated.
-
-    Raises:
-        ImageError: it is no image, or far too large.
-    """
+    """Read the header with Pillow, and allocate no pixel; ImageError if it is no image, or far too large."""
     try:
         return Image.open(stream, formats=PILLOW_FORMATS)
     except Image.DecompressionBombError:
@@ -156,11 +148,7 @@ def open_header(file: str | Path, stream: BinaryIO) -> Image.Image:
 
 
 def read_header(file: str | Path, image: Image.Image) -> ImageHeader:
-    """Read size, orientation and depth, and refuse a size that is out of bounds before anything is allocated.
-
-    Raises:
-        ImageError: the image has more than `MAX_PIXELS` pixels, or values without a fixed range.
-    """
+    """Read size, orientation and depth; ImageError above `MAX_PIXELS`, or for values without a fixed range."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise _too_many_pixels(file, f"{width} x {height}")
@@ -233,11 +221,7 @@ def _unread_values(image: Image.Image) -> str:
 
 
 def orientation_to_apply(file: str | Path, header: ImageHeader, annotated_size: tuple[int, int] | None) -> int:
-    """Return the orientation with which the image has the annotated size.
-
-    Raises:
-        ImageSizeError: neither has it.
-    """
+    """Return the orientation with which the image has the annotated size; ImageSizeError if neither has it."""
     stored = (header.height, header.width)
     upright = stored[::-1] if header.orientation >= 5 else stored
     if annotated_size is None or 0 in annotated_size or tuple(annotated_size) == upright:

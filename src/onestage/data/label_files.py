@@ -59,10 +59,8 @@ def read_label_files(
 
     root: the folder of the data set, which no link may leave. read: reads the file of an image, (row, file); raises
     AnnotationError if it is malformed, which skips the image. class_names: [K] in label order; None: those of the
-    objects, sorted. headers: of the images, whose sizes count; None: the sizes in the files do.
-
-    Raises:
-        AnnotationError: no image has a file, a link leaves `root`, or an object has another class.
+    objects, sorted. headers: of the images, whose sizes count; None: the sizes in the files do. AnnotationError: no
+    image has a file, a link leaves `root`, or an object has another class.
     """
     folders = {path.parent for item in listed for path in (item.image, item.label)}
     listings = {folder: list_files(folder) for folder in folders}

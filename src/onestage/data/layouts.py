@@ -41,14 +41,9 @@ class Split(NamedTuple):
 
 
 def recognise(path: str | Path, image_root: Path | None = None) -> Source:
-    """Return the source of a path by what lies there.
+    """Return the source of a path by what lies there; DataError if it is missing, or of an unknown format.
 
-    Args:
-        path: a COCO file or folder, a VOC folder, or a YOLO file or folder.
-        image_root: the image folder of COCO files; None: found by their first image.
-
-    Raises:
-        DataError: the path is missing, or of an unknown format.
+    image_root: the image folder of COCO files; None: found by their first image.
     """
     path, images = as_path(path), image_root and as_path(image_root).absolute()
     if path.suffix.lower() == ".json":

@@ -144,11 +144,7 @@ class DetectionLoader(DataLoader[Batch]):
         self._processes.clear()
 
     def _count_failures(self, failures: Sequence[Failure]) -> None:
-        """Count the images of a batch that its worker could not read, and warn about the first.
-
-        Raises:
-            DataError: more images have failed than `max_bad_fraction` of the dataset allows.
-        """
+        """Count the unread images of a batch, and warn of the first; DataError above `max_bad_fraction` of the set."""
         if not failures:
             return
         images: Any = self.dataset  # a DetectionDataset: others report no failures

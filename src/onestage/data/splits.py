@@ -24,21 +24,13 @@ NOTHING = -1  # stands for the class of an image without objects
 
 
 def split_by_fraction(annotations: AnnotationSet, val_fraction: float) -> tuple[AnnotationSet, AnnotationSet]:
-    """Return the training part and the validation part, which takes `val_fraction` of the images, and of each class.
-
-    Raises:
-        ConfigError: one of the parts would be empty.
-    """
+    """Return a training part, and one with `val_fraction` of the images, and of each class; see `_divided`."""
     part_of_image = assign_parts(annotations, [1 - val_fraction, val_fraction])
     return _divided(annotations, part_of_image == 1, f"data.val_fraction {val_fraction:g}")
 
 
 def split_by_fold(annotations: AnnotationSet, num_folds: int, fold: int) -> tuple[AnnotationSet, AnnotationSet]:
-    """Return all parts but one, and part `fold` of `num_folds`. The parts of all folds together are the whole set.
-
-    Raises:
-        ConfigError: one of the two would be empty.
-    """
+    """Return all parts but one, and part `fold` of `num_folds`, which make up the set; see `_divided`."""
     part_of_image = assign_parts(annotations, [1 / num_folds] * num_folds)
     return _divided(annotations, part_of_image == fold, f"data.fold {fold} of {num_folds}")
 
@@ -49,11 +41,7 @@ def assign_parts(annotations: AnnotationSet, shares: Sequence[float]) -> npt.NDA
     Iterative stratification (Sechidis et al., "On the stratification of multi-label data", ECML 2011, algorithm 1):
     the rarest class first, each of its images to the part that is furthest from its share of that class; images without
     objects come last. Images of the same bytes go together. The result depends on the names and bytes of the files
-    alone: not on their folder, their order, or a seed.
-
-    Args:
-        annotations: N images.
-        shares: [P] fractions that add up to 1.
+    alone: not on their folder, their order, or a seed. shares: [P] fractions that add up to 1.
     """
     groups = _groups(annotations)
     labels = annotations.labels.tolist()
@@ -125,7 +113,7 @@ def find_shared_images(splits: Sequence[tuple[str, AnnotationSet]]) -> tuple[lis
 def _divided(
     annotations: AnnotationSet, is_validation: npt.NDArray[np.bool_], setting: str
 ) -> tuple[AnnotationSet, AnnotationSet]:
-    """Return the two parts, each in the order of the whole."""
+    """Return the two parts, each in the order of the whole; ConfigError if one would be empty."""
     rows = np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
     if not len(rows[0]) or not len(rows[1]):
         raise ConfigError(

@@ -259,11 +259,7 @@ def _read_list(path: Path) -> list[str]:
 
 
 def read_record(path: Path) -> LabelFile:
-    """Parse one XML file.
-
-    Raises:
-        AnnotationError: it cannot be read, or is not such XML; the message has line and column.
-    """
+    """Parse one XML file; AnnotationError, with line and column, if it cannot be read or is not such XML."""
     content = read_file(path, AnnotationError, "a VOC annotation (XML)", rules.LABEL_MALFORMED.remedy, MAX_XML_BYTES)
     place = printable(path)
     try:
