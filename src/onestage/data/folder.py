@@ -6,14 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from onestage.data.annotations import (
-    IMAGE_UNREADABLE,
-    NOT_READ,
-    NOT_SEARCHED,
-    ImageColumns,
-    ObjectColumns,
-    build_annotation_set,
-)
+import onestage.data.annotations as rules
+from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set
 from onestage.data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from onestage.data.source import Source, Split
 from onestage.errors import DataError
@@ -47,16 +41,15 @@ class ImageFolder(Source):
         Raises:
             DataError: the folder is missing or cannot be listed, or there is no image in it.
         """
-        folder, names = self.path, class_names or ()
-        found = find_images(folder) if folder.is_dir() else [folder]
+        folder, is_folder, names = self.path, self.path.is_dir(), class_names or ()
+        found = find_images(folder) if is_folder else [folder]
         paths = [str(path) for path in found if path.is_file()]
         if not paths:
-            is_folder = folder.is_dir()
             problem = f"holds no images ({' '.join(IMAGE_SUFFIXES)})" if is_folder else "is neither folder nor image"
             raise DataError(f"{printable(folder)}: {problem}.\nGive a folder of images, or one image: data.predict_dir")
         others = [path for path in found if not path.is_file()]
-        findings = [IMAGE_UNREADABLE.broken(printable(path), "is not a regular file") for path in others]
-        findings += count_unread(folder) if folder.is_dir() else []
+        findings = [rules.IMAGE_UNREADABLE.broken(printable(path), "is not a regular file") for path in others]
+        findings += count_unread(folder) if is_folder else []
         no_rows = np.zeros(0, dtype=np.int64)
         return build_annotation_set(
             printable(folder),
@@ -74,8 +67,8 @@ def count_unread(folder: Path) -> list[Finding]:
     unread, links = find_images(folder, UNREAD_SUFFIXES), find_linked_folders(folder)
     types = " ".join(sorted({path.suffix.lower() for path in unread}))
     problems = {
-        NOT_READ: (unread, f"images are of a type that is not read ({types})"),
-        NOT_SEARCHED: (links, "folders are links, which are not searched"),
+        rules.NOT_READ: (unread, f"images are of a type that is not read ({types})"),
+        rules.NOT_SEARCHED: (links, "folders are links, which are not searched"),
     }
     return [
         rule.broken(printable(folder), f"{len(paths)} {problem}, such as {printable(paths[0])}", len(paths))

@@ -71,7 +71,7 @@ class ClassBalancedSampling(Sampling):
 
 
 def count_repeats(sampling: Sampling, annotations: AnnotationSet) -> npt.NDArray[np.float64]:
-    """Return the repeats of every image, [N] >= 0, or ConfigError; print the length of an epoch, or warn if it is plain."""
+    """Return the repeats of every image, [N] >= 0, or ConfigError; print an epoch's length, or warn of no effect."""
     repeats = np.asarray(sampling.repeats(annotations), dtype=np.float64)
     is_valid = repeats.shape == (len(annotations),) and bool((repeats >= 0).all()) and 0 < repeats.sum() < np.inf
     rule = f"one number >= 0 for each of the {len(annotations)} images"

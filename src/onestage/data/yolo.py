@@ -172,9 +172,8 @@ def _find_names_file(folder: Path) -> Path | None:
         files = sorted(file for file in folder.glob(pattern) if file.is_file())
         if len({file.read_bytes() for file in files}) > 1:
             problem = f"{len(files)} files of class names differ: {shortened([printable(file) for file in files])}"
-            raise malformed(
-                printable(folder), problem, f"Put the right one there: {printable(folder / NAMES_FILES[0])}"
-            )
+            remedy = f"Put the right one there: {printable(folder / NAMES_FILES[0])}"
+            raise malformed(printable(folder), problem, remedy)
         if files:
             return files[0]
     return None
@@ -204,9 +203,7 @@ def has_labels(folder: Path) -> bool:
 
 def find_entries(settings: YOLOSettings, split: str) -> Sequence[str]:
     """Return the folders and lists of a split, which may be named otherwise (`valid` for val); empty if none."""
-    if split in settings.entries:
-        return settings.entries[split]
-    name = names_by_role(settings.entries).get(split)
+    name = split if split in settings.entries else names_by_role(settings.entries).get(split)
     return settings.entries[name] if name is not None else ()
 
 
@@ -248,10 +245,10 @@ def _has_images(path: Path, root: Path) -> bool:
     """Tell whether a folder holds an image, or the first line of a list names one."""
     if path.is_dir():
         return bool(find_images(path))
-    line = ""
     with suppress(AnnotationError, IndexError):
         line = _read_lines(path, "a list of images", "")[0]
-    return line.lower().endswith(IMAGE_SUFFIXES) and find_below(root, line) is not None
+        return line.lower().endswith(IMAGE_SUFFIXES) and find_below(root, line) is not None
+    return False
 
 
 def _count_classes(settings: YOLOSettings) -> int:
