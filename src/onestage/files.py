@@ -6,9 +6,9 @@ import csv
 import errno
 import math
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -170,12 +170,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     `folder` must be missing or empty at the end; otherwise the rename raises OSError.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.unfinished-", dir=folder.parent))
+    temporary = folder.parent / f".{folder.name}.unfinished-{secrets.token_hex(4)}"
+    temporary.mkdir(parents=True)
     try:
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)  # mkdtemp creates it for the owner alone
         yield temporary
         temporary.replace(folder)
     finally:
@@ -208,10 +205,7 @@ def printable(name: str | Path) -> str:
 
 def as_path(path: str | Path) -> Path:
     """Return the path of an option or a setting; `~` is the home folder, `$X` a variable; unknown ones stay."""
-    path = os.path.expandvars(path)
-    with contextlib.suppress(RuntimeError):
-        return Path(path).expanduser()
-    return Path(path)
+    return Path(os.path.expanduser(Path(os.path.expandvars(path))))  # noqa: PTH111 # that raises for an unknown user
 
 
 def spellings(name: str) -> Iterator[str]:
