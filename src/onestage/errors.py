@@ -6,21 +6,21 @@ prints the message alone; `--debug` adds the traceback.
 
 
 class OnestageError(Exception):
-    """Bad input of any kind. Raise one of the subclasses."""
+    """Bad input of any kind. Raise one of the subclasses; each says the exit code of the command."""
 
     exit_code = 1
 
+    def __init_subclass__(cls, exit_code: int | None = None) -> None:
+        """Set the exit code; without one it is that of the parent."""
+        cls.exit_code = cls.exit_code if exit_code is None else exit_code
 
-class ConfigError(OnestageError):
+
+class ConfigError(OnestageError, exit_code=2):
     """A key or value of the configuration or the command line cannot be used."""
 
-    exit_code = 2
 
-
-class DataError(OnestageError):
+class DataError(OnestageError, exit_code=3):
     """A file of a data set (annotations, split list, image) is missing, unreadable or invalid."""
-
-    exit_code = 3
 
 
 class AnnotationError(DataError):
@@ -31,46 +31,32 @@ class ImageError(DataError):
     """An image file cannot be decoded completely."""
 
 
-class CheckpointError(OnestageError):
+class CheckpointError(OnestageError, exit_code=2):  # a file named on the command line that cannot be used
     """A checkpoint is missing, damaged, foreign, or belongs to another model."""
 
-    exit_code = 2  # a file named on the command line that cannot be used
 
-
-class RunInUseError(OnestageError):
+class RunInUseError(OnestageError, exit_code=4):
     """Another process is writing to the run folder."""
 
-    exit_code = 4
 
-
-class ResourceError(OnestageError):
+class ResourceError(OnestageError, exit_code=5):
     """The machine ran out of disk space, memory or shared memory, or denied permission."""
 
-    exit_code = 5
 
-
-class NonFiniteError(OnestageError):
+class NonFiniteError(OnestageError, exit_code=6):
     """Training produced non-finite losses, gradients or weights too many times in a row."""
 
-    exit_code = 6
 
-
-class ProcessLostError(OnestageError):
+class ProcessLostError(OnestageError, exit_code=7):
     """Another process of the run died or stopped responding."""
 
-    exit_code = 7
 
-
-class CancelledError(OnestageError):
+class CancelledError(OnestageError, exit_code=130):
     """Ctrl-C stopped the run cleanly; the exit code is the shell's for SIGINT."""
 
-    exit_code = 130
 
-
-class TerminatedError(OnestageError):
+class TerminatedError(OnestageError, exit_code=143):
     """SIGTERM stopped the run cleanly; the exit code is the shell's for SIGTERM, which schedulers recognise."""
-
-    exit_code = 143
 
 
 def require(condition: bool, name: str, value: object, rule: str, remedy: str = "") -> None:

@@ -72,18 +72,11 @@ class ImageHeader(NamedTuple):
 
 
 def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) -> RGBImage:
-    """Decode an image file as 8-bit RGB.
+    """Decode an image file as 8-bit RGB: [H, W, 3], writable and contiguous. It is opened once, and never waited for.
 
     Gray, palette, CMYK and 16-bit images are converted (16 bits by dropping the lower 8), transparency is dropped,
     and of an animation the first frame is taken. An EXIF orientation is applied, as browsers and annotation tools do,
-    unless only the stored image has the annotated size.
-
-    Args:
-        path: the file. It is opened once, and never waited for.
-        annotated_size: (height, width) of the image in its annotation; None or (0, 0) where that is not known.
-
-    Returns:
-        [H, W, 3] uint8, writable and contiguous.
+    unless only the stored image has the annotated (height, width), which is None or (0, 0) where it is not known.
 
     Raises:
         ImageError: the file is missing or no image, is cut off or damaged, has more than `MAX_PIXELS` pixels, or has
