@@ -203,9 +203,8 @@ def require_few_skipped(
         bad = [finding.line for finding in skipped if (finding.rule in BOX_RULES) == (noun == "boxes")]
         total = num_used + len(bad)
         if bad and not num_used:
-            raise malformed(
-                source, f"none of its {total} {noun} can be used", f"Correct the {noun}, or data.path.", bad
-            )
+            problem = f"none of its {total} {noun} can be used"
+            raise malformed(source, problem, f"Correct the {noun}, or data.path.", bad)
         allowed = max(max_bad_fraction * total, ALWAYS_ALLOWED) if max_bad_fraction > 0 else 0
         if len(bad) > allowed + 1e-6:  # 0.29 * 100 is 28.999999999999996
             rule = f"at most {max_bad_fraction:.4g} of them may be skipped"
@@ -229,9 +228,8 @@ def require_known_names(source: str, found: Sequence[str], expected: Sequence[st
 
 def missing_classes(source: str, names: Sequence[str]) -> list[Finding]:
     """Return the finding for classes that a file does not have."""
-    return CLASSES_MISSING.counted(
-        source, f"the file does not name {shortened(names)}: no object of that class", len(names)
-    )
+    problem = f"the file does not name {shortened(names)}: no object of that class"
+    return CLASSES_MISSING.counted(source, problem, len(names))
 
 
 def fill_category_ids(annotations: AnnotationSet, ids: Sequence[int] = ()) -> AnnotationSet:

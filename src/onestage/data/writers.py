@@ -132,19 +132,17 @@ def write_yolo(root: Path, splits: Sequence[WritableSplit]) -> Losses:
         lines = _yolo_lines(annotations)
         for row, file_name in enumerate(file_names):
             objects = annotations.objects(row)
-            written = [
-                line for line, crowd in zip(lines[objects], annotations.is_crowd[objects], strict=True) if not crowd
-            ]
+            are_crowds = annotations.is_crowd[objects]
+            written = [line for line, is_crowd in zip(lines[objects], are_crowds, strict=True) if not is_crowd]
             unique = dict.fromkeys(written)
             losses["objects that occur twice are written once"] += len(written) - len(unique)
             (folder / f"{Path(file_name).stem}.txt").write_text("".join(unique), encoding="utf-8")
         losses["crowds are skipped"] += int(annotations.is_crowd.sum())
         losses["difficult objects are written as any other"] += int(annotations.is_difficult.sum())
     # Without `path`, every reader takes the folder of the file.
-    folders = {split.name: f"images/{split.name}" for split in splits}
-    settings = {**folders, "names": dict(enumerate(splits[0].annotations.class_names))}
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    (root / "data.yaml").write_text(text, encoding="utf-8")
+    settings: dict[str, object] = {split.name: f"images/{split.name}" for split in splits}
+    settings["names"] = dict(enumerate(splits[0].annotations.class_names))
+    (root / "data.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return +losses
 
 

@@ -371,10 +371,8 @@ def _read_label(path: Path, size: tuple[int, int], settings: YOLOSettings, num_c
     for number, words in enumerate(lines, start=1):
         number_of_line.setdefault(words, number)
     number_of_line.pop((), None)  # blank lines
-    objects = [
-        _read_line(f"{printable(path)}:{number}", words, size, settings, num_classes)
-        for words, number in number_of_line.items()
-    ]
+    place, unique = printable(path), number_of_line.items()
+    objects = [_read_line(f"{place}:{number}", words, size, settings, num_classes) for words, number in unique]
     num_repeated = len(list(filter(None, lines))) - len(objects)
     num_outlines = sum(_is_outline(words, settings) for words in number_of_line)
     return LabelFile(objects, notes={rules.BOX_REPEATED: num_repeated, rules.POLYGON: num_outlines})
