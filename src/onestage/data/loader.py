@@ -60,9 +60,7 @@ class DetectionLoader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator, and therefore lazy
         """Iterate over the batches of the sampler's epoch.
 
-        Raises:
-            DataError: a worker died, or no batch came for `timeout` seconds.
-            ResourceError: a worker died of too little shared memory.
+        DataError: a worker died, or no batch came for `timeout` seconds. ResourceError: it died of full shared memory.
         """
         sampler = self.sampler if isinstance(self.sampler, TrainingSampler) else None
         position, self._resume_from = self._resume_from, {}
@@ -186,11 +184,7 @@ class DetectionLoader(DataLoader[Batch]):
         return {"epoch": self._epoch, **batches, **settings}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next iteration at the position of `state`, if that iteration is of the same epoch.
-
-        Raises:
-            ConfigError: the position lies inside an epoch whose order of images depended on other settings.
-        """
+        """Start the next iteration of its epoch at the position of `state`; ConfigError if its order was another."""
         if not state or not isinstance(self.sampler, TrainingSampler):
             return
         num_batches = state.get("num_batches", state["num_images"] // (state["batch_size"] * state["world_size"]))
