@@ -37,6 +37,7 @@ class WrittenObject(NamedTuple):
     box: tuple[float, ...]  # xyxy edges, px; NaN where there is no number
     problem: str | None = None  # the rule that it breaks
     is_difficult: bool = False
+    is_outline: bool = False  # around which `box` lies
 
 
 class LabelFile(NamedTuple):

@@ -374,26 +374,22 @@ def _read_label(path: Path, size: tuple[int, int], settings: YOLOSettings, num_c
     place, unique = printable(path), number_of_line.items()
     objects = [_read_line(f"{place}:{number}", words, size, settings, num_classes) for words, number in unique]
     num_repeated = len(list(filter(None, lines))) - len(objects)
-    num_outlines = sum(_is_outline(words, settings) for words in number_of_line)
+    num_outlines = sum(item.is_outline for item in objects)
     return LabelFile(objects, notes={rules.BOX_REPEATED: num_repeated, rules.POLYGON: num_outlines})
-
-
-def _is_outline(words: Sequence[str], settings: YOLOSettings) -> bool:
-    """Tell whether a line is `class x1 y1 x2 y2 x3 y3 ...`."""
-    return len(words) >= 7 and len(words) % 2 == 1 and not settings.num_keypoint_values
 
 
 def _read_line(
     place: str, words: Sequence[str], size: tuple[int, int], settings: YOLOSettings, num_classes: int
 ) -> WrittenObject:
-    """Read `class cx cy width height`, perhaps with keypoints after it, or an outline."""
+    """Read `class cx cy width height`, perhaps with keypoints after it, or `class x1 y1 x2 y2 x3 y3 ...`."""
     class_index, *values = map(to_number, words)
     is_class = class_index.is_integer() and 0 <= class_index < len(settings.class_names)
+    is_outline = len(words) >= 7 and len(words) % 2 == 1 and not settings.num_keypoint_values
     box: tuple[float, ...] = (nan,) * 4
     problem = None
     if not values or not isfinite(sum(values)):
         problem = "a line must hold numbers with spaces between, class cx cy width height"
-    elif _is_outline(words, settings):
+    elif is_outline:
         sides = [(min(numbers), max(numbers)) for numbers in (values[::2], values[1::2])]
         box = (*((low + high) / 2 for low, high in sides), *(high - low for low, high in sides))
     elif len(words) == 5 + settings.num_keypoint_values:
@@ -407,4 +403,5 @@ def _read_line(
     x, y, width, height = (fraction * side for fraction, side in zip(box, size * 2, strict=True))
     edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     class_name = settings.class_names[int(class_index)] if is_class else ""
-    return WrittenObject(f"{place}: {printable(' '.join(words))[:80]}", class_name, edges, problem)
+    text = f"{place}: {printable(' '.join(words))[:80]}"
+    return WrittenObject(text, class_name, edges, problem, is_outline=is_outline)
