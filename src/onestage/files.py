@@ -38,8 +38,8 @@ def read_file(
 ) -> bytes:
     """Read a regular file of at most `max_bytes`, and never wait for a pipe.
 
-    noun: what the file should be, for the message: "a COCO annotation file". remedy: last line of the message. `error`
-    is raised if it is missing, unreadable, not regular, empty, too long, a web page or an LFS pointer.
+    Raises `error` if it is missing, unreadable, not regular, empty, too long, a web page or an LFS pointer.
+    noun: what the file should be, for the message: "a COCO annotation file". remedy: last line of the message.
     """
     place = printable(path)
     try:
@@ -86,8 +86,8 @@ def find_files(source: str, names: Sequence[object], root: Path) -> list[str | N
     """Return the path of each file that an annotation names, or None if there is no such regular file.
 
     Each folder is listed once; no file is opened. source: the annotation file, for messages. names: as written,
-    relative to `root`, which no name may leave, not even through a link. AnnotationError: `root` is no folder, a name
-    leaves it, or none of the files exists.
+    relative to `root`, which no name may leave, not even through a link. Raises AnnotationError if one does, if `root`
+    is no folder, or if none of the files exists.
     """
     remedy = "Give the folder that the names are relative to: data.source.train_images, data.source.val_images."
     if not root.is_dir():
@@ -130,7 +130,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` at the end, or leave `path` as it was.
 
     The content reaches the disk before the rename, so that neither a kill nor a power cut leaves a partial file.
-    ResourceError: the folder may not be written, or the disk is full. ConfigError: the path cannot be a file.
+    Raises ResourceError if the folder is read-only or the disk full, ConfigError if the path cannot be a file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:

@@ -63,8 +63,8 @@ class DiskCache(FileReader):
     are made, so a copy of another state of the file is never found. It is written atomically, and only while a
     gigabyte of the disk stays free.
 
-    short_side: of the copies, px; an image that is not larger is read from its file. ConfigError: the folder cannot be
-    written.
+    Raises ConfigError if the folder cannot be written. short_side: of the copies, px; an image that is not larger is
+    read from its file.
     """
 
     def __init__(self, annotations: AnnotationSet, short_side: int, folder: Path) -> None:

@@ -198,7 +198,7 @@ class DetectionDataModule(LightningDataModule):
     def annotations(self, stage: Stage) -> AnnotationSet:
         """Return the split that `stage` reads, without images whose header shows that they cannot be used.
 
-        It is read and checked once. DataError: it cannot be read, or its categories are not the training split's.
+        It is read and checked once. Raises DataError if it is unreadable, or of other categories than for training.
         """
         stage = self._split_of(stage)
         if stage not in self._annotation_sets:

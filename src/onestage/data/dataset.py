@@ -209,7 +209,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples of one canvas; pad their objects to one length, a multiple of 16 and at least 16.
 
     Samples without an image are dropped, so B is at most their number. The images are [B, 3, H, W] in channels_last
-    memory, the layout of the decoder. ConfigError: they have several canvases.
+    memory, the layout of the decoder. Raises ConfigError if they have several canvases.
     """
     read = [sample for sample in samples if sample.original_size != UNREAD]
     stacked = read or samples[:1]

@@ -36,7 +36,7 @@ class ImageFolder(Source):
         """List the images, with the classes of the model and no object; see `find_images`. Ids are 1..N.
 
         An entry that is named like an image and is no regular file (a pipe, a dangling link) is skipped; images of a
-        type that is not read are counted. DataError: the folder is missing, unlistable, or without an image.
+        type that is not read are counted. Raises DataError if no image is found, or a folder cannot be listed.
         """
         folder, is_folder, names = self.path, self.path.is_dir(), class_names or ()
         found = find_images(folder) if is_folder else [folder]

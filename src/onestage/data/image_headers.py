@@ -68,8 +68,8 @@ def image_finding(file: str, reason: ImageError) -> Finding:
 def check_before_start(annotations: AnnotationSet, image_size: int, max_bad_fraction: float) -> AnnotationSet:
     """Skip the images whose header shows that they cannot be used, with their objects, and add the findings.
 
-    At most `START_IMAGES` images are checked, evenly spaced, so that training starts soon. AnnotationError if more than
-    `max_bad_fraction` of them are bad, or all. image_size: side of the network input, px.
+    At most `START_IMAGES` images are checked, evenly spaced, so that training starts soon. Raises AnnotationError if
+    more than `max_bad_fraction` of them are bad, or all. image_size: side of the network input, px.
     """
     num_images = len(annotations)
     rows = np.unique(np.linspace(0, num_images - 1, min(num_images, START_IMAGES)).round().astype(np.int64))

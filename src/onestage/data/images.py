@@ -77,7 +77,7 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
     Gray, palette, CMYK and 16-bit images are converted (16 bits by dropping the lower 8), transparency is dropped,
     and of an animation the first frame is taken. An EXIF orientation is applied, as browsers and annotation tools do,
     unless only the stored image has the annotated (height, width), which is None or (0, 0) where it is not known.
-    ImageError: the file is missing, no image, cut off or damaged, has over `MAX_PIXELS` pixels or another size.
+    Raises ImageError for a missing, damaged or cut off file, over `MAX_PIXELS` pixels, and another size than annotated.
     """
     file = Path(path)
     content = read_file(file, ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)

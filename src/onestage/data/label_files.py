@@ -58,10 +58,10 @@ def read_label_files(
 ) -> AnnotationSet:
     """Read the annotation file of each image that can be used. An image without a file is one without objects.
 
-    root: the folder of the data set, which no link may leave. read: reads the file of an image, (row, file); raises
-    AnnotationError if it is malformed, which skips the image. class_names: [K] in label order; None: those of the
-    objects, sorted. headers: of the images, whose sizes count; None: the sizes in the files do. AnnotationError: no
-    image has a file, a link leaves `root`, or an object has another class.
+    Raises AnnotationError if no image has a file, a link leaves the folder `root`, or an object has another class.
+    read: reads the file of an image, (row, file); raises AnnotationError if it is malformed, which skips the image.
+    class_names: [K] in label order; None: those of the objects, sorted. headers: of the images, whose sizes count;
+    None: the sizes in the files do.
     """
     folders = {path.parent for item in listed for path in (item.image, item.label)}
     listings = {folder: list_files(folder) for folder in folders}

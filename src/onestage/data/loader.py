@@ -60,7 +60,7 @@ class DetectionLoader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator, and therefore lazy
         """Iterate over the batches of the sampler's epoch.
 
-        DataError: a worker died, or no batch came for `timeout` seconds. ResourceError: it died of full shared memory.
+        Raises DataError if a worker died or no batch came in time, ResourceError if the shared memory was full.
         """
         sampler = self.sampler if isinstance(self.sampler, TrainingSampler) else None
         position, self._resume_from = self._resume_from, {}

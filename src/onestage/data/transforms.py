@@ -98,9 +98,9 @@ class SeededTransform:
     def __call__(self, image: RGBImage, boxes: Boxes, key: tuple[int, ...], canvas: Canvas | None = None) -> Picture:
         """Transform an image [H, W, 3] uint8 RGB with its boxes [n, 4] xyxy, px, which are clipped to it.
 
-        key: (seed, epoch, index of the image), each >= 0, and a number that separates several uses of one image.
-        canvas: one of the resize; None: that of the image's size. ConfigError: a transform fails on this image, or the
-        result is not a uint8 RGB image.
+        Raises ConfigError if a transform fails, or gives no uint8 RGB image. key: (seed, epoch, index of the image),
+        each >= 0, and a number that separates several uses of one image. canvas: one of the resize; None: that of the
+        image's size.
         """
         canvas = canvas or self.resize.canvas_of(image.shape[0], image.shape[1])
         has_transforms = self._ssd is not None or self._pipeline is not None

@@ -139,8 +139,8 @@ def read_settings(data: Path) -> YOLOSettings:
 
     data: the YAML file; or a folder that holds one (data.yaml, dataset.yaml or yolo.yaml), or obj.data, or else
     classes.txt or obj.names with a name on each line. Without any of these, the largest class index in the label files
-    tells how many classes there are, and they are called class_0, class_1, ... AnnotationError: the file is missing or
-    malformed, or its classes are incomplete.
+    tells how many classes there are, and they are called class_0, class_1, ... Raises AnnotationError if the file is
+    missing or malformed, or its classes are incomplete.
     """
     if not data.is_dir():
         return _read_yaml(data)
@@ -211,7 +211,7 @@ def list_split(settings: YOLOSettings, split: str) -> list[LabelledImage]:
     """Return the images of a split, sorted by path, and their label files.
 
     A label lies in the folder `labels` that stands beside the image's last folder `images`, or else below `labels` of
-    the root, or else beside the image. AnnotationError: the split is missing, or holds no image.
+    the root, or else beside the image. Raises AnnotationError if the split is missing or empty.
     """
     entries = find_entries(settings, split)
     if not entries:
