@@ -105,8 +105,7 @@ class COCO(Source):
     def unused(self) -> list[str]:
         """Return the annotation files of the folder that belong to no split."""
         used = {self.annotation_file(split) for split in self.splits}
-        files = list_annotation_files(self.path) if self.path.is_dir() else []
-        return [printable(file) for file in files if file not in used]
+        return [printable(file) for file in list_annotation_files(self.path) if file not in used]
 
     def _found(self) -> dict[Split, Path]:
         """Return the files of the folder by role. Of several for one role, that of 2017 counts, or else the last."""

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -91,12 +92,10 @@ def _what_it_holds(folder: Path) -> str:
     """Return of which tool the files of a folder are, for messages; empty if that is not known."""
     files = islice((file for kind in ("*.json", "*.xml") for file in folder.rglob(kind)), NUM_SEEN)
     for file in islice((file for file in files if not is_hidden(file.name)), 3):
-        try:
+        with suppress(DataError, ValueError, RecursionError):
             content = read_text(file, DataError, "a file of annotations", "", MAX_SEEN_BYTES)
             if kind := "CVAT's own XML" if "<annotations>" in content else kind_of(json.loads(content)):
                 return f" (they look like {kind})"
-        except (DataError, ValueError, RecursionError):
-            continue
     return ""
 
 

@@ -25,14 +25,12 @@ NOTHING = -1  # stands for the class of an image without objects
 
 def split_by_fraction(annotations: AnnotationSet, val_fraction: float) -> tuple[AnnotationSet, AnnotationSet]:
     """Return a training part, and one with `val_fraction` of the images, and of each class; see `_divided`."""
-    part_of_image = assign_parts(annotations, [1 - val_fraction, val_fraction])
-    return _divided(annotations, part_of_image == 1, f"data.val_fraction {val_fraction:g}")
+    return _divided(annotations, [1 - val_fraction, val_fraction], 1, f"data.val_fraction {val_fraction:g}")
 
 
 def split_by_fold(annotations: AnnotationSet, num_folds: int, fold: int) -> tuple[AnnotationSet, AnnotationSet]:
     """Return all parts but one, and part `fold` of `num_folds`, which make up the set; see `_divided`."""
-    part_of_image = assign_parts(annotations, [1 / num_folds] * num_folds)
-    return _divided(annotations, part_of_image == fold, f"data.fold {fold} of {num_folds}")
+    return _divided(annotations, [1 / num_folds] * num_folds, fold, f"data.fold {fold} of {num_folds}")
 
 
 def assign_parts(annotations: AnnotationSet, shares: Sequence[float]) -> npt.NDArray[np.int64]:
@@ -111,21 +109,20 @@ def find_shared_images(splits: Sequence[tuple[str, AnnotationSet]]) -> tuple[lis
 
 
 def _divided(
-    annotations: AnnotationSet, is_validation: npt.NDArray[np.bool_], setting: str
+    annotations: AnnotationSet, shares: Sequence[float], part: int, setting: str
 ) -> tuple[AnnotationSet, AnnotationSet]:
-    """Return the two parts, each in the order of the whole; ConfigError if one would be empty."""
-    rows = np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
+    """Return all parts but one, and that part, each in the order of the whole; ConfigError if one would be empty."""
+    part_of_image = assign_parts(annotations, shares)
+    rows = np.flatnonzero(part_of_image != part), np.flatnonzero(part_of_image == part)
     if not len(rows[0]) or not len(rows[1]):
         raise ConfigError(
             f"{setting} of {annotations.source} leaves {len(rows[0])} images to train and {len(rows[1])} to validate "
             "on (copies stay together); each part needs at least one.\n"
             "Set data.val_fraction nearer to 0.5, or data.num_folds to fewer parts; or give more images."
         )
-    train, validation = (select_images(annotations, part) for part in rows)
-    return (
-        replace(train, source=f"{annotations.source}, training part ({setting})"),
-        replace(validation, source=f"{annotations.source}, validation part ({setting})", findings=()),
-    )
+    train, validation = (select_images(annotations, of_part) for of_part in rows)
+    train = replace(train, source=f"{annotations.source}, training part ({setting})")
+    return train, replace(validation, source=f"{annotations.source}, validation part ({setting})", findings=())
 
 
 def _groups(annotations: AnnotationSet) -> list[list[int]]:
