@@ -11,12 +11,9 @@ from onestage.boxes.anchors import AnchorGrid, AnchorShapes, ssd_shapes
 CELLS = AnchorShapes(10, ssd_shapes(4, 9, (4,)))
 
 
-def test_ssd_shapes_are_two_squares_and_a_wide_and_a_tall_box() -> None:
-    # 4 x 4, sqrt(4 * 9) = 6 square, 4:1 with sides 4 * 2 and 4 / 2, 1:4
-    assert ssd_shapes(4, 9, (4,)) == ((4, 4), (6, 6), (8, 2), (2, 8))
-
-
 def test_anchors_of_a_grid_are_ordered_by_row_column_and_shape() -> None:
+    # 4 x 4, sqrt(4 * 9) = 6 square, 4:1 with sides 4 * 2 and 4 / 2, 1:4
+    assert CELLS.shapes == ((4, 4), (6, 6), (8, 2), (2, 8))
     boxes, strides, level_sizes = AnchorGrid([CELLS, AnchorShapes(20, ((5, 7),), offset=0.0)])([(2, 3), (1, 1)])
     centres = [[5.0, 5.0], [15.0, 5.0], [25.0, 5.0], [5.0, 15.0], [15.0, 15.0], [25.0, 15.0]]
     expected = [[*centre, *shape] for centre in centres for shape in CELLS.shapes]

@@ -1,17 +1,13 @@
 import torch
+from annotation_sets import targets_of
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes
 from onestage.boxes.cell_matcher import CellMatcher
 from onestage.boxes.matchers import Predicted, assign
-from onestage.types import BACKGROUND, IGNORE, PADDING, Targets
+from onestage.types import BACKGROUND, IGNORE, PADDING
 
 # 2 x 2 cells of 16 px with two shapes, then one of 32 px with one: anchors 0 to 7, and 8.
 ANCHORS = AnchorGrid([AnchorShapes(16, ((8, 8), (16, 8))), AnchorShapes(32, ((32, 32),))])([(2, 2), (1, 1)])
-
-
-def targets_of(*rows) -> Targets:
-    table = torch.tensor(rows, dtype=torch.float32)
-    return Targets(table[None, :, :4], table[None, :, 4].long())
 
 
 def predicted(**boxes) -> Predicted:

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from annotation_sets import targets_of
 from torchvision.models.detection._utils import Matcher as TorchvisionMatcher
 from torchvision.ops import box_convert, box_iou
 
@@ -23,12 +24,6 @@ SIDES = [(20, 20), (10, 10)]  # 2200 anchors on 160 x 160 px
 def anchors_of(*boxes_xyxy) -> Anchors:
     boxes = box_convert(torch.tensor(boxes_xyxy, dtype=torch.float32), "xyxy", "cxcywh")
     return Anchors(boxes, torch.ones(len(boxes)), (len(boxes),))
-
-
-def targets_of(*rows) -> Targets:
-    """One image; each row is (x1, y1, x2, y2, label)."""
-    table = torch.tensor(rows, dtype=torch.float32)
-    return Targets(table[None, :, :4], table[None, :, 4].long())
 
 
 def random_targets(num_images: int, whole_pixels: bool = False) -> Targets:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from annotation_sets import targets_of
 from torchvision.ops import box_convert, box_iou
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes
@@ -9,12 +10,6 @@ from onestage.types import BACKGROUND, IGNORE, PADDING, Targets
 
 # 8 x 8, 4 x 4 and 2 x 2 points on 64 x 64 px, at the corners of the cells, each with a square of 4 strides
 ANCHORS = AnchorGrid([AnchorShapes(s, ((4 * s, 4 * s),), 0.0) for s in (8, 16, 32)])([(8, 8), (4, 4), (2, 2)])
-
-
-def targets_of(*rows) -> Targets:
-    """One image; each row is (x1, y1, x2, y2, label)."""
-    table = torch.tensor(rows, dtype=torch.float32)
-    return Targets(table[None, :, :4], table[None, :, 4].long())
 
 
 def points(match, row: int) -> set[tuple[int, int, int]]:

@@ -10,12 +10,8 @@ from onestage.losses import AutomatedFocalLoss, SigmoidFocalLoss
 from onestage.types import BACKGROUND
 
 
-def logit(p: float) -> float:
-    return math.log(p / (1 - p))
-
-
 def step(loss: AutomatedFocalLoss, *probabilities: float) -> None:
-    logits = torch.tensor([[[logit(p)] for p in probabilities]], requires_grad=True)
+    logits = torch.tensor(probabilities).logit()[None, :, None].requires_grad_()
     loss(logits, torch.zeros(1, len(probabilities), dtype=torch.int64))
 
 

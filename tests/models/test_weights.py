@@ -15,7 +15,7 @@ from onestage.errors import CheckpointError, ConfigError
 from onestage.losses import MinedCrossEntropy, SigmoidFocalLoss
 from onestage.models import SSD300, VGG
 from onestage.models.weights import load_vgg16
-from onestage.types import Predictions
+from onestage.types import PADDING, Predictions
 
 
 def ssd300(num_classes: int, **changes) -> SSD300:
@@ -133,11 +133,20 @@ def test_vgg16_weights_give_the_same_features_on_images_divided_by_64(prefix, wi
         ssd300(20, backbone_weights=str(tmp_path / "vgg.pth"))
 
 
-@pytest.mark.parametrize(("num_columns", "spread"), [(2, 1.5), (21, 0.02), (91, 1.5)])  # 0.02: as if untrained
-def test_detections_equal_torchvision_on_the_same_outputs(num_columns, spread) -> None:
+@pytest.mark.parametrize(
+    ("num_columns", "spread", "limits"),
+    [
+        (2, 1.5, (400, 200)),
+        (21, 0.02, (400, 200)),  # as if untrained: all pass the threshold
+        (91, 1.5, (400, 200)),
+        (3, 1.5, (5, 50)),  # the limit per class decides: 10 detections at most
+    ],
+)
+def test_detections_equal_torchvision_on_the_same_outputs(num_columns, spread, limits) -> None:
     with torch.device("meta"):
         theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_columns)
-        detector = ssd300(num_columns - 1)
+        theirs.topk_candidates, theirs.detections_per_img = limits
+        detector = ssd300(num_columns - 1, candidates_per_class=limits[0], max_detections=limits[1])
     generator = torch.Generator().manual_seed(num_columns)
     # float64, so that no two scores are equal: torchvision leaves the order of equal ones to chance.
     class_logits = torch.randn(1, 8732, num_columns, generator=generator, dtype=torch.float64) * spread
@@ -147,7 +156,8 @@ def test_detections_equal_torchvision_on_the_same_outputs(num_columns, spread) -
     outputs = {"cls_logits": class_logits, "bbox_regression": box_outputs}
     (expected,) = theirs.postprocess_detections(outputs, [box_convert(anchors.boxes, "cxcywh", "xyxy")], [(300, 300)])
     found = detector.detect(Predictions(background_last(class_logits), box_outputs, anchors))
-    assert len(expected["scores"]) == 200
-    assert_close(found.scores[0].double(), expected["scores"], atol=1e-6, rtol=1e-6)
-    assert (found.labels[0] + 1).tolist() == expected["labels"].tolist()
-    assert_close(found.boxes[0].double(), expected["boxes"], atol=1e-3, rtol=1e-5)
+    number = len(expected["scores"])
+    assert number == limits[1] or 5 < number <= 2 * limits[0]
+    assert_close(found.scores[0, :number].double(), expected["scores"], atol=1e-6, rtol=1e-6)
+    assert found.labels[0].tolist() == [*(expected["labels"] - 1).tolist(), *[PADDING] * (limits[1] - number)]
+    assert_close(found.boxes[0, :number].double(), expected["boxes"], atol=1e-3, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Annotation sets made by hand."""
+"""Annotation sets and targets made by hand."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from onestage.data.annotations import require_few_skipped
-from onestage.types import AnnotationSet
+from onestage.types import AnnotationSet, Targets
+
+
+def targets_of(*rows: Sequence[float]) -> Targets:
+    """One image; each row is (x1, y1, x2, y2, label)."""
+    table = torch.tensor(rows, dtype=torch.float32)
+    return Targets(table[None, :, :4], table[None, :, 4].long())
 
 
 def accepted(annotations: AnnotationSet, max_bad_fraction: float = 0.01) -> AnnotationSet:

@@ -1,7 +1,6 @@
-"""Random anchors and slow second implementations for tests of losses."""
+"""Random anchors and every classification loss, for tests of losses."""
 
 import torch
-from torch import Tensor
 
 from onestage.losses import (
     AutomatedFocalLoss,
@@ -42,11 +41,3 @@ def random_anchors(num_logits: int, num_classes: int | None = None, dtype: torch
     labels = torch.randint(-2, num_classes or num_logits, (2, 20), generator=generator)
     assert {BACKGROUND, IGNORE, 0} <= set(labels.flatten().tolist())
     return logits.requires_grad_(), labels
-
-
-def one_hot(labels: Tensor, logits: Tensor) -> Tensor:
-    """Return targets [B, A, K], 1 at the class of each positive anchor."""
-    targets = torch.zeros_like(logits)
-    for image, anchor in (labels >= 0).nonzero().tolist():
-        targets[image, anchor, labels[image, anchor]] = 1
-    return targets
