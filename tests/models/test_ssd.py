@@ -5,13 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from onestage.errors import ConfigError
-from onestage.losses import (
-    MinedCrossEntropy,
-    QualityFocalLoss,
-    SigmoidFocalLoss,
-    SoftmaxFocalLoss,
-)
+from onestage.losses import MinedCrossEntropy, QualityFocalLoss, SigmoidFocalLoss, SoftmaxFocalLoss
 from onestage.models import SSD160, SSD256, SSD300, SSD512, TorchvisionBackbone
 from onestage.types import IGNORE, PADDING, Predictions, Targets
 
@@ -146,12 +140,6 @@ def test_detect_finds_the_described_object_and_clips_it() -> None:
     assert detector.detect(predictions._replace(class_logits=shifted)).boxes[0, 0].tolist() == [136, 136, 160, 160]
 
 
-def test_state_dict_holds_weights_alone() -> None:
-    state = SSD160(num_classes=2).state_dict()
-    assert {key.split(".")[0] for key in state} == {"backbone", "neck", "class_head", "box_head"}
-    assert not [key for key in state if "pixel" in key]
-
-
 class Recorder(QualityFocalLoss):
     """Keeps its arguments."""
 
@@ -192,19 +180,3 @@ def test_loss_compiles_without_a_graph_break() -> None:
 
     arguments = (class_logits.detach().requires_grad_(), box_outputs.detach(), *two_objects(2))
     assert_close(torch.compile(total, fullgraph=True, backend="eager")(*arguments), total(*arguments))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_classes": 0}, "num_classes must be >= 1, got 0"),
-        ({"image_size": 300}, "image_size must be 160, got 300.\nSet data.image_size: 160"),
-        ({"anchors": "kitti"}, "anchors must be one of voc, coco, got 'kitti'"),
-        ({"anchors": list(SSD300.anchor_tables["voc"])}, "anchors, strides must be .8, 16, 32, 53, 160."),
-        ({"backbone_weights": "IMAGENET1K_FEATURES"}, "must be VGG16 without batch norm, got 'VGG'"),
-        ({"pretrained": "torchvision_coco"}, "SSD300 or SSDLite320, coco, a softmax, got 'SSD160, voc"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(changes, message) -> None:
-    with pytest.raises(ConfigError, match=message):
-        SSD160(**({"num_classes": 3} | changes))

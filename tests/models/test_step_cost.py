@@ -4,12 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from onestage.losses import (
-    AutomatedFocalLoss,
-    MinedCrossEntropy,
-    QualityFocalLoss,
-    SigmoidFocalLoss,
-)
+from onestage.losses import AutomatedFocalLoss, MinedCrossEntropy, QualityFocalLoss, SigmoidFocalLoss
 from onestage.models import SSD160
 from onestage.types import PADDING, Predictions, Targets
 

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from onestage.boxes.anchors import AnchorShapes
 from onestage.errors import ConfigError
-from onestage.losses import ClassWeights, QualityFocalLoss, SigmoidCrossEntropy, SigmoidFocalLoss
+from onestage.losses import QualityFocalLoss, SigmoidFocalLoss
 from onestage.models import Darknet19, Darknet53, TorchvisionBackbone, YOLOv2, YOLOv3
 from onestage.types import BACKGROUND, PADDING, Predictions, Targets
 
@@ -236,21 +236,6 @@ def test_any_backbone_of_the_strides_and_any_canvas_of_their_multiple_is_taken()
         assert len(predictions.anchors.boxes) == 3 * sum(height * width // stride**2 for stride in (8, 16, 32))
     with pytest.raises(ConfigError, match=r"multiples of 32, got \(64, 72\)"):
         detector(images_of(1, 64, 72))
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "message"),
-    [
-        ("v3", {"anchors": LEVELS[1:]}, r"YOLOv3: anchors, strides must be \(8, 16, 32\), one level"),
-        ("v3", {"anchors": [*LEVELS[:2], LEVELS[2]._replace(offset=0.0)]}, "offsets must be 0.5"),
-        ("v3", {"backbone": Darknet19(2)}, r"strides of the backbone must be \(8, 16, 32\)"),
-        ("v2", {"backbone": Darknet53(2, ONCE)}, r"strides of the backbone must be \(16, 32\) or \(8, 16\)"),
-        ("v3", {"classification_loss": SigmoidCrossEntropy(class_weights=ClassWeights([1.0] * 4))}, "must be null"),
-    ],
-)
-def test_unusable_arguments_are_refused(kind, settings, message) -> None:
-    with pytest.raises(ConfigError, match=message):
-        yolo(kind, **settings)
 
 
 @pytest.mark.parametrize("kind", ["v2", "v3"])
