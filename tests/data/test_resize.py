@@ -99,16 +99,3 @@ def test_large_images_are_averaged_before_they_are_sampled() -> None:
     stripes = np.zeros((640, 640, 3), dtype=np.uint8)
     stripes[:, ::2] = 255  # bilinear sampling alone would pick single columns: black or white
     assert np.abs(Stretch(32).apply(stripes, (32, 32)).astype(int) - 127.5).max() < 2
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: Stretch(0), r"Stretch: size must be >= 1, got 0\."),
-        (lambda: ShortestEdge(canvases=[]), r"ShortestEdge: canvases must be at least one \(height, width\)"),
-        (lambda: Letterbox(64, fill=(0, 0, 256)), r"Letterbox: fill must be .*\[0, 255\], got \(0, 0, 256\)"),
-    ],
-)
-def test_invalid_resize_is_refused(build, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        build()

@@ -192,12 +192,6 @@ def test_classes_that_do_not_occur_and_crowds_do_not_count() -> None:
     )
 
 
-@pytest.mark.parametrize("threshold", [0, -1, 1.5, float("nan")])
-def test_repeat_factor_threshold_out_of_range_is_refused(threshold: float) -> None:
-    with pytest.raises(ConfigError, match=r"data\.sampling\.threshold must be in \(0, 1\], got"):
-        RepeatFactorSampling(threshold)
-
-
 # In a data module
 
 

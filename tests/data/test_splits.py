@@ -118,19 +118,6 @@ def test_split_that_leaves_a_part_empty_is_refused(number: int, fraction: float)
 # In the data module
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"val_fraction": 1.0}, r"data.val_fraction must be in \(0, 1\), got 1.0"),
-        ({"val_fraction": 0.2, "num_folds": 5}, "data.val_fraction conflicts with data.num_folds"),
-        ({"num_folds": 5, "fold": 5}, r"data.fold must be in \[0, 5\), got 5"),
-    ],
-)
-def test_split_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        yolo_data("anywhere", **settings)
-
-
 def one_split(root: Path, **settings: object) -> DetectionDataModule:
     """Ten images, one cat or one dog on each, without a validation split."""
     write_yolo(root, {str(n): f"{n % 2} 0.5 0.5 0.25 0.5\n" for n in range(10)})

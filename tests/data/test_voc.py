@@ -8,7 +8,7 @@ from annotation_sets import accepted
 from bad_data import write_image
 
 from onestage.data.voc import VOC, parse_voc
-from onestage.errors import AnnotationError, ConfigError
+from onestage.errors import AnnotationError
 
 SIZE = "<size><width>100</width><height>80</height><depth>3</depth></size>"
 EDGES = [10, 20, 40, 60]  # of the object below: pixels 11..40 and 21..60, counted from 1
@@ -224,8 +224,6 @@ def test_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "VOC2012", {"a": xml(obj())})
     with pytest.raises(AnnotationError, match=r"no list '2007_train' .* there are: 2012_train\.\n(.|\n)*data\.path"):
         parse_voc(tmp_path, ["2007_train"])
-    with pytest.raises(ConfigError, match=r"data\.source\.train must be a list of at least one name, got \[\]"):
-        VOC(tmp_path, train=[])
 
 
 def test_without_objects_there_are_no_classes_but_those_given(tmp_path: Path) -> None:
