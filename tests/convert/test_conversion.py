@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from bad_data import write_image
+from image_sets import exif_of
+from layout_files import edit_json
 from PIL import Image
 from pycocotools import coco as pycocotools
-from yolo_files import write_image
 
 from onestage.cli import main
 from onestage.convert.conversion import convert_splits
@@ -37,7 +39,7 @@ def write_source(root: Path) -> list[Path]:
     for split in ("train2017", "val2017"):
         names = ["a.png", "sub/a.png", "image 1.png", "empty.png"]
         for seed, name in enumerate(names):
-            write_image(root / split / name, seed)
+            write_image(root / split / name, seed, (20, 40))
         content = {
             "images": [{"id": n, "file_name": name, "width": 40, "height": 20} for n, name in enumerate(names, 1)],
             "annotations": [
@@ -50,13 +52,6 @@ def write_source(root: Path) -> list[Path]:
         files.append(root / "annotations" / f"instances_{split}.json")
         files[-1].write_text(json.dumps(content))
     return files
-
-
-def edit(file: Path, **changes: object) -> None:
-    """Change the first annotation of a COCO file."""
-    content = json.loads(file.read_text())
-    content["annotations"][0].update(changes)
-    file.write_text(json.dumps(content))
 
 
 def read(path: Path, split: str = "train") -> AnnotationSet:
@@ -103,7 +98,7 @@ def test_coco_to_coco_keeps_every_number(tmp_path: Path) -> None:
 
 def test_coco_to_coco_writes_a_cleaned_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = write_source(tmp_path / "in")
-    edit(files[0], bbox=[1, 2, -30, 15], id=0)
+    edit_json(files[0], "annotations", [0], bbox=[1, 2, -30, 15], id=0)
     Path(tmp_path / "in/train2017/empty.png").unlink()
     words = ["--to", "coco", "--out", str(tmp_path / "out"), "--max_bad_fraction", "0.5"]
     assert main(["convert", str(files[0]), *words]) == 0
@@ -168,10 +163,9 @@ def test_missing_sizes_are_read_from_the_images(tmp_path: Path) -> None:
 
 def test_lost_outlines_are_counted_and_an_image_annotated_as_stored_is_skipped_for_yolo(tmp_path: Path) -> None:
     files = write_source(tmp_path / "in")
-    edit(files[0], segmentation=[[1, 2, 3, 4, 5, 6]])
-    exif = Image.Exif()
-    exif[0x0112] = 6  # every viewer turns it to 20 x 40, but it is annotated as 40 x 20
-    Image.new("RGB", (40, 20)).save(tmp_path / "in/train2017/a.png", exif=exif)
+    edit_json(files[0], "annotations", [0], segmentation=[[1, 2, 3, 4, 5, 6]])
+    # Every viewer turns it to 20 x 40, but it is annotated as 40 x 20.
+    Image.new("RGB", (40, 20)).save(tmp_path / "in/train2017/a.png", exif=exif_of(6))
     losses = run_conversion(files, "yolo", tmp_path / "out")
     assert losses["COCO files with outlines or keypoints: only boxes are kept"] == 1
     assert losses["images that are not annotated as they are shown (EXIF) are skipped"] == 1

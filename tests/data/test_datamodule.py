@@ -11,7 +11,6 @@ import torch
 from annotation_sets import hand_written
 from data_modules import coco_data, shapes_data, voc_data
 from layout_files import coco_folder, edit_json
-from yolo_files import write_image
 
 import onestage.data
 from onestage.data import COCO, VOC, DetectionDataModule
@@ -34,7 +33,7 @@ def voc(tmp_path: Path) -> Path:
     """Four training images and one for validation, which has no cat; the second object of each is difficult."""
     names = [f"{number}.jpg" for number in range(5)]
     for number, name in enumerate(names):
-        write_image(tmp_path / "JPEGImages" / name, number, 40, 30)
+        bad_data.write_image(tmp_path / "JPEGImages" / name, number, (30, 40))
     fields = {"sizes": np.array([[30, 40]] * 5), "is_difficult": np.tile([False, True], 5)}
     labels, boxes = [[0, 1], [0, 1], [0, 1], [0, 1], [1, 1]], [[[4, 6, 24, 16]] * 2] * 5
     whole = hand_written(labels, boxes, class_names=["cat", "dog"], **fields)

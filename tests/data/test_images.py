@@ -2,12 +2,13 @@
 
 import io
 import struct
-import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from broken_files import png_that_claims
+from image_sets import exif_of
 from PIL import Image, ImageOps
 
 from onestage.data.image_headers import check_header
@@ -32,12 +33,6 @@ def jpeg_bytes(height: int = 48, width: int = 64, **options: object) -> bytes:
     buffer = io.BytesIO()
     picture(height, width).save(buffer, "JPEG", quality=95, **options)
     return buffer.getvalue()
-
-
-def with_orientation(orientation: int) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif.tobytes()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".webp", ".gif"])
@@ -69,8 +64,8 @@ def pillow_header(content: bytes) -> ImageHeader | None:
 @pytest.mark.filterwarnings("ignore")  # of Pillow about damaged metadata
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK", "YCbCr"])
 def test_header_of_a_plain_jpeg_is_that_of_pillow_or_left_to_it(mode: str) -> None:
-    exif = Image.Exif()
-    exif.update({0x0112: 6, 0x010F: "maker", 0x011A: 72.0, 0x0128: 2})
+    exif = exif_of(6)
+    exif.update({0x010F: "maker", 0x011A: 72.0, 0x0128: 2})
     options = {"exif": exif, "icc_profile": b"profile", "comment": b"text", "dpi": (72, 72), "progressive": True}
     options |= {"restart_marker_blocks": 2, "xmp": b"<x/>"}
     contents = []
@@ -241,7 +236,7 @@ def test_of_several_jpegs_in_one_file_the_first_is_taken(tmp_path: Path) -> None
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 def test_without_annotated_size_the_orientation_is_applied(tmp_path: Path, orientation: int, suffix: str) -> None:
-    path = save(tmp_path / f"a{suffix}", picture(), exif=with_orientation(orientation))
+    path = save(tmp_path / f"a{suffix}", picture(), exif=exif_of(orientation))
     expected = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     np.testing.assert_allclose(read_image(path), np.asarray(expected), atol=3)
     np.testing.assert_allclose(read_image(path, (0, 0)), np.asarray(expected), atol=3)
@@ -250,7 +245,7 @@ def test_without_annotated_size_the_orientation_is_applied(tmp_path: Path, orien
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_annotated_size_decides_about_the_orientation(tmp_path: Path, orientation: int) -> None:
-    path = save(tmp_path / "a.jpg", picture(), exif=with_orientation(orientation))
+    path = save(tmp_path / "a.jpg", picture(), exif=exif_of(orientation))
     upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
     np.testing.assert_allclose(read_image(path, upright.shape[:2]), upright, atol=3)
     if orientation >= 5:  # annotated without the turn
@@ -286,15 +281,10 @@ def test_a_jpeg_cut_in_the_middle_is_refused_even_if_its_thumbnail_is_whole(tmp_
         read_image(tmp_path / "cut.jpg")
 
 
-def png_header(width: int, height: int) -> bytes:
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-
-
 @pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (8_001, 8_000)])
 def test_a_header_that_claims_too_many_pixels_is_refused_before_decoding(tmp_path, monkeypatch, width, height) -> None:
     path = tmp_path / "bomb.png"
-    path.write_bytes(png_header(width, height) + b"\0\0\0\0IDAT")
+    path.write_bytes(png_that_claims(width, height))
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ImageError, match=r"bomb\.png: claims .* at most 64 million(.|\n)*Shrink"):
         read_image(path)

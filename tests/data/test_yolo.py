@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 from annotation_sets import accepted
+from bad_data import write_image
+from image_sets import exif_of
 from PIL import Image
-from yolo_files import write_image, write_yolo
+from yolo_files import write_yolo
 
 from onestage.data import YOLO
 from onestage.errors import AnnotationError
@@ -59,9 +61,8 @@ def test_keypoints_are_ignored(tmp_path: Path) -> None:
 
 def test_fractions_are_of_the_upright_image(tmp_path: Path) -> None:
     data = write_yolo(tmp_path, {"a": "0 0.5 0.5 1 0.5\n"})
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying: 40 x 20 is shown as 20 x 40
-    Image.new("RGB", (40, 20)).save(tmp_path / "images/train/a.png", exif=exif)
+    # Stored lying: 40 x 20 is shown as 20 x 40.
+    Image.new("RGB", (40, 20)).save(tmp_path / "images/train/a.png", exif=exif_of(6))
     assert YOLO(data).read("train").boxes.tolist() == [[0, 10, 20, 30]]
 
 

@@ -9,6 +9,7 @@ import deadly_decoder
 import pytest
 from annotation_sets import annotation_set
 from bad_data import HEIGHT, WIDTH, coco_content, doctor, found, write_coco
+from broken_files import tear_huffman_table
 from PIL import Image
 
 from onestage.cli import main
@@ -32,13 +33,6 @@ def tree(folder: Path) -> dict[str, tuple[int, str]]:
         str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
         for path in sorted(folder.rglob("*"))
     }
-
-
-def tear_huffman_table(image: Path) -> None:
-    """Damage a JPEG file where no header shows it."""
-    content = image.read_bytes()
-    table = content.index(b"\xff\xc4") + 5
-    image.write_bytes(content[:table] + b"\xff" * 16 + content[table + 16 :])
 
 
 def test_clean_data_set_is_reported_with_its_counts(tmp_path, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
+from image_sets import smooth
 
 from onestage.cli import main
 
@@ -18,11 +18,8 @@ WIDTH, HEIGHT = 100, 80
 def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Path:
     """A picture of smooth noise that no other seed resembles. size: (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    image = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
-    ok, encoded = cv2.imencode(path.suffix if path.suffix in (".jpg", ".png") else ".png", image)
-    assert ok
-    path.write_bytes(encoded.tobytes())
+    suffix = path.suffix if path.suffix in (".jpg", ".png") else ".png"
+    path.write_bytes(cv2.imencode(suffix, smooth(*size, seed))[1].tobytes())
     return path
 
 

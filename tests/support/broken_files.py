@@ -4,6 +4,7 @@ import io
 import os
 import socket
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,9 +40,19 @@ def _damaged_png() -> bytes:
     return bytes(content)
 
 
-def _claiming(content: bytes, place: int, kind: str, *sides: int) -> bytes:
-    """Return a file whose header claims other sides."""
-    return content[:place] + struct.pack(kind, *sides) + content[place + struct.calcsize(kind) :]
+def png_that_claims(width: int, height: int) -> bytes:
+    """Return a PNG of that size without pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [header, b"IDAT" + zlib.compress(b""), b"IEND"]
+    chunks = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def tear_huffman_table(image: Path) -> None:
+    """Damage a JPEG file where no header shows it."""
+    content = image.read_bytes()
+    table = content.index(b"\xff\xc4") + 5
+    image.write_bytes(content[:table] + b"\xff" * 16 + content[table + 16 :])
 
 
 BROKEN: dict[str, bytes | Callable[[Path], object]] = {
@@ -58,9 +69,10 @@ BROKEN: dict[str, bytes | Callable[[Path], object]] = {
     "only_start.jpg": b"\xff\xd8\xff\xe0",
     "cut.png": encoded("PNG")[:600],
     "checksum.png": _damaged_png(),
-    "bomb.png": _claiming(encoded("PNG"), 16, ">II", 60_000, 60_000),
+    "bomb.png": png_that_claims(60_000, 60_000),
+    "largest.png": png_that_claims(2**31 - 1, 2**31 - 1),
     "cut.bmp": encoded("BMP")[:600],
-    "bomb.bmp": _claiming(encoded("BMP"), 18, "<ii", 50_000, 50_000),
+    "bomb.bmp": encoded("BMP")[:18] + struct.pack("<ii", 50_000, 50_000) + encoded("BMP")[26:],
     "cut.webp": encoded("WEBP")[:200],
     "cut.gif": encoded("GIF", mode="P")[:30],
     "cut.tif": encoded("TIFF")[:-4000],

@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from annotation_sets import hand_written
+from PIL import Image
 
 from onestage.types import AnnotationSet
 
@@ -18,6 +19,13 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Random colours that change slowly, as in a photograph."""
     return cv2.resize(noise(5, 6, seed), (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def exif_of(orientation: int) -> Image.Exif:
+    """Return metadata that say how to turn an image, 1 to 8."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
 
 
 def image_set(
