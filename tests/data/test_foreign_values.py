@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from layout_files import coco_folder, edit_json, voc_folder, yolo_images
+from layout_files import coco_folder, coco_with_a_sub_folder, voc_folder, yolo_images
 
 from onestage.data import COCO, VOC, YOLO, DetectionDataModule, ImageFolder
 from onestage.data.layouts import recognise
@@ -142,13 +142,6 @@ def test_flags_and_numbers_as_text_are_read_in_coco_and_voc(tmp_path: Path) -> N
     xml = tmp_path / "voc" / "Annotations" / "a.xml"
     xml.write_text(xml.read_text().replace("<bndbox>", "<difficult>true</difficult><bndbox>"))
     assert VOC(tmp_path / "voc").read("train").is_difficult.tolist() == [True]
-
-
-def coco_with_a_sub_folder(root: Path) -> None:
-    coco_folder(root, "train")
-    (root / "train" / "sub").mkdir()
-    (root / "train" / "a0.jpg").rename(root / "train" / "sub" / "a0.jpg")
-    edit_json(root / "annotations" / "instances_train.json", "images", [0], file_name="sub/a0.jpg")
 
 
 def yolo_folder(root: Path) -> None:

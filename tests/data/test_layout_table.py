@@ -1,6 +1,5 @@
 """Layouts and faults in one table: recognised, with the right roles, the same to doctor and training, and lossless."""
 
-import json
 import shlex
 import shutil
 from collections import Counter
@@ -16,6 +15,7 @@ from layout_files import (
     LABEL,
     XML,
     coco_folder,
+    coco_with_a_sub_folder,
     edit_json,
     picture,
     voc_folder,
@@ -69,30 +69,6 @@ def coco_official(root: Path) -> None:
         (root / "annotations" / f"{name}.json").write_text("[]")
 
 
-def coco_roboflow(root: Path) -> None:
-    coco_folder(root, "train", "valid", "test")
-    for name in ("train", "valid", "test"):
-        (root / "annotations" / f"instances_{name}.json").rename(root / name / "_annotations.coco.json")
-
-
-def coco_of_windows(root: Path) -> None:
-    coco_folder(root, "train")
-    (root / "train" / "sub").mkdir()
-    (root / "train" / "a0.jpg").rename(root / "train" / "sub" / "a0.jpg")
-    edit_json(root / "annotations" / "instances_train.json", "images", [0], file_name="sub\\a0.jpg", width="100")
-
-
-def coco_label_studio(root: Path) -> None:
-    coco_folder(root, "x")
-    (root / "x").rename(root / "images")
-    (root / "annotations" / "instances_x.json").rename(root / "result.json")
-    (root / "annotations").rmdir()
-    content = json.loads((root / "result.json").read_text())
-    for image in content["images"]:
-        image["file_name"] = f"images\\{image['file_name']}"
-    (root / "result.json").write_text(json.dumps(content))
-
-
 def coco_moved(*moves: str, name: str = "train", **values: str) -> Callable[[Path], None]:
     """Write a COCO folder, then move files and folders: "from>to". values: put before the values of the images."""
 
@@ -105,8 +81,16 @@ def coco_moved(*moves: str, name: str = "train", **values: str) -> Callable[[Pat
         for start, _, end in (move.partition(">") for move in moves):
             (root / end).parent.mkdir(parents=True, exist_ok=True)
             (root / start).rename(root / end)
+        if not any((root / "annotations").iterdir()):
+            (root / "annotations").rmdir()
 
     return write
+
+
+coco_roboflow = coco_moved(
+    *(f"annotations/instances_{name}.json>{name}/_annotations.coco.json" for name in ("train", "valid", "test")),
+    name="train valid test",
+)
 
 
 def in_archive(write: Callable[[Path], None]) -> Callable[[Path], None]:
@@ -218,14 +202,8 @@ def copied(root: Path) -> None:
 
 
 FLOAT = Image.fromarray(np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40))
-
-
 DEEP = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
-
-
 RED = Image.new("RGBA", (40, 30), (255, 0, 0, 0))
-
-
 FOURS = {"train": 4, "val": 4}
 PAIR = {"train": 3, "val": 3}
 YAML = "train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['cat']\n"
@@ -247,8 +225,13 @@ CASES = {
     "COCO: several training files": Case(
         lambda root: coco_folder(root, "train2014", "train2017", "minitrain", "val2014"), "COCO", FOURS, unused=10
     ),
-    "COCO: separators and numbers as text": Case(coco_of_windows, "COCO", {"train": 4}),
-    "COCO: Label Studio on Windows": Case(coco_label_studio, "COCO", {"train": 4}),
+    "COCO: separators and numbers as text": Case(
+        lambda root: coco_with_a_sub_folder(root, "\\", width="100"), "COCO", {"train": 4}
+    ),
+    "COCO: Label Studio on Windows": Case(
+        coco_moved("x>images", "annotations/instances_x.json>result.json", name="x", file_name="images\\"),
+        "COCO", {"train": 4},
+    ),
     "COCO: no training split": Case(
         lambda root: coco_folder(root, "val", "test"), "COCO", {"val": 4, "test": 4}, {"no training split"}, stops=True
     ),
@@ -449,41 +432,38 @@ def test_no_image_and_no_split_is_lost_in_conversions(name: str, tmp_path: Path)
         assert contents(target) == before
 
 
-@pytest.mark.parametrize("write", [lambda root: None, lambda root: coco_folder(root, "north", "south")])
-def test_folder_without_a_known_split_is_refused_by_both(write: Callable[[Path], None], tmp_path: Path) -> None:
-    write(tmp_path)
-    (tmp_path / "notes.md").write_text("")
-    with pytest.raises(DataError, match=r"(?s)holds 1 \.md.*Known are: COCO|no file says .* which split.*one by one"):
-        find_splits([tmp_path])
-    with pytest.raises(DataError):
-        DetectionDataModule(path=tmp_path).setup("fit")
-    for name in ("gone", "notes.md"):
-        with pytest.raises(DataError, match=r"no such file or folder|is not a folder, JSON or YAML file"):
-            recognise(tmp_path / name)
+LABELME, VIA = '{"shapes": [], "imagePath": "a.jpg"}', '{"a.jpg1": {"regions": []}}'
+CVAT, REMEDY = "<annotations><image/></annotations>", "(.|\n)*(Export the data set as|Known are)"
+NO_TRAIN = {"images/data.yaml": "trani: .\nnames: [cat]\n"}
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "kind"),
+    ("write", "path", "message"),
     [
-        ("a.json", {"shapes": [], "imagePath": "a.jpg"}, "no file says .* look like labelme's files"),
-        ("via/a.json", {"a.jpg1": {"regions": []}}, "no file says .*look like files of VIA"),
-        ("annotations.xml", "<annotations><image/></annotations>", "holds .*look like CVAT's own XML"),
+        (files(), "gone", "no such file or folder"),
+        (files(texts={"notes.md": ""}), "notes.md", "is not a folder, JSON or YAML file"),
+        (files(texts={"notes.md": ""}), "", r"holds 1 \.md(.|\n)*Known are: COCO"),
+        (lambda root: coco_folder(root, "north", "south"), "", r"no file says .* which split(.|\n)*one by one"),
+        (files("{a,b}.jpg", texts={"a.json": LABELME, "b.json": LABELME}), "", "look like labelme's files" + REMEDY),
+        (files("{a,b}.jpg", texts={"v/a.json": VIA, "v/b.json": VIA}), "", "look like files of VIA" + REMEDY),
+        (files("{a,b}.jpg", texts={"annotations.xml": CVAT}), "", "holds .*look like CVAT's own XML" + REMEDY),
+        (files("labels/{a,b}.txt", texts={"classes.txt": "cat\n"}), "", "holds annotations, but no images"),
+        (
+            files("JPEGImages/a.jpg"), "JPEGImages",
+            r"it holds 1 \.jpg\.\nGive the folder of the whole data set\. Known are: COCO",
+        ),
+        *[
+            (files("images/a.jpg", texts=NO_TRAIN), path, r"has no split 'train'.*\nName its images with train:")
+            for path in ("images", "images/data.yaml")
+        ],
     ],
-)
-def test_folder_of_another_tool_is_refused_with_its_name(tmp_path: Path, name: str, content: object, kind: str) -> None:
-    for number in range(2):
-        file = tmp_path / name.replace("a.json", f"a{number}.json")
-        picture(file.with_suffix(f".{number}.jpg"))
-        file.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(DataError, match=rf"{kind}(.|\n)*(Export the data set as|Known are)"):
-        recognise(tmp_path)
-
-
-def test_labels_without_images_are_refused_as_such(tmp_path: Path) -> None:
-    yolo("images")(tmp_path)
-    shutil.rmtree(tmp_path / "images")
-    with pytest.raises(DataError, match="holds annotations, but no images"):
-        recognise(tmp_path)
+)  # fmt: skip
+def test_path_without_a_data_set_is_refused_with_what_is_there(write, path, message, tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(DataError, match=message):
+        find_splits([tmp_path / path])
+    with pytest.raises(DataError):
+        DetectionDataModule(path=tmp_path / path).setup("fit")
 
 
 def test_of_several_settings_files_one_must_be_given(tmp_path: Path) -> None:
@@ -533,20 +513,6 @@ def test_voc_splits_get_one_order_of_classes(tmp_path: Path) -> None:
     assert train.annotations.class_names == val.annotations.class_names == ("dog", "dogs")
     assert (train.annotations.labels.tolist(), val.annotations.labels.tolist()) == ([1], [0])
     assert "has no 'dog'" in val.findings[0].problem
-
-
-def test_settings_that_name_no_split_are_refused_with_the_key(tmp_path: Path) -> None:
-    yolo("images")(tmp_path)
-    (tmp_path / "data.yaml").write_text("trani: images/train\nnames: [cat]\n")
-    for path in (tmp_path, tmp_path / "data.yaml"):
-        with pytest.raises(DataError, match=r"data\.yaml: has no split 'train'.*\nName its images with train:"):
-            find_splits([path])
-
-
-def test_part_of_a_data_set_is_refused_with_the_layouts(tmp_path: Path) -> None:
-    picture(tmp_path / "JPEGImages" / "a.jpg")
-    with pytest.raises(DataError, match=r"it holds 1 \.jpg\.\nGive the folder of the whole data set\. Known are: COCO"):
-        recognise(tmp_path / "JPEGImages")
 
 
 def test_obj_data_is_taken(tmp_path: Path) -> None:

@@ -49,6 +49,15 @@ def coco_folder(root: Path, *names: str, num_images: int = 4, **changes: Any) ->
         file.rename(root / "annotations" / f"instances_{name}.json")
 
 
+def coco_with_a_sub_folder(root: Path, separator: str = "/", **values: Any) -> None:
+    """Write a COCO folder whose first image lies in train/sub and has other values."""
+    coco_folder(root, "train")
+    (root / "train" / "sub").mkdir()
+    (root / "train" / "a0.jpg").rename(root / "train" / "sub" / "a0.jpg")
+    file = root / "annotations" / "instances_train.json"
+    edit_json(file, "images", [0], file_name=f"sub{separator}a0.jpg", **values)
+
+
 def edit_json(file: Path, table: str, rows: Sequence[int] | slice = slice(None), **values: Any) -> None:
     content = json.loads(file.read_text())
     entries = content[table][rows] if isinstance(rows, slice) else [content[table][row] for row in rows]
