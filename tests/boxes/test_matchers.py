@@ -1,10 +1,7 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from annotation_sets import targets_of
+from processes import finish, start
 from torchvision.models.detection._utils import Matcher as TorchvisionMatcher
 from torchvision.ops import box_convert, box_iou
 
@@ -181,10 +178,7 @@ print(peak_bytes() - before)
 @pytest.mark.parametrize("matcher", ["IoUMatcher(0.5, 0.4, 'ties')", "PointMatcher()", "ATSSMatcher()"])
 def test_matching_16_images_of_800_x_1344_px_and_96_objects_takes_less_than_a_gigabyte(matcher) -> None:
     child = PEAK.format(matcher=matcher, nine=matcher.startswith("IoU"), num_images=16)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [sys.executable, "-c", child]
-    peak = int(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout)
-    assert 10e6 < peak < 1e9
+    assert 10e6 < int(finish(start("-c", child))[0]) < 1e9
 
 
 def test_ties_rule_gives_detectron2s_published_values(monkeypatch) -> None:

@@ -1,9 +1,6 @@
 """Every family, from files to results in original pixels, by the real commands; none of them names a family."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -12,6 +9,7 @@ import torch
 import yaml
 from command_line import run
 from image_sets import noise
+from processes import finish, start
 
 from onestage.errors import NonFiniteError
 
@@ -128,13 +126,10 @@ def test_other_commands_take_the_family(trained, folder: Path, tmp_path: Path, m
 def test_two_processes_train_and_evaluate_like_one(trained, tmp_path: Path) -> None:
     family, config, run_folder = trained
     two = ("--trainer.devices=2", "--trainer.strategy=ddp", "--drawn_images=0")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     fit = ("fit", "--config", str(config), "--trainer.max_epochs=1", f"--runs_dir={tmp_path / 'fit'}")
     validate = ("validate", "--ckpt_path", str(run_folder / "checkpoints" / "best.ckpt"))
     for words in (fit, (*validate, f"--runs_dir={tmp_path / 'validate'}")):
-        command = [sys.executable, "-m", "onestage.cli", *words, *two]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert ended.returncode == 0, ended.stderr[-3000:]
+        finish(start("-m", "onestage.cli", *words, *two))
     checkpoint = torch.load(tmp_path / f"fit/{family}/version_0/checkpoints/last.ckpt", weights_only=True)
     of_one_canvas = 9 if family == "SSDLite320" else 6  # the three tall images do not fill a step of four
     assert checkpoint["global_step"] == of_one_canvas // 4

@@ -2,43 +2,24 @@
 
 import csv
 import json
-import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import yaml
 from command_line import run
+from processes import finish
 
-SUPPORT = Path(__file__).resolve().parents[1] / "support"
 NUM_TRAIN, NUM_VAL, NUM_STEPS = 40, 7, 20  # 10 batches of 4 images an epoch
 TIME = {"seconds", "images_per_second"}  # of a results file, beside which everything is to be equal
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def start(words, launcher=None, more_environment=None) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        **(more_environment or {}),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": f"{SUPPORT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
-    command = [sys.executable, *(launcher or []), "-m", "onestage.cli", *words]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str], exit_code: int = 0) -> tuple[str, str]:
-    """Return what was printed to stdout and stderr."""
-    try:
-        out, err = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    assert process.returncode == exit_code, err[-4000:]
-    return out, err
+def start(words, launcher=(), environment=None) -> subprocess.Popen[str]:
+    return processes.start(*launcher, "-m", "onestage.cli", *words, environment=environment)
 
 
 def results_of(runs: Path) -> dict[str, object]:
@@ -92,9 +73,7 @@ def fit_words(config: Path, runs: Path, *more: str) -> list[str]:
 def one(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of one process with 4 images a batch."""
     folder = tmp_path_factory.mktemp("one")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SUPPORT))
-        assert run(*fit_words(config, folder, "--data.batch_size=4")) == 0
+    assert run(*fit_words(config, folder, "--data.batch_size=4")) == 0
     return folder
 
 
@@ -145,8 +124,10 @@ def test_two_processes_train_like_one_with_twice_the_batch(one, two):
     for key in ("state_dict", "current_model_state", "optimizer_states"):  # the average, the weights, the momentum
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)
     tables = [next(folder.glob("runs/*/version_0/epochs.csv")).open() for folder in (one, two)]
-    losses = [float(list(csv.DictReader(table))[-1]["val/loss"]) for table in tables]  # weighted by positives
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    last = [list(csv.DictReader(table))[-1] for table in tables]
+    for name in ("val/loss", "val/classification_loss", "val/box_loss"):
+        # Weighted by positives, the mean does not depend on how images are shared among batches and processes.
+        assert float(last[0][name]) == pytest.approx(float(last[1][name]), rel=1e-4)
     start_of_run = torch.tensor([step["loss"] for step in alone])
     assert start_of_run[-5:].mean() < 0.8 * start_of_run[:5].mean()  # and something was learnt in these steps
 
@@ -156,9 +137,7 @@ def test_two_and_three_processes_evaluate_an_odd_number_of_images_like_one(confi
     """Three are started by Lightning; seven images are 3 + 2 + 2."""
     (best,) = two.glob("runs/*/version_0/checkpoints/best.ckpt")
     words = ["validate", "--config", str(config), "--ckpt_path", str(best), "--runs_dir"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SUPPORT))
-        assert run(*words, str(tmp_path / "one")) == 0
+    assert run(*words, str(tmp_path / "one")) == 0
     out, _ = finish(start([*words, str(tmp_path / "three"), "--trainer.devices=3", "--trainer.strategy=ddp"]))
     assert out.strip().splitlines()[-1].startswith("results: ")
     alone = results_of(tmp_path / "one")
@@ -167,12 +146,10 @@ def test_two_and_three_processes_evaluate_an_odd_number_of_images_like_one(confi
     assert alone["metrics"]["mAP"] > 0
 
 
-def test_auto_batch_prints_and_records_batch_and_learning_rate(config, tmp_path, capsys):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("onestage.training.measurement.gc.collect", lambda: 0)  # seconds among the objects of other tests
-        patch.syspath_prepend(str(SUPPORT))
-        options = ["--auto_batch", "64", "--model.reference_batch_size", "4", "--trainer.max_epochs", "1"]
-        assert run(*fit_words(config, tmp_path, *options)) == 0
+def test_auto_batch_prints_and_records_batch_and_learning_rate(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("onestage.training.measurement.gc.collect", lambda: 0)  # seconds with other tests' objects
+    options = ["--auto_batch", "64", "--model.reference_batch_size", "4", "--trainer.max_epochs", "1"]
+    assert run(*fit_words(config, tmp_path, *options)) == 0
     said = capsys.readouterr().err
     assert f"auto_batch: data.batch_size {NUM_TRAIN} per process within 57.60 GiB on cpu" in said
     assert "learning rate: 0.02 x 40 / 4 = 0.2 (processes 1 x batch_size 40 x accumulate_grad_batches 1" in said
@@ -213,9 +190,7 @@ def test_srun_on_two_machines_equals_one_machine_with_two_processes(config, two,
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
     job |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_NNODES": "2", "SLURM_LOCALID": "0"}
     job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    tasks = [
-        start(words, more_environment={**job, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)}) for rank in (0, 1)
-    ]
+    tasks = [start(words, (), job | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)}) for rank in (0, 1)]
     for task in tasks:
         finish(task)
     assert same_bits(checkpoint(tmp_path, "last")["state_dict"], checkpoint(two, "last")["state_dict"])
@@ -266,27 +241,8 @@ def test_processes_agree_on_the_auto_batch(config, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [
-        (["--trainer.strategy=fsdp", "--ema.decay=null"], "requires a GPU"),
-        (["--trainer.strategy=dpp"], "'dpp'"),
-    ],
+    [(["--trainer.strategy=fsdp", "--ema.decay=null"], "requires a GPU"), (["--trainer.strategy=dpp"], "'dpp'")],
 )
 def test_strategy_that_cannot_run_here_is_one_message(config, tmp_path, capsys, options, said):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SUPPORT))
-        assert run("fit", "--config", str(config), "--runs_dir", str(tmp_path), *options) == 2
+    assert run("fit", "--config", str(config), "--runs_dir", str(tmp_path), *options) == 2
     assert said in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_validation_losses_equal_those_of_one_process(one, two):
-    """Weighted by positives, the mean does not depend on how images are shared among batches and processes."""
-
-    def last_losses(folder: Path) -> list[float]:
-        (path,) = folder.glob("runs/*/version_0/metrics.csv")
-        header, *rows = [line.split(",") for line in path.read_text().splitlines()]
-        names = ("val/loss", "val/classification_loss", "val/box_loss")
-        (*_, row) = [row for row in rows if row[header.index("val/loss")]]
-        return [float(row[header.index(name)]) for name in names]
-
-    assert last_losses(two) == pytest.approx(last_losses(one), rel=1e-4)

@@ -54,18 +54,15 @@ def test_classes_are_known_without_setup(coco: Path, voc: Path) -> None:
     assert data.annotations("val").labels.tolist() == [1, 1]  # dog is 1 although val has no cat
 
 
-@pytest.mark.parametrize(("form", "last_id"), [("coco", 12), ("voc", 6)])
-def test_shapes_know_their_classes_without_drawing(tmp_path: Path, form: str, last_id: int) -> None:
-    data = shapes_data(tmp_path / "shapes", format=form)
-    assert data.class_names == ["circle", "cross", "ring", "square", "star", "triangle"]
-    assert data.category_ids[-1] == last_id
-    assert not (tmp_path / "shapes").exists()
-
-
-@pytest.mark.parametrize(("ids", "expected"), [([3, 7], [3, 7]), (None, [1, 2])])
-def test_given_classes_need_no_annotations(tmp_path: Path, ids: list | None, expected: list) -> None:
-    data = coco_data(tmp_path / "gone", class_names=["cat", "dog"], category_ids=ids)
-    assert (data.num_classes, data.class_names, data.category_ids) == (2, ["cat", "dog"], expected)
+def test_given_classes_and_those_of_shapes_need_no_files(tmp_path: Path) -> None:
+    for form, last_id in (("coco", 12), ("voc", 6)):
+        data = shapes_data(tmp_path / "shapes", format=form)
+        assert data.class_names == ["circle", "cross", "ring", "square", "star", "triangle"]
+        assert data.category_ids[-1] == last_id
+    for ids, expected in (([3, 7], [3, 7]), (None, [1, 2])):
+        data = coco_data(tmp_path / "gone", class_names=["cat", "dog"], category_ids=ids)
+        assert (data.num_classes, data.class_names, data.category_ids) == (2, ["cat", "dog"], expected)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_annotations_are_parsed_once_and_test_falls_back_to_val(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from image_sets import image_set, noise
+from processes import finish, start
 
 from onestage.data.dataset import DetectionDataset
 from onestage.data.loader import DetectionLoader, num_auto_workers, open_loader
@@ -301,10 +300,7 @@ print(int(next(iterator)), *(worker.pid for worker in multiprocessing.active_chi
 
 @pytest.mark.slow
 def test_process_ends_although_an_iterator_was_never_closed() -> None:
-    words = [sys.executable, "-c", LEFT_OPEN]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    first, *workers = done.stdout.split()
+    first, *workers = finish(start("-c", LEFT_OPEN))[0].split()
     assert first == "0"
     assert len(workers) == 2
     for worker in workers:

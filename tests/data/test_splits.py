@@ -31,25 +31,22 @@ def names_of(annotations: AnnotationSet) -> set[str]:
     return {Path(path).name for path in annotations.image_paths}
 
 
-def test_split_takes_its_share_of_every_class_and_of_the_empty_images() -> None:
-    whole = annotation_set([*[[0]] * 40, *[[1]] * 20, *[[2, 0]] * 10, *[[]] * 10])
+def test_split_takes_its_share_of_every_class_and_of_the_empty_images_and_keeps_order_and_objects() -> None:
+    labels = [*[[0]] * 40, *[[1]] * 20, *[[2, 0]] * 10, *[[]] * 10]
+    whole = annotation_set(labels)
     train, val = split_by_fraction(whole, 0.2)
     assert (len(train), len(val)) == (64, 16)
     assert class_counts(val) == [10, 4, 2]
     assert int((np.diff(val.box_offsets) == 0).sum()) == 2
     assert names_of(train) | names_of(val) == names_of(whole)
     assert train.source.startswith("hand-made, training part (data.val_fraction 0.2)")
-
-
-def test_split_parts_keep_order_boxes_and_labels() -> None:
-    whole = annotation_set([[n % 3, 3] for n in range(30)])
-    for part in split_by_fraction(whole, 0.3):
+    for part in (train, val):
         rows = [int(Path(path).stem) for path in part.image_paths]
         assert rows == sorted(rows)
         assert part.image_ids.tolist() == [row + 1 for row in rows]
         for place, row in enumerate(rows):
             assert part.boxes[part.objects(place)].tolist() == whole.boxes[whole.objects(row)].tolist()
-            assert part.labels[part.objects(place)].tolist() == [row % 3, 3]
+            assert part.labels[part.objects(place)].tolist() == labels[row]
 
 
 def test_folds_are_disjoint_cover_the_set_and_hold_each_class_equally() -> None:

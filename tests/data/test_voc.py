@@ -127,7 +127,6 @@ def test_listed_image_that_is_missing_is_skipped_and_named(tmp_path: Path) -> No
 
 
 BOMB = '<!DOCTYPE a [<!ENTITY x "xxxxxxxx"><!ENTITY y "&x;&x;&x;">]>' + xml(obj("&y;"))
-XXE = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]>' + xml(obj("&x;"))
 
 
 @pytest.mark.parametrize(
@@ -155,8 +154,8 @@ def test_malformed_xml_file_is_skipped_with_line_and_column(tmp_path: Path, cont
 
 def test_file_of_an_entity_is_never_read(tmp_path: Path) -> None:
     (tmp_path / "canary.txt").write_text("a secret")
-    text = XXE.replace("file:///etc/hostname", (tmp_path / "canary.txt").as_uri())
-    write(tmp_path, {"a": xml(obj()), "b": text})
+    entity = f'<!DOCTYPE a [<!ENTITY x SYSTEM "{(tmp_path / "canary.txt").as_uri()}">]>' + xml(obj("&x;"))
+    write(tmp_path, {"a": xml(obj()), "b": entity})
     assert "a secret" not in str(parse_voc(tmp_path, ["train"]))
 
 
@@ -191,20 +190,18 @@ def test_unknown_class_is_refused_with_its_file_and_the_known_ones(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "names no image"), (b" \r\n" * 300, "names no image"), (b"caf\xe9\n", "is not UTF-8")],
+    [
+        (b"", r": names no image(.|\n)*another list"),
+        (b" \r\n" * 300, r": names no image(.|\n)*another list"),
+        (b"caf\xe9\n", r": is not UTF-8(.|\n)*another list"),
+        (b"a\n..\n", ":2: .*must be the name of an image"),
+        (b"a\na\0\n", ":2: .*must be the name of an image"),
+    ],
 )
-def test_list_without_images_or_in_another_encoding_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_list_without_images_or_with_a_line_that_names_no_file_is_refused(tmp_path, content, message) -> None:
     write(tmp_path, {"a": xml(obj())})
     (tmp_path / "ImageSets/Main/train.txt").write_bytes(content)
-    with pytest.raises(AnnotationError, match=rf"train\.txt: {message}(.|\n)*another list"):
-        parse_voc(tmp_path, ["train"])
-
-
-@pytest.mark.parametrize("line", ["..", "a\0"])
-def test_line_that_names_no_file_is_refused(tmp_path: Path, line: str) -> None:
-    write(tmp_path, {"a": xml(obj())})
-    (tmp_path / "ImageSets/Main/train.txt").write_text(f"a\n{line}\n")
-    with pytest.raises(AnnotationError, match=r"train\.txt:2: .*must be the name of an image"):
+    with pytest.raises(AnnotationError, match=rf"train\.txt{message}"):
         parse_voc(tmp_path, ["train"])
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import REPOSITORY, run
+from faults import fail_with
 from tiny_training import TinyDetector
 
 import onestage
@@ -110,11 +111,7 @@ def test_file_that_differs_or_cannot_run_is_not_written(tmp_path: Path, monkeypa
         with pytest.raises(ConfigError, match=message):
             export_onnx(predictor_of(TinyDetector(**SMALL), Stretch(64)), tmp_path)
         assert [*tmp_path.iterdir()] == []
-        monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
-
-
-def refuse(*_, **__) -> None:
-    raise RuntimeError("no")
+        monkeypatch.setattr(onnxruntime, "InferenceSession", fail_with(RuntimeError("no")))
 
 
 @pytest.mark.slow

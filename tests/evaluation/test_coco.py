@@ -1,13 +1,12 @@
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from evaluation_data import annotation_set, coco_numbers, detections, random_evaluation
+from processes import finish, start
 
 from onestage.evaluation import backends
 from onestage.evaluation.backends import BACKENDS, choose_backend
@@ -152,8 +151,7 @@ def test_crowded_images_are_warned_of_and_results_name_images_relative_to_a_root
 
 @pytest.mark.slow
 def test_process_that_was_forked_after_an_evaluation_can_evaluate():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", FORK], env=environment, check=True, timeout=240)
+    finish(start("-c", FORK))
 
 
 FORK = """

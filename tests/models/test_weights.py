@@ -5,6 +5,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from faults import fail_with
 from torch import nn
 from torch.testing import assert_close
 from torchvision.models import VGG16_Weights
@@ -104,12 +105,9 @@ def test_unusable_weight_files_give_one_message_with_a_remedy(content, key, tmp_
 
 @pytest.mark.parametrize("key", ["pretrained", "backbone_weights"])
 def test_unreachable_weights_name_the_choices(key, monkeypatch) -> None:
-    def fail(*args, **kwargs):
-        raise URLError("no network")
-
     value = "IMAGENET1K_FEATURES" if key == "backbone_weights" else "torchvision_coco"
-    monkeypatch.setattr(VGG16_Weights, "get_state_dict", fail)
-    monkeypatch.setattr(SSD300_VGG16_Weights, "get_state_dict", fail)
+    for weights in (VGG16_Weights, SSD300_VGG16_Weights):
+        monkeypatch.setattr(weights, "get_state_dict", fail_with(URLError("no network")))
     with torch.device("meta"), pytest.raises(CheckpointError, match="no network") as error:
         ssd300(80, **{key: value})
     assert all(choice in str(error.value) for choice in (value, "path", "null", "checkpoints by hand"))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoint_files import changed, contents, write
 from command_line import run
+from faults import fail_with
 from tiny_training import TinyDetector
 
 from onestage.errors import CheckpointError, ResourceError
@@ -256,11 +257,7 @@ def test_weights_of_another_model_are_refused_with_both_values(module, tmp_path,
 def test_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(contents(), path)
-
-    def no_space(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "replace", no_space)
+    monkeypatch.setattr(os, "replace", fail_with(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     with pytest.raises(ResourceError, match=r"is full.*MB free(.|\n)*--runs_dir"):
         AtomicCheckpointIO().save_checkpoint(changed("global_step", 6), path)
     assert read_checkpoint(path)["global_step"] == 5
@@ -268,10 +265,8 @@ def test_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
 
 
 def test_message_of_torch_for_a_full_disk_is_recognised(tmp_path, monkeypatch):
-    def fail(*_: object) -> None:
-        raise RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/7")
-
-    monkeypatch.setattr(torch, "save", fail)
+    text = "[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/7"
+    monkeypatch.setattr(torch, "save", fail_with(RuntimeError(text)))
     with pytest.raises(ResourceError, match="full"):
         AtomicCheckpointIO().save_checkpoint(contents(), tmp_path / "last.ckpt")
 
@@ -283,7 +278,7 @@ def test_previous_file_is_kept_under_its_second_name(tmp_path, monkeypatch):
     assert (last.read_bytes(), previous.read_bytes()) == (b"one", b"one")
     last.unlink()
     last.write_bytes(b"two")
-    monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    monkeypatch.setattr(Path, "hardlink_to", fail_with(OSError(errno.EPERM, "no links")))
     keep_previous(last, previous)
     assert (last.read_bytes(), previous.read_bytes()) == (b"two", b"two")
 

@@ -5,14 +5,16 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 import tiny_run
 import torch
-from tiny_run import break_method, fail_with, folder_of, is_same_end
+from faults import fail_with
+from processes import end_of, finish
+from tiny_run import break_method, folder_of, is_same_end
 
 from onestage import cli
 from onestage.errors import ConfigError
@@ -22,33 +24,22 @@ from onestage.reliability.checkpoints import read_checkpoint
 from onestage.reliability.resume import newest_checkpoint
 
 pytestmark = pytest.mark.fault
-SECONDS = 300  # no test waits longer for a process
 
 
 def start(command: list[str], fault: str = "", launcher: list[str] | None = None) -> subprocess.Popen[str]:
     """Start the tiny run as a process of its own, with a fault in it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ONESTAGE_FAULT": fault}
-    words = [sys.executable, *(launcher or []), str(Path(tiny_run.__file__)), *command]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
-    try:
-        _, err = process.communicate(timeout=SECONDS)
-    finally:
-        process.kill()
-    return process.returncode, err
+    return processes.start(*(launcher or []), tiny_run.__file__, *command, environment={"ONESTAGE_FAULT": fault})
 
 
 # Kills
 
 
 def storm(folder: Path, *options: str) -> dict[str, object]:
-    program = Path(tiny_run.__file__).with_name("storm.py")
-    done = subprocess.run([sys.executable, program, folder, *options], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    print(done.stdout)
-    return json.loads(done.stdout)
+    out, _ = processes.finish(
+        processes.start(Path(tiny_run.__file__).with_name("storm.py"), folder, *options), seconds=3600
+    )
+    print(out)
+    return json.loads(out)
 
 
 @pytest.mark.slow
@@ -145,8 +136,7 @@ TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_ends_both_with_one_checkpoint(drawn, tmp_path):
-    code, err = end_of(start(tiny_run.words(drawn, tmp_path, *TWO), fault="1:step:2:SIGTERM"))
-    assert code == 143, err[-3000:]
+    _, err = finish(start(tiny_run.words(drawn, tmp_path, *TWO), fault="1:step:2:SIGTERM"), 143)
     assert newest_checkpoint(folder_of(tmp_path) / "checkpoints").global_step == 2
     assert err.count("error: ") == 1
 
@@ -156,7 +146,7 @@ def test_sigterm_to_one_of_two_processes_ends_both_with_one_checkpoint(drawn, tm
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_killed_or_stopped_process_is_named_and_ends_all(rank, number, drawn, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=0"]
-    code, err = end_of(start(tiny_run.words(drawn, tmp_path, *TWO), f"{rank}:step:3:{number}", torchrun))
+    code, _, err = end_of(start(tiny_run.words(drawn, tmp_path, *TWO), f"{rank}:step:3:{number}", torchrun))
     assert code != 0
     # torchrun sees a death first and names it in its own words; it does not see a stopped process.
     by_torchrun = f"rank      : {rank} (local_rank: {rank})\n  exitcode  : -9" in err
@@ -166,12 +156,11 @@ def test_killed_or_stopped_process_is_named_and_ends_all(rank, number, drawn, tm
 
 @pytest.mark.slow
 def test_stopped_process_ends_an_evaluation_too(drawn, tmp_path):
-    assert end_of(start(tiny_run.words(drawn, tmp_path)))[0] == 0
+    finish(start(tiny_run.words(drawn, tmp_path)))
     folder = folder_of(tmp_path)
     given = ("--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "best.ckpt"))
     words = ["validate", *given, "--trainer.num_sanity_val_steps", "0", *TWO]
-    code, err = end_of(start(words, fault="1:validation:1:SIGSTOP"))
-    assert code == 7, err[-3000:]
+    _, err = finish(start(words, fault="1:validation:1:SIGSTOP"), 7)
     assert "process 1 (pid " in err
     assert "start the evaluation again" in err
 
@@ -202,10 +191,8 @@ def test_kill_in_the_save_after_a_validation_leaves_one_row_of_it(drawn, tmp_pat
 @pytest.mark.slow
 def test_two_processes_resume_to_the_same_bits_after_a_kill(drawn, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    code, err = end_of(start(tiny_run.words(drawn, whole, *TWO)))
-    assert code == 0, err[-3000:]
+    finish(start(tiny_run.words(drawn, whole, *TWO)))
     command = tiny_run.words(drawn, broken, *TWO, "--resume", "auto")
-    assert end_of(start(command, fault="1:step:6:SIGKILL"))[0] == 7
-    code, err = end_of(start(command))
-    assert code == 0, err[-3000:]
+    finish(start(command, fault="1:step:6:SIGKILL"), 7)
+    finish(start(command))
     assert is_same_end(folder_of(whole), folder_of(broken))

@@ -4,23 +4,20 @@ import errno
 import json
 import math
 import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
+import faulty_training
 import lightning.pytorch as pl
 import pytest
 import torch
 from faulty_training import FaultyDetector, train
 from lightning.pytorch.plugins.precision import MixedPrecision
+from processes import finish, start
 
 from onestage.errors import ConfigError, NonFiniteError
 from onestage.reliability import non_finite
-from onestage.reliability.non_finite import (
-    NonFiniteGuard,
-    likely_cause,
-)
+from onestage.reliability.non_finite import NonFiniteGuard, likely_cause
 
 pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 
@@ -185,15 +182,7 @@ def test_bad_loss_in_fp16_changes_nothing_and_bad_gradients_lower_the_scale(tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_fault_of_one_process_is_skipped_by_both(tmp_path, precision):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [
-        sys.executable,
-        str(Path(__file__).parents[1] / "support" / "faulty_training.py"),
-        str(tmp_path),
-        precision,
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish(start(faulty_training.__file__, tmp_path, precision, environment={"MASTER_ADDR": "127.0.0.1"}))
     first, second = (torch.load(tmp_path / f"process_{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["skipped"] == second["skipped"] == 1
     trained = [{k: v for k, v in one["weights"].items() if "running" not in k} for one in (first, second)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from faults import fail_with
 from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.errors import ConfigError, ResourceError, RunInUseError
@@ -56,12 +57,7 @@ def test_refusal_of_the_machine_ends_with_code_5(tmp_path, monkeypatch, number, 
 
 
 def test_file_system_without_locks_does_not_stop_a_run(tmp_path, monkeypatch):
-    import fcntl
-
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", fail_with(OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
     take_run_folder(tmp_path)
 
 

@@ -11,7 +11,8 @@ import checkpoint_files
 import pytest
 import tiny_run
 import torch
-from tiny_run import break_method, fail_with, folder_of, is_same_end
+from faults import fail_with
+from tiny_run import break_method, folder_of, is_same_end
 
 from onestage.errors import ResourceError
 from onestage.reliability import stopping

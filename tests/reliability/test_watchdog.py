@@ -5,13 +5,12 @@ import inspect
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+from processes import finish, start
 
 from onestage.errors import ProcessLostError
 from onestage.reliability import watchdog
@@ -130,12 +129,8 @@ def test_process_that_lightning_started_ends_with_its_parent(rank, is_launcher_a
         "with watchdog.processes_watched(): time.sleep(3)"
     )
     launcher = str(os.getpid() if is_launcher_alive else 2**22 + 1)  # above Linux's largest process number
-    environment = {**os.environ, watchdog.LAUNCHER: launcher, "LOCAL_RANK": rank}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == code, done.stderr
-    assert ("which started this one, died" in done.stderr) == (code != 0)
+    _, err = finish(start("-c", program, environment={watchdog.LAUNCHER: launcher, "LOCAL_RANK": rank}), code)
+    assert ("which started this one, died" in err) == (code != 0)
 
 
 @pytest.mark.parametrize(

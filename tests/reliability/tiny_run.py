@@ -177,15 +177,6 @@ def is_same_end(whole: Path, resumed: Path) -> bool:
     return differences(final_state(whole), final_state(resumed)) == []
 
 
-def fail_with(error: BaseException) -> Callable[..., None]:
-    """Return a function that raises."""
-
-    def action(*_: object, **__: object) -> None:
-        raise error
-
-    return action
-
-
 def break_method(monkeypatch: pytest.MonkeyPatch, method: str, count: int, action: Callable[[], object]) -> None:
     """Run `action` at call number `count` of a method of DetectionModule."""
     from onestage.training.module import DetectionModule

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from faults import fail_with
 from tiny_training import CrowdedData, TinyDetectorWithBatchNorm, quiet_trainer
 
 from onestage.errors import ConfigError
@@ -102,9 +103,9 @@ def test_out_of_memory_is_a_result_and_other_errors_are_not(tmp_path, monkeypatc
     module = module_with()
     trainer = quiet_trainer(DetectionTrainer, tmp_path)
     module.trainer = SimpleNamespace(datamodule=CrowdedData(num_images=2, batch_size=1))
-    monkeypatch.setattr(measurement, "blank_batch", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(measurement, "blank_batch", fail_with(error))
     assert step_bytes(trainer, module, 2) is None
-    monkeypatch.setattr(measurement, "blank_batch", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(measurement, "blank_batch", fail_with(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         step_bytes(trainer, module, 2)
 

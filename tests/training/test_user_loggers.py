@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from faults import fail_with
 from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, WandbLogger
 from PIL import Image
 
@@ -93,11 +94,8 @@ def test_what_the_user_has_set_stays(folder, monkeypatch):
     ],
 )
 def test_logger_that_cannot_start_is_one_message_with_a_remedy(folder, kind, error, message):
-    def refuse(spec):
-        raise error
-
     with pytest.raises(ConfigError, match=message):
-        start_loggers([SimpleNamespace(class_path=LOGGERS + kind, init_args={})], folder, refuse)
+        start_loggers([SimpleNamespace(class_path=LOGGERS + kind, init_args={})], folder, fail_with(error))
 
 
 def test_logger_that_would_write_over_the_run_is_refused(folder):
