@@ -141,9 +141,6 @@ def run(recipe: SSDAugmentation, image: np.ndarray, boxes: list, seed: int) -> t
     return recipe.apply(image, view=view), moved[:, 4].astype(int).tolist(), moved[:, :4] * recipe.image_size
 
 
-# Photometric distortion
-
-
 @pytest.mark.parametrize("contrast_first", [True, False])
 @pytest.mark.parametrize("changes", [(20, 1.4, 0.6, 12), (-32, 0.5, 1.5, -18), (5, 1.2, 1.3, 18), (0, 1, 1, -9)])
 def test_distort_agrees_with_the_standard_librarys_hsv(contrast_first: bool, changes: tuple) -> None:
@@ -158,9 +155,6 @@ def test_distort_agrees_with_the_standard_librarys_hsv(contrast_first: bool, cha
 def test_distort_of_a_float_image_says_what_to_leave_out() -> None:
     with pytest.raises(ConfigError, match=r"SSDPhotometricDistort: .* uint8 RGB .*, got float32.*\n.*Normalize"):
         A.Compose([A.Normalize(), SSDPhotometricDistort()])(image=noise(8, 8))
-
-
-# Windows: zoom-out, crop, scale jitter
 
 
 def run_alone(transform: A.DualTransform, image: np.ndarray, boxes: list) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -203,9 +197,6 @@ def test_jitter_fixed_draws_give_hand_computed_frame(draws, shape, given, box, m
     assert frame.shape == (*shape, 3)
     assert boxes == pytest.approx(np.array([box]), abs=1e-4)
     assert rows == [0]  # of the others the centre is outside
-
-
-# The whole recipe
 
 
 def test_geometry_with_fixed_draws_is_that_of_the_caffe_code() -> None:

@@ -61,9 +61,6 @@ def parse_changed(folder: Path, table: str, row: int, **values: Any) -> Annotati
     return parse(folder, content)
 
 
-# -- values ------------------------------------------------------------------------------------------------------------
-
-
 def test_boxes_labels_and_ids_of_a_small_file(tmp_path: Path) -> None:
     annotations = parse(tmp_path, good_content())
     assert annotations.class_names == ("boat", "cat", "cup")  # 4, 17, 90
@@ -107,9 +104,6 @@ def test_real_annotations_agree_with_pycocotools(split: str) -> None:
         boxes = np.array([entry["bbox"] for entry in entries]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         np.testing.assert_allclose(annotations.boxes[rows], boxes, atol=0.02)  # clipped where they reach out
-
-
-# -- findings that training survives -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -202,9 +196,6 @@ def test_root_category_is_no_class_unless_it_has_boxes(tmp_path: Path) -> None:
     assert [finding.rule for finding in annotations.findings] == ["root category"]
     content["annotations"][0]["category_id"] = 0
     assert parse(tmp_path, content).category_ids == (0, 4, 17, 90)
-
-
-# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def set_item(table: str, row: int, **values: Any) -> Mutation:

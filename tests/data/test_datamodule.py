@@ -42,9 +42,6 @@ def voc(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# Classes, splits and annotations
-
-
 def test_classes_are_known_without_setup(coco: Path, voc: Path) -> None:
     data = coco_data(coco)
     assert isinstance(data, DetectionData)
@@ -97,9 +94,6 @@ def test_path_is_recognised_and_replaces_the_source(kind, tmp_path, request, cap
     assert "2 classes" in caplog.text
 
 
-# Loaders
-
-
 def test_validation_batches_hold_every_image_once_in_order(coco: Path) -> None:
     data = coco_data(coco, image_size=64, batch_size=4, num_workers=0)
     batches = list(data.val_dataloader())
@@ -126,9 +120,6 @@ def test_difficult_objects_are_targets_or_ignored(voc: Path, train_difficult: bo
     data.train_transforms = []
     (batch,) = data.train_dataloader()
     assert batch.targets.labels[:, :2].tolist() == [[0, second]] * 4
-
-
-# Invalid settings and data
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])

@@ -57,9 +57,6 @@ def as_bytes(batch: Batch) -> bytes:
     return b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
 
 
-# Samples are a function of seed, epoch and index
-
-
 def test_samples_are_the_same_for_any_number_of_workers_and_new_in_every_epoch(annotations: AnnotationSet) -> None:
     expected = [epoch_bytes(training_loader(annotations), epoch) for epoch in range(3)]
     assert [len(epoch) for epoch in expected] == [5, 5, 5]
@@ -74,9 +71,6 @@ def test_samples_are_the_same_for_any_number_of_workers_and_new_in_every_epoch(a
 def test_samples_are_the_same_for_any_start_method(annotations: AnnotationSet, start_method: str) -> None:
     expected = epoch_bytes(training_loader(annotations), 1)
     assert epoch_bytes(training_loader(annotations, 1, start_method=start_method), 1) == expected
-
-
-# Resume inside an epoch
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -130,9 +124,6 @@ def test_position_inside_an_epoch_needs_the_same_settings(annotations, change, m
     with pytest.raises(ConfigError, match=message):
         other.load_state_dict(state)
     other.load_state_dict(state | {"batches": 5})  # between two epochs they may change
-
-
-# Images that cannot be read
 
 
 def test_substitute_is_another_sample_that_seed_epoch_and_index_decide(damaged: AnnotationSet) -> None:
@@ -201,9 +192,6 @@ def test_set_without_a_readable_image_ends_with_the_name_of_one(annotations: Ann
         Path(path).write_bytes(b"")
     with pytest.raises(ImageError, match=r"\d+\.png"):
         dataset(annotations, on_error="skip")[0, 0]
-
-
-# Workers that die, hang, or are left behind
 
 
 class Harmful(DetectionDataset):

@@ -164,9 +164,6 @@ def test_evaluation_of_fewer_images_than_processes_is_refused() -> None:
         EvaluationSampler(Images(3, canvases=(0, 0, 1)), batch_size=1, rank=0, world_size=3, is_even=True)
 
 
-# Rules: how often an epoch shows each image
-
-
 def test_repeat_factor_is_lvis_formula_worked_out_by_hand() -> None:
     # 16 images: class 0 on 15 of them, class 1 on one (twice, which counts once), class 2 on four, the last is empty
     images = [[0], [0, 1, 1], *[[0, 2]] * 4, *[[0]] * 9, []]
@@ -190,9 +187,6 @@ def test_classes_that_do_not_occur_and_crowds_do_not_count() -> None:
     assert RepeatFactorSampling(1.0).repeats(annotations).tolist() == pytest.approx(
         [math.sqrt(1.5), math.sqrt(3), math.sqrt(1.5)]
     )
-
-
-# In a data module
 
 
 @pytest.fixture

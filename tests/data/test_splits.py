@@ -112,9 +112,6 @@ def test_split_that_leaves_a_part_empty_is_refused(number: int, fraction: float)
         split_by_fold(annotation_set([[0]] * 3), 4, 3)
 
 
-# In the data module
-
-
 def one_split(root: Path, **settings: object) -> DetectionDataModule:
     """Ten images, one cat or one dog on each, without a validation split."""
     write_yolo(root, {str(n): f"{n % 2} 0.5 0.5 0.25 0.5\n" for n in range(10)})

@@ -119,9 +119,6 @@ def test_default_augmentation_keeps_the_aspect_ratio_under_a_letterbox() -> None
     assert result.boxes == pytest.approx(np.array([[35, 20, 50, 30]]), abs=1e-3)
 
 
-# Mosaic and mixup
-
-
 def picture(height: int, width: int, level: int, boxes: list, first_row: int) -> Picture:
     pixels = np.full((height, width, 3), level, dtype=np.uint8)
     rows = np.arange(first_row, first_row + len(boxes))
@@ -167,9 +164,6 @@ def test_mixup_blends_pixels_and_keeps_the_objects_of_both() -> None:
     assert result.boxes.tolist() == [[0, 0, 2, 2], [1, 1, 4, 4], [0, 0, 4, 4]]
     weights = [mixup(first, second, np.random.default_rng(seed)).image[0, 0, 0] for seed in range(100)]
     assert 120 < min(weights) < max(weights) < 180
-
-
-# In the data set
 
 
 @pytest.fixture

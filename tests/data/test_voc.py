@@ -37,9 +37,6 @@ def write(root: Path, annotations: dict[str, str | bytes | None], split: str = "
     return root
 
 
-# -- values ------------------------------------------------------------------------------------------------------------
-
-
 def test_one_based_inclusive_pixels_become_edges(tmp_path: Path) -> None:
     # Pixels 11..40 of 1..100 are 30 columns, whose edges are 10 and 40. The whole image is 1 1 100 80.
     write(tmp_path, {"a": xml(obj(), obj("cat", "1 1 100 80")), "b": xml()})
@@ -95,9 +92,6 @@ def test_declared_latin_1_is_read(tmp_path: Path) -> None:
     text = '<?xml version="1.0" encoding="iso-8859-1"?>' + xml(obj("bébé"))
     write(tmp_path, {"a": text.encode("latin-1")})
     assert parse_voc(tmp_path, ["train"]).class_names == ("bébé",)
-
-
-# -- findings that training survives -----------------------------------------------------------------------------------
 
 
 def test_zero_based_boxes_are_clipped_with_one_warning(tmp_path: Path) -> None:
@@ -175,9 +169,6 @@ def test_bad_object_is_skipped_and_named(tmp_path: Path, element: str, rule: str
     (line,) = annotations.skipped
     assert line.startswith(f"{tmp_path / 'Annotations/a.xml'}: object 2 ")
     assert rule in line
-
-
-# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def test_unknown_class_is_refused_with_its_file_and_the_known_ones(tmp_path: Path) -> None:

@@ -25,9 +25,6 @@ def parse_label(tmp_path: Path, text: str | bytes | None) -> tuple[list, tuple[s
     return annotations.boxes[:-1].tolist(), annotations.skipped, counts
 
 
-# -- values ------------------------------------------------------------------------------------------------------------
-
-
 def test_fractions_become_edges_in_pixels(tmp_path: Path) -> None:
     data = write_yolo(tmp_path, {"a": "1 0.5 0.5 0.25 0.5\n0 0.125 0.25 0.25 0.5\n", "b": "", "c": None})
     annotations = YOLO(data).read("train")
@@ -73,9 +70,6 @@ def test_other_line_ends_tabs_and_decimal_classes_are_read(tmp_path: Path, text:
     assert parse_label(tmp_path, text)[:2] == ([EDGES], ())
 
 
-# -- where things lie --------------------------------------------------------------------------------------------------
-
-
 def names_of(data: Path, split: str = "train") -> list[str]:
     annotations = YOLO(data).read(split)
     assert len(annotations.boxes) == len(annotations)  # every image found its label
@@ -105,9 +99,6 @@ def test_path_of_another_machine_falls_back_to_the_folder_of_the_yaml(tmp_path: 
     data.write_text("path: /nowhere/datasets/mine\ntrain: images/train\nnames: {'1': dog, '0': cat}\nnc: 2\n")
     assert names_of(data) == ["a.png"]
     assert YOLO(data).read("train").class_names == ("cat", "dog")
-
-
-# -- findings that training survives -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,9 +141,6 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
     assert len(annotations) == 1
     assert "b.png" in annotations.skipped[0]
     assert "c.png" in annotations.skipped[1]
-
-
-# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def test_boxes_in_pixels_and_a_set_without_any_label_file_are_refused(tmp_path: Path) -> None:

@@ -206,9 +206,6 @@ def test_entry_of_another_type_is_refused_with_its_place(tmp_path, monkeypatch, 
     assert problem in refused(write(tmp_path / "odd.ckpt", changed(place, value)))
 
 
-# Loading weights
-
-
 @pytest.fixture(scope="module")
 def module() -> DetectionModule:
     return DetectionModule(TinyDetector(num_classes=3))
@@ -249,9 +246,6 @@ def test_weights_of_another_model_are_refused_with_both_values(module, tmp_path,
     with pytest.raises(CheckpointError) as stopped:
         load_weights(module, write(tmp_path / "other.ckpt", saved), ["a", "b", "c"])
     assert [problem for problem in problems if problem not in str(stopped.value)] == []
-
-
-# Writing
 
 
 def test_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Faults of processes: kills, signals, lost and different ones among several."""
+"""Faults of processes: kills, signals, lost and different ones. Exact resume is in test_exact_resume.py."""
 
 import csv
 import json
@@ -31,9 +31,6 @@ def start(command: list[str], fault: str = "", launcher: list[str] | None = None
     return processes.start(*(launcher or []), tiny_run.__file__, *command, environment={"ONESTAGE_FAULT": fault})
 
 
-# Kills
-
-
 def storm(folder: Path, *options: str) -> dict[str, object]:
     out, _ = processes.finish(
         processes.start(Path(tiny_run.__file__).with_name("storm.py"), folder, *options), seconds=3600
@@ -59,9 +56,6 @@ def test_ten_stops_of_either_process_end_both_and_lose_no_checkpoint(tmp_path):
     assert report["failures"] == []
     assert report["stops"] == 10
     assert report["slowest_end_seconds"] < 30
-
-
-# Signals; that the run resumes exactly is in test_exact_resume.py
 
 
 @pytest.mark.parametrize(

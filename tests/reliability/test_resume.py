@@ -153,9 +153,6 @@ def test_checkpoints_with_weights_alone_are_ignored(tmp_path):
     assert newest_checkpoint(tmp_path) is None
 
 
-# Fingerprints of the data
-
-
 def read(folder: Path) -> AnnotationSet:
     return parse_coco(folder / "annotations" / "instances_train.json", folder / "JPEGImages")
 

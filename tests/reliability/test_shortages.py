@@ -22,8 +22,6 @@ from onestage.training.module import DetectionModule
 
 pytestmark = pytest.mark.fault
 
-# Disks
-
 
 @pytest.mark.slow
 def test_full_disk_for_the_curves_does_not_end_the_run(drawn, tmp_path, monkeypatch, caplog):
@@ -45,9 +43,6 @@ def test_folder_that_denies_writing_is_found_before_training(drawn, tmp_path, mo
     message = capsys.readouterr().err
     assert "Permission denied" in message
     assert str(folder_of(tmp_path)) in message
-
-
-# Workers of the loader, and memory
 
 
 SHARED_MEMORY = "unable to open shared memory object </torch_4711_0> in read-write mode: No space left on device (28)"
@@ -74,9 +69,6 @@ def test_out_of_memory_leaves_the_last_checkpoint(drawn, tmp_path, monkeypatch, 
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path)) == 5
     assert "data.batch_size" in capsys.readouterr().err
     assert newest_checkpoint(folder_of(tmp_path) / "checkpoints").global_step == 2
-
-
-# Damaged files, other versions, other data
 
 
 @pytest.fixture(scope="module")
