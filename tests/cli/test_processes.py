@@ -171,30 +171,24 @@ def free_port() -> str:
 
 
 @pytest.mark.slow
-def test_two_machines_with_one_process_equal_one_machine_with_two(config, two, tmp_path):
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_two_machines_with_one_process_equal_one_machine_with_two(launcher, config, two, tmp_path):
+    """No SLURM is needed: srun starts the command on each machine with these variables set."""
     words = fit_words(config, tmp_path, "--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp")
     meet = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    nodes = [start(words, ["-m", "torch.distributed.run", f"--node_rank={node}", *meet]) for node in (0, 1)]
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
+    job |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_NNODES": "2", "SLURM_LOCALID": "0"}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    if launcher == "torchrun":
+        nodes = [start(words, ["-m", "torch.distributed.run", f"--node_rank={node}", *meet]) for node in (0, 1)]
+    else:
+        nodes = [start(words, (), job | {"SLURM_PROCID": str(node), "SLURM_NODEID": str(node)}) for node in (0, 1)]
     for node in nodes:
         finish(node)
     ours, theirs = checkpoint(tmp_path, "last"), checkpoint(two, "last")
     assert same_bits(ours["state_dict"], theirs["state_dict"])
     assert same_bits(ours["current_model_state"], theirs["current_model_state"])
     assert without_time(results_of(tmp_path / "runs")) == without_time(results_of(two / "runs"))
-
-
-@pytest.mark.slow
-def test_srun_on_two_machines_equals_one_machine_with_two_processes(config, two, tmp_path):
-    """No SLURM is needed: srun starts the command on each machine with these variables set."""
-    words = fit_words(config, tmp_path, "--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp")
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
-    job |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_NNODES": "2", "SLURM_LOCALID": "0"}
-    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    tasks = [start(words, (), job | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)}) for rank in (0, 1)]
-    for task in tasks:
-        finish(task)
-    assert same_bits(checkpoint(tmp_path, "last")["state_dict"], checkpoint(two, "last")["state_dict"])
-    assert [folder.name for folder in (tmp_path / "runs" / "tiny").iterdir()] == ["version_0"]
 
 
 @pytest.mark.slow

@@ -48,16 +48,18 @@ def test_ap50_of_each_class_equals_that_of_pycocotools(capfd):
     assert result.overall.ap50 == pytest.approx(coco_numbers(annotations, found)["AP50"], abs=1e-6)
 
 
+def hotcoco_evaluation(annotations, found):
+    hotcoco = pytest.importorskip("hotcoco")
+    truth = hotcoco.COCO()
+    truth.dataset, records = coco_objects(annotations, found)
+    truth.createIndex()
+    return hotcoco.COCOeval(truth, truth.load_res(records), "bbox")
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_confusion_matrix_equals_a_second_implementation(seed):
-    hotcoco = pytest.importorskip("hotcoco")
     annotations, found = random_evaluation(seed, crowd_rate=0.0)
-    dataset, records = coco_objects(annotations, found)
-    truth = hotcoco.COCO()
-    truth.dataset = dataset
-    truth.createIndex()
-    evaluation = hotcoco.COCOeval(truth, truth.load_res(records), "bbox")
-    result = analysis(annotations, found)
+    evaluation, result = hotcoco_evaluation(annotations, found), analysis(annotations, found)
     theirs = evaluation.confusion_matrix(iou_thr=0.5, max_det=1000, min_score=result.score_threshold)
     assert result.confusion == np.asarray(theirs["matrix"]).tolist()
 
@@ -95,14 +97,9 @@ def test_shifted_box_and_wrong_class_are_corrected_and_their_objects_are_not_mis
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_random_sets_equal_a_second_implementation(seed):
-    hotcoco = pytest.importorskip("hotcoco")
     annotations, found = random_evaluation(seed, crowd_rate=0.0)
     found = found._replace(scores=found.scores + 1e-3 * torch.rand(found.scores.shape))  # without ties
-    truth = hotcoco.COCO()
-    dataset, records = coco_objects(annotations, found)
-    truth.dataset = dataset
-    truth.createIndex()
-    evaluation = hotcoco.COCOeval(truth, truth.load_res(records), "bbox")
+    evaluation = hotcoco_evaluation(annotations, found)
     evaluation.evaluate()
     evaluation.accumulate()
     theirs, ours = evaluation.tide_errors(), errors(annotations, found)

@@ -69,13 +69,6 @@ def voc(annotations, found):
     return voc_average_precision(table, objects, overlapping_pairs(table, objects), len(annotations.class_names))
 
 
-def test_second_detection_of_an_object_is_wrong_although_another_object_is_free():
-    annotations = annotation_set([[HERE, NEAR]], [[0, 0]], class_names=["cat"])
-    found = detections([[HERE, HERE]], [[0.9, 0.8]], [[0, 0]])
-    # COCO gives NEAR (IoU 0.8) to the second detection. VOC does not: recall 1/2 at precision 1.
-    assert voc(annotations, found) == {"VOC07": [pytest.approx(6 / 11)], "VOC10": [pytest.approx(0.5)]}
-
-
 def test_difficult_objects_are_neither_found_nor_missed():
     annotations = annotation_set([[HERE, THERE]], [[0, 0]], class_names=["cat"], difficult=[[1, 0]])
     found = detections([[HERE, NEAR, THERE]], [[0.9, 0.8, 0.7]], [[0, 0, 0]])

@@ -1,5 +1,6 @@
 """Find the run and the checkpoint to resume from; notice changed data."""
 
+import copy
 import os
 import shutil
 from dataclasses import replace
@@ -31,13 +32,9 @@ CONFIG: dict[str, Any] = {
 
 def config_with(runs: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Return CONFIG with other values at dotted keys."""
-    config: dict[str, Any] = yaml.safe_load(yaml.safe_dump({**CONFIG, "runs_dir": str(runs)}))
+    config = copy.deepcopy({**CONFIG, "runs_dir": str(runs)})
     for key, value in changes.items():
-        *parents, last = key.split(".")
-        node = config
-        for name in parents:
-            node = node[name]
-        node[last] = value
+        checkpoint_files.changed(key, value, config)
     return config
 
 

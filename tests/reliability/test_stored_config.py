@@ -50,14 +50,6 @@ WRONG_KIND = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FOREIGN + WRONG_KIND)
-def test_class_that_is_no_detector_is_refused(canary, name):
-    path = write(canary.with_name("a.ckpt"), changed("onestage.config.model.detector.class_path", name))
-    assert repr(name) in refused(path)
-    assert run("validate", "--ckpt_path", str(path)) == 2
-    assert not canary.exists()
-
-
 CLASS_PLACES = [
     "onestage.config.model.detector", f"{DETECTOR}.classification_loss", f"{DETECTOR}.box_loss",
     f"{DETECTOR}.backbone", f"{DETECTOR}.anchors", "onestage.config.data", "onestage.config.data.source",
@@ -69,16 +61,11 @@ CLASS_TEXTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", CLASS_TEXTS)
-@pytest.mark.parametrize("place", CLASS_PLACES)
-def test_text_where_a_class_is_expected_is_refused(canary, place, text):
-    refused(write(canary.with_name("a.ckpt"), changed(place, text)))  # the parser would import and call it
-    assert not canary.exists()
-
-
 @pytest.mark.parametrize(
     ("place", "value"),
     [
+        *[("onestage.config.model.detector.class_path", name) for name in FOREIGN + WRONG_KIND],
+        *[(place, text) for place in CLASS_PLACES for text in CLASS_TEXTS],  # the parser would import and call it
         ("onestage.config.model.detector.dict_kwargs", {"box_loss": "evil.Model"}),
         ("onestage.config.model.detector.class_path", "onestage.models.SSD160\n"),
         (f"{DETECTOR}.unknown", 1),
@@ -96,7 +83,11 @@ def test_text_where_a_class_is_expected_is_refused(canary, place, text):
     ],
 )
 def test_value_that_fit_does_not_store_is_refused(canary, place, value):
-    refused(write(canary.with_name("a.ckpt"), changed(place, value)))
+    path = write(canary.with_name("a.ckpt"), changed(place, value))
+    message = refused(path)
+    if value in FOREIGN + WRONG_KIND and place.endswith("detector.class_path"):
+        assert repr(value) in message
+        assert run("validate", "--ckpt_path", str(path)) == 2
     assert not canary.exists()
 
 

@@ -35,9 +35,9 @@ def contents() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def changed(place: str, value: object) -> dict[str, Any]:
-    """Return the entries with another value at a dotted place; `...` removes the entry."""
-    saved = contents()
+def changed(place: str, value: object, saved: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the entries with another value at a dotted place; `...` removes the entry. saved: others than usual."""
+    saved = saved or contents()
     *parents, last = place.split(".")
     node = saved
     for name in parents:
