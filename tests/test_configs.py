@@ -34,7 +34,7 @@ def build(options: list[str], tmp_path: Path, command: str = "fit") -> Built:
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_experiment_builds_without_its_data_or_weights(config: Path, tmp_path: Path) -> None:
+def test_every_experiment_builds_without_its_data_or_weights(config, tmp_path) -> None:
     offline = tmp_path / config.name
     offline.write_text(config.read_text().replace(", weights: IMAGENET1K_V1", ""))
     options = ["--config", str(offline), '--data.class_names=["a","b","c"]', "--data.category_ids=[1,5,7]"]
@@ -51,7 +51,7 @@ def test_every_experiment_builds_without_its_data_or_weights(config: Path, tmp_p
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda path: path.stem)
-def test_every_loss_overlay_names_all_arguments_and_builds_over_an_experiment(loss: Path, tmp_path: Path) -> None:
+def test_every_loss_overlay_names_all_arguments_and_builds_over_an_experiment(loss, tmp_path) -> None:
     written = yaml.safe_load(loss.read_text())["model"]["detector"]["init_args"]["classification_loss"]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(ClassificationLoss, "loss")
@@ -68,7 +68,7 @@ def test_every_loss_overlay_names_all_arguments_and_builds_over_an_experiment(lo
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS + OVERLAYS, ids=lambda path: path.stem)
-def test_every_config_header_has_its_command(config: Path) -> None:
+def test_every_config_header_has_its_command(config) -> None:
     header = [line for line in config.read_text().splitlines() if line.startswith("#")]
     assert len(header) >= 2
     assert any(
@@ -76,14 +76,14 @@ def test_every_config_header_has_its_command(config: Path) -> None:
     )
 
 
-def test_every_command_reads_the_shared_configuration(tmp_path: Path) -> None:
+def test_every_command_reads_the_shared_configuration(tmp_path) -> None:
     shared = yaml.safe_load((CONFIGS / "trainer.yaml").read_text())
     built = build(["--config", str(CONFIGS / "shapes_ssd.yaml")], tmp_path, "predict")  # `fit` too, see above
     assert built.settings.trainer.gradient_clip_val == shared["trainer"]["gradient_clip_val"]
     assert built.settings.seed_everything == shared["seed_everything"]
 
 
-def test_keys_can_be_overridden_on_the_command_line_and_the_average_precedes_every_checkpoint(tmp_path: Path) -> None:
+def test_keys_can_be_overridden_on_the_command_line_and_the_average_precedes_every_checkpoint(tmp_path) -> None:
     options = [
         "--config", str(CONFIGS / "shapes_ssd.yaml"),
         "--model.detector.prior", "0.02",
@@ -111,7 +111,7 @@ def test_keys_can_be_overridden_on_the_command_line_and_the_average_precedes_eve
     assert len(checkpoints) >= 2 and average < min(checkpoints)  # which save the average
 
 
-def test_limit_of_one_batch_is_not_all_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_of_one_batch_is_not_all_batches(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(DetectionCLI, "instantiate_classes", lambda self: None)
     typed = {
         "limit_train_batches": "1",

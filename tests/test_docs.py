@@ -57,7 +57,7 @@ def test_the_model_of_the_docs_has_an_anchor_for_every_output() -> None:
 
 
 @pytest.mark.slow
-def test_the_model_of_the_docs_trains_from_a_file_beside_the_data(tmp_path: Path) -> None:
+def test_the_model_of_the_docs_trains_from_a_file_beside_the_data(tmp_path) -> None:
     (tmp_path / "my_models.py").write_text(blocks("add_a_model.md", "python")[0], encoding="utf-8")
     (config,) = (block for block in blocks("add_a_model.md", "yaml") if "my_models" in block)
     (tmp_path / "mine.yaml").write_text(config, encoding="utf-8")
@@ -84,7 +84,7 @@ def csv_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_source_of_the_docs_reads_boxes_and_empty_images_and_names_the_file_of_a_wrong_line(csv_folder: Path) -> None:
+def test_source_of_the_docs_reads_boxes_and_empty_images_and_names_the_file_of_a_wrong_line(csv_folder) -> None:
     data = DetectionDataModule(run_example("add_a_dataset.md").CSV(csv_folder), image_size=64, batch_size=2)
     annotations = data.annotations("train")
     assert data.class_names == ["cat", "dog"]
@@ -104,7 +104,7 @@ def build_data(config: dict) -> DetectionDataModule:
     return parser.instantiate(parser.parse_object(config)).data
 
 
-def test_every_data_section_of_the_docs_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_data_section_of_the_docs_is_accepted(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "onestage.data.csv_files", run_example("add_a_dataset.md"))
     sections = [yaml.safe_load(text) for page in DOCS for text in blocks(page.name, "yaml")]
     sections = [section["data"] for section in sections if "data" in section]
@@ -114,7 +114,7 @@ def test_every_data_section_of_the_docs_is_accepted(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("page", [path.name for path in DOCS])
-def test_every_config_of_the_docs_is_yaml_and_every_file_it_points_to_exists(page: str) -> None:
+def test_every_config_of_the_docs_is_yaml_and_every_file_it_points_to_exists(page) -> None:
     for block in blocks(page, "yaml"):
         assert isinstance(yaml.safe_load(block), dict)
     named = re.findall(r"`((?:src|tests|docs|configs|scripts)/[\w./]*\w/?)`", (ROOT / "docs" / page).read_text("utf-8"))

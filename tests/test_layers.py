@@ -123,7 +123,7 @@ def test_sizes_stay_within_the_limits() -> None:
 
 
 @pytest.mark.parametrize("module", MAX_CLOSURE_LINES)
-def test_what_a_reader_must_open_for_a_file_stays_small(module: str) -> None:
+def test_what_a_reader_must_open_for_a_file_stays_small(module) -> None:
     waiting, closure = [PACKAGE.joinpath(*module.split(".")).with_suffix(".py")], set()
     while waiting:
         path = waiting.pop()
@@ -143,7 +143,7 @@ UNSAFE = {
 
 
 @pytest.mark.parametrize("kind", UNSAFE)
-def test_no_call_can_run_code_that_a_file_brings_along(kind: str) -> None:
+def test_no_call_can_run_code_that_a_file_brings_along(kind) -> None:
     assert [path.name for path in SOURCES if re.search(UNSAFE[kind], path.read_text(), re.MULTILINE)] == []
 
 
@@ -217,13 +217,13 @@ def run_copy(program: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_core_trains_when_every_add_on_is_deleted(tmp_path: Path) -> None:
+def test_core_trains_when_every_add_on_is_deleted(tmp_path) -> None:
     run_copy(TRAIN_IN_PYTHON, copy_without(ADD_ONS | {"cli"}, tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ADD_ONS))
-def test_command_line_trains_when_an_add_on_is_deleted(name: str, tmp_path: Path) -> None:
+def test_command_line_trains_when_an_add_on_is_deleted(name, tmp_path) -> None:
     folder = copy_without({name}, tmp_path)
     run_copy(TRAIN_BY_COMMAND, folder)
     assert list(folder.glob("runs/shapes_ssd/version_0/results.json"))

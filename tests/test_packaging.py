@@ -57,7 +57,7 @@ def test_no_file_names_a_package_registry() -> None:
 
 
 @pytest.mark.slow
-def test_wheel_holds_the_configurations_and_stubs(tmp_path: Path) -> None:
+def test_wheel_holds_the_configurations_and_stubs(tmp_path) -> None:
     for name in ("src", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -83,7 +83,7 @@ def test_help_lists_every_target() -> None:
     assert [line.split()[0] for line in make("help").stdout.splitlines()] == targets[1].split()
 
 
-def test_train_in_a_fresh_folder_installs_the_lock_with_hashes_and_passes_the_data_path(tmp_path: Path) -> None:
+def test_train_in_a_fresh_folder_installs_the_lock_with_hashes_and_passes_the_data_path(tmp_path) -> None:
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     plan = make("--dry-run", "train", "DATA=mine", "ARGS=--trainer.max_epochs 2", folder=tmp_path).stdout
@@ -119,7 +119,7 @@ def test_setup_prints_a_line_per_stage_and_what_pip_says_when_it_fails(tmp_path,
 
 
 @pytest.mark.parametrize("target", ["eval", "predict"])
-def test_without_a_checkpoint_the_message_says_how_to_get_one(target: str, tmp_path: Path) -> None:
+def test_without_a_checkpoint_the_message_says_how_to_get_one(target, tmp_path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     done = make(target, "ONESTAGE_ENV=none", folder=tmp_path)
     assert done.returncode == 2

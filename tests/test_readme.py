@@ -27,7 +27,7 @@ def test_readme_has_only_commands_of_kinds_that_are_checked() -> None:
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])
-def test_make_commands_dry_run(command: str) -> None:
+def test_make_commands_dry_run(command) -> None:
     words = shlex.split(command)
     done = subprocess.run([words[0], "--dry-run", *words[1:]], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -92,7 +92,7 @@ def test_run_resumes_evaluates_draws_and_keeps_the_size_of_its_canvas(trained) -
     assert checkpoint["global_step"] == 2 * 4  # nine images in batches of two, the last one dropped
 
 
-def test_predictions_of_the_shared_weights_lie_inside_every_original_image(trained, tmp_path: Path) -> None:
+def test_predictions_of_the_shared_weights_lie_inside_every_original_image(trained, tmp_path) -> None:
     _, _, folder = trained
     assert run("export", "--ckpt_path", str(folder / "checkpoints" / "best.ckpt"), "--output", str(tmp_path)) == 0
     words = ("--ckpt_path", str(tmp_path / "model.safetensors"), "--runs_dir", str(tmp_path))
@@ -107,7 +107,7 @@ def test_predictions_of_the_shared_weights_lie_inside_every_original_image(train
         assert -1e-3 <= y <= y + h <= height + 1e-3
 
 
-def test_other_commands_take_the_family(trained, folder: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+def test_other_commands_take_the_family(trained, folder, tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
     family, config, run_folder = trained
     checkpoint = str(run_folder / "checkpoints" / "best.ckpt")
@@ -123,7 +123,7 @@ def test_other_commands_take_the_family(trained, folder: Path, tmp_path: Path, m
     assert code == 0 or "Try a detector that takes anchors: --detector RetinaNet" in capfd.readouterr().err
 
 
-def test_two_processes_train_and_evaluate_like_one(trained, tmp_path: Path) -> None:
+def test_two_processes_train_and_evaluate_like_one(trained, tmp_path) -> None:
     family, config, run_folder = trained
     two = ("--trainer.devices=2", "--trainer.strategy=ddp", "--drawn_images=0")
     fit = ("fit", "--config", str(config), "--trainer.max_epochs=1", f"--runs_dir={tmp_path / 'fit'}")
@@ -140,7 +140,7 @@ def test_two_processes_train_and_evaluate_like_one(trained, tmp_path: Path) -> N
     assert results[0]["metrics"] == results[1]["metrics"]
 
 
-def test_training_that_diverges_ends_with_a_message(trained, tmp_path: Path, capfd) -> None:
+def test_training_that_diverges_ends_with_a_message(trained, tmp_path, capfd) -> None:
     _, config, _ = trained
     words = ("--model.optimizer.init_args.lr=1e30", "--trainer.max_epochs=8", f"--runs_dir={tmp_path}")
     assert run("fit", "--config", str(config), *words) == NonFiniteError.exit_code

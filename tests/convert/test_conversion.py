@@ -82,7 +82,7 @@ def assert_same(before: AnnotationSet, after: AnnotationSet, tolerance: float = 
             assert np.abs(np.subtract(box, moved)).max() <= tolerance
 
 
-def test_coco_to_coco_keeps_every_number(tmp_path: Path) -> None:
+def test_coco_to_coco_keeps_every_number(tmp_path) -> None:
     write_source(tmp_path / "in")
     losses = run_conversion([tmp_path / "in"], "coco", tmp_path / "out")
     assert losses == {"images get another name": 4}  # sub/a and `image 1`
@@ -96,7 +96,7 @@ def test_coco_to_coco_keeps_every_number(tmp_path: Path) -> None:
     assert sorted(len(coco.imgToAnns[image]) for image in coco.imgs) == [0, 1, 2, 3]
 
 
-def test_coco_to_coco_writes_a_cleaned_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_coco_to_coco_writes_a_cleaned_copy(tmp_path, capsys) -> None:
     files = write_source(tmp_path / "in")
     edit_json(files[0], "annotations", [0], bbox=[1, 2, -30, 15], id=0)
     Path(tmp_path / "in/train2017/empty.png").unlink()
@@ -107,7 +107,7 @@ def test_coco_to_coco_writes_a_cleaned_copy(tmp_path: Path, capsys: pytest.Captu
     assert (len(clean), len(clean.boxes), clean.findings) == (3, 5, ())
 
 
-def test_coco_to_voc_counts_losses(tmp_path: Path) -> None:
+def test_coco_to_voc_counts_losses(tmp_path) -> None:
     losses = run_conversion(write_source(tmp_path / "in"), "voc", tmp_path / "out")
     assert losses == {
         "images get another name": 6,  # sub/a and `image 1`, whose 1 would be read as a flag; all four of val
@@ -127,7 +127,7 @@ def test_coco_to_voc_counts_losses(tmp_path: Path) -> None:
     assert "<name>cat &amp; dog</name>" in xml
 
 
-def test_coco_to_yolo_counts_losses(tmp_path: Path) -> None:
+def test_coco_to_yolo_counts_losses(tmp_path) -> None:
     losses = run_conversion(write_source(tmp_path / "in"), "yolo", tmp_path / "out")
     assert losses == {
         "images get another name": 4,
@@ -143,7 +143,7 @@ def test_coco_to_yolo_counts_losses(tmp_path: Path) -> None:
     assert (tmp_path / "out/labels/train/a.txt").read_text() == "0 0.3578125 0.575 0.503125 0.5\n1 0.5 0.5 1 1\n"
 
 
-def test_difficult_flag_goes_through_coco_and_back(tmp_path: Path) -> None:
+def test_difficult_flag_goes_through_coco_and_back(tmp_path) -> None:
     run_conversion(write_source(tmp_path / "in")[:1], "voc", tmp_path / "v")
     losses = run_conversion([tmp_path / "v"], "coco", tmp_path / "c")
     assert losses == {"difficult flags are in a key `difficult`, which other tools ignore": 1}
@@ -153,7 +153,7 @@ def test_difficult_flag_goes_through_coco_and_back(tmp_path: Path) -> None:
     assert after.is_difficult.tolist() == before.is_difficult.tolist()
 
 
-def test_missing_sizes_are_read_from_the_images(tmp_path: Path) -> None:
+def test_missing_sizes_are_read_from_the_images(tmp_path) -> None:
     files = write_source(tmp_path / "in")
     for file in files:
         file.write_text(file.read_text().replace(', "width": 40, "height": 20', ""))
@@ -161,7 +161,7 @@ def test_missing_sizes_are_read_from_the_images(tmp_path: Path) -> None:
     assert read(tmp_path / "v").sizes.tolist() == [[20, 40]] * 4
 
 
-def test_lost_outlines_are_counted_and_an_image_annotated_as_stored_is_skipped_for_yolo(tmp_path: Path) -> None:
+def test_lost_outlines_are_counted_and_an_image_annotated_as_stored_is_skipped_for_yolo(tmp_path) -> None:
     files = write_source(tmp_path / "in")
     edit_json(files[0], "annotations", [0], segmentation=[[1, 2, 3, 4, 5, 6]])
     # Every viewer turns it to 20 x 40, but it is annotated as 40 x 20.
@@ -172,7 +172,7 @@ def test_lost_outlines_are_counted_and_an_image_annotated_as_stored_is_skipped_f
     assert len(read(tmp_path / "out")) == 3
 
 
-def test_existing_target_is_never_overwritten(tmp_path: Path) -> None:
+def test_existing_target_is_never_overwritten(tmp_path) -> None:
     files = write_source(tmp_path / "in")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder/mine").mkdir(parents=True)
@@ -183,7 +183,7 @@ def test_existing_target_is_never_overwritten(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"in", "file", "folder", "link"}
 
 
-def test_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch) -> None:
     files = write_source(tmp_path / "in")
     real, calls = os.link, []
 
@@ -199,7 +199,7 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_links_share_the_bytes_and_copies_do_not(tmp_path: Path) -> None:
+def test_links_share_the_bytes_and_copies_do_not(tmp_path) -> None:
     files = write_source(tmp_path / "in")
     (tmp_path / "link").mkdir()  # an empty folder is filled, and missing parents are made
     for out, images, expected in (("link", "link", True), ("a/b/copy", "copy", False)):
@@ -216,7 +216,7 @@ def test_links_share_the_bytes_and_copies_do_not(tmp_path: Path) -> None:
         ({"train": "first"}, "must be train, val or test, each once, got first"),
     ],
 )
-def test_split_names_that_do_not_fit_are_refused(tmp_path: Path, given: dict, message: str) -> None:
+def test_split_names_that_do_not_fit_are_refused(tmp_path, given, message) -> None:
     with pytest.raises(ConfigError, match=message):
         run_conversion(write_source(tmp_path / "in"), "coco", tmp_path / "out", name_by_split=given)
 

@@ -11,13 +11,7 @@ import pytest
 from draws import FixedDraws
 from image_sets import noise, smooth
 
-from onestage.data.augmentation import (
-    INTERPOLATIONS,
-    Distortion,
-    SSDAugmentation,
-    SSDPhotometricDistort,
-    SSDZoomOut,
-)
+from onestage.data.augmentation import INTERPOLATIONS, Distortion, SSDAugmentation, SSDPhotometricDistort, SSDZoomOut
 from onestage.data.resize import MEAN_RGB, Stretch
 from onestage.data.transforms import ScaleJitter, SeededTransform
 from onestage.errors import ConfigError
@@ -143,7 +137,7 @@ def run(recipe: SSDAugmentation, image: np.ndarray, boxes: list, seed: int) -> t
 
 @pytest.mark.parametrize("contrast_first", [True, False])
 @pytest.mark.parametrize("changes", [(20, 1.4, 0.6, 12), (-32, 0.5, 1.5, -18), (5, 1.2, 1.3, 18), (0, 1, 1, -9)])
-def test_distort_agrees_with_the_standard_librarys_hsv(contrast_first: bool, changes: tuple) -> None:
+def test_distort_agrees_with_the_standard_librarys_hsv(contrast_first, changes) -> None:
     image = noise(20, 20)
     distorted = SSDPhotometricDistort().apply(image, distortion=Distortion(*changes, contrast_first))
     difference = np.abs(distorted - reference_distort(image.astype(float), *changes, contrast_first))
@@ -165,7 +159,7 @@ def run_alone(transform: A.DualTransform, image: np.ndarray, boxes: list) -> tup
     return result["image"], np.array(result["bboxes"]).reshape(-1, 4), [int(row) for row in result["rows"]]
 
 
-def test_zoom_out_fixed_draws_give_hand_computed_canvas(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zoom_out_fixed_draws_give_hand_computed_canvas(monkeypatch) -> None:
     zoom_out, image = SSDZoomOut(p=1.0), noise(100, 200)
     # ratio 1 + 3 / 3 = 2; half of 200 right, a quarter of 100 down
     window = zoom_out.draw(FixedDraws(1 / 3, 0.5, 0.25), (100, 200), NO_BOXES)
@@ -260,7 +254,7 @@ def assert_sane(boxes: np.ndarray, width: float, height: float) -> None:
         *((size, []) for size in [(1, 1), (1, 300), (300, 1), (2, 3)]),
     ],
 )
-def test_boxes_of_the_whole_recipe_stay_sane_over_many_draws(size: tuple[int, int], boxes: list) -> None:
+def test_boxes_of_the_whole_recipe_stay_sane_over_many_draws(size, boxes) -> None:
     transform = SeededTransform([SSDAugmentation(32)], Stretch(32))
     image = smooth(*size)
     given = np.array(boxes or [[0, 0, size[1], size[0]]][: size != (70, 90)], np.float32).reshape(-1, 4)

@@ -59,7 +59,7 @@ def turned(orientation: int) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_bad_images_are_skipped_by_doctor_and_training(tmp_path: Path) -> None:
+def test_bad_images_are_skipped_by_doctor_and_training(tmp_path) -> None:
     broken = [name for name in BROKEN if name.isprintable()]
     bad = {name: ("image missing" if "' is" in PROBLEMS.get(name, "") else "image unreadable") for name in broken}
     bad |= {"folder.jpg": "image missing", "other.jpg": "image size", "small.png": "image too small"}
@@ -89,7 +89,7 @@ def test_bad_images_are_skipped_by_doctor_and_training(tmp_path: Path) -> None:
     assert used_bytes < 200e6  # nothing was allocated for bombs
 
 
-def test_unusual_images_are_read_some_with_a_note(tmp_path: Path) -> None:
+def test_unusual_images_are_read_some_with_a_note(tmp_path) -> None:
     frames = {"save_all": True, "append_images": [Image.new("RGB", (WIDTH, HEIGHT), "blue")]}
     files = {
         "frames.gif": (encoded(WIDTH, HEIGHT, "GIF", **frames), "animation"),
@@ -109,7 +109,7 @@ def test_unusual_images_are_read_some_with_a_note(tmp_path: Path) -> None:
         assert read_image(tmp_path / "train" / name, sizes.get(name))[0, 0] == pytest.approx([255, 0, 0], abs=3)
 
 
-def test_odd_names_are_read_and_printed_with_repr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_odd_names_are_read_and_printed_with_repr(tmp_path, capsys) -> None:
     names = ["a" * 251 + ".jpg", "🐈 in Ångström.jpg", "line\nbreak.jpg", "\x1b[31mred\x1b[0m \tand'quote.jpg"]
     jpegs = {name: write_image(tmp_path / "x.jpg", seed).read_bytes() for seed, name in enumerate(names, 1)}
     code, report = doctor(write_set(tmp_path, jpegs))
@@ -123,7 +123,7 @@ def test_odd_names_are_read_and_printed_with_repr(tmp_path: Path, capsys: pytest
         assert f"\n  {image if image.isprintable() else repr(image)}: is empty (0 bytes)" in text
 
 
-def test_name_that_is_no_utf_8_is_read(tmp_path: Path) -> None:
+def test_name_that_is_no_utf_8_is_read(tmp_path) -> None:
     name = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
     try:
         Path(os.fsdecode(name)).write_bytes(write_image(tmp_path / "sub" / "a.jpg").read_bytes())

@@ -55,7 +55,7 @@ def test_copy_has_the_short_side_is_close_to_the_image_and_keeps_its_original_si
         assert np.abs(exact.astype(int) - image.pixels).mean() < 4
 
 
-def test_second_read_comes_from_the_copy_and_gives_the_same_bytes(annotations: AnnotationSet, folder: Path) -> None:
+def test_second_read_comes_from_the_copy_and_gives_the_same_bytes(annotations, folder) -> None:
     reader = open_images("disk", annotations, 30)
     first = [reader(index).pixels for index in range(4)]
     for index in (0, 1, 3):  # image 2 is small, so it is read from its file
@@ -66,7 +66,7 @@ def test_second_read_comes_from_the_copy_and_gives_the_same_bytes(annotations: A
         FileReader(annotations)(0)
 
 
-def test_copy_of_another_state_of_the_file_is_never_used(annotations: AnnotationSet, folder: Path) -> None:
+def test_copy_of_another_state_of_the_file_is_never_used(annotations, folder) -> None:
     reader = open_images("disk", annotations, 30)
     before = reader(0).pixels
     path = Path(annotations.image_paths[0])
@@ -81,7 +81,7 @@ def test_copy_of_another_state_of_the_file_is_never_used(annotations: Annotation
     assert len(copies(folder)) == 4  # and so is another size of the copies
 
 
-def test_copy_that_cannot_be_decoded_is_made_again(annotations: AnnotationSet, folder: Path) -> None:
+def test_copy_that_cannot_be_decoded_is_made_again(annotations, folder) -> None:
     reader = open_images("disk", annotations, 30)
     expected = reader(0).pixels
     (copy,) = copies(folder)
@@ -119,7 +119,7 @@ def test_cache_folder_that_cannot_be_made_is_refused(annotations, tmp_path, monk
     assert cache_folder() == Path.home() / ".cache" / "onestage"
 
 
-def test_sample_of_a_copy_has_the_boxes_and_the_placement_of_the_file(annotations: AnnotationSet, folder: Path) -> None:
+def test_sample_of_a_copy_has_the_boxes_and_the_placement_of_the_file(annotations, folder) -> None:
     plain = DetectionDataset(annotations, SeededTransform([], Stretch(32)))
     cached = DetectionDataset(annotations, plain.transform, images=open_images("disk", annotations, 32))
     for index in range(4):

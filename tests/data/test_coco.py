@@ -61,7 +61,7 @@ def parse_changed(folder: Path, table: str, row: int, **values: Any) -> Annotati
     return parse(folder, content)
 
 
-def test_boxes_labels_and_ids_of_a_small_file(tmp_path: Path) -> None:
+def test_boxes_labels_and_ids_of_a_small_file(tmp_path) -> None:
     annotations = parse(tmp_path, good_content())
     assert annotations.class_names == ("boat", "cat", "cup")  # 4, 17, 90
     assert annotations.category_ids == (4, 17, 90)
@@ -77,7 +77,7 @@ def test_boxes_labels_and_ids_of_a_small_file(tmp_path: Path) -> None:
     assert annotations.findings == ()
 
 
-def test_large_file_is_parsed_without_outlines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_file_is_parsed_without_outlines(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(coco, "MANY_BYTES", 0)
     content = good_content()
     content["annotations"][0] = {"segmentation": [[1, 2.5, 3e1]], **content["annotations"][0]}
@@ -89,7 +89,7 @@ def test_large_file_is_parsed_without_outlines(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.skipif(not COCO128.is_dir(), reason="no real COCO images here")
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
-def test_real_annotations_agree_with_pycocotools(split: str) -> None:
+def test_real_annotations_agree_with_pycocotools(split) -> None:
     pycocotools = pytest.importorskip("pycocotools.coco")
     file = COCO128 / "annotations" / f"instances_{split}.json"
     annotations = parse_coco(file, COCO128 / split)
@@ -116,7 +116,7 @@ def test_real_annotations_agree_with_pycocotools(split: str) -> None:
         ("image_id", 999, "lists no image of that id"),
     ],
 )
-def test_bad_object_is_skipped_and_named(tmp_path: Path, key: str, value: Any, rule: str) -> None:
+def test_bad_object_is_skipped_and_named(tmp_path, key, value, rule) -> None:
     annotations = parse_changed(tmp_path, "annotations", 0, **{key: value})
     assert annotations.labels.tolist() == [0, 1]
     (line,) = annotations.skipped
@@ -135,7 +135,7 @@ def parse_boxes(folder: Path, boxes: list[list[float]], **options: Any) -> Annot
     return parse(folder, content, **options)
 
 
-def test_box_that_reaches_out_is_clipped_and_one_that_cannot_be_an_object_skipped(tmp_path: Path) -> None:
+def test_box_that_reaches_out_is_clipped_and_one_that_cannot_be_an_object_skipped(tmp_path) -> None:
     bad = {"must be > 0": [10, 10, 10, 20], "must overlap": [200, 0, 210, 10]}
     annotations = parse_boxes(tmp_path, [[-5, -5, 300, 50], *bad.values()])
     assert (annotations.boxes.tolist(), annotations.areas.tolist()) == ([[0, 0, 100, 50]], [5000])
@@ -157,7 +157,7 @@ def test_box_that_reaches_out_is_clipped_and_one_that_cannot_be_an_object_skippe
         (0, 1, 1.0, False),
     ],
 )
-def test_too_many_bad_boxes_are_an_error(tmp_path: Path, num_good, num_bad, fraction, passes) -> None:
+def test_too_many_bad_boxes_are_an_error(tmp_path, num_good, num_bad, fraction, passes) -> None:
     boxes = [[0.0, 0, 10, 10]] * num_good + [[5.0, 5, 5, 9]] * num_bad
     if passes:
         assert len(parse_boxes(tmp_path, boxes, max_bad_fraction=fraction).skipped) == num_bad
@@ -169,13 +169,13 @@ def test_too_many_bad_boxes_are_an_error(tmp_path: Path, num_good, num_bad, frac
         assert str(caught.value).count("annotation 9") == 5  # 94..98
 
 
-def test_impossible_area_is_replaced_by_that_of_the_box(tmp_path: Path) -> None:
+def test_impossible_area_is_replaced_by_that_of_the_box(tmp_path) -> None:
     for area, expected in ((None, 1200), (1300, 1200), (-1, 1200), (700.5, 700.5)):  # the box has 30 x 40
         annotations = parse_changed(tmp_path, "annotations", 0, area=area)
         assert annotations.areas[1] == expected
 
 
-def test_ids_may_be_strings_and_those_of_annotations_do_not_matter(tmp_path: Path) -> None:
+def test_ids_may_be_strings_and_those_of_annotations_do_not_matter(tmp_path) -> None:
     content = good_content()
     content["annotations"] = [*content["annotations"], *good_content()["annotations"][1:2]]
     content["annotations"][0]["id"] = 0
@@ -187,7 +187,7 @@ def test_ids_may_be_strings_and_those_of_annotations_do_not_matter(tmp_path: Pat
     assert annotations.findings == ()
 
 
-def test_root_category_is_no_class_unless_it_has_boxes(tmp_path: Path) -> None:
+def test_root_category_is_no_class_unless_it_has_boxes(tmp_path) -> None:
     content = good_content()
     content["categories"] = [category | {"supercategory": "things"} for category in content["categories"]]
     content["categories"].append({"id": 0, "name": "things", "supercategory": "none"})
@@ -228,7 +228,7 @@ def as_xyxy(content: Content) -> None:
         (lambda content: [a.update(bbox=[0.1, 0.2, 0.25, 0.5]) for a in content["annotations"]], "like fractions"),
     ],
 )
-def test_wrong_table_is_refused_with_place_rule_and_remedy(tmp_path: Path, mutate: Mutation, rule: str) -> None:
+def test_wrong_table_is_refused_with_place_rule_and_remedy(tmp_path, mutate, rule) -> None:
     content = good_content()
     mutate(content)
     with pytest.raises(AnnotationError) as caught:
@@ -258,14 +258,14 @@ GOOD = json.dumps(good_content()).encode()
         (b'{"images": ' + b"1" * 5000 + b"}", "digits"),
     ],
 )
-def test_file_of_another_kind_is_refused(tmp_path: Path, content: bytes, rule: str) -> None:
+def test_file_of_another_kind_is_refused(tmp_path, content, rule) -> None:
     with pytest.raises(AnnotationError) as caught:
         parse(tmp_path, content)
     assert str(caught.value).startswith(str(tmp_path / "instances.json"))
     assert rule in str(caught.value)
 
 
-def test_image_folder_without_the_images_is_refused_with_the_key(tmp_path: Path) -> None:
+def test_image_folder_without_the_images_is_refused_with_the_key(tmp_path) -> None:
     file = write(tmp_path, good_content())
     (tmp_path / "elsewhere").mkdir()
     for folder in ("elsewhere", "missing"):

@@ -42,7 +42,7 @@ def voc(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_classes_are_known_without_setup(coco: Path, voc: Path) -> None:
+def test_classes_are_known_without_setup(coco, voc) -> None:
     data = coco_data(coco)
     assert isinstance(data, DetectionData)
     assert (data.num_classes, data.class_names, data.category_ids) == (2, ["cat", "dog"], [3, 7])
@@ -51,7 +51,7 @@ def test_classes_are_known_without_setup(coco: Path, voc: Path) -> None:
     assert data.annotations("val").labels.tolist() == [1, 1]  # dog is 1 although val has no cat
 
 
-def test_given_classes_and_those_of_shapes_need_no_files(tmp_path: Path) -> None:
+def test_given_classes_and_those_of_shapes_need_no_files(tmp_path) -> None:
     for form, last_id in (("coco", 12), ("voc", 6)):
         data = shapes_data(tmp_path / "shapes", format=form)
         assert data.class_names == ["circle", "cross", "ring", "square", "star", "triangle"]
@@ -62,7 +62,7 @@ def test_given_classes_and_those_of_shapes_need_no_files(tmp_path: Path) -> None
     assert [*tmp_path.iterdir()] == []
 
 
-def test_annotations_are_parsed_once_and_test_falls_back_to_val(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_annotations_are_parsed_once_and_test_falls_back_to_val(coco, monkeypatch) -> None:
     parsed = []
     read = COCO.read
 
@@ -94,7 +94,7 @@ def test_path_is_recognised_and_replaces_the_source(kind, tmp_path, request, cap
     assert "2 classes" in caplog.text
 
 
-def test_validation_batches_hold_every_image_once_in_order(coco: Path) -> None:
+def test_validation_batches_hold_every_image_once_in_order(coco) -> None:
     data = coco_data(coco, image_size=64, batch_size=4, num_workers=0)
     batches = list(data.val_dataloader())
     assert [len(batch.images) for batch in batches] == [4, 1]
@@ -115,7 +115,7 @@ def test_given_transforms_replace_the_default_and_are_resized_after(coco, transf
 
 
 @pytest.mark.parametrize(("train_difficult", "second"), [(True, 1), (False, IGNORE)])
-def test_difficult_objects_are_targets_or_ignored(voc: Path, train_difficult: bool, second: int) -> None:
+def test_difficult_objects_are_targets_or_ignored(voc, train_difficult, second) -> None:
     data = voc_data(voc, train_difficult=train_difficult, image_size=32, batch_size=4, num_workers=0)
     data.train_transforms = []
     (batch,) = data.train_dataloader()
@@ -123,14 +123,14 @@ def test_difficult_objects_are_targets_or_ignored(voc: Path, train_difficult: bo
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
-def test_missing_source_or_data_stops_in_setup(tmp_path: Path, stage: str) -> None:
+def test_missing_source_or_data_stops_in_setup(tmp_path, stage) -> None:
     with pytest.raises(ConfigError, match=r"data.source: missing\. Set data\.path"):
         DetectionDataModule().setup(stage)
     with pytest.raises(DataError, match=r"instances_\w+\.json"):
         coco_data(tmp_path, train="train2017", val="val2017").setup(stage)
 
 
-def test_skipped_boxes_are_reported_once_and_briefly(coco: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_boxes_are_reported_once_and_briefly(coco, caplog) -> None:
     for row in range(5):
         edit_json(coco / "annotations" / "instances_train2017.json", "annotations", [row], bbox=[5, 5, 0, row])
     data = coco_data(coco, max_bad_fraction=0.9, batch_size=2, num_workers=0)
@@ -151,7 +151,7 @@ def test_every_public_name_exists() -> None:
         _ = onestage.data.NoSuchThing
 
 
-def test_validation_file_with_fewer_categories_passes_with_a_notice(tmp_path: Path, caplog) -> None:
+def test_validation_file_with_fewer_categories_passes_with_a_notice(tmp_path, caplog) -> None:
     for name in ("train", "val"):
         content = bad_data.coco_content()
         if name == "val":

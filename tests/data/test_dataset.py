@@ -30,7 +30,7 @@ def evaluation(annotations: AnnotationSet, **settings: bool) -> DetectionDataset
     return DetectionDataset(annotations, SeededTransform([], STRETCH), **settings)
 
 
-def test_sample_has_boxes_in_network_pixels_and_crowds_ignored(annotations: AnnotationSet) -> None:
+def test_sample_has_boxes_in_network_pixels_and_crowds_ignored(annotations) -> None:
     sample = evaluation(annotations)[0]
     assert (sample.image.shape, sample.image.dtype) == ((3, 32, 32), torch.uint8)
     # 60 x 40 -> 32 x 32: x by 8/15, y by 4/5
@@ -52,7 +52,7 @@ def sample_with(num_objects: int, index: int = 0) -> Sample:
 
 
 @pytest.mark.parametrize(("num_objects", "padded"), [(0, 16), (1, 16), (16, 16), (17, 32), (33, 48)])
-def test_collate_pads_to_a_multiple_of_sixteen(num_objects: int, padded: int) -> None:
+def test_collate_pads_to_a_multiple_of_sixteen(num_objects, padded) -> None:
     batch = collate([sample_with(0), sample_with(num_objects)])
     assert batch.targets.boxes.shape == (2, padded, 4)
     assert batch.targets.labels.shape == (2, padded)

@@ -16,7 +16,7 @@ def touch(*paths: Path) -> None:
         path.write_bytes(b"never opened")
 
 
-def test_images_of_a_folder_and_those_below_it_are_sorted_and_numbered(tmp_path: Path) -> None:
+def test_images_of_a_folder_and_those_below_it_are_sorted_and_numbered(tmp_path) -> None:
     names = ["b.jpg", "a.PNG", "sub/deep/c.webp", "sub/d.jpeg"]
     touch(*(tmp_path / name for name in [*names, "notes.txt", ".hidden.jpg", ".cache/e.jpg"]))
     annotations = ImageFolder(tmp_path).read("test", ["cat", "dog"])
@@ -28,7 +28,7 @@ def test_images_of_a_folder_and_those_below_it_are_sorted_and_numbered(tmp_path:
     assert (annotations.class_names, annotations.category_ids) == (("cat", "dog"), (1, 2))
 
 
-def test_what_is_not_read_is_named_or_counted_and_a_link_back_ends(tmp_path: Path) -> None:
+def test_what_is_not_read_is_named_or_counted_and_a_link_back_ends(tmp_path) -> None:
     touch(tmp_path / "a.jpg")
     (tmp_path / "again").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "b.jpg")
@@ -46,7 +46,7 @@ def test_what_is_not_read_is_named_or_counted_and_a_link_back_ends(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["missing", "texts", "pipe"])
-def test_no_image_is_an_error_with_place_rule_and_remedy(tmp_path: Path, kind: str) -> None:
+def test_no_image_is_an_error_with_place_rule_and_remedy(tmp_path, kind) -> None:
     touch(tmp_path / "texts" / "notes.txt")
     os.mkfifo(tmp_path / "pipe")
     place = tmp_path / kind

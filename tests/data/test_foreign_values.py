@@ -22,7 +22,7 @@ from onestage.files import as_path, find_below, find_files, foreign_parts, to_fl
         ([1], math.nan), ({"a": 1}, math.nan), (b"3", math.nan),
     ],
 )  # fmt: skip
-def test_number_is_read_or_is_none(value: object, number: float) -> None:
+def test_number_is_read_or_is_none(value, number) -> None:
     assert to_number(value) == pytest.approx(number, nan_ok=True)
 
 
@@ -34,7 +34,7 @@ def test_number_is_read_or_is_none(value: object, number: float) -> None:
         ("Unspecified", False), ([1], False),
     ],
 )  # fmt: skip
-def test_flag_is_set_by_1_and_true(value: object, flag: bool) -> None:
+def test_flag_is_set_by_1_and_true(value, flag) -> None:
     assert to_flag(value) is flag
 
 
@@ -66,7 +66,7 @@ def test_path_of_any_system_is_split_and_leads_nowhere_else(name, parts, tmp_pat
         assert find_below(tmp_path / "set", name) == tmp_path / "set" / parts[-1]
 
 
-def test_home_folder_is_the_same_to_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folder_is_the_same_to_every_part(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     coco_folder(tmp_path / "mine", "train", "val")
     assert as_path("~/mine") == as_path(Path("~/mine")) == tmp_path / "mine"
@@ -85,7 +85,7 @@ def test_home_folder_is_the_same_to_every_part(tmp_path: Path, monkeypatch: pyte
     "names", ["[yes, 1.0, 2024-01-01]", "{0: yes, 1: 1.0, 2: 2024-01-01}", "\n- yes\n- 1.0\n- 2024-01-01"]
 )
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-def test_names_in_yaml_stay_text(tmp_path: Path, names: str, line_end: str) -> None:
+def test_names_in_yaml_stay_text(tmp_path, names, line_end) -> None:
     yolo_images(tmp_path, "images", "labels")
     text = f"path: ..\\{tmp_path.name}\ntrain: images\nval: null\ntest: ~\nnc: 3\nnames: {names}\n"
     (tmp_path / "data.yaml").write_bytes(text.replace("\n", line_end).encode("utf-8-sig"))
@@ -96,7 +96,7 @@ def test_names_in_yaml_stay_text(tmp_path: Path, names: str, line_end: str) -> N
 
 @pytest.mark.parametrize("name", ["é.jpg", "e\u0301.jpg", "a%20b.jpg", " é.JPG", "É.jpg"])
 @pytest.mark.parametrize("stored", ["é.jpg", "e\u0301.jpg", "a b.jpg", "a%20b.jpg", "a%20b.JPG"])
-def test_name_is_found_in_every_spelling_of_it(tmp_path: Path, name: str, stored: str) -> None:
+def test_name_is_found_in_every_spelling_of_it(tmp_path, name, stored) -> None:
     (tmp_path / stored).write_text("")
     (tmp_path / "x").write_text("")
     is_same = name.startswith("a") == stored.startswith("a") and name != "É.jpg"
@@ -104,14 +104,14 @@ def test_name_is_found_in_every_spelling_of_it(tmp_path: Path, name: str, stored
     assert find_below(tmp_path, f"C:\\set\\{name}") == (tmp_path / stored if is_same else None)
 
 
-def test_variable_of_the_environment_is_replaced_in_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variable_of_the_environment_is_replaced_in_a_path(monkeypatch) -> None:
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     assert as_path("$SCRATCH/voc") == as_path("${SCRATCH}/voc") == Path("/scratch/me/voc")
     assert as_path("$UNSET_X/voc") == Path("$UNSET_X/voc")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_text_of_every_unicode_encoding_is_read_everywhere(tmp_path: Path, encoding: str) -> None:
+def test_text_of_every_unicode_encoding_is_read_everywhere(tmp_path, encoding) -> None:
     coco_folder(tmp_path / "coco", "train")
     voc_folder(tmp_path / "voc", train="a b")
     yolo_images(tmp_path / "yolo", "images", "labels", "a")
@@ -125,7 +125,7 @@ def test_text_of_every_unicode_encoding_is_read_everywhere(tmp_path: Path, encod
     assert annotations.class_names == ("кот",)
 
 
-def test_flags_and_numbers_as_text_are_read_in_coco_and_voc(tmp_path: Path) -> None:
+def test_flags_and_numbers_as_text_are_read_in_coco_and_voc(tmp_path) -> None:
     coco_folder(tmp_path / "coco", "train")
     file = tmp_path / "coco" / "annotations" / "instances_train.json"
     content = json.loads(file.read_text())
@@ -157,7 +157,7 @@ def yolo_folder(root: Path) -> None:
         *[(yolo_folder, name) for name in ("images/a.jpg", "labels/a.txt")],
     ],
 )
-def test_link_out_of_the_folder_is_refused_and_one_inside_is_fine(write, linked, tmp_path: Path) -> None:
+def test_link_out_of_the_folder_is_refused_and_one_inside_is_fine(write, linked, tmp_path) -> None:
     for name in ("fine", "refused"):
         root = tmp_path / name
         write(root)

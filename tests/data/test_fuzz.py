@@ -12,7 +12,7 @@ MAX_SECONDS = 2.0  # of processor time, which a busy machine does not stretch
 
 
 @pytest.mark.parametrize("num_mutations", [20, pytest.param(2000, marks=pytest.mark.slow)])
-def test_damaged_files_are_read_or_refused(tmp_path: Path, num_mutations: int) -> None:
+def test_damaged_files_are_read_or_refused(tmp_path, num_mutations) -> None:
     out, _ = finish(start(CHILD, tmp_path, num_mutations, num_mutations), seconds=1800)
     report = json.loads(out.splitlines()[-1])
     assert report["peak_bytes"] < MAX_BYTES

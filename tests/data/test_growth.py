@@ -78,7 +78,7 @@ TABLES = [partial(reading, table) for table in ("num_classes", "num_boxes", "num
 
 
 @pytest.mark.parametrize("prepare", [*TABLES, dividing_many_classes, examining_many_classes])
-def test_work_grows_with_the_size_of_the_set(prepare: Callable, tmp_path: Path) -> None:
+def test_work_grows_with_the_size_of_the_set(prepare, tmp_path) -> None:
     small, large = (count_operations(prepare(size, tmp_path / str(size))) for size in (20, 200))
     assert large <= MAX_GROWTH * small
 

@@ -36,7 +36,7 @@ def jpeg_bytes(height: int = 48, width: int = 64, **options: object) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".webp", ".gif"])
-def test_lossless_formats_give_the_pixels_as_rgb(tmp_path: Path, suffix: str) -> None:
+def test_lossless_formats_give_the_pixels_as_rgb(tmp_path, suffix) -> None:
     few_colours = picture().quantize(64).convert("RGB")  # a GIF holds no more than 256
     path = save(tmp_path / f"a{suffix}", few_colours, **({"lossless": True} if suffix == ".webp" else {}))
     image = read_image(path)
@@ -47,7 +47,7 @@ def test_lossless_formats_give_the_pixels_as_rgb(tmp_path: Path, suffix: str) ->
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 2}, {"restart_marker_blocks": 2}])
-def test_jpeg_is_decoded_as_pillow_does(tmp_path: Path, options: dict[str, object]) -> None:
+def test_jpeg_is_decoded_as_pillow_does(tmp_path, options) -> None:
     path = save(tmp_path / "a.jpg", picture(), **options)
     np.testing.assert_allclose(read_image(path), np.asarray(Image.open(path)), atol=3)
 
@@ -63,7 +63,7 @@ def pillow_header(content: bytes) -> ImageHeader | None:
 
 @pytest.mark.filterwarnings("ignore")  # of Pillow about damaged metadata
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK", "YCbCr"])
-def test_header_of_a_plain_jpeg_is_that_of_pillow_or_left_to_it(mode: str) -> None:
+def test_header_of_a_plain_jpeg_is_that_of_pillow_or_left_to_it(mode) -> None:
     exif = exif_of(6)
     exif.update({0x010F: "maker", 0x011A: 72.0, 0x0128: 2})
     options = {"exif": exif, "icc_profile": b"profile", "comment": b"text", "dpi": (72, 72), "progressive": True}
@@ -198,7 +198,7 @@ def test_values_that_would_come_out_wrong_are_refused_by_their_header(tmp_path, 
         read_image(path)
 
 
-def test_ycck_of_a_jpeg_is_decoded(tmp_path: Path) -> None:
+def test_ycck_of_a_jpeg_is_decoded(tmp_path) -> None:
     path = save(tmp_path / "a.jpg", Image.new("CMYK", (16, 16), (155, 127, 127, 0)), quality=100)
     content = path.read_bytes()  # with 100, 128, 128, 255 in its blocks: 255 - ink
     place = content.index(b"Adobe") + 11
@@ -208,7 +208,7 @@ def test_ycck_of_a_jpeg_is_decoded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "suffixes"), [("P", ".png .tif .gif .bmp"), ("PA", ".tif")])
 @pytest.mark.parametrize("bits", [1, 4, 8])
-def test_palettes_of_any_depth_give_their_colours(tmp_path: Path, mode: str, suffixes: str, bits: int) -> None:
+def test_palettes_of_any_depth_give_their_colours(tmp_path, mode, suffixes, bits) -> None:
     picture_of_indices = Image.new("P", (16, 16), 1)
     picture_of_indices.putpalette([200, 0, 0, *GREEN])
     for suffix in suffixes.split():
@@ -219,14 +219,14 @@ def test_palettes_of_any_depth_give_their_colours(tmp_path: Path, mode: str, suf
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".tif", ".png"])
-def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path, suffix: str) -> None:
+def test_of_an_animation_the_first_frame_is_taken(tmp_path, suffix) -> None:
     frames = [Image.new("RGB", (8, 6), colour) for colour in ((255, 0, 0), (0, 0, 255))]
     path = tmp_path / f"a{suffix}"
     frames[0].save(path, save_all=True, append_images=frames[1:], **({"lossless": True} if suffix == ".webp" else {}))
     np.testing.assert_array_equal(read_image(path), np.asarray(frames[0]))
 
 
-def test_of_several_jpegs_in_one_file_the_first_is_taken(tmp_path: Path) -> None:
+def test_of_several_jpegs_in_one_file_the_first_is_taken(tmp_path) -> None:
     path = tmp_path / "a.jpg"
     picture().save(path, "MPO", save_all=True, append_images=[Image.new("RGB", (64, 48))], quality=95)
     assert Image.open(path).format == "MPO"
@@ -235,7 +235,7 @@ def test_of_several_jpegs_in_one_file_the_first_is_taken(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
-def test_without_annotated_size_the_orientation_is_applied(tmp_path: Path, orientation: int, suffix: str) -> None:
+def test_without_annotated_size_the_orientation_is_applied(tmp_path, orientation, suffix) -> None:
     path = save(tmp_path / f"a{suffix}", picture(), exif=exif_of(orientation))
     expected = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     np.testing.assert_allclose(read_image(path), np.asarray(expected), atol=3)
@@ -244,7 +244,7 @@ def test_without_annotated_size_the_orientation_is_applied(tmp_path: Path, orien
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_annotated_size_decides_about_the_orientation(tmp_path: Path, orientation: int) -> None:
+def test_the_annotated_size_decides_about_the_orientation(tmp_path, orientation) -> None:
     path = save(tmp_path / "a.jpg", picture(), exif=exif_of(orientation))
     upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
     np.testing.assert_allclose(read_image(path, upright.shape[:2]), upright, atol=3)
@@ -252,7 +252,7 @@ def test_the_annotated_size_decides_about_the_orientation(tmp_path: Path, orient
         np.testing.assert_allclose(read_image(path, (48, 64)), np.asarray(Image.open(path)), atol=3)
 
 
-def test_damaged_exif_and_data_behind_the_end_of_a_jpeg_are_no_harm(tmp_path: Path) -> None:
+def test_damaged_exif_and_data_behind_the_end_of_a_jpeg_are_no_harm(tmp_path) -> None:
     path = save(tmp_path / "a.jpg", picture(), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert read_image(path).shape == (48, 64, 3)
     (tmp_path / "a.jpg").write_bytes(jpeg_bytes() + b"\0" * 100 + b"maker's notes")
@@ -261,7 +261,7 @@ def test_damaged_exif_and_data_behind_the_end_of_a_jpeg_are_no_harm(tmp_path: Pa
 
 @pytest.mark.parametrize("fraction", [0.02, 0.5, 0.999])
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tif", ".webp", ".gif"])
-def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str, fraction: float) -> None:
+def test_a_truncated_file_is_refused(tmp_path, suffix, fraction) -> None:
     noise = Image.fromarray(RNG.integers(0, 255, (48, 64, 3), dtype=np.uint8))
     whole = save(tmp_path / f"whole{suffix}", noise).read_bytes()
     path = tmp_path / f"cut{suffix}"
@@ -272,7 +272,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str, fraction: floa
     assert "Replace the file" in str(caught.value)
 
 
-def test_a_jpeg_cut_in_the_middle_is_refused_even_if_its_thumbnail_is_whole(tmp_path: Path) -> None:
+def test_a_jpeg_cut_in_the_middle_is_refused_even_if_its_thumbnail_is_whole(tmp_path) -> None:
     content = jpeg_bytes(400, 400, exif=b"Exif\0\0" + jpeg_bytes(16, 16))
     (tmp_path / "whole.jpg").write_bytes(content)
     assert read_image(tmp_path / "whole.jpg").shape == (400, 400, 3)

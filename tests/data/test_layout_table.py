@@ -384,7 +384,7 @@ def start_training(path: Path) -> DetectionDataModule | None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_doctor_and_training_agree_on_roles_findings_and_what_is_unused(name: str, tmp_path: Path) -> None:
+def test_doctor_and_training_agree_on_roles_findings_and_what_is_unused(name, tmp_path) -> None:
     case = CASES[name]
     case.write(tmp_path)
     assert recognise(tmp_path).format == case.format
@@ -421,7 +421,7 @@ HARD_TO_CONVERT = [
 
 
 @pytest.mark.parametrize("name", HARD_TO_CONVERT)
-def test_no_image_and_no_split_is_lost_in_conversions(name: str, tmp_path: Path) -> None:
+def test_no_image_and_no_split_is_lost_in_conversions(name, tmp_path) -> None:
     source = tmp_path / "in"
     CASES[name].write(source)
     before = contents(source)
@@ -458,7 +458,7 @@ NO_TRAIN = {"images/data.yaml": "trani: .\nnames: [cat]\n"}
         ],
     ],
 )  # fmt: skip
-def test_path_without_a_data_set_is_refused_with_what_is_there(write, path, message, tmp_path: Path) -> None:
+def test_path_without_a_data_set_is_refused_with_what_is_there(write, path, message, tmp_path) -> None:
     write(tmp_path)
     with pytest.raises(DataError, match=message):
         find_splits([tmp_path / path])
@@ -466,7 +466,7 @@ def test_path_without_a_data_set_is_refused_with_what_is_there(write, path, mess
         DetectionDataModule(path=tmp_path / path).setup("fit")
 
 
-def test_of_several_settings_files_one_must_be_given(tmp_path: Path) -> None:
+def test_of_several_settings_files_one_must_be_given(tmp_path) -> None:
     yolo("images/train", names="")(tmp_path)
     for name in ("a.yaml", "b.yml"):
         (tmp_path / name).write_text("train: images/train\nnames: [cat]\n")
@@ -475,7 +475,7 @@ def test_of_several_settings_files_one_must_be_given(tmp_path: Path) -> None:
     assert read_splits(find_splits([tmp_path / "b.yml"]))[0].annotations is not None
 
 
-def test_command_counts_what_is_unused_and_says_how_to_train(tmp_path: Path) -> None:
+def test_command_counts_what_is_unused_and_says_how_to_train(tmp_path) -> None:
     unused_files(tmp_path)
     code, report = doctor(tmp_path)
     assert (code, report["training_command"]) == (0, f"make train DATA={tmp_path}")
@@ -486,7 +486,7 @@ def test_command_counts_what_is_unused_and_says_how_to_train(tmp_path: Path) -> 
     assert [line.partition(":")[0].strip() for line in lines] == [f"YOLO data set {tmp_path}", "train", "val"]
 
 
-def test_command_for_several_files_trains_on_them(tmp_path: Path) -> None:
+def test_command_for_several_files_trains_on_them(tmp_path) -> None:
     coco_folder(tmp_path, "train2017", "val2017", "mine")
     files = [tmp_path / "annotations" / f"instances_{name}.json" for name in ("val2017", "train2017", "mine")]
     assert [split.name for split in find_splits(files)] == ["train", "mine", "val"]
@@ -503,7 +503,7 @@ def test_command_for_several_files_trains_on_them(tmp_path: Path) -> None:
     ]
 
 
-def test_voc_splits_get_one_order_of_classes(tmp_path: Path) -> None:
+def test_voc_splits_get_one_order_of_classes(tmp_path) -> None:
     voc_image(tmp_path, "a", name="dogs")
     voc_image(tmp_path, "b", name="dog")
     voc_lists(tmp_path, train="a", val="b")
@@ -515,6 +515,6 @@ def test_voc_splits_get_one_order_of_classes(tmp_path: Path) -> None:
     assert "has no 'dog'" in val.findings[0].problem
 
 
-def test_obj_data_is_taken(tmp_path: Path) -> None:
+def test_obj_data_is_taken(tmp_path) -> None:
     yolo_cvat(tmp_path)
     assert recognise(tmp_path / "obj.data").splits == ("train", "val")

@@ -57,7 +57,7 @@ def as_bytes(batch: Batch) -> bytes:
     return b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
 
 
-def test_samples_are_the_same_for_any_number_of_workers_and_new_in_every_epoch(annotations: AnnotationSet) -> None:
+def test_samples_are_the_same_for_any_number_of_workers_and_new_in_every_epoch(annotations) -> None:
     expected = [epoch_bytes(training_loader(annotations), epoch) for epoch in range(3)]
     assert [len(epoch) for epoch in expected] == [5, 5, 5]
     assert len({batch for epoch in expected for batch in epoch}) == 15
@@ -68,7 +68,7 @@ def test_samples_are_the_same_for_any_number_of_workers_and_new_in_every_epoch(a
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
-def test_samples_are_the_same_for_any_start_method(annotations: AnnotationSet, start_method: str) -> None:
+def test_samples_are_the_same_for_any_start_method(annotations, start_method) -> None:
     expected = epoch_bytes(training_loader(annotations), 1)
     assert epoch_bytes(training_loader(annotations, 1, start_method=start_method), 1) == expected
 
@@ -101,7 +101,7 @@ def test_position_at_the_end_of_an_epoch_or_of_another_epoch_is_not_used(annotat
     assert len(epoch_bytes(loader, epoch)) == 5
 
 
-def test_abandoned_iteration_does_not_shift_the_next(annotations: AnnotationSet) -> None:
+def test_abandoned_iteration_does_not_shift_the_next(annotations) -> None:
     loader = training_loader(annotations)
     expected = epoch_bytes(loader, 0)
     loader.load_state_dict(loader.state_dict() | {"batches": 2})
@@ -126,7 +126,7 @@ def test_position_inside_an_epoch_needs_the_same_settings(annotations, change, m
     other.load_state_dict(state | {"batches": 5})  # between two epochs they may change
 
 
-def test_substitute_is_another_sample_that_seed_epoch_and_index_decide(damaged: AnnotationSet) -> None:
+def test_substitute_is_another_sample_that_seed_epoch_and_index_decide(damaged) -> None:
     split, again = dataset(damaged, on_error="skip"), dataset(damaged, on_error="skip")
     again[0, 1]
     taken = set()
@@ -142,7 +142,7 @@ def test_substitute_is_another_sample_that_seed_epoch_and_index_decide(damaged: 
     assert split[0, 1].failures == ()
 
 
-def test_samples_with_substitutes_are_the_same_for_any_number_of_workers(damaged: AnnotationSet) -> None:
+def test_samples_with_substitutes_are_the_same_for_any_number_of_workers(damaged) -> None:
     settings = {"on_error": "skip", "max_bad_fraction": 0.5, "mosaic": 0.3, "mixup": 0.3}
     expected = [epoch_bytes(training_loader(damaged, **settings), epoch) for epoch in range(2)]
     workers = training_loader(damaged, 2, **settings)
@@ -181,13 +181,13 @@ def test_bad_images_stop_the_run_with_the_message_alone(damaged, num_workers, se
         epoch_bytes(training_loader(damaged, num_workers, batch_size=11, **settings), 0)
 
 
-def test_unreadable_partner_of_a_mosaic_is_replaced(damaged: AnnotationSet) -> None:
+def test_unreadable_partner_of_a_mosaic_is_replaced(damaged) -> None:
     split = dataset(damaged, on_error="skip", mosaic=1.0)
     failures = [failure.image_index for epoch in range(10) for failure in split[epoch, 0].failures]
     assert set(failures) == set(DAMAGED)
 
 
-def test_set_without_a_readable_image_ends_with_the_name_of_one(annotations: AnnotationSet) -> None:
+def test_set_without_a_readable_image_ends_with_the_name_of_one(annotations) -> None:
     for path in annotations.image_paths:
         Path(path).write_bytes(b"")
     with pytest.raises(ImageError, match=r"\d+\.png"):
@@ -238,7 +238,7 @@ def test_worker_that_dies_or_hangs_is_one_message(annotations, harm, exit_code, 
     ],
 )
 def test_worker_that_dies_or_stops_outside_the_loader_is_reported_by_the_next_batch(
-    annotations: AnnotationSet, number: int, message: str, is_between_epochs: bool
+    annotations, number, message, is_between_epochs
 ) -> None:
     others = set(torch.multiprocessing.active_children())  # exceptions of earlier tests keep their workers alive
     loader = harmful_loader(annotations, lambda: None, 4.0 if number == signal.SIGSTOP else 60.0)
@@ -253,7 +253,7 @@ def test_worker_that_dies_or_stops_outside_the_loader_is_reported_by_the_next_ba
         list(loader if is_between_epochs else iterator)
 
 
-def test_death_in_an_idle_loader_is_explained_by_the_one_that_waits(annotations: AnnotationSet) -> None:
+def test_death_in_an_idle_loader_is_explained_by_the_one_that_waits(annotations) -> None:
     others = set(torch.multiprocessing.active_children())
     idle = iter(harmful_loader(annotations, lambda: None))
     next(idle)
@@ -266,7 +266,7 @@ def test_death_in_an_idle_loader_is_explained_by_the_one_that_waits(annotations:
         list(waiting)
 
 
-def test_workers_of_a_broken_iterator_disturb_no_later_one(annotations: AnnotationSet) -> None:
+def test_workers_of_a_broken_iterator_disturb_no_later_one(annotations) -> None:
     others = set(torch.multiprocessing.active_children())
     loader = harmful_loader(annotations, lambda: time.sleep(100), 2.0)
     with pytest.raises(DataError, match="no batch came"):

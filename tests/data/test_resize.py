@@ -1,7 +1,5 @@
 """Resizes: canvas, placement, and the way back to original pixels, by hand-computed numbers."""
 
-from pathlib import Path
-
 import cv2
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from onestage.boxes.geometry import to_original
 from onestage.data.dataset import DetectionDataset, collate
-from onestage.data.resize import MEAN_RGB, Letterbox, Placement, Resize, ShortestEdge, Stretch
+from onestage.data.resize import MEAN_RGB, Letterbox, Placement, ShortestEdge, Stretch
 from onestage.data.samplers import EvaluationSampler
 from onestage.data.transforms import SeededTransform
 from onestage.errors import ConfigError
@@ -34,7 +32,7 @@ def test_stretch_scales_each_axis_to_the_square() -> None:
         ((8, 16), Placement(2.0, 2.0, 0, 8)),  # small images are enlarged
     ],
 )
-def test_letterbox_placement_by_hand(size: tuple[int, int], expected: Placement) -> None:
+def test_letterbox_placement_by_hand(size, expected) -> None:
     assert Letterbox(32).place(*size, (32, 32)) == pytest.approx(expected)
 
 
@@ -48,7 +46,7 @@ def test_letterbox_pixels_are_the_scaled_image_and_the_fill() -> None:
 
 
 @pytest.mark.parametrize("resize", [Stretch(64), Letterbox(64), ShortestEdge(32, 60)])
-def test_boxes_return_to_original_pixels(tmp_path: Path, resize: Resize) -> None:
+def test_boxes_return_to_original_pixels(tmp_path, resize) -> None:
     boxes = [[[10, 5, 70, 35]], [[3, 20, 41, 77]]]
     annotations = image_set(tmp_path, [noise(40, 100), noise(83, 47)], boxes)
     dataset = DetectionDataset(annotations, SeededTransform([], resize))
@@ -83,7 +81,7 @@ def test_shortest_edge_takes_the_smallest_canvas_and_shrinks_to_fit_another() ->
     assert (page[:, 27:] == MEAN_RGB).all()
 
 
-def test_batch_of_several_canvases_is_refused_with_the_samplers_that_keep_them_apart(tmp_path: Path) -> None:
+def test_batch_of_several_canvases_is_refused_with_the_samplers_that_keep_them_apart(tmp_path) -> None:
     annotations = image_set(tmp_path, [noise(40, 100), noise(100, 40), noise(20, 50)])
     annotations.sizes[1:] = 0  # not annotated: that of the file counts
     dataset = DetectionDataset(annotations, SeededTransform([], ShortestEdge(32, 64)))

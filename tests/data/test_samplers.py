@@ -50,16 +50,14 @@ def epoch_of(num_images, batch_size, world_size=1, *, epoch=0, seed=0, repeats=N
 
 
 @pytest.mark.parametrize("repeats", [None, REPEATS])
-def test_training_order_depends_on_seed_and_epoch_only(repeats: np.ndarray | None) -> None:
+def test_training_order_depends_on_seed_and_epoch_only(repeats) -> None:
     orders = [epoch_of(7, 2, epoch=e, seed=s, repeats=repeats)[0] for s in range(3) for e in range(3)]
     assert len({tuple(index for _, index in order) for order in orders}) == 9
     assert epoch_of(7, 2, epoch=2, seed=1, repeats=repeats)[0] == orders[5]
 
 
 @pytest.mark.parametrize(("num_images", "batch_size", "world_size"), [(23, 4, 1), (23, 4, 2), (23, 2, 3), (24, 4, 3)])
-def test_training_shards_have_equal_batches_and_no_image_twice(
-    num_images: int, batch_size: int, world_size: int
-) -> None:
+def test_training_shards_have_equal_batches_and_no_image_twice(num_images, batch_size, world_size) -> None:
     shares = epoch_of(num_images, batch_size, world_size)
     batches = num_images // (batch_size * world_size)
     assert [len(share) for share in shares] == [batches * batch_size] * world_size
@@ -78,7 +76,7 @@ def test_training_step_has_the_same_images_for_any_number_of_processes(world_siz
 
 
 @pytest.mark.parametrize("repeats", [None, np.resize(REPEATS, 60)])
-def test_every_step_of_all_processes_has_images_of_one_canvas(repeats: np.ndarray | None) -> None:
+def test_every_step_of_all_processes_has_images_of_one_canvas(repeats) -> None:
     images, seen, orders = Images(60, canvases=(0, 0, 1)), set(), []
     for epoch in range(6):
         shares = []
@@ -114,7 +112,7 @@ def test_repeated_images_come_as_often_as_asked_on_average_and_never_off_by_more
 
 
 @pytest.mark.parametrize("fraction", [1 / 3, 0.1, 0.7])
-def test_copies_add_up_whatever_rounding_does_to_the_sum(fraction: float) -> None:
+def test_copies_add_up_whatever_rounding_does_to_the_sum(fraction) -> None:
     repeats = np.full(30_000, fraction)
     for seed in range(5):
         number = len(draw_copies(repeats, np.random.default_rng(seed)))
@@ -123,7 +121,7 @@ def test_copies_add_up_whatever_rounding_does_to_the_sum(fraction: float) -> Non
 
 @pytest.mark.parametrize("num_images", [7, 8, 13])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_evaluation_visits_every_image_exactly_once(num_images: int, world_size: int) -> None:
+def test_evaluation_visits_every_image_exactly_once(num_images, world_size) -> None:
     images = Images(num_images)
     samplers = [EvaluationSampler(images, batch_size=3, rank=r, world_size=world_size) for r in range(world_size)]
     shares = [list(sampler) for sampler in samplers]
@@ -134,7 +132,7 @@ def test_evaluation_visits_every_image_exactly_once(num_images: int, world_size:
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 2), (2, 1), (2, 3), (3, 2)])
 @pytest.mark.parametrize("is_even", [False, True])
-def test_evaluation_batches_have_one_canvas(world_size: int, batch_size: int, is_even: bool) -> None:
+def test_evaluation_batches_have_one_canvas(world_size, batch_size, is_even) -> None:
     images, shares, counts = Images(17, canvases=(0, 2, 2, 1, 0)), [], []  # 7 + 3 + 7 images
     for rank in range(world_size):
         settings = {"rank": rank, "world_size": world_size, "is_even": is_even}
@@ -203,7 +201,7 @@ def data_module(root: Path, sampling: Sampling | None, batch_size: int = 4, seed
     return yolo_data(root, sampling=sampling, batch_size=batch_size, **settings)
 
 
-def test_rare_class_is_shown_as_often_as_the_frequent_one(root: Path) -> None:
+def test_rare_class_is_shown_as_often_as_the_frequent_one(root) -> None:
     (batch,) = data_module(root, ClassBalancedSampling(), batch_size=9).train_dataloader()
     labels = batch.targets.labels[:, 0].tolist()
     assert abs(labels.count(0) - labels.count(1)) == 1  # 4.5 each of 9
@@ -211,7 +209,7 @@ def test_rare_class_is_shown_as_often_as_the_frequent_one(root: Path) -> None:
     assert len({image.numpy().tobytes() for image in copies}) == len(copies)  # of one file, augmented in many ways
 
 
-def test_epoch_with_sampling_is_resumed_and_another_sampling_refused(root: Path) -> None:
+def test_epoch_with_sampling_is_resumed_and_another_sampling_refused(root) -> None:
     sampling = RepeatFactorSampling(threshold=1.0)  # 8 * sqrt(9 / 8) + 3 = 11.5 images
     data = data_module(root, sampling, batch_size=2)
     loader = data.train_dataloader()
@@ -231,7 +229,7 @@ def test_epoch_with_sampling_is_resumed_and_another_sampling_refused(root: Path)
             changed.train_dataloader()
 
 
-def test_sampling_without_effect_is_reported(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_sampling_without_effect_is_reported(root, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         data_module(root, RepeatFactorSampling()).train_dataloader()
     assert "data.sampling has no effect" in caplog.text
@@ -247,6 +245,6 @@ class Wrong(Sampling):
 
 
 @pytest.mark.parametrize("values", [[1.0], [[1.0] * 9], [0.0] * 9, [-1.0] + [1.0] * 8, [math.nan] * 9])
-def test_rule_that_gives_no_numbers_of_times_is_refused(root: Path, values: object) -> None:
+def test_rule_that_gives_no_numbers_of_times_is_refused(root, values) -> None:
     with pytest.raises(ConfigError, match="repeats of Wrong must be one number >= 0 for each of the 9 images"):
         data_module(root, Wrong(values)).train_dataloader()

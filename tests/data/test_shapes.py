@@ -27,7 +27,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("split", "num_images", "first_id"), [("train", 20, 1), ("val", 5, 21)])
-def test_both_formats_of_a_split_are_the_same_set(drawn: Path, split: str, num_images: int, first_id: int) -> None:
+def test_both_formats_of_a_split_are_the_same_set(drawn, split, num_images, first_id) -> None:
     coco = parse_coco(drawn / "annotations" / f"instances_{split}.json", drawn / "JPEGImages")
     voc = parse_voc(drawn, [split], class_names=SHAPE_NAMES)
     assert len(coco) == num_images
@@ -40,7 +40,7 @@ def test_both_formats_of_a_split_are_the_same_set(drawn: Path, split: str, num_i
     assert len(coco.boxes) > num_images
 
 
-def test_the_images_are_those_of_the_scenes(drawn: Path) -> None:
+def test_the_images_are_those_of_the_scenes(drawn) -> None:
     annotations = parse_coco(drawn / "annotations/instances_train.json", drawn / "JPEGImages")
     for index in range(4):
         scene = draw_scene(3, index)
@@ -50,7 +50,7 @@ def test_the_images_are_those_of_the_scenes(drawn: Path) -> None:
         np.testing.assert_array_equal(annotations.areas[annotations.objects(index)], scene.areas)
 
 
-def test_the_same_seed_gives_the_same_files_and_another_seed_others(drawn: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_files_and_another_seed_others(drawn, tmp_path) -> None:
     draw_shapes(tmp_path / "again", num_train=20, num_val=5, seed=3)
     assert snapshot(tmp_path / "again") == snapshot(drawn)
     draw_shapes(tmp_path / "other", num_train=1, num_val=1, seed=4)
@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_others(drawn: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "other"]  # nothing unfinished is left
 
 
-def test_more_objects_in_training_images_leave_validation_as_it_is(drawn: Path, tmp_path: Path) -> None:
+def test_more_objects_in_training_images_leave_validation_as_it_is(drawn, tmp_path) -> None:
     draw_shapes(tmp_path / "dense", num_train=20, num_val=5, seed=3, max_objects=12)
     dense, sparse = snapshot(tmp_path / "dense"), snapshot(drawn)
     assert dense["annotations/instances_val.json"] == sparse["annotations/instances_val.json"]
@@ -75,7 +75,7 @@ def test_clutter_adds_edges_to_the_images() -> None:
     assert edges(0) < edges(1) < edges(6)
 
 
-def test_a_finished_folder_is_touched_only_for_other_settings_and_lost_images(tmp_path: Path) -> None:
+def test_a_finished_folder_is_touched_only_for_other_settings_and_lost_images(tmp_path) -> None:
     folder = tmp_path / "shapes"
     folder.mkdir()  # an empty folder is filled
     draw_shapes(folder, num_train=2, num_val=1, seed=0)
@@ -92,7 +92,7 @@ def test_a_finished_folder_is_touched_only_for_other_settings_and_lost_images(tm
     assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
 
 
-def test_a_foreign_folder_or_file_is_never_replaced(tmp_path: Path) -> None:
+def test_a_foreign_folder_or_file_is_never_replaced(tmp_path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("mine too")

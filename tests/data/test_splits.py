@@ -75,13 +75,13 @@ def parts_by_name(paths: Sequence[Path], num_parts: int = 2) -> dict[str, int]:
     return {path.name: int(part) for path, part in zip(paths, parts, strict=True)}
 
 
-def test_copies_stay_in_one_part(files: list[Path]) -> None:
+def test_copies_stay_in_one_part(files) -> None:
     parts = parts_by_name(files)
     assert len({parts[f"{number}.png"] for number in range(5)}) == 1
     assert sorted(parts.values()) == [0] * 5 + [1] * 5  # and the others even out what they weigh
 
 
-def test_only_files_that_agree_in_every_byte_are_copies(tmp_path: Path) -> None:
+def test_only_files_that_agree_in_every_byte_are_copies(tmp_path) -> None:
     contents = [b"x" * 20_000 + b"a", b"x" * 20_000 + b"b", b"x" * 20_001, b"y" * 20_001]  # one length; three one head
     paths = [tmp_path / f"{name}.png" for name in "abcdefgh"]
     for number, path in enumerate(paths):
@@ -91,21 +91,21 @@ def test_only_files_that_agree_in_every_byte_are_copies(tmp_path: Path) -> None:
     assert all(parts[f"{a}.png"] == parts[f"{b}.png"] for a, b in ("ae", "bf", "cg", "dh"))
 
 
-def test_split_depends_neither_on_order_nor_on_the_folder(files: list[Path], tmp_path: Path) -> None:
+def test_split_depends_neither_on_order_nor_on_the_folder(files, tmp_path) -> None:
     parts = parts_by_name(files)
     assert parts_by_name(files[::-1]) == parts
     shutil.copytree(files[0].parent, tmp_path / "moved" / "elsewhere")
     assert parts_by_name([tmp_path / "moved" / "elsewhere" / path.name for path in files]) == parts
 
 
-def test_split_of_numbered_frames_takes_no_run_of_neighbours(tmp_path: Path) -> None:
+def test_split_of_numbered_frames_takes_no_run_of_neighbours(tmp_path) -> None:
     parts = parts_by_name([tmp_path / f"{number:06d}.jpg" for number in range(100)])
     changes = sum(parts[f"{n:06d}.jpg"] != parts[f"{n + 1:06d}.jpg"] for n in range(99))
     assert 30 < changes < 70  # two runs would change once, a strict alternation 99 times
 
 
 @pytest.mark.parametrize(("number", "fraction"), [(1, 0.5), (3, 0.1)])
-def test_split_that_leaves_a_part_empty_is_refused(number: int, fraction: float) -> None:
+def test_split_that_leaves_a_part_empty_is_refused(number, fraction) -> None:
     with pytest.raises(ConfigError, match=r"(?s)data.val_fraction .* leaves \d images to train and \d to validate"):
         split_by_fraction(annotation_set([[0]] * number), fraction)
     with pytest.raises(ConfigError, match=r"(?s)data.fold 3 of 4 .* leaves 3 images to train and 0 to validate"):
@@ -118,7 +118,7 @@ def one_split(root: Path, **settings: object) -> DetectionDataModule:
     return yolo_data(root, image_size=32, batch_size=2, num_workers=0, **settings)
 
 
-def test_one_split_is_divided_by_the_data_module(tmp_path: Path) -> None:
+def test_one_split_is_divided_by_the_data_module(tmp_path) -> None:
     data = one_split(tmp_path, val_fraction=0.4)
     data.setup("fit")
     train, val = data.annotations("train"), data.annotations("val")

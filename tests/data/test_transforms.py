@@ -91,7 +91,7 @@ def test_boxes_are_clipped_and_rows_say_which_are_left(transforms, sides, boxes,
         ),
     ],
 )
-def test_transform_that_cannot_be_used_is_one_message(transform: A.BasicTransform, message: str) -> None:
+def test_transform_that_cannot_be_used_is_one_message(transform, message) -> None:
     with pytest.raises(ConfigError, match=message):
         SeededTransform([transform], Stretch(32))(noise(150, 200), BOXES, (0, 0, 0))
 
@@ -179,7 +179,7 @@ def dataset(annotations: AnnotationSet, **settings: float) -> DetectionDataset:
     return DetectionDataset(annotations, SeededTransform([], Stretch(48)), seed=2, **settings)
 
 
-def test_mosaic_in_the_dataset_has_the_labels_of_its_images(annotations: AnnotationSet) -> None:
+def test_mosaic_in_the_dataset_has_the_labels_of_its_images(annotations) -> None:
     mixed = dataset(annotations, mosaic=1.0)
     partners: Counter[int] = Counter()
     for index in range(6):
@@ -196,7 +196,7 @@ def test_mosaic_in_the_dataset_has_the_labels_of_its_images(annotations: Annotat
     assert set(partners) == {0, 1, 2, 3, 4, IGNORE}
 
 
-def test_mixup_has_the_objects_of_two_images(annotations: AnnotationSet) -> None:
+def test_mixup_has_the_objects_of_two_images(annotations) -> None:
     mixed = dataset(annotations, mixup=1.0)
     for epoch in range(10):
         sample = mixed[epoch, 0]

@@ -37,7 +37,7 @@ def write(root: Path, annotations: dict[str, str | bytes | None], split: str = "
     return root
 
 
-def test_one_based_inclusive_pixels_become_edges(tmp_path: Path) -> None:
+def test_one_based_inclusive_pixels_become_edges(tmp_path) -> None:
     # Pixels 11..40 of 1..100 are 30 columns, whose edges are 10 and 40. The whole image is 1 1 100 80.
     write(tmp_path, {"a": xml(obj(), obj("cat", "1 1 100 80")), "b": xml()})
     annotations = parse_voc(tmp_path, ["train"])
@@ -53,13 +53,13 @@ def test_one_based_inclusive_pixels_become_edges(tmp_path: Path) -> None:
     assert annotations.findings == ()
 
 
-def test_difficult_and_size_may_be_missing_or_empty(tmp_path: Path) -> None:
+def test_difficult_and_size_may_be_missing_or_empty(tmp_path) -> None:
     flags = ["", "<difficult/>", "<difficult>0</difficult>", "<difficult> 1 </difficult>"]
     write(tmp_path, {"a": xml(*(obj(extra=flag) for flag in flags))})
     assert parse_voc(tmp_path, ["train"]).is_difficult.tolist() == [False, False, False, True]
 
 
-def test_decimals_spaces_any_order_of_tags_and_parts_of_a_person_are_read(tmp_path: Path) -> None:
+def test_decimals_spaces_any_order_of_tags_and_parts_of_a_person_are_read(tmp_path) -> None:
     box = "<bndbox><ymax> 60.5 </ymax><xmax>40</xmax><ymin>21</ymin><xmin>11.0</xmin></bndbox>"
     part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></part>"
     write(tmp_path, {"a": xml(f"<object>{part}{box}<name> dog\n</name></object>")})
@@ -70,7 +70,7 @@ def test_decimals_spaces_any_order_of_tags_and_parts_of_a_person_are_read(tmp_pa
     assert parse_voc(tmp_path, ["train"]).sizes.tolist() == [[0, 0]] * 3
 
 
-def test_years_and_splits_make_one_set(tmp_path: Path) -> None:
+def test_years_and_splits_make_one_set(tmp_path) -> None:
     write(tmp_path / "VOCdevkit/VOC2007", {"000001": xml(obj())}, "trainval")
     write(tmp_path / "VOCdevkit/VOC2012", {"2008_000001": xml(obj("cat")), "x": xml()}, "trainval")
     annotations = parse_voc(tmp_path, ["2007_trainval", "2012_trainval", "2007_trainval"])
@@ -81,27 +81,27 @@ def test_years_and_splits_make_one_set(tmp_path: Path) -> None:
     assert len(VOC(tmp_path / "VOCdevkit/VOC2007", val=["trainval"]).read("val")) == 1
 
 
-def test_list_may_have_blank_lines_crlf_flags_and_spaces_in_names(tmp_path: Path) -> None:
+def test_list_may_have_blank_lines_crlf_flags_and_spaces_in_names(tmp_path) -> None:
     write(tmp_path, {stem: xml(obj()) for stem in ("a", "b", "c", "my dog 2")})
     content = codecs.BOM_UTF8 + b"a\r\n\r\n  b -1\r\nc  1\r\nmy dog 2\r\na\r\n"
     (tmp_path / "ImageSets/Main/train.txt").write_bytes(content)
     assert [Path(path).stem for path in parse_voc(tmp_path, ["train"]).image_paths] == ["a", "b", "c", "my dog 2"]
 
 
-def test_declared_latin_1_is_read(tmp_path: Path) -> None:
+def test_declared_latin_1_is_read(tmp_path) -> None:
     text = '<?xml version="1.0" encoding="iso-8859-1"?>' + xml(obj("bébé"))
     write(tmp_path, {"a": text.encode("latin-1")})
     assert parse_voc(tmp_path, ["train"]).class_names == ("bébé",)
 
 
-def test_zero_based_boxes_are_clipped_with_one_warning(tmp_path: Path) -> None:
+def test_zero_based_boxes_are_clipped_with_one_warning(tmp_path) -> None:
     write(tmp_path, {"a": xml(obj(box="0 0 40 60"), obj(box="0 5 40 60"))})
     annotations = parse_voc(tmp_path, ["train"])
     assert annotations.boxes.tolist() == [[0, 0, 40, 60], [0, 4, 40, 60]]
     assert [(finding.rule, finding.num_items) for finding in annotations.findings] == [("zero-based boxes", 2)]
 
 
-def test_image_without_xml_is_a_negative_unless_all_are(tmp_path: Path) -> None:
+def test_image_without_xml_is_a_negative_unless_all_are(tmp_path) -> None:
     annotations = parse_voc(write(tmp_path, {"a": xml(obj()), "b": None}), ["train"])
     assert annotations.box_offsets.tolist() == [0, 1, 1]
     assert [(f.rule, f.effect, f.num_items) for f in annotations.findings] == [("image without label file", "note", 1)]
@@ -110,7 +110,7 @@ def test_image_without_xml_is_a_negative_unless_all_are(tmp_path: Path) -> None:
         parse_voc(tmp_path / "all", ["train"])
 
 
-def test_listed_image_that_is_missing_is_skipped_and_named(tmp_path: Path) -> None:
+def test_listed_image_that_is_missing_is_skipped_and_named(tmp_path) -> None:
     write(tmp_path, {"a": xml(obj()), "b": xml(obj()), "c": xml(obj())})
     (tmp_path / "JPEGImages/b.jpg").unlink()
     annotations = parse_voc(tmp_path, ["train"])
@@ -134,7 +134,7 @@ BOMB = '<!DOCTYPE a [<!ENTITY x "xxxxxxxx"><!ENTITY y "&x;&x;&x;">]>' + xml(obj(
         (b"<root/>", "its first element is 'root'"),
     ],
 )
-def test_malformed_xml_file_is_skipped_with_line_and_column(tmp_path: Path, content: bytes, problem: str) -> None:
+def test_malformed_xml_file_is_skipped_with_line_and_column(tmp_path, content, problem) -> None:
     write(tmp_path, {"good": xml(obj()), "bad": content})
     annotations = parse_voc(tmp_path, ["train"])
     assert [Path(path).stem for path in annotations.image_paths] == ["good"]
@@ -146,7 +146,7 @@ def test_malformed_xml_file_is_skipped_with_line_and_column(tmp_path: Path, cont
         accepted(annotations, max_bad_fraction=0.0)
 
 
-def test_file_of_an_entity_is_never_read(tmp_path: Path) -> None:
+def test_file_of_an_entity_is_never_read(tmp_path) -> None:
     (tmp_path / "canary.txt").write_text("a secret")
     entity = f'<!DOCTYPE a [<!ENTITY x SYSTEM "{(tmp_path / "canary.txt").as_uri()}">]>' + xml(obj("&x;"))
     write(tmp_path, {"a": xml(obj()), "b": entity})
@@ -162,7 +162,7 @@ def test_file_of_an_entity_is_never_read(tmp_path: Path) -> None:
         (obj(name=" "), "must have a name"),
     ],
 )
-def test_bad_object_is_skipped_and_named(tmp_path: Path, element: str, rule: str) -> None:
+def test_bad_object_is_skipped_and_named(tmp_path, element, rule) -> None:
     write(tmp_path, {"a": xml(obj("cat"), element)})
     annotations = parse_voc(tmp_path, ["train"])
     assert annotations.boxes.tolist() == [EDGES]
@@ -171,7 +171,7 @@ def test_bad_object_is_skipped_and_named(tmp_path: Path, element: str, rule: str
     assert rule in line
 
 
-def test_unknown_class_is_refused_with_its_file_and_the_known_ones(tmp_path: Path) -> None:
+def test_unknown_class_is_refused_with_its_file_and_the_known_ones(tmp_path) -> None:
     write(tmp_path, {"a": xml(obj("Dog"), obj("cat"))})
     with pytest.raises(AnnotationError) as caught:
         parse_voc(tmp_path, ["train"], class_names=["dog", "cat"])
@@ -197,7 +197,7 @@ def test_list_without_images_or_with_a_line_that_names_no_file_is_refused(tmp_pa
 
 
 @pytest.mark.parametrize("line", ["../canary", "../../canary.jpg", "/etc/hostname", "sub/b", "..\\canary"])
-def test_line_never_leads_out_of_the_image_folder(tmp_path: Path, line: str) -> None:
+def test_line_never_leads_out_of_the_image_folder(tmp_path, line) -> None:
     write(tmp_path, {"a": xml(obj())})
     write_image(tmp_path / "canary.jpg")
     (tmp_path / "ImageSets/Main/train.txt").write_text(f"a\n{line}\n")
@@ -206,7 +206,7 @@ def test_line_never_leads_out_of_the_image_folder(tmp_path: Path, line: str) -> 
     assert "there is no such image" in annotations.skipped[0]
 
 
-def test_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_folder_of_another_kind_is_refused(tmp_path) -> None:
     with pytest.raises(AnnotationError, match=r"nowhere: .* no such folder(.|\n)*data\.path"):
         parse_voc(tmp_path / "nowhere", ["train"])
     write(tmp_path / "VOC2012", {"a": xml(obj())})
@@ -214,7 +214,7 @@ def test_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
         parse_voc(tmp_path, ["2007_train"])
 
 
-def test_without_objects_there_are_no_classes_but_those_given(tmp_path: Path) -> None:
+def test_without_objects_there_are_no_classes_but_those_given(tmp_path) -> None:
     write(tmp_path, {"a": xml(), "b": xml()})
     assert parse_voc(tmp_path, ["train"]).class_names == ()
     assert parse_voc(tmp_path, ["train"], class_names=["dog"]).box_offsets.tolist() == [0, 0, 0]

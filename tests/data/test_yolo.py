@@ -25,7 +25,7 @@ def parse_label(tmp_path: Path, text: str | bytes | None) -> tuple[list, tuple[s
     return annotations.boxes[:-1].tolist(), annotations.skipped, counts
 
 
-def test_fractions_become_edges_in_pixels(tmp_path: Path) -> None:
+def test_fractions_become_edges_in_pixels(tmp_path) -> None:
     data = write_yolo(tmp_path, {"a": "1 0.5 0.5 0.25 0.5\n0 0.125 0.25 0.25 0.5\n", "b": "", "c": None})
     annotations = YOLO(data).read("train")
     assert annotations.boxes.tolist() == [EDGES, [0, 0, 10, 10]]
@@ -37,26 +37,26 @@ def test_fractions_become_edges_in_pixels(tmp_path: Path) -> None:
     assert annotations.image_ids.tolist() == [1, 2, 3]
 
 
-def test_expected_names_decide_the_labels(tmp_path: Path) -> None:
+def test_expected_names_decide_the_labels(tmp_path) -> None:
     data = write_yolo(tmp_path, {"a": "1 0.5 0.5 0.25 0.5\n"})
     assert YOLO(data).read("train", class_names=["dog", "cat"]).labels.tolist() == [0]
     with pytest.raises(AnnotationError, match=r"(?s)classes differ.*only expected: cow"):
         YOLO(data).read("train", class_names=["dog", "cow"])
 
 
-def test_outline_becomes_the_box_around_it_and_is_counted(tmp_path: Path) -> None:
+def test_outline_becomes_the_box_around_it_and_is_counted(tmp_path) -> None:
     boxes, skipped, counts = parse_label(tmp_path, "0 0.25 0.25 0.5 0.25 0.5 0.75\n0 0.1 0.1 nan 0.2 0.3 0.3\n")
     assert (boxes, counts["outline"]) == ([[10, 5, 20, 15]], 2)
     assert "a.txt:2: " in skipped[0]
 
 
-def test_keypoints_are_ignored(tmp_path: Path) -> None:
+def test_keypoints_are_ignored(tmp_path) -> None:
     data = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.25 0.5 0.1 0.1 2 0.9 0.9 1\n"})
     data.write_text(data.read_text() + "kpt_shape: [2, 3]\n")
     assert YOLO(data).read("train").boxes.tolist() == [EDGES]
 
 
-def test_fractions_are_of_the_upright_image(tmp_path: Path) -> None:
+def test_fractions_are_of_the_upright_image(tmp_path) -> None:
     data = write_yolo(tmp_path, {"a": "0 0.5 0.5 1 0.5\n"})
     # Stored lying: 40 x 20 is shown as 20 x 40.
     Image.new("RGB", (40, 20)).save(tmp_path / "images/train/a.png", exif=exif_of(6))
@@ -66,7 +66,7 @@ def test_fractions_are_of_the_upright_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", [GOOD.replace("\n", "\r\n"), "\ufeff" + GOOD, GOOD.replace(" ", "\t"), f"  1.0{GOOD[1:]}"]
 )
-def test_other_line_ends_tabs_and_decimal_classes_are_read(tmp_path: Path, text: str) -> None:
+def test_other_line_ends_tabs_and_decimal_classes_are_read(tmp_path, text) -> None:
     assert parse_label(tmp_path, text)[:2] == ([EDGES], ())
 
 
@@ -77,7 +77,7 @@ def names_of(data: Path, split: str = "train") -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["classes.txt", "obj.names", "labels/classes.txt"])
-def test_class_names_of_folders_without_yaml_are_read(tmp_path: Path, name: str) -> None:
+def test_class_names_of_folders_without_yaml_are_read(tmp_path, name) -> None:
     write_yolo(tmp_path, {"a": GOOD}).unlink()
     assert YOLO(tmp_path).read("train").class_names == ("class_0",)
     (tmp_path / name).write_text("cat\ndog\n\n")
@@ -86,7 +86,7 @@ def test_class_names_of_folders_without_yaml_are_read(tmp_path: Path, name: str)
         YOLO(tmp_path).read("val")
 
 
-def test_split_of_lists_and_folders_takes_each_image_once(tmp_path: Path) -> None:
+def test_split_of_lists_and_folders_takes_each_image_once(tmp_path) -> None:
     data = write_yolo(tmp_path, {"a": GOOD, "b": GOOD, "c": GOOD})
     write_yolo(tmp_path, {"d": GOOD}, split="more")
     (tmp_path / "list.txt").write_text("./images/train/c.png\n\nimages\\train\\a.png\r\nimages/train/a.png\n")
@@ -94,7 +94,7 @@ def test_split_of_lists_and_folders_takes_each_image_once(tmp_path: Path) -> Non
     assert names_of(data) == ["d.png", "a.png", "c.png"]  # in order of path
 
 
-def test_path_of_another_machine_falls_back_to_the_folder_of_the_yaml(tmp_path: Path) -> None:
+def test_path_of_another_machine_falls_back_to_the_folder_of_the_yaml(tmp_path) -> None:
     data = write_yolo(tmp_path, {"a": "1 0.5 0.5 0.25 0.5\n"})
     data.write_text("path: /nowhere/datasets/mine\ntrain: images/train\nnames: {'1': dog, '0': cat}\nnc: 2\n")
     assert names_of(data) == ["a.png"]
@@ -112,7 +112,7 @@ def test_path_of_another_machine_falls_back_to_the_folder_of_the_yaml(tmp_path: 
         ("0.5 0.5 0.5 0.25 0.5", "the class must be"),
     ],
 )
-def test_bad_line_is_skipped_with_its_number(tmp_path: Path, line: str, problem: str) -> None:
+def test_bad_line_is_skipped_with_its_number(tmp_path, line, problem) -> None:
     boxes, skipped, _ = parse_label(tmp_path, f"{GOOD}{line}\n")
     assert boxes == [EDGES]
     assert len(skipped) == 1
@@ -120,20 +120,20 @@ def test_bad_line_is_skipped_with_its_number(tmp_path: Path, line: str, problem:
     assert problem in skipped[0]
 
 
-def test_rounding_is_clipped_and_repeated_lines_are_read_once(tmp_path: Path) -> None:
+def test_rounding_is_clipped_and_repeated_lines_are_read_once(tmp_path) -> None:
     assert parse_label(tmp_path, "0 0.5 0.5 1.0005 1.0005\n")[:2] == ([[0, 0, 40, 20]], ())
     boxes, skipped, counts = parse_label(tmp_path, GOOD * 3 + "1 0.5 0.5 0.25 0.5\n")
     assert (boxes, skipped, counts["box repeated"]) == ([EDGES, EDGES], (), 2)
 
 
 @pytest.mark.parametrize("content", [GOOD.encode("cp037"), b"\x89PNG\r\n\x1a\n"])
-def test_label_file_that_is_no_text_skips_its_image(tmp_path: Path, content: bytes) -> None:
+def test_label_file_that_is_no_text_skips_its_image(tmp_path, content) -> None:
     annotations = YOLO(write_yolo(tmp_path, {"a": content, "good": GOOD})).read("train")
     assert len(annotations) == 1  # as background it would teach that nothing is there
     assert "a.txt" in annotations.skipped[0]
 
 
-def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped_and_named(tmp_path) -> None:
     data = write_yolo(tmp_path, {"a": GOOD, "b": GOOD})
     (tmp_path / "images/train/b.png").write_bytes(b"nothing")
     (tmp_path / "images/train/c.png").symlink_to(tmp_path / "gone.png")
@@ -143,7 +143,7 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
     assert "c.png" in annotations.skipped[1]
 
 
-def test_boxes_in_pixels_and_a_set_without_any_label_file_are_refused(tmp_path: Path) -> None:
+def test_boxes_in_pixels_and_a_set_without_any_label_file_are_refused(tmp_path) -> None:
     data = write_yolo(tmp_path, {"a": "0 20 10 10 5\n0 5 5 4 4\n0 6 6 4 4\n0 7 7 4 4\n", "good": GOOD})
     with pytest.raises(AnnotationError, match=r"4 of 5 boxes cannot be used(.|\n)*must be in 0\.\.1: fractions"):
         accepted(YOLO(data).read("train"))
@@ -165,7 +165,7 @@ def test_boxes_in_pixels_and_a_set_without_any_label_file_are_refused(tmp_path: 
         ("names: [cat, dog]\ntrain: labels\n", "holds no image"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused(tmp_path: Path, yaml: str, message: str) -> None:
+def test_settings_that_cannot_be_used_are_refused(tmp_path, yaml, message) -> None:
     data = write_yolo(tmp_path, {"a": GOOD})
     data.write_text(yaml)
     with pytest.raises(AnnotationError, match=message):
@@ -173,7 +173,7 @@ def test_settings_that_cannot_be_used_are_refused(tmp_path: Path, yaml: str, mes
 
 
 @pytest.mark.parametrize("line", ["/etc/passwd", "./../outside.png", "..\\outside.png", "a\0b"])
-def test_line_that_leads_elsewhere_is_a_missing_image(tmp_path: Path, line: str) -> None:
+def test_line_that_leads_elsewhere_is_a_missing_image(tmp_path, line) -> None:
     root = tmp_path / "set"
     data = write_yolo(root, {"a": GOOD})
     write_image(tmp_path / "outside.png")

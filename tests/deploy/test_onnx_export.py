@@ -84,7 +84,7 @@ FAMILIES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_detector_of_every_family_detects_the_same_in_onnxruntime(family: str, tmp_path: Path) -> None:
+def test_detector_of_every_family_detects_the_same_in_onnxruntime(family, tmp_path) -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def test_detector_of_every_family_detects_the_same_in_onnxruntime(family: str, t
 
 
 @pytest.mark.slow
-def test_file_that_differs_or_cannot_run_is_not_written(tmp_path: Path, monkeypatch) -> None:
+def test_file_that_differs_or_cannot_run_is_not_written(tmp_path, monkeypatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     monkeypatch.setattr(onnx_export, "BOX_TOLERANCE", -1)

@@ -1,6 +1,5 @@
 import math
 
-import pytest
 import torch
 import torch.distributed as dist
 from loss_references import random_anchors
@@ -45,7 +44,7 @@ def test_gamma_is_unchanged_by_batches_without_objects_evaluation_and_no_grad() 
     assert torch.equal(loss.current_gamma(), gamma)
 
 
-def test_running_mean_is_over_the_positives_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_mean_is_over_the_positives_of_all_processes(monkeypatch) -> None:
     loss = AutomatedFocalLoss()
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)

@@ -40,7 +40,7 @@ def test_weights_are_1_before_counts_and_restored_from_a_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_weights_of_this_run_are_kept_when_a_checkpoint_is_loaded(number: int) -> None:
+def test_weights_of_this_run_are_kept_when_a_checkpoint_is_loaded(number) -> None:
     by_hand, counted = ClassWeights([2.0, 3.0]), EffectiveNumberWeights()
     counted.set_class_counts(torch.tensor([10, 1000]))
     for weights in (by_hand, counted):

@@ -83,7 +83,7 @@ REFERENCES = {
 
 @pytest.mark.parametrize("size", [100.0, 30.0, 0.7])
 @pytest.mark.parametrize("name", FAMILY)
-def test_loss_and_gradient_equal_the_formula(name: str, size: float) -> None:
+def test_loss_and_gradient_equal_the_formula(name, size) -> None:
     loss = FAMILY[name]().eval()
     signs = torch.tensor([[1.0, -1, -1, -1], [-1, 1, -1, 1], [1, 1, -1, -1], [-1, -1, -1, 1]]).repeat(2, 1)
     signs = signs[:, : loss.num_logits(3)]

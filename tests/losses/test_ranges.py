@@ -35,7 +35,7 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
 @pytest.mark.parametrize(("loss", "argument"), ARGUMENTS)
-def test_non_finite_or_negative_argument_is_refused(loss, argument: str, value: float) -> None:
+def test_non_finite_or_negative_argument_is_refused(loss, argument, value) -> None:
     with pytest.raises(ConfigError, match=f"{argument} must be .*, got {value}"):
         loss(**{argument: value})
 
@@ -55,7 +55,7 @@ def test_non_finite_or_negative_argument_is_refused(loss, argument: str, value: 
         (OHEMCrossEntropy, "anchors_per_image", 0, "an integer >= 1"),
     ],
 )
-def test_value_outside_the_range_is_refused_with_rule_and_value(loss, argument: str, value: float, rule: str) -> None:
+def test_value_outside_the_range_is_refused_with_rule_and_value(loss, argument, value, rule) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"{argument} must be {rule}, got {value}.")):
         loss(**{argument: value})
 
@@ -65,6 +65,6 @@ def test_gammas_of_the_loss_curves_have_the_same_limit() -> None:
 
 
 @pytest.mark.parametrize("weights", [[1.0, -2.0], [0.0, 0.0], [1.0, math.nan], [1.0, math.inf]])
-def test_invalid_class_weights_are_refused(weights: list[float]) -> None:
+def test_invalid_class_weights_are_refused(weights) -> None:
     with pytest.raises(ConfigError, match=r"class_weights must be finite numbers >= 0, .* got \["):
         ClassWeights(weights)
