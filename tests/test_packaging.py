@@ -71,9 +71,8 @@ def test_wheel_holds_the_configurations_and_stubs(tmp_path) -> None:
 
 
 def make(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    outside = {
-        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "ONESTAGE_ENV"))
-    }
+    own = ("MAKE", "MFLAGS", "ONESTAGE_ENV")
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     return subprocess.run(["make", *words], cwd=folder, env=outside, capture_output=True, text=True)
 
 
@@ -112,9 +111,8 @@ def test_setup_prints_a_line_per_stage_and_what_pip_says_when_it_fails(tmp_path,
     monkeypatch.delenv("BROKEN")
     done = make("setup", "PYTHON=./python", folder=tmp_path)  # again from the beginning
     assert done.returncode == 0 and done.stderr == ""
-    assert [line.split()[:2] for line in done.stdout.splitlines()] == [
-        ["setup:", word] for word in ("creating", "installing", "installing", "done")
-    ]
+    stages = ("creating", "installing", "installing", "done")
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["setup:", stage] for stage in stages]
     assert "Nothing to be done" in make("setup", "PYTHON=./python", folder=tmp_path).stdout
 
 

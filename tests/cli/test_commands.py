@@ -15,18 +15,9 @@ from onestage.evaluation.coco import METRIC_NAMES
 
 
 def test_run_folder_holds_the_documented_files(trained):
-    assert {
-        "config.yaml",
-        "checkpoints",
-        "metrics.csv",
-        "results.json",
-        "predictions",
-        "confusion.png",
-        "pr_curves.png",
-        "curves.png",
-        "labels.png",
-        "train_batch.jpg",
-    } <= {path.name for path in trained.iterdir()}
+    tables, pictures = "config.yaml metrics.csv results.json", "confusion.png pr_curves.png curves.png labels.png"
+    expected = {"checkpoints", "predictions", "train_batch.jpg", *tables.split(), *pictures.split()}
+    assert expected <= {path.name for path in trained.iterdir()}
     assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert list(trained.glob("events.out.tfevents.*")) and not (trained / "hparams.yaml").exists()
     assert len(list((trained / "predictions").glob("*.jpg"))) == 3
@@ -59,9 +50,8 @@ def test_saved_config_repeats_the_run_exactly(trained, tmp_path):
     (again,) = tmp_path.glob("shapes_ssd/version_0")
     first, second = (json.loads((folder / "results.json").read_text()) for folder in (trained, again))
     assert first["metrics"] == second["metrics"]
-    weights = [
-        torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"] for folder in (trained, again)
-    ]
+    paths = [folder / "checkpoints" / "best.ckpt" for folder in (trained, again)]
+    weights = [torch.load(path, weights_only=True)["state_dict"] for path in paths]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -135,9 +125,7 @@ def test_voc_and_coco_files_of_one_set_give_equal_metrics(fast_options, tmp_path
         options = ["--data.source.format", form, "--runs_dir", str(tmp_path / form), "--drawn_images", "0"]
         assert run("fit", *fast_options, *options) == 0
         (path,) = (tmp_path / form).glob("*/*/results.json")
-        metrics = json.loads(path.read_text())["metrics"]
-        # COCO's JSON holds the areas of the shapes, VOC's XML only boxes: the numbers by size may differ
-        results.append(
-            {name: value for name, value in metrics.items() if not name.endswith(("small", "medium", "large"))}
-        )
+        metrics, of_sizes = json.loads(path.read_text())["metrics"], ("small", "medium", "large")
+        # COCO's JSON holds the areas of the shapes, VOC's XML only boxes: the numbers by size may differ.
+        results.append({name: value for name, value in metrics.items() if not name.endswith(of_sizes)})
     assert results[0] == results[1]

@@ -50,19 +50,12 @@ def config_of(folder: Path, family: str) -> dict:
     source |= {"train_images": "images", "val_images": "images"}
     resize = {"class_path": "onestage.data.ShortestEdge", "init_args": {"shortest": 64, "longest": 128}}
     size = {"image_size": 320} if family == "SSDLite320" else {"resize": resize}
+    data = {"source": {"class_path": "onestage.data.COCO", "init_args": source}, **size}
+    model = {"detector": {"class_path": f"onestage.models.{family}", "init_args": FAMILIES[family]}}
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2e-3}}
     return {
-        "data": {
-            "source": {"class_path": "onestage.data.COCO", "init_args": source},
-            **size,
-            "batch_size": 2,
-            "num_workers": 0,
-            "train_transforms": [],
-        },
-        "model": {
-            "detector": {"class_path": f"onestage.models.{family}", "init_args": FAMILIES[family]},
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2e-3}},
-            "channels_last": False,
-        },
+        "data": {**data, "batch_size": 2, "num_workers": 0, "train_transforms": []},
+        "model": {**model, "optimizer": optimizer, "channels_last": False},
         "ema": {"decay": 0.5},
         "trainer": {"max_epochs": 2, "accelerator": "cpu", "precision": "32-true"},
         "runs_dir": str(folder / "runs"),
@@ -125,19 +118,18 @@ def test_other_commands_take_the_family(trained, folder, tmp_path, monkeypatch, 
 
 def test_two_processes_train_and_evaluate_like_one(trained, tmp_path) -> None:
     family, config, run_folder = trained
-    two = ("--trainer.devices=2", "--trainer.strategy=ddp", "--drawn_images=0")
+    ddp = ("--trainer.devices=2", "--trainer.strategy=ddp", "--drawn_images=0")
     fit = ("fit", "--config", str(config), "--trainer.max_epochs=1", f"--runs_dir={tmp_path / 'fit'}")
     validate = ("validate", "--ckpt_path", str(run_folder / "checkpoints" / "best.ckpt"))
     for words in (fit, (*validate, f"--runs_dir={tmp_path / 'validate'}")):
-        finish(start("-m", "onestage.cli", *words, *two))
+        finish(start("-m", "onestage.cli", *words, *ddp))
     checkpoint = torch.load(tmp_path / f"fit/{family}/version_0/checkpoints/last.ckpt", weights_only=True)
     of_one_canvas = 9 if family == "SSDLite320" else 6  # the three tall images do not fill a step of four
     assert checkpoint["global_step"] == of_one_canvas // 4
     assert run(*validate, f"--runs_dir={tmp_path / 'one'}", "--drawn_images=0") == 0
-    results = [
-        json.loads((tmp_path / name / family / "version_0/results.json").read_text()) for name in ("one", "validate")
-    ]
-    assert results[0]["metrics"] == results[1]["metrics"]
+    paths = [tmp_path / name / family / "version_0/results.json" for name in ("one", "validate")]
+    one, two = (json.loads(path.read_text())["metrics"] for path in paths)
+    assert one == two
 
 
 def test_training_that_diverges_ends_with_a_message(trained, tmp_path, capfd) -> None:

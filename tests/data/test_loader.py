@@ -212,6 +212,16 @@ def harmful_loader(annotations: AnnotationSet, harm, timeout_seconds: float = 60
     return open_loader(images, sampler, batch_size=2, num_workers=1, timeout_seconds=timeout_seconds)
 
 
+def started(loader, num_batches=1):
+    """Return an iterator after some batches, and its worker."""
+    others = set(torch.multiprocessing.active_children())  # exceptions of earlier tests keep their workers alive
+    iterator = iter(loader)
+    for _ in range(num_batches):
+        next(iterator)
+    (worker,) = set(torch.multiprocessing.active_children()) - others
+    return iterator, worker
+
+
 @pytest.mark.parametrize(
     ("harm", "exit_code", "message"),
     [
@@ -240,12 +250,8 @@ def test_worker_that_dies_or_hangs_is_one_message(annotations, harm, exit_code, 
 def test_worker_that_dies_or_stops_outside_the_loader_is_reported_by_the_next_batch(
     annotations, number, message, is_between_epochs
 ) -> None:
-    others = set(torch.multiprocessing.active_children())  # exceptions of earlier tests keep their workers alive
     loader = harmful_loader(annotations, lambda: None, 4.0 if number == signal.SIGSTOP else 60.0)
-    iterator = iter(loader)
-    for _ in range(len(loader) if is_between_epochs else 1):
-        next(iterator)
-    (worker,) = set(torch.multiprocessing.active_children()) - others
+    iterator, worker = started(loader, len(loader) if is_between_epochs else 1)
     time.sleep(0.5)
     os.kill(worker.pid, number)
     time.sleep(0.5)  # a training step, which torch's own signal handler would interrupt
@@ -254,12 +260,8 @@ def test_worker_that_dies_or_stops_outside_the_loader_is_reported_by_the_next_ba
 
 
 def test_death_in_an_idle_loader_is_explained_by_the_one_that_waits(annotations) -> None:
-    others = set(torch.multiprocessing.active_children())
-    idle = iter(harmful_loader(annotations, lambda: None))
-    next(idle)
-    (worker,) = set(torch.multiprocessing.active_children()) - others
-    waiting = iter(harmful_loader(annotations, lambda: None))
-    next(waiting)
+    _idle, worker = started(harmful_loader(annotations, lambda: None))
+    waiting, _ = started(harmful_loader(annotations, lambda: None))
     os.kill(worker.pid, signal.SIGKILL)
     time.sleep(0.5)  # not join(), which would keep its death from torch
     with pytest.raises(DataError, match="a worker process of the loader was killed by SIGKILL"):

@@ -51,34 +51,24 @@ def test_alone_and_among_others_the_recipe_gives_the_same() -> None:
 NAN = float("nan")
 
 
+CROP = A.Crop(x_min=40, y_min=40, x_max=100, y_max=100)
+
+
 @pytest.mark.parametrize(
-    ("transforms", "sides", "boxes", "rows", "expected"),
+    ("transforms", "sides", "moved"),  # each box -> what becomes of it
     [
-        (
-            [A.Crop(x_min=40, y_min=40, x_max=100, y_max=100)],
-            (100, 60),
-            [[0, 0, 10, 10], [50, 50, 60, 60], [90, 90, 100, 100]],
-            [1, 2],
-            [[10, 10, 20, 20], [50, 50, 60, 60]],
-        ),
-        # 0.9 and 1.1 px wide after the resize
-        ([], (400, 40), [[0, 0, 9, 400], [0, 0, 11, 400]], [1], [[0, 0, 1.1, 40]]),
-        # clipped, without width, clipped, outside, not a number
-        (
-            [],
-            (40, 40),
-            [[-5, -5, 20, 20], [10, 10, 10, 30], [30, 30, 70, 70], [50, 50, 60, 60], [NAN, 0, 9, 9]],
-            [0, 2],
-            [[0, 0, 20, 20], [30, 30, 40, 40]],
-        ),
+        ([CROP], (100, 60), {(0, 0, 10, 10): None, (50, 50, 60, 60): (10, 10, 20, 20)}),
+        ([CROP], (100, 60), {(0, 0, 10, 10): None, (90, 90, 100, 100): (50, 50, 60, 60)}),
+        ([], (400, 40), {(0, 0, 9, 400): None, (0, 0, 11, 400): (0, 0, 1.1, 40)}),  # 0.9 and 1.1 px wide
+        ([], (40, 40), {(-5, -5, 20, 20): (0, 0, 20, 20), (10, 10, 10, 30): None, (30, 30, 70, 70): (30, 30, 40, 40)}),
+        ([], (40, 40), {(50, 50, 60, 60): None, (NAN, 0, 9, 9): None, (0, 0, 9, 9): (0, 0, 9, 9)}),
     ],
-    ids=["cropped", "under a pixel", "beyond the image"],
 )
-def test_boxes_are_clipped_and_rows_say_which_are_left(transforms, sides, boxes, rows, expected) -> None:
+def test_boxes_are_clipped_and_rows_say_which_are_left(transforms, sides, moved) -> None:
     image = np.zeros((sides[0], sides[0], 3), np.uint8)
-    result = SeededTransform(transforms, Stretch(sides[1]))(image, np.array(boxes, np.float32), (0, 0, 0))
-    assert result.rows.tolist() == rows
-    assert result.boxes == pytest.approx(np.array(expected), abs=1e-3)
+    result = SeededTransform(transforms, Stretch(sides[1]))(image, np.array([*moved], np.float32), (0, 0, 0))
+    assert result.rows.tolist() == [row for row, expected in enumerate(moved.values()) if expected]
+    assert result.boxes == pytest.approx(np.array([expected for expected in moved.values() if expected]), abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -126,21 +126,15 @@ def test_rounding_is_clipped_and_repeated_lines_are_read_once(tmp_path) -> None:
     assert (boxes, skipped, counts["box repeated"]) == ([EDGES, EDGES], (), 2)
 
 
-@pytest.mark.parametrize("content", [GOOD.encode("cp037"), b"\x89PNG\r\n\x1a\n"])
-def test_label_file_that_is_no_text_skips_its_image(tmp_path, content) -> None:
-    annotations = YOLO(write_yolo(tmp_path, {"a": content, "good": GOOD})).read("train")
-    assert len(annotations) == 1  # as background it would teach that nothing is there
-    assert "a.txt" in annotations.skipped[0]
-
-
-def test_unreadable_images_are_skipped_and_named(tmp_path) -> None:
-    data = write_yolo(tmp_path, {"a": GOOD, "b": GOOD})
-    (tmp_path / "images/train/b.png").write_bytes(b"nothing")
-    (tmp_path / "images/train/c.png").symlink_to(tmp_path / "gone.png")
+def test_images_that_are_unreadable_or_whose_label_file_is_no_text_are_skipped_and_named(tmp_path) -> None:
+    # Taken for background, a and b would teach that nothing is there.
+    data = write_yolo(tmp_path, {"a": GOOD.encode("cp037"), "b": b"\x89PNG\r\n\x1a\n", "c": GOOD, "good": GOOD})
+    (tmp_path / "images/train/c.png").write_bytes(b"nothing")
+    (tmp_path / "images/train/d.png").symlink_to(tmp_path / "gone.png")
     annotations = YOLO(data).read("train")
-    assert len(annotations) == 1
-    assert "b.png" in annotations.skipped[0]
-    assert "c.png" in annotations.skipped[1]
+    assert [Path(path).name for path in annotations.image_paths] == ["good.png"]
+    assert len(annotations.skipped) == 4
+    assert all(name in "\n".join(annotations.skipped) for name in ("a.txt", "b.txt", "c.png", "d.png"))
 
 
 def test_boxes_in_pixels_and_a_set_without_any_label_file_are_refused(tmp_path) -> None:

@@ -38,6 +38,16 @@ def nested(levels: int) -> dict[str, Any]:
 
 
 TEXT = "x" * 400_000
+
+
+def detector_of(name: str, **settings: Any) -> tuple[str, Any]:
+    return "onestage.config.model.detector", {"class_path": f"onestage.models.{name}", "init_args": settings}
+
+
+def darknet_of(**settings: Any) -> dict[str, Any]:
+    return {"class_path": "onestage.models.Darknet53", "init_args": settings}
+
+
 STORED: dict[str, tuple[str, Any]] = {
     "one long text a hundred thousand times": ("onestage.config.model.more", [TEXT] * 100_000),
     "one long key a hundred thousand times": ("more", [{TEXT: 0} for _ in range(50_000)]),
@@ -47,22 +57,10 @@ STORED: dict[str, tuple[str, Any]] = {
     "deep nesting where no type is expected": ("onestage.config.trainer", nested(80)),
     "25,000 classes for a few weights": ("onestage.class_names", [str(number) for number in range(25_000)]),
     "400,000 classes": ("onestage.class_names", [str(number) for number in range(400_000)]),
-    "layers without end": ("onestage.config.model.detector", {
-        "class_path": "onestage.models.RetinaNet", "init_args": {"tower_convs": 900_000},
-    }),
-    "channels without end": ("onestage.config.model.detector", {
-        "class_path": "onestage.models.YOLOv3",
-        "init_args": {"backbone": {"class_path": "onestage.models.Darknet53", "init_args": {"width": 100_000}}},
-    }),
-    "stages of a million blocks": ("onestage.config.model.detector", {
-        "class_path": "onestage.models.YOLOv3",
-        "init_args": {
-            "backbone": {"class_path": "onestage.models.Darknet53", "init_args": {"depths": [1_000_000] * 5}}
-        },
-    }),
-    "a hundred thousand layers": ("onestage.config.model.detector", {
-        "class_path": "onestage.models.SSD", "init_args": {"extra_layers": [[8, 8]] * 100_000},
-    }),
+    "layers without end": detector_of("RetinaNet", tower_convs=900_000),
+    "channels without end": detector_of("YOLOv3", backbone=darknet_of(width=100_000)),
+    "stages of a million blocks": detector_of("YOLOv3", backbone=darknet_of(depths=[1_000_000] * 5)),
+    "a hundred thousand layers": detector_of("SSD", extra_layers=[[8, 8]] * 100_000),
     "images without end": ("onestage.config.data.batch_size", 2**40),
     "a quantized tensor": ("state_dict.a", lambda: torch.quantize_per_tensor(torch.ones(8), 1.0, 0, torch.qint8)),
     "a sparse tensor of 4 TB": ("state_dict.a", lambda: torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6))),

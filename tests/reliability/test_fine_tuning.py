@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
-from command_line import REPOSITORY
 from tiny_run import folder_of
 from tiny_training import TinyDetectorWithBatchNorm
 
@@ -95,9 +94,8 @@ def test_fit_starts_from_the_weights_of_another_run(drawn, tmp_path, capsys):
     options = ("--init_from", str(best), "--model.freeze", "5", "--trainer.max_steps", "1", "--resume", "auto")
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, *options)) == 0
     assert "tensors are loaded from" in capsys.readouterr().err
-    old, new = (
-        read_checkpoint(path)["state_dict"] for path in (best, folder_of(tmp_path) / "checkpoints" / "last.ckpt")
-    )
+    last = folder_of(tmp_path) / "checkpoints" / "last.ckpt"
+    old, new = (read_checkpoint(path)["state_dict"] for path in (best, last))
     names = [name for name in new if ".conv1_1." in name or ".conv5_1." in name]
     assert names
     assert all(torch.equal(old[name], new[name]) for name in names)
@@ -107,17 +105,14 @@ def test_fit_starts_from_the_weights_of_another_run(drawn, tmp_path, capsys):
 @pytest.mark.slow
 def test_fine_tuning_on_half_of_the_drawn_classes_beats_scratch_at_equal_steps(tmp_path):
     def fit(data: Path, experiment: str, steps: int, *options: str) -> Path:
-        words = ["fit", "--config", str(REPOSITORY / "configs" / "shapes_ssd.yaml"), "--data.path", str(data)]
-        words += ["--trainer.max_steps", str(steps), "--trainer.max_epochs", "-1", "--experiment", experiment]
-        words += [
-            "--trainer.accelerator",
-            "cpu",
-            "--trainer.check_val_every_n_epoch",
-            "100",
-            "--model.channels_last=false",
-        ]
-        words += ["--trainer.enable_progress_bar", "false", "--drawn_images", "0", "--runs_dir", str(tmp_path / "runs")]
-        assert tiny_run.onestage(*words, "--model.schedule.warmup_steps", "20", *options) == 0
+        settings = {
+            "data.path": data, "experiment": experiment, "runs_dir": tmp_path / "runs", "drawn_images": 0,
+            "trainer.max_steps": steps, "trainer.max_epochs": -1, "trainer.check_val_every_n_epoch": 100,
+            "trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false", "model.channels_last": "false",
+            "model.schedule.warmup_steps": 20,
+        }  # fmt: skip
+        words = [f"--{key}={value}" for key, value in settings.items()]
+        assert tiny_run.onestage("fit", "--config", "shapes_ssd", *words, *options) == 0
         return tmp_path / "runs" / experiment / "version_0"
 
     def mean_average_precision(run: Path) -> float:

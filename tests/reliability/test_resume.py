@@ -19,8 +19,6 @@ from onestage.reliability import resume
 from onestage.reliability.resume import find_checkpoint, fingerprints, newest_checkpoint
 from onestage.types import AnnotationSet
 
-# Finding a run
-
 CONFIG: dict[str, Any] = {
     "seed_everything": 42, "experiment": "shapes", "auto_batch": False,
     "model": {"optimizer": {"init_args": {"lr": 0.1}}, "channels_last": True},

@@ -44,13 +44,8 @@ def run(script, monkeypatch, *words):
 
 
 def outcome(training, score=0.5, ratio=10.0):
-    return training._asdict() | {
-        "mAP": score,
-        "AP50": score,
-        "AP75": score,
-        "steps": 1,
-        "background_per_positive": ratio,
-    }
+    scores = {"mAP": score, "AP50": score, "AP75": score}
+    return {**training._asdict(), **scores, "steps": 1, "background_per_positive": ratio}
 
 
 def test_study_continues_with_the_trainings_that_failed_or_are_missing(script, plan_file, monkeypatch, capsys):

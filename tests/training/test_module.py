@@ -33,10 +33,9 @@ def test_loss_is_weighted_sum_of_all_declared_terms():
 def test_undeclared_and_missing_terms_are_refused(declared):
     detector = TinyDetector(num_classes=2)
     detector.loss_terms = declared
+    losses = detector.loss(detector(tiny_batch([0]).images), tiny_batch([0]).targets)
     with pytest.raises(ConfigError, match=r"terms box, classification, but TinyDetector.loss_terms declares .*\n"):
-        DetectionModule(detector).weighted_loss(
-            detector.loss(detector(tiny_batch([0]).images), tiny_batch([0]).targets)
-        )
+        DetectionModule(detector).weighted_loss(losses)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +68,8 @@ def test_every_term_is_logged_in_training_and_averaged_in_validation(tmp_path):
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     names = ("loss", "classification_loss", "box_loss", "objectness_loss")
     assert {f"{stage}/{name}" for stage in ("train", "val") for name in names} <= set(logged)
-    assert logged["val/loss"] == pytest.approx(
-        logged["val/classification_loss"] + logged["val/objectness_loss"], rel=1e-4
-    )
+    total = logged["val/classification_loss"] + logged["val/objectness_loss"]
+    assert logged["val/loss"] == pytest.approx(total, rel=1e-4)
     assert {"val/mAP", "val/AP50", "val/AR100"} <= set(logged)
     with torch.no_grad():  # of one batch of all six images
         batch = tiny_batch(list(range(6)))

@@ -17,7 +17,7 @@ from onestage.losses import ClassWeights, SigmoidFocalLoss
 from onestage.models import RetinaNet, TorchvisionBackbone
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import WarmupSchedule
-from onestage.types import Batch, Detections
+from onestage.types import Batch, Detections, Targets
 
 
 def module_of(detector: Any = None, **settings: Any) -> DetectionModule:
@@ -67,10 +67,9 @@ def test_what_needs_a_data_module_says_so(tmp_path):
 
 
 def test_foreign_batch_is_refused_with_a_remedy(tmp_path):
+    foreign = DataLoader([(torch.zeros(3, 64, 64), 1)])
     with pytest.raises(ConfigError, match=r"a batch must be an onestage.types.Batch, got 'list'\.\n.*collate"):
-        quiet_trainer(pl.Trainer, tmp_path, max_steps=1).fit(
-            module_of(), train_dataloaders=DataLoader([(torch.zeros(3, 64, 64), 1)])
-        )
+        quiet_trainer(pl.Trainer, tmp_path, max_steps=1).fit(module_of(), train_dataloaders=foreign)
 
 
 def test_calling_the_module_detects_and_torchscript_is_refused_with_the_export_that_works():
@@ -105,9 +104,7 @@ def test_anchors_are_those_of_float32_after_half():
 
 def test_batch_without_images_has_zero_loss_and_no_detections():
     module, batch = module_of(), tiny_batch([0])
-    empty = Batch(
-        batch.images[:0], type(batch.targets)(*(part[:0] for part in batch.targets)), *(p[:0] for p in batch[2:])
-    )
+    empty = Batch(batch.images[:0], Targets(*(p[:0] for p in batch.targets)), *(p[:0] for p in batch[2:]))
     predictions = module.predict_batch(empty)
     losses = module.weighted_loss(module.detector.loss(predictions, empty.targets))
     losses["loss"].backward()

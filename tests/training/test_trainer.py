@@ -39,9 +39,7 @@ RUNS = [
 ]
 
 
-def fit(
-    folder, *, optimizer="SGD", precision="32-true", channels_last=True, clip=None, decay=None, batches=1
-):  # fmt: skip
+def fit(folder, *, optimizer="SGD", precision="32-true", channels_last=True, clip=None, decay=None, batches=1):
     torch.manual_seed(0)
     schedule = WarmupSchedule(kind="constant", warmup_steps=0)
     module = DetectionModule(TinyDetector(2), OPTIMIZERS[optimizer], schedule, channels_last=channels_last)
@@ -57,7 +55,6 @@ def fit(
     assert trainer.precision_plugin.precision == precision
     assert all(parameter.isfinite().all() for parameter in module.parameters())
     assert not all(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
-    return module, trainer
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -81,10 +78,7 @@ def test_precision_follows_instructions_of_the_device(monkeypatch):
     assert choose_precision("cuda")[0] == "16-mixed"
 
 
-def test_sync_batchnorm_of_several_cpu_processes_is_refused():
-    quiet_trainer(DetectionTrainer, None, sync_batchnorm=True)  # of one process, it has no effect
-    with pytest.raises(ConfigError, match="must be false on CPUs, got True"):
-        quiet_trainer(DetectionTrainer, None, sync_batchnorm=True, devices=2, strategy="ddp")
+SPAWNING = ["ddp_spawn", "ddp_fork_find_unused_parameters_false", "ddp_notebook", DDPStrategy(start_method="spawn")]
 
 
 @pytest.mark.parametrize(
@@ -92,20 +86,14 @@ def test_sync_batchnorm_of_several_cpu_processes_is_refused():
     [
         ({"accumulate_grad_batches": 0}, r"accumulate_grad_batches must be >= 1 batch per step, got 0\.\nSet it to 1"),
         ({"gradient_clip_val": -1}, r"gradient_clip_val must be >= 0, got -1\.\nSet it to null"),
+        ({"sync_batchnorm": True, "devices": 2, "strategy": "ddp"}, "must be false on CPUs, got True"),
+        *[({"strategy": way, "devices": 2}, r"inside the command.*\nSet trainer\.strategy: ddp,") for way in SPAWNING],
     ],
 )
-def test_invalid_numbers_of_the_trainer_are_refused(settings, message):
+def test_settings_that_cannot_work_are_refused(settings, message):
+    quiet_trainer(DetectionTrainer, None, sync_batchnorm=True)  # of one process, it has no effect
     with pytest.raises(ConfigError, match=message):
         quiet_trainer(DetectionTrainer, None, **settings)
-
-
-@pytest.mark.parametrize(
-    "strategy",
-    ["ddp_spawn", "ddp_fork_find_unused_parameters_false", "ddp_notebook", DDPStrategy(start_method="spawn")],
-)
-def test_processes_forked_inside_the_command_are_refused(strategy):
-    with pytest.raises(ConfigError, match=r"inside the command.*\nSet trainer\.strategy: ddp,"):
-        quiet_trainer(DetectionTrainer, None, strategy=strategy, devices=2)
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
