@@ -74,12 +74,6 @@ def test_unusable_value_names_key_rule_and_value_and_trains_and_writes_nothing(
     assert options[0] != "--experiment" or list(tmp_path.iterdir()) == []
 
 
-def printed_config(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, dict[str, object]]:
-    with pytest.raises(SystemExit):
-        run("fit", *words, "--print_config")
-    return dict(yaml.safe_load(capsys.readouterr().out))
-
-
 def test_configuration_that_contains_itself_is_one_message(capsys, tmp_path):
     (tmp_path / "loop.yaml").write_text("trainer: {callbacks: &a [*a]}\n")
     assert "through its aliases" in message_of(capsys, "fit", "--config", str(tmp_path / "loop.yaml"))
@@ -88,7 +82,9 @@ def test_configuration_that_contains_itself_is_one_message(capsys, tmp_path):
 def test_number_that_yaml_reads_as_text_is_converted(capsys, fast_options, tmp_path):
     file = tmp_path / "more.yaml"
     file.write_text("trainer: {gradient_clip_val: 1e-4}\n")
-    assert printed_config(capsys, *fast_options, "--config", str(file))["trainer"]["gradient_clip_val"] == 1e-4
+    with pytest.raises(SystemExit):
+        run("fit", *fast_options, "--config", str(file), "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["gradient_clip_val"] == 1e-4
 
 
 def test_classes_other_than_those_of_the_annotations_are_rejected_with_both_lists(capsys, fast_options, tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import PIL.Image
+from bad_data import coco_content, write_coco
 from peak_memory import peak_bytes
 
 from onestage.convert.conversion import convert_splits
@@ -67,14 +68,9 @@ def samples(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Each format -> the file to mutate, and how it is read."""
     pixels = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8), (5, 5), 0)
     names = [f"image.{suffix}" for suffix in ("jpg", "png", "gif", "webp", "tif")]
-    (folder / "coco").mkdir()
-    for path in ("coco/a.jpg", "coco/b.jpg", *names):
-        PIL.Image.fromarray(pixels).save(folder / path)
-    boxes = [{"id": n + 1, "image_id": n % 2 + 1, "category_id": 1, "bbox": [5 + n, 6, 20, 10.5], "iscrowd": 0}
-             for n in range(6)]  # fmt: skip
-    images = [{"id": n + 1, "file_name": f"{stem}.jpg", "width": 64, "height": 48} for n, stem in enumerate("ab")]
-    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
-    (folder / "coco.json").write_text(json.dumps(content))
+    for name in names:
+        PIL.Image.fromarray(pixels).save(folder / name)
+    write_coco(folder, coco_content(2), "coco")
     for to in ("voc", "yolo"):
         convert_splits(find_splits([folder / "coco.json"]), to, folder / to)
 
@@ -100,9 +96,9 @@ def samples(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
 
     return {
         "COCO": (folder / "coco.json", coco_reader),
-        "VOC": (folder / "voc" / "Annotations" / "a.xml", voc_reader),
+        "VOC": (folder / "voc" / "Annotations" / "a0.xml", voc_reader),
         "VOC list": (folder / "voc" / "ImageSets" / "Main" / "train.txt", voc_reader),
-        "YOLO": (folder / "yolo" / "labels" / "train" / "a.txt", yolo_reader),
+        "YOLO": (folder / "yolo" / "labels" / "train" / "a0.txt", yolo_reader),
         "YOLO settings": (folder / "yolo" / "data.yaml", yolo_reader),
         **{name: (folder / name, image_reader(name)) for name in names},
     }

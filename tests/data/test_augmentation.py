@@ -151,46 +151,30 @@ def test_distort_of_a_float_image_says_what_to_leave_out() -> None:
         A.Compose([A.Normalize(), SSDPhotometricDistort()])(image=noise(8, 8))
 
 
-def run_alone(transform: A.DualTransform, image: np.ndarray, boxes: list) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    params = A.BboxParams(format="pascal_voc", label_fields=["rows"])
-    result = A.Compose([transform], bbox_params=params)(
-        image=image, bboxes=np.array(boxes).reshape(-1, 4), rows=[*range(len(boxes))]
-    )
-    return result["image"], np.array(result["bboxes"]).reshape(-1, 4), [int(row) for row in result["rows"]]
-
-
-def test_zoom_out_fixed_draws_give_hand_computed_canvas(monkeypatch) -> None:
-    zoom_out, image = SSDZoomOut(p=1.0), noise(100, 200)
-    # ratio 1 + 3 / 3 = 2; half of 200 right, a quarter of 100 down
-    window = zoom_out.draw(FixedDraws(1 / 3, 0.5, 0.25), (100, 200), NO_BOXES)
-    monkeypatch.setattr(zoom_out, "draw", lambda *_: window)
-    canvas, boxes, rows = run_alone(zoom_out, image, [[10, 20, 30, 60]])
-    assert canvas.shape == (200, 400, 3)
-    assert np.array_equal(canvas[25:125, 100:300], image)
-    assert boxes == pytest.approx(np.array([[110, 45, 130, 85]]), abs=1e-4)
-    assert rows == [0]
-    is_border = np.ones(canvas.shape[:2], dtype=bool)
-    is_border[25:125, 100:300] = False
-    assert np.unique(canvas[is_border], axis=0).tolist() == [list(MEAN_RGB)]
-
-
 @pytest.mark.parametrize(
-    ("draws", "shape", "given", "box"),
+    ("transform", "draws", "given", "box"),
     [
-        # 0.5 + 0 * 1.5 = a half: a frame of 200 x 400, the image half of the 200 free columns and 1/4 of the rows in
-        ((0.0, 0.5, 0.25), (200, 400), [[10, 20, 30, 60]], [110, 45, 130, 85]),
+        # ratio 1 + 3 / 3 = 2: a canvas of 200 x 400, the image half of the 200 free columns and 1/4 of the rows in
+        (SSDZoomOut(p=1.0), (1 / 3, 0.5, 0.25), [[10, 20, 30, 60]], [110, 45, 130, 85]),
+        # 0.5 + 0 * 1.5 = a half: the same canvas
+        (ScaleJitter(scale=(0.5, 2.0)), (0.0, 0.5, 0.25), [[10, 20, 30, 60]], [110, 45, 130, 85]),
         # 0.5 + 1 * 1.5 = twice: 50 x 100 of the image from column 0.5 * 100 and row 0; the box is cut at column 50
-        ((1.0, 0.5, 0.0), (50, 100), [[40, 10, 80, 20], [0, 0, 20, 20], [20, 10, 60, 20]], [0, 10, 30, 20]),
+        (
+            ScaleJitter(scale=(0.5, 2.0)), (1.0, 0.5, 0.0),
+            [[40, 10, 80, 20], [0, 0, 20, 20], [20, 10, 60, 20]], [0, 10, 30, 20],
+        ),
     ],
-)
-def test_jitter_fixed_draws_give_hand_computed_frame(draws, shape, given, box, monkeypatch) -> None:
-    jitter = ScaleJitter(scale=(0.5, 2.0))
-    window = jitter.draw(FixedDraws(*draws), (100, 200), NO_BOXES)
-    monkeypatch.setattr(jitter, "draw", lambda *_: window)
-    frame, boxes, rows = run_alone(jitter, noise(100, 200), given)
-    assert frame.shape == (*shape, 3)
-    assert boxes == pytest.approx(np.array([box]), abs=1e-4)
-    assert rows == [0]  # of the others the centre is outside
+)  # fmt: skip
+def test_zoom_out_and_jitter_with_fixed_draws_are_hand_computed(transform, draws, given, box, monkeypatch) -> None:
+    window, image = transform.draw(FixedDraws(*draws), (100, 200), NO_BOXES), noise(100, 200)
+    monkeypatch.setattr(transform, "draw", lambda *_: window)
+    params = A.BboxParams(format="pascal_voc", label_fields=["rows"])
+    result = A.Compose([transform], params)(image=image, bboxes=np.array(given), rows=[*range(len(given))])
+    canvas = np.full((200, 400, 3), MEAN_RGB)
+    canvas[25:125, 100:300] = image
+    assert np.array_equal(result["image"], canvas if len(given) == 1 else image[:50, 50:150])
+    assert result["bboxes"] == pytest.approx(np.array([box]), abs=1e-4)
+    assert [int(row) for row in result["rows"]] == [0]  # of the others the centre is outside
 
 
 def test_geometry_with_fixed_draws_is_that_of_the_caffe_code() -> None:

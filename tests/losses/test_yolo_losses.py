@@ -4,8 +4,8 @@ import torch
 from torch.testing import assert_close
 
 from onestage.boxes.coders import GridBoxCoder
-from onestage.losses import GridBoxLoss, ObjectSoftmaxLoss, SquaredGridBoxLoss, SquaredObjectnessLoss
-from onestage.types import BACKGROUND, IGNORE, Anchors
+from onestage.losses import GridBoxLoss, ObjectSoftmaxLoss, SquaredGridBoxLoss
+from onestage.types import BACKGROUND, Anchors
 
 ANCHORS = Anchors(torch.tensor([[16.0, 16.0, 10.0, 20.0]] * 2), torch.tensor([32.0] * 2), (2,))
 
@@ -21,12 +21,6 @@ def test_grid_box_losses_equal_hand_computed_values_and_skip_other_anchors() -> 
     assert_close(found, torch.tensor(0.25**2 / 2 + sizes))
     found.backward()
     assert (outputs.grad[0, 1] == 0).all()
-
-
-def test_squared_objectness_is_half_the_weighted_squared_error_to_the_iou() -> None:
-    logits, labels = torch.zeros(1, 3, 1), torch.tensor([[0, BACKGROUND, IGNORE]])
-    found = SquaredObjectnessLoss().anchor_losses(logits, labels, torch.tensor([[0.8, 0.0, 0.0]]))
-    assert_close(found, torch.tensor([[5 * 0.3**2 / 2, 0.5**2 / 2, 0.0]]))
 
 
 def test_object_softmax_has_no_background() -> None:

@@ -50,22 +50,19 @@ def test_reorganise_equals_the_loops_of_darknet_and_not_pixel_unshuffle() -> Non
 
 
 @pytest.mark.parametrize(
-    ("detector_class", "num_classes", "num_values", "file_size"),
+    ("kind", "num_classes", "num_values", "file_size", "backbone_size"),
     [
-        (YOLOv2, 20, 50_676_061, 202_704_260),  # yolov2-voc.weights
-        (YOLOv2, 80, 50_983_561, 203_934_260),  # yolov2.weights
-        (YOLOv3, 80, 62_001_757, 248_007_048),  # yolov3.weights
+        (YOLOv2, 20, 50_676_061, 202_704_260, 79_327_120),  # yolov2-voc.weights, darknet19_448.conv.23
+        (YOLOv2, 80, 50_983_561, 203_934_260, 79_327_120),  # yolov2.weights
+        (YOLOv3, 80, 62_001_757, 248_007_048, 162_482_580),  # yolov3.weights, darknet53.conv.74
     ],
 )
-def test_published_networks_have_the_size_of_the_published_files(detector_class, num_classes, num_values, file_size):
+def test_networks_have_the_sizes_of_published_files(kind, num_classes, num_values, file_size, backbone_size) -> None:
     with torch.device("meta"):
-        detector = detector_class(num_classes)
-    assert count(detector.darknet_tensors()) == num_values
-    assert 4 * num_values + (20 if detector_class is YOLOv3 else 16) == file_size
-    layers, size = {YOLOv2: ("darknet19_448.conv.23", 79_327_120), YOLOv3: ("darknet53.conv.74", 162_482_580)}[
-        detector_class
-    ]
-    assert 4 * count(block_tensors(detector.backbone)) + file_size - 4 * num_values == size, layers
+        detector = kind(num_classes)
+    header = 20 if kind is YOLOv3 else 16
+    assert count(detector.darknet_tensors()) == num_values == (file_size - header) // 4
+    assert 4 * count(block_tensors(detector.backbone)) + header == backbone_size
 
 
 @pytest.mark.parametrize(

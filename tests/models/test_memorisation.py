@@ -5,24 +5,15 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
+from onestage import models
 from onestage.boxes.anchors import AnchorShapes
 from onestage.boxes.point_matchers import ATSSMatcher
-from onestage.models import (
-    FCOS,
-    SSD128,
-    Darknet19,
-    Darknet53,
-    RetinaNet,
-    SSDLite320,
-    TorchvisionBackbone,
-    YOLOv2,
-    YOLOv3,
-)
 from onestage.types import PADDING, Targets
 
 
-def backbone() -> TorchvisionBackbone:
-    return TorchvisionBackbone("mobilenet_v3_small", (8, 16, 32))
+def pyramid(kind: type, channels: int, **settings: object) -> torch.nn.Module:
+    backbone = models.TorchvisionBackbone("mobilenet_v3_small", (8, 16, 32))
+    return kind(2, backbone=backbone, channels=channels, tower_convs=1, **settings)
 
 
 def levels(*strides: int) -> list[AnchorShapes]:
@@ -30,13 +21,13 @@ def levels(*strides: int) -> list[AnchorShapes]:
 
 
 FAMILIES = {
-    "SSD128": lambda: SSD128(2),
-    "SSDLite320": lambda: SSDLite320(2),
-    "RetinaNet": lambda: RetinaNet(2, backbone=backbone(), channels=32, tower_convs=1, anchor_scale=2.0),
-    "FCOS": lambda: FCOS(2, backbone=backbone(), channels=64, tower_convs=1),
-    "ATSS": lambda: FCOS(2, backbone=backbone(), channels=64, tower_convs=1, matcher=ATSSMatcher()),
-    "YOLOv2": lambda: YOLOv2(2, backbone=Darknet19(8), anchors=levels(32)),
-    "YOLOv3": lambda: YOLOv3(2, backbone=Darknet53(6, (1, 1, 1, 1, 1)), anchors=levels(8, 16, 32)),
+    "SSD128": lambda: models.SSD128(2),
+    "SSDLite320": lambda: models.SSDLite320(2),
+    "RetinaNet": lambda: pyramid(models.RetinaNet, 32, anchor_scale=2.0),
+    "FCOS": lambda: pyramid(models.FCOS, 64),
+    "ATSS": lambda: pyramid(models.FCOS, 64, matcher=ATSSMatcher()),
+    "YOLOv2": lambda: models.YOLOv2(2, backbone=models.Darknet19(8), anchors=levels(32)),
+    "YOLOv3": lambda: models.YOLOv3(2, backbone=models.Darknet53(6, (1, 1, 1, 1, 1)), anchors=levels(8, 16, 32)),
 }
 
 

@@ -1,13 +1,9 @@
 """Uninterrupted runs, which interrupted ones are compared with."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import tiny_run
 
 

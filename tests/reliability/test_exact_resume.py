@@ -1,12 +1,10 @@
 """A run that was stopped anywhere and resumed ends with the same bits as one that was not."""
 
 import csv
-import signal
 from pathlib import Path
 
 import pytest
 import tiny_run
-from tiny_run import break_method
 
 from onestage.training.module import DetectionModule
 
@@ -45,23 +43,15 @@ STOPS = [  # number of the call at which SIGTERM comes
 ]
 
 
-def stop_and_resume(drawn, runs, options, method, count, monkeypatch) -> Path:
-    command = tiny_run.words(drawn, runs, *options, "--resume", "auto")
-    with monkeypatch.context() as patch:
-        break_method(patch, method, count, lambda: tiny_run.send(signal.SIGTERM))
-        assert tiny_run.onestage(*command) == 143
-    assert tiny_run.onestage(*command) == 0
-    return tiny_run.folder_of(runs)
-
-
 @pytest.mark.parametrize(
     ("variant", "method", "count"), [STOPS[0], *(pytest.param(*stop, marks=pytest.mark.slow) for stop in STOPS[1:])]
 )
-def test_stopped_and_resumed_run_ends_with_the_same_bits(
-    variant, method, count, drawn, uninterrupted, tmp_path, monkeypatch
-):
+def test_stopped_and_resumed_run_ends_with_the_same_bits(variant, method, count, drawn, uninterrupted, tmp_path):
     whole = uninterrupted(*VARIANTS[variant])
-    resumed = stop_and_resume(drawn, tmp_path, VARIANTS[variant], method, count, monkeypatch)
+    command = tiny_run.words(drawn, tmp_path, *VARIANTS[variant], "--resume", "auto")
+    assert tiny_run.end_of_signalled(command, count, method) == 143
+    assert tiny_run.onestage(*command) == 0
+    resumed = tiny_run.folder_of(tmp_path)
     assert tiny_run.differences(tiny_run.final_state(whole), tiny_run.final_state(resumed)) == []
     assert rows(resumed) == [row for row in rows(whole) if row in rows(resumed)]
     assert len(rows(resumed)) >= len(rows(whole)) - 1  # the row of the step it stopped after is written by neither
@@ -83,9 +73,7 @@ def test_skipped_steps_are_counted_as_without_the_stop(steps, stop, code, drawn,
     monkeypatch.setattr(DetectionModule, "training_step", broken)
     assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path / "whole")) == code
     command = tiny_run.words(drawn, tmp_path / "broken", "--resume", "auto")
-    with monkeypatch.context() as patch:
-        break_method(patch, STEP, stop, lambda: tiny_run.send(signal.SIGTERM))
-        assert tiny_run.onestage(*command) == 143
+    assert tiny_run.end_of_signalled(command, stop) == 143
     assert tiny_run.onestage(*command) == code
     folders = [tmp_path / name / "tiny" / "version_0" for name in ("whole", "broken")]
     texts = [(folder / "skipped_steps.json").read_text() for folder in folders]

@@ -61,11 +61,10 @@ def test_ten_stops_of_either_process_end_both_and_lose_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
-def test_signal_saves_that_step_and_ends_with_its_code(number, code, drawn, tmp_path, monkeypatch, capsys):
-    break_method(monkeypatch, "training_step", 3, lambda: tiny_run.send(number))
+def test_signal_saves_that_step_and_ends_with_its_code(number, code, drawn, tmp_path, capsys):
     # No interval: only the signal writes a checkpoint.
     options = ("--last_checkpoint.every_n_steps", "0", "--last_checkpoint.every_n_epochs", "0")
-    assert tiny_run.onestage(*tiny_run.words(drawn, tmp_path, *options)) == code
+    assert tiny_run.end_of_signalled(tiny_run.words(drawn, tmp_path, *options), 3, number=number) == code
     assert read_checkpoint(folder_of(tmp_path) / "checkpoints" / "last.ckpt")["global_step"] == 3
     message = capsys.readouterr().err
     assert "continue with --resume auto" in message
@@ -116,10 +115,9 @@ def test_signal_during_the_exchange_of_signals_is_kept(monkeypatch):
 
 
 @pytest.mark.slow
-def test_signal_in_the_evaluation_after_training_is_no_success(drawn, tmp_path, monkeypatch):
-    break_method(monkeypatch, "validation_step", 5, lambda: tiny_run.send(signal.SIGTERM))  # 2 epochs of 2, then this
+def test_signal_in_the_evaluation_after_training_is_no_success(drawn, tmp_path):
     command = tiny_run.words(drawn, tmp_path, "--resume", "auto")
-    assert tiny_run.onestage(*command) == 143
+    assert tiny_run.end_of_signalled(command, 5, "validation_step") == 143  # 2 epochs of 2, then this
     assert tiny_run.onestage(*command) == 0  # only the evaluation is left
 
 

@@ -20,10 +20,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.filterwarnings("i
 def stopped(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 16 steps that was stopped after step 12, with a best checkpoint of step 8."""
     runs = tmp_path_factory.mktemp("stopped")
-    with pytest.MonkeyPatch.context() as patch:
-        stop = tiny_run.at_call(12, lambda: tiny_run.send(signal.SIGTERM), DetectionModule.training_step)
-        patch.setattr(DetectionModule, "training_step", stop)
-        assert tiny_run.onestage(*tiny_run.words(drawn, runs)) == 143
+    assert tiny_run.end_of_signalled(tiny_run.words(drawn, runs), 12) == 143
     checkpoints = runs / "tiny" / "version_0" / "checkpoints"
     assert {name: step(checkpoints / name) for name in ("best.ckpt", "last.ckpt")} == {"best.ckpt": 8, "last.ckpt": 12}
     return runs / "tiny" / "version_0"

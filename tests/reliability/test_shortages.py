@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import checkpoint_files
@@ -76,9 +75,7 @@ def test_out_of_memory_leaves_the_last_checkpoint(drawn, tmp_path, monkeypatch, 
 def stopped(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 16 steps that was stopped after step 6, to be copied."""
     runs = tmp_path_factory.mktemp("stopped")
-    with pytest.MonkeyPatch.context() as patch:
-        break_method(patch, "training_step", 6, lambda: tiny_run.send(signal.SIGTERM))
-        assert tiny_run.onestage(*tiny_run.words(drawn, runs)) == 143
+    assert tiny_run.end_of_signalled(tiny_run.words(drawn, runs), 6) == 143
     return folder_of(runs)
 
 
@@ -123,12 +120,10 @@ def edit_a_byte(data: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("edit", "problem"), [(edit_a_box, "training annotations"), (edit_a_byte, "training images")])
-def test_changed_data_is_refused_unless_the_change_is_allowed(edit, problem, drawn, tmp_path, monkeypatch, capsys):
+def test_changed_data_is_refused_unless_the_change_is_allowed(edit, problem, drawn, tmp_path, capsys):
     data = shutil.copytree(drawn, tmp_path / "data")
-    command = [*tiny_run.words(data, tmp_path / "runs", "--resume", "auto", source="COCO")]
-    with monkeypatch.context() as patch:
-        break_method(patch, "training_step", 2, lambda: tiny_run.send(signal.SIGTERM))
-        assert tiny_run.onestage(*command) == 143
+    command = tiny_run.words(data, tmp_path / "runs", "--resume", "auto", source="COCO")
+    assert tiny_run.end_of_signalled(command, 2) == 143
     edit(data)
     assert tiny_run.onestage(*command) == 2
     error = capsys.readouterr().err

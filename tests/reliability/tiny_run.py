@@ -4,6 +4,7 @@ As a program it is `onestage` with the fault of the variable ONESTAGE_FAULT; the
 this same file.
 """
 
+import json
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 from command_line import REPOSITORY, run as onestage
 from tiny_training import TinyDetector
 
+from onestage.training.module import DetectionModule
 from onestage.types import Predictions
 
 
@@ -94,8 +96,6 @@ def differences(one: object, other: object, path: str = "") -> list[str]:
 
 def final_state(folder: Path) -> dict[str, object]:
     """Return the last checkpoint of a run, from weights to progress, and the numbers of its evaluation."""
-    import json
-
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
     results = json.loads((folder / "results.json").read_text())
@@ -132,8 +132,6 @@ class CutFile:
 
 def break_at(where: str, count: int, action: object) -> None:
     """Run `action` at call number `count` of a moment: step, validation, write, sync, replace, a hook of the module."""
-    from onestage.training.module import DetectionModule
-
     if where == "write":
         save = torch.save
         calls = iter(range(1, 10**9))
@@ -179,9 +177,16 @@ def is_same_end(whole: Path, resumed: Path) -> bool:
 
 def break_method(monkeypatch: pytest.MonkeyPatch, method: str, count: int, action: Callable[[], object]) -> None:
     """Run `action` at call number `count` of a method of DetectionModule."""
-    from onestage.training.module import DetectionModule
-
     monkeypatch.setattr(DetectionModule, method, at_call(count, action, getattr(DetectionModule, method)))
+
+
+def end_of_signalled(
+    command: list[str], count: int, method: str = "training_step", number: int = signal.SIGTERM
+) -> int:
+    """Run a command that gets a signal at call number `count` of a method; return its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        break_method(patch, method, count, lambda: send(number))
+        return onestage(*command)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,9 @@ def annotation_set(
         "class_names": class_names,
         "category_ids": tuple(7 * (label + 1) for label in range(len(class_names))),
     }
-    if areas is not None:
-        fields["areas"] = np.concatenate([np.asarray(area, np.float32) for area in areas])
-    if crowds is not None:
-        fields["is_crowd"] = np.concatenate(crowds).astype(bool)
-    if difficult is not None:
-        fields["is_difficult"] = np.concatenate(difficult).astype(bool)
+    of_objects = {"areas": (areas, np.float32), "is_crowd": (crowds, bool), "is_difficult": (difficult, bool)}
+    given = {name: (rows, dtype) for name, (rows, dtype) in of_objects.items() if rows is not None}
+    fields |= {name: np.concatenate(rows).astype(dtype) for name, (rows, dtype) in given.items()}
     return hand_written(labels, boxes, **fields)
 
 

@@ -3,8 +3,8 @@
 from typing import ClassVar
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
+from annotation_sets import hand_written
 from torch.utils.data import DataLoader
 
 from onestage.models.heads import ExtraLayer
@@ -73,13 +73,8 @@ class CrowdedData(TinyData):
     """20 objects in the most crowded image."""
 
     def annotations(self, stage):
-        class Annotations:
-            box_offsets = np.array([0, 1, 21, *range(22, 22 + self.num_images - 2)])
-
-            def __len__(_):  # noqa: N805 # self is the data module
-                return self.num_images
-
-        return Annotations()
+        labels = [[0], [0] * 20, *[[0]] * (self.num_images - 2)]
+        return hand_written(labels, [[[0, 0, 9, 9]] * len(image) for image in labels])
 
 
 def quiet_trainer(trainer_class: type[pl.Trainer], folder: object, **settings: object) -> pl.Trainer:
