@@ -63,9 +63,7 @@ def test_unusable_command_line_ends_in_one_message(capsys, words, expected):
         ),
     ],
 )
-def test_unusable_value_names_key_rule_and_value_and_trains_and_writes_nothing(
-    capsys, fast_options, tmp_path, monkeypatch, options, named
-):
+def test_unusable_value_is_named_and_nothing_trained(capsys, fast_options, tmp_path, monkeypatch, options, named):
     monkeypatch.setattr(DetectionModule, "training_step", lambda *_: pytest.fail("trained"))
     text = message_of(capsys, "fit", *fast_options, *options, "--runs_dir", str(tmp_path / "a" / "runs"))
     assert named in text

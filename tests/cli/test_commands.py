@@ -88,9 +88,7 @@ def test_predict_on_a_folder_writes_images_and_coco_results_in_original_pixels(t
     assert all(math.isfinite(value) for record in records for value in record["bbox"])
 
 
-def test_run_shorter_than_its_validation_interval_is_evaluated_also_without_checkpoints_and_anchor_statistics(
-    fast_options, tmp_path, capsys
-):
+def test_run_shorter_than_its_validation_interval_without_checkpoints_is_evaluated(fast_options, tmp_path, capsys):
     options = ["--trainer.check_val_every_n_epoch", "5", "--drawn_images", "0", "--trainer.limit_train_batches", "1"]
     options += ["--trainer.enable_checkpointing", "false", "--anchor_statistics", "false", "--runs_dir", str(tmp_path)]
     assert run("fit", *fast_options, *options) == 0

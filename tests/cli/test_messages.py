@@ -12,9 +12,8 @@ def test_config_files_are_found_in_any_form_and_the_other_options_keep_their_ord
     assert split_option([*words, "--ckpt_path=b.ckpt", "--ckpt_path"], "--ckpt_path")[0] == ["a.ckpt", "b.ckpt"]
 
 
-ALIAS_BOMB = "\n".join(
-    ["l0: &l0 [1, 2, 3]", *(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 12))]
-).encode()
+ALIASES = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 12)]
+ALIAS_BOMB = "\n".join(["l0: &l0 [1, 2, 3]", *ALIASES]).encode()
 
 
 @pytest.mark.parametrize(

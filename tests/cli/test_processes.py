@@ -37,19 +37,16 @@ def without_time(results: dict[str, object]) -> dict[str, object]:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An experiment of 20 steps on 40 drawn images of 64 px, with an average of the weights."""
     folder = tmp_path_factory.mktemp("tiny")
+    source = {"path": str(folder / "shapes"), "num_train": NUM_TRAIN, "num_val": NUM_VAL}
+    sgd = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
     experiment = {
         "data": {
-            "source": {
-                "class_path": "onestage.data.Shapes",
-                "init_args": {"path": str(folder / "shapes"), "num_train": NUM_TRAIN, "num_val": NUM_VAL},
-            },
+            "source": {"class_path": "onestage.data.Shapes", "init_args": source},
             "image_size": 64, "batch_size": 2, "num_workers": 0,
         },
         "model": {
             "detector": {"class_path": "tiny_training.TinyDetector"}, "channels_last": False,
-            "optimizer": {
-                "class_path": "torch.optim.SGD", "init_args": {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1},
-            },
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": sgd},
             "schedule": {"kind": "cosine", "warmup_steps": 5},
         },
         "trainer": {

@@ -36,9 +36,7 @@ def reference_change(rng: np.random.Generator, low: float, high: float, nothing:
     return low + value * (high - low) if chance < 0.5 else nothing
 
 
-def reference_distort(
-    image: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float, contrast_first: bool
-) -> np.ndarray:
+def reference_distort(image, brightness, contrast, saturation, hue, contrast_first) -> np.ndarray:
     """DataTransformer::DistortImage, in floating point; hue on a closed circle of 360 degrees."""
     image = (image + brightness).clip(0, 255)
     if contrast_first:
@@ -97,9 +95,7 @@ def reference_jaccard(a: list[float], b: list[float]) -> float:
     return width * height / (total - width * height)
 
 
-def reference_recipe(
-    rng: np.random.Generator, image: np.ndarray, boxes: list, with_colours: bool
-) -> tuple[np.ndarray, list[int], list, bool]:
+def reference_recipe(rng, image: np.ndarray, boxes: list, with_colours: bool) -> tuple[np.ndarray, list, list, bool]:
     """The result [SIDE, SIDE, 3], the kept rows, their boxes, and whether the image was zoomed out."""
     rng.random()  # p of the whole
     image = image.astype(float)

@@ -206,9 +206,8 @@ OUTSIDE = ["sub/../../canary.jpg", "/etc/hostname", "..\\a.jpg", "C:\\a.jpg", "b
 
 
 def as_xyxy(content: Content) -> None:
-    content["annotations"] = [
-        {"id": n, "image_id": 7, "category_id": 4, "bbox": [40 + n, 30 + n, 80 + n, 70 + n]} for n in range(10)
-    ]
+    boxes = [[40 + n, 30 + n, 80 + n, 70 + n] for n in range(10)]
+    content["annotations"] = [{"id": n, "image_id": 7, "category_id": 4, "bbox": box} for n, box in enumerate(boxes)]
 
 
 @pytest.mark.parametrize(
@@ -274,6 +273,5 @@ def test_image_folder_without_the_images_is_refused_with_the_key(tmp_path) -> No
     (tmp_path / "images" / "deep").mkdir()
     with pytest.raises(AnnotationError) as caught:
         parse_coco(file, tmp_path / "images" / "deep")
-    assert str(caught.value).endswith(
-        f"They are in {tmp_path}/images: give it as data.source.train_images or val_images."
-    )
+    remedy = f"They are in {tmp_path}/images: give it as data.source.train_images or val_images."
+    assert str(caught.value).endswith(remedy)

@@ -50,8 +50,7 @@ def test_no_image_is_an_error_with_place_rule_and_remedy(tmp_path, kind) -> None
     touch(tmp_path / "texts" / "notes.txt")
     os.mkfifo(tmp_path / "pipe")
     place = tmp_path / kind
-    with pytest.raises(
-        DataError, match=r"(holds no images \(\.jpg|neither folder nor image)(.|\n)*data\.predict_dir"
-    ) as caught:
+    message = r"(holds no images \(\.jpg|neither folder nor image)(.|\n)*data\.predict_dir"
+    with pytest.raises(DataError, match=message) as caught:
         ImageFolder(place).read("test")
     assert str(caught.value).startswith(str(place))

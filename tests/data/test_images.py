@@ -133,9 +133,8 @@ def test_every_mode_and_depth_is_decoded_to_hand_computed_values(tmp_path, kind,
         np.testing.assert_allclose(image[[0, 8], [0, 8]], [expected] * 2, atol=3 if suffix == ".jpg" else 1)
         said = {finding.rule for finding in check_header(str(path)).findings}
         assert ("16 bits" in said) == (kind is np.uint16 or "16" in str(kind))
-        assert ("transparency" in said) == (
-            kind in ("LA", "RGBA") or (np.shape(colour) == (4,) and kind in (np.uint8, np.uint16))
-        )
+        has_alpha = kind in ("LA", "RGBA") or (np.shape(colour) == (4,) and kind in (np.uint8, np.uint16))
+        assert ("transparency" in said) == has_alpha
 
 
 def tiff(path: Path, strips: list[bytes], **tags: list[int]) -> Path:
@@ -176,9 +175,7 @@ def test_planes_of_16_bits_give_their_upper_8(tmp_path, photometric, values, exp
         (b"\1" * 256, {"t262": [3], "t320": [10, 200, 30] * 256}, "holds colours of 8 bits in a table of 16; it must"),
     ],
 )
-def test_values_without_a_range_or_that_would_come_out_wrong_are_refused_by_their_header(
-    tmp_path, content, tags, problem
-) -> None:
+def test_values_without_a_range_or_read_wrong_are_refused_by_their_header(tmp_path, content, tags, problem) -> None:
     path = tmp_path / "a.tif"
     flat(*tags, path) if content is None else tiff(path, [content], **tags)
     check = check_header(str(path))
@@ -199,12 +196,10 @@ def test_ycck_of_a_jpeg_is_decoded(tmp_path) -> None:
 @pytest.mark.parametrize(("mode", "suffixes"), [("P", ".png .tif .gif .bmp"), ("PA", ".tif")])
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_palettes_of_any_depth_give_their_colours(tmp_path, mode, suffixes, bits) -> None:
-    picture_of_indices = Image.new("P", (16, 16), 1)
-    picture_of_indices.putpalette([200, 0, 0, *GREEN])
+    indices, options = Image.new("P", (16, 16), 1), {"bits": bits} if mode == "P" else {}
+    indices.putpalette([200, 0, 0, *GREEN])
     for suffix in suffixes.split():
-        path = save(
-            tmp_path / f"a{suffix}", picture_of_indices.convert(mode), **({"bits": bits} if mode == "P" else {})
-        )
+        path = save(tmp_path / f"a{suffix}", indices.convert(mode), **options)
         assert read_image(path)[8, 8].tolist() == list(GREEN)
 
 

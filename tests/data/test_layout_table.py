@@ -59,6 +59,14 @@ def files(*paths: str, texts: Mapping[str, str] | None = None) -> Callable[[Path
     return write
 
 
+def coco(*names: str, **changes: int) -> Callable[[Path], None]:
+    return lambda root: coco_folder(root, *names, **changes)
+
+
+def voc(**stems_by_list: str) -> Callable[[Path], None]:
+    return lambda root: voc_folder(root, **stems_by_list)
+
+
 SPLITS = ("images/train/{a,b,c}.jpg", "labels/train/{a,b,c}.txt", "images/val/{d,e,f}.jpg", "labels/val/{d,e,f}.txt")
 MAIN = "ImageSets/Main"
 
@@ -211,7 +219,6 @@ YAML = "train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['cat']\n"
 
 class Case(NamedTuple):
     write: Callable[[Path], None]
-    format: str
     splits: dict[str, int]  # role -> images that stay
     rules: frozenset[str] | set[str] = frozenset()  # of doctor's findings, among others
     stops: bool = False  # doctor names an error, and training does not start
@@ -219,148 +226,136 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "COCO: the official archive": Case(coco_official, "COCO", {**FOURS, "test": 4}, unused=2),
-    "COCO: Roboflow": Case(coco_roboflow, "COCO", {**FOURS, "test": 4}),
-    "COCO: one file of any name": Case(lambda root: coco_folder(root, "zoo", num_images=6), "COCO", {"train": 6}),
-    "COCO: several training files": Case(
-        lambda root: coco_folder(root, "train2014", "train2017", "minitrain", "val2014"), "COCO", FOURS, unused=10
-    ),
+    "COCO: the official archive": Case(coco_official, {**FOURS, "test": 4}, unused=2),
+    "COCO: Roboflow": Case(coco_roboflow, {**FOURS, "test": 4}),
+    "COCO: one file of any name": Case(coco("zoo", num_images=6), {"train": 6}),
+    "COCO: several training files": Case(coco("train2014", "train2017", "minitrain", "val2014"), FOURS, unused=10),
     "COCO: separators and numbers as text": Case(
-        lambda root: coco_with_a_sub_folder(root, "\\", width="100"), "COCO", {"train": 4}
+        lambda root: coco_with_a_sub_folder(root, "\\", width="100"), {"train": 4}
     ),
     "COCO: Label Studio on Windows": Case(
         coco_moved("x>images", "annotations/instances_x.json>result.json", name="x", file_name="images\\"),
-        "COCO", {"train": 4},
+        {"train": 4},
     ),
-    "COCO: no training split": Case(
-        lambda root: coco_folder(root, "val", "test"), "COCO", {"val": 4, "test": 4}, {"no training split"}, stops=True
-    ),
-    "COCO: words and capitals": Case(
-        lambda root: coco_folder(root, "mine_Train", "EVAL", "trains"), "COCO", FOURS, unused=5
-    ),
-    "COCO: FiftyOne": Case(
-        coco_moved("annotations/instances_train.json>labels.json", "train>data"), "COCO", {"train": 4}
-    ),
-    "COCO: paths of another machine": Case(coco_moved(file_name="C:\\mine\\train\\"), "COCO", {"train": 4}),
-    "COCO: paths from the annotations": Case(coco_moved(file_name="../train/"), "COCO", {"train": 4}),
-    "COCO: capitals of Windows": Case(coco_in_capitals, "COCO", FOURS),
+    "COCO: no training split": Case(coco("val", "test"), {"val": 4, "test": 4}, {"no training split"}, stops=True),
+    "COCO: words and capitals": Case(coco("mine_Train", "EVAL", "trains"), FOURS, unused=5),
+    "COCO: FiftyOne": Case(coco_moved("annotations/instances_train.json>labels.json", "train>data"), {"train": 4}),
+    "COCO: paths of another machine": Case(coco_moved(file_name="C:\\mine\\train\\"), {"train": 4}),
+    "COCO: paths from the annotations": Case(coco_moved(file_name="../train/"), {"train": 4}),
+    "COCO: capitals of Windows": Case(coco_in_capitals, FOURS),
     "COCO: a folder of any name, whose first image is missing": Case(
         lambda root: [coco_moved("train>my photos")(root), (root / "my photos" / "a0.jpg").unlink()],
-        "COCO", {"train": 3}, {"image missing"},
+        {"train": 3}, {"image missing"},
     ),
     "COCO: names of URLs": Case(
-        coco_moved("train/a0.jpg>train/x a0.jpg", file_name="https://host/train/x%20"), "COCO", {"train": 1},
+        coco_moved("train/a0.jpg>train/x a0.jpg", file_name="https://host/train/x%20"), {"train": 1},
         {"annotation file"}, stops=True, unused=3,
     ),
     "VOC: lists, also of a class": Case(
-        lambda root: voc_folder(root, train="a b", valid="c", test="d", dog_train="a"),
-        "VOC", {"train": 2, "val": 1, "test": 1},
+        voc(train="a b", valid="c", test="d", dog_train="a"),
+        {"train": 2, "val": 1, "test": 1},
     ),
     "VOC: two years": Case(lambda root: [
         voc_folder(root / "VOCdevkit/VOC2007", trainval="a b", test="c", train="a", val="b"),
         voc_folder(root / "VOCdevkit/VOC2012", trainval="d e", train="d", val="e"),
-    ], "VOC", {"train": 4, "val": 1}),
-    "VOC: images and annotations": Case(files("images/{a,b,c}.jpg", "annotations/{a,b,c}.xml"), "VOC", {"train": 3}),
-    "VOC: a folder for each camera": Case(files("{cam1,cam2/deep}/{a,b,c}.{jpg,xml}"), "VOC", {"train": 6}),
+    ], {"train": 4, "val": 1}),
+    "VOC: images and annotations": Case(files("images/{a,b,c}.jpg", "annotations/{a,b,c}.xml"), {"train": 3}),
+    "VOC: a folder for each camera": Case(files("{cam1,cam2/deep}/{a,b,c}.{jpg,xml}"), {"train": 6}),
     "VOC: folders of splits": Case(files(
         "train/images/{a,b,c}.jpg", "train/annotations/{a,b,c}.xml",
         "val/images/{d,e,f}.jpg", "val/annotations/{d,e,f}.xml",
-    ), "VOC", PAIR),
+    ), PAIR),
     "VOC: a list of Windows": Case(files("JPEGImages/{a,b,c,d,e}.jpg", "Annotations/{a,b,c,d,e}.xml", texts={
         f"{MAIN}/train.txt": "C:\\sets\\JPEGImages\\a.jpg\r\nJPEGImages/b\r\nc.jpg\r\nd\r\n", f"{MAIN}/val.txt": "e",
-    }), "VOC", {"train": 4, "val": 1}),
+    }), {"train": 4, "val": 1}),
     "VOC: Datumaro's lists of classes, and sub-folders": Case(files(
         "JPEGImages/{sub/a,b,c}.jpg", "Annotations/{sub/a,b,c}.xml",
         texts={f"{MAIN}/default.txt": "sub/a\nb\nc\n", f"{MAIN}/dog_default.txt": "a\n"},
-    ), "VOC", {"train": 3}),
+    ), {"train": 3}),
     "VOC: other spellings, and names that end with a number": Case(files(
         "JPEGImages/{e\u0301,b,1,c,d,1 1}.jpg", "Annotations/{\u00e9,b,1,c,d,1 1}.xml",
         texts={f"{MAIN}/train.txt": "\u00e9\nb.JPG\n1 1\n1 -1\nc.xml\n", f"{MAIN}/val.txt": "d\n"},
-    ), "VOC", {"train": 5, "val": 1}),
+    ), {"train": 5, "val": 1}),
     "VOC: PaddlePaddle": Case(files("JPEGImages/{a,b,c}.jpg", "Annotations/{a,b,c}.xml", texts={
         "train_list.txt": "".join(f"./JPEGImages/{stem}.jpg ./Annotations/{stem}.xml\n" for stem in "ab"),
         "val_list.txt": "./JPEGImages/c.jpg ./Annotations/c.xml\n",
-    }), "VOC", {"train": 2, "val": 1}),
-    "VOC: FiftyOne": Case(files("data/{a,b,c}.jpg", "labels/{a,b,c}.xml"), "VOC", {"train": 3}),
-    "VOC: Roboflow, in a folder of an archive": Case(in_archive(voc_roboflow), "VOC", {**PAIR, "test": 3}),
-    "VOC: an unused list": Case(
-        lambda root: voc_folder(root, train="a b", val="c", north="d"), "VOC", {"train": 2, "val": 1}, unused=3
-    ),
-    "YOLO: Label Studio": Case(yolo("images"), "YOLO", {"train": 3}),
-    "YOLO: labels beside images": Case(yolo("."), "YOLO", {"train": 3}),
-    "YOLO: folders named as COCO's": Case(yolo("images/train2017", "images/val2017"), "YOLO", PAIR),
+    }), {"train": 2, "val": 1}),
+    "VOC: FiftyOne": Case(files("data/{a,b,c}.jpg", "labels/{a,b,c}.xml"), {"train": 3}),
+    "VOC: Roboflow, in a folder of an archive": Case(in_archive(voc_roboflow), {**PAIR, "test": 3}),
+    "VOC: an unused list": Case(voc(train="a b", val="c", north="d"), {"train": 2, "val": 1}, unused=3),
+    "YOLO: Label Studio": Case(yolo("images"), {"train": 3}),
+    "YOLO: labels beside images": Case(yolo("."), {"train": 3}),
+    "YOLO: folders named as COCO's": Case(yolo("images/train2017", "images/val2017"), PAIR),
     "YOLO: Roboflow, in a folder of an archive": Case(
-        in_archive(yolo("train/images", "valid/images", yaml=YAML)), "YOLO", PAIR
+        in_archive(yolo("train/images", "valid/images", yaml=YAML)), PAIR
     ),
     "YOLO: other words for the splits": Case(
-        yolo("Training/images", "dev/images", "holdout/images"), "YOLO", {**PAIR, "test": 3}
+        yolo("Training/images", "dev/images", "holdout/images"), {**PAIR, "test": 3}
     ),
     "YOLO: Roboflow for darknet": Case(files(
         "train/{a,b,c}.{jpg,TXT}", "valid/{d,e,f}.{jpg,TXT}", texts={"train/_darknet.labels": "cat\n"}
-    ), "YOLO", PAIR),
+    ), PAIR),
     "YOLO: capitals of Windows": Case(files(*SPLITS, texts={
         "Data.YAML": "train: train.TXT\nval: images/val\nnames: [cat]\n",
         "train.TXT": "".join(f"images/train/{stem}.JPG\n" for stem in "abc"),
-    }), "YOLO", PAIR),
+    }), PAIR),
     "YOLO: LabelImg's classes beside the labels": Case(
-        files(*SPLITS, texts={f"labels/{split}/classes.txt": "cat\n" for split in ("train", "val")}), "YOLO", PAIR
+        files(*SPLITS, texts={f"labels/{split}/classes.txt": "cat\n" for split in ("train", "val")}), PAIR
     ),
     "YOLO: classes that differ by folder": Case(
-        files(*SPLITS, texts={"labels/train/classes.txt": "cat\n", "labels/val/classes.txt": "dog\n"}), "YOLO", {},
+        files(*SPLITS, texts={"labels/train/classes.txt": "cat\n", "labels/val/classes.txt": "dog\n"}), {},
         {"annotation file"}, stops=True,
     ),
     "YOLO: lists alone, and the system's files": Case(files(
         "Images/{a,b,c,d,@eaDir/thumb}.jpg", "Labels/{a,b,c,d}.txt",
         texts={"train.txt": "data/Images/a.jpg\r\ndata/Images/b.jpg\r\n", "valid.txt": "Images/c.jpg\nImages/d.jpg\n"},
-    ), "YOLO", {"train": 2, "val": 2}, {"no class names"}),
+    ), {"train": 2, "val": 2}, {"no class names"}),
     "YOLO: a YAML file of any name, and a test split that is not there": Case(files(
         "train/images/{a,b,c}.jpg", "train/labels/{a,b,c}.txt", "valid/images/{d,e,f}.jpg", "valid/labels/{d,e,f}.txt",
         texts={"mine.yaml": YAML + "test: ../test/images\n", "hyp.yaml": "lr0: 0.01\n"},
-    ), "YOLO", PAIR, unused=1),
-    "YOLO: folders that are no splits": Case(yolo("images/device1", "images/valley"), "YOLO", {"train": 6}),
+    ), PAIR, unused=1),
+    "YOLO: folders that are no splits": Case(yolo("images/device1", "images/valley"), {"train": 6}),
     "YOLO: a class without name": Case(
-        lambda root: [yolo("images/train")(root), (root / "classes.txt").write_text("cat\n\ndog\n")], "YOLO", {},
+        lambda root: [yolo("images/train")(root), (root / "classes.txt").write_text("cat\n\ndog\n")], {},
         {"annotation file"}, stops=True,
     ),
-    "YOLO: no class names, flat": Case(yolo("images", names=""), "YOLO", {"train": 3}, {"no class names"}),
+    "YOLO: no class names, flat": Case(yolo("images", names=""), {"train": 3}, {"no class names"}),
     "YOLO: neither class names nor objects": Case(
-        lambda root: yolo_images(root, "images", "labels", text=""), "YOLO", {}, {"annotation file"}, stops=True
+        lambda root: yolo_images(root, "images", "labels", text=""), {}, {"annotation file"}, stops=True
     ),
-    "YOLO: CVAT and darknet": Case(yolo_cvat, "YOLO", {"train": 3, "val": 1}),
+    "YOLO: CVAT and darknet": Case(yolo_cvat, {"train": 3, "val": 1}),
     "YOLO: a list of Windows": Case(
         yolo_list("C:\\sets\\mine\\images\\train\\a.jpg", "images\\train\\b.jpg", ".\\images\\train\\c.jpg"),
-        "YOLO", {"train": 3},
+        {"train": 3},
     ),
     "YOLO: a list of no existing image": Case(
-        yolo_list("images/x.jpg", "../../y.jpg"), "YOLO", {}, {"annotation file"}, stops=True
+        yolo_list("images/x.jpg", "../../y.jpg"), {}, {"annotation file"}, stops=True
     ),
-    "YOLO: valid beside val": Case(yolo("images/train", "images/val", "images/valid"), "YOLO", PAIR, unused=4),
-    "a copy in two splits": Case(coco_pair(copied), "COCO", FOURS, {"copy in two splits"}),
-    "a float TIFF": Case(with_image(FLOAT, "f.tif"), "COCO", {"train": 3, "val": 4}, {"image unreadable"}, unused=1),
-    "a 16-bit PNG": Case(with_image(DEEP, "f.png"), "COCO", FOURS, {"16 bits"}, unused=1),
-    "a transparent PNG": Case(with_image(RED, "f.png"), "COCO", FOURS, {"transparency"}, unused=1),
-    "one image in two splits": Case(
-        lambda root: voc_folder(root, train="a b", val="b c"), "VOC", {"train": 2, "val": 2},
+    "YOLO: valid beside val": Case(yolo("images/train", "images/val", "images/valid"), PAIR, unused=4),
+    "COCO: a copy in two splits": Case(coco_pair(copied), FOURS, {"copy in two splits"}),
+    "COCO: a float TIFF": Case(with_image(FLOAT, "f.tif"), {"train": 3, "val": 4}, {"image unreadable"}, unused=1),
+    "COCO: a 16-bit PNG": Case(with_image(DEEP, "f.png"), FOURS, {"16 bits"}, unused=1),
+    "COCO: a transparent PNG": Case(with_image(RED, "f.png"), FOURS, {"transparency"}, unused=1),
+    "VOC: one image in two splits": Case(
+        voc(train="a b", val="b c"), {"train": 2, "val": 2},
         {"same images in two splits"},
     ),
-    "no objects": Case(edited("train", "annotations", iscrowd="1"), "COCO", FOURS, {"no objects"}, stops=True),
-    "VOC: a split of negatives": Case(voc_val(""), "VOC", {"train": 2, "val": 1}, {"image without objects"}),
-    "an unknown VOC class": Case(voc_val("cow"), "VOC", {"train": 2, "val": 1}, {"class unknown in training"}, True),
-    "other categories": Case(edited("val", "categories", [0], name="cow"), "COCO", FOURS, {"classes differ"}, True),
-    "an image listed twice": Case(
-        edited("train", "images", [1], file_name="a0.jpg"), "COCO", {"train": 3, "val": 4}, {"image listed twice"},
+    "COCO: no objects": Case(edited("train", "annotations", iscrowd="1"), FOURS, {"no objects"}, stops=True),
+    "VOC: a split of negatives": Case(voc_val(""), {"train": 2, "val": 1}, {"image without objects"}),
+    "VOC: an unknown VOC class": Case(voc_val("cow"), {"train": 2, "val": 1}, {"class unknown in training"}, True),
+    "COCO: other categories": Case(edited("val", "categories", [0], name="cow"), FOURS, {"classes differ"}, True),
+    "COCO: an image listed twice": Case(
+        edited("train", "images", [1], file_name="a0.jpg"), {"train": 3, "val": 4}, {"image listed twice"},
         unused=1,
     ),
-    "ids as floats": Case(edited("train", "annotations", [0, 1], image_id=1.0), "COCO", FOURS),
-    "bad boxes": Case(edited("train", "annotations", [0, 3], bbox=None), "COCO", FOURS, {"object malformed"}),
-    "missing and torn images, too many together": Case(
-        coco_pair(two_missing_and_two_torn, num_images=9), "COCO", {"train": 5, "val": 9}, {"annotation file"}, True
+    "COCO: ids as floats": Case(edited("train", "annotations", [0, 1], image_id=1.0), FOURS),
+    "COCO: bad boxes": Case(edited("train", "annotations", [0, 3], bbox=None), FOURS, {"object malformed"}),
+    "COCO: missing and torn images, too many together": Case(
+        coco_pair(two_missing_and_two_torn, num_images=9), {"train": 5, "val": 9}, {"annotation file"}, True
     ),
-    "a torn XML file": Case(voc_torn_xml, "VOC", {"train": 2, "val": 1}, {"label file malformed"}),
-    "too few images to divide": Case(
-        lambda root: coco_folder(root, "train", num_images=2), "COCO", {"train": 2}, {"too few images"}, stops=True
-    ),
-    "files that nothing uses": Case(unused_files, "YOLO", PAIR, unused=4),
+    "VOC: a torn XML file": Case(voc_torn_xml, {"train": 2, "val": 1}, {"label file malformed"}),
+    "COCO: too few images to divide": Case(coco("train", num_images=2), {"train": 2}, {"too few images"}, stops=True),
+    "YOLO: files that nothing uses": Case(unused_files, PAIR, unused=4),
 }  # fmt: skip
 
 
@@ -387,7 +382,7 @@ def start_training(path: Path) -> DetectionDataModule | None:
 def test_doctor_and_training_agree_on_roles_findings_and_what_is_unused(name, tmp_path) -> None:
     case = CASES[name]
     case.write(tmp_path)
-    assert recognise(tmp_path).format == case.format
+    assert recognise(tmp_path).format == name.partition(":")[0]
     diagnosis, num_images = diagnose(tmp_path)
     assert num_images == case.splits
     effects = {finding.rule: finding.effect for finding in diagnosis.findings}
@@ -443,7 +438,7 @@ NO_TRAIN = {"images/data.yaml": "trani: .\nnames: [cat]\n"}
         (files(), "gone", "no such file or folder"),
         (files(texts={"notes.md": ""}), "notes.md", "is not a folder, JSON or YAML file"),
         (files(texts={"notes.md": ""}), "", r"holds 1 \.md(.|\n)*Known are: COCO"),
-        (lambda root: coco_folder(root, "north", "south"), "", r"no file says .* which split(.|\n)*one by one"),
+        (coco("north", "south"), "", r"no file says .* which split(.|\n)*one by one"),
         (files("{a,b}.jpg", texts={"a.json": LABELME, "b.json": LABELME}), "", "look like labelme's files" + REMEDY),
         (files("{a,b}.jpg", texts={"v/a.json": VIA, "v/b.json": VIA}), "", "look like files of VIA" + REMEDY),
         (files("{a,b}.jpg", texts={"annotations.xml": CVAT}), "", "holds .*look like CVAT's own XML" + REMEDY),

@@ -247,9 +247,7 @@ def test_worker_that_dies_or_hangs_is_one_message(annotations, harm, exit_code, 
         pytest.param(signal.SIGSTOP, "no batch came from the workers of the loader for 4 s", marks=pytest.mark.slow),
     ],
 )
-def test_worker_that_dies_or_stops_outside_the_loader_is_reported_by_the_next_batch(
-    annotations, number, message, is_between_epochs
-) -> None:
+def test_worker_that_ends_outside_the_loader_is_reported_next(annotations, number, message, is_between_epochs) -> None:
     loader = harmful_loader(annotations, lambda: None, 4.0 if number == signal.SIGSTOP else 60.0)
     iterator, worker = started(loader, len(loader) if is_between_epochs else 1)
     time.sleep(0.5)

@@ -182,9 +182,8 @@ def test_classes_that_do_not_occur_and_crowds_do_not_count() -> None:
     annotations = annotation_set([[0], [1], [0, 2]], num_classes=5, crowds=[3])  # the only object of class 2
     assert ClassBalancedSampling().repeats(annotations).tolist() == pytest.approx([0.75, 1.5, 0.75])
     assert np.isfinite(RepeatFactorSampling(1.0).repeats(annotations)).all()
-    assert RepeatFactorSampling(1.0).repeats(annotations).tolist() == pytest.approx(
-        [math.sqrt(1.5), math.sqrt(3), math.sqrt(1.5)]
-    )
+    expected = [math.sqrt(1.5), math.sqrt(3), math.sqrt(1.5)]
+    assert RepeatFactorSampling(1.0).repeats(annotations).tolist() == pytest.approx(expected)
 
 
 @pytest.fixture

@@ -35,9 +35,8 @@ def rows(*detections: tuple[float, float, int]) -> list[np.ndarray]:
 def test_largest_differences_are_reported_whatever_the_order() -> None:
     found = rows((5.0, 0.9, 1), (40.0625, 0.9, 1), (0.0, 0.0, -1))
     expected = rows((40.0, 0.9, 1), (5.0, 0.8995, 1), (0.0, 0.0, -1))
-    assert compare(found, expected) == (
-        "compared with torch: 2 detections on 3 drawn images; largest difference: 0.0005 of a score, 0.06 px of a box"
-    )
+    differences = "largest difference: 0.0005 of a score, 0.06 px of a box"
+    assert compare(found, expected) == f"compared with torch: 2 detections on 3 drawn images; {differences}"
     assert compare(rows((0.0, 0.0, -1)), rows((0.0, 0.0, -1))).endswith("; nothing was detected")
 
 

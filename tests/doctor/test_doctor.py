@@ -47,9 +47,8 @@ def test_clean_data_set_is_reported_with_its_counts(tmp_path, capsys):
         "name": "train", "format": "COCO", "source": "", "num_images": 24, "num_empty_images": 0, "num_boxes": 48,
         "num_crowds": 0, "num_difficult": 0, "num_classes": 2,
     }  # fmt: skip
-    assert report["classes"][1] == {
-        "label": 1, "category_id": 7, "name": "dog", "num_images": {"train": 24}, "num_boxes": {"train": 24},
-    }  # fmt: skip
+    counts = {"num_images": {"train": 24}, "num_boxes": {"train": 24}}
+    assert report["classes"][1] == {"label": 1, "category_id": 7, "name": "dog", **counts}
     coverage = report["coverage"]
     assert (coverage["detector"], coverage["image_size"], coverage["by_size"][0]) == ("SSD300", 300, None)
 

@@ -21,9 +21,7 @@ from onestage.types import BACKGROUND, IGNORE, AnchorLosses
 
 # Two images of five anchors: three at stride 8, two at stride 16.
 STRIDES = torch.tensor([8.0, 8.0, 8.0, 16.0, 16.0])
-LABELS = torch.tensor(
-    [[0, BACKGROUND, BACKGROUND, IGNORE, 3], [BACKGROUND, BACKGROUND, IGNORE, BACKGROUND, BACKGROUND]]
-)
+LABELS = torch.tensor([[0, BACKGROUND, BACKGROUND, IGNORE, 3], [*[BACKGROUND] * 2, IGNORE, *[BACKGROUND] * 2]])
 P_T = torch.tensor([[0.2, 0.95, 0.5, 0.3, 0.6], [0.99, 0.9, 0.1, 0.91, 0.05]])
 LOSSES = torch.tensor([[3.0, 0.5, 1.0, 0.0, 1.0], [0.25, 0.25, 0.0, 0.5, 1.5]])  # the sum is 8
 

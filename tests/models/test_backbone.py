@@ -59,9 +59,8 @@ def test_torchvision_backbone_returns_the_last_block_of_each_stride(name, channe
     backbone = TorchvisionBackbone(name, strides=(8, 16, 32)).eval()
     maps = backbone(torch.zeros(1, 3, 96, 160, dtype=torch.uint8))
     assert backbone.out_channels == channels
-    assert [tuple(m.shape[1:]) for m in maps] == [
-        (c, 96 // s, 160 // s) for c, s in zip(channels, (8, 16, 32), strict=True)
-    ]
+    sizes = [(c, 96 // s, 160 // s) for c, s in zip(channels, (8, 16, 32), strict=True)]
+    assert [tuple(m.shape[1:]) for m in maps] == sizes
 
 
 def test_torchvision_weights_from_a_file_give_the_features_of_the_classifier(tmp_path) -> None:

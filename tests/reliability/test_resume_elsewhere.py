@@ -42,9 +42,7 @@ def load_with_best_state(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("where", "count"), [("replace", 4), ("step", 1)])
-def test_kill_before_the_first_save_in_a_new_folder_loses_no_step(
-    where, count, stopped, drawn, uninterrupted, tmp_path, capsys
-):
+def test_kill_before_the_first_save_loses_no_step(where, count, stopped, drawn, uninterrupted, tmp_path, capsys):
     """Before best.ckpt has its name (the third rename, after the write test and last.ckpt), or after."""
     killed_at(where, count, tiny_run.words(drawn, tmp_path, "--resume", str(stopped)))
     (folder,) = tmp_path.glob("tiny/version_*")

@@ -91,9 +91,7 @@ def stopped(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("optimizer_states", [1], 2, "Resume from|Use another one"),
     ],
 )
-def test_checkpoint_of_other_versions_is_reported_and_a_malformed_one_refused(
-    place, value, code, said, stopped, drawn, tmp_path, capsys
-):
+def test_other_or_malformed_checkpoint_is_reported(place, value, code, said, stopped, drawn, tmp_path, capsys):
     saved = torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)
     path = checkpoint_files.write(tmp_path / "other.ckpt", checkpoint_files.changed(place, value, saved))
     words = tiny_run.words(drawn, tmp_path, "--resume", str(path), "--trainer.max_steps", "7")
@@ -134,9 +132,7 @@ def test_changed_data_is_refused_unless_the_change_is_allowed(edit, problem, dra
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "word"), [(errno.ENOSPC, "full"), (errno.EROFS, "writable")])
-def test_failed_write_ends_the_run_with_code_5_and_keeps_what_was_saved(
-    number, word, drawn, tmp_path, monkeypatch, capsys
-):
+def test_failed_write_ends_with_code_5_and_keeps_the_saved(number, word, drawn, tmp_path, monkeypatch, capsys):
     checkpoints, syncs = tmp_path / "tiny" / "version_0" / "checkpoints", iter(range(1, 10**9))
 
     def sync(handle: int) -> None:

@@ -180,9 +180,7 @@ def break_method(monkeypatch: pytest.MonkeyPatch, method: str, count: int, actio
     monkeypatch.setattr(DetectionModule, method, at_call(count, action, getattr(DetectionModule, method)))
 
 
-def end_of_signalled(
-    command: list[str], count: int, method: str = "training_step", number: int = signal.SIGTERM
-) -> int:
+def end_of_signalled(command: list[str], count: int, method="training_step", number: int = signal.SIGTERM) -> int:
     """Run a command that gets a signal at call number `count` of a method; return its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         break_method(patch, method, count, lambda: send(number))

@@ -51,9 +51,8 @@ def test_interval_of_two_images_one_of_which_only_the_first_run_finds() -> None:
     assert difference_interval(both, one) == (-1.0, 0.0)
     assert difference_interval(both, both, num_resamples=10) == (0.0, 0.0)
     assert are_comparable(both, one)
-    assert not are_comparable(
-        both, matches_of(annotation_set([[BOX], []], [[0], []]), detections([[], []], [[], []], [[], []]))
-    )
+    other = matches_of(annotation_set([[BOX], []], [[0], []]), detections([[], []], [[], []], [[], []]))
+    assert not are_comparable(both, other)
 
 
 def test_matches_survive_their_file_unless_it_is_too_large(tmp_path, monkeypatch) -> None:

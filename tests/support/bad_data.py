@@ -13,6 +13,7 @@ from onestage.cli import main
 
 Content = dict[str, Any]
 WIDTH, HEIGHT = 100, 80
+SIZE = {"width": WIDTH, "height": HEIGHT}
 
 
 def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Path:
@@ -27,9 +28,7 @@ def coco_content(num_images: int = 4) -> Content:
     """Images a0.jpg ... with two boxes each, of the classes cat (3) and dog (7)."""
     boxes = [[10, 20, 30, 40], [50.5, 10.5, 40, 30]]
     return {
-        "images": [
-            {"id": n + 1, "file_name": f"a{n}.jpg", "width": WIDTH, "height": HEIGHT} for n in range(num_images)
-        ],
+        "images": [{"id": n + 1, "file_name": f"a{n}.jpg", **SIZE} for n in range(num_images)],
         "annotations": [
             {"id": 2 * n + k + 1, "image_id": n + 1, "category_id": (3, 7)[k], "bbox": list(box),
              "area": box[2] * box[3], "iscrowd": 0}

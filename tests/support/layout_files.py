@@ -20,12 +20,10 @@ def picture(path: Path) -> Path:
     return write_image(path, seed=next(_seeds))
 
 
-def voc_image(
-    folder: Path, stem: str, images: str = "JPEGImages", xmls: str = "Annotations", name: str = "dog"
-) -> None:
-    picture(folder / images / f"{stem}.jpg")
-    (folder / xmls).mkdir(parents=True, exist_ok=True)
-    (folder / xmls / f"{stem}.xml").write_text(XML.replace("NAME", name) if name else "<annotation/>")
+def voc_image(folder: Path, stem: str, name: str = "dog") -> None:
+    picture(folder / "JPEGImages" / f"{stem}.jpg")
+    (folder / "Annotations").mkdir(parents=True, exist_ok=True)
+    (folder / "Annotations" / f"{stem}.xml").write_text(XML.replace("NAME", name))
 
 
 def voc_lists(folder: Path, **stems_by_list: str) -> None:

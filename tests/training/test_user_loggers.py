@@ -109,9 +109,7 @@ def test_logger_that_fails_after_the_start_warns_once_and_the_run_continues(fold
     with caplog.at_level(logging.WARNING, logger="onestage.training.loggers"):
         logger.log_metrics({"a": 1.0}, 1)
         logger.save()
-    assert [record.getMessage() for record in caplog.records] == [
-        "WandbLogger cannot be written (server away); the run continues without."
-    ]
+    assert caplog.messages == ["WandbLogger cannot be written (server away); the run continues without."]
     assert json.loads((folder / "loggers.json").read_text()) == {f"0 {LOGGERS}WandbLogger": ID}
 
 
