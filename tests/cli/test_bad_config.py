@@ -72,11 +72,6 @@ def test_unusable_value_is_named_and_nothing_trained(capsys, fast_options, tmp_p
     assert options[0] != "--experiment" or list(tmp_path.iterdir()) == []
 
 
-def test_configuration_that_contains_itself_is_one_message(capsys, tmp_path):
-    (tmp_path / "loop.yaml").write_text("trainer: {callbacks: &a [*a]}\n")
-    assert "through its aliases" in message_of(capsys, "fit", "--config", str(tmp_path / "loop.yaml"))
-
-
 def test_number_that_yaml_reads_as_text_is_converted(capsys, fast_options, tmp_path):
     file = tmp_path / "more.yaml"
     file.write_text("trainer: {gradient_clip_val: 1e-4}\n")

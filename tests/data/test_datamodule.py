@@ -144,9 +144,7 @@ def test_skipped_boxes_are_reported_once_and_briefly(coco, caplog) -> None:
 
 
 def test_every_public_name_exists() -> None:
-    for name in onestage.data.__all__:
-        assert getattr(onestage.data, name).__name__ == name
-    assert set(onestage.data.__all__) <= set(dir(onestage.data))
+    assert [getattr(onestage.data, name).__name__ for name in onestage.data.__all__] == onestage.data.__all__
     with pytest.raises(AttributeError, match="NoSuchThing"):
         _ = onestage.data.NoSuchThing
 

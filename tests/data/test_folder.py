@@ -36,10 +36,7 @@ def test_what_is_not_read_is_named_or_counted_and_a_link_back_ends(tmp_path) -> 
     (tmp_path / "c.jpg").symlink_to(tmp_path / "nothing")
     annotations = ImageFolder(tmp_path).read("test")
     assert len(annotations) == 1
-    assert [line.partition(":")[0] for line in annotations.skipped] == [
-        str(tmp_path / "b.jpg"),
-        str(tmp_path / "c.jpg"),
-    ]
+    assert [line.partition(":")[0] for line in annotations.skipped] == [str(tmp_path / n) for n in ("b.jpg", "c.jpg")]
     warning, of_link = start_messages(annotations.findings[2:], "")
     assert f"{tmp_path}: 1 folders are links, which are not searched, such as {tmp_path / 'again'}" in of_link
     assert f"{tmp_path}: 2 images are of a type that is not read (.avif .jp2), such as" in warning

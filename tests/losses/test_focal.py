@@ -9,15 +9,8 @@ from loss_references import random_anchors
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
-from onestage.losses import (
-    AutomatedFocalLoss,
-    QualityFocalLoss,
-    SigmoidFocalLoss,
-    SoftmaxFocalLoss,
-    VarifocalLoss,
-    focal,
-    fused_focal,
-)
+from onestage.losses import AutomatedFocalLoss, QualityFocalLoss, SigmoidFocalLoss, SoftmaxFocalLoss, VarifocalLoss
+from onestage.losses.fused_focal import saves_memory
 from onestage.types import BACKGROUND, IGNORE
 
 LN2, LN3 = math.log(2), math.log(3)
@@ -68,7 +61,7 @@ LOSSES = [
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(focal, "saves_memory", lambda class_logits: True)
+    monkeypatch.setattr("onestage.losses.focal.saves_memory", lambda class_logits: True)
 
 
 def loss_and_gradient(loss, logits, labels):
@@ -82,7 +75,7 @@ def test_fused_loss_and_gradient_equal_the_plain_formula(make, size, monkeypatch
     logits, labels = random_anchors(3)
     logits = (logits.detach() * size).requires_grad_()
     expected = loss_and_gradient(make(), logits, labels)
-    monkeypatch.setattr(focal, "saves_memory", lambda class_logits: True)
+    monkeypatch.setattr("onestage.losses.focal.saves_memory", lambda class_logits: True)
     assert_close(loss_and_gradient(make(), logits, labels), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -93,11 +86,11 @@ def test_second_derivative_is_refused(fused) -> None:
 
 
 def test_fused_form_is_used_from_8_million_logits_on_and_not_in_a_compiled_graph(monkeypatch) -> None:
-    assert not fused_focal.saves_memory(torch.empty(1, device="meta").expand(32, 2390, 20))  # the small SSD
-    assert not fused_focal.saves_memory(torch.empty(1, device="meta").expand(32, 8732, 20))  # SSD300, VOC
-    assert fused_focal.saves_memory(torch.empty(1, device="meta").expand(32, 8732, 80))  # SSD300, COCO
+    assert not saves_memory(torch.empty(1, device="meta").expand(32, 2390, 20))  # the small SSD
+    assert not saves_memory(torch.empty(1, device="meta").expand(32, 8732, 20))  # SSD300, VOC
+    assert saves_memory(torch.empty(1, device="meta").expand(32, 8732, 80))  # SSD300, COCO
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not fused_focal.saves_memory(torch.empty(1, device="meta").expand(32, 8732, 80))
+    assert not saves_memory(torch.empty(1, device="meta").expand(32, 8732, 80))
 
 
 def test_fused_form_keeps_one_tensor_of_the_size_of_the_logits(fused) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import checkpoint_files
 import pytest
 import tiny_run
 import torch
@@ -28,11 +29,9 @@ def module_of(num_classes: int, **settings: object) -> DetectionModule:
 
 def write_checkpoint(path: Path, module: DetectionModule, names: list[str] = NAMES) -> Path:
     """Write a checkpoint with all weights of the module moved by one."""
-    state = {name: tensor + 1 for name, tensor in module.state_dict().items()}
-    ids = list(range(1, len(names) + 1))
-    ours = {"schema": 2, "detector": "X", "image_size": 64, "class_names": names, "category_ids": ids}
-    torch.save({"state_dict": state, "global_step": 5, "onestage": ours}, path)
-    return path
+    saved = checkpoint_files.changed("state_dict", {name: value + 1 for name, value in module.state_dict().items()})
+    saved["onestage"] |= {"class_names": names, "category_ids": [*range(1, len(names) + 1)]}
+    return checkpoint_files.write(path, saved)
 
 
 @pytest.fixture

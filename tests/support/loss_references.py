@@ -2,35 +2,25 @@
 
 import torch
 
-from onestage.losses import (
-    AutomatedFocalLoss,
-    MinedCrossEntropy,
-    OHEMCrossEntropy,
-    QualityFocalLoss,
-    SigmoidCrossEntropy,
-    SigmoidFocalLoss,
-    SoftmaxCrossEntropy,
-    SoftmaxFocalLoss,
-    VarifocalLoss,
-)
+from onestage import losses
 from onestage.types import BACKGROUND, IGNORE
 
 FAMILY = {
-    "focal": lambda: SigmoidFocalLoss(),
-    "focal, gamma 0.5": lambda: SigmoidFocalLoss(None, 0.5),
-    "focal, smoothed": lambda: SigmoidFocalLoss(label_smoothing=0.1),
-    "focal, weighted": lambda: SigmoidFocalLoss(class_weights=[0.5, 2.0, 1.0]),
-    "softmax focal": lambda: SoftmaxFocalLoss(),
-    "softmax focal, gamma 0.5": lambda: SoftmaxFocalLoss(None, 0.5),
-    "softmax focal, smoothed": lambda: SoftmaxFocalLoss(gamma=0.5, label_smoothing=0.1),
-    "cross-entropy": lambda: SigmoidCrossEntropy(),
-    "balanced": lambda: SigmoidCrossEntropy(0.25),
-    "softmax cross-entropy": lambda: SoftmaxCrossEntropy(label_smoothing=0.1),
-    "mining": lambda: MinedCrossEntropy(),
-    "OHEM": lambda: OHEMCrossEntropy(8),
-    "adaptive": lambda: AutomatedFocalLoss(),
-    "quality": lambda: QualityFocalLoss(),
-    "varifocal": lambda: VarifocalLoss(),
+    "focal": lambda: losses.SigmoidFocalLoss(),
+    "focal, gamma 0.5": lambda: losses.SigmoidFocalLoss(None, 0.5),
+    "focal, smoothed": lambda: losses.SigmoidFocalLoss(label_smoothing=0.1),
+    "focal, weighted": lambda: losses.SigmoidFocalLoss(class_weights=[0.5, 2.0, 1.0]),
+    "softmax focal": lambda: losses.SoftmaxFocalLoss(),
+    "softmax focal, gamma 0.5": lambda: losses.SoftmaxFocalLoss(None, 0.5),
+    "softmax focal, smoothed": lambda: losses.SoftmaxFocalLoss(gamma=0.5, label_smoothing=0.1),
+    "cross-entropy": lambda: losses.SigmoidCrossEntropy(),
+    "balanced": lambda: losses.SigmoidCrossEntropy(0.25),
+    "softmax cross-entropy": lambda: losses.SoftmaxCrossEntropy(label_smoothing=0.1),
+    "mining": lambda: losses.MinedCrossEntropy(),
+    "OHEM": lambda: losses.OHEMCrossEntropy(8),
+    "adaptive": lambda: losses.AutomatedFocalLoss(),
+    "quality": lambda: losses.QualityFocalLoss(),
+    "varifocal": lambda: losses.VarifocalLoss(),
 }
 
 

@@ -112,14 +112,9 @@ def test_exception_in_validation_does_not_swap_saved_weights(tmp_path):
 
 @pytest.mark.parametrize("hook", ["on_validation_batch_end", "on_validation_end", "on_train_end"])
 def test_checkpoint_is_the_same_from_every_hook(tmp_path, hook):
-    class Save(ModelCheckpoint):  # Lightning calls checkpoint callbacks last
-        pass
-
-    def save(self, trainer, *_):
-        trainer.save_checkpoint(tmp_path / "now.ckpt")
-
-    setattr(Save, hook, save)
-    fit(Climber(), tmp_path, Save(tmp_path, save_top_k=0), ExponentialMovingAverage(0.9999), enable_checkpointing=True)
+    hooks = {hook: lambda self, trainer, *_: trainer.save_checkpoint(tmp_path / "now.ckpt")}
+    save = type("Save", (ModelCheckpoint,), hooks)(tmp_path, save_top_k=0)  # checkpoint callbacks are called last
+    fit(Climber(), tmp_path, save, ExponentialMovingAverage(0.9999), enable_checkpointing=True)
     saved = torch.load(tmp_path / "now.ckpt", weights_only=True)
     assert saved["state_dict"]["weight"].item() == pytest.approx(3.6, rel=1e-6)
     assert saved[RAW_WEIGHTS]["weight"].item() == STEPS
