@@ -101,10 +101,8 @@ def test_detections_are_drawn_and_converted(model, photo, tmp_path, monkeypatch)
 
 def test_evaluate_gives_the_numbers_of_the_run(model, trained, drawn):
     results = json.loads((trained / "results.json").read_text())
-    for source in (
-        COCO(drawn, train_images="JPEGImages", val_images="JPEGImages"),
-        Shapes(drawn, num_train=32, num_val=7),
-    ):
+    coco = COCO(drawn, train_images="JPEGImages", val_images="JPEGImages")
+    for source in (coco, Shapes(drawn, num_train=32, num_val=7)):
         metrics = model.evaluate(source, num_workers=0)
         for found, expected in ((metrics, results["metrics"]), (metrics.per_class, results["per_class"])):
             numbers = {name: float("nan") if value is None else value for name, value in expected.items()}
@@ -183,13 +181,9 @@ def test_train_is_fit_with_the_given_data(tmp_path):
 def test_the_examples_of_the_docs_run(trained, drawn, photo, tmp_path, monkeypatch):
     checkpoint = tmp_path / "runs" / "shapes_ssd" / "version_0" / "checkpoints" / "best.ckpt"
     checkpoint.parent.mkdir(parents=True)
-    for link, target in {
-        checkpoint: trained / "checkpoints" / "best.ckpt",
-        tmp_path / "mine": drawn,
-        tmp_path / "photo.jpg": photo,
-        tmp_path / "configs": REPOSITORY / "configs",
-    }.items():
-        link.symlink_to(target)
+    checkpoint.symlink_to(trained / "checkpoints" / "best.ckpt")
+    for name, target in {"mine": drawn, "photo.jpg": photo, "configs": REPOSITORY / "configs"}.items():
+        (tmp_path / name).symlink_to(target)
     monkeypatch.chdir(tmp_path)
     text = (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}

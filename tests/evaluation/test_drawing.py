@@ -55,9 +55,7 @@ def test_best_ten_detections_are_drawn_while_no_threshold_is_known():
     assert tuple(drawn[280, 260]) == (127, 127, 127)  # the eleventh
 
 
-@pytest.mark.parametrize(
-    "box", [[-50.0, -50.0, 900.0, 900.0], [300.0, 300.0, 100.0, 100.0], [float("nan"), 0.0, 10.0, float("inf")]]
-)
+@pytest.mark.parametrize("box", [[-50.0, -50, 900, 900], [300.0, 300, 100, 100], [np.nan, 0, 10, np.inf]])
 def test_arbitrary_boxes_and_names_stay_inside_picture(box):
     drawn = draw_boxes(grey(320, 320), np.array([box], np.float32), np.array([0]), found([box], [0.9], [1]), NAMES)
     assert drawn.shape == (320, 320, 3)

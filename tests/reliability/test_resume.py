@@ -180,9 +180,7 @@ def test_copy_elsewhere_with_another_time_is_the_same_data(folder):
     assert fingerprints(read(copy)) == fingerprints(read(folder))
 
 
-@pytest.mark.parametrize(
-    "change", [lambda folder: flip_a_bit(image(folder)), swap, lambda folder: image(folder).unlink()]
-)
+@pytest.mark.parametrize("change", [lambda root: flip_a_bit(image(root)), swap, lambda root: image(root).unlink()])
 def test_changed_swapped_or_missing_image_changes_the_image_fingerprint_alone(folder, change):
     annotations = read(folder)
     before = fingerprints(annotations)

@@ -9,13 +9,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 STRICT = '{"model.detector.init_args.positive_iou": 0.5}'
-SHAPES = {
-    "data.source.init_args.num_train": 8,
-    "data.source.init_args.num_val": 3,
-    "data.num_workers": 0,
-    "trainer.max_epochs": 1,
-    "trainer.check_val_every_n_epoch": 1,
-}
+SHAPES = {"data.source.init_args.num_train": 8, "data.source.init_args.num_val": 3, "data.num_workers": 0}
+SHAPES |= {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}
 
 
 @pytest.fixture

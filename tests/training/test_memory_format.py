@@ -52,14 +52,12 @@ def test_rule_follows_device_and_precision():
     assert [usual_memory_format(*case) for case in cases] == [True, True, False, False]
 
 
-@pytest.mark.parametrize(
-    ("device", "world_size", "expected"), [("cuda", 1, True), ("mps", 1, False), ("cpu", 2, False)]
-)
-def test_gpu_and_several_processes_follow_the_rule_untimed(timed, device, world_size, expected):
+@pytest.mark.parametrize(("device", "world_size", "answer"), [("cuda", 1, True), ("mps", 1, False), ("cpu", 2, False)])
+def test_gpu_and_several_processes_follow_the_rule_untimed(timed, device, world_size, answer):
     shapes = timed(1.0, 2.0)
     strategy = SimpleNamespace(root_device=torch.device(device))
     trainer = SimpleNamespace(strategy=strategy, precision="32-true", world_size=world_size)
-    assert resolve_memory_format(TinyDetector(2), DATA, trainer) is expected
+    assert resolve_memory_format(TinyDetector(2), DATA, trainer) is answer
     assert shapes == []
 
 

@@ -95,8 +95,7 @@ def test_half_precision_weights_train_and_evaluate(tmp_path, precision):
 
 
 def test_anchors_are_those_of_float32_after_half():
-    grid = AnchorGrid([AnchorShapes(8, ((101.3, 33.7),))])
-    expected = grid([(2, 2)]).boxes
+    expected = AnchorGrid([AnchorShapes(8, ((101.3, 33.7),))])([(2, 2)]).boxes
     half = AnchorGrid([AnchorShapes(8, ((101.3, 33.7),))]).half()([(2, 2)])
     assert half.boxes.dtype == half.strides.dtype == torch.float32
     assert torch.equal(half.boxes, expected)
