@@ -461,7 +461,10 @@ def test_path_without_a_data_set_is_refused_with_what_is_there(write, path, mess
         DetectionDataModule(path=tmp_path / path).setup("fit")
 
 
-def test_of_several_settings_files_one_must_be_given(tmp_path) -> None:
+def test_obj_data_is_taken_and_of_several_other_settings_files_one_must_be_given(tmp_path) -> None:
+    yolo_cvat(tmp_path / "cvat")
+    assert recognise(tmp_path / "cvat" / "obj.data").splits == ("train", "val")
+    tmp_path /= "yolo"
     yolo("images/train", names="")(tmp_path)
     for name in ("a.yaml", "b.yml"):
         (tmp_path / name).write_text("train: images/train\nnames: [cat]\n")
@@ -508,8 +511,3 @@ def test_voc_splits_get_one_order_of_classes(tmp_path) -> None:
     assert train.annotations.class_names == val.annotations.class_names == ("dog", "dogs")
     assert (train.annotations.labels.tolist(), val.annotations.labels.tolist()) == ([1], [0])
     assert "has no 'dog'" in val.findings[0].problem
-
-
-def test_obj_data_is_taken(tmp_path) -> None:
-    yolo_cvat(tmp_path)
-    assert recognise(tmp_path / "obj.data").splits == ("train", "val")

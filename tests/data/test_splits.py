@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from annotation_sets import annotation_set
 from data_modules import yolo_data
-from yolo_files import write_yolo
+from layout_files import write_yolo
 
 from onestage.data import DetectionDataModule
 from onestage.data.splits import assign_parts, split_by_fold, split_by_fraction

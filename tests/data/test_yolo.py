@@ -6,8 +6,8 @@ import pytest
 from annotation_sets import accepted
 from bad_data import write_image
 from image_sets import exif_of
+from layout_files import write_yolo
 from PIL import Image
-from yolo_files import write_yolo
 
 from onestage.data import YOLO
 from onestage.errors import AnnotationError

@@ -128,15 +128,11 @@ def test_silent_server_is_asked_again_for_the_rest(server, tmp_path, monkeypatch
     assert ranges(server) == [None, "bytes=1000-"]
 
 
-def test_server_without_resume_starts_anew(server, tmp_path):
-    (tmp_path / "data.tar.part").write_bytes(CONTENT[:100])
-    server.behaviours = [answer(200, CONTENT)]
-    assert download(server, tmp_path) == CONTENT
-
-
-@pytest.mark.parametrize("part", [CONTENT, CONTENT + b"more", b"other" * 40_000, b"other"])
-def test_part_of_another_file_is_discarded(server, tmp_path, part):
+@pytest.mark.parametrize("part", [CONTENT, CONTENT + b"more", b"other" * 40_000, b"other", CONTENT[:100]])
+@pytest.mark.parametrize("behaviour", [send(), answer(200, CONTENT)])  # the second server cannot resume
+def test_part_of_this_or_another_file_leads_to_the_whole_file(server, tmp_path, part, behaviour):
     (tmp_path / "data.tar.part").write_bytes(part)
+    server.behaviours = [behaviour]
     assert download(server, tmp_path) == CONTENT
 
 

@@ -173,16 +173,14 @@ def test_expanded_tensor_is_refused_before_its_values_are_read(tmp_path, monkeyp
     assert not (tmp_path / "export").exists()
 
 
-def recursive() -> list[Any]:
-    items: list[Any] = []
-    items.append(items)
-    return items
+RECURSIVE: list[Any] = []
+RECURSIVE.append(RECURSIVE)
 
 
 @pytest.mark.parametrize(
     ("place", "value", "problem"),
     [
-        ("more", recursive(), "more than 1,000 values"),
+        ("more", RECURSIVE, "more than 1,000 values"),
         ("state_dict.a", torch.ones(3).to_sparse(), "sparse, quantized or not on the CPU"),
         ("onestage", [1], "a dictionary as `onestage`"),
         ("onestage.config.model.loss_weights", torch.ones(1), "plain keys and values as `onestage.config`"),

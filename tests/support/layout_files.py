@@ -64,6 +64,18 @@ def edit_json(file: Path, table: str, rows: Sequence[int] | slice = slice(None),
     file.write_text(json.dumps(content))
 
 
+def write_yolo(root: Path, labels: dict[str, str | bytes | None], *, split: str = "train") -> Path:
+    """Write images/<split>/<name>.png of 40 x 20 px and their labels (None: no file); return data.yaml."""
+    for seed, (name, text) in enumerate(labels.items()):
+        write_image(root / "images" / split / f"{name}.png", seed, (20, 40))
+        label = root / "labels" / split / f"{name}.txt"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        if text is not None:
+            label.write_bytes(text.encode() if isinstance(text, str) else text)
+    (root / "data.yaml").write_text("path: .\ntrain: images/train\nval: images/val\nnames: [cat, dog]\n")
+    return root / "data.yaml"
+
+
 def yolo_images(root: Path, images: str, labels: str, stems: str = "a b c", text: str = LABEL) -> None:
     for stem in stems.split():
         picture(root / images / f"{stem}.jpg")
