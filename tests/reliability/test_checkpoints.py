@@ -256,12 +256,12 @@ def test_message_of_torch_for_a_full_disk_is_recognised(tmp_path, monkeypatch):
 def test_previous_file_is_kept_under_its_second_name(tmp_path, monkeypatch):
     last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
     last.write_bytes(b"one")
-    keep_previous(last, previous)
+    keep_previous(last)
     assert (last.read_bytes(), previous.read_bytes()) == (b"one", b"one")
     last.unlink()
     last.write_bytes(b"two")
     monkeypatch.setattr(Path, "hardlink_to", fail_with(OSError(errno.EPERM, "no links")))
-    keep_previous(last, previous)
+    keep_previous(last)
     assert (last.read_bytes(), previous.read_bytes()) == (b"two", b"two")
 
 

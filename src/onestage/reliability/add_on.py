@@ -9,10 +9,10 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
-from onestage.errors import CheckpointError
+from onestage.errors import CheckpointError, ConfigError
 from onestage.reliability.callbacks import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint, SeededSteps
 from onestage.reliability.checkpoints import AtomicCheckpointIO, load_weights, read_checkpoint
-from onestage.reliability.fine_tuning import check_init_from, load_fitting_weights
+from onestage.reliability.fine_tuning import load_fitting_weights
 from onestage.reliability.non_finite import NonFiniteGuard
 from onestage.reliability.resume import Resumed, decisive_settings, find_checkpoint, require_resumable
 from onestage.reliability.runs import new_locked_folder, take_run_folder
@@ -68,9 +68,12 @@ class Reliability(RunAddOn):
 
     def before_instantiate(self, settings: Any, config: JSONDict) -> None:
         """Find the checkpoint to resume from; adopt what its run has decided for `auto`."""
-        check_init_from(settings.init_from, settings.resume, settings.ckpt_path)
+        init_from, resume, ckpt_path = settings.init_from, settings.resume, settings.ckpt_path
+        if init_from is not None and (ckpt_path is not None or resume not in ("none", "auto")):
+            other = f"--ckpt_path {ckpt_path}" if ckpt_path is not None else f"--resume {resume}"
+            raise ConfigError(f"--init_from {init_from} and {other} conflict; pass only one.")
         self._decisive = decisive_settings(config)
-        self._resumed = find_checkpoint(settings.resume, settings.ckpt_path, config)
+        self._resumed = find_checkpoint(resume, ckpt_path, config)
         if self._resumed is not None:
             self._resumed.adopt(settings)
             self.resumed_step = self._resumed.global_step if self._resumed.folder is not None else None
@@ -115,10 +118,7 @@ class Reliability(RunAddOn):
 
 
 def writes_whole_files(strategy: object) -> bool:
-    """Return whether one process writes the whole checkpoint into one file.
-
-    strategy: as configured, a name or an object.
-    """
+    """Return whether one process writes the whole checkpoint into one file. strategy: a name or an object."""
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     in_parts = getattr(strategy, "_state_dict_type", "full") == "sharded"  # private: FSDPStrategy has no getter
     return not in_parts and not any(word in name.lower() for word in ("deepspeed", "modelparallel"))

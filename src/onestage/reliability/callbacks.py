@@ -5,6 +5,7 @@ guess: after an optimizer step inside an epoch, before a validation, and at the 
 """
 
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from onestage.errors import CheckpointError, ConfigError, DataError, require
 from onestage.evaluation.results import installed_versions
-from onestage.reliability.checkpoints import (
-    BEST,
-    LAST,
-    PREVIOUS,
-    copy_checkpoint,
-    keep_previous,
-    read_checkpoint,
-    require_writable,
-)
+from onestage.reliability.checkpoints import BEST, LAST, copy_file, keep_previous, read_checkpoint, require_writable
 from onestage.reliability.resume import fingerprints
 from onestage.training.module import CHECKPOINT_KEY
 from onestage.types import JSONDict
@@ -35,11 +28,8 @@ from onestage.types import JSONDict
 
 def is_training(trainer: pl.Trainer) -> bool:
     """Return whether `fit` is past the sanity check and writes files."""
-    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not _is_dry(trainer)
-
-
-def _is_dry(trainer: pl.Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))
+    is_dry = bool(getattr(trainer, "fast_dev_run", False))
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not is_dry
 
 
 def is_after_step(trainer: pl.Trainer) -> bool:
@@ -54,12 +44,6 @@ def is_last_batch(trainer: pl.Trainer) -> bool:
     return progress.is_last_batch or progress.current.ready >= trainer.num_training_batches
 
 
-def is_between_batches(trainer: pl.Trainer) -> bool:
-    """Return whether the training has finished one batch and not started the next."""
-    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
-    return bool(total.ready == total.started == total.processed == total.completed)
-
-
 def validation_follows(trainer: pl.Trainer) -> bool:
     """Return whether a validation follows the last batch inside its epoch."""
     every_epochs, every_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
@@ -69,24 +53,6 @@ def validation_follows(trainer: pl.Trainer) -> bool:
     loop = trainer.fit_loop.epoch_loop
     num_batches = loop.total_batch_idx + 1 if every_epochs is None else loop.batch_idx + 1
     return num_batches % int(every_batches) == 0
-
-
-def mark_validation_due(checkpoint: dict[str, Any]) -> None:
-    """Make a resumed run start with the validation that was not finished.
-
-    Lightning continues a validation if one batch is started and not finished; with none finished, at the first.
-    """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-    done = progress["total"]["completed"] - progress["current"]["completed"]
-    progress["total"] = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
-    progress["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-    progress["is_last_batch"] = False
-
-
-def forget_unfinished_validation(trainer: pl.Trainer) -> None:
-    """Subtract the batch that `mark_validation_due` added."""
-    total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
-    total.ready = total.started = total.processed = total.completed
 
 
 # Callbacks
@@ -149,7 +115,7 @@ class BestCheckpoint(ModelCheckpoint):
             return  # a score without its file is useless
         copy = Path(str(self.dirpath)) / BEST
         if self._copies and copy.resolve() != self._inherited.resolve():
-            copy_checkpoint(self._inherited, copy)
+            copy_file(self._inherited, copy)
         score = state_dict["best_model_score"]
         ours = {
             "dirpath": str(self.dirpath),
@@ -192,15 +158,14 @@ class LastCheckpoint(Checkpoint):
     def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         """Use the folder of the first process everywhere; check that it can be written."""
         self.dirpath = trainer.strategy.broadcast(self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints"))
-        writes = stage == "fit" and trainer.is_global_zero and not _is_dry(trainer)
-        if writes and (self.every_n_epochs or self.every_n_steps):
+        if trainer.is_global_zero and is_training(trainer) and (self.every_n_epochs or self.every_n_steps):
             require_writable(self.path)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Copy the state of another run, so that a kill before the first save is harmless."""
         resumed = Path(str(trainer.ckpt_path))
         if trainer.is_global_zero and is_training(trainer) and resumed.resolve().parent != self.path.resolve().parent:
-            copy_checkpoint(resumed, self.path)
+            copy_file(resumed, self.path)
 
     def save(self, trainer: pl.Trainer, *, before_validation: bool = False) -> None:
         """Write the state of this moment, unless it is already written."""
@@ -208,17 +173,27 @@ class LastCheckpoint(Checkpoint):
         self._is_due = False
         if moment == self._saved or trainer.global_step == 0:
             return
-        if trainer.is_global_zero and (self._saved is not None or _is_readable(self.path)):
-            keep_previous(self.path, self.path.with_name(PREVIOUS))  # a damaged file must not replace a good one
+        if trainer.is_global_zero:
+            with suppress(CheckpointError):  # a damaged file must not replace a good one
+                if self._saved is None:
+                    read_checkpoint(self.path)
+                keep_previous(self.path)
         self._is_before_validation = before_validation
         trainer.save_checkpoint(self.path, False)  # False: not the weights alone
         self._is_before_validation = False
         self._saved = moment
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Let the resumed run start with the validation that this run did not finish."""
+        """Let the resumed run start with the validation that this run did not finish.
+
+        Lightning continues a validation if one batch is started and not finished; with none finished, at the first.
+        """
         if self._is_before_validation:
-            mark_validation_due(checkpoint)
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            done = progress["total"]["completed"] - progress["current"]["completed"]
+            progress["total"] = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
+            progress["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress["is_last_batch"] = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save if an interval of steps has ended and nothing resumable follows."""
@@ -231,7 +206,8 @@ class LastCheckpoint(Checkpoint):
     def on_validation_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Save if an interval ended with the batch before."""
         if is_training(trainer):
-            forget_unfinished_validation(trainer)
+            total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+            total.ready = total.started = total.processed = total.completed  # see `on_save_checkpoint`
             if self._is_due:
                 self.save(trainer, before_validation=True)
 
@@ -245,16 +221,10 @@ class LastCheckpoint(Checkpoint):
         """Save when the data end the run; with several processes they are not in step."""
         if not isinstance(exception, DataError) or not is_training(trainer) or trainer.world_size > 1:
             return
-        if is_between_batches(trainer) and is_after_step(trainer):
+        total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        is_between_batches = total.ready == total.started == total.processed == total.completed
+        if is_between_batches and is_after_step(trainer):
             self.save(trainer, before_validation=trainer.validating)
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        read_checkpoint(path)
-    except CheckpointError:
-        return False
-    return True
 
 
 class ConfigInCheckpoint(Callback):

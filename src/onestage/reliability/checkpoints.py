@@ -16,8 +16,8 @@ from torch import Tensor
 
 from onestage.errors import CheckpointError, ResourceError
 from onestage.files import atomic_write, printable, read_file
+from onestage.training.loggers import first_line
 from onestage.training.module import CHECKPOINT_KEY, CHECKPOINT_SCHEMA, DetectionModule
-from onestage.types import JSONDict
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 MAX_VALUES = 1_000_000  # keys and values in a checkpoint, tensors counted as one; 100,000 classes need 200,000
@@ -65,12 +65,16 @@ def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
         if not path.is_file():  # a FIFO would block
             what = "is a folder" if path.is_dir() else "does not exist" if not path.exists() else "is not a file"
             raise unusable(path, what)
-        checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_archive(path, mapped)
+        checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _load_archive(path, mapped)
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {str(path)[:300]} cannot be read: {error.strerror or error}.\n"
             "Check the path, and that this user may read the file and enter its folder."
         ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or CHECKPOINT_KEY not in checkpoint:
+        problem = f"was not written by `onestage fit` (no `state_dict` or no `{CHECKPOINT_KEY}` in it)"
+        remedy = "Weights of torchvision are given as --init_from or as `weights` of the backbone."
+        raise unusable(path, problem, remedy)
     fault = _find_oversized_value(checkpoint, path.stat().st_size)
     ours = checkpoint[CHECKPOINT_KEY]
     schema = ours.get("schema") if isinstance(ours, dict) else CHECKPOINT_SCHEMA
@@ -104,15 +108,6 @@ def unusable(path: str | Path, problem: str, remedy: str = "") -> CheckpointErro
     return CheckpointError("\n".join(filter(None, (f"checkpoint {path} {problem}.", remedy, instead))))
 
 
-def _read_archive(path: Path, mapped: bool) -> dict[str, Any]:
-    checkpoint = _load_archive(path, mapped)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or CHECKPOINT_KEY not in checkpoint:
-        problem = f"was not written by `onestage fit` (no `state_dict` or no `{CHECKPOINT_KEY}` in it)"
-        remedy = "Weights of torchvision are given as --init_from or as `weights` of the backbone."
-        raise unusable(path, problem, remedy)
-    return checkpoint
-
-
 def _load_archive(path: Path, mapped: bool, check_bytes: bool = True) -> Any:
     """Load a torch archive. check_bytes: compare the checksums too, which torch.load does not."""
     size = path.stat().st_size
@@ -131,13 +126,13 @@ def _load_archive(path: Path, mapped: bool, check_bytes: bool = True) -> Any:
     except (CheckpointError, PermissionError):
         raise
     except Exception as error:  # zipfile, struct and zlib raise a dozen kinds between them
-        raise unusable(path, f"is truncated or damaged ({size:,} bytes; {first_line(error)})") from error
+        raise unusable(path, f"is truncated or damaged ({size:,} bytes; {first_line(error)[:200]})") from error
     if damaged is not None:
         raise unusable(path, f"is damaged: the checksum of {printable(damaged)} is wrong")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises half a dozen kinds here, among them those of pickle
-        problem = f"cannot be loaded as plain tensors and numbers ({first_line(error)})"
+        problem = f"cannot be loaded as plain tensors and numbers ({first_line(error)[:200]})"
         remedy = "Only checkpoints written by this project are read; nothing in it was run."
         raise unusable(path, problem, remedy) from error
 
@@ -190,7 +185,7 @@ def _find_oversized_value(checkpoint: dict[str, Any], file_size: int) -> str | N
         elif isinstance(node, Tensor):
             if node.layout != torch.strided or node.device.type != "cpu" or node.is_quantized:
                 return f"has a tensor as `{place}` that is sparse, quantized or not on the CPU"
-            size, stored = node.numel() * node.element_size(), node.untyped_storage().nbytes()
+            size, stored = node.nbytes, node.untyped_storage().nbytes()
             if size > stored:
                 return f"has a tensor of {size:,} bytes as `{place}`, of which {stored:,} are stored, again and again"
             storages[node.untyped_storage().data_ptr()] = stored
@@ -239,11 +234,6 @@ def _is_plain_dict(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 # Loading weights into a model
 
 
@@ -254,15 +244,24 @@ def load_weights(module: DetectionModule, path: str | Path, class_names: Sequenc
         CheckpointError: the checkpoint is unreadable, or holds another detector, other classes or other shapes.
     """
     checkpoint = read_checkpoint(path)
-    _require_same_model(checkpoint[CHECKPOINT_KEY], path, module, class_names)
-    weights = checkpoint["state_dict"]
+    saved, weights, detector = checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"], module.detector
+    for name, value in (("detector", type(detector).__name__), ("image_size", detector.image_size)):
+        if value is not None and saved.get(name) != value:  # a detector without image_size takes many sizes
+            problem = f"holds {name} {saved.get(name)!r:.99}, the configuration {name} {value}"
+            raise unusable(path, problem, "Leave out --config to use the checkpoint's own configuration.")
+    if list(saved["class_names"]) != list(class_names):
+        then, now = (", ".join(map(printable, names)) for names in (saved["class_names"], class_names))
+        counts = f"{len(saved['class_names'])} classes, the data has {len(class_names)}"
+        problem = f"was trained on {counts}; they must be the same, in the same order"
+        remedy = f"To train it on these classes: onestage fit --init_from {path}"
+        raise unusable(path, problem, f"Of the checkpoint: {then}\nOf the data: {now}\n{remedy}")
     require_finite(path, weights)
     try:
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         lines = "\n".join(str(error).splitlines()[:6])
         raise unusable(path, f"does not fit the configured detector:\n{lines}") from error
-    module.restore_threshold(checkpoint[CHECKPOINT_KEY].get("score_threshold"))
+    module.restore_threshold(saved.get("score_threshold"))
     return checkpoint
 
 
@@ -274,32 +273,15 @@ def require_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:
         raise unusable(path, problem, "Use an earlier one.")
 
 
-def _require_same_model(saved: JSONDict, path: str | Path, module: DetectionModule, class_names: Sequence[str]) -> None:
-    detector = module.detector
-    for name, value in (("detector", type(detector).__name__), ("image_size", detector.image_size)):
-        if value is not None and saved.get(name) != value:  # a detector without image_size takes many sizes
-            problem = f"holds {name} {saved.get(name)!r:.99}, the configuration {name} {value}"
-            raise unusable(path, problem, "Leave out --config to use the checkpoint's own configuration.")
-    if list(saved["class_names"]) != list(class_names):
-        then, now = (", ".join(map(printable, names)) for names in (saved["class_names"], class_names))
-        counts = f"{len(saved['class_names'])} classes, the data has {len(class_names)}"
-        problem = f"was trained on {counts}; they must be the same, in the same order"
-        remedy = f"To train it on these classes: onestage fit --init_from {path}"
-        raise unusable(path, problem, f"Of the checkpoint: {then}\nOf the data: {now}\n{remedy}")
-
-
-# Writing
-
-
-def copy_checkpoint(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path) -> None:
     """Copy a file atomically."""
     with atomic_write(target) as temporary:
         shutil.copyfile(source, temporary)
 
 
-def keep_previous(path: Path, previous: Path) -> None:
-    """Give `path` the second name `previous`, before a newer file takes its first."""
-    with atomic_write(previous) as temporary:
+def keep_previous(path: Path) -> None:
+    """Give last.ckpt the second name previous.ckpt, before a newer file takes its first."""
+    with atomic_write(path.with_name(PREVIOUS)) as temporary:
         try:
             temporary.hardlink_to(path)
         except OSError:  # a file system without hard links

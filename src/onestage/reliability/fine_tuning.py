@@ -6,7 +6,6 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 
 from onestage.data.annotations import quoted
-from onestage.errors import ConfigError
 from onestage.files import printable
 from onestage.models.weights import CLASS_OUTPUT
 from onestage.reliability.checkpoints import read_checkpoint, require_finite, unusable
@@ -14,13 +13,6 @@ from onestage.training.module import CHECKPOINT_KEY, DetectionModule
 
 OWN_SUFFIXES = (".ckpt", ".safetensors")
 MAX_LINES = 20
-
-
-def check_init_from(init_from: str | None, resume: str, ckpt_path: str | None) -> None:
-    """Raise ConfigError if a run is to begin from weights and to continue another run."""
-    if init_from is not None and (ckpt_path is not None or resume not in ("none", "auto")):
-        other = f"--ckpt_path {ckpt_path}" if ckpt_path is not None else f"--resume {resume}"
-        raise ConfigError(f"--init_from {init_from} and {other} conflict; pass only one.")
 
 
 def load_fitting_weights(module: DetectionModule, path: str, class_names: Sequence[str]) -> None:

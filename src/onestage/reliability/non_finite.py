@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from onestage.data.annotations import shortened
 from onestage.errors import NonFiniteError, ResourceError, require
 from onestage.files import atomic_write
 from onestage.training.module import DetectionModule
@@ -166,7 +167,8 @@ class NonFiniteGuard(Callback):
             dist.all_gather_object(processes, facts)
         worst = next((other for other in processes if not math.isfinite(other["loss"])), processes[0])
         is_end = self.num_in_row > self.max_skipped_steps or self.num_scaler_skips > MAX_SCALER_SKIPS
-        self._records.append({"step": facts["step"], "processes": as_json(processes)})
+        as_text = json.loads(json.dumps(processes), parse_constant=lambda text: str(float(text)))  # NaN and infinity
+        self._records.append({"step": facts["step"], "processes": as_text})
         where = self._write(is_end) if trainer.is_global_zero else str(self._folder / DIAGNOSIS_FILE)
         place = f"step {facts['step']} of epoch {facts['epoch']}"
         if is_end:
@@ -267,36 +269,25 @@ def _tensors(place: str, node: object) -> Iterator[tuple[str, Tensor]]:
 def likely_cause(facts: JSONDict) -> tuple[str, str]:
     """Return cause and remedy, tested in order: data, outputs, loss, gradient."""
     boxes, predictions, names = facts["boxes"], facts["predictions"], facts["bad_gradients"]
-    if facts["bad_weights"]:
-        return f"the weights are not finite ({_some(facts['bad_weights'])}): an earlier update overflowed", LOWER_LR
+    if bad_weights := shortened(facts["bad_weights"], 3):
+        return f"the weights are not finite ({bad_weights}): an earlier update overflowed", LOWER_LR
     if boxes["num_non_finite"] or boxes["num_empty"]:
         problem = "of {num_boxes} boxes {num_empty} have no area and {num_non_finite} are not finite".format(**boxes)
-        remedy = (
-            f"Check the annotations of the images in {DIAGNOSIS_FILE}, and data.train_transforms if they change boxes."
-        )
-        return f"the targets: {problem}", remedy
-    bad_outputs = [name for name, values in predictions.items() if values["num_non_finite"]]
+        remedy = f"Check the annotations of the images in {DIAGNOSIS_FILE}, and data.train_transforms"
+        return f"the targets: {problem}", f"{remedy} if they change boxes."
+    bad_outputs = shortened([name for name, values in predictions.items() if values["num_non_finite"]], 3)
     if bad_outputs and facts["precision"] == "16-mixed":
-        problem = "activations beyond 65,504, the largest number of fp16"
+        problem = "activations beyond 65,504, the largest number of fp16: "
         remedy = "Set trainer.precision: bf16-mixed, or 32-true."
-        return f"{problem}: {_some(bad_outputs)} overflowed on finite weights", remedy
+        return f"{problem}{bad_outputs} overflowed on finite weights", remedy
     if bad_outputs:
-        return f"{_some(bad_outputs)} overflowed on finite weights", LOWER_LR
+        return f"{bad_outputs} overflowed on finite weights", LOWER_LR
     own_loss = f"{LOWER_LR} If the loss is your own, check its values and derivative: docs/add_a_loss.md."
-    bad_terms = [name for name, value in facts["loss_terms"].items() if not math.isfinite(value) and name != "loss"]
-    if bad_terms:
+    terms = facts["loss_terms"].items()
+    if bad_terms := shortened([name for name, value in terms if not math.isfinite(value) and name != "loss"], 3):
         ranges = ", ".join(f"{name} {v['smallest']:.3g}..{v['largest']:.3g}" for name, v in predictions.items())
-        return f"{_some(bad_terms)} is not finite although all predictions are ({ranges})", own_loss
+        return f"{bad_terms} is not finite although all predictions are ({ranges})", own_loss
     if not math.isfinite(facts["loss"]):
         return "an earlier batch of the step (trainer.accumulate_grad_batches) has a bad loss", LOWER_LR
     where = f"in {len(names)} parameters from {names[0]} to {names[-1]}" if names else "only in its norm"
     return f"the loss is finite and its gradient is not, {where}", own_loss
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def as_json(facts: Any) -> Any:
-    """Return a copy for a JSON file: NaN and infinity become text."""
-    return json.loads(json.dumps(facts), parse_constant=lambda text: str(float(text)))

@@ -224,8 +224,14 @@ def require_resumable(
     _require_same_strategy(path, checkpoint, strategy)
     saved = checkpoint[CHECKPOINT_KEY]
     _require_same_optimizer(path, saved, module)
-    if not allow_data_change:
-        _require_same_data(path, saved, fingerprints(data.annotations("train")))
+    now = {} if allow_data_change else fingerprints(data.annotations("train"))
+    for (key, value), noun in zip(now.items(), ("annotations", "images"), strict=False):
+        if saved.get(key, value) != value:
+            raise CheckpointError(
+                f"the training {noun} have changed since {path} was written (fingerprint {value}, then "
+                f"{saved[key]!r:.99}).\nRestore them, or continue with the new ones by --allow_data_change true, or "
+                "start a new run by --resume none."
+            )
     versions = installed_versions()
     others = [f"{name} {then}" for name, then in saved.get("versions", {}).items() if versions.get(name) != then]
     if others:
@@ -261,17 +267,6 @@ def _require_same_optimizer(path: Path, saved: JSONDict, module: DetectionModule
         raise unusable(path, problem, remedy)
 
 
-def _require_same_data(path: Path, saved: JSONDict, now: dict[str, str]) -> None:
-    for key, noun in (("data_fingerprint", "annotations"), ("image_fingerprint", "images")):
-        then = saved.get(key, now[key])
-        if then != now[key]:
-            raise CheckpointError(
-                f"the training {noun} have changed since {path} was written (fingerprint {now[key]}, then "
-                f"{then!r:.99}).\nRestore them, or continue with the new ones by --allow_data_change true, or start a "
-                "new run by --resume none."
-            )
-
-
 @lru_cache(maxsize=1)  # asked for when a run is resumed and again when it starts
 def fingerprints(annotations: AnnotationSet) -> dict[str, str]:
     """Return short hashes by their keys in a checkpoint.
@@ -280,10 +275,6 @@ def fingerprints(annotations: AnnotationSet) -> dict[str, str]:
     if they are larger than READ_BYTES together. Folders do not count.
     """
     paths = [Path(path) for path in annotations.image_paths.tolist()]
-    return {"data_fingerprint": _hash_annotations(annotations, paths), "image_fingerprint": _hash_images(paths)}
-
-
-def _hash_annotations(annotations: AnnotationSet, paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     digest.update("\0".join(path.name for path in paths).encode(errors="surrogateescape"))
     for array in (annotations.image_ids, annotations.box_offsets, annotations.boxes, annotations.labels):
@@ -291,7 +282,7 @@ def _hash_annotations(annotations: AnnotationSet, paths: Sequence[Path]) -> str:
     for flags in (annotations.is_crowd, annotations.is_difficult):
         digest.update(np.packbits(flags).tobytes())
     digest.update(repr((annotations.class_names, annotations.category_ids)).encode())
-    return digest.hexdigest()[:16]
+    return {"data_fingerprint": digest.hexdigest()[:16], "image_fingerprint": _hash_images(paths)}
 
 
 def _hash_images(paths: Sequence[Path]) -> str:

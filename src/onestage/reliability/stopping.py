@@ -23,8 +23,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from onestage.errors import CancelledError, CheckpointError, ConfigError, OnestageError, ResourceError, TerminatedError
 from onestage.files import OUT_OF_SPACE
 from onestage.reliability.callbacks import LastCheckpoint, is_after_step, is_last_batch, is_training, validation_follows
-from onestage.reliability.checkpoints import BEST, LAST, first_line
+from onestage.reliability.checkpoints import BEST, LAST
 from onestage.reliability.watchdog import await_watchdog_verdict, is_connection_lost
+from onestage.training.loggers import first_line
 
 PACKAGE = Path(__file__).parents[1]
 LIGHTNING_PARTS = {"callbacks": "trainer.callbacks", "loggers": "trainer.logger", "profilers": "trainer.profiler"}
@@ -207,7 +208,7 @@ def _misused(error: Exception) -> ConfigError | None:
             return None
         if path.parent.name in LIGHTNING_PARTS and "pytorch" in path.parts and owner is not None:
             name, key = type(owner).__name__, LIGHTNING_PARTS[path.parent.name]
-            problem = f"{name} cannot work in this run: {type(error).__name__}: {first_line(error)}"
+            problem = f"{name} cannot work in this run: {type(error).__name__}: {first_line(error)[:200]}"
             return ConfigError(f"{key}: {problem}\nCorrect its arguments as Lightning's manual says, or leave it out.")
     return None
 

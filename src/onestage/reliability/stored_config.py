@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import torch
 from jsonargparse import ArgumentParser
-from torch import Tensor
 
-from onestage.reliability.checkpoints import first_line, read_checkpoint, unusable
+from onestage.reliability.checkpoints import read_checkpoint, unusable
+from onestage.training.loggers import first_line
 from onestage.training.module import CHECKPOINT_KEY, DetectionModule
 from onestage.types import Detector, JSONDict
 
@@ -98,15 +98,11 @@ def _require_weights_of_the_detector(path: str | Path, node: JSONDict, saved: JS
         with torch.device("meta"):
             detector = parser.instantiate_classes(parsed).detector
     except Exception as error:  # any kind, from jsonargparse or the constructor
-        raise unusable(path, f"has a detector that cannot be built: {first_line(error)}", TRUST) from error
-    needed, stored = (sum(map(_num_bytes, tensors.values())) for tensors in (detector.state_dict(), weights))
+        raise unusable(path, f"has a detector that cannot be built: {first_line(error)[:200]}", TRUST) from error
+    needed, stored = (sum(each.nbytes for each in tensors.values()) for tensors in (detector.state_dict(), weights))
     if needed > stored + SPARE_BYTES:
         problem = f"has a detector that needs {needed:,} bytes, and weights of {stored:,} bytes"
         raise unusable(path, problem, "`onestage fit` does not write such a file.")
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def foreign_classes(path: str | Path) -> str | None:

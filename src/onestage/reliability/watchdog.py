@@ -66,16 +66,10 @@ class Watchdog(Callback):
         _thread = WatchThread(store, trainer.global_rank, trainer.world_size, remedy)
         _thread.start()
         _watchdog_started.set()
-        _detach_lightning_observer(trainer)
-
-
-def _detach_lightning_observer(trainer: pl.Trainer) -> None:
-    """Empty the list of Lightning's observer, which kills all without a message."""
-    launcher: Any = trainer.strategy.launcher
-    observed = getattr(launcher, "procs", None)
-    if observed:
-        launcher.procs = list(observed)
-        observed.clear()  # the observer holds this very list
+        launcher: Any = trainer.strategy.launcher
+        if observed := getattr(launcher, "procs", None):
+            launcher.procs = list(observed)
+            observed.clear()  # the very list of Lightning's observer, which kills all without a message
 
 
 class WatchThread(threading.Thread):
