@@ -13,14 +13,7 @@ from onestage.data.layouts import Split
 from onestage.doctor.anchors import POSITIVE_IOU, Coverage, DetectorAnchors, measure_coverage
 from onestage.doctor.decoding import decode_all
 from onestage.doctor.leakage import find_leakage
-from onestage.doctor.statistics import (
-    ClassRow,
-    check_classes,
-    check_objects,
-    class_table,
-    shape_counts,
-    stretched_boxes,
-)
+from onestage.doctor.statistics import ClassRow, canvas_boxes, check_classes, check_objects, class_table, shape_counts
 from onestage.doctor.usage import check_use
 from onestage.errors import AnnotationError
 from onestage.files import printable
@@ -58,12 +51,8 @@ def examine(
 ) -> tuple[Diagnosis, dict[str, AnnotationSet]]:
     """Check splits as training would meet them; return the diagnosis, and the splits without unusable images.
 
-    Args:
-        splits: of one data set, the training split first; see `read_splits`.
-        anchors: of the detector to train.
-        near_copies: compare splits by what their images show.
-        is_decoded: decode every image completely.
-        max_bad_fraction: that training may skip, in [0, 1].
+    splits: of one data set, the training split first. near_copies: compare splits by what their images show.
+    is_decoded: decode every image completely. max_bad_fraction: that training may skip, in [0, 1].
     """
     findings = [finding for split in splits for finding in split.findings]
     start = time.perf_counter()
@@ -86,10 +75,9 @@ def examine(
     seconds["leakage"] = time.perf_counter() - start - sum(seconds.values())
     shapes, coverage = _check_anchors(next(iter(usable.values()), None), anchors, findings)
     findings += check_classes(usable)
-    are_same = len({(part.class_names, part.category_ids) for part in usable.values()}) == 1
     diagnosis = Diagnosis(
         splits=[_summarise(split, usable[split.name]) for split in splits if split.name in usable],
-        classes=class_table(usable) if are_same else [],
+        classes=class_table(usable) or [],
         shapes=shapes,
         coverage=coverage,
         anchors=anchors,
@@ -106,17 +94,22 @@ def _check_headers(
     """Check the headers of all images; return the splits without unusable ones, and extend the findings."""
     usable: dict[str, AnnotationSet] = {}
     for split in splits:
-        if split.annotations is not None:
-            checks = check_headers(split.annotations)
-            found = [finding for check in checks for finding in check.findings]
-            is_usable = np.array([check.is_usable for check in checks], dtype=np.bool_)
-            both = [*split.findings, *found]
-            findings += found
-            findings += _check_fraction(split.annotations, int(is_usable.sum()), both, max_bad_fraction)
-            sizes = np.array([(check.height, check.width) for check in checks], dtype=np.int32).reshape(-1, 2)
-            known = split.annotations.sizes
-            sized = replace(split.annotations, sizes=np.where(known > 0, known, sizes))
-            usable[split.name] = select_images(sized, np.flatnonzero(is_usable))
+        annotations = split.annotations
+        if annotations is None:
+            continue
+        checks = check_headers(annotations)
+        found = [finding for check in checks for finding in check.findings]
+        findings += found
+        rows = np.flatnonzero([check.is_usable for check in checks])
+        source, num_boxes = annotations.source, len(annotations.boxes)
+        try:
+            require_few_skipped(source, len(rows), num_boxes, [*split.findings, *found], max_bad_fraction)
+        except AnnotationError as reason:
+            problem, *_, remedy = str(reason).splitlines()  # the findings themselves stand in between
+            findings.append(FILE.broken_by(source, AnnotationError(f"{problem}\n{remedy}")))
+        sizes = np.array([(check.height, check.width) for check in checks], dtype=np.int32).reshape(-1, 2)
+        known = annotations.sizes
+        usable[split.name] = select_images(replace(annotations, sizes=np.where(known > 0, known, sizes)), rows)
     return usable
 
 
@@ -126,8 +119,7 @@ def _check_anchors(
     """Return shapes and coverage of the training split's boxes, and extend the findings."""
     if annotations is None or annotations.is_crowd.all():  # also true for an empty array
         return {}, None
-    is_object = ~annotations.is_crowd
-    boxes, labels = stretched_boxes(annotations, anchors.image_size)[is_object], annotations.labels[is_object]
+    boxes, labels = canvas_boxes(annotations, anchors.image_size)
     if not anchors.levels:
         return shape_counts(boxes), None
     coverage = measure_coverage(boxes, labels, len(annotations.class_names), anchors)
@@ -138,18 +130,6 @@ def _check_anchors(
         )
         findings.append(UNREACHED_BOX.broken(annotations.source, problem, coverage.num_unreached))
     return shape_counts(boxes), coverage
-
-
-def _check_fraction(
-    annotations: AnnotationSet, num_usable: int, found: Sequence[Finding], max_bad_fraction: float
-) -> list[Finding]:
-    """Return a finding if training would stop because too many boxes or images are skipped."""
-    try:
-        require_few_skipped(annotations.source, num_usable, len(annotations.boxes), found, max_bad_fraction)
-    except AnnotationError as reason:
-        problem, *_, remedy = str(reason).splitlines()  # the findings themselves stand in between
-        return [FILE.broken_by(annotations.source, AnnotationError(f"{problem}\n{remedy}"))]
-    return []
 
 
 def _summarise(split: Split, annotations: AnnotationSet) -> JSONDict:

@@ -10,6 +10,7 @@ from onestage import __version__
 from onestage.doctor.anchors import POSITIVE_IOU
 from onestage.doctor.checks import Diagnosis
 from onestage.doctor.statistics import RATIOS, SIDES
+from onestage.evaluation.results import to_json
 from onestage.files import printable
 from onestage.types import Effect, Finding
 
@@ -26,9 +27,7 @@ TITLES = {
 def as_json(diagnosis: Diagnosis, exit_code: int) -> str:
     """Return everything that was found. NaN becomes null."""
     anchors, coverage = diagnosis.anchors, diagnosis.coverage
-    measured = {"detector": anchors.detector, "image_size": anchors.image_size} | (
-        coverage._asdict() if coverage else {}
-    )
+    measured = coverage and {"detector": anchors.detector, "image_size": anchors.image_size, **coverage._asdict()}
     content = {
         "onestage": __version__,
         "exit_code": exit_code,
@@ -37,7 +36,7 @@ def as_json(diagnosis: Diagnosis, exit_code: int) -> str:
         "box_shapes": {
             "image_size": anchors.image_size, "size_bounds": SIDES, "ratio_bounds": RATIOS, **diagnosis.shapes
         },
-        "coverage": coverage and json.loads(json.dumps(measured), parse_constant=lambda _: None),
+        "coverage": json.loads(to_json(measured)),
         "findings": [finding._asdict() for finding in diagnosis.findings],
         "seconds": diagnosis.seconds,
         "num_headers": diagnosis.num_headers,
@@ -48,8 +47,10 @@ def as_json(diagnosis: Diagnosis, exit_code: int) -> str:
 
 def as_text(diagnosis: Diagnosis) -> str:
     """Return a page: splits, classes, boxes and anchors, then the findings, the most severe last."""
-    parts = (_split_lines, _class_lines, _shape_lines, _finding_lines, _summary_lines)
-    return "\n".join(printable(line) for part in parts for line in part(diagnosis))
+    blocks = [_split_lines(diagnosis), _class_lines(diagnosis), _shape_lines(diagnosis), _anchor_lines(diagnosis)]
+    blocks += [_finding_lines(*group) for group in reversed(_grouped(diagnosis.findings).items())]
+    texts = ("\n".join(map(printable, block)) for block in [*blocks, _summary_lines(diagnosis)])
+    return "\n\n".join(filter(None, texts))
 
 
 def _split_lines(diagnosis: Diagnosis) -> Iterator[str]:
@@ -70,7 +71,6 @@ def _class_lines(diagnosis: Diagnosis) -> Iterator[str]:
     ids = [row.category_id for row in rows]
     num_gaps = max(ids) - min(ids) + 1 - len(ids)
     gaps = f" with {num_gaps} gaps" if num_gaps else ""
-    yield ""
     yield f"boxes (images) of each class; ids {min(ids)}..{max(ids)}{gaps} are mapped to labels 0..{len(ids) - 1}"
     reached = diagnosis.coverage.by_class if diagnosis.coverage else [math.nan] * len(rows)
     table = [["class", "id", *map(printable, rows[0].num_boxes), "reached by anchors"]]
@@ -86,15 +86,16 @@ def _shape_lines(diagnosis: Diagnosis) -> Iterator[str]:
     shapes, coverage, side = diagnosis.shapes, diagnosis.coverage, diagnosis.anchors.image_size
     if not shapes:
         return
-    yield ""
     yield f"boxes of {printable(diagnosis.splits[0]['name'])} at {side} x {side} px"
     sizes = [f"< {SIDES[0]}", *(f"{a}-{b}" for a, b in pairwise(SIDES)), f">= {SIDES[-1]}"]
     reached = [["reached", *map(_percent, coverage.by_size)]] if coverage else []
     yield from _aligned([["size, px", *sizes], ["boxes", *map(str, shapes["size"])], *reached], num_left=1)
     ratios = ["width:height", "< 1:3", "1:3-1:1.5", "1:1.5-1.5:1", "1.5:1-3:1", ">= 3:1"]
     yield from _aligned([ratios, ["boxes", *map(str, shapes["width / height"])]], num_left=1)
-    if coverage:
-        yield ""
+
+
+def _anchor_lines(diagnosis: Diagnosis) -> Iterator[str]:
+    if coverage := diagnosis.coverage:
         yield (
             f"anchors of {diagnosis.anchors.detector}: {_percent(coverage.share)} of the boxes have one with IoU >= "
             f"{POSITIVE_IOU:g} (mean best IoU {coverage.mean_best_iou:.2f}); an object trains "
@@ -102,19 +103,16 @@ def _shape_lines(diagnosis: Diagnosis) -> Iterator[str]:
         )
 
 
-def _finding_lines(diagnosis: Diagnosis) -> Iterator[str]:
-    for (effect, rule), members in reversed(_grouped(diagnosis.findings).items()):
-        yield ""
-        yield f"{TITLES[effect]}: {rule} ({sum(member.num_items for member in members)})"
-        for member in members[:NUM_SHOWN]:
-            yield from ("  " + line for line in member.line.split("\n"))
-        if len(members) > NUM_SHOWN:
-            yield f"  and {len(members) - NUM_SHOWN} more: see --json"
-        yield from (f"  -> {line}" for line in dict.fromkeys(member.remedy for member in members[:NUM_SHOWN]))
+def _finding_lines(kind: tuple[str, str], members: Sequence[Finding]) -> Iterator[str]:
+    yield f"{TITLES[kind[0]]}: {kind[1]} ({sum(member.num_items for member in members)})"
+    for member in members[:NUM_SHOWN]:
+        yield from ("  " + line for line in member.line.split("\n"))
+    if len(members) > NUM_SHOWN:
+        yield f"  and {len(members) - NUM_SHOWN} more: see --json"
+    yield from (f"  -> {line}" for line in dict.fromkeys(member.remedy for member in members[:NUM_SHOWN]))
 
 
 def _summary_lines(diagnosis: Diagnosis) -> Iterator[str]:
-    yield ""
     num_headers, seconds = diagnosis.num_headers, diagnosis.seconds
     parts = [f"{name} {value:.1f} s" for name, value in seconds.items() if name != "headers"]
     rate = num_headers / max(seconds["headers"], 1e-3)

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from onestage.data.images import read_image
+from onestage.data.images import RGBImage, read_image
 from onestage.data.resize import Stretch
 from onestage.data.transforms import SeededTransform, ssd_transforms
 from onestage.errors import ConfigError, ImageError, require
@@ -18,6 +19,7 @@ from onestage.types import AnnotationSet
 PANEL_SIDE = 300  # px of each picture
 MARGIN = 8  # px around a pair
 MAX_PAIRS = 400  # 100 megapixels
+SEED = 0  # of the choice of images and of their augmentation
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 
 
@@ -29,39 +31,28 @@ def require_sheet(path: Path, num_images: int) -> None:
         raise ConfigError(f"draw: {printable(path)} already exists; nothing is overwritten. Give a new name.")
 
 
-def write_sheet(path: Path, annotations: AnnotationSet, num_images: int, image_size: int, seed: int = 0) -> int:
-    """Draw images of a split, chosen by `seed`, first those with objects; return their number.
+def write_sheet(path: Path, annotations: AnnotationSet, num_images: int, image_size: int) -> int:
+    """Draw random images of a split, first those with objects; return their number.
 
-    Args:
-        path: a .jpg or .png file.
-        annotations: the split.
-        num_images: limit.
-        image_size: side of the network input, px.
-        seed: of the choice and of SSD's augmentation.
+    path: a .jpg or .png file. num_images: limit. image_size: side of the network input, px.
     """
-    pairs = list(_pairs(annotations, num_images, image_size, seed))
+    pairs = list(islice(_pairs(annotations, image_size), num_images))
     num_columns = max(1, round(math.sqrt(len(pairs) / 2)))  # a pair is twice as wide as high
-    width, height = 2 * PANEL_SIDE + MARGIN, PANEL_SIDE + MARGIN
-    sheet = Image.new("RGB", (num_columns * width, max(1, math.ceil(len(pairs) / num_columns)) * height), "white")
-    for number, panels in enumerate(pairs):
-        row, column = divmod(number, num_columns)
-        for position, panel in enumerate(panels):
-            sheet.paste(panel, (column * width + position * PANEL_SIDE, row * height))
+    blank = np.full((PANEL_SIDE + MARGIN, 2 * PANEL_SIDE + MARGIN, 3), 255, dtype=np.uint8)
+    tiles = [*pairs, *[blank] * (-len(pairs) % num_columns)] or [blank]
+    rows = [np.hstack(tiles[start : start + num_columns]) for start in range(0, len(tiles), num_columns)]
     with atomic_write(path) as temporary:
-        sheet.save(temporary, format=FORMATS[path.suffix.lower()])
+        Image.fromarray(np.vstack(rows)).save(temporary, format=FORMATS[path.suffix.lower()])
     return len(pairs)
 
 
-def _pairs(annotations: AnnotationSet, num_images: int, image_size: int, seed: int) -> Iterator[list[Image.Image]]:
-    """Yield an image with its boxes before and after augmentation; skip images that cannot be decoded."""
+def _pairs(annotations: AnnotationSet, image_size: int) -> Iterator[RGBImage]:
+    """Yield each image with its boxes before and after augmentation; skip images that cannot be decoded."""
     stretch = Stretch(image_size)
     pipelines = [SeededTransform([], stretch), SeededTransform(ssd_transforms(stretch), stretch)]
-    order = np.random.default_rng(seed).permutation(len(annotations))
+    order = np.random.default_rng(SEED).permutation(len(annotations))
     is_empty = np.diff(annotations.box_offsets)[order] == 0
-    num_drawn = 0
     for index in np.concatenate([order[~is_empty], order[is_empty]]).tolist():
-        if num_drawn == num_images:
-            return
         height, width = annotations.sizes[index].tolist()
         try:
             image = read_image(str(annotations.image_paths[index]), (height, width))
@@ -70,9 +61,9 @@ def _pairs(annotations: AnnotationSet, num_images: int, image_size: int, seed: i
         objects = annotations.objects(index)
         panels = []
         for pipeline in pipelines:
-            result = pipeline(image, annotations.boxes[objects], (seed, 0, index))
+            result = pipeline(image, annotations.boxes[objects], (SEED, 0, index))
             labels = annotations.labels[objects][result.rows]
             drawn = draw_boxes(result.image, result.boxes, labels, None, annotations.class_names)
-            panels.append(Image.fromarray(drawn).resize((PANEL_SIDE, PANEL_SIDE), Image.Resampling.BILINEAR))
-        num_drawn += 1
-        yield panels
+            panel = Image.fromarray(drawn).resize((PANEL_SIDE, PANEL_SIDE), Image.Resampling.BILINEAR)
+            panels.append(np.asarray(panel))
+        yield np.pad(np.hstack(panels), ((0, MARGIN), (0, MARGIN), (0, 0)), constant_values=255)

@@ -27,10 +27,12 @@ class ClassRow(NamedTuple):
     num_boxes: dict[str, int]  # with crowds
 
 
-def class_table(splits: Mapping[str, AnnotationSet]) -> list[ClassRow]:
-    """Return a row for each class, in label order. All splits must have the same classes."""
-    first = next(iter(splits.values()))
-    classes = enumerate(zip(first.category_ids, first.class_names, strict=True))
+def class_table(splits: Mapping[str, AnnotationSet]) -> list[ClassRow] | None:
+    """Return a row for each class, in label order; None if the splits do not have the same classes."""
+    tables = {(annotations.category_ids, annotations.class_names) for annotations in splits.values()}
+    if len(tables) != 1:
+        return None
+    classes = enumerate(zip(*tables.pop(), strict=True))
     table = [ClassRow(label, category_id, name, {}, {}) for label, (category_id, name) in classes]
     for name, annotations in splits.items():
         pairs = np.unique(_image_rows(annotations) * len(table) + annotations.labels)
@@ -45,26 +47,22 @@ def check_classes(splits: Mapping[str, AnnotationSet]) -> list[Finding]:
     """Find classes that differ between the splits, are rare, or are written in two ways."""
     if not splits:
         return []
-    first, *others = splits.values()
-    if len({(annotations.class_names, annotations.category_ids) for annotations in splits.values()}) > 1:
+    (train, first), *others = splits.items()
+    rows = class_table(splits)
+    if rows is None:
         lines = [
             f"\n  {name}: " + shortened([f"{i} {c}" for i, c in zip(s.category_ids, s.class_names, strict=True)], 100)
             for name, s in splits.items()
         ]
         return [rules.CLASSES_DIFFER.broken(first.source, f"the splits have different categories:{''.join(lines)}")]
-    rows, train = class_table(splits), next(iter(splits))
     place = f"{first.source} and {len(others)} more" if others else first.source
     used = [row for row in rows if any(row.num_boxes.values())]
     missing = [row.name for row in used if not all(row.num_boxes.values())]  # empty for a single split
     rare = [row.name for row in used if row.num_boxes[train] < FEW_BOXES]
-    found = [
-        rule.broken(place, f"{len(names)} of {len(rows)} classes have {problem}: {shortened(names)}", len(names))
-        for rule, names, problem in (
-            (rules.ONE_SPLIT_CLASS, missing, "no box in one of the splits"),
-            (rules.RARE_CLASS, rare, f"fewer than {FEW_BOXES} boxes in {train}"),
-        )
-        if names
-    ]
+    problem = f"of {len(rows)} classes have no box in one of the splits: {shortened(missing)}"
+    found = rules.ONE_SPLIT_CLASS.counted(place, f"{len(missing)} {problem}", len(missing))
+    problem = f"of {len(rows)} classes have fewer than {FEW_BOXES} boxes in {train}: {shortened(rare)}"
+    found += rules.RARE_CLASS.counted(place, f"{len(rare)} {problem}", len(rare))
     alike: dict[str, list[str]] = {}
     for row in rows:
         alike.setdefault(_word(row.name), []).append(repr(row.name))
@@ -77,15 +75,15 @@ def check_classes(splits: Mapping[str, AnnotationSet]) -> list[Finding]:
 
 def check_objects(annotations: AnnotationSet, max_detections: int, is_training: bool = False) -> list[Finding]:
     """Find what is unusual about the usable objects of a split. max_detections: of the detector, per image."""
-    place, counts, found = annotations.source, np.diff(annotations.box_offsets), []
+    place, counts = annotations.source, np.diff(annotations.box_offsets)
+    found: list[Finding] = []
     if is_training:
         try:
             require_objects(annotations)
         except AnnotationError as reason:
             found.append(rules.NO_OBJECTS.broken(place, str(reason).partition("\n")[0].removeprefix(f"{place}: ")))
-    if num_empty := int(np.count_nonzero(counts == 0)):
-        problem = f"{num_empty} of {len(counts)} images have no object"
-        found.append(rules.NO_OBJECT_IMAGES.broken(place, problem, num_empty))
+    num_empty = int(np.count_nonzero(counts == 0))
+    found += rules.NO_OBJECT_IMAGES.counted(place, f"{num_empty} of {len(counts)} images have no object", num_empty)
     rows = _image_rows(annotations)
     keys = np.column_stack([rows, annotations.labels, annotations.boxes])  # [T, 6]
     order = np.lexsort(keys.T)  # stable: of equal ones the first stays the first
@@ -95,16 +93,19 @@ def check_objects(annotations: AnnotationSet, max_detections: int, is_training: 
         problem = f"{len(repeated)} boxes repeat a box and class of their image, the first in {path!s:.200}"
         found.append(rules.BOX_REPEATED.broken(place, problem, len(repeated)))
     limit = min(max_detections, MAX_DETECTIONS)
-    if num_many := int(np.count_nonzero(counts > limit)):
-        problem = f"{num_many} images have more than {limit} objects, the maximum is {counts.max()}"
-        found.append(rules.MANY_OBJECTS.broken(place, problem, num_many))
-    return found
+    num_many = int(np.count_nonzero(counts > limit))
+    problem = f"{num_many} images have more than {limit} objects, the maximum is {counts.max(initial=0)}"
+    return found + rules.MANY_OBJECTS.counted(place, problem, num_many)
 
 
-def stretched_boxes(annotations: AnnotationSet, image_size: int) -> npt.NDArray[np.float64]:
-    """Return boxes [T, 4] xyxy of images stretched to squares of `image_size` px; unknown sizes count as that."""
+def canvas_boxes(annotations: AnnotationSet, image_size: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return boxes [T, 4] xyxy and labels [T] of the objects, without crowds, on a square canvas of `image_size` px.
+
+    Images are stretched to it; those of unknown size count as that.
+    """
     sizes = annotations.sizes[:, [1, 0, 1, 0]].repeat(np.diff(annotations.box_offsets), axis=0).astype(np.float64)
-    return annotations.boxes.astype(np.float64) * np.where(sizes > 0, image_size / np.maximum(sizes, 1), 1.0)
+    boxes = annotations.boxes.astype(np.float64) * np.where(sizes > 0, image_size / np.maximum(sizes, 1), 1.0)
+    return boxes[~annotations.is_crowd], annotations.labels[~annotations.is_crowd]
 
 
 def size_bin(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:

@@ -59,13 +59,13 @@ def training_command(paths: Sequence[Path], image_root: Path | None, splits: Seq
 
 def _find_unused(source: Source, splits: Sequence[Split]) -> Iterator[tuple[str, list[str]]]:
     """Yield (noun, files) for the files below the folder of a data set that no split uses."""
-    if any(split.annotations is None for split in splits):
+    sets = [split.annotations for split in splits if split.annotations is not None]
+    if len(sets) < len(splits):
         return
     if not isinstance(source, COCO):
         yield "lists or folders are of no split", source.unused()
     if not source.path.is_dir():
         return
-    sets = [split.annotations for split in splits if split.annotations is not None]
     used = {os.path.normpath(path) for annotations in sets for path in annotations.image_paths.tolist()}
     skipped = (finding.place for split in splits for finding in split.findings if finding.effect == "skipped")
     skipped_stems = {Path(place.partition(": ")[0]).stem for place in skipped}
@@ -73,17 +73,14 @@ def _find_unused(source: Source, splits: Sequence[Split]) -> Iterator[tuple[str,
     files = list(_list_all(source.path))
     images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES) and file not in used]
     yield "images are in no split", [file for file in images if Path(file).stem not in skipped_stems]
-    types = ", ".join(sorted({Path(file).suffix.lower() for file in files if file.lower().endswith(UNREAD_SUFFIXES)}))
-    yield f"images are of a type that is not read ({types})", [f for f in files if f.lower().endswith(UNREAD_SUFFIXES)]
+    unread = [file for file in files if file.lower().endswith(UNREAD_SUFFIXES)]
+    kinds = ", ".join(sorted({Path(file).suffix.lower() for file in unread}))
+    yield f"images are of a type that is not read ({kinds})", unread
     yield "folders are links, which are not searched", [str(path) for path in find_linked_folders(source.path)]
-    used_files = (
-        {os.path.normpath(source.annotation_file(r)) for r in source.splits} if isinstance(source, COCO) else set()
-    )
-    others = [file for file in files if file.lower().endswith((".json", ".xml")) and file not in used_files]
-    yield (
-        "other JSON or XML files are not read",
-        [f for f in others if source.format != "VOC" or f.lower().endswith(".json")],
-    )
+    if isinstance(source, COCO):
+        used |= {os.path.normpath(source.annotation_file(role)) for role in source.splits}
+    types = ".json" if source.format == "VOC" else (".json", ".xml")
+    yield "other JSON or XML files are not read", [f for f in files if f.lower().endswith(types) and f not in used]
     if not isinstance(source, COCO):
         suffix = {"VOC": ".xml", "YOLO": ".txt"}[source.format]
         labels = [Path(file) for file in files if file.lower().endswith(suffix) and not file.endswith("classes.txt")]
