@@ -188,7 +188,10 @@ class DetectionCLI(LightningCLI):
             self.settings.data.source = None  # config.yaml and checkpoints hold no objects
         self.settings.trainer.logger = self._logger_specs
         self._dump_config()
-        self.run_folder = self._make_run_folder()  # only now, when data and model are known to be valid
+        # Only now, when data and model are known to be valid.
+        dry_folder = Path(str(self.settings.runs_dir)) / str(self.settings.experiment) / "fast_dev_run"
+        is_dry = self.settings.trainer.fast_dev_run
+        self.run_folder = dry_folder if is_dry else self.add_on.run_folder(self.settings)
         config["default_root_dir"] = str(self.run_folder)
         config["logger"] = [*run_loggers(self.run_folder, self.add_on.resumed_step), *self._user_loggers()]
         own = self._reporting_callbacks(config)
@@ -247,12 +250,6 @@ class DetectionCLI(LightningCLI):
 
         limit = None if settings.auto_batch is True else int(settings.auto_batch * GIB)
         return AutoBatch(limit, settings.ema.decay is not None, record)
-
-    def _make_run_folder(self) -> Path:
-        settings = self.settings
-        if settings.trainer.fast_dev_run:
-            return Path(str(settings.runs_dir)) / str(settings.experiment) / "fast_dev_run"
-        return self.add_on.run_folder(settings)
 
     @property
     def results_path(self) -> Path:
@@ -319,21 +316,19 @@ class DetectionCLI(LightningCLI):
             # The other processes end with the same code and without the message.
             raise malformed(place, problem, remedy, lines) if self.trainer.is_global_zero else DataError()
 
-    def _call_after_run(self) -> None:
-        for place in AFTER_RUN:
-            module, _, name = place.partition(":")
-            try:
-                write = getattr(import_module(module), name)
-                write(self.run_folder, self.command, self.model, self.datamodule, draw=self.settings.drawn_images > 0)
-            except Exception as error:  # the run is complete
-                logger.warning("%s: %s: %s", place, type(error).__name__, str(error).partition("\n")[0])
-
     @rank_zero_only
     def _print_results(self) -> None:
         if self.command != "predict" and self.model.metrics:
             evaluation = self.model.evaluator.evaluation()
             print(format_table(self.model.metrics, evaluation.per_class, evaluation.analysis))
-            self._call_after_run()
+            draw = self.settings.drawn_images > 0
+            for place in AFTER_RUN:
+                module, _, name = place.partition(":")
+                try:
+                    write = getattr(import_module(module), name)
+                    write(self.run_folder, self.command, self.model, self.datamodule, draw=draw)
+                except Exception as error:  # the run is complete
+                    logger.warning("%s: %s: %s", place, type(error).__name__, str(error).partition("\n")[0])
         if self.results_path.is_file():
             print(f"results: {self.results_path}", flush=True)
         else:

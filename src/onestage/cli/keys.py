@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
-from importlib.util import find_spec
+from importlib.util import find_spec, resolve_name
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,7 @@ def require_known_keys(command: str, options: Sequence[str]) -> None:
     """
     groups = read_groups()
     known = OF_LIGHTNING | {f"{group}.{name}" if group else name for group, keys in groups.items() for name in keys}
-    known |= set(_arguments(OWN_TRAINER, command))
-    known |= {group for group in groups if group}
+    known |= {*_arguments(OWN_TRAINER, command), *filter(None, groups)}
     opaque = {group for group, keys in groups.items() if group and not keys}  # of a library's class
     settings = _settings(options)
     for group, value in settings.items():
@@ -144,34 +143,27 @@ def _foreign_keys(settings: dict[str, Any], place: str = "") -> Iterator[tuple[s
 @cache
 def read_groups() -> dict[str, dict[str, Key]]:
     """Return the keys of each group, in order; group "" has those of no class."""
-    folder = Path(__file__).parent
-    trees = [_parse(folder / "parser.py"), _parse(folder / "commands.py")]
+    modules = ["onestage.cli.parser", "onestage.cli.commands"]
     add_ons: Sequence[str] = next(
         ast.literal_eval(node.value)
-        for node in trees[1].body
+        for node in _nodes(modules[1])
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RUN_ADD_ONS"
     )
-    add_on = _source_of(next(iter(add_ons), "onestage.training.run:RunAddOn").partition(":")[0])
-    trees += [_parse(add_on)] if add_on is not None else []
+    modules.append(next(iter(add_ons), "onestage.training.run:RunAddOn").partition(":")[0])
     groups: dict[str, dict[str, Key]] = {"": {}, **{group: _arguments(path) for group, path in CLASSES.items()}}
     groups["trainer"] |= _arguments(OWN_TRAINER)
-    for tree in trees:
-        origins = {
-            alias.name: f"{node.module}.{alias.name}"
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ImportFrom)
-            for alias in node.names
-        }
-        for name, call in _calls(tree):
-            words = [argument.value if isinstance(argument, ast.Constant) else argument for argument in call.args]
-            values = {word.arg: word.value for word in call.keywords}
-            if name == "add_argument" and "help" in values:
-                groups[""][str(words[0])[2:]] = (_shown(values["default"]), str(ast.literal_eval(values["help"])))
-            elif name == "add_lightning_class_args":
-                groups[str(words[1])] = _arguments(origins[ast.unparse(call.args[0])])
-            elif name == "link_arguments" and str(words[1]).count(".") == 1:  # set by another key
-                group, _, linked = str(words[1]).partition(".")
-                groups[group].pop(linked, None)
+    calls = [(module, node) for module in modules for node in _nodes(module) if isinstance(node, ast.Call)]
+    for module, call in calls:
+        name = getattr(call.func, "attr", "")
+        words = [argument.value if isinstance(argument, ast.Constant) else argument for argument in call.args]
+        values = {word.arg: word.value for word in call.keywords}
+        if name == "add_argument" and "help" in values:
+            groups[""][str(words[0])[2:]] = (_shown(values["default"]), str(ast.literal_eval(values["help"])))
+        elif name == "add_lightning_class_args":
+            groups[str(words[1])] = _arguments(f"{module}.{ast.unparse(call.args[0])}")
+        elif name == "link_arguments" and str(words[1]).count(".") == 1:  # set by another key
+            group, _, linked = str(words[1]).partition(".")
+            groups[group].pop(linked, None)
     return groups
 
 
@@ -216,15 +208,15 @@ def _method(path: str, function: str) -> tuple[ast.ClassDef, ast.FunctionDef] | 
 def _class(path: str) -> tuple[str, ast.ClassDef] | None:
     """Return the module and the source of the class that a dotted name means, also where a package re-exports it."""
     module, _, name = path.rpartition(".")
-    source = _source_of(module)
-    nodes = list(ast.walk(_parse(source))) if source is not None else []
-    if node := next((node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name), None):
-        return module, node
-    for imported in (node for node in nodes if isinstance(node, ast.ImportFrom)):
-        for origin in (alias.name for alias in imported.names if name == (alias.asname or alias.name)):
-            package = [*module.split("."), *["x"] * (source is not None and source.stem == "__init__")]
-            parents = package[: -imported.level] if imported.level else []
-            return _class(".".join([*parents, *filter(None, [imported.module]), origin]))
+    for node in _nodes(module):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return module, node
+    for node in _nodes(module):
+        for origin in node.names if isinstance(node, ast.ImportFrom) else ():
+            if name == (origin.asname or origin.name):
+                source = _source_of(module)
+                package = module if source is not None and source.stem == "__init__" else module.rpartition(".")[0]
+                return _class(f"{resolve_name('.' * node.level + (node.module or ''), package)}.{origin.name}")
     return None
 
 
@@ -233,12 +225,6 @@ def _shown(default: ast.expr | None) -> str:
     if not isinstance(default, ast.Constant):
         return ""
     return {"None": "null", "True": "true", "False": "false"}.get(str(default.value), str(default.value))
-
-
-def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            yield node.func.attr, node
 
 
 def _source_of(module: str) -> Path | None:
@@ -254,5 +240,7 @@ def _source_of(module: str) -> Path | None:
 
 
 @cache
-def _parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+def _nodes(module: str) -> list[ast.AST]:
+    """Return all nodes of the source of a module; none if it has none."""
+    source = _source_of(module)
+    return list(ast.walk(ast.parse(source.read_text(encoding="utf-8")))) if source is not None else []

@@ -76,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         if str(error):  # if several processes stop for the same reason, only one has the message
-            print(f"error: {_cleaned(str(error))}", file=sys.stderr)
+            # Without the control characters that names in a foreign file may bring along.
+            text = "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in str(error))
+            print(f"error: {text}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:  # while packages are imported or files are read: there is nothing to clean up
         if debug:
@@ -86,11 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `onestage fit --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _cleaned(text: str) -> str:
-    """Return a message without the control characters that names in a foreign file may bring along."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in text)
 
 
 def run(words: list[str]) -> int:

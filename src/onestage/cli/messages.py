@@ -100,19 +100,15 @@ def _wrong_type(message: str) -> str:
 
 def refusal(error: BaseException) -> str:
     """Return the message of the constructor that rejected a value, out of jsonargparse's."""
-    text = str(error)
-    lines = [line.strip() for line in text.splitlines()]
-    causes = [
-        line[2:] for line in lines if line[:2] == "- " and not re.match("- (Expected|Not a|a )", line)
-    ]  # of a union
-    rules = [line.removeprefix("- ") for line in lines if " must be " in line]
-    reason = next(iter(rules), f"the configuration cannot be built: {next(iter(causes), text)}")
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ConfigError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
-    return reason
+    lines = [line.strip() for line in str(error).splitlines()]
+    rules = [line.removeprefix("- ") for line in lines if " must be " in line]
+    causes = [line[2:] for line in lines if re.match("- (?!Expected|Not a|a )", line)]  # of a union
+    return next(iter(rules), f"the configuration cannot be built: {next(iter(causes), str(error))}")
 
 
 def split_option(options: Sequence[str], *names: str) -> tuple[list[str], list[str]]:

@@ -58,18 +58,14 @@ def add_run_keys(parser: LightningArgumentParser) -> None:
     assert parser.groups is not None
     parser.groups["data"].title = DATA_HELP
     parser.add_argument(  # all literal: cli/keys.py reads them
-        "--experiment",
-        type=str | None,
-        default=None,
+        "--experiment", type=str | None, default=None,
         help="name of the run's folder; default: that of the last --config",
-    )
+    )  # fmt: skip
     parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
     parser.add_argument(
-        "--drawn_images",
-        type=NonNegativeInt,
-        default=16,
+        "--drawn_images", type=NonNegativeInt, default=16,
         help="number of images drawn in each evaluation; 0: no pictures",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--anchor_statistics", type=bool, default=True, help="log which anchors the classification loss comes from"
     )
@@ -97,20 +93,14 @@ def experiment_name(given: str | None, configs: Sequence[object], checkpoint: st
     Raises:
         ConfigError: it is not a plain folder name.
     """
-    name = given or _derived_name(configs, checkpoint)
+    stems = [Path(str(path)).stem for path in configs]
+    names = [stem for stem in stems if stem not in (SHARED_CONFIG.stem, Path(STORED_CONFIG).stem)]
+    folders = Path(str(checkpoint or "")).absolute().parents
+    in_run_folder = len(folders) > 3 and folders[0].name == "checkpoints"
+    name = given or (names[-1] if names else folders[2].name if in_run_folder else "onestage")
     is_plain = name.isprintable() and name == Path(name).name and name != ".."
     require(is_plain, "experiment", name, "one folder name", "Set --runs_dir to write somewhere else.")
     return name
-
-
-def _derived_name(configs: Sequence[object], checkpoint: str | None) -> str:
-    stems = [Path(str(path)).stem for path in configs]
-    names = [stem for stem in stems if stem not in (SHARED_CONFIG.stem, Path(STORED_CONFIG).stem)]
-    if names:
-        return names[-1]
-    folders = Path(str(checkpoint or "")).absolute().parents
-    in_run_folder = len(folders) > 3 and folders[0].name == "checkpoints"
-    return folders[2].name if in_run_folder else "onestage"
 
 
 def record_data(settings: Any, data: Source | DetectionDataModule) -> None:

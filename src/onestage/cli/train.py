@@ -14,6 +14,7 @@ from onestage.errors import ConfigError
 from onestage.training.module import DetectionModule
 from onestage.types import Metrics
 
+# A name without dots belongs to the first group whose constructor takes it.
 GROUPS = {"trainer": Trainer, "data": DetectionDataModule, "model": DetectionModule}
 
 
@@ -44,16 +45,11 @@ def train(
     if isinstance(data, str | Path):
         words += ["--data.path", str(data)]
     for name, value in overrides.items():
-        key = _full_key(name)
+        groups = [group for group, owner in GROUPS.items() if name in inspect.signature(owner).parameters]
+        key = f"{groups[0]}.{name}" if groups else name
         if isinstance(data, DetectionDataModule) and key.startswith("data."):
             raise ConfigError(f"train: {name} conflicts with a data module.\nPass {name} where that is constructed.")
         words.append(f"--{key}={value if isinstance(value, str | Path) else json.dumps(value, default=str)}")
     command = run_trainer_command(words, None if isinstance(data, str | Path) else data)
     best = command.run_folder / "checkpoints" / "best.ckpt"
     return Run(command.run_folder, dict(command.model.metrics), best if best.is_file() else None)
-
-
-def _full_key(name: str) -> str:
-    """Return the dotted key of a name: that of the group whose constructor takes it, else the name itself."""
-    groups = [group for group, owner in GROUPS.items() if name in inspect.signature(owner).parameters]
-    return f"{groups[0]}.{name}" if groups else name
