@@ -9,7 +9,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from onestage.losses import MinedCrossEntropy
 from onestage.models import SSDLite320
-from onestage.reliability.fine_tuning import load_fitting_weights
+from onestage.reliability.checkpoints import load_fitting_weights
 from onestage.training.module import DetectionModule
 
 

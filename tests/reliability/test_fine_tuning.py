@@ -15,8 +15,7 @@ from onestage.data.scenes import SHAPE_NAMES
 from onestage.data.shapes import draw_shapes
 from onestage.errors import CheckpointError, ConfigError
 from onestage.models import SSD300
-from onestage.reliability.checkpoints import read_checkpoint
-from onestage.reliability.fine_tuning import load_fitting_weights
+from onestage.reliability.checkpoints import load_fitting_weights, read_checkpoint
 from onestage.training.module import DetectionModule
 
 HEAD = "detector.class_head.levels.0"

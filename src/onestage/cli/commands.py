@@ -3,8 +3,8 @@
 import logging
 import tempfile
 from copy import deepcopy
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -72,8 +72,7 @@ def run_trainer_command(words: list[str], data: Source | DetectionDataModule | N
         check_config_file(file)
     given = [f"--config={file}" for file in files] + options
     checkpoints = [path for path in split_option(options, "--ckpt_path")[0] if path != "null"]
-    module, _, name = next(iter(RUN_ADD_ONS), "onestage.training.run:RunAddOn").partition(":")
-    add_on: RunAddOn = getattr(import_module(module), name)()
+    add_on: RunAddOn = resolve_name(next(iter(RUN_ADD_ONS), "onestage.training.run:RunAddOn"))()
     with add_on.command():
         stored = None
         if command != "fit" and checkpoints:
@@ -323,9 +322,8 @@ class DetectionCLI(LightningCLI):
             print(format_table(self.model.metrics, evaluation.per_class, evaluation.analysis))
             draw = self.settings.drawn_images > 0
             for place in AFTER_RUN:
-                module, _, name = place.partition(":")
                 try:
-                    write = getattr(import_module(module), name)
+                    write = resolve_name(place)
                     write(self.run_folder, self.command, self.model, self.datamodule, draw=draw)
                 except Exception as error:  # the run is complete
                     logger.warning("%s: %s: %s", place, type(error).__name__, str(error).partition("\n")[0])

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 from onestage import __version__
 from onestage.errors import CancelledError, ConfigError, OnestageError
@@ -116,8 +116,7 @@ def run(words: list[str]) -> int:
             return 0
         words = words if asked is None else words[: asked + 1]
         require_known_keys(words[0], words[1:])
-    module, _, function = target.partition(":")
-    command = getattr(import_module(module), function)  # seconds of imports
+    command = resolve_name(target)  # seconds of imports
     if target == TRAINER:
         command(words)
         return 0

@@ -137,14 +137,13 @@ def count_positives(boxes: Tensor, anchors: DetectorAnchors) -> Tensor:
     return torch.cat([(iou >= POSITIVE_IOU).sum(dim=1) for iou in ious])
 
 
-def propose_anchors(boxes: Tensor, anchors: DetectorAnchors, seed: int = 0) -> DetectorAnchors:
+def propose_anchors(boxes: Tensor, anchors: DetectorAnchors) -> DetectorAnchors:
     """Return as many anchors per level that fit the boxes better, or as well. boxes: [T, 4] xyxy, px; T >= 1.
 
     The fit starts at the detector's anchors, and at the clusters of the boxes' shapes (YOLOv2, arXiv:1612.08242,
     section 2) in the order of their area. Then widths and heights change in small steps while more boxes are reached.
-    The seed draws a sample of the boxes, and the start of the clusters.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     sample = boxes[torch.randperm(len(boxes), generator=generator)[:FITTED_BOXES]].float()
     starts = [torch.tensor([shape for level in anchors.levels for shape in level.shapes])]
     strides = torch.tensor([level.stride for level in anchors.levels for _ in level.shapes])
@@ -179,7 +178,7 @@ def cluster_shapes(sides: Tensor, num_clusters: int, generator: torch.Generator)
     return centres[centres.prod(dim=1).argsort()]
 
 
-def propose_shapes(boxes: Tensor, anchors: DetectorAnchors, num_shapes: int, seed: int = 0) -> DetectorAnchors:
+def propose_shapes(boxes: Tensor, anchors: DetectorAnchors, num_shapes: int) -> DetectorAnchors:
     """Return `num_shapes` clusters of the boxes' shapes, dealt to the levels by area (YOLOv2, section 2).
 
     boxes: [T, 4] xyxy, px. ConfigError if the levels cannot share the clusters equally, or the shapes are too few.
@@ -187,7 +186,7 @@ def propose_shapes(boxes: Tensor, anchors: DetectorAnchors, num_shapes: int, see
     num_levels = len(anchors.levels)
     rule, remedy = f"a multiple of {num_levels}, the levels of {anchors.detector}", f"Try: --shapes {3 * num_levels}"
     require(num_shapes >= 1 and num_shapes % num_levels == 0, "shapes", num_shapes, rule, remedy)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     sample = boxes[torch.randperm(len(boxes), generator=generator)[:FITTED_BOXES]].float()
     clusters = cluster_shapes(sample[:, 2:] - sample[:, :2], num_shapes, generator)
     require(len(clusters) == num_shapes, "shapes", num_shapes, f"at most {len(clusters)}, the different shapes found")

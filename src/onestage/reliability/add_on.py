@@ -11,8 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from onestage.errors import CheckpointError, ConfigError
 from onestage.reliability.callbacks import BestCheckpoint, ConfigInCheckpoint, LastCheckpoint, SeededSteps
-from onestage.reliability.checkpoints import AtomicCheckpointIO, load_weights, read_checkpoint
-from onestage.reliability.fine_tuning import load_fitting_weights
+from onestage.reliability.checkpoints import AtomicCheckpointIO, load_fitting_weights, load_weights, read_checkpoint
 from onestage.reliability.non_finite import NonFiniteGuard
 from onestage.reliability.resume import Resumed, decisive_settings, find_checkpoint, require_resumable
 from onestage.reliability.runs import new_locked_folder, take_run_folder

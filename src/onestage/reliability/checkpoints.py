@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from onestage.data.annotations import quoted
 from onestage.errors import CheckpointError, ResourceError
 from onestage.files import atomic_write, printable, read_file
+from onestage.models.weights import CLASS_OUTPUT
 from onestage.training.loggers import first_line
 from onestage.training.module import CHECKPOINT_KEY, CHECKPOINT_SCHEMA, DetectionModule
 
@@ -25,6 +28,7 @@ MAX_PICKLE_BYTES = 1 << 20  # torch takes 10 s for a million opcodes; 25,000 cla
 MAX_JSON_BYTES = 8 << 20  # "[],[],[]" becomes thirty times as many bytes
 MAX_CHARACTERS = 16 << 20  # of all texts, each time they are used: a pickle may repeat one a million times
 MAX_DEPTH = 100  # of nested lists and dictionaries
+MAX_FRESH_SHOWN = 20  # tensors that a fine-tuning starts without
 SHARED_KEYS = {"schema", "detector", "class_names", "category_ids"}
 
 
@@ -263,6 +267,48 @@ def load_weights(module: DetectionModule, path: str | Path, class_names: Sequenc
         raise unusable(path, f"does not fit the configured detector:\n{lines}") from error
     module.restore_threshold(saved.get("score_threshold"))
     return checkpoint
+
+
+def load_fitting_weights(module: DetectionModule, path: str, class_names: Sequence[str]) -> None:
+    """Load the tensors that fit, and report those that do not: they keep their fresh values.
+
+    Args:
+        module: as it was built: its class head starts at the prior.
+        path: a .ckpt or .safetensors file of this project, or torchvision's weights of this detector: torchvision_coco,
+            or the path of a state dict.
+        class_names: of the data. The class outputs are loaded only if the file has the same classes in this order.
+
+    Raises:
+        CheckpointError: the file cannot be read, has weights that are not finite, or nothing in it fits.
+        ConfigError: there are no published weights of this detector.
+    """
+    if Path(path).suffix in (".ckpt", ".safetensors"):
+        saved = read_checkpoint(path)
+        weights, classes = saved["state_dict"], list(saved[CHECKPOINT_KEY]["class_names"])
+    else:
+        published = module.detector.published_state("init_from", path)
+        weights, classes = {f"detector.{name}": tensor for name, tensor in published.items()}, []
+    require_finite(path, weights)
+    has_same_classes = classes == list(class_names)
+    fitting, fresh = {}, []
+    for name, own in module.state_dict().items():
+        given, shape = weights.get(name), tuple(own.shape)
+        if given is None:
+            fresh.append(f"{name}: missing there, {shape} here")
+        elif given.shape != own.shape:
+            fresh.append(f"{name}: {tuple(given.shape)} there, {shape} here")
+        elif CLASS_OUTPUT.fullmatch(name.removeprefix("detector.")) and not has_same_classes:
+            fresh.append(f"{name}: {shape} in both, but of other classes")
+        else:
+            fitting[name] = given
+    if not any(name.startswith("detector.backbone.") for name in fitting):
+        problem = "holds no tensor that fits the backbone of the configured detector:\n  " + "\n  ".join(fresh[:3])
+        raise unusable(path, problem, "Set model.detector to the detector that it was trained with.")
+    module.load_state_dict(fitting, strict=False)
+    text = f"init_from: {len(fitting)} of {len(fitting) + len(fresh)} tensors are loaded from {printable(path)}"
+    if fresh:
+        text = f"{text}; these start fresh:\n  {quoted(fresh, MAX_FRESH_SHOWN)}"
+    rank_zero_info(text)
 
 
 def require_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:

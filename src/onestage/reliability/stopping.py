@@ -37,10 +37,7 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
 
     The handler only stores the signal. After every batch the processes agree whether one of them has received any, so
     that all stop after the same step. Ctrl-C after any signal ends the process at once. SIGUSR1, by which SLURM
-    announces the end of a job, is left to Lightning's SLURMEnvironment.
-
-    Args:
-        last: writes the checkpoint; None: the run keeps none.
+    announces the end of a job, is left to Lightning's SLURMEnvironment. last: writes the checkpoint, or None.
     """
 
     def __init__(self, last: LastCheckpoint | None) -> None:
@@ -148,12 +145,8 @@ def _await_children(trainer: pl.Trainer) -> None:
 
 
 @contextlib.contextmanager
-def mapped_errors(batch_size_key: str = "data.batch_size") -> Iterator[None]:
-    """Map exceptions of libraries to the errors of this project.
-
-    Args:
-        batch_size_key: the key to lower when memory runs out.
-    """
+def mapped_errors() -> Iterator[None]:
+    """Map exceptions of libraries to the errors of this project."""
     try:
         yield
     except OnestageError:
@@ -171,13 +164,13 @@ def mapped_errors(batch_size_key: str = "data.batch_size") -> Iterator[None]:
     except Exception as error:
         if is_connection_lost(error):
             await_watchdog_verdict()
-        mapped = _shortage(error, batch_size_key) or _malformed_checkpoint(error) or _misused(error)
+        mapped = _shortage(error) or _malformed_checkpoint(error) or _misused(error)
         if mapped is None:
             raise
         raise mapped from error
 
 
-def _shortage(error: Exception, batch_size_key: str) -> ResourceError | None:
+def _shortage(error: Exception) -> ResourceError | None:
     """Return the error that names what the machine has too little of, or None."""
     text = str(error).strip().partition("\n")[0][:300]
     if isinstance(error, OSError) and error.errno in (*OUT_OF_SPACE, errno.EACCES, errno.EROFS):
@@ -194,7 +187,7 @@ def _shortage(error: Exception, batch_size_key: str) -> ResourceError | None:
         )
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return ResourceError(
-            f"out of memory: {text}\nLower {batch_size_key}, or let --auto_batch true find what fits; "
+            f"out of memory: {text}\nLower data.batch_size, or let --auto_batch true find what fits; "
             "trainer.accumulate_grad_batches keeps the batch of a step. Checkpoints are untouched."
         )
     return None
