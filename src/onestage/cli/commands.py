@@ -196,7 +196,9 @@ class DetectionCLI(LightningCLI):
         own = self._reporting_callbacks(config)
         if self.command == "fit":
             self._stored = {key: self.config_dump[key] for key in ("model", "data")}
-            own += [self._auto_batch()] if self.settings.auto_batch is not False else []
+            if (limit := self.settings.auto_batch) is not False:
+                limit = None if limit is True else int(limit * GIB)
+                own.append(AutoBatch(limit, self.settings.ema.decay is not None, self._record_batch_size))
         callbacks = self.add_on.callbacks(self.settings, config, callbacks, self._stored)
         return super()._instantiate_trainer(config, [*own, *callbacks])
 
@@ -240,15 +242,9 @@ class DetectionCLI(LightningCLI):
             own.append(LossBar(refresh_rate=10))  # refreshing reads the loss from the device, so not at every step
         return own
 
-    def _auto_batch(self) -> AutoBatch:
-        settings = self.settings
-
-        def record(batch_size: int) -> None:  # config.yaml and the checkpoints must repeat the run
-            settings.data.batch_size = self._stored["data"]["batch_size"] = batch_size
-            settings.auto_batch = False
-
-        limit = None if settings.auto_batch is True else int(settings.auto_batch * GIB)
-        return AutoBatch(limit, settings.ema.decay is not None, record)
+    def _record_batch_size(self, batch_size: int) -> None:  # config.yaml and the checkpoints must repeat the run
+        self.settings.data.batch_size = self._stored["data"]["batch_size"] = batch_size
+        self.settings.auto_batch = False
 
     @property
     def results_path(self) -> Path:

@@ -50,9 +50,9 @@ def command_parser(command: str, function: Callable[..., int]) -> CommandParser:
         is_required = parameter.default is inspect.Parameter.empty
         is_positional = is_required and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
         settings: dict[str, Any] = {"help": help_by_name.get(name, ""), "type": hints[name]}
-        items = _list_item(hints[name])
-        if items is not None:
-            settings |= {"nargs": "+", "type": items}
+        for option in (hints[name], *get_args(hints[name])):
+            if get_origin(option) is list:  # list[T], or list[T] | None
+                settings |= {"nargs": "+", "type": get_args(option)[0]}
         if hints[name] is bool:  # no value: the next word may be a positional
             del settings["type"]
             settings["action"] = ActionYesNo(yes_prefix="", no_prefix="no_")
@@ -62,11 +62,3 @@ def command_parser(command: str, function: Callable[..., int]) -> CommandParser:
             settings["required"] = True
         parser.add_argument(name if is_positional else f"--{name}", **settings)
     return parser
-
-
-def _list_item(hint: Any) -> Any:
-    """Return T of list[T] and list[T] | None, else None."""
-    for option in (hint, *get_args(hint)):
-        if get_origin(option) is list:
-            return get_args(option)[0]
-    return None

@@ -98,7 +98,8 @@ def convert_splits(
     max_bad_fraction: float = 0.01,
 ) -> Conversion:
     """Write the splits that `find_splits` found; see `convert`. name_by_split: split -> new name; None: all."""
-    _require_free(out)
+    if (out.exists() or out.is_symlink()) and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--out {printable(out)}: is there already, and nothing is overwritten.\nGive a new folder.")
     names = _split_names([source.name for source in sources], name_by_split)
     chosen = [source for source in sources if source.name in names]
     annotation_sets = _read(chosen, max_bad_fraction)
@@ -117,13 +118,15 @@ def convert_splits(
         WritableSplit(names[source.name], annotations, [by_path[path] for path in split_paths])
         for source, annotations, by_path, split_paths in zip(chosen, complete, file_names, paths, strict=True)
     ]
-    losses += _write(written, to, out, images)
+    try:
+        with atomic_folder(out) as unfinished:
+            losses += WRITERS[to](unfinished, written)
+            for split in written:
+                folder = {"coco": split.name, "voc": "JPEGImages", "yolo": f"images/{split.name}"}[to]
+                _transfer(split, unfinished / folder, images)
+    except OSError as reason:
+        raise DataError(f"{printable(out)}: cannot be written: {reason.strerror}.\nNothing was left there.") from None
     return Conversion(written, +losses, [finding for found in annotation_sets for finding in found.findings])
-
-
-def _require_free(out: Path) -> None:
-    if (out.exists() or out.is_symlink()) and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"--out {printable(out)}: is there already, and nothing is overwritten.\nGive a new folder.")
 
 
 def _split_names(found: Sequence[str], given: dict[str, str] | None) -> dict[str, str]:
@@ -187,18 +190,6 @@ def _unique_names(paths: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _write(splits: list[WritableSplit], to: Format, out: Path, images: ImageTransfer) -> Losses:
-    try:
-        with atomic_folder(out) as unfinished:
-            losses = WRITERS[to](unfinished, splits)
-            for split in splits:
-                folder = {"coco": split.name, "voc": "JPEGImages", "yolo": f"images/{split.name}"}[to]
-                _transfer(split, unfinished / folder, images)
-    except OSError as reason:
-        raise DataError(f"{printable(out)}: cannot be written: {reason.strerror}.\nNothing was left there.") from None
-    return losses
-
-
 def _transfer(split: WritableSplit, folder: Path, images: ImageTransfer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for text, name in zip(split.annotations.image_paths.tolist(), split.file_names, strict=True):
@@ -208,10 +199,8 @@ def _transfer(split: WritableSplit, folder: Path, images: ImageTransfer) -> None
                 (os.link if images == "link" else shutil.copyfile)(source, target)
         except OSError as reason:
             problem = f"--images {images} to {printable(folder)} fails: {reason.strerror}"
-            remedy = (
-                "Copy the images: --images copy" if images == "link" else "Correct the file, or choose another --out."
-            )
-            raise DataError(f"{printable(source)}: {problem}.\n{remedy}") from None
+            remedies = {"link": "Copy the images: --images copy", "copy": "Correct the file, or choose another --out."}
+            raise DataError(f"{printable(source)}: {problem}.\n{remedies[images]}") from None
 
 
 def _report(conversion: Conversion, to: Format, out: Path) -> str:

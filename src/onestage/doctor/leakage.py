@@ -43,22 +43,19 @@ def find_leakage(splits: Sequence[tuple[str, AnnotationSet]], near_copies: bool 
     if len(splits) < 2:
         return []
     findings, shared = find_shared_images(splits)
+    if not near_copies:
+        return findings
     owners = [(name, path) for name, annotations in splits for path in annotations.image_paths.tolist()]
-    rest = [owner for owner in owners if owner[1] not in shared]
-    return [*findings, *(_find_near_copies(rest) if near_copies else [])]
-
-
-def _find_near_copies(owners: Sequence[tuple[str, str]]) -> list[Finding]:
-    """Return a finding for each pair of near copies in different splits. owners: (split, path)."""
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        pictures = [picture for picture in pool.map(_reduce_image, owners, chunksize=64) if picture is not None]
-    found = []
+        reduced = pool.map(_reduce_image, [owner for owner in owners if owner[1] not in shared])
+        pictures = [picture for picture in reduced if picture is not None]
     for first, second in _similar_pairs(pictures):
         correlation = float(np.corrcoef(first.thumbnail, second.thumbnail)[0, 1])
         if correlation >= MIN_CORRELATION:
             problem = f"{second.split} holds nearly the same image as {printable(first.path)} in {first.split}"
-            found.append(LEAKED_LIKENESS.broken(printable(second.path), f"{problem} (correlation {correlation:.3f})"))
-    return found
+            problem += f" (correlation {correlation:.3f})"
+            findings.append(LEAKED_LIKENESS.broken(printable(second.path), problem))
+    return findings
 
 
 def _reduce_image(owner: tuple[str, str]) -> Picture | None:

@@ -79,13 +79,7 @@ def download(
     return 0
 
 
-def install(
-    parts: Sequence[Part],
-    root: Path,
-    *,
-    mirrors: Sequence[str] = (),
-    keep_archives: bool = False,
-) -> None:
+def install(parts: Sequence[Part], root: Path, *, mirrors: Sequence[str] = (), keep_archives: bool = False) -> None:
     """Download and unpack the missing folders of a data set; each appears complete or not at all.
 
     Raises:

@@ -164,7 +164,7 @@ def mapped_errors() -> Iterator[None]:
     except Exception as error:
         if is_connection_lost(error):
             await_watchdog_verdict()
-        mapped = _shortage(error) or _malformed_checkpoint(error) or _misused(error)
+        mapped = _shortage(error) or _failure_in_lightning(error)
         if mapped is None:
             raise
         raise mapped from error
@@ -193,9 +193,15 @@ def _shortage(error: Exception) -> ResourceError | None:
     return None
 
 
-def _misused(error: Exception) -> ConfigError | None:
-    """Return an error that names the callback, logger or profiler of Lightning that raised, or None."""
-    for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
+def _failure_in_lightning(error: Exception) -> OnestageError | None:
+    """Return an error that names the checkpoint, callback, logger or profiler with which Lightning failed, or None."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [(Path(frame.f_code.co_filename).name, frame.f_code.co_name) for frame in frames]
+    if any(file == "checkpoint_connector.py" and "restore" in function for file, function in names):
+        problem = f"an entry is malformed ({type(error).__name__}: {str(error)[:200]})"
+        remedy = "Resume from another one, or start with --resume none."
+        return CheckpointError(f"the checkpoint cannot be restored: {problem}.\n{remedy}")
+    for frame in reversed(frames):
         path, owner = Path(frame.f_code.co_filename), frame.f_locals.get("self")
         if path.is_relative_to(PACKAGE):
             return None
@@ -204,12 +210,3 @@ def _misused(error: Exception) -> ConfigError | None:
             problem = f"{name} cannot work in this run: {type(error).__name__}: {first_line(error)[:200]}"
             return ConfigError(f"{key}: {problem}\nCorrect its arguments as Lightning's manual says, or leave it out.")
     return None
-
-
-def _malformed_checkpoint(error: Exception) -> CheckpointError | None:
-    """Return an error if Lightning failed in the function that restores a checkpoint's entries, or None."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not any("checkpoint_connector.py" in frame.filename and "restore" in frame.name for frame in frames):
-        return None
-    problem = f"the checkpoint cannot be restored: an entry is malformed ({type(error).__name__}: {str(error)[:200]})"
-    return CheckpointError(f"{problem}.\nResume from another one, or start with --resume none.")

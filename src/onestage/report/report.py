@@ -93,12 +93,10 @@ def _read_run(folder: Path) -> Run:
     remedy = "Give the folder of a run that was evaluated: runs/<experiment>/version_<n>."
     if not folder.is_dir():
         raise ConfigError(f"{printable(folder)}: is not a folder.\n{remedy}")
-    files = ("results.json", f"{DATA_FOLDER}/{FACTS_FILE}", "config.yaml")
-    texts = {
-        file: read_text(folder / file, DataError, "a file of a run", remedy, MAX_BYTES) if place.exists() else ""
-        for file, place in ((file, folder / file) for file in files)
-    }
-    results, facts, config = texts.values()
+    files = [folder / name for name in ("results.json", f"{DATA_FOLDER}/{FACTS_FILE}", "config.yaml")]
+    results, facts, config = (
+        read_text(file, DataError, "a file of a run", remedy, MAX_BYTES) if file.exists() else "" for file in files
+    )
     if not results:
         raise ConfigError(f"{printable(folder)}: has no results.json.\n{remedy}")
     try:
