@@ -1,5 +1,5 @@
 from . import data as data, losses as losses, models as models
-from .cli.train import Run as Run, train as train
+from .cli.commands import Run as Run, train as train
 from .deploy.predictor import (
     Evaluation as Evaluation,
     ImageDetections as ImageDetections,

@@ -1,11 +1,13 @@
-"""The trainer commands: Lightning's command line over our module and data."""
+"""The trainer commands: Lightning's command line over our module and data; `onestage.train` is `fit` as a function."""
 
+import inspect
+import json
 import logging
 import tempfile
 from copy import deepcopy
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -15,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+import onestage.training.callbacks as reporting
 from onestage.cli.messages import check_config_file, explain, files_first, refusal, split_option
 from onestage.cli.parser import (
     STORED_CONFIG,
@@ -24,24 +27,14 @@ from onestage.cli.parser import (
     checked_seed,
     experiment_name,
     record_data,
-    require_classes_of_the_data,
-    shared_configs,
+    shared_config,
 )
 from onestage.data.annotations import IMAGE_UNREADABLE, malformed
 from onestage.data.datamodule import DetectionDataModule
 from onestage.data.source import Source
-from onestage.errors import ConfigError, DataError
+from onestage.errors import ConfigError, DataError, require
 from onestage.evaluation.results import format_table
 from onestage.files import atomic_write, printable
-from onestage.training.callbacks import (
-    EPOCHS_FILE,
-    AnchorMonitor,
-    DetectionImages,
-    EpochTable,
-    LossBar,
-    ResultsWriter,
-    TrainingPictures,
-)
 from onestage.training.ema import ExponentialMovingAverage
 from onestage.training.loggers import ResultsLogger, ended_with_the_command, log_run, run_loggers, start_loggers
 from onestage.training.measurement import GIB, AutoBatch, resolve_memory_format
@@ -49,7 +42,7 @@ from onestage.training.module import DetectionModule
 from onestage.training.optimization import shards_parameters
 from onestage.training.run import RunAddOn, is_first_process, link_data_to_model
 from onestage.training.trainer import CURVES_FILE, DetectionTrainer, evaluate_at_least_once, resolve_precision
-from onestage.types import JSONDict
+from onestage.types import JSONDict, Metrics
 
 # The add-on that makes runs crash-safe. Without its line, Lightning saves its own checkpoints and nothing is resumed.
 RUN_ADD_ONS = (
@@ -60,6 +53,9 @@ RUN_ADD_ONS = (
 AFTER_RUN = (
     "onestage.report.collection:write_after_run",
 )  # fmt: skip
+
+# A name without dots belongs to the first group whose constructor takes it.
+GROUPS = {"trainer": Trainer, "data": DetectionDataModule, "model": DetectionModule}
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +107,7 @@ class DetectionCLI(LightningCLI):
             parser_class=DetectionParser,
             parser_kwargs={
                 "allow_abbrev": False,
-                command: {"allow_abbrev": False, "default_config_files": [*map(str, shared_configs()[:1])]},
+                command: {"allow_abbrev": False, "default_config_files": shared_config()},
             },
             save_config_callback=RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
@@ -156,7 +152,9 @@ class DetectionCLI(LightningCLI):
         settings = self.settings
         settings.trainer.precision = resolve_precision(settings.trainer.precision, settings.trainer.accelerator)
         settings.experiment = experiment_name(settings.experiment, settings.config or [], settings.ckpt_path)
-        require_classes_of_the_data(settings.model.detector)
+        num_classes = (settings.model.detector.get("init_args") or {}).get("num_classes")
+        rule, remedy = "the number of classes of the data", "Leave it out; for other classes set data.class_names."
+        require(num_classes is None, "model.detector.num_classes", num_classes, rule, remedy)
         if self._given_data is not None:
             record_data(settings.data, self._given_data)
         if self.command == "fit":
@@ -226,20 +224,20 @@ class DetectionCLI(LightningCLI):
     def _reporting_callbacks(self, config: dict[str, Any]) -> list[Callback]:
         """Return the callbacks that write results, log curves and draw the progress bar."""
         settings = self.settings
-        own: list[Callback] = [ResultsWriter(self.results_path)] if self.command != "losses" else []
+        own: list[Callback] = [reporting.ResultsWriter(self.results_path)] if self.command != "losses" else []
         if self.command == "predict" or (settings.drawn_images > 0 and self.command != "losses"):
-            own.append(DetectionImages(self.run_folder / "predictions", settings.drawn_images))
+            own.append(reporting.DetectionImages(self.run_folder / "predictions", settings.drawn_images))
         if self.command in ("fit", "validate", "test"):
             own.append(ResultsLogger(self._logged_config, self.run_folder / "predictions"))
         if self.command == "fit":
-            own += [EpochTable(self.run_folder / EPOCHS_FILE), LearningRateMonitor("step")]
-            own += [TrainingPictures(self.run_folder)] if settings.drawn_images > 0 else []
-        if self.command == "fit" and settings.anchor_statistics:
-            own.append(AnchorMonitor())
+            own += [reporting.EpochTable(self.run_folder / reporting.EPOCHS_FILE), LearningRateMonitor("step")]
+            own += [reporting.TrainingPictures(self.run_folder)] if settings.drawn_images > 0 else []
+            own += [reporting.AnchorMonitor()] if settings.anchor_statistics else []
         given = config.get("callbacks") or []
         has_bar = any(isinstance(callback, ProgressBar) for callback in (given if isinstance(given, list) else [given]))
         if config.get("enable_progress_bar") is not False and not has_bar:
-            own.append(LossBar(refresh_rate=10))  # refreshing reads the loss from the device, so not at every step
+            # Refreshing reads the loss from the device, so not at every step.
+            own.append(reporting.LossBar(refresh_rate=10))
         return own
 
     def _record_batch_size(self, batch_size: int) -> None:  # config.yaml and the checkpoints must repeat the run
@@ -329,3 +327,40 @@ class DetectionCLI(LightningCLI):
             last = self.run_folder / "checkpoints" / "last.ckpt"
             kept = f"; the weights: {last}" if last.is_file() else ""
             print(f"nothing was evaluated (trainer.limit_*_batches?){kept}; the run: {self.run_folder}", flush=True)
+
+
+class Run(NamedTuple):
+    """A finished training."""
+
+    folder: Path  # runs/<experiment>/version_<n>
+    metrics: Metrics  # COCO's twelve numbers of the best checkpoint on the validation split, in [0, 1]
+    checkpoint: Path | None  # the best one, for `onestage.load`; None: none was written
+
+
+def train(
+    config: str | Path, *, data: DetectionDataModule | Source | str | Path | None = None, **overrides: Any
+) -> Run:
+    """Train, evaluate the best checkpoint, write the run folder: `onestage fit --config CONFIG`.
+
+    Args:
+        config: a YAML file, such as configs/voc_ssd300.yaml.
+        data: a source or the path of a data set, read with the settings of the config; or a data module, whose own
+            settings replace the config's `data`; None: the data of the config.
+        overrides: keys of the configuration, such as max_epochs=50 or batch_size=8; with dots as
+            `**{"model.optimizer.lr": 1e-3}`.
+
+    Raises:
+        OnestageError: what `onestage fit` reports; see onestage/errors.py.
+    """
+    words = ["fit", "--config", str(config)]
+    if isinstance(data, str | Path):
+        words += ["--data.path", str(data)]
+    for name, value in overrides.items():
+        groups = [group for group, owner in GROUPS.items() if name in inspect.signature(owner).parameters]
+        key = f"{groups[0]}.{name}" if groups else name
+        if isinstance(data, DetectionDataModule) and key.startswith("data."):
+            raise ConfigError(f"train: {name} conflicts with a data module.\nPass {name} where that is constructed.")
+        words.append(f"--{key}={value if isinstance(value, str | Path) else json.dumps(value, default=str)}")
+    command = run_trainer_command(words, None if isinstance(data, str | Path) else data)
+    best = command.run_folder / "checkpoints" / "best.ckpt"
+    return Run(command.run_folder, dict(command.model.metrics), best if best.is_file() else None)

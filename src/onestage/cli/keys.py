@@ -211,12 +211,12 @@ def _class(path: str) -> tuple[str, ast.ClassDef] | None:
     for node in _nodes(module):
         if isinstance(node, ast.ClassDef) and node.name == name:
             return module, node
-    for node in _nodes(module):
-        for origin in node.names if isinstance(node, ast.ImportFrom) else ():
-            if name == (origin.asname or origin.name):
-                source = _source_of(module)
-                package = module if source is not None and source.stem == "__init__" else module.rpartition(".")[0]
-                return _class(f"{resolve_name('.' * node.level + (node.module or ''), package)}.{origin.name}")
+    imports = [node for node in _nodes(module) if isinstance(node, ast.ImportFrom)]
+    for imported, origin in ((node, alias) for node in imports for alias in node.names):
+        if name == (origin.asname or origin.name):
+            source = _source_of(module)
+            package = module if source is not None and source.stem == "__init__" else module.rpartition(".")[0]
+            return _class(f"{resolve_name('.' * imported.level + (imported.module or ''), package)}.{origin.name}")
     return None
 
 

@@ -91,11 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(words: list[str]) -> int:
-    """Dispatch on the first word; return the exit code.
-
-    Raises:
-        ConfigError: the first word is no command.
-    """
+    """Dispatch on the first word; return the exit code. ConfigError if that word is no command."""
     if not words or words[0] in ("--help", "-h", "help"):
         print(HELP, end="")
         return 0

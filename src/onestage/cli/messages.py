@@ -32,11 +32,7 @@ def explain(message: str, command: str, options: Sequence[str], known_keys: Iter
 
     Unknown keys and classes, missing ones and wrong types are rewritten; other messages are jsonargparse's own.
 
-    Args:
-        message: jsonargparse's message, which has a paragraph for each type of a union.
-        command: the subcommand.
-        options: the words after it.
-        known_keys: all keys of the command's parser.
+    message: jsonargparse's, with a paragraph for each type of a union. options: the words after the command.
     """
     hint = f"(all keys: onestage {command} --help)"
     if link := FAILED_LINK.search(message):
@@ -156,10 +152,9 @@ def shipped_configs() -> list[str]:
 
 
 def check_config_file(file: str) -> None:
-    """Validate a configuration file before it is parsed, for messages with file and line.
+    """Check a configuration file before it is parsed, for messages with file and line.
 
-    Raises:
-        ConfigError: the file is missing, unreadable, empty, no YAML mapping, or has a duplicate key.
+    ConfigError if it is missing, unreadable, empty, no YAML mapping, or has a duplicate key.
     """
     path = Path(file)
     others = [*path.parent.glob("*.yaml")] if path.parent.is_dir() else []

@@ -26,7 +26,6 @@ DATA_HELP = (
     "your own. Keys of a class: --data.source.help onestage.data.COCO, --model.detector.help onestage.models.SSD300"
 )
 
-
 # Defaults of Lightning's callbacks, such as Timer's interval, which jsonargparse cannot write otherwise.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
@@ -82,16 +81,15 @@ def checked_seed(seed: int) -> int:
     return seed
 
 
-def shared_configs() -> list[Path]:
-    """Return configs/trainer.yaml of the working directory, and that of this package."""
-    return [path for path in (SHARED_CONFIG, CONFIGS / SHARED_CONFIG.name) if path.is_file()]
+def shared_config() -> list[str]:
+    """Return configs/trainer.yaml of the working directory, else that of this package; empty without either."""
+    return [str(path) for path in (SHARED_CONFIG, CONFIGS / SHARED_CONFIG.name) if path.is_file()][:1]
 
 
 def experiment_name(given: str | None, configs: Sequence[object], checkpoint: str | None) -> str:
     """Return the name of a run's folder: the given one, else the last configuration's or the checkpoint's experiment.
 
-    Raises:
-        ConfigError: it is not a plain folder name.
+    ConfigError if it is not a plain folder name.
     """
     stems = [Path(str(path)).stem for path in configs]
     names = [stem for stem in stems if stem not in (SHARED_CONFIG.stem, Path(STORED_CONFIG).stem)]
@@ -118,10 +116,3 @@ def record_data(settings: Any, data: Source | DetectionDataModule) -> None:
             class_path=f"{kind.__module__}.{kind.__name__}",
             init_args=Namespace(arguments),  # type: ignore[no-untyped-call]
         )
-
-
-def require_classes_of_the_data(detector: Any) -> None:
-    """Raise ConfigError if the parsed `model.detector` group has a number of classes of the user's own."""
-    num_classes = (detector.get("init_args") or {}).get("num_classes")
-    remedy = "Leave it out; for other classes set data.class_names."
-    require(num_classes is None, "model.detector.num_classes", num_classes, "the number of classes of the data", remedy)

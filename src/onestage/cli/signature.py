@@ -27,14 +27,11 @@ class CommandParser(ArgumentParser):
 
 
 def run_function(command: str, function: Callable[..., int], words: Sequence[str]) -> int:
-    """Call a function with arguments read from the command line; return its result, the exit code.
+    """Call a function with arguments from the command line; return its exit code. ConfigError if they do not fit.
 
     Positional-or-keyword parameters without a default become positionals, keyword-only ones become options, booleans
     become --flag and --no_flag, and lists take several values. The docstring is the help: its summary, description
     and `Args`.
-
-    Raises:
-        ConfigError: the words do not fit the signature.
     """
     return function(**vars(command_parser(command, function).parse_args(list(words))))
 

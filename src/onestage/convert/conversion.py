@@ -74,9 +74,6 @@ def convert(
         image_root: folder of the images of COCO files; found automatically in the usual places.
         max_bad_fraction: fraction of boxes, and of images, that may be skipped, in [0, 1].
 
-    Returns:
-        The exit code, 0.
-
     Raises:
         ConfigError: `out` exists, or the names of the splits do not fit.
         DataError: the data set cannot be read, or not be written.

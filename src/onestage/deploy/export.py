@@ -41,11 +41,8 @@ def export(
 def export_safetensors(checkpoint: Path, folder: Path) -> Path:
     """Write model.safetensors and model.json; return the path of the former.
 
-    What only training needs (optimizer, progress, raw weights beside an average) is not written.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read, or its configuration holds a non-finite number.
-        ResourceError: the files cannot be written.
+    What only training needs (optimizer, progress, raw weights beside an average) is not written. CheckpointError if
+    the checkpoint cannot be read, or its configuration holds a non-finite number.
     """
     from safetensors.torch import save_file
 

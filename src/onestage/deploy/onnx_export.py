@@ -32,11 +32,8 @@ def export_onnx(model: Predictor, folder: Path) -> list[str]:
 
     Input: images [B, 3, H, W] uint8 RGB, resized to the canvas; any B. Outputs: boxes [B, D, 4] float32 xyxy in pixels
     of the canvas, scores [B, D], labels [B, D] int64, best first, padded with label -1. The metadata of the file
-    describe classes, canvas, resize and score threshold as JSON.
-
-    Raises:
-        ConfigError: a package is missing, the detector cannot be expressed, or onnxruntime's detections differ.
-        ResourceError: a file cannot be written.
+    describe classes, canvas, resize and score threshold as JSON. ConfigError if a package is missing, the detector
+    cannot be expressed, or onnxruntime's detections differ.
     """
     try:
         import onnxruntime
@@ -66,8 +63,7 @@ def export_onnx(model: Predictor, folder: Path) -> list[str]:
 def compare(found: Arrays, expected: Arrays) -> str:
     """Return a line about the differences of two lists of detections; their order may differ.
 
-    Raises:
-        ConfigError: more than `MAX_LOST` of the detections of either have no counterpart in the other.
+    ConfigError if more than `MAX_LOST` of the detections of either have no counterpart in the other.
     """
     lost, total, score, box = 0, 0, 0.0, 0.0
     for mine, other in ((found, expected), (expected, found)):

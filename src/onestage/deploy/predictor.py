@@ -141,16 +141,14 @@ class Predictor:
             height, width = image.shape[:2]
             canvas = resize.canvas_of(height, width)
             pixels, placement = resize.apply(image, canvas), resize.place(height, width, canvas)
-            no_boxes, no_labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-            chw = torch.from_numpy(pixels).permute(2, 0, 1)
-            samples.append(Sample(chw, no_boxes, no_labels, row, (height, width), placement))
+            chw, nothing = torch.from_numpy(pixels).permute(2, 0, 1), (torch.zeros(0, 4), torch.zeros(0).long())
+            samples.append(Sample(chw, *nothing, row, (height, width), placement))
         found: dict[int, ImageDetections] = {}
         for shape in {sample.image.shape for sample in samples}:  # one batch for each canvas
             batch = collate([sample for sample in samples if sample.image.shape == shape])
             detections = self.module.detect(move_data_to_device(batch, self.device))
             for row, *values in zip(batch.image_indices.tolist(), *(part.cpu() for part in detections), strict=True):
-                boxes, scores, labels = values
-                kept = (labels != PADDING) & (scores >= threshold)
+                kept = (values[2] != PADDING) & (values[1] >= threshold)
                 boxes, scores, labels = (part[kept].numpy() for part in values)
                 found[row] = ImageDetections(boxes, scores, labels, self.class_names, self.category_ids)
         return [found[row] for row in range(len(images))]
@@ -243,8 +241,7 @@ class ImageDetections:
 def to_rgb(image: ImageLike) -> RGBImage:
     """Return [H, W, 3] uint8 RGB of a path, a PIL image (upright, by its EXIF orientation) or such an array.
 
-    Raises:
-        ImageError: it is none of them, or has another number of channels or bits.
+    ImageError if it is none of them, or has another number of channels or bits.
     """
     if isinstance(image, str | Path):
         return read_image(image)

@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,15 +65,12 @@ class Coverage(NamedTuple):
 def find_anchors(
     detector: str, table: str | tuple[AnchorShapes, ...] | None = None, image_size: int | None = None
 ) -> DetectorAnchors:
-    """Return the anchors of a detector class.
+    """Return the anchors of a detector class; ConfigError if class, table or canvas cannot be used.
 
     Args:
         detector: class path; a name without dots is a class of onestage.models.
         table: value of the class's argument `anchors`, or a YAML file that `onestage anchors` wrote; None: its default.
         image_size: side of the canvas, px; None: the only one that the detector takes.
-
-    Raises:
-        ConfigError: the class, the table or the canvas cannot be used.
     """
     class_path = detector if "." in detector else f"onestage.models.{detector}"
     if isinstance(table, str) and table.endswith((".yaml", ".yml")):
@@ -202,10 +200,7 @@ def mean_shape_iou(boxes: Tensor, anchors: DetectorAnchors) -> float:
 def compare_anchors(annotations: AnnotationSet, anchors: DetectorAnchors, num_shapes: int | None = None) -> str:
     """Fit anchors to the boxes of a split; return them as YAML, with the coverage before and after as comments.
 
-    num_shapes: of `propose_shapes`; None: `propose_anchors`.
-
-    Raises:
-        DataError: the split holds no box.
+    num_shapes: of `propose_shapes`; None: `propose_anchors`. DataError if the split holds no box.
     """
     boxes, labels = canvas_boxes(annotations, anchors.image_size)
     if not len(boxes):
@@ -239,10 +234,8 @@ def write_table(anchors: DetectorAnchors) -> str:
 def _with_shapes(anchors: DetectorAnchors, shapes: list[list[float]], per_level: int | None = None) -> DetectorAnchors:
     """Deal shapes (width, height) to the levels; per_level: to each, None: as many as it has."""
     rounded = iter([(round(width, 2), round(height, 2)) for width, height in shapes])
-    counts = [per_level or len(level.shapes) for level in anchors.levels]
-    dealt = [tuple(next(rounded) for _ in range(count)) for count in counts]
-    levels = zip(anchors.levels, dealt, strict=True)
-    return anchors._replace(levels=tuple(level._replace(shapes=row) for level, row in levels))
+    rows = [(level, islice(rounded, per_level or len(level.shapes))) for level in anchors.levels]
+    return anchors._replace(levels=tuple(level._replace(shapes=tuple(row)) for level, row in rows))
 
 
 def _read_table(file: str) -> tuple[AnchorShapes, ...]:

@@ -66,10 +66,8 @@ def check_classes(splits: Mapping[str, AnnotationSet]) -> list[Finding]:
     alike: dict[str, list[str]] = {}
     for row in rows:
         alike.setdefault(_word(row.name), []).append(repr(row.name))
-    for names in alike.values():
-        if len(names) > 1:
-            problem = f"{shortened(names)} are {len(names)} classes"
-            found.append(rules.SIMILAR_NAMES.broken(place, problem, len(names)))
+    for names in (names for names in alike.values() if len(names) > 1):
+        found.append(rules.SIMILAR_NAMES.broken(place, f"{shortened(names)} are {len(names)} classes", len(names)))
     return found
 
 

@@ -22,9 +22,7 @@ MAX_TRIED = 1000  # images; a larger set can be divided
 def check_use(splits: Sequence[Split], usable: Mapping[str, AnnotationSet]) -> list[Finding]:
     """Find splits that training misses, and files of a data set that belong to no split.
 
-    Args:
-        splits: all splits of one path, as read.
-        usable: them without images that cannot be used.
+    splits: all of one path, as read; usable: the same without images that cannot be used.
     """
     source = splits[0].source
     findings, place = [], printable(source.path)

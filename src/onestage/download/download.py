@@ -82,10 +82,8 @@ def download(
 def install(parts: Sequence[Part], root: Path, *, mirrors: Sequence[str] = (), keep_archives: bool = False) -> None:
     """Download and unpack the missing folders of a data set; each appears complete or not at all.
 
-    Raises:
-        ConfigError: a mirror is not an http(s) URL.
-        DataError: an archive cannot be downloaded or unpacked, another process downloads into `root`, or the disk is
-            too small. Complete folders and partial downloads are kept.
+    DataError if an archive cannot be downloaded or unpacked, another process downloads into `root`, or the disk is too
+    small. Complete folders and partial downloads are kept.
     """
     for mirror in mirrors:
         require(mirror.startswith(("https://", "http://")), "mirrors", mirror, "URLs that start with http(s)://")

@@ -48,10 +48,7 @@ def fetch(remote: RemoteFile, folder: Path, mirrors: Sequence[str] = ()) -> Path
     """Download a file into an existing folder unless it is complete there already; return its path.
 
     The file is called `<name>.part` until its checksum is right, and the next call continues it. Mirrors, URLs of
-    folders that hold the file, are tried first.
-
-    Raises:
-        DataError: no server sends the right file, or the disk is full.
+    folders that hold the file, are tried first. DataError if no server sends the right file, or the disk is full.
     """
     target, part = folder / remote.name, folder / f"{remote.name}.part"
     if target.exists() and _md5(target) == remote.md5:

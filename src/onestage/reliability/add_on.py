@@ -92,7 +92,10 @@ class Reliability(RunAddOn):
             return [Watchdog(), *callbacks]  # first: the others exchange values already when they are set up
         if config.get("enable_checkpointing") is False:
             config["enable_checkpointing"] = True  # for StopOnSignal, a Checkpoint that writes none
-        if writes_whole_files(config.get("strategy")):
+        strategy = config.get("strategy")
+        name = strategy if isinstance(strategy, str) else type(strategy).__name__
+        in_parts = getattr(strategy, "_state_dict_type", "full") == "sharded"  # private: FSDPStrategy has no getter
+        if not in_parts and not any(word in name.lower() for word in ("deepspeed", "modelparallel")):
             plugins = config.get("plugins") or []
             config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
@@ -114,10 +117,3 @@ class Reliability(RunAddOn):
     def load_weights(self, module: DetectionModule, checkpoint: str, class_names: Sequence[str]) -> None:
         """Load the weights of a checked checkpoint."""
         load_weights(module, checkpoint, class_names)
-
-
-def writes_whole_files(strategy: object) -> bool:
-    """Return whether one process writes the whole checkpoint into one file. strategy: a name or an object."""
-    name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    in_parts = getattr(strategy, "_state_dict_type", "full") == "sharded"  # private: FSDPStrategy has no getter
-    return not in_parts and not any(word in name.lower() for word in ("deepspeed", "modelparallel"))

@@ -23,8 +23,6 @@ from onestage.reliability.resume import fingerprints
 from onestage.training.module import CHECKPOINT_KEY
 from onestage.types import JSONDict
 
-# Moments
-
 
 def is_training(trainer: pl.Trainer) -> bool:
     """Return whether `fit` is past the sanity check and writes files."""
@@ -53,9 +51,6 @@ def validation_follows(trainer: pl.Trainer) -> bool:
     loop = trainer.fit_loop.epoch_loop
     num_batches = loop.total_batch_idx + 1 if every_epochs is None else loop.batch_idx + 1
     return num_batches % int(every_batches) == 0
-
-
-# Callbacks
 
 
 class SeededSteps(Callback):
@@ -110,23 +105,16 @@ class BestCheckpoint(ModelCheckpoint):
             raise ConfigError(f"{problem}.\nSet it to one of {', '.join(logged)}. {remedy}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy the best checkpoint; Lightning forgets its score when the folder changes."""
+        """Copy the best checkpoint and keep its score, which Lightning forgets when the folder changes."""
         if self._inherited is None:
             return  # a score without its file is useless
         copy = Path(str(self.dirpath)) / BEST
         if self._copies and copy.resolve() != self._inherited.resolve():
             copy_file(self._inherited, copy)
-        score = state_dict["best_model_score"]
-        ours = {
-            "dirpath": str(self.dirpath),
-            "best_model_path": str(copy),
-            "best_k_models": {str(copy): score},
-            "kth_best_model_path": str(copy),
-            "kth_value": score,
-            "last_model_path": "",
-        }
-        super().load_state_dict({**state_dict, **ours})
-        self.current_score = state_dict.get("current_score")  # Lightning omits it
+        self.best_model_path = self.kth_best_model_path = str(copy)
+        self.best_model_score = self.kth_value = state_dict["best_model_score"]
+        self.best_k_models = {str(copy): state_dict["best_model_score"]}
+        self.current_score = state_dict.get("current_score")
 
 
 class LastCheckpoint(Checkpoint):
@@ -230,9 +218,7 @@ class LastCheckpoint(Checkpoint):
 class ConfigInCheckpoint(Callback):
     """Store configuration, data fingerprints and versions in every checkpoint.
 
-    Args:
-        config: the groups `model` and `data`.
-        decisive: the settings that all processes must have in common, by their dotted keys.
+    config: the groups `model` and `data`. decisive: the settings that all processes must share, by their dotted keys.
     """
 
     def __init__(self, config: JSONDict, decisive: JSONDict) -> None:

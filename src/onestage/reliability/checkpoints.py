@@ -51,18 +51,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path, mapped=False)  # the training must not depend on the file any more
 
 
-# Reading
-
-
 def read_checkpoint(path: str | Path, *, mapped: bool = True) -> dict[str, Any]:
-    """Load a checkpoint of this project on the CPU. No code in it is run.
+    """Load a checkpoint of this project on the CPU. No code in it is run. CheckpointError if that is not possible.
 
-    Args:
-        path: a .ckpt file, or a .safetensors file with its .json file beside it.
-        mapped: read tensors from the file when they are used; a command reads the configuration first.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, damaged, or not a checkpoint of this project.
+    path: a .ckpt file, or a .safetensors file with its .json file beside it. mapped: read tensors from the file when
+    they are used; a command reads the configuration first.
     """
     path = Path(path)
     try:
@@ -238,14 +231,10 @@ def _is_plain_dict(value: object) -> bool:
     return isinstance(value, dict)
 
 
-# Loading weights into a model
-
-
 def load_weights(module: DetectionModule, path: str | Path, class_names: Sequence[str]) -> dict[str, Any]:
     """Load the weights of a checkpoint into a module; return the checkpoint.
 
-    Raises:
-        CheckpointError: the checkpoint is unreadable, or holds another detector, other classes or other shapes.
+    CheckpointError if it is unreadable, or holds another detector, other classes or other shapes.
     """
     checkpoint = read_checkpoint(path)
     saved, weights, detector = checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"], module.detector
@@ -275,12 +264,8 @@ def load_fitting_weights(module: DetectionModule, path: str, class_names: Sequen
     Args:
         module: as it was built: its class head starts at the prior.
         path: a .ckpt or .safetensors file of this project, or torchvision's weights of this detector: torchvision_coco,
-            or the path of a state dict.
+            or the path of a state dict. CheckpointError if nothing in it fits.
         class_names: of the data. The class outputs are loaded only if the file has the same classes in this order.
-
-    Raises:
-        CheckpointError: the file cannot be read, has weights that are not finite, or nothing in it fits.
-        ConfigError: there are no published weights of this detector.
     """
     if Path(path).suffix in (".ckpt", ".safetensors"):
         saved = read_checkpoint(path)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -79,7 +79,7 @@ class NonFiniteGuard(Callback):
         weights = module.state_dict()
         self._persistent = frozenset(weights)
         states = [optimizer.state_dict() for optimizer in trainer.optimizers]
-        names = non_finite_entries({"state_dict": weights, "optimizer": states})
+        names = non_finite_names({"state_dict": weights, "optimizer": states})
         if trainer.strategy.reduce_boolean_decision(bool(names), all=False):  # the same answer in all processes
             remedy = "Start from other weights: `pretrained` of the detector, or another checkpoint with --ckpt_path."
             raise NonFiniteError(f"training cannot start: {_first(names)} NaN or infinity.\n{remedy}")
@@ -120,7 +120,7 @@ class NonFiniteGuard(Callback):
                 if name in window.buffers:
                     buffer.copy_(window.buffers[name])
         rates = [float(group["lr"]) for group in optimizer.param_groups]
-        bad = non_finite_names((name, parameter.grad) for name, parameter in module.named_parameters())
+        bad = non_finite_names({name: parameter.grad for name, parameter in module.named_parameters()})
         window.facts = {"epoch": trainer.current_epoch, **numbers, "learning_rates": rates, "bad_gradients": bad}
         is_scaler_skip = scaler is not None and not is_loss_bad  # it lowers its scale and does not step either
         self.num_scaler_skips += int(is_scaler_skip)
@@ -156,7 +156,7 @@ class NonFiniteGuard(Callback):
             "images": [{"image_id": int(ids[row]), "file": str(paths[row])} for row in rows],
             "boxes": box_facts([batch.targets for batch in window.batches]),
             "predictions": {name: tensor_facts(t) for name, t in predictions.items() if isinstance(t, Tensor)},
-            "bad_weights": non_finite_names(module.named_parameters()),
+            "bad_weights": non_finite_names(dict(module.named_parameters())),
         }
         cause, remedy = likely_cause(facts)
         return {**facts, "likely_cause": cause, "what_to_change": remedy}
@@ -194,7 +194,7 @@ class NonFiniteGuard(Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Raise NonFiniteError instead of writing a checkpoint that holds NaN or infinity."""
-        names = non_finite_entries(checkpoint)  # without the other processes: one may save alone
+        names = non_finite_names(checkpoint)  # without the other processes: one may save alone
         if names:
             rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
             raise NonFiniteError(
@@ -222,9 +222,6 @@ def _first(names: list[str]) -> str:
     return f"{len(names)} tensors, the first of them {names[0]}, hold" if names else "another process's tensors hold"
 
 
-# Facts and causes
-
-
 def box_facts(targets: Sequence[Targets]) -> JSONDict:
     """Count the boxes of a step, those without area and those that are not finite."""
     boxes = torch.cat([target.boxes[target.labels != PADDING] for target in targets]).float()
@@ -245,25 +242,14 @@ def tensor_facts(values: Tensor) -> JSONDict:
     return {"num_non_finite": num_non_finite, "smallest": smallest, "largest": largest}
 
 
-def non_finite_names(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
-    """Return the names of tensors that hold NaN or infinity."""
-    floats = ((name, tensor) for name, tensor in tensors if tensor is not None and tensor.is_floating_point())
-    return [name for name, tensor in floats if not bool(tensor.isfinite().all())]
-
-
-def non_finite_entries(checkpoint: JSONDict) -> list[str]:
-    """Return the keys of non-finite tensors. A callback's best score may be -inf."""
-    tensors = _tensors("", checkpoint)
-    return non_finite_names((key, value) for key, value in tensors if value.ndim or not key.startswith("callbacks."))
-
-
-def _tensors(place: str, node: object) -> Iterator[tuple[str, Tensor]]:
+def non_finite_names(node: object, place: str = "") -> list[str]:
+    """Return the dotted keys of the tensors with NaN or infinity in nested dictionaries and lists."""
     if isinstance(node, Tensor):
-        yield place, node
-        return
+        is_score = node.ndim == 0 and place.startswith("callbacks.")  # of a callback; it may be -inf
+        return [place] if node.is_floating_point() and not is_score and not bool(node.isfinite().all()) else []
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
-    for key, child in children:
-        yield from _tensors(f"{place}.{key}" if place else str(key), child)
+    names = (non_finite_names(child, f"{place}.{key}" if place else str(key)) for key, child in children)
+    return [name for inner in names for name in inner]
 
 
 def likely_cause(facts: JSONDict) -> tuple[str, str]:

@@ -65,14 +65,9 @@ class Resumed(NamedTuple):
 def find_checkpoint(resume: str, ckpt_path: str | None, config: JSONDict) -> Resumed | None:
     """Return the state that `fit` continues from; None: a new run starts.
 
-    Args:
-        resume: `auto`, `none`, or a checkpoint or run folder.
-        ckpt_path: Lightning's option; the same as naming the checkpoint in `resume`.
-        config: of this run, as config.yaml will hold it.
-
-    Raises:
-        ConfigError: both options are given.
-        CheckpointError: the checkpoint, or every checkpoint of the run, is damaged.
+    resume: `auto`, `none`, or a checkpoint or run folder. ckpt_path: Lightning's option, the same as naming the
+    checkpoint in `resume`. config: of this run, as config.yaml will hold it. CheckpointError if the checkpoint, or
+    every checkpoint of the run, is damaged.
     """
     if ckpt_path is not None and resume != "none":
         raise ConfigError(f"--resume {resume} and --ckpt_path {ckpt_path} conflict; pass only one.")
@@ -120,12 +115,9 @@ def _find_run(experiment_folder: Path, config: JSONDict) -> Resumed | None:
 
 
 def newest_checkpoint(folder: Path) -> Resumed | None:
-    """Return the readable checkpoint with the highest stored step.
+    """Return the readable checkpoint with the highest stored step; CheckpointError if all are damaged.
 
     The time of a file is that of its last copy. Files with weights alone, of a user's ModelCheckpoint, are ignored.
-
-    Raises:
-        CheckpointError: every checkpoint is damaged.
     """
     # Unreadable files come first, for their warnings. At equal steps `last`, of the end of an epoch, is the latest.
     found = [(stored_step(file), file) for file in folder.glob("*.ckpt")]
@@ -204,17 +196,10 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, node
 
 
-# Does a checkpoint fit this run?
-
-
 def require_resumable(
     path: Path, module: DetectionModule, data: Any, strategy: Strategy, allow_data_change: bool
 ) -> None:
-    """Check that this run can continue from a checkpoint.
-
-    Raises:
-        CheckpointError: it has another model, optimizer, set of classes, kind of strategy or data set.
-    """
+    """Raise CheckpointError if a checkpoint has another model, optimizer, classes, kind of strategy or data set."""
     checkpoint = load_weights(module, path, data.class_names)
     loops = checkpoint.get("loops")
     has_progress = isinstance(loops, dict) and bool(loops.get("fit_loop"))  # else Lightning starts at step 0, silently

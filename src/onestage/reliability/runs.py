@@ -22,9 +22,7 @@ _held: dict[Path, filelock.BaseFileLock] = {}  # the system releases a lock when
 def new_locked_folder(runs_dir: str, experiment: str, *, is_writer: bool) -> Path:
     """Create and lock the next free folder of an experiment.
 
-    Raises:
-        ResourceError: the folder may not be created or written, or the disk is full.
-        ConfigError: the path cannot be a folder.
+    ResourceError if it may not be created or written, or the disk is full; ConfigError if the path cannot be a folder.
     """
     try:
         folder = new_run_folder(runs_dir, experiment, is_writer=is_writer)
@@ -36,12 +34,7 @@ def new_locked_folder(runs_dir: str, experiment: str, *, is_writer: bool) -> Pat
 
 
 def take_run_folder(folder: Path, *, is_writer: bool = True) -> None:
-    """Lock the folder of a run that has ended, and remove its unfinished files.
-
-    Raises:
-        RunInUseError: the run has not ended.
-        ResourceError: the folder may not be written.
-    """
+    """Lock the folder of a run that has ended, and remove its unfinished files; RunInUseError if it has not ended."""
     if is_writer:
         _lock(folder)
         for unfinished in folder.rglob(f".*{TEMPORARY_SUFFIX}"):  # by a process that was killed

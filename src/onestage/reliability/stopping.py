@@ -141,9 +141,6 @@ def _await_children(trainer: pl.Trainer) -> None:
     threading.Thread(target=wait_or_kill, name="children").start()  # not a daemon: Python waits for it at exit
 
 
-# Errors
-
-
 @contextlib.contextmanager
 def mapped_errors() -> Iterator[None]:
     """Map exceptions of libraries to the errors of this project."""

@@ -64,11 +64,7 @@ class Refusal(NamedTuple):
 
 
 def config_of(path: str | Path) -> JSONDict:
-    """Return what evaluation needs of a checkpoint's configuration.
-
-    Raises:
-        CheckpointError: the checkpoint is unreadable, or its configuration is malformed or holds a forbidden value.
-    """
+    """Return what evaluation needs of a checkpoint's configuration; CheckpointError if that may not be used."""
     checkpoint = read_checkpoint(path)
     saved = checkpoint[CHECKPOINT_KEY]
     config = evaluation_part(saved, path)
@@ -196,14 +192,11 @@ def _check_arguments(arguments: JSONDict, owner: Any, place: str) -> Iterator[Re
 
 def _find_class(name: object) -> Any:
     """Return the class of a dotted name inside TRUSTED, or None."""
-    if not isinstance(name, str) or not CLASS_PATH.fullmatch(name):
-        return None
-    module, _, attribute = name.rpartition(".")
-    if not any(module == trusted or module.startswith(f"{trusted}.") for trusted in TRUSTED):
-        return None
-    with contextlib.suppress(ImportError, AttributeError):
-        found = getattr(import_module(module), attribute)
-        return found if inspect.isclass(found) else None
+    if isinstance(name, str) and CLASS_PATH.fullmatch(name) and name.startswith(tuple(f"{part}." for part in TRUSTED)):
+        module, _, attribute = name.rpartition(".")
+        with contextlib.suppress(ImportError, AttributeError):
+            found = getattr(import_module(module), attribute)
+            return found if inspect.isclass(found) else None
     return None
 
 

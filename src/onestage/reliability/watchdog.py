@@ -84,8 +84,7 @@ class WatchThread(threading.Thread):
         places = {other: store.get(f"who/{other}").decode().rpartition(" ") for other in ranks}
         self.peers = [Peer(other, host, int(process)) for other, (host, _, process) in places.items()]
         self._is_over = threading.Event()
-        self._beats: dict[int, tuple[bytes, float]] = {}  # by rank: the last heartbeat, and when it changed
-        self._start = time.monotonic()
+        self._beats = dict.fromkeys(ranks, (b"", time.monotonic()))  # the last heartbeat, and when it changed
         self._gone_since: dict[int, float] = {}
 
     def leave(self) -> None:
@@ -116,12 +115,12 @@ class WatchThread(threading.Thread):
             return
         now = time.monotonic()
         for peer, beat in zip(self.peers, beats, strict=True):
-            if self._beats.get(peer.rank, (b"", 0.0))[0] != beat:
+            if self._beats[peer.rank][0] != beat:
                 self._beats[peer.rank] = (beat, now)
 
     def loss_of(self, peer: Peer) -> str | None:
         """Return why a process counts as lost, or None."""
-        beat, changed = self._beats.get(peer.rank, (b"", self._start))
+        beat, changed = self._beats[peer.rank]
         if beat == b"left":
             return None
         now = time.monotonic()

@@ -15,7 +15,6 @@ from PIL import Image
 from onestage.data.annotations import quoted
 from onestage.data.datamodule import DetectionDataModule
 from onestage.errors import ImageError
-from onestage.evaluation.coco import CocoEvaluator
 from onestage.evaluation.drawing import draw_boxes
 from onestage.evaluation.matching import Found, Integers, Match, Objects, match, overlapping_pairs
 from onestage.files import atomic_folder
@@ -53,26 +52,21 @@ def write_after_run(
         if draw:
             errors = image_errors(found, objects, match(found, objects, pairs), module.score_threshold, num_images)
             num_worst = min(NUM_IMAGES, np.count_nonzero(errors.any(axis=0)))
-            facts["worst"] = np.argsort(-errors.sum(axis=0), kind="stable")[:num_worst].tolist()
-            facts["random"] = sorted(np.random.default_rng(0).permutation(num_images)[:NUM_IMAGES].tolist())
-            for position in {*facts["worst"], *facts["random"]}:
+            worst = np.argsort(-errors.sum(axis=0), kind="stable")[:num_worst].tolist()
+            random = sorted(np.random.default_rng(0).permutation(num_images)[:NUM_IMAGES].tolist())
+            entries: dict[int, JSONDict] = {}
+            for position in {*worst, *random}:
                 row = int(evaluator.image_rows[position])
                 mine = Detections(*(torch.from_numpy(column[found.images == position]) for column in found[1:]))
                 with suppress(ImageError):  # a file that has vanished since
                     image = data.read_image(stages[-1], row)
                     picture = _draw(image, evaluator.annotations, row, mine, module.score_threshold)
                     (place / f"{row}.jpg").write_bytes(picture)
-            for kind in ("worst", "random"):
-                facts[kind] = [_entry(evaluator, errors, position) for position in facts[kind]]
+                name, (missed, wrong) = Path(evaluator.annotations.image_paths[row]).name, errors[:, position].tolist()
+                entries[position] = {"file": f"{row}.jpg", "name": name, "missed": missed, "wrong": wrong}
+            facts |= {"worst": [entries[n] for n in worst], "random": [entries[n] for n in random]}
         (place / FACTS_FILE).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
     print(f"report: {write_page([folder], folder / PAGE_FILE)}")
-
-
-def _entry(evaluator: CocoEvaluator, errors: Integers, position: int) -> JSONDict:
-    row = int(evaluator.image_rows[position])
-    missed, wrong = errors[:, position].tolist()
-    name = Path(str(evaluator.annotations.image_paths[row])).name
-    return {"file": f"{row}.jpg", "name": name, "missed": missed, "wrong": wrong}
 
 
 def image_errors(found: Found, objects: Objects, matched: Match, threshold: float | None, num_images: int) -> Integers:
@@ -133,8 +127,6 @@ def _grouped(findings: list[Finding]) -> list[JSONDict]:
         groups.setdefault((finding.effect, finding.rule), []).append(finding)
     kinds = []
     for (effect, rule), members in groups.items():
-        num_items, lines = sum(finding.num_items for finding in members), quoted([finding.line for finding in members])
-        kinds.append(
-            {"effect": effect, "rule": rule, "num_items": num_items, "lines": lines, "remedy": members[0].remedy}
-        )
+        kind = {"effect": effect, "rule": rule, "num_items": sum(finding.num_items for finding in members)}
+        kinds.append({**kind, "lines": quoted([finding.line for finding in members]), "remedy": members[0].remedy})
     return kinds

@@ -65,16 +65,14 @@ def report(runs: list[Path], *, out: Path | None = None) -> int:
 def write_page(folders: Sequence[Path], out: Path) -> Path:
     """Write the page about runs, atomically; return its path.
 
-    Raises:
-        ConfigError: a folder is none of a run, or `out` cannot be a file.
-        DataError: a file of a run is damaged.
-        ResourceError: `out` may not be written.
+    ConfigError if a folder is none of a run or `out` cannot be a file, DataError if a file of a run is damaged.
     """
     runs = [_read_run(folder) for folder in folders]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": _percent, "hue": lambda number: round(360 * (0.58 + 0.618034 * number)) % 360}
+    environment.filters["hue"] = lambda number: round(360 * (0.58 + 0.618034 * number)) % 360
+    environment.filters["percent"] = lambda x: "–" if x is None or math.isnan(x) else f"{100 * x:.1f}"
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     try:
         shown = _describe_run(runs[0]) if len(runs) == 1 else _compare(runs, out)
@@ -109,40 +107,30 @@ def _read_run(folder: Path) -> Run:
     return Run(folder, f"{absolute.parent.name}/{absolute.name}", *known, config, rows)
 
 
-# One run
-
-
 def _describe_run(run: Run) -> JSONDict:
     """Return what the template shows of a run."""
     from onestage.evaluation.figures import training_curves
 
     results, facts, classes = run.results, run.facts, run.results["classes"]
     names = results["class_names"]
+    # Of data that were given in Python, config.yaml has neither source nor path.
+    data, file = run.config.get("data") or {}, str(run.folder / "config.yaml")
+    command = facts.get("command") or ("fit" if run.rows else results["stage"])
+    again = f"onestage {command} --config {shlex.quote(file)}"
     largest = sorted(range(len(names)), key=lambda label: -classes[names[label]]["num_objects"])[:MAX_CLASSES]
     found = {f"all {len(names)} classes": results["overall"]}
     found |= {names[label]: classes[names[label]] for label in largest}
     precision = {name: [(n / 100, p) for n, p in enumerate(one["precision_by_recall"])] for name, one in found.items()}
-    pictures = {
-        kind: [(_picture(run.folder, image["file"]), image) for image in facts.get(kind, ())]
-        for kind in ("worst", "random")
-    }
     return {
-        "command": _command(run),
+        "command": again if data.get("source") or data.get("path") else f"onestage.train({file!r}, data=...)",
         "curves": [chart(f"{panel} over steps", lines) for panel, lines in training_curves(run.rows).items()],
         "precision": chart("precision over recall, IoU 0.5", precision, (0, 1), (0, 1)),
         "confused": [*sorted(largest), len(names)] if results["confusion"] else [],
-        "images": {kind: [pair for pair in pairs if pair[0]] for kind, pairs in pictures.items()},
+        "images": {
+            kind: [(shown, image) for image in facts.get(kind, ()) if (shown := _picture(run.folder, image["file"]))]
+            for kind in ("worst", "random")
+        },
     }
-
-
-def _command(run: Run) -> str:
-    """Return the command that repeats the run."""
-    command = run.facts.get("command") or ("fit" if run.rows else run.results["stage"])
-    file = run.folder / "config.yaml"
-    source = run.config.get("data") or {}
-    if not source.get("source") and not source.get("path"):  # the data were given in Python
-        return f"onestage.train({str(file)!r}, data=...)"
-    return f"onestage {command} --config {shlex.quote(str(file))}"
 
 
 def _picture(folder: Path, name: str) -> str:
@@ -150,9 +138,6 @@ def _picture(folder: Path, name: str) -> str:
     file = folder / DATA_FOLDER / Path(name).name
     content = file.read_bytes() if file.is_file() and file.stat().st_size < MAX_BYTES else b""
     return base64.b64encode(content).decode() if content.startswith(b"\xff\xd8") else ""
-
-
-# Several runs
 
 
 def _compare(runs: Sequence[Run], out: Path) -> JSONDict:
@@ -196,9 +181,6 @@ def _interval(first: Run, second: Run) -> str:
     return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-# Charts
-
-
 def chart(
     title: str,
     lines: Mapping[str, Sequence[tuple[float, float]]],
@@ -239,7 +221,3 @@ def _ticks(low: float, high: float) -> Iterable[float]:
     power = 10.0 ** math.floor(math.log10((high - low) / 3))
     step = next(power * factor for factor in (5, 2, 1) if power * factor <= (high - low) / 3)
     return [round(n * step, 12) for n in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{100 * value:.1f}"

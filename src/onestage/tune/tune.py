@@ -68,7 +68,7 @@ def tune(
         # Seeded by the number of trials: with one seed a continued search would repeat its first values.
         study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
         trial: Any = next(iter(study.get_trials(states=[state.RUNNING])), None) or study.ask(space)
-        name, options = f"trial_{trial.number}", options_of(trial.params)
+        name, options = f"trial_{trial.number}", [f"--{key}={value}" for key, value in trial.params.items()]
         code = _fit([*given, *options], folder, name)
         if code in FAILED:
             study.tell(trial.number, state=state.FAIL)
@@ -83,15 +83,14 @@ def tune(
         raise ConfigError(f"tune: none of {trials} trials succeeded.\nThe reasons: {folder}/trial_*.log")
     best = study.best_trial
     print(f"best: trial_{best.number}, {best.value:.4f}; all: {folder / TABLE_FILE}")
-    print(shlex.join(["onestage", "fit", *given, *options_of(best.params)]))
+    print(shlex.join(["onestage", "fit", *given, *(f"--{key}={value}" for key, value in best.params.items())]))
     return 0
 
 
 def parse_search(items: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
     """Return, for each key, the name of Optuna's distribution and its arguments.
 
-    Raises:
-        ConfigError: an item is none of KEY=LOW:HIGH, KEY=LOW:HIGH:log, KEY=a,b,c, or a key comes twice.
+    ConfigError if an item is none of KEY=LOW:HIGH, KEY=LOW:HIGH:log, KEY=a,b,c, or a key comes twice.
     """
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for item in items:
@@ -111,11 +110,6 @@ def parse_search(items: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
     return found
 
 
-def options_of(values: dict[str, Any]) -> list[str]:
-    """Return the options of `onestage fit` for the values of a trial."""
-    return [f"--{key}={value}" for key, value in values.items()]
-
-
 def _fit(words: list[str], folder: Path, name: str) -> int:
     """Run a trial, or continue it, and return its exit code; its output goes to <name>.log."""
     words = [*words, f"--runs_dir={folder}", f"--experiment={name}", "--resume=auto"]
@@ -123,12 +117,10 @@ def _fit(words: list[str], folder: Path, name: str) -> int:
     with log.open("a", encoding="utf-8") as output:
         fit = subprocess.Popen([sys.executable, "-m", "onestage.cli", "fit", *words], stdout=output, stderr=output)
         # `fit` saves and ends, then this process ends with its code. Ctrl-C reaches both.
-        before = (
-            signal.signal(signal.SIGINT, lambda *_: None),
-            signal.signal(signal.SIGTERM, lambda *_: fit.terminate()),
-        )
+        on_interrupt = signal.signal(signal.SIGINT, lambda *_: None)
+        on_terminate = signal.signal(signal.SIGTERM, lambda *_: fit.terminate())
         code = fit.wait()
-        signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
+        signal.signal(signal.SIGINT, on_interrupt), signal.signal(signal.SIGTERM, on_terminate)
     if code:
         print(log.read_text(encoding="utf-8", errors="replace").rpartition("error: ")[2].strip(), file=sys.stderr)
     return code if code >= 0 else 128 - code
@@ -153,5 +145,4 @@ def _write_table(file: Path, trials: list[Any]) -> None:
         writer = csv.writer(stream)
         writer.writerow(["trial", "state", "value", *keys])
         for trial in trials:
-            value = "" if trial.value is None else trial.value
-            writer.writerow([trial.number, trial.state.name, value, *(trial.params.get(key, "") for key in keys)])
+            writer.writerow([trial.number, trial.state.name, trial.value, *(trial.params.get(key) for key in keys)])
