@@ -107,14 +107,8 @@ def _program(model: Predictor, images: Tensor) -> Any:
     return program
 
 
-@torch.library.custom_op("onestage::survives", mutates_args=())
-def _survives(boxes: Tensor, labels: Tensor, is_candidate: Tensor, iou_threshold: float) -> Tensor:
-    return survives(boxes, labels, is_candidate, iou_threshold)
-
-
-@_survives.register_fake
-def _(boxes: Tensor, labels: Tensor, is_candidate: Tensor, iou_threshold: float) -> Tensor:
-    return torch.empty_like(is_candidate)
+_survives = torch.library.custom_op("onestage::survives", survives, mutates_args=())
+_survives.register_fake(lambda boxes, labels, is_candidate, iou_threshold: torch.empty_like(is_candidate))
 
 
 @contextmanager

@@ -26,9 +26,8 @@ from onestage.types import JSONDict
 class Reliability(RunAddOn):
     """Crash safety for `fit`, checked checkpoints for every command."""
 
-    def __init__(self) -> None:
-        self._resumed: Resumed | None = None
-        self._decisive: JSONDict = {}
+    _resumed: Resumed | None = None
+    _decisive: JSONDict
 
     @contextmanager
     def command(self) -> Iterator[None]:

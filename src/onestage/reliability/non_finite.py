@@ -3,7 +3,6 @@
 import json
 import math
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +21,7 @@ from onestage.errors import NonFiniteError, ResourceError, require
 from onestage.files import atomic_write
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import is_fused, scaler_of
-from onestage.types import PADDING, Batch, JSONDict, Targets
+from onestage.types import PADDING, Batch, JSONDict
 
 # fp16's loss scaler starts at 2^16 and halves at each overflow: after 16 in a row the scale is 1 and not the reason.
 MAX_SCALER_SKIPS = 20
@@ -149,12 +148,16 @@ class NonFiniteGuard(Callback):
         ids, paths = annotations.image_ids, annotations.image_paths
         rows = torch.cat([batch.image_indices for batch in window.batches]).tolist()
         predictions = outputs["predictions"]._asdict()
+        targets = [batch.targets for batch in window.batches]
+        boxes = torch.cat([each.boxes[each.labels != PADDING] for each in targets]).float()  # also ignored ones
+        is_finite, is_empty = boxes.isfinite().all(dim=1), (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
+        num_empty, num_non_finite = int((is_empty & is_finite).sum()), int((~is_finite).sum())
         facts = {
             **window.facts,
             "loss_terms": {name: float(value.detach()) for name, value in outputs.items() if isinstance(value, Tensor)},
             "precision": str(trainer.precision),
             "images": [{"image_id": int(ids[row]), "file": str(paths[row])} for row in rows],
-            "boxes": box_facts([batch.targets for batch in window.batches]),
+            "boxes": {"num_boxes": len(boxes), "num_empty": num_empty, "num_non_finite": num_non_finite},
             "predictions": {name: tensor_facts(t) for name, t in predictions.items() if isinstance(t, Tensor)},
             "bad_weights": non_finite_names(dict(module.named_parameters())),
         }
@@ -220,18 +223,6 @@ def _check_values(trainer: pl.Trainer, loss: Tensor, norm: Tensor) -> tuple[floa
 
 def _first(names: list[str]) -> str:
     return f"{len(names)} tensors, the first of them {names[0]}, hold" if names else "another process's tensors hold"
-
-
-def box_facts(targets: Sequence[Targets]) -> JSONDict:
-    """Count the boxes of a step, those without area and those that are not finite."""
-    boxes = torch.cat([target.boxes[target.labels != PADDING] for target in targets]).float()
-    is_finite = boxes.isfinite().all(dim=1)
-    is_empty = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
-    return {
-        "num_boxes": len(boxes),  # also those that the loss ignores
-        "num_empty": int((is_empty & is_finite).sum()),
-        "num_non_finite": int((~is_finite).sum()),
-    }
 
 
 def tensor_facts(values: Tensor) -> JSONDict:
