@@ -174,9 +174,8 @@ class Predictor:
         settings |= {"batch_size": batch_size or self.data.batch_size, "class_names": list(self.class_names)}
         given: dict[str, Any] = {"source": source} if isinstance(source, Source) else {"path": source}
         data = DetectionDataModule(**given, num_workers=num_workers, **settings)
-        quiet: Any = dict.fromkeys(
-            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-        )
+        parts = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        quiet: Any = dict.fromkeys(parts, False)
         devices: Any = [self.device.index or 0] if self.device.type == "cuda" else 1
         trainer = DetectionTrainer(accelerator=self.device.type, devices=devices, precision="32-true", **quiet)
         run = trainer.validate if split == "val" else trainer.test

@@ -62,9 +62,8 @@ def _reduce_image(owner: tuple[str, str]) -> Picture | None:
     """Decode an image in gray at an eighth of its size; None if it cannot be decoded or is blank."""
     try:
         content = read_file(Path(owner[1]), ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
-        image = cv2.imdecode(
-            np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_IGNORE_ORIENTATION
-        )
+        flags = cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_IGNORE_ORIENTATION
+        image = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), flags)
         if image is None or image.size > MAX_PIXELS:
             return None
         grid = cv2.resize(image, (HASH_SIDE + 1, HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.int16)

@@ -91,7 +91,7 @@ class BestCheckpoint(ModelCheckpoint):
             best = Path(str(trainer.ckpt_path)).with_name(BEST)
             try:
                 read_checkpoint(best)
-            except (CheckpointError, OSError) as error:
+            except CheckpointError as error:
                 best = None
                 rank_zero_info(f"resume: the best checkpoint so far is not used: {str(error).partition(chr(10))[0]}")
         self._inherited = trainer.strategy.broadcast(best)

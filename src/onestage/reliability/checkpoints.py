@@ -113,9 +113,8 @@ def _load_archive(path: Path, mapped: bool, check_bytes: bool = True) -> Any:
     if head.startswith(b"version https://git-lfs"):
         raise unusable(path, "is a Git LFS pointer, not the file itself", "Run: git lfs pull")
     if not head.startswith(b"PK"):
-        raise unusable(
-            path, f"is not a torch checkpoint: it begins with {head[:16]!r}" if head else "is empty (0 bytes)"
-        )
+        problem = f"is not a torch checkpoint: it begins with {head[:16]!r}" if head else "is empty (0 bytes)"
+        raise unusable(path, problem)
     try:
         with zipfile.ZipFile(path) as archive:
             _require_harmless(path, archive, size)

@@ -132,11 +132,10 @@ def newest_checkpoint(folder: Path) -> Resumed | None:
             continue
         if OPTIMIZER in checkpoint:
             return _resumed(file, checkpoint)
-    if not problems:
-        return None
-    raise CheckpointError(
-        f"no checkpoint in {folder} can be used:\n  " + "\n  ".join(problems) + "\nStart anew with --resume none."
-    )
+    if problems:
+        lines = "\n  ".join(problems)
+        raise CheckpointError(f"no checkpoint in {folder} can be used:\n  {lines}\nStart anew with --resume none.")
+    return None
 
 
 def _find_difference(config_file: Path, config: JSONDict) -> str | None:
