@@ -54,7 +54,7 @@ AFTER_RUN = (
     "onestage.report.collection:write_after_run",
 )  # fmt: skip
 
-# A name without dots belongs to the first group whose constructor takes it.
+# `train` gives a name without dots to the first group whose constructor takes it.
 GROUPS = {"trainer": Trainer, "data": DetectionDataModule, "model": DetectionModule}
 
 logger = logging.getLogger(__name__)

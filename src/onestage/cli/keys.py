@@ -229,12 +229,11 @@ def _shown(default: ast.expr | None) -> str:
 
 def _source_of(module: str) -> Path | None:
     package, *parts = module.split(".")
-    spec = None
+    places: list[Path] = []
     with suppress(ValueError):  # no name; or a script, which has no spec
-        spec = find_spec(package)  # of a package without a dot, which is found and not imported
-    folders = spec.submodule_search_locations if spec is not None else None
-    places = [Path(folder).joinpath(*parts) for folder in folders or ()]
-    places += [Path(spec.origin).with_suffix("")] if spec is not None and spec.origin and not folders else []
+        if spec := find_spec(package):  # of a package without a dot, which is found and not imported
+            folders = spec.submodule_search_locations
+            places = [Path(each).joinpath(*parts) for each in folders or ()] or [Path(str(spec.origin)).with_suffix("")]
     names = [(place / "__init__.pyi", place / "__init__.py", place.with_suffix(".py")) for place in places]
     return next((file for files in names for file in files if file.is_file()), None)
 
