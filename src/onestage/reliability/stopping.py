@@ -152,10 +152,8 @@ def mapped_errors() -> Iterator[None]:
         raise ConfigError(str(error)) from error
     except SIGTERMException as error:  # in an evaluation; a SystemExit without a code, which would mean success
         raise TerminatedError("SIGTERM ended the command.") from error
-    except KeyboardInterrupt as error:
-        raise CancelledError("interrupted.") from error
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # how Lightning ends on Ctrl-C, with code 1
+    except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns Ctrl-C into a SystemExit with code 1
+        if KeyboardInterrupt in (type(error), type(error.__context__)):
             raise CancelledError("interrupted.") from error
         raise
     except Exception as error:

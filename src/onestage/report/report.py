@@ -152,6 +152,7 @@ def _compare(runs: Sequence[Run], out: Path) -> JSONDict:
             if points := panels.get(panel, {}).get(line):
                 curves.setdefault(line, {})[f"{number} {run.name}"] = points
     pages = [run.folder / PAGE_FILE for run in runs]
+    links = [quote(Path(os.path.relpath(page, out.parent)).as_posix()) if page.is_file() else "" for page in pages]
     tables = {"metrics": "metrics", "AP of each class": "per_class", "AP50 lost by type of error": "error_types"}
     names = {key: dict.fromkeys(name for run in runs for name in run.results[key]) for key in tables.values()}
     return {
@@ -162,9 +163,7 @@ def _compare(runs: Sequence[Run], out: Path) -> JSONDict:
         "intervals": ["", *(_interval(runs[0], run) for run in runs[1:])],
         "curves": [chart(f"{name} over steps", lines) for name, lines in curves.items()],
         "differences": config_differences([run.config for run in runs]),
-        "links": [
-            quote(Path(os.path.relpath(page, out.parent)).as_posix()) if page.is_file() else "" for page in pages
-        ],
+        "links": links,
     }
 
 
