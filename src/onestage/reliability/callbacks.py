@@ -91,7 +91,7 @@ class BestCheckpoint(ModelCheckpoint):
                 read_checkpoint(best)
                 if copy.resolve() != best.resolve():
                     copy_file(best, copy)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             has_best = False
             rank_zero_info(f"resume: the best checkpoint so far is not used: {str(error).partition(chr(10))[0]}")
         self._has_best = trainer.strategy.broadcast(has_best)
