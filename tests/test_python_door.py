@@ -21,6 +21,7 @@ from onestage.deploy.predictor import to_rgb
 from onestage.errors import CheckpointError, ConfigError, ImageError
 from onestage.training.module import DetectionModule
 
+CPU = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
 
@@ -68,7 +69,7 @@ def test_predict_takes_path_pil_array_and_lists_of_them(model, photo):
 
 
 def test_predict_equals_the_command(model, trained, photo, tmp_path):
-    options = ["--data.predict_dir", str(photo), "--runs_dir", str(tmp_path), "--trainer.accelerator=cpu"]
+    options = ["--data.predict_dir", str(photo), "--runs_dir", str(tmp_path), *CPU]
     assert run("predict", "--ckpt_path", str(trained / "checkpoints" / "best.ckpt"), *options) == 0
     (file,) = tmp_path.glob("*/*/predictions.json")
     written = json.loads(file.read_text())

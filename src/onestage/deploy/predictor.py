@@ -161,7 +161,7 @@ class Predictor:
         batch_size: int | None = None,
         num_workers: int | Literal["auto"] = "auto",
     ) -> "Evaluation":
-        """Return COCO's twelve numbers on a data set, as `onestage validate` or `onestage test` computes them.
+        """Return COCO's twelve numbers on a data set, as `onestage validate` or `onestage test` does in float32.
 
         Args:
             source: such as onestage.data.COCO("mine"), or the path of a data set whose layout is recognised. Its
