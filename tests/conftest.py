@@ -55,7 +55,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, fast_options: list[str]) -
     folder = shared / "runs" / "shapes_ssd" / "version_0"
     with FileLock(shared / "trained.lock"):
         if not (shared / "trained").exists():
-            options = [*fast_options, "--trainer.precision", "32-true"]  # that of the Python door
-            assert run("fit", *options, "--runs_dir", str(shared / "runs")) == 0
+            assert run("fit", *fast_options, "--runs_dir", str(shared / "runs")) == 0
             (shared / "trained").touch()
     return folder

@@ -21,7 +21,7 @@ from onestage.deploy.predictor import to_rgb
 from onestage.errors import CheckpointError, ConfigError, ImageError
 from onestage.training.module import DetectionModule
 
-CPU = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+CPU = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]  # what the Python door takes
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
 
@@ -100,8 +100,11 @@ def test_detections_are_drawn_and_converted(model, photo, tmp_path, monkeypatch)
     assert arguments["data"]["class_name"].tolist() == found.names
 
 
-def test_evaluate_gives_the_numbers_of_the_run(model, trained, drawn):
-    results = json.loads((trained / "results.json").read_text())
+def test_evaluate_gives_the_numbers_of_the_command(model, trained, drawn, tmp_path):
+    checkpoint = str(trained / "checkpoints" / "best.ckpt")
+    assert run("validate", "--ckpt_path", checkpoint, "--runs_dir", str(tmp_path), *CPU) == 0
+    (file,) = tmp_path.glob("*/*/results.json")
+    results = json.loads(file.read_text())
     coco = COCO(drawn, train_images="JPEGImages", val_images="JPEGImages")
     for source in (coco, Shapes(drawn, num_train=32, num_val=7)):
         metrics = model.evaluate(source, num_workers=0)
