@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from onestage.errors import CheckpointError, ConfigError, DataError, require
 from onestage.evaluation.results import installed_versions
@@ -78,23 +78,21 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self, monitor: str = "val/mAP", mode: str = "max") -> None:
         super().__init__(filename=Path(BEST).stem, monitor=monitor, mode=mode, enable_version_counter=False)
-        self._has_best = False  # the best checkpoint of the resumed run is there
+        self._inherited: Path | None = None  # the best checkpoint of the resumed run
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Copy the best checkpoint of the resumed run, which lies beside the resumed one; tell all processes."""
-        best, copy = Path(str(trainer.ckpt_path)).with_name(BEST), Path(str(self.dirpath)) / BEST
+        """Find the best checkpoint of the resumed run, which lies beside the resumed one, for all processes."""
+        best = Path(str(trainer.ckpt_path)).with_name(BEST)
         state = checkpoint["callbacks"].get(self.state_key)
         was_validated = isinstance(state, dict) and state.get("best_model_score") is not None
         has_best = trainer.is_global_zero and is_training(trainer) and was_validated
         try:
             if has_best:
                 read_checkpoint(best)
-                if copy.resolve() != best.resolve():
-                    copy_file(best, copy)
         except (CheckpointError, OSError) as error:
             has_best = False
             rank_zero_info(f"resume: the best checkpoint so far is not used: {str(error).partition(chr(10))[0]}")
-        self._has_best = trainer.strategy.broadcast(has_best)
+        self._inherited = trainer.strategy.broadcast(best if has_best else None)
 
     def on_sanity_check_end(self, trainer: pl.Trainer, module: Any) -> None:
         """Raise ConfigError if the sanity check, and so no validation, logs the metric."""
@@ -105,9 +103,12 @@ class BestCheckpoint(ModelCheckpoint):
             raise ConfigError(f"{problem}.\nSet it to one of {', '.join(logged)}. {remedy}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the score of the best checkpoint, which Lightning forgets when the folder changes."""
-        if self._has_best:  # a score without its file is useless
-            self.best_model_path = self.kth_best_model_path = str(Path(str(self.dirpath)) / BEST)
+        """Copy the best checkpoint, after last.ckpt; keep its score, which Lightning forgets in another folder."""
+        if self._inherited is not None:  # a score without its file is useless
+            copy = Path(str(self.dirpath)) / BEST
+            if copy.resolve() != self._inherited.resolve():
+                rank_zero_only(copy_file)(self._inherited, copy)
+            self.best_model_path = self.kth_best_model_path = str(copy)
             self.best_model_score = self.kth_value = state_dict["best_model_score"]
             self.best_k_models = {self.best_model_path: self.kth_value}
             self.current_score = state_dict.get("current_score")
