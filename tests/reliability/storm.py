@@ -206,11 +206,12 @@ def kill_storm(data: Path, runs: Path, num_kills: int, seed: int) -> dict[str, o
     failures, slowest, most_lost, newest, is_hurt = [], 0.0, 0, 0, False
     while kinds:
         steps = stored_steps(runs / "broken")
-        whole_ones = [name for name in (LAST, PREVIOUS) if steps.get(name, -1) > 0]
-        index = next((n for n, kind in enumerate(kinds) if "damaged" not in kind or len(whole_ones) == 2), 0)
-        kind = kinds.pop(index)
+        # A kill between the two renames of a save leaves one file with two names: damage to one is damage to both.
+        files = [folder_of_run(runs / "broken") / "checkpoints" / name for name in (LAST, PREVIOUS)]
+        has_two = all(steps.get(file.name, -1) > 0 for file in files) and not files[0].samefile(files[1])
+        kind = kinds.pop(next((n for n, kind in enumerate(kinds) if "damaged" not in kind or has_two), 0))
         if "damaged" in kind:
-            damage(folder_of_run(runs / "broken") / "checkpoints" / LAST, draw)
+            damage(files[0], draw)
             newest, is_hurt = steps[PREVIOUS], True
         room = EPOCHS * 8 - newest - LAST_STEPS - sum(REACH.get(other, 1) for other in kinds)
         fault, code, options = fault_of(kind, draw, record, 2 * room // (1 + kinds.count("step")))
