@@ -68,7 +68,7 @@ def tune(
         # Seeded by the number of trials: with one seed a continued search would repeat its first values.
         study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
         trial: Any = next(iter(study.get_trials(states=[state.RUNNING])), None) or study.ask(space)
-        name, options = f"trial_{trial.number}", [f"--{key}={value}" for key, value in trial.params.items()]
+        name, options = f"trial_{trial.number}", options_of(trial.params)
         code = _fit([*given, *options], folder, name)
         if code in FAILED:
             study.tell(trial.number, state=state.FAIL)
@@ -83,7 +83,7 @@ def tune(
         raise ConfigError(f"tune: none of {trials} trials succeeded.\nThe reasons: {folder}/trial_*.log")
     best = study.best_trial
     print(f"best: trial_{best.number}, {best.value:.4f}; all: {folder / TABLE_FILE}")
-    print(shlex.join(["onestage", "fit", *given, *(f"--{key}={value}" for key, value in best.params.items())]))
+    print(shlex.join(["onestage", "fit", *given, *options_of(best.params)]))
     return 0
 
 
@@ -108,6 +108,11 @@ def parse_search(items: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
         require(bool(key) and is_valid and key not in found, "tune: search", item, rule)
         found[key] = kind, arguments
     return found
+
+
+def options_of(values: dict[str, Any]) -> list[str]:
+    """Return the options of `onestage fit` for the values of a trial."""
+    return [f"--{key}={value}" for key, value in values.items()]
 
 
 def _fit(words: list[str], folder: Path, name: str) -> int:
