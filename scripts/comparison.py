@@ -1,4 +1,4 @@
-"""The page of a comparison of losses: a table for each group of trainings, and the figure of the boundary."""
+"""The page of a comparison of losses: a table for each group of trainings, and one picture of several groups."""
 
 import json
 import math
@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-WIDE = 3.0  # times that the imbalance varies within a group that is drawn
 REFERENCES = ("mining", "cross_entropy")
 COLOURS = ("#4477aa", "#cc3311", "#228833", "#aa3377", "#bbbb33")
 
@@ -37,28 +36,37 @@ def joined(condition: dict[str, Any], settings: dict[str, Any]) -> str:
 
 
 def write_page(plan: dict[str, Any], table: Table, folder: Path) -> None:
-    """Write loss_comparison.md and images/loss_comparison_<group>.png."""
-    cells, sections, shown = gather(table), list[str](), set[tuple[str, str]]()
+    """Write loss_comparison.md and, of the groups that name a `series`, images/loss_comparison.png.
+
+    The trainings of a group with `apart`, whose seeds served to choose settings, are shown in its table alone.
+    """
+    apart = {seed for group in plan["groups"].values() if group.get("apart") for seed in group["seeds"]}
+    cells_apart = gather([row for row in table if int(row["seed"]) in apart])
+    cells = gather([row for row in table if int(row["seed"]) not in apart])
     noise = paired_deviation(_compared(plan, cells))
+    sections, shown, series = list[str](), set[tuple[str, str, bool]](), dict[str, Cells]()
     for name, group in plan["groups"].items():
+        is_apart = group.get("apart", False)
         conditions = {joined(one, {}): one for one in group.get("conditions", [{}])}
         keys = {(loss, text): _key(group, loss, one) for loss in group["losses"] for text, one in conditions.items()}
-        found = {short: cells[key] for short, key in keys.items() if key in cells}
-        made = {keys[short] for short in found}
+        own = cells_apart if is_apart else cells
+        found = {short: own[key] for short, key in keys.items() if key in own}
+        made = {(*keys[short], is_apart) for short in found}
         if made <= shown:  # no training yet, or further seeds of another group's
             continue
         shown |= made
-        sections.append(f"## {name.replace('_', ' ').capitalize()}\n\n{group.get('question', '').strip()}\n")
         losses = [loss for loss in group["losses"] if any(loss == one for one, _ in found)]
         texts = [text for text in conditions if any(text == one for _, one in found)]
-        ratios = [cell.background_per_positive for cell in found.values()]
-        if noise is not None and min(len(losses), len(texts) - 1) > 1 and max(ratios) > WIDE * min(ratios) > 0:
-            picture = f"images/loss_comparison_{name}.png"
-            draw_boundary(found, losses, texts, noise, folder / picture)
-            sections.append(f"![mAP of the losses against the imbalance]({picture})\n")
         titles = {loss: _title(loss, group["losses"][loss]) for loss in losses}
+        sections.append(f"## {name.replace('_', ' ').capitalize()}\n\n{group.get('question', '').strip()}\n")
         sections.append(format_table(found, titles, texts))
-    about = f"{plan.get('about', '').strip()}\n\n{_about_noise(noise, cells)}"
+        if "series" in group:
+            series[group["series"]] = found
+    if series and noise is not None:
+        picture = "images/loss_comparison.png"
+        draw_gains(series, noise, folder / picture)
+        sections.insert(0, f"![mAP of the first loss above the others, against the imbalance]({picture})\n")
+    about = f"{plan.get('about', '').strip()}\n\n{_about_noise(noise, len(table))}"
     source = f"Written from `{Path(plan['table']).name}` by `scripts/compare_losses.py --report`."
     page = folder / "loss_comparison.md"
     page.write_text(
@@ -141,35 +149,32 @@ def _short(value: Any) -> Any:
     return Path(value).stem if "/" in value else value.split(".")[-1]
 
 
-def draw_boundary(cells: Cells, losses: list[str], conditions: list[str], noise: float, path: Path) -> None:
-    """Draw by how much each loss is above the references, against the background anchors for each positive one."""
+def draw_gains(series: dict[str, Cells], noise: float, path: Path) -> None:
+    """Draw by how much the first loss of each group is above the references, against the imbalance."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    references = [loss for loss in REFERENCES if loss in losses]
-    figure, axes = plt.subplots(1, len(references), figsize=(5.5 * len(references), 4), squeeze=False, sharey=True)
-    for axis, reference in zip(axes[0], references, strict=True):
-        for colour, loss in zip(COLOURS, [loss for loss in losses if loss not in references], strict=False):
-            points = []
-            for condition in conditions:
-                one, other = cells.get((loss, condition)), cells.get((reference, condition))
-                if one and other and (seeds := one.by_seed.keys() & other.by_seed.keys()):
+    figure, axes = plt.subplots(1, len(REFERENCES), figsize=(11, 4), sharey=True)
+    for axis, reference in zip(axes, REFERENCES, strict=True):
+        for (label, cells), colour in zip(series.items(), COLOURS, strict=False):
+            first, points = next(iter(cells))[0], []
+            for (loss, condition), one in cells.items():
+                other = cells.get((reference, condition))
+                if loss == first and other and (seeds := one.by_seed.keys() & other.by_seed.keys()):
                     gain = statistics.mean(one.by_seed[seed] - other.by_seed[seed] for seed in seeds)
                     points.append((one.background_per_positive, gain, noise * math.sqrt(2 / len(seeds))))
             if points:
                 x, y, errors = zip(*sorted(points), strict=True)
-                axis.errorbar(
-                    x, y, errors, fmt="o-", color=colour, capsize=3, linewidth=1, label=loss.replace("_", " ")
-                )
+                axis.errorbar(x, y, errors, fmt="o-", color=colour, capsize=3, linewidth=1, label=label)
         axis.axhline(0, color="#888888", linewidth=1)
         axis.set_xscale("log")
         axis.set_xlabel("background anchors for each positive one")
         axis.set_title(f"above {reference.replace('_', ' ')}")
         axis.grid(color="#dddddd")
-    axes[0][0].set_ylabel("points of mAP (bars: one standard deviation)")
-    axes[0][-1].legend()
+    axes[0].set_ylabel("points of mAP (bars: one standard deviation)")
+    axes[0].legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -188,8 +193,7 @@ def _format_cell(cell: Cell, best: float, has_rivals: bool) -> str:
     return f"**{text}**" if has_rivals and cell.mean == best else text
 
 
-def _about_noise(noise: float | None, cells: Cells) -> str:
-    number = sum(len(cell.by_seed) for cell in cells.values())
+def _about_noise(noise: float | None, number: int) -> str:
     text = (
         f"{number} trainings. Each cell is the mAP in percent: of one seed, or the mean of several (lowest to highest)."
     )

@@ -108,17 +108,27 @@ def test_committed_page_is_written_from_the_committed_table(script, monkeypatch,
     assert pictures == {path.name for path in (ROOT / "docs" / "images").glob("loss_comparison*.png")}
 
 
-def test_losses_are_drawn_against_the_imbalance_once_seeds_tell_the_noise(script, plan_file, tmp_path):
+def test_groups_with_a_series_are_drawn_once_seeds_tell_the_noise(script, plan_file, tmp_path):
     from comparison import write_page
 
     plan = script.read_plan(plan_file)
-    plan["groups"]["b"]["losses"] = {"focal": {}, "mining": {}}
-    plan["groups"]["b"]["conditions"].append({"data.batch_size": 2})
-    ratios = {"{}": 10.0, STRICT: 300.0, '{"data.batch_size": 2}': 50.0}
-    rows = [outcome(one, 0.4 + 0.01 * one.seed, ratios[one.condition]) for one in script.trainings(plan)]
+    plan["groups"]["b"] |= {"series": "strict", "losses": {"focal": {}, "mining": {}}}
+    rows = [outcome(one, 0.4 + 0.01 * one.seed, 10.0) for one in script.trainings(plan)]
     write_page(plan, [{key: str(value) for key, value in row.items()} for row in rows], tmp_path)
-    assert "](images/loss_comparison_b.png)" in (tmp_path / "loss_comparison.md").read_text()
-    assert (tmp_path / "images" / "loss_comparison_b.png").stat().st_size > 1000
+    assert "](images/loss_comparison.png)" in (tmp_path / "loss_comparison.md").read_text()
+    assert (tmp_path / "images" / "loss_comparison.png").stat().st_size > 1000
+
+
+def test_seeds_that_chose_a_setting_are_shown_apart(script, plan_file, tmp_path):
+    from comparison import write_page
+
+    plan = script.read_plan(plan_file)
+    plan["groups"] |= {"c": {"losses": {"focal": {}, "mining": {}}, "seeds": [3], "apart": True}}
+    rows = [outcome(one, 0.6 if one.seed == 3 else 0.4) for one in script.trainings(plan)]
+    write_page(plan, [{key: str(value) for key, value in row.items()} for row in rows], tmp_path)
+    first, _, last = (tmp_path / "loss_comparison.md").read_text().split("## ")[1:]
+    assert "| as configured | 10 | **40.0 (40.0 to 40.0)** |" in first
+    assert "| as configured | 10 | **60.0** | **60.0** |" in last
 
 
 @pytest.mark.slow
