@@ -95,16 +95,3 @@ def test_resume_auto_with_another_configuration_starts_a_new_run_and_says_why(tr
     assert "model.loss_weights.box" in printed
     assert {path.name for path in trained.parent.iterdir()} == {"version_0", "version_1"}
     shutil.rmtree(trained.parent / "version_1")
-
-
-@pytest.mark.parametrize(
-    ("classes", "expected"),
-    [("[a,b]", "data.class_names"), ("[triangle,star,square,ring,cross,circle]", "in the same order")],
-)
-def test_checkpoint_of_other_classes_or_another_order_is_rejected(capsys, trained, tmp_path, classes, expected):
-    number = classes.count(",") + 1
-    options = [f"--data.class_names={classes}", f"--data.category_ids={list(range(1, number + 1))}"]
-    options += ["--data.predict_dir", str(trained / "predictions"), "--runs_dir", str(tmp_path)]
-    checkpoint = str(trained / "checkpoints" / "best.ckpt")
-    text = message_of(capsys, "predict", "--ckpt_path", checkpoint, "--config", str(trained / "config.yaml"), *options)
-    assert expected in text or "classes" in text

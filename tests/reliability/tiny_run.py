@@ -160,8 +160,7 @@ def break_by_environment() -> None:
     fault = os.environ.get("ONESTAGE_FAULT", "")
     rank, where, count, what = fault.split(":") if fault else ("", "", "0", "")
     if rank == os.environ.get("LOCAL_RANK", "0"):
-        action = (lambda: time.sleep(1000)) if what == "sleep" else lambda: send(getattr(signal, what))
-        break_at(where, int(count), action)
+        break_at(where, int(count), lambda: send(getattr(signal, what)))
 
 
 def folder_of(runs: Path) -> Path:

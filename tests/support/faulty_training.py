@@ -3,13 +3,13 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
 from annotation_sets import hand_written
+from tiny_training import TinyData
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -17,23 +17,23 @@ from onestage.reliability.non_finite import NonFiniteGuard
 from onestage.training.module import DetectionModule
 from onestage.training.optimization import WarmupSchedule
 from onestage.training.trainer import DetectionTrainer
-from onestage.types import Batch, Detector, Losses, Predictions, Targets
+from onestage.types import Detector, Losses, Predictions
 
 NUM_IMAGES = 24
 BATCH_SIZE = 2
 
 
 class FaultyDetector(Detector):
-    """Four anchors on 8 x 8 px behind a batch norm. `faults`: call of `loss`, from 0 -> fault."""
+    """Four anchors on 64 x 64 px behind a batch norm. `faults`: call of `loss`, from 0 -> fault."""
 
-    image_size = 8
-    num_classes = 1
+    image_size = 64
+    num_classes = 2
 
     def __init__(self, faults: Mapping[int, str] | None = None) -> None:
         super().__init__()
         self.faults = dict(faults or {})
         self.num_calls = 0
-        self.conv = nn.Conv2d(3, 4, kernel_size=4, stride=4)
+        self.conv = nn.Conv2d(3, 4, kernel_size=32, stride=32)
         self.norm = nn.BatchNorm2d(4)
         self.class_head = nn.Linear(4, 1)
         self.box_head = nn.Linear(4, 4)
@@ -64,34 +64,17 @@ class FaultyDetector(Detector):
         raise NotImplementedError
 
 
-class TinyData(pl.LightningDataModule):
-    """Batches of two images of noise. Image i has the id 100 + i and one box of 2 + i / 10 by 3 px."""
-
-    image_size = 8
-    canvases = ((8, 8),)
-    num_classes = 1
-    class_names: ClassVar = ["thing"]
-    category_ids: ClassVar = [1]
+class SharedData(TinyData):
+    """Batches of two images, shared among the processes. Image i has the id 100 + i."""
 
     def annotations(self, stage):
-        ids, sizes = np.arange(100, 100 + NUM_IMAGES), np.full((NUM_IMAGES, 2), 8, np.int32)
-        return hand_written([[]] * NUM_IMAGES, [], image_ids=ids, sizes=sizes, class_names=["thing"])
+        ids, sizes = np.arange(100, 100 + NUM_IMAGES), np.full((NUM_IMAGES, 2), 64, np.int32)
+        return hand_written([[]] * NUM_IMAGES, [], image_ids=ids, sizes=sizes, class_names=self.class_names)
 
     def train_dataloader(self):
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        parts = torch.arange(NUM_IMAGES).split(BATCH_SIZE)[rank::world_size]
-        return DataLoader([tiny_batch(part) for part in parts], batch_size=None)
-
-
-def tiny_batch(indices: torch.Tensor) -> Batch:
-    generator = torch.Generator().manual_seed(int(indices[0]))
-    images = torch.randint(0, 256, (len(indices), 3, 8, 8), generator=generator, dtype=torch.uint8)
-    boxes = torch.zeros(len(indices), 16, 4)
-    boxes[:, 0, 2], boxes[:, 0, 3] = 2 + indices / 10, 3.0
-    labels = torch.full((len(indices), 16), -1)
-    labels[:, 0] = 0
-    sizes, placements = torch.full((len(indices), 2), 8), torch.tensor([[1.0, 1.0, 0.0, 0.0]] * len(indices))
-    return Batch(images, Targets(boxes, labels), indices, sizes, placements)
+        batches = list(super().train_dataloader())
+        return DataLoader(batches[rank::world_size], batch_size=None)
 
 
 def train(
@@ -109,7 +92,7 @@ def train(
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
     all_settings = {**defaults, **quiet, "max_steps": num_steps, "default_root_dir": folder, **settings}
     trainer = DetectionTrainer(callbacks=[guard or NonFiniteGuard(), *callbacks], **all_settings)
-    trainer.fit(module, datamodule=TinyData())
+    trainer.fit(module, datamodule=SharedData(NUM_IMAGES, BATCH_SIZE))
     return module
 
 

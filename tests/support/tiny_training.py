@@ -78,6 +78,6 @@ class CrowdedData(TinyData):
 
 
 def quiet_trainer(trainer_class: type[pl.Trainer], folder: object, **settings: object) -> pl.Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "precision": "32-true"}
     defaults = {"accelerator": "cpu", "enable_checkpointing": False, "limit_val_batches": 0, "num_sanity_val_steps": 0}
     return trainer_class(default_root_dir=folder, **{**quiet, **defaults, **settings})

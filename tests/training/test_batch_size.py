@@ -52,7 +52,7 @@ def test_search_steps_back_from_nonlinear_memory():
         *[(limit, 100, n) for limit, n in ((109, 0), (110, 1), (119, 1), (120, 2), (139, 3), (140, 4), (170, 7))],
     ],
 )
-def test_few_images_or_small_memories_end_the_search(limit, most, expected):
+def test_result_exceeds_neither_images_nor_memory(limit, most, expected):
     assert largest_batch(memory(constant=100, per_image=10)[0], limit, most) == expected
 
 
