@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from onestage.errors import require
+from onestage.errors import ConfigError, require
 
 PADDING = -1  # label of a row that holds no object or no detection
 BACKGROUND = -1  # match of an anchor without object
@@ -188,9 +188,8 @@ class Detector(nn.Module, ABC):
 
         key: of the configuration, for messages. value: the name of the weights, or the path of a state dict.
         """
-        remedy = "Give a .ckpt or .safetensors file."
-        require(False, key, value, f"a checkpoint: {type(self).__name__} has no published weights", remedy)
-        return {}
+        problem = f"{key} must be a checkpoint: {type(self).__name__} has no published weights, got {value!r}"
+        raise ConfigError(f"{problem}.\nGive a .ckpt or .safetensors file.")
 
     @property
     def uses_class_weights(self) -> bool:

@@ -9,7 +9,7 @@ from onestage.boxes import matchers
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes, ssd_shapes
 from onestage.boxes.cell_matcher import CellMatcher
 from onestage.boxes.coders import DeltaBoxCoder
-from onestage.boxes.matchers import IoUMatcher, Predicted, assign
+from onestage.boxes.matchers import IoUMatcher, assign
 from onestage.boxes.point_matchers import ATSSMatcher, PointMatcher
 from onestage.errors import ConfigError
 from onestage.types import BACKGROUND, IGNORE, PADDING, Anchors, Targets
@@ -129,7 +129,7 @@ def test_assign_returns_label_and_box_of_the_object() -> None:
 @pytest.mark.parametrize("matcher", [IoUMatcher(0.5, 0.4), IoUMatcher(best_anchors="ties"), CellMatcher()])
 def test_assign_in_chunks_equals_assign_at_once(matcher, monkeypatch) -> None:
     anchors, targets = GRID(SIDES), random_targets(6)
-    predicted = Predicted(box_convert(anchors.boxes, "cxcywh", "xyxy").expand(6, -1, 4), torch.rand(6, 2200, 2))
+    predicted = box_convert(anchors.boxes, "cxcywh", "xyxy").expand(6, -1, 4)
     whole = assign(matcher, targets, anchors, predicted)
     sizes = []
     monkeypatch.setattr(matchers, "MAX_PAIRS", 2 * 16 * 2200 + 1)  # two images

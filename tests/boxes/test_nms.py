@@ -51,6 +51,15 @@ def test_suppressing_all_images_in_one_call_changes_nothing(monkeypatch) -> None
         assert torch.equal(found, wanted)
 
 
+def test_box_that_is_not_a_number_changes_no_other_image_and_nothing_else_of_its_own() -> None:
+    boxes, scores = random_candidates(500, 5, 2.0)
+    scores[1, 7] = 0.0  # not among the candidates
+    expected = select(boxes, scores)
+    boxes[1, 7, 2] = torch.nan
+    for found, wanted in zip(select(boxes, scores), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_selection_by_level_equals_a_loop_over_levels() -> None:
     boxes, scores = random_candidates(600, 4, 2.0)
     changes = {"candidates_per_class": None, "candidates_per_level": 100, "max_detections": 50}

@@ -79,8 +79,8 @@ def test_figures_show_the_numbers_of_the_analysis():
     box = [0.0, 0.0, 50.0, 50.0]
     annotations = annotation_set([[box], [box]], [[0], [1]])
     analysis = analyse(*flat(annotations, detections([[box], [box]], [[0.9], [0.8]], [[0], [0]])), 3)
-    curves = draw_precision_recall(analysis, annotations.class_names)
-    legend = [text.get_text() for text in curves.legends[0].get_texts()]
-    assert legend == ["cat  100.0", "dog  0.0", "all 2 classes  50.0"]
+    curves = draw_precision_recall(analysis, ["_cat", "dog", "owl"])
+    legend = [text.get_text().strip() for text in curves.legends[0].get_texts()]
+    assert legend == ["_cat  100.0", "dog  0.0", "all 2 classes  50.0"]
     cells = [(*text.get_position(), text.get_text()) for text in draw_confusion(analysis, list("abc")).axes[0].texts]
     assert cells == [(0, 0, "1"), (3, 1, "1")]  # column, row: the cat is found; the dog is missed at score 0.9

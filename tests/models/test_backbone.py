@@ -63,6 +63,12 @@ def test_torchvision_backbone_returns_the_last_block_of_each_stride(name, channe
     assert [tuple(m.shape[1:]) for m in maps] == sizes
 
 
+def test_regnet_whose_widths_are_computed_with_tensors_is_built_without_memory() -> None:
+    with torch.device("meta"):
+        backbone = TorchvisionBackbone("regnet_y_400mf")
+    assert {weight.device.type for weight in backbone.body.state_dict().values()} == {"meta"}
+
+
 def test_torchvision_weights_from_a_file_give_the_features_of_the_classifier(tmp_path) -> None:
     model = resnet18().eval()
     torch.save(model.state_dict(), tmp_path / "resnet18.pth")

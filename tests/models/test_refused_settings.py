@@ -1,12 +1,14 @@
 """Every model and backbone refuses settings that do not fit, with the value, the rule and a remedy."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from onestage import models
 from onestage.boxes.anchors import AnchorShapes
 from onestage.errors import ConfigError
-from onestage.losses import ClassWeights, MinedCrossEntropy, SigmoidCrossEntropy
+from onestage.losses import ClassWeights, MinedCrossEntropy, ObjectSoftmaxLoss, QualityFocalLoss, SigmoidCrossEntropy
 
 LEVELS = [AnchorShapes(stride, ((20.0, 10.0),)) for stride in (8, 16, 32)]
 OFFSET_0 = LEVELS[2]._replace(offset=0.0)
@@ -18,6 +20,8 @@ OTHER_STRIDES = r"must be \(8, 16, 32\), got \(8, 16\)"
     ("kind", "settings", "message"),
     [
         ("VGG", {"strides": (16, 32)}, r"strides must be .*, or \(16, 32\) with stem_stride 2, got \(16, 32\)"),
+        ("VGG", {"stem_stride": 4}, "stem_stride must be 1 or 2, got 4"),
+        ("VGG", {"depths": (1, 1, 1, 1)}, "depths, widths must be five numbers each"),
         ("TorchvisionBackbone", {"name": "resnet19"}, "name must be a model of torchvision, got 'resnet19'"),
         (
             "TorchvisionBackbone",
@@ -49,6 +53,11 @@ OTHER_STRIDES = r"must be \(8, 16, 32\), got \(8, 16\)"
         ("YOLOv3", {"backbone": models.Darknet19}, r"strides of the backbone must be \(8, 16, 32\)"),
         ("YOLOv2", {"backbone": models.Darknet53}, r"strides of the backbone must be \(16, 32\) or \(8, 16\)"),
         ("YOLOv3", {"classification_loss": WEIGHTED}, "must be null"),
+        ("YOLOv3", {"objectness_loss": WEIGHTED}, "class_weights of objectness_loss must be null"),
+        ("YOLOv3", {"classification_loss": QualityFocalLoss()}, "must be a loss that does not use the IoU"),
+        ("SSD160", {"classification_loss": ObjectSoftmaxLoss()}, "must be a loss with a background, got 'ObjectSoft"),
+        ("FCOS", {"classification_loss": ObjectSoftmaxLoss()}, "must be a loss with a background, got 'ObjectSoft"),
+        ("SSD128", {"anchors": [level._replace(offset=5.0) for level in LEVELS]}, "offset must be in .0, 1., got 5.0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(kind, settings, message) -> None:
@@ -56,3 +65,11 @@ def test_settings_that_do_not_fit_are_refused(kind, settings, message) -> None:
     with torch.device("meta"), pytest.raises(ConfigError, match=message):  # without millions of random numbers
         backbone = {"backbone": settings["backbone"]()} if "backbone" in settings else {}
         getattr(models, kind)(**(defaults | settings | backbone))
+
+
+def test_darknet_file_is_not_written_without_the_weights_of_another_backbone(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        detector = models.YOLOv3(1, backbone=models.TorchvisionBackbone("mobilenet_v3_small", strides=(8, 16, 32)))
+    with pytest.raises(ConfigError, match="backbone of a darknet file must be Darknet's own, got 'Torchvision"):
+        detector.save_darknet(tmp_path / "a.weights")
+    assert list(tmp_path.iterdir()) == []

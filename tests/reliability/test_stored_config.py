@@ -43,6 +43,18 @@ def test_weights_are_not_downloaded_again(tmp_path, key):
     assert config_of(path)["model"]["detector"]["init_args"][key] is None
 
 
+BY_HAND = {"class_path": "onestage.losses.ClassWeights", "init_args": {"weights": [1.0, 2.0, 3.0]}}
+BY_COUNT = {"class_path": "onestage.losses.EffectiveNumberWeights"}
+
+
+@pytest.mark.parametrize("weights", [[1.0, 2.0, 3.0], BY_HAND, BY_COUNT])
+def test_detector_with_class_weights_is_accepted_with_them(tmp_path, weights):
+    loss = {"class_path": "onestage.losses.SigmoidFocalLoss", "init_args": {"class_weights": weights}}
+    path = write(tmp_path / "a.ckpt", changed(f"{DETECTOR}.classification_loss", loss))
+    kept = config_of(path)["model"]["detector"]["init_args"]["classification_loss"]["init_args"]["class_weights"]
+    assert kept == weights
+
+
 FOREIGN = ["evil.Model", "os.system", "torch.hub.load", "builtins.exec", "onestage_evil.Model", "torch.nn.Linear"]
 WRONG_KIND = [
     "onestage.cli.main.main", "onestage.files.atomic_write", "onestage.models.vgg.VGG", "onestage.data.COCO",

@@ -69,9 +69,10 @@ class AnchorGrid(nn.Module):
     def __init__(self, levels: Sequence[AnchorShapes], max_side: float | None = None) -> None:
         super().__init__()
         limit = math.inf if max_side is None else max_side
-        for stride, shapes, _ in levels:
+        for stride, shapes, offset in levels:
             is_valid = len(shapes) > 0 and all(0 < length < math.inf for length in (stride, *chain(*shapes)))
             require(is_valid, "anchors", (stride, shapes), "a stride > 0 and at least one (width, height) > 0, px")
+            require(0 <= offset <= 1, "anchors, offset", offset, "in [0, 1]")
         self.levels = tuple(
             AnchorShapes(float(stride), tuple((min(float(w), limit), min(float(h), limit)) for w, h in shapes), offset)
             for stride, shapes, offset in levels

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from onestage.boxes.geometry import pairwise_overlap
-from onestage.boxes.matchers import Predicted, empty_without_area
+from onestage.boxes.matchers import empty_without_area
 from onestage.errors import require
 from onestage.types import BACKGROUND, IGNORE, Anchors, Targets
 
@@ -14,8 +14,8 @@ class CellMatcher:
 
     - An object matches one anchor: of the cells that hold its centre, one per level, the anchor whose shape overlaps it
       best (the first of equal ones). If two objects match one anchor, the later row of the targets keeps it.
-    - With `anchors_per_object` above 1 it also matches the anchors with the next best shapes in these cells. An object
-      to which an anchor is better keeps it.
+    - With `anchors_per_object` above 1 it also matches the anchors with the next best shapes in these cells. If
+      several objects want an anchor, the one that ranks it higher keeps it.
     - Any other anchor is IGNORE if its predicted box overlaps an object by more than `ignore_iou`, else BACKGROUND.
     - Padding, boxes without area, and boxes whose centre lies outside the canvas are never matched.
     - Regions (label IGNORE) are never matched; an anchor whose predicted box has at least half of its area in one is
@@ -33,19 +33,19 @@ class CellMatcher:
         require(anchors_per_object >= 1, "CellMatcher: anchors_per_object", anchors_per_object, ">= 1", "YOLO's is 1.")
         self.ignore_iou, self.anchors_per_object = ignore_iou, anchors_per_object
 
-    def __call__(self, targets: Targets, anchors: Anchors, predicted: Predicted | None) -> Tensor:
+    def __call__(self, targets: Targets, anchors: Anchors, predicted_boxes: Tensor | None) -> Tensor:
         """Return the match of every anchor; see `onestage.boxes.matchers.Matcher`."""
-        assert predicted is not None  # because of `needs_predictions`
+        assert predicted_boxes is not None  # because of `needs_predictions`
         best = self.best_anchors(targets, anchors)  # [B, n M]
         rows = torch.where(best >= 0, torch.arange(best.shape[1], device=best.device), BACKGROUND)
         match = torch.full((len(best), len(anchors.boxes)), BACKGROUND, device=best.device)
         match = match.scatter_reduce(1, best.clamp(min=0), rows, "amax")  # the later row, in any order of threads
         match = torch.where(match >= 0, match % max(targets.labels.shape[1], 1), match)
 
-        intersection, iou = pairwise_overlap(empty_without_area(targets.boxes), predicted.boxes)  # [B, M, A]
+        intersection, iou = pairwise_overlap(empty_without_area(targets.boxes), predicted_boxes)  # [B, M, A]
         is_near = (iou * (targets.labels >= 0)[..., None]).amax(dim=1) > self.ignore_iou
         in_region = (intersection * (targets.labels == IGNORE)[..., None]).amax(dim=1)
-        areas = (predicted.boxes[..., 2:] - predicted.boxes[..., :2]).prod(dim=-1)
+        areas = (predicted_boxes[..., 2:] - predicted_boxes[..., :2]).prod(dim=-1)
         is_covered = (in_region > 0) & (in_region >= 0.5 * areas)
         return torch.where(match >= 0, match, torch.where(is_near | is_covered, IGNORE, BACKGROUND))
 

@@ -1,6 +1,6 @@
 """Matchers: assign an object, background or "ignored" to every anchor."""
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,20 +15,16 @@ BestAnchors = Literal["one", "ties"]
 MAX_PAIRS = 2**25  # object-anchor pairs matched at once: 128 MB for each float32 tensor of that size
 
 
-class Predicted(NamedTuple):
-    """Detached predictions for matchers that need them."""
-
-    boxes: Tensor  # [B, A, 4] xyxy, px
-    scores: Tensor  # [B, A, K], in [0, 1]
-
-
 class Matcher(Protocol):
     """Rule that assigns anchors to objects."""
 
-    needs_predictions: bool
+    needs_predictions: bool  # whether `predicted_boxes` must be given
 
-    def __call__(self, targets: Targets, anchors: Anchors, predicted: Predicted | None) -> Tensor:
-        """Return the match of every anchor, [B, A] int64: a row of `targets` (M >= 1), BACKGROUND or IGNORE."""
+    def __call__(self, targets: Targets, anchors: Anchors, predicted_boxes: Tensor | None) -> Tensor:
+        """Return the match of every anchor, [B, A] int64: a row of `targets` (M >= 1), BACKGROUND or IGNORE.
+
+        predicted_boxes: [B, A, 4] xyxy, px, without gradient.
+        """
 
 
 class IoUMatcher:
@@ -71,7 +67,7 @@ class IoUMatcher:
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.best_anchors, self.min_best_iou = best_anchors, min_best_iou
 
-    def __call__(self, targets: Targets, anchors: Anchors, predicted: Predicted | None = None) -> Tensor:
+    def __call__(self, targets: Targets, anchors: Anchors, predicted_boxes: Tensor | None = None) -> Tensor:
         """Return the match of every anchor; see `Matcher`."""
         boxes = empty_without_area(targets.boxes)
         intersection, iou = pairwise_overlap(boxes, box_convert(anchors.boxes, "cxcywh", "xyxy"))  # [B, M, A]
@@ -118,7 +114,7 @@ def _withdraw_taken_anchors(iou: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign(
-    matcher: Matcher, targets: Targets, anchors: Anchors, predicted: Predicted | None = None
+    matcher: Matcher, targets: Targets, anchors: Anchors, predicted_boxes: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Match all anchors of a batch, in chunks of images that bound the memory at `MAX_PAIRS` pairs.
 
@@ -132,7 +128,7 @@ def assign(
     matches = []
     for start in range(0, max(1, len(targets.labels)), images_per_chunk):
         images = slice(start, start + images_per_chunk)
-        part = Predicted(predicted.boxes[images], predicted.scores[images]) if predicted is not None else None
+        part = predicted_boxes[images] if predicted_boxes is not None else None
         matches.append(matcher(Targets(targets.boxes[images], targets.labels[images]), anchors, part))
     match = torch.cat(matches)  # [B, A]
     row = match.clamp(min=0)

@@ -101,9 +101,11 @@ def survives(boxes: Tensor, labels: Tensor, is_candidate: Tensor, iou_threshold:
     num_images, num_boxes = labels.shape
     if num_images == 0:
         return is_candidate
+    if boxes.device.type == "mps":  # has no float64
+        return survives(boxes.cpu(), labels.cpu(), is_candidate.cpu(), iou_threshold).to(boxes.device)
     ranks = torch.arange(num_boxes, device=labels.device)
-    order = -(ranks + num_boxes * ~is_candidate).double()  # after all candidates, what is none: it suppresses none
-    boxes = boxes.double()
+    order = -(ranks + num_boxes * ~is_candidate).double()  # non-candidates rank last, so they suppress no candidate
+    boxes = boxes.double().nan_to_num()  # one NaN would change the places of all boxes
     step = boxes.max() - boxes.min() + 1
     images_per_call = IMAGES_PER_CALL.get(boxes.device.type, num_images)
     kept = []

@@ -5,7 +5,6 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from onestage.boxes.geometry import pairwise_overlap
-from onestage.boxes.matchers import Predicted
 from onestage.errors import require
 from onestage.types import BACKGROUND, IGNORE, Anchors, Targets
 
@@ -15,7 +14,7 @@ class PointMatcher:
 
     The centre of an anchor, its point, matches an object if it lies inside the box and less than `radius` strides from
     the box's centre along both axes, and if the farthest edge is more than 4 and less than 8 strides away. The finest
-    level has no lower limit, the coarsest no upper one. Of several objects the one with the smallest area counts.
+    level has no lower limit, the coarsest no upper one. A point that matches several objects takes the smallest.
 
     An object between the points matches none. Regions (label IGNORE) are never matched; an unmatched point inside one
     is IGNORE instead of BACKGROUND.
@@ -30,7 +29,7 @@ class PointMatcher:
         require(radius > 0, "PointMatcher: radius", radius, "> 0", "FCOS's is 1.5.")
         self.radius = radius
 
-    def __call__(self, targets: Targets, anchors: Anchors, predicted: Predicted | None = None) -> Tensor:
+    def __call__(self, targets: Targets, anchors: Anchors, predicted_boxes: Tensor | None = None) -> Tensor:
         """Return the match of every anchor; see `onestage.boxes.matchers.Matcher`."""
         shifts, half_sides, is_inside = _offsets(targets.boxes, anchors)
         farthest = torch.maximum(half_sides[0] + shifts[0], half_sides[1] + shifts[1])
@@ -62,7 +61,7 @@ class ATSSMatcher:
         require(num_candidates >= 1, "ATSSMatcher: num_candidates", num_candidates, ">= 1", "The paper's is 9.")
         self.num_candidates = num_candidates
 
-    def __call__(self, targets: Targets, anchors: Anchors, predicted: Predicted | None = None) -> Tensor:
+    def __call__(self, targets: Targets, anchors: Anchors, predicted_boxes: Tensor | None = None) -> Tensor:
         """Return the match of every anchor; see `onestage.boxes.matchers.Matcher`."""
         shifts, _, is_inside = _offsets(targets.boxes, anchors)
         iou = pairwise_overlap(targets.boxes, box_convert(anchors.boxes, "cxcywh", "xyxy"))[1]  # [B, M, A]

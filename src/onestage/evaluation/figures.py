@@ -50,10 +50,11 @@ def draw_precision_recall(analysis: Analysis, class_names: Sequence[str]) -> "Fi
     axes = figure.subplots()
     for rank, label in enumerate(shown):
         one = analysis.classes[label]
-        text, colour = f"{_name(class_names[label])}  {100 * one.ap50:.1f}", palette(rank)
+        # The space: Matplotlib leaves out labels that start with an underscore.
+        text, colour = f" {_name(class_names[label])}  {100 * one.ap50:.1f}", palette(rank)
         axes.plot(RECALLS["COCO"], one.precision, label=text, color=colour, linewidth=1.2)
     if shown:
-        mean = f"all {sum(one.num_objects > 0 for one in analysis.classes)} classes  {100 * analysis.overall.ap50:.1f}"
+        mean = f" all {sum(one.num_objects > 0 for one in analysis.classes)} classes  {100 * analysis.overall.ap50:.1f}"
         axes.plot(RECALLS["COCO"], analysis.overall.precision, label=mean, color="black", linewidth=2.5)
         figure.legend(loc="outside right upper", title="class  AP50", frameon=False)
     title = "Precision over recall at IoU 0.5"

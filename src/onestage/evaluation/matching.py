@@ -10,7 +10,9 @@ from onestage.boxes.geometry import pairwise_overlap
 
 MIN_OVERLAP = 0.1  # of a pair: the lowest threshold of any analysis, TIDE's t_b
 POSITIVE_IOU = 0.5  # of COCO's AP50, of VOC and TIDE's t_f
-MAX_DETECTIONS = 100  # COCO defines AP and AR100 on it; pycocotools has the number built in
+# Of an image, across all classes: COCO's definition of its metrics (cocodataset.org/#detection-eval). pycocotools
+# leaves the cut to whoever writes the results, and takes as many of each class.
+MAX_DETECTIONS = 100
 PAIRS_PER_CHUNK = 1_000_000  # bounds the memory: 100 MB
 
 Floats = npt.NDArray[np.floating]

@@ -1,5 +1,6 @@
 """Per-class loss weights, for data sets whose classes differ in frequency."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,12 +24,12 @@ class ClassWeights(nn.Module):
 
     def __init__(self, weights: Sequence[float] = ()) -> None:
         super().__init__()
-        values = torch.tensor([float(weight) for weight in weights])
-        is_valid = len(values) == 0 or bool(values.isfinite().all() and (values >= 0).all() and values.sum() > 0)
+        numbers = [float(weight) for weight in weights]
+        is_valid = not numbers or (all(0 <= number < math.inf for number in numbers) and sum(numbers) > 0)
         remedy = "To compute them: class_weights: {class_path: onestage.losses.EffectiveNumberWeights}"
         require(is_valid, "class_weights", list(weights), "finite numbers >= 0, at least one of them > 0", remedy)
-        self.register_buffer("values", values)
-        self.are_fixed = len(values) > 0
+        self.register_buffer("values", torch.tensor(numbers))
+        self.are_fixed = len(numbers) > 0
 
     def set_class_counts(self, class_counts: Tensor) -> None:
         """Receive the number of training objects of each class, [K]; ConfigError if there are not K weights."""

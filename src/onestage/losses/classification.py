@@ -20,6 +20,7 @@ class ClassificationLoss(nn.Module, ABC):
     """
 
     uses_box_quality: ClassVar[bool] = False  # whether `forward` needs the IoU of the predicted boxes
+    has_background: ClassVar[bool] = True  # whether it learns that an anchor shows no object
 
     def __init__(self, class_weights: Weights = None) -> None:
         super().__init__()

@@ -66,12 +66,11 @@ class OHEMCrossEntropy(SoftmaxCrossEntropy):
     def per_anchor_loss(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
         """Return the cross-entropy of the hardest anchors, [B, A]; 0 elsewhere."""
         losses = super().per_anchor_loss(class_logits, labels, box_quality)
-        num_hardest = labels.new_tensor(self.anchors_per_image)
-        return torch.where(_is_hardest(losses, labels != IGNORE, num_hardest), losses, 0.0)
+        return torch.where(_is_hardest(losses, labels != IGNORE, self.anchors_per_image), losses, 0.0)
 
 
-def _is_hardest(losses: Tensor, is_candidate: Tensor, num_hardest: Tensor) -> Tensor:
-    """Return which candidates have the largest losses of their image, [B, A] bool; num_hardest: [B, 1] or scalar."""
+def _is_hardest(losses: Tensor, is_candidate: Tensor, num_hardest: Tensor | int) -> Tensor:
+    """Return which candidates have the largest losses of their image, [B, A] bool; num_hardest: [B, 1] or a number."""
     hardness = losses.detach().masked_fill(~is_candidate, -torch.inf)
     order = hardness.argsort(dim=1, descending=True, stable=True)
     ranks = torch.arange(losses.shape[1], device=losses.device).expand_as(order)

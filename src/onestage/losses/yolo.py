@@ -68,6 +68,8 @@ class ObjectSoftmaxLoss(SoftmaxFocalLoss):
         label_smoothing: see `SoftmaxFocalLoss`.
     """
 
+    has_background: ClassVar[bool] = False
+
     def __init__(
         self,
         alpha: float | None = None,

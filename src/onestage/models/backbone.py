@@ -3,11 +3,12 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -96,7 +97,9 @@ class TorchvisionBackbone(Backbone):
         known = torchvision.models.list_models(torchvision.models)
         require(name in known, f"{key}: name", name, "a model of torchvision", remedy)
         require(norm in ("batch", "frozen"), f"{key}: norm", norm, "batch or frozen")
-        network = torchvision.models.get_model(name)
+        device = torch.get_default_device()
+        with torch.device("cpu"), _WeightsOn(device):  # regnet computes its widths with tensors, which "meta" cannot
+            network = torchvision.models.get_model(name).to(device)
         blocks = _blocks_by_stride(network)
         problem, found = f"{key}: strides of the feature maps [B, C, H, W] of {name}", sorted(blocks) or "none"
         require(set(strides) <= blocks.keys(), problem, found, f"{sorted(strides)} among others", remedy)
@@ -120,6 +123,19 @@ class TorchvisionBackbone(Backbone):
         modules, strides = dict(self.body.named_modules()), [4 << power for power in range(4)]
         names = [self._blocks[stride] for stride in strides if stride in self._blocks and stride <= max(self.strides)]
         return [[modules[name] for name in stage if name in modules] for stage in names]
+
+
+class _WeightsOn(TorchFunctionMode):
+    """Create weights and buffers on a device, and leave other tensors where they are: "meta" then costs no memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch."""
+        settings = {"device": self.device} if func in (torch.empty, torch.ones, torch.zeros) else {}
+        return func(*args, **{**(kwargs or {}), **settings})
 
 
 def _blocks_by_stride(network: nn.Module) -> dict[int, list[tuple[str, int]]]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes
 from onestage.boxes.geometry import paired_iou
-from onestage.boxes.matchers import Matcher, Predicted, assign
+from onestage.boxes.matchers import Matcher, assign
 from onestage.boxes.nms import Selection, select_detections
 from onestage.errors import require
 from onestage.losses.box import BoxLoss
@@ -42,7 +42,11 @@ class AnchorDetector(Detector):
         quality_head: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        selection.require_valid(type(self).__name__)
+        name, kind = type(self).__name__, type(classification_loss).__name__
+        selection.require_valid(name)
+        has_background = classification_loss.has_background or "objectness" in self.loss_terms
+        remedy = "Set it to onestage.losses.SigmoidFocalLoss, or choose YOLOv2 or YOLOv3."
+        require(has_background, f"{name}: classification_loss", kind, "a loss with a background", remedy)
         self.num_classes, self.selection = num_classes, selection
         self.backbone, self.neck, self.anchor_grid = backbone, neck, anchor_grid
         self.class_head, self.box_head, self.quality_head = class_head, box_head, quality_head
@@ -111,11 +115,9 @@ class AnchorDetector(Detector):
 
     def assign(self, predictions: Predictions, targets: Targets) -> tuple[Tensor, Tensor]:
         """Return label [B, A] and box [B, A, 4] of the object of every anchor; see `onestage.boxes.matchers.assign`."""
-        predicted = None
-        if self.matcher.needs_predictions:
-            with torch.no_grad():
-                predicted = Predicted(self.decode(predictions), self.scores(predictions))
-        return assign(self.matcher, targets, predictions.anchors, predicted)
+        with torch.no_grad():
+            predicted_boxes = self.decode(predictions) if self.matcher.needs_predictions else None
+        return assign(self.matcher, targets, predictions.anchors, predicted_boxes)
 
     @property
     def uses_class_weights(self) -> bool:

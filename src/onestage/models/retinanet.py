@@ -69,7 +69,7 @@ class SharedHead(nn.Module):
 
     Section 4 (arXiv:1708.02002); group normalisation, with 32 groups, is torchvision's second version.
 
-    tower_convs: each with a ReLU. tower_bias: whether they have biases; None: without group normalisation.
+    tower_convs: each with a ReLU. tower_bias: whether they have biases; None: only without group normalisation.
     """
 
     def __init__(

@@ -28,8 +28,8 @@ def ssd_levels(
 ) -> tuple[AnchorShapes, ...]:
     """Return a table of anchors in the paper's form.
 
-    strides: of each level, px. sizes: s_k of each level and the next size of the last, px. aspect_ratios: of all
-    levels; None: the paper's, 2, and 3 on all levels but the first and last two.
+    strides: of three levels or more, px. sizes: s_k of each level and the next size of the last, px. aspect_ratios: of
+    all levels; None: the paper's, 2, and 3 on all levels but the first and last two.
     """
     papers = [(2,), *[(2, 3)] * (len(strides) - 3), (2,), (2,)]
     rows = zip(strides, sizes[:-1], sizes[1:], [aspect_ratios] * len(strides) if aspect_ratios else papers, strict=True)
@@ -50,7 +50,8 @@ class SSD(AnchorDetector):
         backbone_weights: IMAGENET1K_FEATURES, the path of a VGG16's state dict, or None for random weights.
         pretrained: torchvision_coco or the path of a state dict of torchvision's ssd300_vgg16 or, for SSDLite320, its
             ssdlite320_mobilenet_v3_large, with MinedCrossEntropy and anchors "coco"; it replaces all weights.
-        prior: score of every anchor before training, in (0, 1). RetinaNet's pi.
+        prior: score of every anchor before training, in (0, 1); with a softmax that of all classes together.
+            RetinaNet's pi.
         positive_iou: overlap that makes an anchor positive, in (0, 1].
         negative_iou: overlap below which it is background, in (0, positive_iou].
         best_anchors: the rule for the best anchors of an object, one or ties; see `IoUMatcher`.

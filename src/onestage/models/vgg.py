@@ -54,6 +54,8 @@ class VGG(Backbone):
         stem_stride: int = 1,
         strides: tuple[int, ...] = (8, 16),
     ) -> None:
+        require(len(depths) == len(widths) == 5, "VGG: depths, widths", (depths, widths), "five numbers each")
+        require(stem_stride in (1, 2), "VGG: stem_stride", stem_stride, "1 or 2")
         is_known = strides in ((8, 16), (8, 16, 32)) or (strides == (16, 32) and stem_stride == 2)
         require(is_known, "VGG: strides", strides, "(8, 16), (8, 16, 32), or (16, 32) with stem_stride 2")
         out_channels = (*widths[3 : len(strides) + 2], fc_width)

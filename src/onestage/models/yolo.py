@@ -64,6 +64,10 @@ class YOLO(AnchorDetector):
         name = type(self).__name__
         require(num_classes >= 1, f"{name}: num_classes", num_classes, ">= 1")
         require(0 < prior < 1, f"{name}: prior", prior, "in (0, 1)", "Try 0.01.")
+        has_weights, place = objectness_loss.class_weights is not None, f"{name}: class_weights of objectness_loss"
+        require(not has_weights, place, "weights", "null: objectness knows no class")
+        kind, place = type(classification_loss).__name__, f"{name}: classification_loss"
+        require(not classification_loss.uses_box_quality, place, kind, "a loss that does not use the IoU of the boxes")
         strides, given = backbone.strides[-len(neck.out_channels) :], tuple(level.stride for level in levels)
         require(given == strides, f"{name}: anchors, strides", given, f"{strides}, one level for each feature map")
         in_middle = all(level.offset == 0.5 for level in levels)
@@ -128,7 +132,13 @@ class YOLO(AnchorDetector):
         return self.objectness_loss.scores(predictions.quality_logits[..., None]) * super().scores(predictions)
 
     def darknet_tensors(self) -> list[Tensor]:
-        """Return all weights in the order of darknet's files, as views: a change of them changes the detector."""
+        """Return all weights in the order of darknet's files, as views: a change of them changes the detector.
+
+        ConfigError if the backbone is not of darknet: the file would be without its weights.
+        """
+        place, kind = f"{type(self).__name__}: backbone of a darknet file", type(self.backbone).__name__
+        remedy = "Leave the backbone out, or use a checkpoint of a training."
+        require(isinstance(self.backbone, darknet.Darknet), place, kind, "Darknet's own", remedy)
         tensors = list(darknet.block_tensors(self.backbone))
         branches = [*self.neck.levels] if isinstance(self.neck, DarknetPyramid) else [self.neck]  # coarsest first
         for level, branch in zip(reversed(range(len(branches))), branches, strict=True):
@@ -142,7 +152,8 @@ class YOLO(AnchorDetector):
 
     def save_darknet(self, path: Path) -> None:
         """Write all weights to a `.weights` file of darknet. ResourceError if it cannot be written."""
-        darknet.save_darknet(path, self.file_version, int(self.images_seen), self.darknet_tensors())
+        tensors = self.darknet_tensors()
+        darknet.save_darknet(path, self.file_version, int(self.images_seen), tensors)
 
     @abstractmethod
     def _box_targets(self, labels: Tensor, gt_boxes: Tensor, predictions: Predictions) -> tuple[Tensor, Tensor]:

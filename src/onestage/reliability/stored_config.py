@@ -123,9 +123,9 @@ def evaluation_part(saved: JSONDict, path: str | Path) -> JSONDict:
 
 
 def _forget_weights(node: Any) -> None:
-    """Set every source of pretrained weights to None: the checkpoint has them."""
+    """Set every source of pretrained weights to None: the checkpoint has them. Class weights are numbers and stay."""
     for key, value in node.items() if isinstance(node, dict) else ():
-        if key in ("weights", "backbone_weights", "pretrained"):
+        if key in ("weights", "backbone_weights", "pretrained") and isinstance(value, str):
             node[key] = None
         _forget_weights(value)
 
