@@ -166,8 +166,9 @@ def test_train_is_fit_with_the_given_data(tmp_path):
     )  # fmt: skip
     config = REPOSITORY / "configs" / "shapes_ssd.yaml"
     result = onestage.train(
-        config, data=data, max_epochs=1, check_val_every_n_epoch=1, runs_dir=tmp_path, accelerator="cpu",
+        config, data=data, max_epochs=np.int64(1), check_val_every_n_epoch=1, runs_dir=tmp_path, accelerator="cpu",
         drawn_images=1, channels_last=False, enable_progress_bar=False, logger="CSVLogger",
+        optimizer=torch.optim.Adam,
     )  # fmt: skip
     assert result.folder == tmp_path / "shapes_ssd" / "version_0"
     assert (result.folder / "lightning_logs" / "version_0" / "metrics.csv").is_file()  # beside the run's own
@@ -177,6 +178,8 @@ def test_train_is_fit_with_the_given_data(tmp_path):
     assert isinstance(model.data.resize, Letterbox)  # of the data module, not of the configuration
     with pytest.raises(ConfigError, match="batch_size conflicts with a data module"):
         onestage.train(config, data=data, batch_size=2)
+    with pytest.raises(ConfigError, match=r"EarlyStopping is an object, .*\nGive ..class_path"):
+        onestage.train(config, data=data, callbacks=[pl.callbacks.EarlyStopping("val/mAP")])
     with pytest.raises(ConfigError, match="unknown key --epochs"):
         onestage.train(config, data=data, epochs=2)
 

@@ -45,6 +45,7 @@ def test_help_is_short_and_begins_with_the_keys_of_the_project(capsys, monkeypat
         ("--model.optimizer.init_args.weight-decay", "model.optimizer.weight_decay"),  # a class of a library
         ("--data.source.init_args.max_object", "data.source.max_objects"),
         ("--trainer.logger=CSVLogger --trainer.logger.nam", "trainer.logger.name"),
+        ("--trainer.callbacks=EarlyStopping --trainer.callbacks.monitr", "trainer.callbacks.monitor"),
         ("--model.detector=YOLOv3 --model.detector.ignore_io", "model.detector.ignore_iou"),
     ],
 )
@@ -64,6 +65,11 @@ def test_mistyped_key_of_a_class_in_a_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"^unknown key model\.detector\.classification_loss\.alpa; did you mean"):
         require_known_keys("fit", ["--config", "shapes_ssd", f"--config={overlay}"])
     require_known_keys("fit", ["--config", str(overlay)])  # the class is not known here
+    overlay.write_text("{image_size: 64, val_fractio: 0.1}", "utf-8")
+    with pytest.raises(ConfigError, match=r"^unknown key data\.val_fractio; did you mean data\.val_fraction"):
+        require_known_keys("fit", ["--config", "shapes_ssd", "--data", str(overlay), "--data.batch_size", "4"])
+    overlay.write_text("image_size: 64", "utf-8")
+    require_known_keys("fit", ["--config", "shapes_ssd", "--data", str(overlay), "--data.batch_size", "4"])
 
 
 UNREAD = [  # classes of the user, whose keys are left to the parser

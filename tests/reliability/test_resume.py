@@ -55,6 +55,8 @@ def run_folder(tmp_path: Path) -> Path:
         ({"model.channels_last": "auto"}, None),
         ({"trainer.max_epochs": 5, "trainer.check_val_every_n_epoch": 3}, None),
         ({"trainer.max_epochs": 1}, "trainer.max_epochs 2, now 1"),
+        ({"init_from": "other.ckpt"}, "init_from None, now 'other.ckpt'"),
+        ({"trainer.sync_batchnorm": True}, "trainer.sync_batchnorm None, now True"),
         ({"model.optimizer.init_args.lr": 0.2}, "model.optimizer.init_args.lr 0.1, now 0.2"),
         ({"data.source.init_args.train_annotations": "/here/b.json"}, "train_annotations 'a.json', now 'b.json'"),
     ],

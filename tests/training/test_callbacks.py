@@ -83,7 +83,7 @@ def test_bar_has_short_names_and_fits_80_columns():
     names = ("train/loss", "train/classification_loss", "train/box_loss", "val/mAP", "val/AP50", "v_num")
     shown = SimpleNamespace(progress_bar_metrics=dict(zip(names, (10.5, 5.25, 0.126, 0.58, 1.0, 3.0), strict=True)))
     metrics = LossBar().get_metrics(shown, None)
-    assert metrics == {"loss": "10.50", "cls": "5.25", "box": "0.13", "mAP": "0.58", "AP50": "1.00"}
+    assert metrics == {"loss": "10.50", "cls": "5.25", "box": "0.13", "mAP": "58.0", "AP50": "100.0"}
     postfix = ", " + ", ".join(f"{name}={value}" for name, value in metrics.items())
     line = LossBar.BAR_FORMAT.format(desc="Epoch 11:", n_fmt="188", total_fmt="188", remaining="00:32", postfix=postfix)
     assert len(line) <= 80

@@ -6,12 +6,13 @@ import sys
 import pytest
 from command_line import run
 
+from onestage.cli.signature import command_parser
 from onestage.errors import ConfigError
-from onestage.tune.tune import parse_search
+from onestage.tune.tune import parse_search, tune
 
 
 def test_ranges_and_choices_become_distributions() -> None:
-    items = ["a.lr=1e-4:1e-1:log", "b=-0.5:.5", "c=8:64", "d=8:64:log", "e=8,16", "f=false,true"]
+    items = ["a.lr=1E-4:1.e-1:log", "b=-0.5:.5", "c=8:64", "d=8:64:log", "e=8,16", "f=false,true"]
     assert parse_search(items) == {
         "a.lr": ("FloatDistribution", {"low": 1e-4, "high": 0.1, "log": True}),
         "b": ("FloatDistribution", {"low": -0.5, "high": 0.5, "log": False}),
@@ -29,6 +30,12 @@ def test_ranges_and_choices_become_distributions() -> None:
 def test_search_that_says_no_range_is_refused(items) -> None:
     with pytest.raises(ConfigError, match=r"tune: search must be KEY=LOW:HIGH .*, got"):
         parse_search(items)
+
+
+def test_repeated_options_are_all_taken() -> None:
+    words = ["--config", "shapes_ssd", "--config", "quick", "--search", "a=1:2", "--search", "b=1:2", "c=x,y"]
+    parsed = command_parser("tune", tune).parse_args(words)
+    assert (list(map(str, parsed.config)), parsed.search) == (["shapes_ssd", "quick"], ["a=1:2", "b=1:2", "c=x,y"])
 
 
 def test_missing_package_is_one_message_with_the_extra(monkeypatch, capsys) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer
@@ -64,7 +65,7 @@ def run_trainer_command(words: list[str], data: Source | DetectionDataModule | N
     """Run `fit`, `validate`, `test`, `predict` or `losses` with its options; `data` replaces the configured source."""
     command = words[0]
     files, options = files_first(words[1:])
-    for file in files:
+    for file in [*shared_config(), *files]:
         check_config_file(file)
     given = [f"--config={file}" for file in files] + options
     checkpoints = [path for path in split_option(options, "--ckpt_path")[0] if path != "null"]
@@ -155,6 +156,10 @@ class DetectionCLI(LightningCLI):
         num_classes = (settings.model.detector.get("init_args") or {}).get("num_classes")
         rule, remedy = "the number of classes of the data", "Leave it out; for other classes set data.class_names."
         require(num_classes is None, "model.detector.num_classes", num_classes, rule, remedy)
+        folder, is_bare = settings.trainer.default_root_dir, settings.trainer.barebones
+        require(folder is None, "trainer.default_root_dir", folder, "null", "Set runs_dir and experiment.")
+        remedy = "A run always has its own loggers; limit_train_batches and fast_dev_run make it short."
+        require(not is_bare, "trainer.barebones", is_bare, "false", remedy)
         if self._given_data is not None:
             record_data(settings.data, self._given_data)
         if self.command == "fit":
@@ -360,7 +365,20 @@ def train(
         key = f"{groups[0]}.{name}" if groups else name
         if isinstance(data, DetectionDataModule) and key.startswith("data."):
             raise ConfigError(f"train: {name} conflicts with a data module.\nPass {name} where that is constructed.")
-        words.append(f"--{key}={value if isinstance(value, str | Path) else json.dumps(value, default=str)}")
+        is_text = isinstance(value, str | Path) or inspect.isclass(value)
+        words.append(f"--{key}={_plain(value) if is_text else json.dumps(value, default=_plain)}")
     command = run_trainer_command(words, None if isinstance(data, str | Path) else data)
     best = command.run_folder / "checkpoints" / "best.ckpt"
     return Run(command.run_folder, dict(command.model.metrics), best if best.is_file() else None)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that is no JSON as it is written in YAML; ConfigError for an object."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if inspect.isclass(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, str | Path):
+        return str(value)
+    problem = f"train: {type(value).__name__} is an object, which no configuration can hold"
+    raise ConfigError(f'{problem}.\nGive {{"class_path": "...", "init_args": {{...}}}}, as in YAML.')

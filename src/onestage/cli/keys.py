@@ -103,8 +103,10 @@ def _settings(options: Sequence[str]) -> dict[str, Any]:
         key, equals, text = word[2:].partition("=")
         if word.startswith("--") and not key.endswith(".help"):
             value: Any = text if equals else "" if following.startswith("--") else following
-            with suppress(yaml.YAMLError):
+            with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):  # the parser says why
                 value = yaml.safe_load(value) if value.startswith("{") else value
+                if key in CLASSES and isinstance(value, str):  # the file of a group
+                    value = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
             for name in reversed(key.removesuffix("+").split(".")):
                 value = {name: value}
             _merge(settings, value)

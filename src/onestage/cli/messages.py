@@ -16,12 +16,15 @@ from onestage.files import is_path, read_text
 CONFIGS = (Path(__file__).parents[1] / "configs").resolve()  # also in an installed package
 MAX_CONFIG_NODES = 100_000  # the largest configuration of this project has 200
 MODULES_OF_CLASSES = (  # whose public classes a misspelt name can mean
-    "onestage.models", "onestage.losses", "onestage.data", "lightning.pytorch.loggers", "torch.optim",
+    "onestage.models", "onestage.losses", "onestage.data", "lightning.pytorch.loggers", "lightning.pytorch.callbacks",
+    "torch.optim",
 )  # fmt: skip
 UNKNOWN_KEY = re.compile(r"(?:Option '|accept option '|unrecognized arguments: --|Key ')([\w.-]+)")
 UNKNOWN_CLASS = re.compile(
     r"given class_path '([\w.]+)':\s+(?:module '[\w.]+' has no attribute|No module named|No [\w.]+ attribute)"
-    r"|dot import path string: (\w+)"
+    r"|callable class: module '[\w.]+' has no attribute '\w+'\. Got value: ([\w.]+)"
+    r"|^(?!.*Expected a <class '(?:int|float)'>).*dot import path string: (\w+)",
+    re.DOTALL,
 )
 MISSING = re.compile(r"^the following arguments are required: (.*?)\.?$", re.MULTILINE)
 FAILED_LINK = re.compile(r"Call to compute_fn of link .* failed: (?P<reason>.*)", re.DOTALL)  # the reason is ours
@@ -47,15 +50,17 @@ def explain(message: str, command: str, options: Sequence[str], known_keys: Iter
         )
     if unknown := UNKNOWN_KEY.search(message):
         meant = _nearest_key(unknown[1], known_keys)
-        return f"unknown key {_as_typed(unknown[1], options)}{meant and f'; did you mean {meant}?'} {hint}"
+        guess = f"; did you mean {meant}?" if meant else ""
+        return f"unknown key {_as_typed(unknown[1], options)}{guess} {hint}"
     keys = re.findall(r"Parser key \"([\w.]+)\"|NestedArg\(key='([\w.]+)'", message)
     names = [first or second for first, second in keys]
     typed = _as_typed(names[-1], options).removeprefix("--") if names else ""
     key = typed if "." in typed else ".".join(dict.fromkeys(names))
     if unknown := UNKNOWN_CLASS.search(message):
-        name = unknown[1] or unknown[2]
+        name = next(filter(None, unknown.groups()))
         return f"{key}: unknown class {name}{_nearest_class(name)} {hint}"
-    return f"{key}{key and ': '}{_wrong_type(message)} {hint}"
+    place = f"{key}: " if key else ""
+    return f"{place}{_wrong_type(message)} {hint}"
 
 
 def _as_typed(key: str, options: Sequence[str]) -> str:
@@ -85,7 +90,7 @@ def _nearest_class(class_path: str) -> str:
 def _wrong_type(message: str) -> str:
     """Return the lines that concern the value, without the other types of a union."""
     lines = [line.strip().removeprefix("- ") for line in message.strip().splitlines() if line.strip()]
-    given = next((line for line in lines if re.match(r"Given value: (?!NestedArg|Namespace|\{)", line)), "")
+    given = next((line for line in lines if re.match(r"Given value: (?!\[?(?:NestedArg|Namespace|\{))", line)), "")
     types = [line for line in lines if line.startswith("Expected a") and not re.search("NoneType|path", line)]
     details = [line for line in lines if line.startswith(("the following", "Not of type"))] or types
     text = " or ".join(dict.fromkeys(details)) or " ".join(lines[1:] or lines)

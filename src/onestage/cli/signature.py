@@ -50,6 +50,7 @@ def command_parser(command: str, function: Callable[..., int]) -> CommandParser:
         for option in (hints[name], *get_args(hints[name])):
             if get_origin(option) is list:  # list[T], or list[T] | None
                 settings |= {"nargs": "+", "type": get_args(option)[0]}
+                settings |= {} if is_positional else {"action": "extend"}  # `--set a --set b` is `--set a b`
         if hints[name] is bool:  # no value: the next word may be a positional
             del settings["type"]
             settings["action"] = ActionYesNo(yes_prefix="", no_prefix="no_")

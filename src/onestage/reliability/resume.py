@@ -23,10 +23,10 @@ from onestage.training.run import version_of
 from onestage.types import AnnotationSet, JSONDict
 
 # The keys that decide what a run computes, on any devices, with any number of workers, in any folder.
-DECISIVE = ("seed_everything", "model", "data", "ema", "trainer")
+DECISIVE = ("seed_everything", "init_from", "model", "data", "ema", "trainer")
 DECISIVE_IN_TRAINER = (
     "max_epochs", "max_steps", "max_time", "precision", "accumulate_grad_batches", "gradient_clip_val",
-    "gradient_clip_algorithm", "limit_train_batches", "overfit_batches",
+    "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches", "overfit_batches", "sync_batchnorm",
     "check_val_every_n_epoch", "val_check_interval",
 )  # fmt: skip
 BATCH_SIZE, MEMORY_FORMAT = "data.batch_size", "model.channels_last"  # `auto` continues with the run's own

@@ -132,9 +132,12 @@ class LossBar(TQDMProgressBar):
             self.disable()
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Return the metrics behind the bar by short names."""
+        """Return the metrics behind the bar by short names; mAP in percent, as in the lines of the validations."""
         metrics = trainer.progress_bar_metrics
-        return {short: f"{metrics[name]:.2f}" for name, short in SHORT_NAMES.items() if name in metrics}
+        texts = {
+            name: f"{100 * value:.1f}" if name.startswith("val/") else f"{value:.2f}" for name, value in metrics.items()
+        }
+        return {short: texts[name] for name, short in SHORT_NAMES.items() if name in texts}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the metrics of a validation during training."""

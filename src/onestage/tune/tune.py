@@ -17,7 +17,7 @@ from onestage.files import atomic_write
 
 STUDY_FILE, TABLE_FILE = "study.db", "trials.csv"
 FAILED = (ResourceError.exit_code, NonFiniteError.exit_code)  # may be the fault of the values: the search continues
-NUMBER = r"([+-]?\d*\.?\d+(?:e[+-]?\d+)?)"
+NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
 RANGE = re.compile(rf"{NUMBER}:{NUMBER}(:log)?")
 
 
