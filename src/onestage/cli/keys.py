@@ -58,8 +58,9 @@ def help_page(command: str) -> str:
     common = {name: (trainer[name][0], text) for name, text in COMMON.items() if name in trainer}
     for group, keys in {**groups, "trainer": common}.items():
         lines += ["", f"{group or 'run'}:"]
+        prefix = f"{group}." if group else ""
         for name, (default, text) in keys.items():
-            key = f"  --{f'{group}.' if group else ''}{name} {default}"
+            key = f"  --{prefix}{name} {default}"
             lines.append(f"{key:<38} {textwrap.shorten(text, width - 39, placeholder=' ...')}".rstrip())
     others = ", ".join(name for name in trainer if name not in COMMON)
     lines += textwrap.wrap(f"and of Lightning's Trainer: {others}", width, initial_indent="  ", subsequent_indent="  ")

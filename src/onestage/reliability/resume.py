@@ -234,8 +234,9 @@ def _require_same_strategy(path: Path, checkpoint: JSONDict, strategy: Strategy)
     except (TypeError, KeyError) as error:
         raise unusable(path, f"has no `{OPTIMIZER}` that `onestage fit` wrote", "Use another one.") from error
     if sum(map(bool, groups)) > 1 and is_split != shards_parameters(strategy):  # with one group the order is the same
-        kinds = ("whole weights, such as ddp or one process", "split weights, such as fsdp")
-        problem = f"was written by a strategy with {kinds[is_split]}; this run's has {kinds[not is_split]}"
+        whole, split = "whole weights, such as ddp or one process", "split weights, such as fsdp"
+        written_by, this_run = (split, whole) if is_split else (whole, split)
+        problem = f"was written by a strategy with {written_by}; this run's has {this_run}"
         raise unusable(path, f"{problem}. The optimizer state fits one", "Set trainer.strategy as it was then.")
 
 

@@ -120,7 +120,8 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
         kind: type[OnestageError] = CancelledError if self.received == signal.SIGINT else TerminatedError
         name = signal.Signals(self.received or signal.SIGTERM).name
         _await_children(trainer)
-        raise kind(f"{name} ended the run after {trainer.global_step} steps.{kept}" if trainer.is_global_zero else "")
+        message = f"{name} ended the run after {trainer.global_step} steps.{kept}"
+        raise kind(message if trainer.is_global_zero else "")
 
 
 def _await_children(trainer: pl.Trainer) -> None:

@@ -172,7 +172,8 @@ def _interval(first: Run, second: Run) -> str:
 
     matches = [read_matches(run.folder / DATA_FOLDER / MATCHES_FILE) for run in (first, second)]
     if matches[0] is None or matches[1] is None:
-        return f"no interval: {(first, second)[matches[0] is not None].name} has no matches.npz"
+        without = first if matches[0] is None else second
+        return f"no interval: {without.name} has no matches.npz"
     if first.results["class_names"] != second.results["class_names"] or not are_comparable(matches[0], matches[1]):
         return "no interval: not the same images, objects or classes"
     low, high = difference_interval(matches[0], matches[1])

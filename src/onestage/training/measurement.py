@@ -87,13 +87,13 @@ class AutoBatch(Callback):
         require_whole_weights(trainer.strategy, "auto_batch", "auto_batch: false and data.batch_size")
         limit = int(USABLE * (self.limit or free_bytes(device, trainer.num_devices)))
         trainer.strategy.barrier("auto_batch")  # no process may allocate before all have read the free memory
-        most = max(1, len(pl_module.data.annotations("train")) // trainer.world_size)
+        max_images = max(1, len(pl_module.data.annotations("train")) // trainer.world_size)
         pl_module.apply_memory_format()
         # Copies of the weights that a run adds: the average, and DDP's buckets of gradients.
         copies = int(self.averages_weights) + int(trainer.world_size > 1)
         extra = copies * sum(parameter.nbytes for parameter in pl_module.detector.parameters())
         with _restored(pl_module.detector, device):
-            batch = largest_batch(lambda images: step_bytes(trainer, pl_module, images), limit - extra, most)
+            batch = largest_batch(lambda images: step_bytes(trainer, pl_module, images), limit - extra, max_images)
         batch = int(trainer.strategy.reduce(torch.tensor(batch, device=device), reduce_op="min"))
         if batch == 0:
             raise ConfigError(
@@ -125,8 +125,8 @@ def step_bytes(trainer: pl.Trainer, module: DetectionModule, num_images: int) ->
     optimizer = module.make_optimizer()
     _reset_peak(device)
     try:
-        most = int(np.diff(module.data.annotations("train").box_offsets).max(initial=1))
-        batch = blank_batch(module.data, num_images, most, device)
+        max_objects = int(np.diff(module.data.annotations("train").box_offsets).max(initial=1))
+        batch = blank_batch(module.data, num_images, max_objects, device)
         with trainer.precision_plugin.forward_context():
             losses = module.detector.loss(module.predict_batch(batch), batch.targets)
         module.weighted_loss(losses)["loss"].backward()  # type: ignore[no-untyped-call]
