@@ -15,7 +15,7 @@ READY := $(if $(ONESTAGE_ENV),,.venv/.ready)
 # eval and predict use the newest best checkpoint, which holds its configuration; an explicit CONFIG overrides it.
 CKPT     ?= $(shell ls -t runs/*/*/checkpoints/best.ckpt 2>/dev/null | head -n 1)
 HAS_CKPT  = test -n "$(CKPT)" || { echo 'no runs/*/*/checkpoints/best.ckpt: run make train, or set CKPT=path' >&2; exit 2; }
-OPTIONS   = $(if $(filter-out file,$(origin CONFIG)),--config $(CONFIG)) --ckpt_path $(CKPT) $(if $(DATA),--data.path $(DATA)) $(ARGS)
+OPTIONS   = $(if $(filter-out file,$(origin CONFIG)),--config $(CONFIG)) --ckpt_path $(CKPT) $(if $(DATA),--data.path '$(DATA)') $(ARGS)
 
 .PHONY: help setup train eval predict test test-all lint format types benchmark lock docker docker-train clean
 
@@ -25,7 +25,7 @@ help: ## List the targets
 setup: $(READY) ## Create .venv and install requirements.lock
 
 train: $(READY) ## Train: make train, make train DATA=my/data, make train CONFIG=configs/voc_ssd300.yaml
-	exec $(BIN)/onestage fit --config $(CONFIG) $(if $(DATA),--data.path $(DATA)) $(ARGS)
+	exec $(BIN)/onestage fit --config $(CONFIG) $(if $(DATA),--data.path '$(DATA)') $(ARGS)
 
 eval: $(READY) ## Evaluate the newest best checkpoint, or CKPT=path
 	@$(HAS_CKPT)

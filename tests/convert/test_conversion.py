@@ -107,6 +107,15 @@ def test_coco_to_coco_writes_a_cleaned_copy(tmp_path, capsys) -> None:
     assert (len(clean), len(clean.boxes), clean.findings) == (3, 5, ())
 
 
+def test_too_many_unreadable_images_stop_with_the_option_of_the_command(tmp_path, capsys) -> None:
+    files = write_source(tmp_path / "in")
+    for image in (tmp_path / "in/train2017").rglob("*.*"):
+        image.write_bytes(image.read_bytes()[:200])
+    assert main(["convert", str(files[0]), "--to", "coco", "--out", str(tmp_path / "out")]) == 3
+    assert "none of its 4 images can be used" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_coco_to_voc_counts_losses(tmp_path) -> None:
     losses = run_conversion(write_source(tmp_path / "in"), "voc", tmp_path / "out")
     assert losses == {

@@ -70,8 +70,10 @@ def test_bad_images_are_skipped_by_doctor_and_training(tmp_path) -> None:
         (folder / name).unlink()
         (folder / name).mkdir() if name == "folder.jpg" else write_broken(folder / name)
     code, report = doctor(file, "--decode", "--max_bad_fraction", "1")  # which waits for no pipe
-    skipped = [finding for finding in report["findings"] if finding["effect"] == "skipped"]
+    skipped = [finding for finding in report["findings"] if finding["rule"] in set(bad.values())]
     assert (code, len(skipped)) == (3, len(bad))
+    in_training = [finding["place"] for finding in skipped if finding["effect"] == "error"]  # once they are read
+    assert {Path(place).name for place in in_training} == set(ONLY_DECODING_SHOWS)
     for name, rule in bad.items():
         (one,) = (one for one in skipped if one["place"].endswith(f"/{name}") or f"'{name}'" in one["problem"])
         assert one["rule"] == rule

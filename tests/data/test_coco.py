@@ -154,7 +154,9 @@ def test_box_that_reaches_out_is_clipped_and_one_that_cannot_be_an_object_skippe
         (93, 7, 0.01, False),
         (93, 7, 0.07, True),
         (9, 1, 0.0, False),  # 0 means none
-        (0, 1, 1.0, False),
+        (0, 2, 0.01, True),  # as a split without boxes
+        (0, 3, 1.0, True),
+        (0, 3, 0.5, False),
     ],
 )
 def test_too_many_bad_boxes_are_an_error(tmp_path, num_good, num_bad, fraction, passes) -> None:

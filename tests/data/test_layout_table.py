@@ -240,6 +240,10 @@ CASES = {
     "COCO: no training split": Case(coco("val", "test"), {"val": 4, "test": 4}, {"no training split"}, stops=True),
     "COCO: words and capitals": Case(coco("mine_Train", "EVAL", "trains"), FOURS, unused=5),
     "COCO: FiftyOne": Case(coco_moved("annotations/instances_train.json>labels.json", "train>data"), {"train": 4}),
+    "COCO: a folder for each split": Case(
+        coco_moved(*(f"annotations/instances_{it}.json>{it}/labels.json" for it in ("train", "val")), name="train val"),
+        FOURS,
+    ),
     "COCO: paths of another machine": Case(coco_moved(file_name="C:\\mine\\train\\"), {"train": 4}),
     "COCO: paths from the annotations": Case(coco_moved(file_name="../train/"), {"train": 4}),
     "COCO: capitals of Windows": Case(coco_in_capitals, FOURS),
@@ -310,6 +314,14 @@ CASES = {
         "Images/{a,b,c,d,@eaDir/thumb}.jpg", "Labels/{a,b,c,d}.txt",
         texts={"train.txt": "data/Images/a.jpg\r\ndata/Images/b.jpg\r\n", "valid.txt": "Images/c.jpg\nImages/d.jpg\n"},
     ), {"train": 2, "val": 2}, {"no class names"}),
+    "YOLO: lists whose first image is gone, and one of stems": Case(files(
+        "images/{a,b,c}.jpg", "labels/{a,b,c}.txt",
+        texts={"train.txt": "images/x.jpg\nimages/a.jpg\nimages/b.jpg", "val.txt": "images/y.jpg\nimages/c.jpg",
+               "test.txt": "c", "classes.txt": "cat"},
+    ), {"train": 2, "val": 1}, {"image missing"}, unused=2),
+    "YOLO: labels in capitals": Case(
+        files("images/{a,b,c}.jpg", "labels/{a,b,c}.TXT"), {"train": 3}, {"no class names"}
+    ),
     "YOLO: a YAML file of any name, and a test split that is not there": Case(files(
         "train/images/{a,b,c}.jpg", "train/labels/{a,b,c}.txt", "valid/images/{d,e,f}.jpg", "valid/labels/{d,e,f}.txt",
         texts={"mine.yaml": YAML + "test: ../test/images\n", "hyp.yaml": "lr0: 0.01\n"},

@@ -151,7 +151,9 @@ def test_samples_with_substitutes_are_the_same_for_any_number_of_workers(damaged
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_failures_are_reported_at_the_end_of_each_epoch(damaged, num_workers, caplog) -> None:
-    split = training_loader(damaged, num_workers, batch_size=11, on_error="skip", max_bad_fraction=0.5)
+    split = training_loader(
+        damaged, num_workers, batch_size=11, on_error="skip", max_bad_fraction=0.01
+    )  # two always may
     assert len(epoch_bytes(split, 0)) == 1
     assert len([message for message in caplog.messages if "an image was skipped" in message]) == 2
     said = "epoch 0: 2 times an image could not be read and another took its place; so far 2 of the 11 images of hand-"
@@ -162,7 +164,9 @@ def test_failures_are_reported_at_the_end_of_each_epoch(damaged, num_workers, ca
     assert [message[:16] for message in caplog.messages] == ["epoch 1: 2 times"]  # each image only once
 
 
-TOO_MANY = r"^hand-written: 2 of 11 images could not be read, more than data\.max_bad_fraction \(0\.1\)"
+TOO_MANY = (
+    r"(?s)^hand-written: 2 of 11 images could not be read, more than data\.max_bad_fraction \(0\).*fraction: 0\.19"
+)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -170,7 +174,7 @@ TOO_MANY = r"^hand-written: 2 of 11 images could not be read, more than data\.ma
     ("settings", "error", "message"),
     [
         ({"on_error": "raise"}, ImageError, r"^[^\n]*[37]\.png: is not an image"),
-        ({"on_error": "skip", "max_bad_fraction": 0.1}, DataError, TOO_MANY),  # one of eleven
+        ({"on_error": "skip", "max_bad_fraction": 0.0}, DataError, TOO_MANY),
     ],
 )
 def test_bad_images_stop_the_run_with_the_message_alone(damaged, num_workers, settings, error, message) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import require_same_categories, select_images
+from onestage.data.annotations import require_few_skipped, require_same_categories, select_images
 from onestage.data.image_headers import check_headers
 from onestage.data.layouts import Split, find_splits, read_splits
 from onestage.data.source import role_of
@@ -27,6 +28,7 @@ ImageTransfer = Literal["copy", "link"]
 WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
 SPLIT_NAMES = ("train", "val", "test")  # every reader knows these
 OUTLINE = re.compile(rb'"segmentation"\s*:\s*[\[{]\s*[^\]}\s]|"keypoints"\s*:\s*\[\s*\d')
+OPTION = "--max_bad_fraction"
 NUM_SHOWN = 5  # skipped items that the report quotes
 
 
@@ -104,7 +106,7 @@ def convert_splits(
     files = [file for annotations in annotation_sets if (file := Path(annotations.source)).is_file()]
     num_with_outlines = sum(OUTLINE.search(file.read_bytes()) is not None for file in files)
     losses["COCO files with outlines or keypoints: only boxes are kept"] += num_with_outlines
-    complete = [_with_sizes(annotations, to, losses) for annotations in annotation_sets]
+    complete = [_with_sizes(annotations, to, losses, max_bad_fraction) for annotations in annotation_sets]
     paths = [annotations.image_paths.tolist() for annotations in complete]
     # VOC has one folder for the images of all splits, in which an image of two splits lies once.
     shared = _unique_names(list(chain(*paths))) if to == "voc" else None
@@ -123,7 +125,7 @@ def convert_splits(
                 _transfer(split, unfinished / folder, images)
     except OSError as reason:
         raise DataError(f"{printable(out)}: cannot be written: {reason.strerror}.\nNothing was left there.") from None
-    return Conversion(written, +losses, [finding for found in annotation_sets for finding in found.findings])
+    return Conversion(written, +losses, [finding for found in complete for finding in found.findings])
 
 
 def _split_names(found: Sequence[str], given: dict[str, str] | None) -> dict[str, str]:
@@ -145,7 +147,7 @@ def _split_names(found: Sequence[str], given: dict[str, str] | None) -> dict[str
 def _read(sources: Sequence[Split], max_bad_fraction: float) -> list[AnnotationSet]:
     """Read the splits, with one order of classes."""
     annotation_sets: list[AnnotationSet] = []
-    for split in read_splits(sources, max_bad_fraction):
+    for split in read_splits(sources, max_bad_fraction, OPTION):
         if split.annotations is None:
             raise AnnotationError(f"{split.findings[0].line}.\n{split.findings[0].remedy}")
         annotation_sets.append(split.annotations)
@@ -153,7 +155,7 @@ def _read(sources: Sequence[Split], max_bad_fraction: float) -> list[AnnotationS
     return annotation_sets
 
 
-def _with_sizes(annotations: AnnotationSet, to: Format, losses: Losses) -> AnnotationSet:
+def _with_sizes(annotations: AnnotationSet, to: Format, losses: Losses, max_bad_fraction: float) -> AnnotationSet:
     """Fill in sizes that the source does not give; skip images that training skips, or that YOLO would misplace.
 
     YOLO's fractions are of the image as it is shown, turned by its EXIF orientation.
@@ -163,12 +165,14 @@ def _with_sizes(annotations: AnnotationSet, to: Format, losses: Losses) -> Annot
     is_shown = np.array([to != "yolo" or check.is_as_shown for check in checks])
     sizes = np.array([(check.height, check.width) for check in checks], dtype=np.int32).reshape(-1, 2)
     is_kept = is_usable & is_shown
-    losses["images that cannot be used are skipped"] += int(np.count_nonzero(~is_usable))
+    source, num_boxes = annotations.source, len(annotations.boxes)
+    findings = (*annotations.findings, *(finding for check in checks for finding in check.findings))
+    require_few_skipped(source, int(is_usable.sum()), num_boxes, findings, max_bad_fraction, OPTION)
     turned = "images that are not annotated as they are shown (EXIF) are skipped"
     losses[turned] += int(np.count_nonzero(is_usable & ~is_shown))
     if not is_kept.any():
         raise DataError(f"{annotations.source}: none of its images can be opened.\nCorrect the image folder.")
-    return select_images(replace(annotations, sizes=sizes), np.flatnonzero(is_kept))
+    return select_images(replace(annotations, sizes=sizes, findings=findings), np.flatnonzero(is_kept))
 
 
 def _unique_names(paths: Sequence[str]) -> dict[str, str]:
@@ -213,4 +217,4 @@ def _report(conversion: Conversion, to: Format, out: Path) -> str:
     if conversion.losses:
         lines += ["", f"what {to.upper()} cannot carry:"]
         lines += [f"  {number:>7}  {what}" for what, number in conversion.losses.items()]
-    return "\n".join([*lines, "", f"written to {out}. To train on it: make train DATA={out}"])
+    return "\n".join([*lines, "", f"written to {out}. To train on it: make train DATA={shlex.quote(str(out))}"])

@@ -13,6 +13,7 @@ from onestage.errors import AnnotationError, DataError
 from onestage.files import printable
 from onestage.types import AnnotationSet, Effect, Finding
 
+MAX_BAD_FRACTION = "data.max_bad_fraction:"  # the option, for messages
 ALWAYS_ALLOWED = 2  # bad items stop no run, unless max_bad_fraction is 0: in a set of ten, one is already 10 %
 NUM_EXAMPLES = 5  # bad items that an error message quotes
 NUM_QUOTED = 3  # skipped items that a training quotes when it starts
@@ -191,26 +192,42 @@ def select_images(annotations: AnnotationSet, rows: npt.NDArray[np.int64]) -> An
 
 
 def require_few_skipped(
-    source: str, num_images: int, num_boxes: int, findings: Sequence[Finding], max_bad_fraction: float
+    source: str,
+    num_images: int,
+    num_boxes: int,
+    findings: Sequence[Finding],
+    max_bad_fraction: float,
+    option: str = MAX_BAD_FRACTION,
 ) -> None:
     """Raise AnnotationError if all images or boxes, or more than `max_bad_fraction` in [0, 1], are skipped.
 
     Two bad items pass among others, because in a small set they say nothing about the rest; with max_bad_fraction = 0
-    none passes. num_images, num_boxes: those that are used; findings: each with the effect "skipped" stands for one.
+    none passes. num_images, num_boxes: those that are used; findings: each with the effect "skipped" stands for one;
+    option: that raises the fraction, for the message.
     """
     skipped = [finding for finding in findings if finding.effect == "skipped"]
     for noun, num_used in (("images", num_images), ("boxes", num_boxes)):
         bad = [finding.line for finding in skipped if (finding.rule in BOX_RULES) == (noun == "boxes")]
         total = num_used + len(bad)
-        if bad and not num_used:
+        allowed = num_allowed(max_bad_fraction, total)
+        if bad and not num_used and (noun == "images" or len(bad) > allowed):
             problem = f"none of its {total} {noun} can be used"
             raise malformed(source, problem, f"Correct the {noun}, or data.path.", bad)
-        allowed = max(max_bad_fraction * total, ALWAYS_ALLOWED) if max_bad_fraction > 0 else 0
-        if len(bad) > allowed + 1e-6:  # 0.29 * 100 is 28.999999999999996
+        if len(bad) > allowed:
             rule = f"at most {max_bad_fraction:.4g} of them may be skipped"
-            enough = math.ceil(100 * len(bad) / total) / 100
-            remedy = f"Correct them, or allow more: data.max_bad_fraction: {enough}"
+            remedy = f"Correct them, or allow more: {option} {enough_allowed(len(bad), total)}"
             raise malformed(source, f"{len(bad)} of {total} {noun} cannot be used; {rule}", remedy, bad)
+
+
+def num_allowed(max_bad_fraction: float, total: int) -> float:
+    """Return how many of `total` items may be bad."""
+    # 0.29 * 100 is 28.999999999999996.
+    return max(max_bad_fraction * total + 1e-6, ALWAYS_ALLOWED) if max_bad_fraction > 0 else 0
+
+
+def enough_allowed(num_bad: int, total: int) -> float:
+    """Return a fraction, in whole percent, with which so many bad items pass."""
+    return math.ceil(100 * num_bad / total) / 100
 
 
 def require_known_names(source: str, found: Sequence[str], expected: Sequence[str]) -> list[Finding]:

@@ -39,7 +39,7 @@ MANY_BYTES = 8 << 20  # smaller files are parsed with their outlines
 # A list of numbers and lists, up to the comma before the next key. Never part of a text: there a quote is escaped.
 OUTLINES = re.compile(rb'"segmentation"\s*:\s*\[[-+0-9eE.,\s\[\]]*\]\s*,(?=\s*")')
 MAX_SEARCHED = 500  # folders of a data set whose images are in none of the usual ones
-MAX_TRIED = 5  # images of which one must be on disk, to find their folder
+MAX_TRIED = 5  # images, evenly spaced, of which one must be on disk, to find their folder
 AREA_TOLERANCE = 0.01  # of the box's area, and 1 px^2; more is no rounding
 FRESH_COPY = "Take a fresh copy of the file, or export it again as COCO JSON, in UTF-8."
 EXPORT = "Export the data set as COCO, VOC or YOLO."
@@ -113,7 +113,7 @@ class COCO(Source):
             return {"train": self.path}
         files = list_annotation_files(self.path)
         files.sort(key=lambda file: ("2017" in file.name, file.name))
-        by_role = {role: file for file in files if (role := role_of(split_name(file))) is not None}
+        by_role = {role: file for file in files if (role := role_of(split_name(file, self.path))) is not None}
         return by_role or ({"train": files[0]} if len(files) == 1 else {})
 
 
@@ -123,12 +123,15 @@ def list_annotation_files(folder: Path) -> list[Path]:
     instances = f"instances_{json_files}"
     patterns = (f"{below}/{instances}", f"*/{ROBOFLOW_FILE}", instances, f"{below}/{json_files}", json_files)
     found = ([file for file in sorted(folder.glob(pattern)) if not is_hidden(file.name)] for pattern in patterns)
-    return next((files for files in found if files), [])
+    of_splits = (file for file in sorted(folder.glob(f"*/{json_files}")) if role_of(file.parent.name))
+    return next((files for files in found if files), None) or list(of_splits)
 
 
-def split_name(file: Path) -> str:
-    """Return what a COCO file calls its split: `train2017`, or the folder of Roboflow's file."""
-    return file.parent.name if file.name == ROBOFLOW_FILE else file.stem.removeprefix("instances_")
+def split_name(file: Path, root: Path | None = None) -> str:
+    """Return what a COCO file calls its split: `train2017`, or its folder below `root` if that says more."""
+    name = file.stem.removeprefix("instances_")
+    is_told_by_folder = root is not None and role_of(file.parent.name) and not role_of(name)
+    return file.parent.name if file.parent != root and (file.name == ROBOFLOW_FILE or is_told_by_folder) else name
 
 
 def _image_folders(file: Path, root: Path) -> Iterator[Path]:
@@ -136,10 +139,10 @@ def _image_folders(file: Path, root: Path) -> Iterator[Path]:
 
     The last are the folders below it, without those of another split.
     """
-    above, name = file.parent.parent, split_name(file)
+    above, name = file.parent.parent, split_name(file, root)
     yield from (
         root / name, root / "images" / name, above / name, file.parent / name, above / "images" / name,
-        above / "images", file.parent / "images", file.parent, above / "JPEGImages", above,
+        above / "images", file.parent / "images", file.parent / "data", file.parent, above / "JPEGImages", above,
     )  # fmt: skip
     below = [Path(parent) for parent, _, _ in islice(os.walk(root), MAX_SEARCHED)]
     yield from sorted(folder for folder in below if role_of(folder.name) == role_of(name))
@@ -156,8 +159,8 @@ def parse_coco(
 
     Args:
         annotation_file: JSON with `images`, `annotations` and `categories`; `annotations` may be an empty list.
-        image_folders: the folder that `file_name` is relative to; of several, the first one that holds one of the first
-            image. No file outside it is ever opened.
+        image_folders: the folder that `file_name` is relative to; of several, the first one that holds one of a few
+            images. No file outside it is ever opened.
         class_names: as in `Source.read`; the file may lack some, whose category ids are then < 0.
     """
     source = printable(annotation_file)
@@ -237,7 +240,7 @@ def _table(source: str, content: JSONDict, name: str) -> list[JSONDict]:
     table = content.get(name)
     if isinstance(table, list) and set(map(type, table)) <= {dict} and (table or name == "annotations"):
         return table
-    found = "null" if table is None else f"a {type(table).__name__} of something else or nothing"
+    found = "null" if table is None else f"a {type(table).__name__} that is empty or holds other values"
     found = found if name in content else "no such key"
     problem = f"{name!r} must be a list of objects, got {found}"
     raise malformed(source, problem, f'{FRESH_COPY} A set without boxes has "annotations": [].')
@@ -321,12 +324,12 @@ def _read_images(
 
 
 def _find_root(folders: Iterable[Path], names: Sequence[object]) -> tuple[Path, Sequence[object]]:
-    """Return the folder that holds one of the first images, or else the first folder, and the names relative to it.
+    """Return the folder that holds one of a few images, or else the first folder, and the names relative to it.
 
     The first parts of the names may be those of another machine: all lose as many as that name must.
     """
     searched = list[Path]()
-    for number, name in enumerate(names[:MAX_TRIED]):
+    for number, name in enumerate(names[:: len(names) // MAX_TRIED + 1]):  # the first ones may all be missing
         parts = foreign_parts(name)
         for start in range(max(len(parts), 1)):
             for folder in folders if number == start == 0 else searched:

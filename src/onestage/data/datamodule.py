@@ -87,7 +87,7 @@ class DetectionDataModule(LightningDataModule):
         prefetch_factor: int = 4,
         worker_start_method: StartMethod | None = None,
         worker_timeout_seconds: float = 300.0,
-        train_transforms: list[A.BasicTransform] | None = None,
+        train_transforms: list[A.BasicTransform | A.BaseCompose] | None = None,
         mosaic: float = 0.0,
         mixup: float = 0.0,
         scale_jitter: tuple[float, float] | None = None,

@@ -38,6 +38,15 @@ def check_headers(annotations: AnnotationSet, rows: Sequence[int] | None = None)
     return list(map(check_header, annotations.image_paths[chosen].tolist(), sizes))
 
 
+def with_header_sizes(annotations: AnnotationSet) -> AnnotationSet:
+    """Fill in the sizes that the annotations do not give; 0, 0 stays where the image cannot be read."""
+    rows = np.flatnonzero((annotations.sizes == 0).any(axis=1))
+    sizes = annotations.sizes.copy()
+    for row, check in zip(rows, check_headers(annotations, rows.tolist()), strict=True):
+        sizes[row] = check.height, check.width
+    return replace(annotations, sizes=sizes)
+
+
 def check_header(path: str, annotated_size: tuple[int, int] = (0, 0)) -> HeaderCheck:
     """Check one image file, which is never waited for. annotated_size: (height, width); 0, 0 if unknown."""
     try:

@@ -11,7 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import FILE, UNKNOWN_CLASS, kind_of, missing_classes, require_few_skipped, shortened
+from onestage.data.annotations import (
+    FILE,
+    MAX_BAD_FRACTION,
+    UNKNOWN_CLASS,
+    kind_of,
+    missing_classes,
+    require_few_skipped,
+    shortened,
+)
 from onestage.data.coco import COCO, EXPORT, list_annotation_files, split_name
 from onestage.data.folder import find_images
 from onestage.data.source import Source, Split as Role, role_of
@@ -121,13 +129,13 @@ def find_splits(paths: Sequence[Path], image_root: Path | None = None) -> list[S
     ]
 
 
-def read_splits(splits: Sequence[Split], max_bad_fraction: float = 1.0) -> list[Split]:
+def read_splits(splits: Sequence[Split], max_bad_fraction: float = 1.0, option: str = MAX_BAD_FRACTION) -> list[Split]:
     """Read every split; an error becomes a finding. The classes that VOC collects get one order in all splits."""
     read = []
     for split in splits:
         try:
             found = split.source.read(split.role)
-            require_few_skipped(found.source, len(found), len(found.boxes), found.findings, max_bad_fraction)
+            require_few_skipped(found.source, len(found), len(found.boxes), found.findings, max_bad_fraction, option)
             read.append(split._replace(annotations=found, findings=found.findings))
         except DataError as reason:
             read.append(split._replace(findings=(FILE.broken_by(split.source.path, reason),)))

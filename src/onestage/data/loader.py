@@ -17,7 +17,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
-from onestage.data.annotations import NUM_QUOTED, quoted
+from onestage.data.annotations import MAX_BAD_FRACTION, NUM_QUOTED, enough_allowed, num_allowed, quoted
 from onestage.data.dataset import DetectionDataset, Failure, LoadedBatch, collate_with_failures
 from onestage.data.samplers import EvaluationSampler, TrainingSampler
 from onestage.errors import ConfigError, DataError, OnestageError, ResourceError
@@ -155,11 +155,12 @@ class DetectionLoader(DataLoader[Batch]):
         if is_left_out:
             return
         self._num_replaced += len(failures)
-        if len(self.unreadable) > images.max_bad_fraction * len(images):
+        if len(self.unreadable) > num_allowed(images.max_bad_fraction, len(images)):
             raise DataError(
                 f"{images.annotations.source}: {len(self.unreadable)} of {len(images)} images could not be read, "
                 f"more than data.max_bad_fraction ({images.max_bad_fraction:g}) allows:\n  {self._quote_unreadable()}\n"
-                "Repair or remove them, or raise data.max_bad_fraction."
+                f"Repair or remove them, or allow more: {MAX_BAD_FRACTION} "
+                f"{enough_allowed(len(self.unreadable), len(images))}"
             )
 
     def _report_replaced(self) -> None:

@@ -78,7 +78,7 @@ def count_repeats(sampling: Sampling, annotations: AnnotationSet) -> npt.NDArray
     require(is_valid, f"data.sampling: repeats of {type(sampling).__name__}", repeats, rule)
     if np.allclose(repeats, 1):
         problem = f"no class of {annotations.source} is rare enough"
-        remedy = "Raise its threshold, or remove data.sampling."
+        remedy = "Remove data.sampling, or raise its threshold if it has one."
         rank_zero_only(logger.warning)(f"data.sampling has no effect: {problem}. {remedy}")
     else:
         counts = f"{repeats.sum():.0f} images of {len(repeats)}, one of them up to {repeats.max():.1f} times"
@@ -145,6 +145,11 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
         self.num_samples = self.num_batches * batch_size
         self.total_size = self.num_samples * world_size
         self.batches_to_skip = 0  # set by the loader for the one epoch in which training resumes
+        num_lost = sum(size for size in self._sizes if size < batch_size * world_size)
+        if num_lost and self.num_batches:
+            rule = f"a step takes {batch_size * world_size} images of one canvas, and theirs has fewer"
+            remedy = "Lower data.batch_size, or give data.resize fewer canvases."
+            rank_zero_only(logger.warning)(f"{num_lost} images are never trained on: {rule}. {remedy}")
         if self.num_batches == 0:
             processes = f" on each of {world_size} processes" if world_size > 1 else ""
             images = f"{max(self._sizes)} images{' of one canvas' if len(self._groups) > 1 else ''}"

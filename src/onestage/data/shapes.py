@@ -18,7 +18,7 @@ from onestage.data.source import Source, Split
 from onestage.data.voc import parse_voc
 from onestage.data.writers import WritableSplit, write_coco, write_voc
 from onestage.errors import DataError, require
-from onestage.files import atomic_folder, printable
+from onestage.files import as_path, atomic_folder, printable
 from onestage.types import AnnotationSet, JSONDict
 
 SHAPE_CATEGORY_IDS = (1, 3, 4, 7, 9, 12)  # with gaps, as in COCO, so that a wrong mapping shows
@@ -54,7 +54,7 @@ class Shapes(Source):
         clutter: int = 1,
         format: Literal["coco", "voc"] = "coco",
     ) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         self._settings = {"num_train": num_train, "num_val": num_val, "seed": draw_seed}
         self._settings |= {"max_objects": max_objects, "clutter": clutter}
         self._annotation_format = format

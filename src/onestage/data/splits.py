@@ -29,7 +29,7 @@ def split_by_fraction(annotations: AnnotationSet, val_fraction: float) -> tuple[
 
 
 def split_by_fold(annotations: AnnotationSet, num_folds: int, fold: int) -> tuple[AnnotationSet, AnnotationSet]:
-    """Return all parts but one, and part `fold` of `num_folds`, which make up the set; see `_divided`."""
+    """Return the images outside part `fold` of `num_folds`, and those in it; see `_divided`."""
     return _divided(annotations, [1 / num_folds] * num_folds, fold, f"data.fold {fold} of {num_folds}")
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
@@ -96,7 +97,11 @@ class VOC(Source):
     def lists(self, split: Split) -> tuple[str, ...]:
         """Return the names of the lists of a split; empty if there are none."""
         given = self._given[split]
-        return tuple(given) if given is not None else find_lists(self.path).get(split, ())
+        return tuple(given) if given is not None else self._found.get(split, ())
+
+    @cached_property
+    def _found(self) -> dict[str, tuple[str, ...]]:
+        return find_lists(self.path)  # walks all folders where there are no lists
 
 
 def find_lists(root: Path) -> dict[str, tuple[str, ...]]:

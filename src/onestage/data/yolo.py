@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from onestage.files import (
     read_file,
     read_text,
     refuse_repeated_keys,
+    spellings,
     to_number,
 )
 from onestage.types import AnnotationSet, JSONDict
@@ -113,9 +115,14 @@ class YOLO(Source):
         return f"{self._settings.source} ({', '.join(self._entries(split))})"
 
     def unused(self) -> list[str]:
-        """Return the entries that belong to no split, such as `valid` beside `val`."""
+        """Return the entries that belong to no split, such as `valid` beside `val`, and the lists that are no entry."""
+        root, entries = self._settings.root, self._settings.entries
         used = list(map(self._entries, self.splits))
-        return [f"{name}: {', '.join(entry)}" for name, entry in self._settings.entries.items() if entry not in used]
+        unused = [f"{name}: {', '.join(entry)}" for name, entry in entries.items() if entry not in used]
+        files = {Path(entry).name for entry in chain(*entries.values())}
+        return unused + sorted(
+            file.name for file in root.glob("*.txt") if role_of(file.stem) and file.name not in files
+        )
 
     @property
     def known_classes(self) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
@@ -198,7 +205,12 @@ def has_labels(folder: Path) -> bool:
     entries = _folder_entries(folder).values()
     folders = (folder / entry if (folder / entry).is_dir() else folder for (entry,) in entries)  # else a list
     images = (image for path in folders for image in find_images(path)[:MAX_SEARCHED])
-    return any((_label_folder(image.parent, folder) / f"{image.stem}.txt").is_file() for image in images)
+    return any(_stored(_label_folder(image.parent, folder) / f"{image.stem}.txt") is not None for image in images)
+
+
+def _stored(label: Path) -> Path | None:
+    """Return a label file as it is called on the disk, such as A.TXT for A.txt, or None."""
+    return next((file for form in spellings(label.name) if (file := label.with_name(form)).is_file()), None)
 
 
 def find_entries(settings: YOLOSettings, split: str) -> Sequence[str]:
@@ -242,12 +254,12 @@ def _folder_entries(root: Path) -> dict[str, list[str]]:
 
 
 def _has_images(path: Path, root: Path) -> bool:
-    """Tell whether a folder holds an image, or the first line of a list names one."""
+    """Tell whether a folder holds an image, or a line of a list names one that is there."""
     if path.is_dir():
         return bool(find_images(path))
-    with suppress(AnnotationError, IndexError):
-        line = _read_lines(path, "a list of images", "")[0]
-        return line.lower().endswith(IMAGE_SUFFIXES) and find_below(root, line) is not None
+    with suppress(AnnotationError):
+        lines = _read_lines(path, "a list of images", "")
+        return any(line.lower().endswith(IMAGE_SUFFIXES) and find_below(root, line) is not None for line in lines)
     return False
 
 
@@ -256,7 +268,8 @@ def _count_classes(settings: YOLOSettings) -> int:
     largest = -1
     for label in {item.label for split in settings.entries for item in list_split(settings, split)}:
         with suppress(AnnotationError):  # reading the split reports it
-            text = read_text(label, AnnotationError, "a YOLO label file", "") if label.is_file() else ""
+            file = _stored(label)
+            text = read_text(file, AnnotationError, "a YOLO label file", "") if file is not None else ""
             largest = max([largest, *map(int, CLASS_INDEX.findall(text))])
     if largest < 0:
         problem = "names no classes, and no label file has any"

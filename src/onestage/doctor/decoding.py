@@ -36,7 +36,9 @@ def decode_all(splits: Iterable["AnnotationSet"]) -> "list[Finding]":
     with ThreadPoolExecutor(num_processes) as pool:
         problems = zip(shares, pool.map(decode_in_child, shares), strict=True)
         pairs = [(path, problem) for share, found in problems for (path, _), problem in zip(share, found, strict=True)]
-    return [image_finding(path, ImageError(problem)) for path, problem in sorted(pairs) if problem]
+    findings = [image_finding(path, ImageError(problem)) for path, problem in sorted(pairs) if problem]
+    # Their headers are whole: training meets them when it reads them, and stops unless data.on_error is skip.
+    return [finding._replace(effect="error") for finding in findings]
 
 
 def decode_in_child(tasks: Sequence[Task]) -> list[str]:

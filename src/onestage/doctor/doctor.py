@@ -104,6 +104,7 @@ def anchors(
             detector's number and lets as many boxes as possible reach IoU 0.5.
         out: new YAML file; without it the anchors are printed.
     """
+    from onestage.data.image_headers import with_header_sizes
     from onestage.data.layouts import find_splits
     from onestage.doctor.anchors import compare_anchors, find_anchors
     from onestage.files import atomic_write, printable
@@ -114,7 +115,7 @@ def anchors(
     if out is not None and out.exists():
         raise ConfigError(f"out: {printable(out)} already exists; nothing is overwritten. Give a new name.")
     split = find_splits([path], images)[0]
-    text = compare_anchors(split.source.read(split.role), placed, shapes)
+    text = compare_anchors(with_header_sizes(split.source.read(split.role)), placed, shapes)
     if out is None:
         print(text.rstrip("\n"))
     else:

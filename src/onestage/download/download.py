@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from onestage.download.fetch import RemoteFile, fetch
 from onestage.errors import DataError, require
-from onestage.files import printable
+from onestage.files import printable, write_error
 
 DOWNLOADS = ".downloads"
 # The filter is absent before Python 3.11.4; `fetch` has compared the archive's checksum in any case.
@@ -92,7 +92,10 @@ def install(parts: Sequence[Part], root: Path, *, mirrors: Sequence[str] = (), k
             print(f"{part.folder}: exists, skipped")
     parts = [part for part in parts if not (root / part.folder).exists()]
     downloads = root / DOWNLOADS
-    downloads.mkdir(parents=True, exist_ok=True)
+    try:
+        downloads.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise write_error(downloads, reason) from None
     try:
         with FileLock(downloads / ".lock", timeout=0):  # the system releases it when the process ends
             _require_space(parts, root)
