@@ -53,6 +53,13 @@ def test_losses_of_a_row_are_means_since_the_row_before_also_after_a_resume(tmp_
     assert resumed.state_dict() == {}
 
 
+def test_sums_of_a_checkpoint_continue_on_the_device_of_the_losses(tmp_path):
+    table, trainer = EpochTable(tmp_path / "epochs.csv"), SimpleNamespace(accumulate_grad_batches=1)
+    table.load_state_dict({"loss": [2.0, 1.0]})
+    table.on_train_batch_end(trainer, None, {"loss": torch.zeros((), device="meta")}, None, 0)
+    assert table._sums["loss"].device.type == "meta"
+
+
 def test_curves_have_the_losses_one_rate_and_map_and_are_thinned_by_averaging():
     rows = [{"step": str(n), "train/loss": str(10 - n), "lr-SGD/pg1": "0.1", "lr-SGD/pg2": "0.1"} for n in range(4)]
     rows.append({"step": "4", "train/loss": "nan", "val/mAP": "0.5", "epoch": "0", "train/skipped_steps": "1"})

@@ -249,9 +249,12 @@ class EpochTable(Callback):
         # Lightning has divided this one by the number of accumulated batches.
         losses = {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}
         names = [name for name in losses if name.endswith("loss")]
-        values = torch.stack([losses[name].detach().double() for name in names])
-        pairs = torch.stack([values.nan_to_num(0.0, 0.0, 0.0), values.isfinite().double()], dim=1)
-        self._sums = {name: self._sums.get(name, 0.0) + pair for name, pair in zip(names, pairs, strict=True)}
+        precise = torch.float32 if outputs["loss"].device.type == "mps" else torch.float64  # which MPS does not have
+        values = torch.stack([losses[name].detach().to(precise) for name in names])
+        pairs = torch.stack([values.nan_to_num(0.0, 0.0, 0.0), values.isfinite().to(precise)], dim=1)
+        # The sums of a checkpoint lie on the CPU.
+        before = {name: pair.to(pairs.device) for name, pair in self._sums.items()}
+        self._sums = {name: before.get(name, 0.0) + pair for name, pair in zip(names, pairs, strict=True)}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the row of a validation; a row of the same step, which a resumed run repeats, is replaced."""
