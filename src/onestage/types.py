@@ -128,6 +128,11 @@ class AnnotationSet:
         """One line with the reason for each skipped object or image."""
         return tuple(finding.line for finding in self.findings if finding.effect == "skipped")
 
+    @property
+    def image_rows(self) -> npt.NDArray[np.int64]:
+        """The image of each object, [T]."""
+        return np.repeat(np.arange(len(self)), np.diff(self.box_offsets))
+
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.image_paths)

@@ -9,8 +9,6 @@ import torch
 from command_line import run
 from safetensors.torch import load_file
 
-from onestage.deploy.export import _default_folder
-
 
 @pytest.fixture(scope="module")
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -68,10 +66,8 @@ def test_impossible_export_ends_with_one_message(capsys, options, message):
 
 
 def test_default_folder_is_in_the_run_or_beside_the_file(trained, tmp_path):
-    assert _default_folder(Path("/best.ckpt")) == Path("/export")
-    assert _default_folder(Path("/downloads/best.ckpt")) == Path("/downloads/export")
-    copy = tmp_path / "run" / "checkpoints" / "best.ckpt"
-    copy.parent.mkdir(parents=True)
-    shutil.copy(trained / "checkpoints" / "best.ckpt", copy)
-    assert run("export", "--ckpt_path", str(copy)) == 0
-    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+    for place, expected in (("run/checkpoints", "run/export"), ("downloads", "downloads/export")):
+        (tmp_path / place).mkdir(parents=True)
+        copy = shutil.copy(trained / "checkpoints" / "best.ckpt", tmp_path / place)
+        assert run("export", "--ckpt_path", str(copy)) == 0
+        assert (tmp_path / expected / "model.safetensors").is_file()

@@ -365,20 +365,18 @@ def train(
         key = f"{groups[0]}.{name}" if groups else name
         if isinstance(data, DetectionDataModule) and key.startswith("data."):
             raise ConfigError(f"train: {name} conflicts with a data module.\nPass {name} where that is constructed.")
-        is_text = isinstance(value, str | Path) or inspect.isclass(value)
-        words.append(f"--{key}={_plain(value) if is_text else json.dumps(value, default=_plain)}")
+        value = _plain(value) if inspect.isclass(value) else value
+        words.append(f"--{key}={value if isinstance(value, str | Path) else json.dumps(value, default=_plain)}")
     command = run_trainer_command(words, None if isinstance(data, str | Path) else data)
     best = command.run_folder / "checkpoints" / "best.ckpt"
     return Run(command.run_folder, dict(command.model.metrics), best if best.is_file() else None)
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that is no JSON as it is written in YAML; ConfigError for an object."""
-    if isinstance(value, np.generic):
-        return value.item()
+    """Return a class, a path or a number of NumPy as it is written in YAML; ConfigError for another object."""
     if inspect.isclass(value):
         return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, str | Path):
-        return str(value)
+    if isinstance(value, Path | np.generic):
+        return str(value) if isinstance(value, Path) else value.item()
     problem = f"train: {type(value).__name__} is an object, which no configuration can hold"
     raise ConfigError(f'{problem}.\nGive {{"class_path": "...", "init_args": {{...}}}}, as in YAML.')

@@ -49,8 +49,7 @@ def command_parser(command: str, function: Callable[..., int]) -> CommandParser:
         settings: dict[str, Any] = {"help": help_by_name.get(name, ""), "type": hints[name]}
         for option in (hints[name], *get_args(hints[name])):
             if get_origin(option) is list:  # list[T], or list[T] | None
-                settings |= {"nargs": "+", "type": get_args(option)[0]}
-                settings |= {} if is_positional else {"action": "extend"}  # `--set a --set b` is `--set a b`
+                settings |= {"nargs": "+", "type": get_args(option)[0], "action": "extend"}  # also of repeated options
         if hints[name] is bool:  # no value: the next word may be a positional
             del settings["type"]
             settings["action"] = ActionYesNo(yes_prefix="", no_prefix="no_")

@@ -101,7 +101,12 @@ def convert_splits(
         raise ConfigError(f"--out {printable(out)}: is there already, and nothing is overwritten.\nGive a new folder.")
     names = _split_names([source.name for source in sources], name_by_split)
     chosen = [source for source in sources if source.name in names]
-    annotation_sets = _read(chosen, max_bad_fraction)
+    annotation_sets: list[AnnotationSet] = []
+    for split in read_splits(chosen, max_bad_fraction, OPTION):
+        if split.annotations is None:
+            raise AnnotationError(f"{split.findings[0].line}.\n{split.findings[0].remedy}")
+        annotation_sets.append(split.annotations)
+        require_same_categories(annotation_sets[0], split.annotations)
     losses: Losses = Counter()
     files = [file for annotations in annotation_sets if (file := Path(annotations.source)).is_file()]
     num_with_outlines = sum(OUTLINE.search(file.read_bytes()) is not None for file in files)
@@ -120,9 +125,9 @@ def convert_splits(
     try:
         with atomic_folder(out) as unfinished:
             losses += WRITERS[to](unfinished, written)
-            for split in written:
-                folder = {"coco": split.name, "voc": "JPEGImages", "yolo": f"images/{split.name}"}[to]
-                _transfer(split, unfinished / folder, images)
+            for part in written:
+                folder = {"coco": part.name, "voc": "JPEGImages", "yolo": f"images/{part.name}"}[to]
+                _transfer(part, unfinished / folder, images)
     except OSError as reason:
         raise DataError(f"{printable(out)}: cannot be written: {reason.strerror}.\nNothing was left there.") from None
     return Conversion(written, +losses, [finding for found in complete for finding in found.findings])
@@ -142,17 +147,6 @@ def _split_names(found: Sequence[str], given: dict[str, str] | None) -> dict[str
             f"Name the splits: --splits {new_names}"
         )
     return names
-
-
-def _read(sources: Sequence[Split], max_bad_fraction: float) -> list[AnnotationSet]:
-    """Read the splits, with one order of classes."""
-    annotation_sets: list[AnnotationSet] = []
-    for split in read_splits(sources, max_bad_fraction, OPTION):
-        if split.annotations is None:
-            raise AnnotationError(f"{split.findings[0].line}.\n{split.findings[0].remedy}")
-        annotation_sets.append(split.annotations)
-        require_same_categories(annotation_sets[0], split.annotations)
-    return annotation_sets
 
 
 def _with_sizes(annotations: AnnotationSet, to: Format, losses: Losses, max_bad_fraction: float) -> AnnotationSet:

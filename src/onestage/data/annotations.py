@@ -1,10 +1,10 @@
 """Rules of annotations, and the checks that turn parsed columns into an `AnnotationSet`. No file is read here."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -277,14 +277,19 @@ def require_objects(annotations: AnnotationSet) -> AnnotationSet:
 
 def start_messages(findings: Sequence[Finding], source: str) -> list[str]:
     """Return what a training prints when it starts: the first warnings of each rule, and the first skipped items."""
-    warnings: dict[str, list[str]] = {}
-    for finding in findings:
-        if finding.effect == "warning":
-            warnings.setdefault(finding.rule, []).append(finding.line)
-    messages = [quoted(lines) for lines in warnings.values()]
+    kinds = grouped(findings).items()
+    messages = [quoted([one.line for one in members]) for (effect, _), members in kinds if effect == "warning"]
     if skipped := [finding.line for finding in findings if finding.effect == "skipped"]:
         messages.append(quoted([f"{source}: {len(skipped)} boxes or images were skipped:", *skipped], NUM_QUOTED + 1))
     return messages
+
+
+def grouped(findings: Iterable[Finding]) -> dict[tuple[Effect, str], list[Finding]]:
+    """Group findings by effect and rule, most severe first, in the order in which they were found."""
+    groups: dict[tuple[Effect, str], list[Finding]] = {}
+    for finding in sorted(findings, key=lambda finding: get_args(Effect).index(finding.effect)):
+        groups.setdefault((finding.effect, finding.rule), []).append(finding)
+    return groups
 
 
 def quoted(lines: Sequence[str], num_quoted: int = NUM_QUOTED) -> str:

@@ -11,15 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onestage.data.annotations import (
-    FILE,
-    MAX_BAD_FRACTION,
-    UNKNOWN_CLASS,
-    kind_of,
-    missing_classes,
-    require_few_skipped,
-    shortened,
-)
+import onestage.data.annotations as rules
+from onestage.data.annotations import kind_of, missing_classes, require_few_skipped, shortened
 from onestage.data.coco import COCO, EXPORT, list_annotation_files, split_name
 from onestage.data.folder import find_images
 from onestage.data.source import Source, Split as Role, role_of
@@ -129,7 +122,9 @@ def find_splits(paths: Sequence[Path], image_root: Path | None = None) -> list[S
     ]
 
 
-def read_splits(splits: Sequence[Split], max_bad_fraction: float = 1.0, option: str = MAX_BAD_FRACTION) -> list[Split]:
+def read_splits(
+    splits: Sequence[Split], max_bad_fraction: float = 1.0, option: str = rules.MAX_BAD_FRACTION
+) -> list[Split]:
     """Read every split; an error becomes a finding. The classes that VOC collects get one order in all splits."""
     read = []
     for split in splits:
@@ -138,7 +133,7 @@ def read_splits(splits: Sequence[Split], max_bad_fraction: float = 1.0, option: 
             require_few_skipped(found.source, len(found), len(found.boxes), found.findings, max_bad_fraction, option)
             read.append(split._replace(annotations=found, findings=found.findings))
         except DataError as reason:
-            read.append(split._replace(findings=(FILE.broken_by(split.source.path, reason),)))
+            read.append(split._replace(findings=(rules.FILE.broken_by(split.source.path, reason),)))
     # The detector has the classes of the training split.
     voc = [part for split in read if split.source.format == "VOC" and (part := split.annotations) is not None]
     all_names = sorted(set().union(*(part.class_names for part in voc))) or ["object"]
@@ -149,7 +144,7 @@ def read_splits(splits: Sequence[Split], max_bad_fraction: float = 1.0, option: 
             categories = {name: category for category, name in enumerate(all_names, start=1)}
             unknown = sorted({*part.class_names} - {*voc[0].class_names})
             problem = f"the training split has no {shortened(list(map(repr, unknown)))}"
-            findings = UNKNOWN_CLASS.counted(part.source, problem, len(unknown))
+            findings = rules.UNKNOWN_CLASS.counted(part.source, problem, len(unknown))
         else:  # the file may lack some of the training split's; others are a finding of their own
             own, known = _categories(part), _categories(read[0].annotations)
             categories = known if own.items() < known.items() else own

@@ -88,8 +88,7 @@ def count_repeats(sampling: Sampling, annotations: AnnotationSet) -> npt.NDArray
 
 def _pairs(annotations: AnnotationSet) -> tuple[npt.NDArray[np.int64], ...]:
     """Return images [n] and classes [n], every pair once and without crowds, and the number of images of each class."""
-    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets))
-    is_target, num_classes = ~annotations.is_crowd, len(annotations.class_names)
+    images, is_target, num_classes = annotations.image_rows, ~annotations.is_crowd, len(annotations.class_names)
     pairs = np.unique(images[is_target] * num_classes + annotations.labels[is_target])
     images, classes = pairs // num_classes, pairs % num_classes
     return images, classes, np.bincount(classes)[classes]

@@ -21,7 +21,8 @@ def export(
         format: of the file.
         output: folder for the files; default: export/ in the run's folder, or beside a checkpoint outside of a run.
     """
-    folder = output or _default_folder(ckpt_path)
+    beside = ckpt_path.absolute().parent
+    folder = output or (beside.parent if beside.name == "checkpoints" else beside) / "export"
     if format == "onnx":
         from onestage.deploy.onnx_export import export_onnx  # seconds of imports
         from onestage.deploy.predictor import load
@@ -67,8 +68,3 @@ def export_safetensors(checkpoint: Path, folder: Path) -> Path:
     with atomic_write(target.with_suffix(".json")) as temporary:
         temporary.write_text(description, encoding="utf-8")
     return target
-
-
-def _default_folder(checkpoint: Path) -> Path:
-    folder = checkpoint.absolute().parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "export"

@@ -2,17 +2,17 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import get_args
 
 from onestage import __version__
+from onestage.data.annotations import grouped
 from onestage.doctor.anchors import POSITIVE_IOU
 from onestage.doctor.checks import Diagnosis
 from onestage.doctor.statistics import RATIOS, SIDES
 from onestage.evaluation.results import to_json
 from onestage.files import printable
-from onestage.types import Effect, Finding
+from onestage.types import Finding
 
 NUM_SHOWN = 20  # findings per rule in the text
 NUM_CLASSES_SHOWN = 100
@@ -48,7 +48,7 @@ def as_json(diagnosis: Diagnosis, exit_code: int) -> str:
 def as_text(diagnosis: Diagnosis) -> str:
     """Return a page: splits, classes, boxes and anchors, then the findings, the most severe last."""
     blocks = [_split_lines(diagnosis), _class_lines(diagnosis), _shape_lines(diagnosis), _anchor_lines(diagnosis)]
-    blocks += [_finding_lines(*group) for group in reversed(_grouped(diagnosis.findings).items())]
+    blocks += [_finding_lines(*group) for group in reversed(grouped(diagnosis.findings).items())]
     texts = ("\n".join(map(printable, block)) for block in [*blocks, _summary_lines(diagnosis)])
     return "\n\n".join(filter(None, texts))
 
@@ -139,11 +139,3 @@ def _aligned(rows: Sequence[Sequence[str]], num_left: int) -> Iterator[str]:
 
 def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.1f} %"
-
-
-def _grouped(findings: Iterable[Finding]) -> dict[tuple[str, str], list[Finding]]:
-    """Group findings by effect and rule, most severe first, in the order in which they were found."""
-    groups: dict[tuple[str, str], list[Finding]] = {}
-    for finding in sorted(findings, key=lambda finding: get_args(Effect).index(finding.effect)):
-        groups.setdefault((finding.effect, finding.rule), []).append(finding)
-    return groups

@@ -35,7 +35,7 @@ def class_table(splits: Mapping[str, AnnotationSet]) -> list[ClassRow] | None:
     classes = enumerate(zip(*tables.pop(), strict=True))
     table = [ClassRow(label, category_id, name, {}, {}) for label, (category_id, name) in classes]
     for name, annotations in splits.items():
-        pairs = np.unique(_image_rows(annotations) * len(table) + annotations.labels)
+        pairs = np.unique(annotations.image_rows * len(table) + annotations.labels)
         num_images = np.bincount(pairs % max(len(table), 1), minlength=len(table)).tolist()
         num_boxes = np.bincount(annotations.labels, minlength=len(table)).tolist()
         for row in table:
@@ -82,7 +82,7 @@ def check_objects(annotations: AnnotationSet, max_detections: int, is_training: 
             found.append(rules.NO_OBJECTS.broken(place, str(reason).partition("\n")[0].removeprefix(f"{place}: ")))
     num_empty = int(np.count_nonzero(counts == 0))
     found += rules.NO_OBJECT_IMAGES.counted(place, f"{num_empty} of {len(counts)} images have no object", num_empty)
-    rows = _image_rows(annotations)
+    rows = annotations.image_rows
     keys = np.column_stack([rows, annotations.labels, annotations.boxes])  # [T, 6]
     order = np.lexsort(keys.T)  # stable: of equal ones the first stays the first
     repeated = order[1:][(keys[order[1:]] == keys[order[:-1]]).all(axis=1)]
@@ -120,11 +120,6 @@ def shape_counts(boxes: npt.NDArray[np.float64]) -> dict[str, list[int]]:
         "size": np.bincount(size_bin(boxes), minlength=len(SIDES) + 1).tolist(),
         "width / height": np.bincount(shapes, minlength=len(RATIOS) + 1).tolist(),
     }
-
-
-def _image_rows(annotations: AnnotationSet) -> npt.NDArray[np.int64]:
-    """Return the image of each object, [T]."""
-    return np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets))
 
 
 def _word(name: str) -> str:

@@ -47,6 +47,7 @@ PLAIN = (str, int, float, bool, NoneType)
 SEQUENCES: tuple[Any, ...] = (list, tuple, Sequence)
 MAPPINGS: tuple[Any, ...] = (dict, Mapping)
 Types = tuple[Any, ...]
+_origin: Any = get_origin  # mypy takes every hint for a ParamSpec
 ANYTHING: Types = (Any,)
 
 
@@ -220,10 +221,6 @@ def _alternatives(hint: Any) -> Types:
     if _origin(hint) in (Union, UnionType):
         return tuple(each for alternative in get_args(hint) for each in _alternatives(alternative))
     return (hint,)
-
-
-def _origin(hint: Any) -> Any:  # for mypy, which takes every hint for a ParamSpec
-    return get_origin(hint)
 
 
 def _item_types(types: Types, containers: Types) -> Types:

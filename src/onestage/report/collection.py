@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from onestage.data.annotations import quoted
+from onestage.data.annotations import grouped, quoted
 from onestage.data.datamodule import DetectionDataModule
 from onestage.errors import ImageError
 from onestage.evaluation.drawing import draw_boxes
@@ -43,7 +43,7 @@ def write_after_run(
     found, objects, num_images = evaluator.detections(), evaluator.objects(), len(evaluator.image_rows)
     pairs, splits = overlapping_pairs(found, objects), [data.annotations(stage) for stage in stages]
     findings = [*(finding for split in splits for finding in split.findings), *data.shared]
-    facts: JSONDict = {"command": command, "findings": _grouped(findings)}
+    facts: JSONDict = {"command": command, "findings": _kinds(findings)}
     facts["splits"] = [_describe(stage, split) for stage, split in zip(stages, splits, strict=True)]
     shutil.rmtree(folder / DATA_FOLDER, ignore_errors=True)  # of the run before a resume
     with atomic_folder(folder / DATA_FOLDER) as place:
@@ -120,13 +120,9 @@ def _histogram(values: npt.NDArray[Any], bounds: tuple[int, ...]) -> dict[str, i
     return dict(zip((f"<{bounds[0]}", *(f"{bound}+" for bound in bounds)), counts, strict=True))
 
 
-def _grouped(findings: list[Finding]) -> list[JSONDict]:
-    """Return effect, rule, number of items and the first lines of each kind of finding."""
-    groups: dict[tuple[str, str], list[Finding]] = {}
-    for finding in findings:
-        groups.setdefault((finding.effect, finding.rule), []).append(finding)
+def _kinds(findings: list[Finding]) -> list[JSONDict]:
     kinds = []
-    for (effect, rule), members in groups.items():
+    for (effect, rule), members in grouped(findings).items():
         kind = {"effect": effect, "rule": rule, "num_items": sum(finding.num_items for finding in members)}
         kinds.append({**kind, "lines": quoted([finding.line for finding in members]), "remedy": members[0].remedy})
     return kinds
