@@ -63,31 +63,8 @@ def read_label_files(
     class_names: [K] in label order; None: those of the objects, sorted. headers: of the images, whose sizes count;
     None: the sizes in the files do.
     """
-    folders = {path.parent for item in listed for path in (item.image, item.label)}
-    listings = {folder: list_files(folder) for folder in folders}
     findings: list[Finding] = []
-    files: dict[int, LabelFile] = {}
-    has_any = False
-    for row, (image, label, is_missing) in enumerate(listed):
-        stored = next((form for form in spellings(label.name) if form in listings[label.parent]), None)
-        file = label.with_name(stored) if stored is not None and stored != label.name else label
-        has_any = has_any or stored is not None
-        for path in (image, file):
-            if listings[path.parent].get(path.name):  # a link
-                require_inside(source, [root, path.parent], path)
-        if is_missing:
-            findings.append(rules.IMAGE_MISSING.broken(printable(image), "there is no such image"))
-        elif headers is not None and not headers[row].is_usable:
-            findings.append(headers[row].findings[0])
-        else:
-            try:
-                files[row] = read(row, file) if stored is not None else LabelFile(notes={rules.NO_LABEL: 1})
-            except AnnotationError as reason:
-                findings.append(rules.LABEL_MALFORMED.broken_by(file, reason))
-    if files and not has_any:
-        searched = f"searched {printable(listed[0].label)}, ..."
-        problem = f"none of its {len(listed)} images has an annotation file ({searched})"
-        raise malformed(source, problem, "Correct data.path, or put the annotations there.")
+    files = _read_all(source, root, listed, read, headers, findings)
     for rule, problem in NOTES.items():
         count = sum(file.notes.get(rule, 0) for file in files.values())
         findings += rule.counted(source, problem.format(count), count)
@@ -115,3 +92,39 @@ def read_label_files(
         describe=lambda row: objects[row].text,
         findings=findings,
     )
+
+
+def _read_all(
+    source: str,
+    root: Path,
+    listed: Sequence[LabelledImage],
+    read: Callable[[int, Path], LabelFile],
+    headers: Sequence[HeaderCheck] | None,
+    findings: list[Finding],
+) -> dict[int, LabelFile]:
+    """Return row -> file of every image that can be used, and extend the findings; see `read_label_files`."""
+    folders = {path.parent for item in listed for path in (item.image, item.label)}
+    listings = {folder: list_files(folder) for folder in folders}
+    files: dict[int, LabelFile] = {}
+    has_any = False
+    for row, (image, label, is_missing) in enumerate(listed):
+        stored = next((form for form in spellings(label.name) if form in listings[label.parent]), None)
+        file = label.with_name(stored) if stored is not None and stored != label.name else label
+        has_any = has_any or stored is not None
+        for path in (image, file):
+            if listings[path.parent].get(path.name):  # a link
+                require_inside(source, [root, path.parent], path)
+        if is_missing:
+            findings.append(rules.IMAGE_MISSING.broken(printable(image), "there is no such image"))
+        elif headers is not None and not headers[row].is_usable:
+            findings.append(headers[row].findings[0])
+        else:
+            try:
+                files[row] = read(row, file) if stored is not None else LabelFile(notes={rules.NO_LABEL: 1})
+            except AnnotationError as reason:
+                findings.append(rules.LABEL_MALFORMED.broken_by(file, reason))
+    if files and not has_any:
+        searched = f"searched {printable(listed[0].label)}, ..."
+        problem = f"none of its {len(listed)} images has an annotation file ({searched})"
+        raise malformed(source, problem, "Correct data.path, or put the annotations there.")
+    return files

@@ -45,48 +45,52 @@ class Split(NamedTuple):
 def recognise(path: str | Path, image_root: Path | None = None) -> Source:
     """Return the source of a path by what lies there; DataError if it is missing, or of an unknown format.
 
-    image_root: the image folder of COCO files; None: found by their first image.
+    image_root: the image folder of COCO files; None: found by their first images.
     """
     path, images = as_path(path), image_root and as_path(image_root).absolute()
-    if path.suffix.lower() == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         return COCO(path, train_images=images)
-    is_yaml = path.suffix.lower() in (".yaml", ".yml")
+    if suffix in (".yaml", ".yml"):
+        return _require_splits(YOLO(path))
     if path.name == DARKNET_FILE and path.is_file():
         return YOLO(path.parent)
-    if not is_yaml and not path.is_dir():
+    if not path.is_dir():
         problem = "is not a folder, JSON or YAML file" if path.exists() else "there is no such file or folder"
         raise DataError(f"{printable(path)}: {problem}.\n{KNOWN}.")
-    folder = None if is_yaml else only_folder(path)
+    folder = only_folder(path)
     # Whether all that lies there is the folder of a data set, not of a split or of images.
     is_wrapped = folder is not None and not role_of(folder.name) and folder.name not in LABEL_FOLDERS
-    source: Source
-    if not is_yaml and find_list_files(path):
-        source = VOC(path)
-    elif is_yaml or has_settings(path):
-        source = YOLO(path)
-    elif find_lists(path):
-        source = VOC(path)
-    elif list_annotation_files(path):
-        source = COCO(path, train_images=images, val_images=images, test_images=images)
-    elif not is_wrapped and has_labels(path):
-        source = YOLO(path)
-    elif folder is not None:
+    if find_list_files(path):
+        return _require_splits(VOC(path))
+    if has_settings(path):
+        return _require_splits(YOLO(path))
+    if find_lists(path):
+        return _require_splits(VOC(path))
+    if list_annotation_files(path):
+        return _require_splits(COCO(path, train_images=images, val_images=images, test_images=images))
+    if not is_wrapped and has_labels(path):
+        return _require_splits(YOLO(path))
+    if folder is not None:
         return recognise(folder, image_root)
-    else:
-        suffixes = Counter(file.suffix.lower() or "no suffix" for file in islice(path.rglob("*.*"), NUM_SEEN))
-        seen = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4)) or "nothing"
-        problem = f"is no data set that is known here; it holds {seen}{_what_it_holds(path)}"
-        raise DataError(f"{printable(path)}: {problem}.\nGive the folder of the whole data set. {KNOWN}.")
+    suffixes = Counter(file.suffix.lower() or "no suffix" for file in islice(path.rglob("*.*"), NUM_SEEN))
+    seen = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4)) or "nothing"
+    problem = f"is no data set that is known here; it holds {seen}{_what_it_holds(path)}"
+    raise DataError(f"{printable(path)}: {problem}.\nGive the folder of the whole data set. {KNOWN}.")
+
+
+def _require_splits(source: Source) -> Source:
+    """Return a source; DataError, with what lies there, if it has no split."""
     if source.splits:
         return source
     problem, remedy = "holds annotations, but no images", "Put the images there, as they were exported."
-    if is_yaml or find_images(path):
+    if source.path.is_file() or find_images(source.path):
         if isinstance(source, YOLO):
             source.read("train")  # says which key is missing
-        kind = _what_it_holds(path)
+        kind = _what_it_holds(source.path)
         problem = f"no file says by its name which split it is{kind}"
         remedy = "Give the files one by one, or call one of them train." if "COCO" in kind or not kind else EXPORT
-    raise DataError(f"{printable(path)}: {problem}.\n{remedy}")
+    raise DataError(f"{printable(source.path)}: {problem}.\n{remedy}")
 
 
 def _what_it_holds(folder: Path) -> str:
@@ -134,11 +138,17 @@ def read_splits(
             read.append(split._replace(annotations=found, findings=found.findings))
         except DataError as reason:
             read.append(split._replace(findings=(rules.FILE.broken_by(split.source.path, reason),)))
-    # The detector has the classes of the training split.
+    return _with_one_order(read)
+
+
+def _with_one_order(read: Sequence[Split]) -> list[Split]:
+    """Give the splits that could be read the classes of the training split, which the detector has."""
     voc = [part for split in read if split.source.format == "VOC" and (part := split.annotations) is not None]
     all_names = sorted(set().union(*(part.class_names for part in voc))) or ["object"]
-    for number, split in enumerate(read):
+    ordered = []
+    for split in read:
         if (part := split.annotations) is None:
+            ordered.append(split)
             continue
         if split.source.format == "VOC":
             categories = {name: category for category, name in enumerate(all_names, start=1)}
@@ -153,8 +163,8 @@ def read_splits(
         labels = np.array([label_of_name[name] for name in part.class_names], dtype=np.int64)[part.labels]
         names, ids = tuple(categories), tuple(categories.values())
         whole = replace(part, labels=labels, class_names=names, category_ids=ids)
-        read[number] = split._replace(annotations=whole, findings=(*split.findings, *findings))
-    return read
+        ordered.append(split._replace(annotations=whole, findings=(*split.findings, *findings)))
+    return ordered
 
 
 def _categories(annotations: AnnotationSet | None) -> dict[str, int]:
