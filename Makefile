@@ -38,8 +38,8 @@ predict: $(READY) ## Draw detections: make predict ARGS="--data.predict_dir=my/i
 test: $(READY) ## Run the quick tests, a process per core; one file: make test ARGS=tests/boxes/test_nms.py
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-test-all: $(READY) ## Run every test
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+test-all: test ## Run every test: the quick ones, then the slow ones, one after the other
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(READY) ## Check style, formatting and the Dockerfile
 	$(BIN)/ruff check
