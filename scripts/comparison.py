@@ -156,7 +156,7 @@ def draw_gains(series: dict[str, Cells], noise: float, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(REFERENCES), figsize=(11, 4), sharey=True)
+    figure, axes = plt.subplots(1, len(REFERENCES), figsize=(11, 4.4), sharey=True, layout="constrained")
     for axis, reference in zip(axes, REFERENCES, strict=True):
         for (label, cells), colour in zip(series.items(), COLOURS, strict=False):
             first, points = next(iter(cells))[0], []
@@ -174,8 +174,8 @@ def draw_gains(series: dict[str, Cells], noise: float, path: Path) -> None:
         axis.set_title(f"above {reference.replace('_', ' ')}")
         axis.grid(color="#dddddd")
     axes[0].set_ylabel("points of mAP (bars: one standard deviation)")
-    axes[0].legend()
-    figure.tight_layout()
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(series), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
