@@ -85,9 +85,9 @@ def test_help_lists_every_target() -> None:
 def test_train_in_a_fresh_folder_installs_the_lock_with_hashes_and_passes_the_data_path(tmp_path) -> None:
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    plan = make("--dry-run", "train", "DATA=mine", "ARGS=--trainer.max_epochs 2", folder=tmp_path).stdout
+    plan = make("--dry-run", "train", "DATA=my data", "ARGS=--trainer.max_epochs 2", folder=tmp_path).stdout
     install = plan.index("pip install --require-hashes --no-deps --only-binary :all: -r requirements.lock")
-    train = plan.index("onestage fit --config configs/shapes_ssd.yaml --data.path mine --trainer.max_epochs 2")
+    train = plan.index("onestage fit --config configs/shapes_ssd.yaml --data.path 'my data' --trainer.max_epochs 2")
     assert install < train
 
 
