@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 REFERENCES = ("mining", "cross_entropy")
-COLOURS = ("#4477aa", "#cc3311", "#228833", "#aa3377", "#bbbb33")
 
 
 class Cell(NamedTuple):
@@ -158,24 +157,24 @@ def draw_gains(series: dict[str, Cells], noise: float, path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(REFERENCES), figsize=(11, 4.4), sharey=True, layout="constrained")
     for axis, reference in zip(axes, REFERENCES, strict=True):
-        for (label, cells), colour in zip(series.items(), COLOURS, strict=False):
+        for number, (label, cells) in enumerate(series.items()):
             first, points = next(iter(cells))[0], []
             for (loss, condition), one in cells.items():
                 other = cells.get((reference, condition))
-                if loss == first and other and (seeds := one.by_seed.keys() & other.by_seed.keys()):
+                if loss == first != reference and other and (seeds := one.by_seed.keys() & other.by_seed.keys()):
                     gain = statistics.mean(one.by_seed[seed] - other.by_seed[seed] for seed in seeds)
                     points.append((one.background_per_positive, gain, noise * math.sqrt(2 / len(seeds))))
             if points:
                 x, y, errors = zip(*sorted(points), strict=True)
-                axis.errorbar(x, y, errors, fmt="o-", color=colour, capsize=3, linewidth=1, label=label)
+                axis.errorbar(x, y, errors, fmt="o-", color=f"C{number}", capsize=3, linewidth=1, label=label)
         axis.axhline(0, color="#888888", linewidth=1)
         axis.set_xscale("log")
         axis.set_xlabel("background anchors for each positive one")
         axis.set_title(f"above {reference.replace('_', ' ')}")
         axis.grid(color="#dddddd")
     axes[0].set_ylabel("points of mAP (bars: one standard deviation)")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=len(series), frameon=False)
+    drawn = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend([*drawn.values()], [*drawn], loc="outside lower center", ncols=len(series), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -13,7 +13,7 @@ from onestage.errors import AnnotationError, DataError
 from onestage.files import printable
 from onestage.types import AnnotationSet, Effect, Finding
 
-MAX_BAD_FRACTION = "data.max_bad_fraction:"  # the option, for messages
+BAD_FRACTION_KEY = "data.max_bad_fraction:"  # the option, for messages
 ALWAYS_ALLOWED = 2  # bad items stop no run, unless max_bad_fraction is 0: in a set of ten, one is already 10 %
 NUM_EXAMPLES = 5  # bad items that an error message quotes
 NUM_QUOTED = 3  # skipped items that a training quotes when it starts
@@ -197,7 +197,7 @@ def require_few_skipped(
     num_boxes: int,
     findings: Sequence[Finding],
     max_bad_fraction: float,
-    option: str = MAX_BAD_FRACTION,
+    option: str = BAD_FRACTION_KEY,
 ) -> None:
     """Raise AnnotationError if all images or boxes, or more than `max_bad_fraction` in [0, 1], are skipped.
 

@@ -63,8 +63,7 @@ def read_label_files(
     class_names: [K] in label order; None: those of the objects, sorted. headers: of the images, whose sizes count;
     None: the sizes in the files do.
     """
-    findings: list[Finding] = []
-    files = _read_all(source, root, listed, read, headers, findings)
+    files, findings = _read_all(source, root, listed, read, headers)
     for rule, problem in NOTES.items():
         count = sum(file.notes.get(rule, 0) for file in files.values())
         findings += rule.counted(source, problem.format(count), count)
@@ -100,12 +99,12 @@ def _read_all(
     listed: Sequence[LabelledImage],
     read: Callable[[int, Path], LabelFile],
     headers: Sequence[HeaderCheck] | None,
-    findings: list[Finding],
-) -> dict[int, LabelFile]:
-    """Return row -> file of every image that can be used, and extend the findings; see `read_label_files`."""
+) -> tuple[dict[int, LabelFile], list[Finding]]:
+    """Return row -> file of every image that can be used, and a finding for each other; see `read_label_files`."""
     folders = {path.parent for item in listed for path in (item.image, item.label)}
     listings = {folder: list_files(folder) for folder in folders}
     files: dict[int, LabelFile] = {}
+    findings: list[Finding] = []
     has_any = False
     for row, (image, label, is_missing) in enumerate(listed):
         stored = next((form for form in spellings(label.name) if form in listings[label.parent]), None)
@@ -127,4 +126,4 @@ def _read_all(
         searched = f"searched {printable(listed[0].label)}, ..."
         problem = f"none of its {len(listed)} images has an annotation file ({searched})"
         raise malformed(source, problem, "Correct data.path, or put the annotations there.")
-    return files
+    return files, findings

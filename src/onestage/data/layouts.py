@@ -127,7 +127,7 @@ def find_splits(paths: Sequence[Path], image_root: Path | None = None) -> list[S
 
 
 def read_splits(
-    splits: Sequence[Split], max_bad_fraction: float = 1.0, option: str = rules.MAX_BAD_FRACTION
+    splits: Sequence[Split], max_bad_fraction: float = 1.0, option: str = rules.BAD_FRACTION_KEY
 ) -> list[Split]:
     """Read every split; an error becomes a finding. The classes that VOC collects get one order in all splits."""
     read = []

@@ -17,7 +17,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
-from onestage.data.annotations import MAX_BAD_FRACTION, NUM_QUOTED, enough_allowed, num_allowed, quoted
+from onestage.data.annotations import BAD_FRACTION_KEY, NUM_QUOTED, enough_allowed, num_allowed, quoted
 from onestage.data.dataset import DetectionDataset, Failure, LoadedBatch, collate_with_failures
 from onestage.data.samplers import EvaluationSampler, TrainingSampler
 from onestage.errors import ConfigError, DataError, OnestageError, ResourceError
@@ -159,7 +159,7 @@ class DetectionLoader(DataLoader[Batch]):
             raise DataError(
                 f"{images.annotations.source}: {len(self.unreadable)} of {len(images)} images could not be read, "
                 f"more than data.max_bad_fraction ({images.max_bad_fraction:g}) allows:\n  {self._quote_unreadable()}\n"
-                f"Repair or remove them, or allow more: {MAX_BAD_FRACTION} "
+                f"Repair or remove them, or allow more: {BAD_FRACTION_KEY} "
                 f"{enough_allowed(len(self.unreadable), len(images))}"
             )
 
