@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from onestage.data.cache import FileReader
-from onestage.data.image_headers import check_headers
+from onestage.data.image_headers import with_header_sizes
 from onestage.data.resize import Canvas, Placement
 from onestage.data.source import ImageReader
 from onestage.data.transforms import Picture, SeededTransform, mixup, mosaic
@@ -95,13 +95,10 @@ class DetectionDataset(Dataset[Sample]):
 
     def _find_canvases(self) -> npt.NDArray[np.int64]:
         """Return the number of each image's canvas, [N]: of its annotated size, else its file's, else the first."""
-        resize, sizes = self.transform.resize, self.annotations.sizes.copy()
+        resize = self.transform.resize
         if len(resize.canvases) == 1:
             return np.zeros(len(self), dtype=np.int64)
-        unknown = np.flatnonzero((sizes == 0).any(axis=1))
-        for row, check in zip(unknown, check_headers(self.annotations, unknown.tolist()), strict=True):
-            sizes[row] = check.height, check.width
-        found, numbers = np.unique(sizes, axis=0, return_inverse=True)
+        found, numbers = np.unique(with_header_sizes(self.annotations).sizes, axis=0, return_inverse=True)
         canvases = [resize.canvas_of(*size) if all(size) else resize.canvases[0] for size in found.tolist()]
         return np.array([resize.canvases.index(canvas) for canvas in canvases], dtype=np.int64)[numbers.reshape(-1)]
 

@@ -8,7 +8,6 @@ import numpy as np
 
 import onestage.data.annotations as rules
 from onestage.data.annotations import ImageColumns, ObjectColumns, Rule, malformed, shortened
-from onestage.data.image_headers import HeaderCheck
 from onestage.errors import AnnotationError
 from onestage.files import list_files, printable, require_inside, spellings
 from onestage.types import AnnotationSet, Finding
@@ -44,26 +43,23 @@ class LabelFile(NamedTuple):
     """One annotation file."""
 
     objects: Sequence[WrittenObject] = ()
-    size: tuple[int, int] = (0, 0)  # (height, width); 0, 0 if not given
+    size: tuple[int, int] = (0, 0)  # (height, width) of the image; 0, 0 if not given
     notes: Mapping[Rule, int] = {}  # what is read in another way than written -> number of times
 
 
+ReadLabel = Callable[[Path, Path | None], LabelFile | Finding]  # of an image and its file; a finding skips the image
+
+
 def read_label_files(
-    source: str,
-    root: Path,
-    listed: Sequence[LabelledImage],
-    read: Callable[[int, Path], LabelFile],
-    class_names: Sequence[str] | None,
-    headers: Sequence[HeaderCheck] | None = None,
+    source: str, root: Path, listed: Sequence[LabelledImage], read: ReadLabel, class_names: Sequence[str] | None
 ) -> AnnotationSet:
     """Read the annotation file of each image that can be used. An image without a file is one without objects.
 
     Raises AnnotationError if no image has a file, a link leaves the folder `root`, or an object has another class.
-    read: reads the file of an image, (row, file); raises AnnotationError if it is malformed, which skips the image.
-    class_names: [K] in label order; None: those of the objects, sorted. headers: of the images, whose sizes count;
-    None: the sizes in the files do.
+    read: reads the file of an image, None if it has none; raises AnnotationError if it is malformed, which skips the
+    image. class_names: [K] in label order; None: those of the objects, sorted.
     """
-    files, findings = _read_all(source, root, listed, read, headers)
+    files, findings = _read_all(source, root, listed, read)
     for rule, problem in NOTES.items():
         count = sum(file.notes.get(rule, 0) for file in files.values())
         findings += rule.counted(source, problem.format(count), count)
@@ -77,14 +73,13 @@ def read_label_files(
     label_of_name = {name: label for label, name in enumerate(names)}
     labels = np.array([label_of_name.get(item.class_name, -1) for item in objects], dtype=np.int64)
     problems = {row: item.problem for row, item in enumerate(objects) if item.problem}
-    sizes = [file.size if headers is None else (headers[n].height, headers[n].width) for n, file in files.items()]
+    sizes = np.array([file.size for file in files.values()], dtype=np.int32).reshape(-1, 2)
     image_rows = np.repeat(np.arange(len(files)), [len(file.objects) for file in files.values()]).astype(np.int64)
     boxes = np.array([item.box for item in objects], dtype=np.float64).reshape(-1, 4)
     is_difficult = np.array([item.is_difficult for item in objects], dtype=np.bool_)
-    paths, ids = [str(listed[row].image) for row in files], np.arange(1, len(files) + 1)
     return rules.build_annotation_set(
         source,
-        ImageColumns(paths, ids, np.array(sizes, dtype=np.int32).reshape(-1, 2)),
+        ImageColumns([str(image) for image in files], np.arange(1, len(files) + 1), sizes),
         ObjectColumns(image_rows, boxes, labels, problems, is_difficult=is_difficult),
         names,
         range(1, len(names) + 1),
@@ -94,19 +89,15 @@ def read_label_files(
 
 
 def _read_all(
-    source: str,
-    root: Path,
-    listed: Sequence[LabelledImage],
-    read: Callable[[int, Path], LabelFile],
-    headers: Sequence[HeaderCheck] | None,
-) -> tuple[dict[int, LabelFile], list[Finding]]:
-    """Return row -> file of every image that can be used, and a finding for each other; see `read_label_files`."""
+    source: str, root: Path, listed: Sequence[LabelledImage], read: ReadLabel
+) -> tuple[dict[Path, LabelFile], list[Finding]]:
+    """Return image -> file of every image that can be used, and a finding for each other; see `read_label_files`."""
     folders = {path.parent for item in listed for path in (item.image, item.label)}
     listings = {folder: list_files(folder) for folder in folders}
-    files: dict[int, LabelFile] = {}
+    files: dict[Path, LabelFile] = {}
     findings: list[Finding] = []
     has_any = False
-    for row, (image, label, is_missing) in enumerate(listed):
+    for image, label, is_missing in listed:
         stored = next((form for form in spellings(label.name) if form in listings[label.parent]), None)
         file = label.with_name(stored) if stored is not None and stored != label.name else label
         has_any = has_any or stored is not None
@@ -115,13 +106,15 @@ def _read_all(
                 require_inside(source, [root, path.parent], path)
         if is_missing:
             findings.append(rules.IMAGE_MISSING.broken(printable(image), "there is no such image"))
-        elif headers is not None and not headers[row].is_usable:
-            findings.append(headers[row].findings[0])
+            continue
+        try:
+            found = read(image, file if stored is not None else None)
+        except AnnotationError as reason:
+            found = rules.LABEL_MALFORMED.broken_by(file, reason)
+        if isinstance(found, Finding):
+            findings.append(found)
         else:
-            try:
-                files[row] = read(row, file) if stored is not None else LabelFile(notes={rules.NO_LABEL: 1})
-            except AnnotationError as reason:
-                findings.append(rules.LABEL_MALFORMED.broken_by(file, reason))
+            files[image] = found if stored is not None else found._replace(notes={rules.NO_LABEL: 1})
     if files and not has_any:
         searched = f"searched {printable(listed[0].label)}, ..."
         problem = f"none of its {len(listed)} images has an annotation file ({searched})"

@@ -166,7 +166,7 @@ def parse_voc(root: Path, splits: Sequence[str], class_names: Sequence[str] | No
     """
     source = f"{printable(root)} ({' + '.join(splits)})"
     listed = list(dict.fromkeys(image for split in splits for image in _list_images(root, split)))
-    return read_label_files(source, root, listed, lambda _, file: read_record(file), class_names)
+    return read_label_files(source, root, listed, lambda _, xml: read_record(xml) if xml else LabelFile(), class_names)
 
 
 def _list_images(root: Path, split: str) -> list[LabelledImage]:

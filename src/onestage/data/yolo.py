@@ -34,7 +34,7 @@ from onestage.files import (
     spellings,
     to_number,
 )
-from onestage.types import AnnotationSet, JSONDict
+from onestage.types import AnnotationSet, Finding, JSONDict
 
 SETTINGS_FILES = ("data.yaml", "data.yml", "dataset.yaml", "yolo.yaml")  # or any other YAML file with names
 NAMES_KEY = re.compile(rb"^[\"']?names[\"']?\s*:", re.MULTILINE)
@@ -97,14 +97,15 @@ class YOLO(Source):
         names = list(class_names or settings.class_names)
         source = f"{settings.source} ({name})"
         notices = require_known_names(source, settings.class_names, names)
-        listed = list_split(settings, name)
-        headers = [check_header(str(item.image)) for item in listed]
 
-        def read(row: int, file: Path) -> LabelFile:
-            size = (headers[row].width, headers[row].height)  # labels are fractions of it
-            return _read_label(file, size, settings, len(names))
+        def read(image: Path, label: Path | None) -> LabelFile | Finding:
+            header = check_header(str(image))
+            if not header.is_usable:
+                return header.findings[0]
+            size = (header.height, header.width)
+            return _read_label(label, size, settings, len(names)) if label is not None else LabelFile(size=size)
 
-        found = read_label_files(source, settings.root, listed, read, names, headers)
+        found = read_label_files(source, settings.root, list_split(settings, name), read, names)
         if not settings.is_named:
             problem = f"nothing names the {len(names)} classes: they are called {shortened(names)}"
             notices.append(rules.NO_NAMES.broken(source, problem))
@@ -377,18 +378,18 @@ def _label_folder(folder: Path, root: Path) -> Path:
 
 
 def _read_label(path: Path, size: tuple[int, int], settings: YOLOSettings, num_classes: int) -> LabelFile:
-    """Read one label file; each line counts once. size: (width, height) of the image."""
+    """Read one label file; each line counts once. size: (height, width) of the image."""
     text = read_text(path, AnnotationError, "a YOLO label file", rules.LABEL_MALFORMED.remedy)
-    lines = [tuple(line.split()) for line in text.splitlines()]
-    number_of_line: dict[tuple[str, ...], int] = {}
-    for number, words in enumerate(lines, start=1):
-        number_of_line.setdefault(words, number)
-    number_of_line.pop((), None)  # blank lines
-    place, unique = printable(path), number_of_line.items()
-    objects = [_read_line(f"{place}:{number}", words, size, settings, num_classes) for words, number in unique]
-    num_repeated = len(list(filter(None, lines))) - len(objects)
-    num_outlines = sum(item.is_outline for item in objects)
-    return LabelFile(objects, notes={rules.BOX_REPEATED: num_repeated, rules.POLYGON: num_outlines})
+    place, num_repeated = printable(path), 0
+    objects: dict[tuple[str, ...], WrittenObject] = {}  # by the words of the line
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = tuple(line.split())
+        if words in objects:
+            num_repeated += 1
+        elif words:
+            objects[words] = _read_line(f"{place}:{number}", words, size, settings, num_classes)
+    num_outlines = sum(item.is_outline for item in objects.values())
+    return LabelFile(list(objects.values()), size, {rules.BOX_REPEATED: num_repeated, rules.POLYGON: num_outlines})
 
 
 def _read_line(
@@ -413,7 +414,7 @@ def _read_line(
         problem = "cx, cy, width, height must be in 0..1: fractions of the width and height of the image"
     elif not problem and not is_class:
         problem = f"the class must be a whole number in 0..{num_classes - 1}; the first one is 0"
-    x, y, width, height = (fraction * side for fraction, side in zip(box, size * 2, strict=True))
+    x, y, width, height = (fraction * side for fraction, side in zip(box, size[::-1] * 2, strict=True))
     edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     class_name = settings.class_names[int(class_index)] if is_class else ""
     text = f"{place}: {printable(' '.join(words))[:80]}"
