@@ -140,19 +140,11 @@ def build_annotation_set(
     """Check every box, clip it to its image, skip boxes that cannot be objects, and group the rest by image.
 
     A box is skipped if a coordinate is not finite, if its width or height is <= 0, or if it does not overlap its image.
-    Each gives a line in `AnnotationSet.skipped`. Images without objects stay.
+    Each gives a finding. Images without objects stay. Raises AnnotationError if all boxes are fractions of their image.
 
-    Args:
-        source: file or folder, for messages.
-        images: N images, without those that the parser skipped.
-        objects: T objects of these images.
-        class_names: [K] in label order.
-        category_ids: [K] the data set's own ids, in label order.
-        describe: row of an object -> its file, image, id and values as written, for messages.
-        findings: the parser's; each with the effect "skipped" stands for one image.
-
-    Raises:
-        AnnotationError: all boxes are fractions of their image.
+    source: file or folder, for messages. images: without those that the parser skipped. class_names, category_ids: [K]
+    in label order. describe: row of an object -> its file, image, id and values as written, for messages. findings: the
+    parser's; each with the effect "skipped" stands for one image.
     """
     _refuse_fractions(source, objects.boxes)
     boxes, clipped = _clip(source, objects, images.sizes)

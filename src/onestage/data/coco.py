@@ -157,11 +157,8 @@ def parse_coco(
     Labels are 0..K-1 in order of category id, or in the order of `class_names`. A category 0 that only names the export
     (Roboflow's root category: the supercategory of the others, without boxes) is not a class.
 
-    Args:
-        annotation_file: JSON with `images`, `annotations` and `categories`; `annotations` may be an empty list.
-        image_folders: the folder that `file_name` is relative to; of several, the first one that holds one of a few
-            images. No file outside it is ever opened.
-        class_names: as in `Source.read`; the file may lack some, whose category ids are then < 0.
+    image_folders: the folder that `file_name` is relative to; of several, the first one that holds one of a few images.
+    No file outside it is ever opened. class_names: as in `Source.read`; the file may lack some, whose ids are then < 0.
     """
     source = printable(annotation_file)
     content = _load(annotation_file)

@@ -105,13 +105,9 @@ class DetectionDataset(Dataset[Sample]):
     def __getitem__(self, key: int | tuple[int, int] | None) -> Sample:
         """Load and transform one image.
 
-        Args:
-            key: (epoch, index of the image), or the index alone, which stands for epoch 0. Copy c of image i has the
-                index c * N + i in a tuple. None: no image, for a place in a batch that stays empty.
-
-        Raises:
-            ImageError: the file cannot be decoded whole; the message names it.
-            ConfigError: a transform cannot handle the image; the message names both.
+        key: (epoch, index of the image), or the index alone, which stands for epoch 0. Copy c of image i has the index
+        c * N + i in a tuple. None: no image, for a place in a batch that stays empty. Raises ImageError if the file
+        cannot be decoded whole, ConfigError if a transform cannot handle the image.
         """
         if key is None:
             return self._left_out()

@@ -105,7 +105,7 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
     of a step depend on the size of the whole batch only, not on the number of processes.
 
     With `repeats`, an epoch shows image i `floor(repeats[i])` or one more times. Its copy number c is item (epoch,
-    c * N + i), which `DetectionDataset` augments in its own way.
+    c * N + i), which `DetectionDataset` augments in its own way. Raises ConfigError if no batch can be filled.
 
     Args:
         dataset: the training split, N images.
@@ -113,9 +113,6 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
         seed: of the order, >= 0.
         rank, world_size: number of this process, in [0, world_size), and of all.
         repeats: [N] how many times an epoch shows each image on average, >= 0 (see `Sampling`); None: once.
-
-    Raises:
-        ConfigError: there are fewer images than one batch takes.
     """
 
     def __init__(
@@ -198,16 +195,14 @@ class EvaluationSampler(DistributedSampler[int | None], SequentialSampler):
     would see it alone; the last batch of a canvas is filled with None, which yields no image.
 
     A SequentialSampler, because `overfit_batches` replaces every other sampler, and all processes would get the same
-    images. No batch sampler, because Lightning would rebuild it around another sampler.
+    images. No batch sampler, because Lightning would rebuild it around another sampler. Raises DataError if a process
+    would get no image, for which the others would wait for ever.
 
     Args:
         dataset: the split, N images.
         batch_size: of the loader, per process, >= 1.
         rank, world_size: number of this process, in [0, world_size), and of all.
         is_even: whether the last images of each canvas are left out so that all shares are equal, as training needs.
-
-    Raises:
-        DataError: a process would get no image, and the others would wait for it forever.
     """
 
     def __init__(

@@ -89,11 +89,8 @@ def draw_shapes(
 
     The folder gets JPEGImages/000001.jpg ..., annotations/instances_{train,val}.json (file names relative to
     JPEGImages, category ids with gaps), Annotations/*.xml and ImageSets/Main/{train,val}.txt. It appears complete or
-    not at all: an interrupted drawing starts again. A folder drawn with other settings is replaced.
-
-    Raises:
-        ConfigError: a number is out of the range that `Shapes` says.
-        DataError: `folder` holds something that was not drawn here, or cannot be written.
+    not at all: an interrupted drawing starts again. A folder drawn with other settings is replaced. Raises ConfigError
+    for a number out of its range in `Shapes`, DataError if `folder` holds other files, or cannot be written.
     """
     numbers = {"num_train": num_train, "num_val": num_val, "seed": seed, "max_objects": max_objects, "clutter": clutter}
     for name, value in numbers.items():

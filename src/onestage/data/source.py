@@ -52,12 +52,8 @@ class Source(ABC):
     def read(self, split: Split, class_names: Sequence[str] | None = None) -> AnnotationSet:
         """Read the annotations of a split.
 
-        Args:
-            split: one of `splits`.
-            class_names: [K] names in label order; None takes those of the annotations.
-
-        Raises:
-            AnnotationError: the annotations are missing, malformed, or of other classes.
+        class_names: [K] names in label order; None takes those of the annotations. Raises AnnotationError if the
+        annotations are missing, malformed, or of other classes.
         """
 
     def describe(self, split: Split) -> str:

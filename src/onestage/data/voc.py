@@ -158,11 +158,8 @@ def parse_voc(root: Path, splits: Sequence[str], class_names: Sequence[str] | No
     whose xmin equals its xmax is a slip of the mouse in every set seen, so it counts as having no width. Image ids are
     1..N, category ids 1..K.
 
-    Args:
-        root: as the path of `VOC`.
-        splits: names of lists in ImageSets/Main, such as "train"; with year folders "2007_trainval"; without lists the
-            folder of the images, "." for `root`.
-        class_names: as in `Source.read`; None takes all that occur, sorted.
+    splits: names of lists in ImageSets/Main, such as "train"; with year folders "2007_trainval"; without lists the
+    folder of the images, "." for `root`. class_names: as in `Source.read`; None takes all that occur, sorted.
     """
     source = f"{printable(root)} ({' + '.join(splits)})"
     listed = list(dict.fromkeys(image for split in splits for image in _list_images(root, split)))
