@@ -12,7 +12,7 @@ from image_sets import exif_of
 from PIL import Image, ImageOps
 
 from onestage.data.image_headers import check_header
-from onestage.data.images import ImageHeader, open_header, read_header, read_image, read_plain_jpeg
+from onestage.data.images import ImageHeader, open_image, read_image, read_plain_jpeg
 from onestage.errors import ImageError
 
 RNG = np.random.default_rng(0)
@@ -55,8 +55,7 @@ def test_jpeg_is_decoded_as_pillow_does(tmp_path, options) -> None:
 def pillow_header(content: bytes) -> ImageHeader | None:
     """Return the header that Pillow reads; None if it refuses the file."""
     try:
-        with open_header("a.jpg", io.BytesIO(content)) as image:
-            return read_header("a.jpg", image)
+        return open_image("a.jpg", io.BytesIO(content))[1]
     except ImageError:
         return None
 

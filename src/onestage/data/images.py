@@ -83,8 +83,7 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
     content = read_file(file, ImageError, "an image file", REMEDY, MAX_IMAGE_BYTES)
     header, pillow_image = read_plain_jpeg(content), None
     if header is None:
-        pillow_image = open_header(file, io.BytesIO(content))
-        header = read_header(file, pillow_image)
+        pillow_image, header = open_image(file, io.BytesIO(content))
     orientation = orientation_to_apply(file, header, annotated_size)
     try:
         if pillow_image is None or header.format in DECODED_BY_OPENCV:
@@ -115,10 +114,9 @@ def read_whole_header(path: str) -> ImageHeader:
 
 def _read_whole(path: str, stream: BinaryIO, end: bytes) -> ImageHeader:
     """Read the header of a whole image. end: its last bytes, or all of them."""
-    with open_header(path, stream) as image:
-        header = read_header(path, image)
-        with suppress(Exception):  # a damaged GIF; Pillow's readers raise whatever that leads them to
-            header = header._replace(is_animated=header.format != "MPO" and getattr(image, "is_animated", False))
+    image, header = open_image(path, stream)
+    with image, suppress(Exception):  # a damaged GIF; Pillow's readers raise whatever that leads them to
+        header = header._replace(is_animated=header.format != "MPO" and getattr(image, "is_animated", False))
     is_jpeg = header.format in ("JPEG", "MPO")
     if (is_jpeg and not is_whole_jpeg(end)) or (header.format == "PNG" and b"IEND\xaeB`\x82" not in end):
         problem = f"is cut off: {len(end)} bytes of {header.format} without its end"
@@ -126,19 +124,18 @@ def _read_whole(path: str, stream: BinaryIO, end: bytes) -> ImageHeader:
     return header
 
 
-def open_header(file: str | Path, stream: BinaryIO) -> Image.Image:
-    """Read the header with Pillow, and allocate no pixel; ImageError if it is no image, or far too large."""
+def open_image(file: str | Path, stream: BinaryIO) -> tuple[Image.Image, ImageHeader]:
+    """Read size, orientation and depth with Pillow, and allocate no pixel.
+
+    Raises ImageError if it is no image, has over `MAX_PIXELS` pixels, or values without a fixed range.
+    """
     try:
-        return Image.open(stream, formats=PILLOW_FORMATS)
+        image = Image.open(stream, formats=PILLOW_FORMATS)
     except Image.DecompressionBombError:
         raise _too_many_pixels(file, "far more") from None
     except Exception as reason:  # Pillow's readers raise whatever a damaged header leads them to
         problem = f"is not an image that can be read ({_first_line(reason)}); known formats are"
         raise ImageError(f"{printable(file)}: {problem} {', '.join(PILLOW_FORMATS)}.\n{REMEDY}") from None
-
-
-def read_header(file: str | Path, image: Image.Image) -> ImageHeader:
-    """Read size, orientation and depth; ImageError above `MAX_PIXELS`, or for values without a fixed range."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise _too_many_pixels(file, f"{width} x {height}")
@@ -148,7 +145,7 @@ def read_header(file: str | Path, image: Image.Image) -> ImageHeader:
     exif = image.info.get("exif") if image.format != "TIFF" else None  # Pillow turns TIFF itself
     is_deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     has_alpha = image.mode.lower().endswith("a") or "transparency" in image.info
-    return ImageHeader(image.format or "", height, width, _read_orientation(exif), is_deep, has_alpha)
+    return image, ImageHeader(image.format or "", height, width, _read_orientation(exif), is_deep, has_alpha)
 
 
 def read_plain_jpeg(head: bytes) -> ImageHeader | None:
