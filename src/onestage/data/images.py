@@ -88,8 +88,10 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
     try:
         if pillow_image is None or header.format in DECODED_BY_OPENCV:
             image = _decode_with_opencv(content, header)
+        elif pillow_image.mode.startswith("I;16"):
+            image = np.repeat((np.asarray(pillow_image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
         else:
-            image = _decode_with_pillow(pillow_image)
+            image = np.array(pillow_image.convert("RGB"))
     except Exception as reason:  # the libraries raise whatever damaged pixels lead them to
         problem = f"is cut off or damaged ({len(content)} bytes of {header.format}; {_first_line(reason)})"
         raise ImageError(f"{printable(file)}: {problem}.\n{REMEDY}") from None
@@ -129,16 +131,17 @@ def open_image(file: str | Path, stream: BinaryIO) -> tuple[Image.Image, ImageHe
 
     Raises ImageError if it is no image, has over `MAX_PIXELS` pixels, or values without a fixed range.
     """
+    too_many = f"pixels; at most {MAX_PIXELS / 1e6:.0f} million are decoded.\nShrink it, or remove it."
     try:
         image = Image.open(stream, formats=PILLOW_FORMATS)
     except Image.DecompressionBombError:
-        raise _too_many_pixels(file, "far more") from None
+        raise ImageError(f"{printable(file)}: claims far more {too_many}") from None
     except Exception as reason:  # Pillow's readers raise whatever a damaged header leads them to
         problem = f"is not an image that can be read ({_first_line(reason)}); known formats are"
         raise ImageError(f"{printable(file)}: {problem} {', '.join(PILLOW_FORMATS)}.\n{REMEDY}") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise _too_many_pixels(file, f"{width} x {height}")
+        raise ImageError(f"{printable(file)}: claims {width} x {height} {too_many}")
     if values := _unread_values(image):
         problem = f"holds {values}; it must be 8 or 16 bits, from 0 for black"
         raise ImageError(f"{printable(file)}: {problem}.\nSave it as 8-bit RGB or gray, scaled to 0..255.")
@@ -238,14 +241,6 @@ def _decode_with_opencv(content: bytes, header: ImageHeader) -> RGBImage:
     return np.asarray(image, dtype=np.uint8)
 
 
-def _decode_with_pillow(image: Image.Image) -> RGBImage:
-    """Decode the first frame of the formats that are rare in data sets."""
-    if image.mode.startswith("I;16"):
-        gray = (np.asarray(image) >> 8).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=2)
-    return np.array(image.convert("RGB"))
-
-
 def _turn_upright(image: RGBImage, orientation: int) -> RGBImage:
     """Apply an EXIF orientation (Exif 2.32 section 4.6.4.A: what row 0 and column 0 show)."""
     if orientation >= 5:
@@ -255,11 +250,6 @@ def _turn_upright(image: RGBImage, orientation: int) -> RGBImage:
     if orientation in (2, 3, 6, 7):
         image = image[:, ::-1]
     return np.ascontiguousarray(image)
-
-
-def _too_many_pixels(file: str | Path, size: str) -> ImageError:
-    problem = f"claims {size} pixels; at most {MAX_PIXELS / 1e6:.0f} million are decoded"
-    return ImageError(f"{printable(file)}: {problem}.\nShrink it, or remove it.")
 
 
 def _first_line(reason: Exception) -> str:

@@ -33,15 +33,11 @@ class Source(ABC):
     """A data set on disk. A new format is one file with one subclass; see docs/add_a_dataset.md.
 
     Constructing a source reads no annotations; `splits` only looks at which files exist.
-
-    Attributes:
-        path: the file or folder of the data set.
-        train_difficult: whether objects flagged as difficult are training targets; if not, the loss ignores them.
     """
 
     format: ClassVar[str]  # for messages: "COCO"
-    path: Path
-    train_difficult: bool = True
+    path: Path  # the file or folder of the data set
+    train_difficult: bool = True  # whether objects flagged as difficult are training targets; if not, they are ignored
 
     @property
     @abstractmethod
