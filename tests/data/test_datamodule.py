@@ -1,5 +1,6 @@
 """The one data module: classes, splits, loaders and settings of any source."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -78,6 +79,35 @@ def test_annotations_are_parsed_once_and_test_falls_back_to_val(coco, monkeypatc
             data.setup(stage)
     assert parsed == ["train", "val"]
     assert data.annotations("test") is data.annotations("val") is data.annotations("predict")
+
+
+def test_evaluation_says_that_there_is_no_test_split(coco, caplog) -> None:
+    for stage, is_said in (("fit", False), ("validate", False), ("test", True)):
+        caplog.clear()
+        coco_data(coco).setup(stage)
+        assert ("there is no test split: the validation images are read" in caplog.text) == is_said
+
+
+def test_training_images_can_replace_an_unusable_validation_split(coco) -> None:
+    (coco / "annotations" / "instances_val2017.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    with pytest.raises(AnnotationError, match=r"'images' must be .*(\n.*)*\nOr hold out .*: data\.val_fraction: 0\.2$"):
+        coco_data(coco).setup("fit")
+    coco_data(coco, val_fraction=0.2).setup("fit")
+
+
+def test_categories_go_by_id_unless_the_names_are_given(coco) -> None:
+    file = coco / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    dog, cat = content["categories"][1], content["categories"][0]
+    cat["id"], dog["id"] = 1, 2  # 3 and 7 in the training file
+    for one in content["annotations"]:
+        one["category_id"] = {3: 1, 7: 2}[one["category_id"]]
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        AnnotationError, match=r"train2017.json: 3 cat, 7 dog\n.*: 1 cat, 2 dog\n.*set data.class_names"
+    ):
+        coco_data(coco).setup("fit")
+    assert coco_data(coco, class_names=["cat", "dog"]).annotations("val").labels.tolist() == [0, 1] * 5
 
 
 @pytest.mark.parametrize("kind", ["coco", "voc"])

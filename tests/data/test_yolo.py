@@ -173,4 +173,4 @@ def test_line_that_leads_elsewhere_is_a_missing_image(tmp_path, line) -> None:
     data.write_text("train: list.txt\nnames: [cat]\n")
     (skipped,) = YOLO(data).read("train").skipped
     assert "list.txt:2: " in skipped
-    assert "there is no such image" in skipped
+    assert f"there is no such image below {root}" in skipped

@@ -60,8 +60,9 @@ def help_page(command: str) -> str:
         lines += ["", f"{group or 'run'}:"]
         prefix = f"{group}." if group else ""
         for name, (default, text) in keys.items():
-            key = f"  --{prefix}{name} {default}"
-            lines.append(f"{key:<38} {textwrap.shorten(text, width - 39, placeholder=' ...')}".rstrip())
+            described = textwrap.wrap(text, width - 39) or [""]
+            lines.append(f"{f'  --{prefix}{name} {default}':<38} {described[0]}".rstrip())
+            lines += [" " * 39 + line for line in described[1:]]
     others = ", ".join(name for name in trainer if name not in COMMON)
     lines += textwrap.wrap(f"and of Lightning's Trainer: {others}", width, initial_indent="  ", subsequent_indent="  ")
     lines += [

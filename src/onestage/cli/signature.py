@@ -11,6 +11,8 @@ from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 from onestage.cli.keys import parse_docstring
 from onestage.errors import ConfigError
 
+CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
+
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keep the line breaks of the description; print defaults."""
@@ -22,8 +24,12 @@ class CommandParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise with the reason in one line."""
         text = re.sub(r'Parser key "(\w+)":\s*', r"--\1: ", message).replace("typing.", "")
-        text = re.sub(r"\s+", " ", re.sub(r"<class '([\w.]+)'>", r"\1", text)).strip()
+        text = " ".join(CLASS.sub(r"\1", text).split())
         raise ConfigError(f"{self.prog}: {text}.\nSee: {self.prog} --help") from ex
+
+    def format_help(self) -> str:
+        """Return the help; types by their plain names."""
+        return CLASS.sub(r"\1", super().format_help())
 
 
 def run_function(command: str, function: Callable[..., int], words: Sequence[str]) -> int:

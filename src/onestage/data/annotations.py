@@ -250,13 +250,18 @@ def fill_category_ids(annotations: AnnotationSet, ids: Sequence[int] = ()) -> An
 
 
 def require_same_categories(train: AnnotationSet, other: AnnotationSet) -> None:
-    """Raise AnnotationError, with both tables, if two splits have different class names or category ids."""
-    if (train.class_names, train.category_ids) != (other.class_names, other.category_ids):
-        lines = ["The splits have different categories; ids and names must be the same in all."]
-        for split in (train, other):
-            pairs = zip(split.category_ids, split.class_names, strict=True)
-            lines.append(f"{split.source}: {shortened([f'{category} {name}' for category, name in pairs], 100)}")
-        raise AnnotationError("\n".join([*lines, "Correct the 'categories' of one of the files."]))
+    """Raise AnnotationError, with both tables, if two splits have different class names or category ids.
+
+    An id < 0 stands for a class that the file of `other` does not name.
+    """
+    own, tables = dict(zip(train.class_names, train.category_ids, strict=True)), []
+    others = {name: number for name, number in zip(other.class_names, other.category_ids, strict=True) if number >= 0}
+    if train.class_names != other.class_names or not others.items() <= own.items():
+        for source, ids in ((train.source, own), (other.source, others)):
+            tables.append(f"{source}: {shortened([f'{number} {name}' for name, number in ids.items()], 100)}")
+        problem = "The splits have different categories; ids and names must be the same in all."
+        remedy = "Correct the 'categories' of one of the files, or set data.class_names: classes then go by name."
+        raise AnnotationError("\n".join([problem, *tables, remedy]))
 
 
 def require_objects(annotations: AnnotationSet) -> AnnotationSet:

@@ -26,7 +26,7 @@ from onestage.data.samplers import EvaluationSampler, Sampling, TrainingSampler,
 from onestage.data.source import ImageReader, Source, Split
 from onestage.data.splits import DEFAULT_VAL_FRACTION, find_shared_images, split_by_fold, split_by_fraction
 from onestage.data.transforms import ScaleJitter, SeededTransform, ssd_transforms
-from onestage.errors import ConfigError, require
+from onestage.errors import AnnotationError, ConfigError, require
 from onestage.files import as_path, printable
 from onestage.types import AnnotationSet, Finding, Stage
 
@@ -185,6 +185,8 @@ class DetectionDataModule(LightningDataModule):
         has_new = not splits <= self._annotation_sets.keys()
         for split in sorted(splits):
             self.annotations(split)
+        if stage == "test" and has_new and splits == {"val"}:
+            _warn("there is no test split: the validation images are read, by which a run chooses its best checkpoint")
         if stage == "fit" and has_new:
             found = [(name, self.annotations(name)) for name in self._annotation_sets]
             counts = [f"{name} {len(part)} images with {len(part.boxes)} boxes" for name, part in found]
@@ -316,9 +318,12 @@ class DetectionDataModule(LightningDataModule):
             return self._parts[stage == "val"]
         if stage == "train":
             return require_objects(self._checked(self._train, stage))
-        annotations = self._parse(stage, self.class_names)
-        if self._class_names is None and "train" in self.source.splits:
-            rules.require_same_categories(self._train, annotations)
+        try:
+            annotations = self._parse(stage, self.class_names)
+        except AnnotationError as reason:
+            if stage == "test":
+                raise
+            raise AnnotationError(f"{reason}\nOr hold out training images instead: data.val_fraction: 0.2") from None
         return self._checked(annotations, stage)
 
     def _checked(self, annotations: AnnotationSet, split: Split) -> AnnotationSet:
@@ -332,6 +337,8 @@ class DetectionDataModule(LightningDataModule):
         num_used = len(annotations), len(annotations.boxes)
         rules.require_few_skipped(annotations.source, *num_used, annotations.findings, self.max_bad_fraction)
         of_train = split != "train" and self._class_names is None and "train" in self.source.splits
+        if of_train:
+            rules.require_same_categories(self._train, annotations)
         return rules.fill_category_ids(annotations, self._train.category_ids if of_train else self._category_ids or ())
 
     @cached_property

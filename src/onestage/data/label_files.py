@@ -105,7 +105,9 @@ def _read_all(
             if listings[path.parent].get(path.name):  # a link
                 require_inside(source, [root, path.parent], path)
         if is_missing:
-            findings.append(rules.IMAGE_MISSING.broken(printable(image), "there is no such image"))
+            findings.append(
+                rules.IMAGE_MISSING.broken(printable(image), f"there is no such image below {printable(root)}")
+            )
             continue
         try:
             found = read(image, file if stored is not None else None)

@@ -63,11 +63,12 @@ def recognise(path: str | Path, image_root: Path | None = None) -> Source:
     is_wrapped = folder is not None and not role_of(folder.name) and folder.name not in LABEL_FOLDERS
     if find_list_files(path):
         return _require_splits(VOC(path))
-    if has_settings(path):
+    has_lists, has_json = bool(find_lists(path)), bool(list_annotation_files(path))
+    if has_settings(path) and (not (has_lists or has_json) or has_labels(path)):  # classes.txt may lie beside others
         return _require_splits(YOLO(path))
-    if find_lists(path):
+    if has_lists:
         return _require_splits(VOC(path))
-    if list_annotation_files(path):
+    if has_json:
         return _require_splits(COCO(path, train_images=images, val_images=images, test_images=images))
     if not is_wrapped and has_labels(path):
         return _require_splits(YOLO(path))
