@@ -287,7 +287,8 @@ CASES = {
     "VOC: FiftyOne": Case(files("data/{a,b,c}.jpg", "labels/{a,b,c}.xml"), {"train": 3}),
     "VOC: Roboflow, in a folder of an archive": Case(in_archive(voc_roboflow), {**PAIR, "test": 3}),
     "VOC: the class names of another tool beside the lists": Case(
-        lambda root: [voc(train="a b", val="c")(root), (root / "classes.txt").write_text("dog\n")], {"train": 2, "val": 1}
+        lambda root: [voc(train="a b", val="c")(root), (root / "classes.txt").write_text("dog\n")],
+        {"train": 2, "val": 1},
     ),
     "VOC: the class names of another tool beside images": Case(
         files("JPEGImages/{a,b,c}.jpg", "Annotations/{a,b,c}.xml", texts={"classes.txt": "dog\n"}), {"train": 3}
