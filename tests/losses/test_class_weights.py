@@ -1,6 +1,6 @@
 import pytest
 import torch
-from loss_references import random_anchors
+from annotation_sets import random_anchors
 from torch.testing import assert_close
 
 from onestage.errors import ConfigError

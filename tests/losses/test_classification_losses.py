@@ -1,14 +1,107 @@
-"""Promises of every classification loss, whatever its formula."""
+"""Every classification loss: its formula, and the promises that hold whatever the formula."""
+
+from collections.abc import Sequence
 
 import pytest
 import torch
-from loss_references import FAMILY, random_anchors
+import torch.nn.functional as F
+from annotation_sets import random_anchors
+from torch import Tensor
 from torch.testing import assert_close
 
-from onestage.losses import SigmoidFocalLoss, SoftmaxClassificationLoss, SoftmaxFocalLoss
+from onestage import losses
 from onestage.types import BACKGROUND, IGNORE
 
-every_loss = pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
+QUALITY, WEIGHTS = 0.75, [0.5, 2.0, 1.0]
+
+
+def focal(margin: Tensor, gamma: float) -> Tensor:
+    """The margin is the logit of an answer minus that of all others together: p = sigmoid(margin)."""
+    return torch.sigmoid(-margin) ** gamma * F.softplus(-margin, threshold=50)
+
+
+def sigmoids(alpha: float | None, gamma: float, smoothing: float = 0.0, weights: Sequence[float] = (1, 1, 1)):
+    def anchor_loss(x: Tensor, label: int) -> Tensor:
+        as_positive = focal(x, gamma) * (1 if alpha is None else alpha)
+        as_negative = focal(-x, gamma) * (1 if alpha is None else 1 - alpha)
+        if label == BACKGROUND:
+            return as_negative.sum()
+        targets = torch.full_like(x, smoothing / 2)
+        targets[label] = 1 - smoothing / 2
+        return weights[label] * (targets * as_positive + (1 - targets) * as_negative).sum()
+
+    return anchor_loss
+
+
+def softmax(alpha: float | None, gamma: float, smoothing: float = 0.0):
+    def anchor_loss(x: Tensor, label: int) -> Tensor:
+        others = torch.stack([torch.cat([x[:column], x[column + 1 :]]).logsumexp(0) for column in range(len(x))])
+        answers = focal(x - others, gamma)
+        if label == BACKGROUND:
+            return answers[-1] * (1 if alpha is None else 1 - alpha)
+        smoothed = (1 - smoothing) * answers[label] + smoothing * answers.mean()
+        return smoothed * (1 if alpha is None else alpha)
+
+    return anchor_loss
+
+
+def quality_focal(x: Tensor, label: int) -> Tensor:
+    terms = focal(-x, 2.0)
+    if label >= 0:
+        distance = (QUALITY - torch.sigmoid(x[label])).abs()
+        cross_entropy = F.softplus(x[label], threshold=50) - QUALITY * x[label]
+        terms = torch.cat([terms[:label], terms[label + 1 :], (distance**2 * cross_entropy)[None]])
+    return terms.sum()
+
+
+def varifocal(x: Tensor, label: int) -> Tensor:
+    terms = 0.75 * focal(-x, 2.0)
+    if label >= 0:
+        found = QUALITY * (F.softplus(x[label], threshold=50) - QUALITY * x[label])
+        terms = torch.cat([terms[:label], terms[label + 1 :], found[None]])
+    return terms.sum()
+
+
+FAMILY = {  # name -> loss, formula
+    "focal": (losses.SigmoidFocalLoss, sigmoids(0.25, 2.0)),
+    "focal, gamma 0.5": (lambda: losses.SigmoidFocalLoss(None, 0.5), sigmoids(None, 0.5)),
+    "focal, smoothed": (lambda: losses.SigmoidFocalLoss(label_smoothing=0.1), sigmoids(0.25, 2.0, 0.1)),
+    "focal, weighted": (lambda: losses.SigmoidFocalLoss(class_weights=WEIGHTS), sigmoids(0.25, 2.0, 0.0, WEIGHTS)),
+    "softmax focal": (losses.SoftmaxFocalLoss, softmax(0.25, 2.0)),
+    "softmax focal, gamma 0.5": (lambda: losses.SoftmaxFocalLoss(None, 0.5), softmax(None, 0.5)),
+    "softmax focal, smoothed": (lambda: losses.SoftmaxFocalLoss(None, 0.5, 0.1), softmax(None, 0.5, 0.1)),
+    "cross-entropy": (losses.SigmoidCrossEntropy, sigmoids(None, 0.0)),
+    "balanced": (lambda: losses.SigmoidCrossEntropy(0.25), sigmoids(0.25, 0.0)),
+    "softmax cross-entropy": (lambda: losses.SoftmaxCrossEntropy(label_smoothing=0.1), softmax(None, 0.0, 0.1)),
+    "mining": (losses.MinedCrossEntropy, softmax(None, 0.0)),  # all anchors are mined
+    "OHEM": (lambda: losses.OHEMCrossEntropy(8), softmax(None, 0.0)),  # all are among the eight hardest
+    "adaptive": (losses.AutomatedFocalLoss, sigmoids(0.25, 2.0)),  # before the first positive anchor
+    "quality": (losses.QualityFocalLoss, quality_focal),
+    "varifocal": (losses.VarifocalLoss, varifocal),
+}
+every_loss = pytest.mark.parametrize("make", [make for make, _ in FAMILY.values()], ids=FAMILY)
+
+
+@pytest.mark.parametrize("size", [100.0, 30.0, 0.7])
+@pytest.mark.parametrize("name", FAMILY)
+def test_loss_and_gradient_equal_the_formula_in_float64(name, size) -> None:
+    """Also where sigmoids round to 0 or 1 in float32."""
+    make, formula = FAMILY[name]
+    loss = make().eval()
+    signs = torch.tensor([[1.0, -1, -1, -1], [-1, 1, -1, 1], [1, 1, -1, -1], [-1, -1, -1, 1]]).repeat(2, 1)
+    signs = signs[:, : loss.num_logits(3)]
+    labels = torch.tensor([[0, 0, 2, 1, BACKGROUND, 1, 2, BACKGROUND]])
+    # Shifted by column, so that no two logits of a softmax are equal.
+    logits = (size * signs + torch.arange(signs.shape[1])).float()[None].requires_grad_()
+    found = loss.anchor_losses(logits, labels, torch.full(labels.shape, QUALITY))
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+
+    exact = logits.detach().double().requires_grad_()
+    expected = torch.stack([formula(exact[0, row], int(labels[0, row])) for row in range(labels.shape[1])])
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
+    assert expected.max() > 0.05 * size
+    assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-6)
+    assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-6)
 
 
 def anchors_of(loss, dtype=torch.float32):
@@ -71,7 +164,7 @@ def test_images_without_objects_and_a_single_class_give_finite_gradients(make, l
 def test_untrained_scores_are_the_prior(make) -> None:
     loss = make()
     scores = loss.scores(loss.prior_bias(4, prior=0.02))
-    is_softmax = isinstance(loss, SoftmaxClassificationLoss)
+    is_softmax = isinstance(loss, losses.SoftmaxClassificationLoss)
     assert_close(scores, torch.full((4,), 0.005 if is_softmax else 0.02))  # softmax: 0.02 for all classes together
     assert loss.num_logits(4) == (5 if is_softmax else 4)
 
@@ -79,8 +172,8 @@ def test_untrained_scores_are_the_prior(make) -> None:
 @pytest.mark.parametrize(
     ("loss", "logits", "expected"),
     [  # background of sigmoids: 1 - 0.4, the highest score
-        (SigmoidFocalLoss(), torch.tensor([[[0.7, 0.2], [0.1, 0.4]]]).logit(), [[0.2, 0.6]]),
-        (SoftmaxFocalLoss(), torch.tensor([[[0.7, 0.2, 0.1], [0.5, 0.1, 0.4]]]).log(), [[0.2, 0.4]]),
+        (losses.SigmoidFocalLoss(), torch.tensor([[[0.7, 0.2], [0.1, 0.4]]]).logit(), [[0.2, 0.6]]),
+        (losses.SoftmaxFocalLoss(), torch.tensor([[[0.7, 0.2, 0.1], [0.5, 0.1, 0.4]]]).log(), [[0.2, 0.4]]),
     ],
 )
 def test_true_probability_is_hand_computed(loss, logits, expected) -> None:
@@ -89,9 +182,9 @@ def test_true_probability_is_hand_computed(loss, logits, expected) -> None:
 
 COMPILED = [
     pytest.param(make, "aot_eager", id=name, marks=[] if name == "focal" else pytest.mark.slow)
-    for name, make in FAMILY.items()
+    for name, (make, _) in FAMILY.items()
 ] + [
-    pytest.param(FAMILY[name], "inductor", id=f"{name}, inductor", marks=pytest.mark.slow)
+    pytest.param(FAMILY[name][0], "inductor", id=f"{name}, inductor", marks=pytest.mark.slow)
     for name in ("focal", "softmax focal", "mining")
 ]
 

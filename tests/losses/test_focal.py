@@ -1,38 +1,23 @@
-"""Focal losses by hand and against torchvision, and their hand-written gradient against the plain formula."""
+"""Sigmoid focal loss against torchvision, its fused form against the plain one, and its gamma that adapts."""
 
 import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from loss_references import random_anchors
+from annotation_sets import random_anchors
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
-from onestage.losses import AutomatedFocalLoss, QualityFocalLoss, SigmoidFocalLoss, SoftmaxFocalLoss, VarifocalLoss
+from onestage.losses import AutomatedFocalLoss, SigmoidFocalLoss, VarifocalLoss
 from onestage.losses.fused_focal import saves_memory
 from onestage.types import BACKGROUND, IGNORE
 
-LN2, LN3 = math.log(2), math.log(3)
 
-
-@pytest.mark.parametrize(
-    ("loss", "num_logits", "labels", "quality", "expected"),
-    [
-        # p = 1/2: alpha_t * (1/2)^2 * ln 2, alpha_t = 1/4 for a positive and 3/4 for a negative
-        (SigmoidFocalLoss(0.25, 2.0), 1, [0, BACKGROUND, IGNORE], [1, 1, 1], [0.0625 * LN2, 0.1875 * LN2, 0]),
-        # Two classes and background, p = 1/3 each: alpha_t (2/3)^2 ln 3
-        (SoftmaxFocalLoss(0.25, 2.0), 3, [1, BACKGROUND, IGNORE], [1, 1, 1], [1 / 9 * LN3, 3 / 9 * LN3, 0]),
-        # y = 0.8: |0.3|^2 ln 2. The same p at background: 0.25 ln 2.
-        (QualityFocalLoss(2.0), 1, [0, BACKGROUND], [0.8, 0], [0.09 * LN2, 0.25 * LN2]),
-        # q = 0.8: 0.8 ln 2. q = 0 and background: 0.75 * 0.25 ln 2.
-        (VarifocalLoss(0.75, 2.0), 1, [0, 0, BACKGROUND], [0.8, 0, 0], [0.8 * LN2, 0.1875 * LN2, 0.1875 * LN2]),
-    ],
-)
-def test_loss_of_equal_logits_is_hand_computed(loss, num_logits, labels, quality, expected) -> None:
-    logits = torch.zeros(1, len(labels), num_logits)
-    losses = loss.anchor_losses(logits, torch.tensor([labels]), torch.tensor([quality]).float())
-    assert_close(losses, torch.tensor([expected]).float())
+def test_varifocal_loss_of_an_object_without_overlap_is_that_of_background() -> None:
+    losses = VarifocalLoss(0.75, 2.0).anchor_losses(torch.zeros(1, 1, 1), torch.tensor([[0]]), torch.zeros(1, 1))
+    assert_close(losses, torch.tensor([[0.75 * 0.25 * math.log(2)]]))  # p = 1/2
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.5])
@@ -105,3 +90,57 @@ def test_fused_form_keeps_one_tensor_of_the_size_of_the_logits(fused) -> None:
         SigmoidFocalLoss()(logits, labels)
     large = [size for size in kept.values() if size >= logits.nbytes]
     assert large == [logits.nbytes]
+
+
+def step(loss: AutomatedFocalLoss, *probabilities: float) -> None:
+    logits = torch.tensor(probabilities).logit()[None, :, None].requires_grad_()
+    loss(logits, torch.zeros(1, len(probabilities), dtype=torch.int64))
+
+
+def test_gamma_is_minus_log_of_the_bias_corrected_running_mean() -> None:
+    loss = AutomatedFocalLoss(momentum=0.75)
+    assert loss.current_gamma() == 2.0  # no positive anchor yet
+    step(loss, 0.1, 0.3)
+    assert_close(loss.current_gamma(), torch.tensor(-math.log(0.2)))  # from the first batch on
+    step(loss, 0.9)
+    # weights 3/16 and 4/16, 7/16 together: (3/16 * 0.2 + 4/16 * 0.9) / (7/16)
+    assert_close(loss.current_gamma(), torch.tensor(-math.log((3 * 0.2 + 4 * 0.9) / 7)))
+    other = AutomatedFocalLoss()
+    other.load_state_dict(loss.state_dict())
+    assert torch.equal(loss.current_gamma(), other.current_gamma())
+    underflown = AutomatedFocalLoss()
+    underflown(torch.full((1, 1, 1), -200.0, requires_grad=True), torch.tensor([[0]]))
+    assert underflown.current_gamma().isfinite()
+
+
+def test_gamma_is_unchanged_by_batches_without_objects_evaluation_and_no_grad() -> None:
+    loss = AutomatedFocalLoss()
+    step(loss, 0.5)
+    gamma = loss.current_gamma()
+    loss(torch.zeros(1, 3, 1, requires_grad=True), torch.full((1, 3), BACKGROUND))
+    assert torch.equal(loss.current_gamma(), gamma)
+    loss.eval()
+    step(loss, 0.9)
+    loss.train()
+    with torch.no_grad():
+        loss(torch.zeros(1, 1, 1), torch.tensor([[0]]))
+    assert torch.equal(loss.current_gamma(), gamma)
+
+
+def test_running_mean_is_over_the_positives_of_all_processes(monkeypatch) -> None:
+    loss = AutomatedFocalLoss()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    # The other process has three positives whose p_t sum to 1.5: (0.1 + 1.5) / 4 = 0.4, not (0.1 + 0.5) / 2.
+    monkeypatch.setattr(dist, "all_reduce", lambda values: values.add_(torch.tensor([1.5, 3.0])))
+    step(loss, 0.1)
+    assert_close(loss.current_gamma(), torch.tensor(-math.log(0.4)))
+
+
+def test_loss_and_gradient_equal_focal_loss_with_the_current_gamma() -> None:
+    logits, labels = random_anchors(3)
+    loss = AutomatedFocalLoss(alpha=0.25)
+    total = loss(logits, labels)
+    expected = SigmoidFocalLoss(0.25, loss.current_gamma().item())(logits, labels)
+    assert_close(total, expected)
+    assert_close(torch.autograd.grad(total, logits), torch.autograd.grad(expected, logits))

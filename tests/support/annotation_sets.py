@@ -1,4 +1,4 @@
-"""Annotation sets and targets made by hand."""
+"""Annotation sets and targets made by hand, and random labels of anchors."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from onestage.data.annotations import require_few_skipped
-from onestage.types import AnnotationSet, Targets
+from onestage.types import BACKGROUND, IGNORE, AnnotationSet, Targets
 
 
 def targets_of(*rows: Sequence[float]) -> Targets:
@@ -62,3 +62,12 @@ def annotation_set(
     if paths is not None:
         fields["image_paths"] = np.array(list(map(str, paths)))
     return hand_written(labels_of_image, boxes, **fields)
+
+
+def random_anchors(num_logits: int, num_classes: int | None = None, dtype: torch.dtype = torch.float32):
+    """Return logits [2, 20, C'] of both signs, and labels [2, 20] of every kind."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 20, num_logits, generator=generator, dtype=dtype) * 3
+    labels = torch.randint(-2, num_classes or num_logits, (2, 20), generator=generator)
+    assert {BACKGROUND, IGNORE, 0} <= set(labels.flatten().tolist())
+    return logits.requires_grad_(), labels
