@@ -27,10 +27,7 @@ def test_points_near_the_centre_match_on_the_level_of_their_farthest_edge() -> N
     wide = targets_of([-40, 20, 100, 44, 0])
     assert points(PointMatcher()(wide, ANCHORS), 0) == {(16, x, 32) for x in (16, 32, 48)}
     assert points(PointMatcher(radius=0.5)(wide, ANCHORS), 0) == {(16, 32, 32)}
-
-
-def test_coarsest_level_has_no_upper_limit() -> None:
-    large = PointMatcher()(targets_of([-300, -300, 330, 330, 0]), ANCHORS)  # centre 15
+    large = PointMatcher()(targets_of([-300, -300, 330, 330, 0]), ANCHORS)  # centre 15; the coarsest has no upper limit
     assert points(large, 0) == {(32, x, y) for x in (0, 32) for y in (0, 32)}
 
 

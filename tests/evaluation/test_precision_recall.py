@@ -20,21 +20,6 @@ def curve(*correct, num_objects, scores=None):
 FOUR = curve(1, 0, 1, 0, num_objects=3)
 
 
-@pytest.mark.parametrize(
-    ("rule", "expected"),
-    [
-        # Recalls 0 to 0.3: precision 1; 0.4 to 0.6: 2/3; 0.7 to 1: not reached.
-        ("VOC07", (4 * 1 + 3 * 2 / 3) / 11),
-        # 1/3 of the recall at precision 1, 1/3 at 2/3.
-        ("VOC10", 1 / 3 + 1 / 3 * 2 / 3),
-        # Recalls 0 to 0.33: 34 points with 1; 0.34 to 0.66: 33 points with 2/3.
-        ("COCO", (34 + 33 * 2 / 3) / 101),
-    ],
-)
-def test_four_detections_give_hand_computed_average_precision(rule, expected):
-    assert average_precision(FOUR, rule) == pytest.approx(expected)
-
-
 def test_precision_at_a_recall_is_read_without_rounding_errors():
     # Three of ten objects: recall 3/10 is reached exactly.
     assert average_precision(curve(1, 1, 1, num_objects=10), "VOC07") == pytest.approx(4 / 11)

@@ -1,21 +1,26 @@
-"""torchvision's ssd300_vgg16 is the second implementation: same weights, same images, same outputs."""
+"""torchvision's SSD300 and SSDLite320 are the second implementation: same weights, same images, same outputs."""
 
+import functools
 from collections import OrderedDict
+from collections.abc import Callable
+from unittest.mock import Mock
 from urllib.error import URLError
 
 import pytest
 import torch
-from faults import fail_with
 from torch import nn
 from torch.testing import assert_close
 from torchvision.models import VGG16_Weights
-from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
+from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16, ssdlite320_mobilenet_v3_large
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert
 
 from onestage.errors import CheckpointError, ConfigError
 from onestage.losses import MinedCrossEntropy, SigmoidFocalLoss
-from onestage.models import SSD300, VGG
+from onestage.models import SSD300, VGG, SSDLite320
 from onestage.models.weights import load_vgg16
+from onestage.reliability.checkpoints import load_fitting_weights
+from onestage.training.module import DetectionModule
 from onestage.types import PADDING, Predictions
 
 
@@ -24,33 +29,57 @@ def ssd300(num_classes: int, **changes) -> SSD300:
 
 
 @pytest.fixture(scope="module")
-def torchvision_model():
-    torch.manual_seed(0)
-    return ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21).eval()
+def published(tmp_path_factory) -> Callable[[type], tuple[nn.Module, str]]:
+    """Return torchvision's counterpart of a class, with 20 classes and random weights, and the file of the weights."""
+    folder = tmp_path_factory.mktemp("weights")
 
+    @functools.cache
+    def make(kind: type) -> tuple[nn.Module, str]:
+        torch.manual_seed(0)
+        build = ssd300_vgg16 if kind is SSD300 else ssdlite320_mobilenet_v3_large
+        model = build(weights=None, weights_backbone=None, num_classes=21).eval()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.01, 0.1)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        path = folder / f"{kind.__name__}.pth"
+        torch.save(model.state_dict(), path)
+        return model, str(path)
 
-@pytest.fixture(scope="module")
-def weights_file(torchvision_model, tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("weights") / "ssd300.pth"
-    torch.save(torchvision_model.state_dict(), path)
-    return str(path)
+    return make
 
 
 def background_last(class_logits):
     return torch.cat([class_logits[..., 1:], class_logits[..., :1]], dim=-1)
 
 
-def test_outputs_equal_torchvision_with_its_weights(torchvision_model, weights_file) -> None:
-    images = torch.randint(0, 256, (1, 3, 300, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    detector = ssd300(20, pretrained=weights_file).eval()
+@pytest.mark.parametrize("kind", [SSD300, SSDLite320])
+def test_outputs_and_anchors_equal_torchvision_with_its_weights(kind, published) -> None:
+    theirs, file = published(kind)
+    detector = kind(20, MinedCrossEntropy(), anchors="coco", pretrained=file).eval()
+    side = detector.image_size
+    images = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        transformed, _ = torchvision_model.transform([image / 255 for image in images])
-        expected = torchvision_model.head(list(torchvision_model.backbone(transformed.tensors).values()))
-        predictions = detector(images)
-    assert expected["cls_logits"].abs().max() > 1  # the comparison is of something
-    tolerance = {"atol": 1e-3, "rtol": 1e-3}  # sums in another order, by instruction set
-    assert_close(predictions.class_logits, background_last(expected["cls_logits"]), **tolerance)
-    assert_close(predictions.box_outputs, expected["bbox_regression"], **tolerance)
+        transformed, _ = theirs.transform([image / 255 for image in images])
+        features = list(theirs.backbone(transformed.tensors).values())
+        expected, predictions = theirs.head(features), detector(images)
+        (anchors,) = theirs.anchor_generator(ImageList(transformed.tensors, [(side, side)]), features)
+    outputs = (predictions.class_logits, background_last(expected["cls_logits"]))
+    for ours, of_torchvision in (outputs, (predictions.box_outputs, expected["bbox_regression"])):
+        scale = of_torchvision.std()
+        assert scale > 0.01  # the comparison is of something
+        assert_close(ours / scale, of_torchvision / scale, atol=1e-3, rtol=1e-3)  # sums in another order
+    assert_close(box_convert(predictions.anchors.boxes, "cxcywh", "xyxy"), anchors, atol=1e-3, rtol=0)
+
+
+def test_published_weights_start_a_run_of_other_classes(published, caplog) -> None:
+    module = DetectionModule(SSDLite320(3))
+    with caplog.at_level("INFO"):
+        load_fitting_weights(module, published(SSDLite320)[1], ["a", "b", "c"])
+    fresh = {name for name, _ in module.detector.named_parameters() if f"detector.{name}: " in caplog.text}
+    assert fresh == {f"class_head.levels.{level}.1.{part}" for level in range(6) for part in ("weight", "bias")}
 
 
 def test_coco_weights_of_91_columns_give_the_80_labels_in_order_of_their_ids(tmp_path) -> None:
@@ -76,9 +105,9 @@ def test_coco_weights_of_91_columns_give_the_80_labels_in_order_of_their_ids(tmp
         ({"backbone": VGG(widths=(2, 2, 2, 2, 2), fc_width=4, batch_norm=True)}, "pretrained: .* detector must be"),
     ],
 )
-def test_pretrained_needs_the_same_classes_loss_anchors_and_backbone(changes, message, weights_file) -> None:
+def test_pretrained_needs_the_same_classes_loss_anchors_and_backbone(changes, message, published) -> None:
     with torch.device("meta"), pytest.raises(ConfigError, match=message):
-        ssd300(**({"num_classes": 20, "pretrained": weights_file} | changes))
+        ssd300(**({"num_classes": 20, "pretrained": published(SSD300)[1]} | changes))
 
 
 @pytest.mark.parametrize("key", ["pretrained", "backbone_weights"])
@@ -107,7 +136,7 @@ def test_unusable_weight_files_give_one_message_with_a_remedy(content, key, tmp_
 def test_unreachable_weights_name_the_choices(key, monkeypatch) -> None:
     value = "IMAGENET1K_FEATURES" if key == "backbone_weights" else "torchvision_coco"
     for weights in (VGG16_Weights, SSD300_VGG16_Weights):
-        monkeypatch.setattr(weights, "get_state_dict", fail_with(URLError("no network")))
+        monkeypatch.setattr(weights, "get_state_dict", Mock(side_effect=URLError("no network")))
     with torch.device("meta"), pytest.raises(CheckpointError, match="no network") as error:
         ssd300(80, **{key: value})
     assert all(choice in str(error.value) for choice in (value, "path", "null", "checkpoints by hand"))
