@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from onestage.boxes.coders import DeltaBoxCoder
-from onestage.losses import CIoULoss, DIoULoss, GIoULoss, L1Loss, SmoothL1Loss
+from onestage.boxes.coders import DeltaBoxCoder, GridBoxCoder
+from onestage.losses import CIoULoss, DIoULoss, GIoULoss, GridBoxLoss, L1Loss, SmoothL1Loss, SquaredGridBoxLoss
 from onestage.types import Anchors
 
 ANCHOR_0_ALONE = torch.tensor([[True, False]])
@@ -69,3 +69,18 @@ def test_no_positives_and_empty_boxes_give_zero_loss_and_gradient() -> None:
     loss.backward()
     assert loss == 0
     assert (box_outputs.grad == 0).all()
+
+
+CELLS = Anchors(torch.tensor([[16.0, 16.0, 10.0, 20.0]] * 2), torch.tensor([32.0] * 2), (2,))
+
+
+def test_grid_box_losses_equal_hand_computed_values_and_skip_other_anchors() -> None:
+    gt_boxes = torch.tensor([[[3.0, 6.0, 13.0, 26.0], [0.0, 0.0, 0.0, 0.0]]])  # centre (8, 16): sigmoids 1/4, 1/2
+    outputs = torch.tensor([[[0.0, 0.0, 0.2, -0.4], [5.0, 5.0, 5.0, 5.0]]], requires_grad=True)
+    sizes = (0.2**2 + 0.4**2) / 2
+    found = GridBoxLoss().per_anchor_loss(outputs, gt_boxes, CELLS, GridBoxCoder(), ANCHOR_0_ALONE)
+    assert_close(found, torch.tensor([[2 * math.log(2) + sizes, 0.0]]))
+    found = SquaredGridBoxLoss()(outputs, gt_boxes, CELLS, GridBoxCoder(), ANCHOR_0_ALONE)
+    assert_close(found, torch.tensor(0.25**2 / 2 + sizes))
+    found.backward()
+    assert (outputs.grad[0, 1] == 0).all()
