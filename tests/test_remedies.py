@@ -197,7 +197,7 @@ LINES = [
 
 @pytest.mark.parametrize(("page", "line"), LINES)
 def test_every_command_line_of_a_page_is_accepted_by_its_parser(page, line, tmp_path, monkeypatch):
-    """Configuration files that another command writes are replaced; tests/test_readme.py runs what is short."""
+    """Configuration files that another command writes are replaced; tests/test_docs.py runs what is short."""
     monkeypatch.chdir(tmp_path)
     Path("anchors.yaml").write_text("trainer: {max_epochs: 1}\n")
     words = shlex.split(line, comments=True)
@@ -207,7 +207,7 @@ def test_every_command_line_of_a_page_is_accepted_by_its_parser(page, line, tmp_
         command_parser(command, function_of(COMMANDS[command][0])).parse_args(options)
         return
     if {"--print_config"} & {*options} or any(option.endswith(".help") for option in options):
-        return  # they end in the parser; tests/test_readme.py runs them
+        return  # they end in the parser; tests/test_docs.py runs them
     if "--ckpt_path" in options:  # its configuration comes from the checkpoint
         place = options.index("--ckpt_path")
         options[place : place + 2] = ["--config", "shapes_ssd"]
