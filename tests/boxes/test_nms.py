@@ -1,10 +1,7 @@
-"""Selection by hand and by level; models/test_weights.py compares it with torchvision's."""
-
-from itertools import pairwise
+"""Selection by hand; models/test_weights.py and, by level, test_pyramids.py compare it with torchvision's."""
 
 import torch
-from torch.testing import assert_close
-from torchvision.ops import batched_nms, box_convert
+from torchvision.ops import box_convert
 
 import onestage.boxes.nms
 from onestage.boxes.nms import Selection, select_detections
@@ -58,18 +55,3 @@ def test_box_that_is_not_a_number_changes_no_other_image_and_nothing_else_of_its
     boxes[1, 7, 2] = torch.nan
     for found, wanted in zip(select(boxes, scores), expected, strict=True):
         assert torch.equal(found, wanted)
-
-
-def test_selection_by_level_equals_a_loop_over_levels() -> None:
-    boxes, scores = random_candidates(600, 4, 2.0)
-    changes = {"candidates_per_class": None, "candidates_per_level": 100, "max_detections": 50}
-    found = select(boxes, scores, (400, 150, 50), **changes)
-    for image in range(2):
-        starts, pairs = (0, 400, 550, 600), []
-        for start, end in pairwise(starts):
-            pairs.append(scores[image, start:end].flatten().topk(100).indices + start * 4)
-        best = scores[image].flatten()[torch.cat(pairs)]
-        anchors, labels = torch.cat(pairs) // 4, torch.cat(pairs) % 4
-        kept = batched_nms(boxes[image, anchors].double(), best, labels, 0.45)[:50]
-        assert found.labels[image].tolist() == labels[kept].tolist()
-        assert_close(found.boxes[image], boxes[image, anchors[kept]])
