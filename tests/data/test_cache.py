@@ -2,12 +2,12 @@
 
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from faults import fail_with
 from image_sets import image_set, smooth
 
 from onestage.data import cache
@@ -97,7 +97,7 @@ def test_disk_that_becomes_full_does_not_change_or_stop_the_training(annotations
     (copy,) = copies(folder)
     copy.unlink()
     reader = open_images("disk", annotations, 30)
-    monkeypatch.setattr(os, "replace", fail_with(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
     assert np.array_equal(reader(0).pixels, expected)
     assert copies(folder) == []
     assert "No space left on device" in caplog.text

@@ -1,7 +1,5 @@
 """Samples of an annotation set, and their collation."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from image_sets import image_set, noise
@@ -9,29 +7,14 @@ from image_sets import image_set, noise
 from onestage.data.dataset import DetectionDataset, Sample, collate
 from onestage.data.resize import Placement, Stretch
 from onestage.data.transforms import SeededTransform
-from onestage.types import IGNORE, PADDING, AnnotationSet
-
-STRETCH = Stretch(32)
-SIZES = [(40, 60), (50, 50), (30, 90)]  # (height, width)
+from onestage.types import IGNORE, PADDING
 
 
-@pytest.fixture
-def annotations(tmp_path: Path) -> AnnotationSet:
-    """Three images: two objects and a crowd, none, and a difficult one beside a plain one."""
-    boxes = [[[0, 0, 30, 20], [30, 20, 60, 40], [10, 10, 50, 30]], [], [[9, 3, 18, 6], [45, 0, 90, 30]]]
-    pixels = [noise(height, width, number) for number, (height, width) in enumerate(SIZES)]
-    annotations = image_set(tmp_path, pixels, boxes, [[1, 0, 1], [], [2, 0]])
+def test_sample_has_boxes_in_network_pixels_and_crowds_ignored(tmp_path) -> None:
+    boxes = [[[0, 0, 30, 20], [30, 20, 60, 40], [10, 10, 50, 30]]]
+    annotations = image_set(tmp_path, [noise(40, 60)], boxes, [[1, 0, 1]])
     annotations.is_crowd[2] = True
-    annotations.is_difficult[3] = True
-    return annotations
-
-
-def evaluation(annotations: AnnotationSet, **settings: bool) -> DetectionDataset:
-    return DetectionDataset(annotations, SeededTransform([], STRETCH), **settings)
-
-
-def test_sample_has_boxes_in_network_pixels_and_crowds_ignored(annotations) -> None:
-    sample = evaluation(annotations)[0]
+    sample = DetectionDataset(annotations, SeededTransform([], Stretch(32)))[0]
     assert (sample.image.shape, sample.image.dtype) == ((3, 32, 32), torch.uint8)
     # 60 x 40 -> 32 x 32: x by 8/15, y by 4/5
     expected = torch.tensor([[0, 0, 16, 16], [16, 16, 32, 32], [16 / 3, 8, 80 / 3, 24]])

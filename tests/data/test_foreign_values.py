@@ -10,7 +10,7 @@ from layout_files import coco_folder, coco_with_a_sub_folder, voc_folder, yolo_i
 from onestage.data import COCO, VOC, YOLO, DetectionDataModule, ImageFolder
 from onestage.data.layouts import recognise
 from onestage.errors import AnnotationError
-from onestage.files import as_path, find_below, find_files, foreign_parts, to_flag, to_number
+from onestage.files import as_path, find_below, find_files, foreign_parts, to_number
 
 
 @pytest.mark.parametrize(
@@ -24,18 +24,6 @@ from onestage.files import as_path, find_below, find_files, foreign_parts, to_fl
 )  # fmt: skip
 def test_number_is_read_or_is_none(value, number) -> None:
     assert to_number(value) == pytest.approx(number, nan_ok=True)
-
-
-@pytest.mark.parametrize(
-    ("value", "flag"),
-    [
-        (1, True), (True, True), ("1", True), (" 1 ", True), ("true", True), ("True", True), ("yes", True), (1.0, True),
-        (0, False), (False, False), ("0", False), ("", False), (None, False), ("false", False), (2, False),
-        ("Unspecified", False), ([1], False),
-    ],
-)  # fmt: skip
-def test_flag_is_set_by_1_and_true(value, flag) -> None:
-    assert to_flag(value) is flag
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,31 @@ from pathlib import Path
 import albumentations as A
 import numpy as np
 import pytest
-from draws import FixedDraws
 from image_sets import image_set, noise, smooth
 
-from onestage.data.augmentation import SSDAugmentation
+from onestage.data.augmentation import SSDAugmentation, SSDZoomOut
 from onestage.data.dataset import DetectionDataset
-from onestage.data.resize import Letterbox, Stretch
-from onestage.data.transforms import Picture, SeededTransform, mixup, mosaic, ssd_transforms
+from onestage.data.resize import MEAN_RGB, Letterbox, Stretch
+from onestage.data.transforms import Picture, ScaleJitter, SeededTransform, mixup, mosaic, ssd_transforms
 from onestage.errors import ConfigError
 from onestage.types import IGNORE, AnnotationSet
 
 BOXES = np.array([[5, 5, 60, 80], [50, 40, 190, 140], [150, 10, 170, 30]], np.float32)
 SIDE = 80
+
+
+class FixedDraws:
+    """Stands in for numpy's generator: hands out the given numbers."""
+
+    def __init__(self, *draws: float) -> None:
+        self.draws = list(draws)
+
+    def random(self, size: int) -> np.ndarray:
+        taken, self.draws = self.draws[:size], self.draws[size:]
+        return np.array(taken)
+
+    def beta(self, a: float, b: float) -> float:
+        return self.draws.pop(0)
 
 
 def test_result_is_a_function_of_every_part_of_the_key_alone() -> None:
@@ -49,8 +62,6 @@ def test_alone_and_among_others_the_recipe_gives_the_same() -> None:
 
 
 NAN = float("nan")
-
-
 CROP = A.Crop(x_min=40, y_min=40, x_max=100, y_max=100)
 
 
@@ -104,6 +115,32 @@ def test_default_augmentation_keeps_the_aspect_ratio_under_a_letterbox() -> None
     result = transform(noise(20, 100), np.array([[0, 0, 30, 20]], np.float32), (0, 0, 0))
     # 100 x 20 becomes 50 x 10, 20 px below the upper edge; the mirrored box is x 70..100
     assert result.boxes == pytest.approx(np.array([[35, 20, 50, 30]]), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("transform", "draws", "given", "box"),
+    [
+        # ratio 1 + 3 / 3 = 2: a canvas of 200 x 400, the image half of the 200 free columns and 1/4 of the rows in
+        (SSDZoomOut(p=1.0), (1 / 3, 0.5, 0.25), [[10, 20, 30, 60]], [110, 45, 130, 85]),
+        # 0.5 + 0 * 1.5 = a half: the same canvas
+        (ScaleJitter(scale=(0.5, 2.0)), (0.0, 0.5, 0.25), [[10, 20, 30, 60]], [110, 45, 130, 85]),
+        # 0.5 + 1 * 1.5 = twice: 50 x 100 of the image from column 0.5 * 100 and row 0; the box is cut at column 50
+        (
+            ScaleJitter(scale=(0.5, 2.0)), (1.0, 0.5, 0.0),
+            [[40, 10, 80, 20], [0, 0, 20, 20], [20, 10, 60, 20]], [0, 10, 30, 20],
+        ),
+    ],
+)  # fmt: skip
+def test_zoom_out_and_jitter_with_fixed_draws_are_hand_computed(transform, draws, given, box, monkeypatch) -> None:
+    window, image = transform.draw(FixedDraws(*draws), (100, 200), np.zeros((0, 4))), noise(100, 200)
+    monkeypatch.setattr(transform, "draw", lambda *_: window)
+    params = A.BboxParams(format="pascal_voc", label_fields=["rows"])
+    result = A.Compose([transform], params)(image=image, bboxes=np.array(given), rows=[*range(len(given))])
+    canvas = np.full((200, 400, 3), MEAN_RGB)
+    canvas[25:125, 100:300] = image
+    assert np.array_equal(result["image"], canvas if len(given) == 1 else image[:50, 50:150])
+    assert result["bboxes"] == pytest.approx(np.array([box]), abs=1e-4)
+    assert [int(row) for row in result["rows"]] == [0]  # of the others the centre is outside
 
 
 def picture(height: int, width: int, level: int, boxes: list, first_row: int) -> Picture:

@@ -54,9 +54,9 @@ def test_one_based_inclusive_pixels_become_edges(tmp_path) -> None:
 
 
 def test_difficult_and_size_may_be_missing_or_empty(tmp_path) -> None:
-    flags = ["", "<difficult/>", "<difficult>0</difficult>", "<difficult> 1 </difficult>"]
+    flags = ["", *(f"<difficult>{text}</difficult>" for text in ("", "0", "Unspecified", " 1 ", "yes"))]
     write(tmp_path, {"a": xml(*(obj(extra=flag) for flag in flags))})
-    assert parse_voc(tmp_path, ["train"]).is_difficult.tolist() == [False, False, False, True]
+    assert parse_voc(tmp_path, ["train"]).is_difficult.tolist() == [False] * 4 + [True] * 2
 
 
 def test_decimals_spaces_any_order_of_tags_and_parts_of_a_person_are_read(tmp_path) -> None:
