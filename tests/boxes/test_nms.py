@@ -30,18 +30,16 @@ def test_equal_scores_are_ordered_by_label_then_anchor() -> None:
     assert found.boxes[0, :, 0].tolist() == [0, 20, 40, 0]
 
 
-def random_candidates(num_anchors: int, num_classes: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(num_anchors + num_classes)
-    centres = torch.rand(2, num_anchors, 2, generator=generator) * 300
-    sizes = torch.rand(2, num_anchors, 2, generator=generator) * 80 + 20
-    boxes = box_convert(torch.cat([centres, sizes], dim=-1), "cxcywh", "xyxy").clamp(0, 300)
-    # float64, so that no two scores are equal: torchvision's order of ties is random
-    logits = torch.randn(2, num_anchors, num_classes + 1, generator=generator, dtype=torch.float64) * spread
-    return boxes, logits.softmax(dim=-1)[..., 1:]
+def random_candidates() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images with 500 anchors and 5 classes."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.cat([torch.rand(2, 500, 2, generator=generator) * n + m for n, m in ((300, 0), (80, 20))], dim=-1)
+    logits = torch.randn(2, 500, 6, generator=generator) * 2
+    return box_convert(boxes, "cxcywh", "xyxy").clamp(0, 300), logits.softmax(dim=-1)[..., 1:]
 
 
 def test_suppressing_all_images_in_one_call_changes_nothing(monkeypatch) -> None:
-    boxes, scores = random_candidates(500, 5, 2.0)
+    boxes, scores = random_candidates()
     expected = select(boxes, scores)
     monkeypatch.setattr(onestage.boxes.nms, "IMAGES_PER_CALL", {})  # as on a GPU
     for found, wanted in zip(select(boxes, scores), expected, strict=True):
@@ -49,7 +47,7 @@ def test_suppressing_all_images_in_one_call_changes_nothing(monkeypatch) -> None
 
 
 def test_box_that_is_not_a_number_changes_no_other_image_and_nothing_else_of_its_own() -> None:
-    boxes, scores = random_candidates(500, 5, 2.0)
+    boxes, scores = random_candidates()
     scores[1, 7] = 0.0  # not among the candidates
     expected = select(boxes, scores)
     boxes[1, 7, 2] = torch.nan

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from annotation_sets import hand_written
-from tiny_training import TinyData
+from tiny_training import CONSTANT, TinyData, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
 from onestage.reliability.non_finite import NonFiniteGuard
 from onestage.training.module import DetectionModule
-from onestage.training.optimization import WarmupSchedule
 from onestage.training.trainer import DetectionTrainer
 from onestage.types import Detector, Losses, Predictions
 
@@ -86,12 +85,10 @@ def train(
     module = DetectionModule(
         detector or FaultyDetector(faults),
         optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01, fused=is_fused),
-        schedule=WarmupSchedule(kind="constant", warmup_steps=0),
+        schedule=CONSTANT,
     )
-    defaults = {"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_checkpointing": False}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
-    all_settings = {**defaults, **quiet, "max_steps": num_steps, "default_root_dir": folder, **settings}
-    trainer = DetectionTrainer(callbacks=[guard or NonFiniteGuard(), *callbacks], **all_settings)
+    callbacks = (guard or NonFiniteGuard(), *callbacks)
+    trainer = quiet_trainer(DetectionTrainer, folder, callbacks=[*callbacks], max_steps=num_steps, **settings)
     trainer.fit(module, datamodule=SharedData(NUM_IMAGES, BATCH_SIZE))
     return module
 

@@ -10,8 +10,10 @@ from torch.utils.data import DataLoader
 from onestage.models.heads import ExtraLayer
 from onestage.models.ssd import SSD, ssd_levels
 from onestage.models.vgg import VGG
+from onestage.training.optimization import WarmupSchedule
 from onestage.types import Batch, Targets
 
+CONSTANT = WarmupSchedule(kind="constant", warmup_steps=0)
 LEVELS = ssd_levels((8, 16, 32), (12, 20, 36, 56))
 
 

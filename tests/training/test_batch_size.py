@@ -1,48 +1,44 @@
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from faults import fail_with
-from tiny_training import CrowdedData, TinyDetectorWithBatchNorm, quiet_trainer
+from tiny_training import CONSTANT, CrowdedData, TinyDetectorWithBatchNorm, quiet_trainer
 
 from onestage.errors import ConfigError
 from onestage.training import measurement
 from onestage.training.measurement import GIB, AutoBatch, free_bytes, largest_batch, step_bytes
 from onestage.training.module import DetectionModule
-from onestage.training.optimization import WarmupSchedule
 from onestage.training.trainer import DetectionTrainer
 
 
-def memory(constant, per_image, fails_at=10**9):
+def memory(constant, per_image):
     calls = []
 
     def peak_bytes(images):
         calls.append(images)
-        return None if images >= fails_at else constant + per_image * images
+        return constant + per_image * images
 
     return peak_bytes, calls
 
 
+def test_search_doubles_up_to_the_limit():
+    peak_bytes, calls = memory(constant=100, per_image=10)
+    # (1000 - 100) / 10 = 90 images fit; as a multiple of eight 88. 128 is beyond the line and is not tried.
+    assert largest_batch(peak_bytes, limit=1000, max_batch_size=10_000) == 88
+    assert calls == [1, 2, 4, 8, 16, 32, 64, 88]
+
+
 @pytest.mark.parametrize(
-    ("constant", "per_image", "fails_at", "limit", "steps", "expected"),
+    ("peak_bytes", "expected"),
     [
-        # (1000 - 100) / 10 = 90 images fit; as a multiple of eight 88. 128 is beyond the line and is not tried.
-        (100, 10, 10**9, 1000, [1, 2, 4, 8, 16, 32, 64, 88], 88),
-        (0, 1, 21, 10**6, [1, 2, 4, 8, 16, 32, 24], 16),  # out of memory far below the line ends the ascent
+        (lambda images: images if images < 21 else None, 16),  # out of memory far below the line ends the ascent
+        (lambda images: 100 + 10 * images + 200 * (images > 70), 64),  # a workspace for large batches: 88 and 72 fail
     ],
 )
-def test_search_doubles_up_to_the_limit(constant, per_image, fails_at, limit, steps, expected):
-    peak_bytes, calls = memory(constant, per_image, fails_at)
-    assert largest_batch(peak_bytes, limit, max_batch_size=10_000) == expected
-    assert calls == steps
-
-
-def test_search_steps_back_from_nonlinear_memory():
-    def peak_bytes(images):
-        return 100 + 10 * images + (200 if images > 70 else 0)  # an algorithm with a workspace for large batches
-
-    assert largest_batch(peak_bytes, limit=1000, max_batch_size=10_000) == 64  # 88 and 72 fail
+def test_search_steps_back_from_failures_and_nonlinear_memory(peak_bytes, expected):
+    assert largest_batch(peak_bytes, limit=1000, max_batch_size=10_000) == expected
 
 
 @pytest.mark.parametrize(
@@ -68,8 +64,7 @@ class RecordingDetector(TinyDetectorWithBatchNorm):
 
 def module_with(optimizer=torch.optim.SGD):
     torch.manual_seed(0)
-    schedule = WarmupSchedule(kind="constant", warmup_steps=0)
-    return DetectionModule(RecordingDetector(num_classes=2), lambda groups: optimizer(groups, lr=0.01), schedule)
+    return DetectionModule(RecordingDetector(num_classes=2), lambda groups: optimizer(groups, lr=0.01), CONSTANT)
 
 
 @pytest.fixture(autouse=True)
@@ -103,9 +98,9 @@ def test_out_of_memory_is_a_result_and_other_errors_are_not(tmp_path, monkeypatc
     module = module_with()
     trainer = quiet_trainer(DetectionTrainer, tmp_path)
     module.trainer = SimpleNamespace(datamodule=CrowdedData(num_images=2, batch_size=1))
-    monkeypatch.setattr(measurement, "blank_batch", fail_with(error))
+    monkeypatch.setattr(measurement, "blank_batch", Mock(side_effect=error))
     assert step_bytes(trainer, module, 2) is None
-    monkeypatch.setattr(measurement, "blank_batch", fail_with(RuntimeError("a bug")))
+    monkeypatch.setattr(measurement, "blank_batch", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         step_bytes(trainer, module, 2)
 

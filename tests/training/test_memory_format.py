@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -32,17 +33,12 @@ def trainer(tmp_path: Path) -> DetectionTrainer:
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], list[torch.Size]]:
-    """Set the seconds of a step with channels_last and without; return the shapes of the timed batches."""
-    shapes: list[torch.Size] = []
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], Mock]:
+    """Set the seconds of a step with channels_last and without; return what is called instead of a measurement."""
 
-    def install(with_it: float, without: float) -> list[torch.Size]:
-        def given(detector: object, batch: tuple[torch.Tensor, object], trainer: object) -> dict[bool, float]:
-            shapes.append(batch[0].shape)
-            return {True: with_it, False: without}
-
-        monkeypatch.setattr(measurement, "time_formats", given)
-        return shapes
+    def install(with_it: float, without: float) -> Mock:
+        monkeypatch.setattr(measurement, "time_formats", Mock(return_value={True: with_it, False: without}))
+        return measurement.time_formats
 
     return install
 
@@ -54,11 +50,11 @@ def test_rule_follows_device_and_precision():
 
 @pytest.mark.parametrize(("device", "world_size", "answer"), [("cuda", 1, True), ("mps", 1, False), ("cpu", 2, False)])
 def test_gpu_and_several_processes_follow_the_rule_untimed(timed, device, world_size, answer):
-    shapes = timed(1.0, 2.0)
+    measured = timed(1.0, 2.0)
     strategy = SimpleNamespace(root_device=torch.device(device))
     trainer = SimpleNamespace(strategy=strategy, precision="32-true", world_size=world_size)
     assert resolve_memory_format(TinyDetector(2), DATA, trainer) is answer
-    assert shapes == []
+    measured.assert_not_called()
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.96, True), (0.98, False), (1.0, False), (1.2, False)])
@@ -68,12 +64,12 @@ def test_channels_last_must_gain_more_than_3_percent(timed, trainer, seconds, ex
 
 
 def test_answer_is_remembered_for_its_detector_batch_and_precision(timed, trainer, cache, caplog):
-    shapes = timed(1.0, 2.0)
+    measured = timed(1.0, 2.0)
     with caplog.at_level("INFO"):
         assert resolve_memory_format(TinyDetector(2), DATA, trainer)
         timed(2.0, 1.0)
         assert resolve_memory_format(TinyDetector(2), DATA, trainer)
-    assert shapes == [(4, 3, 64, 64)]
+    assert [call.args[1][0].shape for call in measured.call_args_list] == [(4, 3, 64, 64)]
     first, second = caplog.messages
     assert first.startswith("channels_last: true (a step of 4 x 64 x 64 px takes 1 s with it, 2 s without)")
     assert second.startswith(f"channels_last: true (remembered in {cache})")

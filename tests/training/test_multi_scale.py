@@ -1,5 +1,3 @@
-from typing import ClassVar
-
 import pytest
 import torch
 from tiny_training import TinyData, TinyDetector, quiet_trainer, tiny_batch
@@ -8,7 +6,6 @@ from onestage.errors import ConfigError
 from onestage.models import Darknet53, YOLOv3
 from onestage.training.module import DetectionModule
 from onestage.training.multi_scale import MultiScale
-from onestage.training.optimization import WarmupSchedule
 from onestage.training.trainer import DetectionTrainer
 
 SIZES = MultiScale([32, 64], every_n_steps=2)
@@ -16,29 +13,6 @@ SIZES = MultiScale([32, 64], every_n_steps=2)
 
 class SeededData(TinyData):
     seed = 5
-
-
-class Recorder(YOLOv3):
-    """A tiny YOLO that notes the size of its images."""
-
-    sides: ClassVar[list[int]] = []
-
-    def forward(self, images):
-        self.sides.append(images.shape[-1])
-        return super().forward(images)
-
-
-def train(folder, max_epochs: int, checkpoint=None) -> dict[str, torch.Tensor]:
-    """Two steps an epoch."""
-    torch.manual_seed(0)
-    detector = Recorder(2, backbone=Darknet53(2, (1, 1, 1, 1, 1)))
-    schedule = WarmupSchedule(warmup_steps=0, kind="constant")
-    optimizer = lambda groups: torch.optim.SGD(groups, lr=1e-3, momentum=0.9)  # noqa: E731
-    module = DetectionModule(detector, optimizer, schedule, multi_scale=MultiScale([32, 64], every_n_steps=1))
-    trainer = quiet_trainer(DetectionTrainer, folder, max_epochs=max_epochs, precision="32-true")
-    trainer.fit(module, datamodule=SeededData(num_images=4, batch_size=2), ckpt_path=checkpoint)
-    trainer.save_checkpoint(folder / "last.ckpt")
-    return module.state_dict()
 
 
 def test_size_is_a_function_of_seed_and_step_and_changes_every_few_steps() -> None:
@@ -62,18 +36,20 @@ def test_images_boxes_and_placements_shrink_together() -> None:
     assert MultiScale([32]).canvas_at(32, (48, 64)) == (24, 32)
 
 
-def test_stopped_run_continues_with_the_same_sizes_and_ends_with_the_same_weights(tmp_path) -> None:
-    Recorder.sides.clear()
-    whole = train(tmp_path, max_epochs=4)
-    expected = [MultiScale([32, 64], 1).size_at(step, seed=5) for step in range(8)]
-    assert Recorder.sides == expected
-    assert len(set(expected)) == 2
-    Recorder.sides.clear()
-    train(tmp_path, max_epochs=2)
-    resumed = train(tmp_path, max_epochs=4, checkpoint=tmp_path / "last.ckpt")
-    assert Recorder.sides == expected
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    assert int(resumed["detector.images_seen"]) == 16
+def test_every_step_of_a_training_has_its_size(tmp_path) -> None:
+    """Also after a stop: reliability/test_exact_resume.py."""
+    sides = []
+
+    class Recorder(YOLOv3):
+        def forward(self, images):
+            sides.append(images.shape[-1])
+            return super().forward(images)
+
+    scales = MultiScale([32, 64], every_n_steps=1)
+    module = DetectionModule(Recorder(2, backbone=Darknet53(2, (1, 1, 1, 1, 1))), multi_scale=scales)
+    quiet_trainer(DetectionTrainer, tmp_path, max_steps=8).fit(module, datamodule=SeededData(4, 2))
+    assert sides == [scales.size_at(step, seed=5) for step in range(8)]
+    assert set(sides) == {32, 64}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_training import TinyData, TinyDetector, TinyDetectorWithBatchNorm, quiet_trainer, tiny_batch
+from tiny_training import CONSTANT, TinyData, TinyDetector, TinyDetectorWithBatchNorm, quiet_trainer, tiny_batch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -90,11 +90,13 @@ class OneCycle(DetectionModule):
 
 
 @pytest.mark.parametrize(("kind", "rate"), [(DetectionModule, 0.02), (DetectionModule, 0.05), (OneCycle, 0.02)])
-def test_resumed_run_has_hyperparameters_of_its_configuration(tmp_path, kind, rate):
+def test_resumed_run_has_hyperparameters_of_its_configuration(tmp_path, monkeypatch, kind, rate):
     def module(rate):
-        optimizer = partial(torch.optim.SGD, lr=rate, momentum=0.9, weight_decay=0.1)
+        optimizer = partial(torch.optim.SGD, lr=rate, momentum=0.9, weight_decay=5 * rate)
         return kind(TinyDetector(num_classes=2), optimizer, WarmupSchedule(kind="constant", warmup_steps=7))
 
+    messages = []
+    monkeypatch.setattr("onestage.training.optimization.rank_zero_info", messages.append)
     stopped, resumed, seen = module(0.02), module(rate), []
     trainer = quiet_trainer(DetectionTrainer, tmp_path, max_epochs=1)
     trainer.fit(stopped, datamodule=TinyData(num_images=6, batch_size=2))
@@ -104,10 +106,13 @@ def test_resumed_run_has_hyperparameters_of_its_configuration(tmp_path, kind, ra
     other.fit(resumed, datamodule=TinyData(num_images=6, batch_size=2), ckpt_path=tmp_path / "stopped.ckpt")
     before = hyperparameters(stopped.trainer.optimizers[0])
     if rate == 0.02:
-        assert seen[0] == before
+        assert (seen[0], messages) == (before, [])
     else:  # step 3 of the same warm-up, from the new rate
         assert seen[0][0]["lr"] == pytest.approx(before[0]["lr"] * rate / 0.02)
-        assert seen[0][0]["momentum"] == 0.9
+        assert [group["weight_decay"] for group in seen[0]] == [0.25, 0.0]
+        assert resumed.lr_schedulers().base_lrs == [0.05, 0.05]
+        assert "takes these values of the configuration: lr 0.02 -> 0.05, lr at step 3 " in messages[0]
+        assert messages[0].endswith(", weight_decay 0.1 -> 0.25")
     assert before[0]["lr"] != 0.02
 
 
@@ -127,22 +132,11 @@ def test_accumulated_batches_with_equal_positives_equal_one_large_batch(tmp_path
     torch.testing.assert_close(parts, one, rtol=1e-4, atol=1e-6)
 
 
-class GivenBatches(TinyData):
-    def __init__(self, batches) -> None:
-        super().__init__(num_images=sum(map(len, batches)), batch_size=len(batches[0]))
-        self.batches = batches
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader([tiny_batch(indices) for indices in self.batches], batch_size=None)
-
-
 def trained_weights(folder, batches, accumulated):
     torch.manual_seed(0)
-    schedule = WarmupSchedule(kind="constant", warmup_steps=0)
-    module = DetectionModule(TinyDetector(2), partial(torch.optim.SGD, lr=0.01), schedule)
-    settings = {"max_epochs": 1, "precision": "32-true", "accumulate_grad_batches": accumulated}
-    trainer = quiet_trainer(DetectionTrainer, folder, **settings)
-    trainer.fit(module, datamodule=GivenBatches(batches))
+    module = DetectionModule(TinyDetector(2), partial(torch.optim.SGD, lr=0.01), CONSTANT)
+    trainer = quiet_trainer(DetectionTrainer, folder, max_epochs=1, accumulate_grad_batches=accumulated)
+    trainer.fit(module, train_dataloaders=DataLoader([tiny_batch(indices) for indices in batches], batch_size=None))
     assert trainer.global_step == len(batches) // accumulated
     return module.state_dict()
 

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from tiny_training import TinyData, TinyDetector, quiet_trainer
+from tiny_training import CONSTANT, TinyData, TinyDetector, quiet_trainer
 
 from onestage.errors import ConfigError
 from onestage.training.ema import ExponentialMovingAverage
 from onestage.training.module import DetectionModule
-from onestage.training.optimization import WarmupSchedule, scaler_of
+from onestage.training.optimization import scaler_of
 from onestage.training.trainer import DetectionTrainer, check_processes, choose_precision
 
 OPTIMIZERS = {
@@ -41,8 +41,7 @@ RUNS = [
 
 def fit(folder, *, optimizer="SGD", precision="32-true", channels_last=True, clip=None, decay=None, batches=1):
     torch.manual_seed(0)
-    schedule = WarmupSchedule(kind="constant", warmup_steps=0)
-    module = DetectionModule(TinyDetector(2), OPTIMIZERS[optimizer], schedule, channels_last=channels_last)
+    module = DetectionModule(TinyDetector(2), OPTIMIZERS[optimizer], CONSTANT, channels_last=channels_last)
     before = [parameter.detach().clone() for parameter in module.parameters()]
     settings = {"gradient_clip_val": 0.1, "gradient_clip_algorithm": clip} if clip else {}
     settings |= {"precision": precision, "accumulate_grad_batches": batches, "max_steps": 4}

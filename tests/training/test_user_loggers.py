@@ -3,10 +3,10 @@
 import json
 import logging
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from faults import fail_with
 from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, WandbLogger
 from PIL import Image
 
@@ -95,7 +95,7 @@ def test_what_the_user_has_set_stays(folder, monkeypatch):
 )
 def test_logger_that_cannot_start_is_one_message_with_a_remedy(folder, kind, error, message):
     with pytest.raises(ConfigError, match=message):
-        start_loggers([SimpleNamespace(class_path=LOGGERS + kind, init_args={})], folder, fail_with(error))
+        start_loggers([SimpleNamespace(class_path=LOGGERS + kind, init_args={})], folder, Mock(side_effect=error))
 
 
 def test_logger_that_would_write_over_the_run_is_refused(folder):
