@@ -58,3 +58,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, fast_options: list[str]) -
             assert run("fit", *fast_options, "--runs_dir", str(shared / "runs")) == 0
             (shared / "trained").touch()
     return folder
+
+
+@pytest.fixture(scope="session")
+def best(trained: Path) -> Path:
+    """The best checkpoint of that run."""
+    return trained / "checkpoints" / "best.ckpt"

@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from command_line import REPOSITORY, run
+from command_line import REPOSITORY, run, run_on
 from PIL import Image
-from tiny_training import TinyDetector
+from tiny_training import TinyDetector, quiet_trainer
 
 import onestage
 from onestage.data import COCO, Letterbox, Shapes, Stretch, from_datasets
@@ -21,13 +21,12 @@ from onestage.deploy.predictor import to_rgb
 from onestage.errors import CheckpointError, ConfigError, ImageError
 from onestage.training.module import DetectionModule
 
-CPU = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]  # what the Python door takes
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+FP32 = "--trainer.precision=32-true"  # what the Python door takes
 
 
 @pytest.fixture(scope="module")
-def model(trained: Path) -> onestage.Predictor:
-    return onestage.load(trained / "checkpoints" / "best.ckpt", device="cpu")
+def model(best: Path) -> onestage.Predictor:
+    return onestage.load(best, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +67,9 @@ def test_predict_takes_path_pil_array_and_lists_of_them(model, photo):
     assert len(model.predict(image, score=1.0)) == 0
 
 
-def test_predict_equals_the_command(model, trained, photo, tmp_path):
-    options = ["--data.predict_dir", str(photo), "--runs_dir", str(tmp_path), *CPU]
-    assert run("predict", "--ckpt_path", str(trained / "checkpoints" / "best.ckpt"), *options) == 0
-    (file,) = tmp_path.glob("*/*/predictions.json")
-    written = json.loads(file.read_text())
+def test_predict_equals_the_command(model, best, photo, tmp_path):
+    folder = run_on(best, "predict", tmp_path, "--data.predict_dir", str(photo), FP32)
+    written = json.loads((folder / "predictions.json").read_text())
     records = model.predict(photo, score=0.0).to_coco(image_id=1)[: len(written)]
     assert [record["category_id"] for record in records] == [record["category_id"] for record in written]
     for key in ("bbox", "score"):
@@ -100,11 +97,8 @@ def test_detections_are_drawn_and_converted(model, photo, tmp_path, monkeypatch)
     assert arguments["data"]["class_name"].tolist() == found.names
 
 
-def test_evaluate_gives_the_numbers_of_the_command(model, trained, drawn, tmp_path):
-    checkpoint = str(trained / "checkpoints" / "best.ckpt")
-    assert run("validate", "--ckpt_path", checkpoint, "--runs_dir", str(tmp_path), *CPU) == 0
-    (file,) = tmp_path.glob("*/*/results.json")
-    results = json.loads(file.read_text())
+def test_evaluate_gives_the_numbers_of_the_command(model, best, drawn, tmp_path):
+    results = json.loads((run_on(best, "validate", tmp_path, FP32) / "results.json").read_text())
     coco = COCO(drawn, train_images="JPEGImages", val_images="JPEGImages")
     for source in (coco, Shapes(drawn, num_train=32, num_val=7)):
         metrics = model.evaluate(source, num_workers=0)
@@ -113,13 +107,12 @@ def test_evaluate_gives_the_numbers_of_the_command(model, trained, drawn, tmp_pa
             assert dict(found) == pytest.approx(numbers, abs=1e-6, nan_ok=True)
 
 
-def test_safetensors_and_lightnings_own_verb_load_the_same_weights(model, trained, photo, tmp_path):
-    checkpoint = trained / "checkpoints" / "best.ckpt"
-    assert run("export", "--ckpt_path", str(checkpoint), "--output", str(tmp_path)) == 0
+def test_safetensors_and_lightnings_own_verb_load_the_same_weights(model, best, tmp_path):
+    assert run("export", "--ckpt_path", str(best), "--output", str(tmp_path)) == 0
     for module in (
         onestage.load(tmp_path / "model.safetensors", device="cpu").module,
-        DetectionModule.load_from_checkpoint(checkpoint),
-        DetectionModule.load_from_checkpoint(checkpoint, detector=type(model.module.detector)(6)),
+        DetectionModule.load_from_checkpoint(best),
+        DetectionModule.load_from_checkpoint(best, detector=type(model.module.detector)(6)),
     ):
         weights = module.state_dict()
         assert all(torch.equal(weights[name], value) for name, value in model.module.state_dict().items())
@@ -128,7 +121,7 @@ def test_safetensors_and_lightnings_own_verb_load_the_same_weights(model, traine
 def test_training_by_plain_lightning_on_torch_data_sets(tmp_path):
     data = from_datasets(samples(4), samples(2), class_names=["cat", "dog"], image_size=64, batch_size=2, num_workers=0)
     module = DetectionModule(TinyDetector(num_classes=2))
-    trainer = pl.Trainer(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    trainer = quiet_trainer(pl.Trainer, tmp_path, max_epochs=1, limit_val_batches=1.0, enable_checkpointing=True)
     trainer.fit(module, datamodule=data)
     assert "mAP" in module.metrics
     (checkpoint,) = tmp_path.rglob("*.ckpt")
@@ -185,10 +178,10 @@ def test_train_is_fit_with_the_given_data(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_examples_of_the_docs_run(trained, drawn, photo, tmp_path, monkeypatch):
+def test_the_examples_of_the_docs_run(best, drawn, photo, tmp_path, monkeypatch):
     checkpoint = tmp_path / "runs" / "shapes_ssd" / "version_0" / "checkpoints" / "best.ckpt"
     checkpoint.parent.mkdir(parents=True)
-    checkpoint.symlink_to(trained / "checkpoints" / "best.ckpt")
+    checkpoint.symlink_to(best)
     for name, target in {"mine": drawn, "photo.jpg": photo, "configs": REPOSITORY / "configs"}.items():
         (tmp_path / name).symlink_to(target)
     monkeypatch.chdir(tmp_path)

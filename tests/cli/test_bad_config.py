@@ -1,24 +1,11 @@
 """Bad configurations and command lines: each stops with code 2 and one message before anything is trained."""
 
-import shutil
-
 import pytest
 import torch
 import yaml
-from command_line import run
+from command_line import message_of, run
 
 from onestage.training.module import DetectionModule
-
-
-def message_of(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str:
-    """Run a command that must fail with `code`; return its message."""
-    capsys.readouterr()
-    ended = run(*words)
-    text = capsys.readouterr().err
-    assert ended == code, text
-    assert "Traceback" not in text
-    return text[text.index("error: ") :]
-
 
 LOSS = "model.detector.init_args.classification_loss"
 
@@ -91,13 +78,3 @@ def test_classes_other_than_those_of_the_annotations_are_rejected_with_both_list
     text = message_of(capsys, "fit", *fast_options, *options, code=3)
     assert "dog" in text
     assert "circle" in text
-
-
-def test_resume_auto_with_another_configuration_starts_a_new_run_and_says_why(trained, fast_options, capsys):
-    options = ["--resume", "auto", "--model.loss_weights.box", "0.7", "--trainer.limit_train_batches", "1"]
-    assert run("fit", *fast_options, *options, "--runs_dir", str(trained.parents[1])) == 0
-    printed = capsys.readouterr().err
-    assert str(trained) in printed
-    assert "model.loss_weights.box" in printed
-    assert {path.name for path in trained.parent.iterdir()} == {"version_0", "version_1"}
-    shutil.rmtree(trained.parent / "version_1")

@@ -2,7 +2,6 @@
 
 import pytest
 from command_line import run
-from lightning.pytorch import callbacks
 
 CALLBACKS = "lightning.pytorch.callbacks."
 RIGHT: dict[str, tuple[str, ...]] = {
@@ -24,9 +23,6 @@ RIGHT: dict[str, tuple[str, ...]] = {
     "SpikeDetection": (),
     "LambdaCallback": (),
 }
-ABSTRACT = {"BaseFinetuning", "BasePredictionWriter", "Callback", "Checkpoint", "ProgressBar"}
-# ThroughputMonitor takes a function, which a configuration does not give; rich is not among the dependencies.
-NOT_TRIED = {"ThroughputMonitor", "RichModelSummary", "RichProgressBar"}
 WRONG: list[tuple[str, tuple[str, ...], str]] = [
     ("EarlyStopping", ("monitor=val/nothing",), "trainer.callbacks: EarlyStopping cannot work in this run: "),
     ("LearningRateFinder", ("mode=what",), "cannot be built: `mode` should be either of"),
@@ -41,10 +37,6 @@ def fit(fast_options: list[str], tmp_path, kind: str, options: tuple[str, ...]) 
     short = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--drawn_images", "0"]
     words = [f"--trainer.callbacks+={CALLBACKS}{kind}", *(f"--trainer.callbacks.{option}" for option in options)]
     return run("fit", *fast_options, *short, *words, "--runs_dir", str(tmp_path / "runs"))
-
-
-def test_every_callback_that_lightning_ships_is_tried():
-    assert {*callbacks.__all__} == RIGHT.keys() | ABSTRACT | NOT_TRIED | {"TQDMProgressBar"}
 
 
 @pytest.mark.slow

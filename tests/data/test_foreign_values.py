@@ -119,8 +119,6 @@ def test_flags_and_numbers_as_text_are_read_in_coco_and_voc(tmp_path) -> None:
     content = json.loads(file.read_text())
     content["annotations"][0] |= {"iscrowd": "1", "bbox": ["10", "20", "30", "40"], "area": "1200"}
     content["images"][0] |= {"width": "100", "height": 80.0}
-    for entry in content["annotations"]:
-        entry["image_id"] = str(entry["image_id"])
     file.write_text(json.dumps(content))
     annotations = COCO(tmp_path / "coco").read("train")
     assert annotations.is_crowd.tolist() == [True, *[False] * 7]

@@ -329,9 +329,6 @@ CASES = {
         texts={"train.txt": "images/x.jpg\nimages/a.jpg\nimages/b.jpg", "val.txt": "images/y.jpg\nimages/c.jpg",
                "test.txt": "c", "classes.txt": "cat"},
     ), {"train": 2, "val": 1}, {"image missing"}, unused=2),
-    "YOLO: labels in capitals": Case(
-        files("images/{a,b,c}.jpg", "labels/{a,b,c}.TXT"), {"train": 3}, {"no class names"}
-    ),
     "YOLO: a YAML file of any name, and a test split that is not there": Case(files(
         "train/images/{a,b,c}.jpg", "train/labels/{a,b,c}.txt", "valid/images/{d,e,f}.jpg", "valid/labels/{d,e,f}.txt",
         texts={"mine.yaml": YAML + "test: ../test/images\n", "hyp.yaml": "lr0: 0.01\n"},

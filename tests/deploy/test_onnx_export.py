@@ -5,12 +5,12 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from command_line import REPOSITORY, run
-from faults import fail_with
 from tiny_training import TinyDetector
 
 import onestage
@@ -110,15 +110,14 @@ def test_file_that_differs_or_cannot_run_is_not_written(tmp_path, monkeypatch) -
         with pytest.raises(ConfigError, match=message):
             export_onnx(predictor_of(TinyDetector(**SMALL), Stretch(64)), tmp_path)
         assert [*tmp_path.iterdir()] == []
-        monkeypatch.setattr(onnxruntime, "InferenceSession", fail_with(RuntimeError("no")))
+        monkeypatch.setattr(onnxruntime, "InferenceSession", Mock(side_effect=RuntimeError("no")))
 
 
 @pytest.mark.slow
-def test_command_writes_a_file_that_the_code_of_the_docs_reads(trained, drawn, tmp_path, monkeypatch, capsys) -> None:
+def test_command_writes_a_file_that_the_code_of_the_docs_reads(best, drawn, tmp_path, monkeypatch, capsys) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    checkpoint = trained / "checkpoints" / "best.ckpt"
-    assert run("export", "--ckpt_path", str(checkpoint), "--format", "onnx", "--output", str(tmp_path)) == 0
+    assert run("export", "--ckpt_path", str(best), "--format", "onnx", "--output", str(tmp_path)) == 0
     assert re.search(r"exported: .*model\.onnx\ncompared with torch: \d+ detections", capsys.readouterr().out)
     photo = sorted(drawn.glob("JPEGImages/*.jpg"))[0]
     shutil.copy(photo, tmp_path / "photo.jpg")
@@ -126,7 +125,7 @@ def test_command_writes_a_file_that_the_code_of_the_docs_reads(trained, drawn, t
     page = (REPOSITORY / "docs" / "deploy.md").read_text(encoding="utf-8")
     found: dict = {}
     exec(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0], found)
-    expected = onestage.load(checkpoint, device="cpu").predict("photo.jpg")
+    expected = onestage.load(best, device="cpu").predict("photo.jpg")
     assert len(expected) > 0
     assert found["names"] == expected.names
     np.testing.assert_allclose(found["boxes"], expected.boxes, atol=0.1)
