@@ -8,12 +8,12 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from checkpoint_files import changed, contents, write
-from command_line import run
-from faults import fail_with
+from command_line import message_of, run
 from tiny_training import TinyDetector
 
 from onestage.errors import CheckpointError, ResourceError
@@ -157,8 +157,7 @@ def test_file_that_would_take_gigabytes_is_not_loaded(checkpoint, monkeypatch, m
 
 def test_control_characters_of_a_checkpoint_do_not_reach_the_terminal(checkpoint, capsys):
     path = with_pickle(checkpoint, b"\x80\x02cevil\x1b[31m\nx\n.")
-    assert run("validate", "--ckpt_path", str(path)) == 2
-    printed = capsys.readouterr().err
+    printed = message_of(capsys, "validate", "--ckpt_path", str(path))
     assert "\x1b" not in printed
     assert "nothing in it was run" in printed
 
@@ -232,7 +231,7 @@ def test_weights_of_another_model_are_refused_with_both_values(module, tmp_path,
 def test_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(contents(), path)
-    monkeypatch.setattr(os, "replace", fail_with(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     with pytest.raises(ResourceError, match=r"is full.*MB free(.|\n)*--runs_dir"):
         AtomicCheckpointIO().save_checkpoint(changed("global_step", 6), path)
     assert read_checkpoint(path)["global_step"] == 5
@@ -241,7 +240,7 @@ def test_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
 
 def test_message_of_torch_for_a_full_disk_is_recognised(tmp_path, monkeypatch):
     text = "[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/7"
-    monkeypatch.setattr(torch, "save", fail_with(RuntimeError(text)))
+    monkeypatch.setattr(torch, "save", Mock(side_effect=RuntimeError(text)))
     with pytest.raises(ResourceError, match="full"):
         AtomicCheckpointIO().save_checkpoint(contents(), tmp_path / "last.ckpt")
 
@@ -253,7 +252,7 @@ def test_previous_file_is_kept_under_its_second_name(tmp_path, monkeypatch):
     assert (last.read_bytes(), previous.read_bytes()) == (b"one", b"one")
     last.unlink()
     last.write_bytes(b"two")
-    monkeypatch.setattr(Path, "hardlink_to", fail_with(OSError(errno.EPERM, "no links")))
+    monkeypatch.setattr(Path, "hardlink_to", Mock(side_effect=OSError(errno.EPERM, "no links")))
     keep_previous(last)
     assert (last.read_bytes(), previous.read_bytes()) == (b"two", b"two")
 

@@ -5,9 +5,9 @@ import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
-from faults import fail_with
 from lightning.pytorch.utilities import rank_zero_only
 
 from onestage.errors import ConfigError, ResourceError, RunInUseError
@@ -57,7 +57,7 @@ def test_refusal_of_the_machine_ends_with_code_5(tmp_path, monkeypatch, number, 
 
 
 def test_file_system_without_locks_does_not_stop_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("fcntl.flock", fail_with(OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
     take_run_folder(tmp_path)
 
 
