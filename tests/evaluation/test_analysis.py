@@ -9,6 +9,7 @@ import torch
 from evaluation_data import annotation_set, coco_numbers, coco_objects, detections, flat, random_evaluation
 
 from onestage.evaluation.analysis import ERROR_TYPES, analyse
+from onestage.evaluation.coco import Evaluation
 from onestage.evaluation.results import format_table, write_results
 
 HERE, THERE, NOWHERE = [0.0, 0.0, 100.0, 100.0], [200.0, 200.0, 300.0, 300.0], [400.0, 400.0, 500.0, 500.0]
@@ -96,8 +97,8 @@ PER_CLASS = {"cat": 0.25, "Füchsin": float("nan")}
 
 def test_results_have_null_for_undefined_metrics(tmp_path):
     path = tmp_path / "run" / "results.json"
-    arguments = {"metrics": METRICS, "per_class": PER_CLASS, "class_names": ["cat", "Füchsin"], "analysis": ANALYSIS}
-    write_results(path, stage="validate", seconds=2.0, images_per_second=50.0, **arguments)
+    evaluation = Evaluation({}, PER_CLASS, ANALYSIS)
+    write_results(path, "validate", METRICS, evaluation, seconds=2.0, num_images=100)
     text = path.read_text(encoding="utf-8")
     assert '"confusion": [\n    [1, 0, 0],\n    [0, 0, 0],\n' in text  # a list of numbers takes one line
     results = json.loads(text, parse_constant=pytest.fail)  # NaN is not JSON

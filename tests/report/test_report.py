@@ -66,10 +66,7 @@ def write_run(folder: Path, *, found: bool = True) -> Path:
     evaluator = CocoEvaluator(annotations)
     evaluator.update(torch.arange(3), detections(boxes, scores, labels))
     evaluation = evaluator.evaluation()
-    write_results(
-        folder / "results.json", stage="validate", metrics=evaluation.metrics, per_class=evaluation.per_class,
-        analysis=evaluation.analysis, class_names=names, seconds=2.0, images_per_second=1.5,
-    )  # fmt: skip
+    write_results(folder / "results.json", "validate", evaluation.metrics, evaluation, seconds=2.0, num_images=3)
     (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"path": "mine"}, "seed_everything": len(boxes[0])}))
     rows = [{"step": step, "train/loss": 3 / (1 + step), "val/mAP": "" if step < 9 else 0.25} for step in range(10)]
     with (folder / "metrics.csv").open("w", newline="") as file:

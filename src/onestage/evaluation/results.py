@@ -12,7 +12,7 @@ from typing import Any
 
 from onestage.evaluation.analysis import Analysis, ClassAnalysis
 from onestage.evaluation.backends import choose_backend
-from onestage.evaluation.coco import METRIC_NAMES
+from onestage.evaluation.coco import METRIC_NAMES, Evaluation
 from onestage.files import atomic_write
 from onestage.types import JSONDict, Metrics
 
@@ -21,26 +21,20 @@ CLASS_COLUMNS = "   AP50  prec.  recall    F1  score  objects"  # precision, rec
 
 
 def write_results(
-    path: Path,
-    *,
-    stage: str,
-    metrics: Metrics,
-    per_class: Mapping[str, float],
-    analysis: Analysis,
-    class_names: Sequence[str],
-    seconds: float,
-    images_per_second: float,
+    path: Path, stage: str, metrics: Metrics, evaluation: Evaluation, seconds: float, num_images: int
 ) -> None:
-    """Write the metrics of one evaluation, `validate` or `test`, as JSON, atomically. NaN becomes null."""
-    results: JSONDict = {"stage": stage, "metrics": metrics, "per_class": per_class, "class_names": list(class_names)}
+    """Write one evaluation, `validate` or `test`, as JSON, atomically. NaN becomes null. metrics: with VOC's."""
+    _, per_class, analysis = evaluation
+    results: JSONDict = {"stage": stage, "metrics": metrics, "per_class": per_class, "class_names": list(per_class)}
     results |= {
         "score_threshold": analysis.score_threshold,
         "overall": _class_as_json(analysis.overall),
-        "classes": {name: _class_as_json(one) for name, one in zip(class_names, analysis.classes, strict=True)},
+        "classes": {name: _class_as_json(one) for name, one in zip(per_class, analysis.classes, strict=True)},
         "confusion": analysis.confusion,
         "error_types": analysis.error_types,
     }
-    results |= {"seconds": seconds, "images_per_second": images_per_second, "versions": installed_versions()}
+    rate = num_images / max(seconds, 1e-9)
+    results |= {"seconds": seconds, "images_per_second": rate, "versions": installed_versions()}
     with atomic_write(path) as temporary:
         text = NUMBERS.sub(lambda found: f"[{' '.join(found[0][1:-1].split())}]", to_json(results, indent=2))
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -61,15 +55,8 @@ def write_records(path: Path, records: Sequence[JSONDict]) -> None:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """Return JSON text with null for NaN and infinities, which JSON does not know."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=indent, allow_nan=False, ensure_ascii=False)
 
 
 def installed_versions() -> dict[str, str]:

@@ -74,12 +74,17 @@ class SigmoidFocalLoss(FocalLoss, SigmoidClassificationLoss):
 
     def per_anchor_loss(self, class_logits: Tensor, labels: Tensor, box_quality: Tensor) -> Tensor:
         """Return the focal loss summed over the sigmoids of each anchor, [B, A]."""
-        if self.label_smoothing == 0 and saves_memory(class_logits):
-            return self._fused_loss(class_logits, labels)
+        gamma = self.current_gamma()
+        if self.label_smoothing == 0 and saves_memory(class_logits):  # keeps one tensor [B, A, K], not eight
+            negatives: Tensor
+            negatives, true_logits = SumNegatives.apply(class_logits, labels, gamma)
+            positives = focal_loss(true_logits, torch.ones_like(true_logits), self.alpha, gamma)
+            negative_weight = 1.0 if self.alpha is None else 1 - self.alpha
+            return negative_weight * negatives + torch.where(labels >= 0, positives, 0.0)
         target = one_hot(labels, class_logits)  # all zeros for background
-        losses = focal_loss(class_logits, target, self.alpha, self.current_gamma())
+        losses = focal_loss(class_logits, target, self.alpha, gamma)
         if self.label_smoothing > 0:
-            opposite = focal_loss(class_logits, 1 - target, self.alpha, self.current_gamma())
+            opposite = focal_loss(class_logits, 1 - target, self.alpha, gamma)
             doubt = torch.where(labels >= 0, self.label_smoothing / 2, 0.0)[..., None]
             losses = (1 - doubt) * losses + doubt * opposite
         return losses.sum(dim=2)
@@ -87,15 +92,6 @@ class SigmoidFocalLoss(FocalLoss, SigmoidClassificationLoss):
     def current_gamma(self) -> float | Tensor:
         """Return gamma, a number or a scalar tensor without gradient."""
         return self.gamma
-
-    def _fused_loss(self, class_logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the same sums with one tensor [B, A, K] kept for backward instead of eight."""
-        negatives: Tensor
-        gamma = self.current_gamma()
-        negatives, true_logits = SumNegatives.apply(class_logits, labels, gamma)
-        positives = focal_loss(true_logits, torch.ones_like(true_logits), self.alpha, gamma)
-        negative_weight = 1.0 if self.alpha is None else 1 - self.alpha
-        return negative_weight * negatives + torch.where(labels >= 0, positives, 0.0)
 
 
 class SoftmaxFocalLoss(FocalLoss, SoftmaxClassificationLoss):

@@ -60,15 +60,10 @@ class DetectionImages(Callback):
         left = len(batch.images) if stage == "predict" else self.num_images - batch_idx * data.batch_size
         for row, index in enumerate(batch.image_indices[: 0 if trainer.sanity_checking else max(0, left)].tolist()):
             annotations = data.annotations(stage)
-            objects = annotations.objects(index)
-            drawn = draw_boxes(
-                data.read_image(stage, index),
-                annotations.boxes[objects],
-                annotations.labels[objects],
-                Detections(*(values[row].cpu() for values in Detections(**outputs))),
-                data.class_names,
-                score_threshold=pl_module.score_threshold,
-            )
+            rows, image = annotations.objects(index), data.read_image(stage, index)
+            objects = annotations.boxes[rows], annotations.labels[rows]
+            found = Detections(*(values[row].cpu() for values in Detections(**outputs)))
+            drawn = draw_boxes(image, *objects, found, data.class_names, score_threshold=pl_module.score_threshold)
             stem = Path(str(annotations.image_paths[index])).stem
             safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in stem)[:100]
             # The id makes the names of two images with one file name differ.
@@ -89,21 +84,12 @@ class ResultsWriter(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the metrics of the split."""
         if trainer.is_global_zero and not trainer.sanity_checking:
-            evaluator, seconds, names = pl_module.evaluator, pl_module.evaluation_seconds, pl_module.data.class_names
-            _, per_class, analysis = evaluator.evaluation()
-            write_results(
-                self.path,
-                stage="test" if trainer.testing else "validate",
-                metrics=pl_module.metrics,
-                per_class=per_class,
-                analysis=analysis,
-                class_names=names,
-                seconds=seconds,
-                images_per_second=len(evaluator.image_rows) / max(seconds, 1e-9),
-            )
+            evaluator, seconds = pl_module.evaluator, pl_module.evaluation_seconds
+            evaluation, stage = evaluator.evaluation(), "test" if trainer.testing else "validate"
+            write_results(self.path, stage, pl_module.metrics, evaluation, seconds, len(evaluator.image_rows))
             # Drawing takes a second, and `fit` ends with an evaluation of its best weights.
             if trainer.state.fn != TrainerFn.FITTING:
-                figures.write_figures(self.path.parent, analysis, names)
+                figures.write_figures(self.path.parent, evaluation.analysis, pl_module.data.class_names)
 
     on_test_end = on_validation_end
 

@@ -5,7 +5,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -331,7 +330,7 @@ class DetectionModule(pl.LightningModule):
         if own is not None and scheduler is own:
             for group in own.optimizer.param_groups[len(own.base_lrs) :]:
                 own.base_lrs.append(1.0)
-                own.lr_lambdas.append(partial(_rate_of, group))
+                own.lr_lambdas.append(lambda _, group=group: float(group["lr"]))
         super().lr_scheduler_step(scheduler, metric)
 
     def configure_gradient_clipping(
@@ -364,10 +363,6 @@ class DetectionModule(pl.LightningModule):
         """Take the score threshold that a checkpoint holds, if it holds a valid one."""
         if isinstance(value, float) and 0 <= value <= 1:
             self.score_threshold = value
-
-
-def _rate_of(group: dict[str, Any], _step: int) -> float:
-    return float(group["lr"])
 
 
 def usual_memory_format(device: str, precision: str) -> bool:
