@@ -4,8 +4,9 @@ Constructors raise ConfigError for an argument that is out of its range or confl
 weights that cannot be fetched or read, or do not fit.
 """
 
-from onestage.models.backbone import Backbone, TorchvisionBackbone
+from onestage.models.backbone import TorchvisionBackbone
 from onestage.models.darknet import Darknet19, Darknet53
+from onestage.models.detector import Backbone
 from onestage.models.fcos import FCOS
 from onestage.models.retinanet import RetinaNet
 from onestage.models.ssd import SSD, SSD128, SSD160, SSD256, SSD300, SSD512

@@ -1,9 +1,8 @@
-"""Backbones: from images to feature maps, with the normalisation of their weights."""
+"""Backbones from torchvision's classification models."""
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -13,64 +12,11 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 from onestage.errors import require
+from onestage.models.detector import Backbone, Pixel
 from onestage.models.weights import load_tensors, read_weights, rename
 
-Pixel = tuple[float, float, float]
 IMAGENET_MEAN: Pixel = (0.485 * 255, 0.456 * 255, 0.406 * 255)  # RGB, of torchvision's classification weights
 IMAGENET_STD: Pixel = (0.229 * 255, 0.224 * 255, 0.225 * 255)
-
-
-class Backbone(nn.Module, ABC):
-    """Network from uint8 images to feature maps; normalisation belongs to it, because its weights decide it.
-
-    out_channels, strides (px): of each feature map, finest first. pixel_mean, pixel_std: of the RGB channels of 0..255.
-    """
-
-    pixel_mean: Tensor  # [3, 1, 1]
-    pixel_std: Tensor  # [3, 1, 1]
-
-    def __init__(
-        self, out_channels: Sequence[int], strides: Sequence[int], pixel_mean: Pixel, pixel_std: Pixel
-    ) -> None:
-        super().__init__()
-        self.out_channels, self.strides = tuple(out_channels), tuple(strides)
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
-        self._frozen: list[nn.Module] = []  # a list, so that they are not registered twice
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the feature maps [B, C_l, H_l, W_l], finest first. images: [B, 3, H, W] uint8 RGB."""
-        return self.features(self.normalise(images))
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Subtract the mean and divide by the deviation: [B, 3, H, W] of 0..255 to floats around 0."""
-        normalised = (images.float() - self.pixel_mean) / self.pixel_std
-        return normalised.to(next(self.parameters()).dtype)  # of `.half()`, or trainer.precision bf16-true
-
-    @abstractmethod
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Return the feature maps of normalised images, [B, 3, H, W] float."""
-
-    def freezable_stages(self) -> Sequence[Sequence[nn.Module]]:
-        """Return the modules of each stage that `freeze` can freeze, the first stage first; none by default."""
-        return ()
-
-    def freeze(self, num_stages: int) -> None:
-        """Keep the weights of the first stages and the statistics of their batch norms; ConfigError for too many."""
-        stages, name = self.freezable_stages(), type(self).__name__
-        rule = f"in [0, {len(stages)}], the stages of {name} that can be frozen"
-        require(0 <= num_stages <= len(stages), "model.freeze", num_stages, rule)
-        self._frozen = [module for stage in stages[:num_stages] for module in stage]
-        for module in self._frozen:
-            module.requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the training mode of all but the frozen modules, which stay in evaluation mode."""
-        super().train(mode)
-        for module in self._frozen:
-            module.eval()
-        return self
 
 
 class TorchvisionBackbone(Backbone):

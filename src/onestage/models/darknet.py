@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from onestage.errors import CheckpointError, require
 from onestage.files import atomic_write, printable
-from onestage.models.backbone import Backbone
+from onestage.models.detector import Backbone
 
 PIXEL_MEAN, PIXEL_STD = (0.0, 0.0, 0.0), (255.0, 255.0, 255.0)  # RGB of 0..1
 

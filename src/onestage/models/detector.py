@@ -1,6 +1,8 @@
-"""The detector that all anchor-based families share."""
+"""The detector that all anchor-based families share, and the interface of its backbone."""
 
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,62 @@ from onestage.boxes.nms import Selection, select_detections
 from onestage.errors import require
 from onestage.losses.box import BoxLoss
 from onestage.losses.classification import ClassificationLoss
-from onestage.models.backbone import Backbone
 from onestage.types import AnchorLosses, BoxCoder, Detections, Detector, Losses, Predictions, Targets
+
+Pixel = tuple[float, float, float]  # a value for each RGB channel of 0..255
+
+
+class Backbone(nn.Module, ABC):
+    """Network from uint8 images to feature maps; normalisation belongs to it, because its weights decide it.
+
+    out_channels, strides (px): of each feature map, finest first. pixel_mean, pixel_std: of the RGB channels of 0..255.
+    """
+
+    pixel_mean: Tensor  # [3, 1, 1]
+    pixel_std: Tensor  # [3, 1, 1]
+
+    def __init__(
+        self, out_channels: Sequence[int], strides: Sequence[int], pixel_mean: Pixel, pixel_std: Pixel
+    ) -> None:
+        super().__init__()
+        self.out_channels, self.strides = tuple(out_channels), tuple(strides)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+        self._frozen: list[nn.Module] = []  # a list, so that they are not registered twice
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the feature maps [B, C_l, H_l, W_l], finest first. images: [B, 3, H, W] uint8 RGB."""
+        return self.features(self.normalise(images))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Subtract the mean and divide by the deviation: [B, 3, H, W] of 0..255 to floats around 0."""
+        normalised = (images.float() - self.pixel_mean) / self.pixel_std
+        return normalised.to(next(self.parameters()).dtype)  # of `.half()`, or trainer.precision bf16-true
+
+    @abstractmethod
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the feature maps of normalised images, [B, 3, H, W] float."""
+
+    def freezable_stages(self) -> Sequence[Sequence[nn.Module]]:
+        """Return the modules of each stage that `freeze` can freeze, the first stage first; none by default."""
+        return ()
+
+    def freeze(self, num_stages: int) -> None:
+        """Keep the weights of the first stages and the statistics of their batch norms; ConfigError for too many."""
+        stages, name = self.freezable_stages(), type(self).__name__
+        rule = f"in [0, {len(stages)}], the stages of {name} that can be frozen"
+        require(0 <= num_stages <= len(stages), "model.freeze", num_stages, rule)
+        self._frozen = [module for stage in stages[:num_stages] for module in stage]
+        for module in self._frozen:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode of all but the frozen modules, which stay in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
 
 class AnchorDetector(Detector):

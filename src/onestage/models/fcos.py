@@ -17,8 +17,7 @@ from onestage.losses.box import BoxLoss, GIoULoss
 from onestage.losses.classification import ClassificationLoss, SigmoidClassificationLoss
 from onestage.losses.focal import SigmoidFocalLoss
 from onestage.losses.normaliser import PositiveNormaliser
-from onestage.models.backbone import Backbone
-from onestage.models.detector import AnchorDetector
+from onestage.models.detector import AnchorDetector, Backbone
 from onestage.models.heads import by_anchor, initialise
 from onestage.models.retinanet import FPN, STRIDES, SharedHead, pyramid_backbone
 from onestage.models.weights import load_published, torchvision_weights

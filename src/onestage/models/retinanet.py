@@ -18,8 +18,8 @@ from onestage.losses.box import BoxLoss, L1Loss
 from onestage.losses.classification import ClassificationLoss, SigmoidClassificationLoss
 from onestage.losses.focal import SigmoidFocalLoss
 from onestage.losses.normaliser import PositiveNormaliser
-from onestage.models.backbone import Backbone, TorchvisionBackbone
-from onestage.models.detector import AnchorDetector
+from onestage.models.backbone import TorchvisionBackbone
+from onestage.models.detector import AnchorDetector, Backbone
 from onestage.models.heads import by_anchor, initialise, start_at
 from onestage.models.weights import TORCHVISION_COCO, load_published, torchvision_weights
 

@@ -14,8 +14,7 @@ from onestage.losses.box import BoxLoss, SmoothL1Loss
 from onestage.losses.classification import ClassificationLoss, SoftmaxClassificationLoss
 from onestage.losses.focal import SigmoidFocalLoss
 from onestage.losses.normaliser import PositiveNormaliser
-from onestage.models.backbone import Backbone
-from onestage.models.detector import AnchorDetector
+from onestage.models.detector import AnchorDetector, Backbone
 from onestage.models.heads import AnchorHead, ExtraLayer, ExtraLayers
 from onestage.models.vgg import PIXEL_STD, VGG
 from onestage.models.weights import load_published, load_vgg16, torchvision_ssd300

@@ -9,7 +9,7 @@ from torchvision.models import mobilenet_v3_large
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from torchvision.ops import Conv2dNormActivation
 
-from onestage.models.backbone import Backbone
+from onestage.models.detector import Backbone
 from onestage.models.heads import AnchorHead, ExtraLayer, ExtraLayers, initialise
 from onestage.models.ssd import SSD, ssd_levels
 from onestage.models.weights import torchvision_weights

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onestage.errors import require
-from onestage.models.backbone import Backbone
+from onestage.models.detector import Backbone
 
 PIXEL_MEAN = (0.48235 * 255, 0.45882 * 255, 0.40784 * 255)  # RGB, of the Caffe VGG16: 123, 117, 104
 # Near ImageNet's deviation, 58. The Caffe VGG16 divides by 1, so its first layer is multiplied by this number on

@@ -20,9 +20,8 @@ from onestage.losses.focal import SigmoidCrossEntropy
 from onestage.losses.normaliser import ImageNormaliser, num_processes
 from onestage.losses.yolo import GridBoxLoss, ObjectSoftmaxLoss, SquaredGridBoxLoss, SquaredObjectnessLoss
 from onestage.models import darknet
-from onestage.models.backbone import Backbone
 from onestage.models.darknet import DarknetPyramid, Passthrough
-from onestage.models.detector import AnchorDetector
+from onestage.models.detector import AnchorDetector, Backbone
 from onestage.models.heads import AnchorHead
 from onestage.types import BACKGROUND, IGNORE, Losses, Predictions, Targets
 
