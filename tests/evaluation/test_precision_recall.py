@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 from evaluation_data import annotation_set, detections, flat, random_evaluation
 
-from onestage.evaluation import matching
-from onestage.evaluation.analysis import average_precision, best_threshold, make_curve, voc_average_precision
-from onestage.evaluation.matching import overlapping_pairs
+from onestage.evaluation import analysis
+from onestage.evaluation.analysis import (
+    average_precision,
+    best_threshold,
+    make_curve,
+    overlapping_pairs,
+    voc_average_precision,
+)
 
 
 def curve(*correct, num_objects, scores=None):
@@ -120,7 +125,7 @@ def test_pairs_have_hand_computed_overlaps_in_any_chunks(monkeypatch):
         detections([[NEAR, THERE], [HERE]], [[0.9, 0.8], [0.7]], [[0, 0], [1]]),
     )
     for size in (1, 2, 1000):
-        monkeypatch.setattr(matching, "PAIRS_PER_CHUNK", size)
+        monkeypatch.setattr(analysis, "PAIRS_PER_CHUNK", size)
         pairs = overlapping_pairs(found, objects)
         assert (pairs.found.tolist(), pairs.objects.tolist()) == ([0, 2, 2], [0, 1, 2])
         assert pairs.ious.tolist() == pytest.approx([0.8, 1.0, 0.8])

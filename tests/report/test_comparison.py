@@ -6,7 +6,7 @@ import torch
 from evaluation_data import annotation_set, coco_numbers, detections, flat, random_evaluation
 
 from onestage.data.annotations import select_images
-from onestage.evaluation.matching import overlapping_pairs
+from onestage.evaluation.analysis import overlapping_pairs
 from onestage.report import comparison
 from onestage.report.comparison import (
     Matches,

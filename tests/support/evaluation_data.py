@@ -9,8 +9,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.nn.utils.rnn import pad_sequence
 
+from onestage.evaluation.analysis import Found, Objects
 from onestage.evaluation.coco import CocoEvaluator
-from onestage.evaluation.matching import Found, Objects
 from onestage.types import PADDING, AnnotationSet, Detections
 
 NAMES_IN_COCO_ORDER = (

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onestage.data.annotations as rules
 from onestage.data.annotations import require_objects, shortened
 from onestage.errors import AnnotationError
-from onestage.evaluation.matching import MAX_DETECTIONS
+from onestage.evaluation.analysis import MAX_DETECTIONS
 from onestage.types import AnnotationSet, Finding
 
 FEW_BOXES = 20  # of a class in the training split; fewer teach and measure little

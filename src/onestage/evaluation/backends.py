@@ -12,18 +12,12 @@ import torch
 from torch import Tensor
 from torchmetrics.detection.mean_ap import MeanAveragePrecision
 
-from onestage.evaluation.matching import Found, Objects
+from onestage.evaluation.analysis import RECALLS, Found, Objects
 
 Package = Literal["hotcoco", "faster_coco_eval", "pycocotools"]
 Backend = Literal["auto", Package]
 BACKENDS: tuple[Package, ...] = get_args(Package)  # the fastest first
 Table = npt.NDArray[np.float64]
-
-NUM_IOUS, NUM_AREAS, NUM_LIMITS = 10, 4, 3  # limits: 1, 10, 100 detections of an image
-# torchmetrics' default is a float32 linspace, where 0.01 is 0.009999999776: recall bins shift at ties, and AP is wrong
-# by up to 1.3e-4.
-RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101).tolist()
-
 
 _hotcoco_processes = set[int]()  # that have started hotcoco's threads, or were forked from one of them
 
@@ -48,8 +42,7 @@ def precision_recall_tables(
     Metrics are computed by torchmetrics' MeanAveragePrecision, except with hotcoco, which torchmetrics does not know
     and which reads arrays: the dictionary for each box that torchmetrics makes takes longer than the evaluation.
     """
-    precision = np.full((NUM_IOUS, len(RECALL_THRESHOLDS), num_classes, NUM_AREAS, NUM_LIMITS), -1.0)
-    recall = np.full((NUM_IOUS, num_classes, NUM_AREAS, NUM_LIMITS), -1.0)
+    precision, recall = np.full((10, 101, num_classes, 4, 3), -1.0), np.full((10, num_classes, 4, 3), -1.0)
     if not len(objects.labels):
         return precision, recall
     package = choose_backend(backend)
@@ -91,7 +84,8 @@ def _with_torchmetrics(
     """Return the classes that occur on either side, and their tables."""
     metric = MeanAveragePrecision(
         backend=backend,
-        rec_thresholds=RECALL_THRESHOLDS,
+        # The default is a float32 linspace: recall bins shift at ties, and AP is wrong by up to 1.3e-4.
+        rec_thresholds=RECALLS["COCO"].tolist(),
         extended_summary=True,  # the tables
         sync_on_compute=False,  # the detections are complete, and other processes may not be evaluating
     )

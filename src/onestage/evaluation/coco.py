@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onestage.evaluation.analysis import Analysis, analyse
+from onestage.evaluation.analysis import MAX_DETECTIONS, Analysis, Found, Objects, analyse
 from onestage.evaluation.backends import Backend, precision_recall_tables
-from onestage.evaluation.matching import MAX_DETECTIONS, Found, Objects
 from onestage.types import PADDING, AnnotationSet, Detections, JSONDict, Metrics
 
 Rows = npt.NDArray[np.float32]  # [n, 6]: x1, y1, x2, y2, score, label

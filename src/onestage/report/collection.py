@@ -15,8 +15,8 @@ from PIL import Image
 from onestage.data.annotations import grouped, quoted
 from onestage.data.datamodule import DetectionDataModule
 from onestage.errors import ImageError
+from onestage.evaluation.analysis import Found, Integers, Match, Objects, match, overlapping_pairs
 from onestage.evaluation.drawing import draw_boxes
-from onestage.evaluation.matching import Found, Integers, Match, Objects, match, overlapping_pairs
 from onestage.files import atomic_folder
 from onestage.report.comparison import collect_matches, write_matches
 from onestage.report.report import DATA_FOLDER, FACTS_FILE, MATCHES_FILE, PAGE_FILE, write_page

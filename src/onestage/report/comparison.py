@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from onestage.evaluation.analysis import RECALLS
-from onestage.evaluation.matching import Found, Integers, Objects, Pairs, match, rows_by_class
+from onestage.evaluation.analysis import RECALLS, Found, Integers, Objects, Pairs, match, rows_by_class
 
 IOUS = np.linspace(0.5, 0.95, 10)  # COCO's
 NUM_RESAMPLES = 1000

@@ -330,7 +330,7 @@ class DetectionModule(pl.LightningModule):
         if own is not None and scheduler is own:
             for group in own.optimizer.param_groups[len(own.base_lrs) :]:
                 own.base_lrs.append(1.0)
-                own.lr_lambdas.append(lambda _, group=group: group["lr"])  # type: ignore[misc] # a default
+                own.lr_lambdas.append(lambda _, group=group: float(group["lr"]))  # type: ignore[misc] # a default
         super().lr_scheduler_step(scheduler, metric)
 
     def configure_gradient_clipping(
