@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.timing import compare
-from onestage.evaluation.backends import BACKENDS, Package
-from onestage.evaluation.coco import METRIC_NAMES, CocoEvaluator
+from onestage.evaluation.coco import BACKENDS, METRIC_NAMES, CocoEvaluator, Package
 from onestage.types import AnnotationSet, Detections
 
 NUM_CLASSES = 80

@@ -8,9 +8,8 @@ import torch
 from evaluation_data import annotation_set, coco_numbers, detections, random_evaluation
 from processes import finish, start
 
-from onestage.evaluation import backends
-from onestage.evaluation.backends import BACKENDS, choose_backend
-from onestage.evaluation.coco import CocoEvaluator
+from onestage.evaluation import coco
+from onestage.evaluation.coco import BACKENDS, CocoEvaluator, choose_backend
 from onestage.types import Detections
 
 HERE, THERE, ELSEWHERE = [10.0, 10.0, 30.0, 30.0], [100.0, 100.0, 120.0, 120.0], [300.0, 300.0, 320.0, 320.0]
@@ -51,9 +50,9 @@ def test_metrics_of_every_backend_equal_those_of_pycocotools(seed, backend, capf
 
 
 def test_hotcoco_is_not_used_without_its_threads(monkeypatch):
-    monkeypatch.setattr(backends, "_hotcoco_processes", {os.getpid()})
+    monkeypatch.setattr(coco, "_hotcoco_processes", {os.getpid()})
     assert choose_backend("hotcoco") == "hotcoco"
-    monkeypatch.setattr(backends, "_hotcoco_processes", {os.getpid() + 1})  # as after a fork
+    monkeypatch.setattr(coco, "_hotcoco_processes", {os.getpid() + 1})  # as after a fork
     assert choose_backend("auto") == choose_backend("hotcoco") == "faster_coco_eval"
 
 

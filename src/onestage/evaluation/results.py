@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onestage.evaluation.analysis import Analysis, ClassAnalysis
-from onestage.evaluation.backends import choose_backend
-from onestage.evaluation.coco import METRIC_NAMES, Evaluation
+from onestage.evaluation.coco import METRIC_NAMES, Evaluation, choose_backend
 from onestage.files import atomic_write
 from onestage.types import JSONDict, Metrics
 
