@@ -58,7 +58,8 @@ class Pairs(NamedTuple):
 
     def where(self, mask: Booleans) -> "Pairs":
         """Return the pairs of a mask [P]."""
-        return Pairs(*(column[mask] for column in self))
+        found, objects, ious, covered, is_same_class = self
+        return Pairs(found[mask], objects[mask], ious[mask], covered[mask], is_same_class[mask])
 
 
 class Match(NamedTuple):

@@ -62,10 +62,7 @@ class CocoEvaluator:
 
     @property
     def image_rows(self) -> npt.NDArray[np.int64]:
-        """Rows of the AnnotationSet that were collected, [N], in the order of `detections` and `objects`.
-
-        Those of all processes once `evaluation` was called.
-        """
+        """Rows of the AnnotationSet that were collected, [N]; those of all processes once `evaluation` was called."""
         return np.array(list(self._rows_by_image), dtype=np.int64)
 
     def update(self, image_indices: Tensor, detections: Detections) -> None:
@@ -170,7 +167,7 @@ class CocoEvaluator:
         """Return the objects of the collected images."""
         annotations, evaluated = self.annotations, self.image_rows
         counts = np.diff(annotations.box_offsets)
-        rows = np.isin(np.repeat(np.arange(len(annotations)), counts), evaluated)
+        rows = np.isin(annotations.image_rows, evaluated)
         images = np.repeat(np.arange(len(evaluated)), counts[evaluated])
         is_ignored = (annotations.is_crowd | annotations.is_difficult)[rows]
         return Objects(images, annotations.boxes[rows], annotations.labels[rows], annotations.areas[rows], is_ignored)
@@ -272,7 +269,7 @@ def _by_image(
     return [[torch.tensor(part) for part in np.split(column[order], bounds)] for column in columns]
 
 
-def twelve_metrics(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64]) -> Metrics:
+def twelve_metrics(precision: Table, recall: Table) -> Metrics:
     """Return COCO's twelve metrics from COCOeval's tables, as its `summarize` does; see `precision_recall_tables`."""
     by_area = [precision[..., area, -1] for area in range(1 + len(SIZES))]
     average_precisions = [by_area[0], by_area[0][0], by_area[0][5], *by_area[1:]]  # IoU 0.50:0.95, 0.50 and 0.75
@@ -280,7 +277,7 @@ def twelve_metrics(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.fl
     return dict(zip(METRIC_NAMES, map(_mean, [*average_precisions, *recalls]), strict=True))
 
 
-def _mean(values: npt.NDArray[np.float64]) -> float:
+def _mean(values: Table) -> float:
     """Return the mean of the defined values, which are not -1; NaN if there is none."""
     defined = values[values > -1]
     # COCOeval adds 2e-16 to the denominator of a precision; in float32 a perfect result is 1 again.

@@ -82,15 +82,11 @@ class ExponentialMovingAverage(Callback):
         """Put the average into the module, also at the end of training: it was evaluated."""
         self._hold_average(True)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore the raw weights; Lightning calls the callbacks that write checkpoints after this one."""
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: Any = None) -> None:
+        """Restore the raw weights, also if a validation raises; callbacks that write checkpoints are called later."""
         self._hold_average(False)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Restore the raw weights if a validation raises."""
-        self._hold_average(False)
-
-    on_train_end = on_validation_start
+    on_train_end, on_exception = on_validation_start, on_validation_end
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Free the memory; the module keeps what it holds."""
