@@ -80,7 +80,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("running trainings are lost; the same command continues with the missing ones", file=sys.stderr)
+        print("interrupted: running trainings are lost; repeat the command to continue", file=sys.stderr)
         return 130
     return 0
 

@@ -64,7 +64,7 @@ def write_page(plan: dict[str, Any], table: Table, folder: Path) -> None:
     if series and noise is not None:
         picture = "images/loss_comparison.png"
         draw_gains(series, noise, folder / picture)
-        sections.insert(0, f"![mAP of the first loss above the others, against the imbalance]({picture})\n")
+        sections.insert(0, f"![mAP of the first loss minus that of the others, against the imbalance]({picture})\n")
     about = f"{plan.get('about', '').strip()}\n\n{_about_noise(noise, len(table))}"
     source = f"Written from `{Path(plan['table']).name}` by `scripts/compare_losses.py --report`."
     page = folder / "loss_comparison.md"
@@ -170,9 +170,9 @@ def draw_gains(series: dict[str, Cells], noise: float, path: Path) -> None:
         axis.axhline(0, color="#888888", linewidth=1)
         axis.set_xscale("log")
         axis.set_xlabel("background anchors for each positive one")
-        axis.set_title(f"above {reference.replace('_', ' ')}")
+        axis.set_title(f"minus {reference.replace('_', ' ')}")
         axis.grid(color="#dddddd")
-    axes[0].set_ylabel("points of mAP (bars: one standard deviation)")
+    axes[0].set_ylabel("difference of mAP, points (bars: one standard deviation)")
     drawn = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend([*drawn.values()], [*drawn], loc="outside lower center", ncols=len(series), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

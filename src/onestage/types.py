@@ -64,7 +64,7 @@ class Losses(NamedTuple):
 
     terms: dict[str, Tensor]  # scalars, one for each of the detector's `loss_terms`
     num_positives: Tensor  # scalar int64: positive anchors of this batch
-    divisor: Tensor | None = None  # scalar > 0: divided the sums of the batch in evaluation; None: `num_positives`
+    divisor: Tensor | None = None  # scalar > 0 that divided the sums in evaluation; None: `num_positives`
 
 
 class AnchorLosses(NamedTuple):
@@ -168,7 +168,7 @@ class Detector(nn.Module, ABC):
         is_taken = tuple(canvas) == (side, side) if side is not None else not any(s % multiple for s in canvas)
         rule = f"({side}, {side})" if side is not None else f"multiples of {multiple}"
         size = side if side is not None else -(-max(canvas) // multiple) * multiple
-        remedy = f"Set data.image_size: {size}, or choose another model.detector.class_path."
+        remedy = f"Set data.image_size: {size} (of data.resize its own sizes), or choose another model.detector."
         place = f"data.image_size: (height, width) of the images for {type(self).__name__}"
         require(is_taken, place, tuple(canvas), rule, remedy)
 

@@ -40,7 +40,7 @@ class CellMatcher:
         rows = torch.where(best >= 0, torch.arange(best.shape[1], device=best.device), BACKGROUND)
         match = torch.full((len(best), len(anchors.boxes)), BACKGROUND, device=best.device)
         match = match.scatter_reduce(1, best.clamp(min=0), rows, "amax")  # the later row, in any order of threads
-        match = torch.where(match >= 0, match % max(targets.labels.shape[1], 1), match)
+        match = torch.where(match >= 0, match % max(targets.labels.shape[1], 1), match)  # row = rank * M + object
 
         intersection, iou = pairwise_overlap(empty_without_area(targets.boxes), predicted_boxes)  # [B, M, A]
         is_near = (iou * (targets.labels >= 0)[..., None]).amax(dim=1) > self.ignore_iou

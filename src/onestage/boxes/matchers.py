@@ -112,22 +112,26 @@ def _withdraw_taken_anchors(iou: Tensor) -> Tensor:
     return iou.masked_fill_((best_iou >= _RAISE) & (rows != holder), 0)
 
 
+def image_chunks(targets: Targets, anchors: Anchors) -> list[slice]:
+    """Return slices of a batch of which each has at most `MAX_PAIRS` pairs of an object and an anchor, if it can."""
+    num_images, num_objects = targets.labels.shape
+    size = max(1, MAX_PAIRS // max(1, num_objects * len(anchors.boxes)))
+    return [slice(start, start + size) for start in range(0, max(1, num_images), size)]
+
+
 @torch.no_grad()
 def assign(
     matcher: Matcher, targets: Targets, anchors: Anchors, predicted_boxes: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Match all anchors of a batch, in chunks of images that bound the memory at `MAX_PAIRS` pairs.
+    """Match all anchors of a batch, in chunks of images.
 
     Return the label of every anchor, BACKGROUND or IGNORE, [B, A], and the box of its object, [B, A, 4] xyxy, px,
     arbitrary for anchors without an object.
     """
     if targets.labels.shape[1] == 0:  # a row of padding, so that reductions over objects are defined
         targets = Targets(F.pad(targets.boxes, (0, 0, 0, 1)), F.pad(targets.labels, (0, 1), value=PADDING))
-    num_pairs = targets.labels.shape[1] * len(anchors.boxes)
-    images_per_chunk = max(1, MAX_PAIRS // max(1, num_pairs))
     matches = []
-    for start in range(0, max(1, len(targets.labels)), images_per_chunk):
-        images = slice(start, start + images_per_chunk)
+    for images in image_chunks(targets, anchors):
         part = predicted_boxes[images] if predicted_boxes is not None else None
         matches.append(matcher(Targets(targets.boxes[images], targets.labels[images]), anchors, part))
     match = torch.cat(matches)  # [B, A]

@@ -1,5 +1,3 @@
 """The command line."""
 
-from onestage.cli.main import main
-
-__all__ = ["main"]
+from onestage.cli.main import main as main

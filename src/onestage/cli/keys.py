@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from onestage.cli.messages import MODULES_OF_CLASSES, explain, files_first
+from onestage.cli.messages import CONFIGS, MODULES_OF_CLASSES, explain, files_first
 from onestage.errors import ConfigError
 
 CLASSES = {
@@ -26,7 +26,7 @@ OWN_TRAINER = "onestage.training.trainer.DetectionTrainer"
 OF_LIGHTNING = {"help", "config", "print_config", "seed_everything", "ckpt_path", *CLASSES}  # Lightning's command line
 COMMON = {
     "max_epochs": "epochs to train",
-    "max_steps": "or optimizer steps; -1: as many as the epochs have",
+    "max_steps": "limit in optimizer steps; -1: none",
     "check_val_every_n_epoch": "epochs between two validations",
     "log_every_n_steps": "optimizer steps between two rows of metrics.csv",
     "accelerator": "cpu, gpu, mps, or auto",
@@ -55,7 +55,8 @@ def help_page(command: str) -> str:
         "",
         "FILE is YAML or a shipped name such as shapes_ssd. Later files override earlier ones, keys override files.",
     ]
-    common = {name: (trainer[name][0], text) for name, text in COMMON.items() if name in trainer}
+    shared = yaml.safe_load((CONFIGS / "trainer.yaml").read_text(encoding="utf-8"))["trainer"]
+    common = {name: (str(shared.get(name, trainer[name][0])), text) for name, text in COMMON.items() if name in trainer}
     for group, keys in {**groups, "trainer": common}.items():
         lines += ["", f"{group or 'run'}:"]
         prefix = f"{group}." if group else ""

@@ -19,7 +19,7 @@ COMMANDS = {
     "validate": (TRAINER, "evaluate a checkpoint on the validation split"),
     "test": (TRAINER, "evaluate a checkpoint on the test split"),
     "predict": (TRAINER, "detect on a folder of images: drawn images and a COCO results file"),
-    "losses": (TRAINER, "plot how the loss is shared among the anchors of a checkpoint, for each gamma"),
+    "losses": (TRAINER, "plot the distribution of a checkpoint's loss over anchors, for each gamma"),
     "report": ("onestage.report.report:report", "write one HTML page about a run, or compare several"),
     "doctor": ("onestage.doctor.doctor:doctor", "check a data set: files, boxes, classes, leakage, anchor coverage"),
     "anchors": ("onestage.doctor.doctor:anchors", "fit a detector's anchors to a data set"),

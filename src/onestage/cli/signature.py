@@ -27,9 +27,9 @@ class CommandParser(ArgumentParser):
         text = " ".join(CLASS.sub(r"\1", text).split())
         raise ConfigError(f"{self.prog}: {text}.\nSee: {self.prog} --help") from ex
 
-    def format_help(self) -> str:
+    def format_help(self, *arguments: Any) -> str:
         """Return the help; types by their plain names."""
-        return CLASS.sub(r"\1", super().format_help())
+        return CLASS.sub(r"\1", super().format_help(*arguments))
 
 
 def run_function(command: str, function: Callable[..., int], words: Sequence[str]) -> int:

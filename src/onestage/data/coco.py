@@ -40,7 +40,7 @@ MANY_BYTES = 8 << 20  # smaller files are parsed with their outlines
 OUTLINES = re.compile(rb'"segmentation"\s*:\s*\[[-+0-9eE.,\s\[\]]*\]\s*,(?=\s*")')
 MAX_SEARCHED = 500  # folders of a data set whose images are in none of the usual ones
 MAX_TRIED = 5  # images, evenly spaced, of which one must be on disk, to find their folder
-AREA_TOLERANCE = 0.01  # of the box's area, and 1 px^2; more is no rounding
+AREA_TOLERANCE = 0.01  # of the box's area, and 1 px^2; more is not rounding
 FRESH_COPY = "Take a fresh copy of the file, or export it again as COCO JSON, in UTF-8."
 EXPORT = "Export the data set as COCO, VOC or YOLO."
 OTHER_PATH = "Correct data.path (data.source.train, data.source.val), or take a fresh copy of the file."
@@ -108,7 +108,7 @@ class COCO(Source):
         return [printable(file) for file in list_annotation_files(self.path) if file not in used]
 
     def _found(self) -> dict[Split, Path]:
-        """Return the files of the folder by role. Of several for one role, that of 2017 counts, or else the last."""
+        """Return the files of the folder by role. If several have one role, that of 2017 counts, else the last."""
         if self.path.suffix.lower() == ".json":
             return {"train": self.path}
         files = list_annotation_files(self.path)
@@ -130,8 +130,8 @@ def list_annotation_files(folder: Path) -> list[Path]:
 def split_name(file: Path, root: Path | None = None) -> str:
     """Return what a COCO file calls its split: `train2017`, or its folder below `root` if that says more."""
     name = file.stem.removeprefix("instances_")
-    is_told_by_folder = root is not None and role_of(file.parent.name) and not role_of(name)
-    return file.parent.name if file.parent != root and (file.name == ROBOFLOW_FILE or is_told_by_folder) else name
+    folder_names_split = root is not None and role_of(file.parent.name) and not role_of(name)
+    return file.parent.name if file.parent != root and (file.name == ROBOFLOW_FILE or folder_names_split) else name
 
 
 def _image_folders(file: Path, root: Path) -> Iterator[Path]:

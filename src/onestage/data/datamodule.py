@@ -45,7 +45,7 @@ class DetectionDataModule(LightningDataModule):
         image_size: side of the square network input, px, >= 32: short for `resize: Stretch(image_size)`.
         resize: fits images to the network input in another way, such as `onestage.data.Letterbox(300)` or
             `onestage.data.ShortestEdge(800, 1333)`; its size is then the network's.
-        batch_size: images per process and step.
+        batch_size: images per process and batch.
         num_workers: processes that load images, 0 for none; auto: one per CPU core that this process may use, less
             one for training, at most 16; none on a CPU with two cores, which training needs itself.
         prefetch_factor: batches that each worker loads ahead.
@@ -181,6 +181,8 @@ class DetectionDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read what a Trainer call (fit, validate, test, predict) needs, so that all problems show before it starts."""
+        if stage == "fit":  # a position that a checkpoint restores next is for the loader of this fit
+            self._train_loader = None
         splits = {self._split_of(name) for name in CALLS[stage]}
         has_new = not splits <= self._annotation_sets.keys()
         for split in sorted(splits):

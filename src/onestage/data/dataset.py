@@ -41,7 +41,7 @@ class Sample(NamedTuple):
     image_index: int  # row of the image in the AnnotationSet
     original_size: tuple[int, int]  # (height, width) of the decoded file; UNREAD: the image is left out
     placement: Placement  # of the decoded file on `image`; it does not describe random augmentation
-    failures: tuple[Failure, ...] = ()  # images that others took the place of
+    failures: tuple[Failure, ...] = ()  # images that were replaced
 
 
 class DetectionDataset(Dataset[Sample]):

@@ -38,15 +38,14 @@ def load(
 ) -> "Predictor":
     """Load a trained model; its data set is not needed. Nothing in the file is run.
 
+    Raises CheckpointError if the file is missing, damaged, no checkpoint of this project, or of another detector.
+
     Args:
         path: a checkpoint (runs/.../checkpoints/best.ckpt), or a .safetensors file with its .json beside it.
         device: such as cpu or cuda:1; None: the GPU if there is one.
         detector: receives the weights. Only needed for a class of your own, and for a checkpoint of a Trainer that
             `onestage fit` did not start: neither has a configuration that can be built.
         resize: how images were resized for that detector; None: stretched to its image_size.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, no checkpoint of this project, or of another detector.
     """
     module, data = _build(path) if detector is None else _wrap(path, detector, resize)
     load_weights(module, path, data.class_names)
@@ -110,19 +109,15 @@ class Predictor:
     def predict(self, images: ImageLike, *, score: float | None = None, batch_size: int = 16) -> "ImageDetections": ...
 
     def predict(self, images: Any, *, score: float | None = None, batch_size: int = 16) -> Any:
-        """Detect on one image, or on each of a list.
+        """Detect on one image and return `ImageDetections`, or on each of a list and return a list of them.
+
+        Raises ImageError if an image cannot be decoded, or is no 8-bit RGB image.
 
         Args:
             images: a path, a PIL image, or [H, W, 3] uint8 RGB (OpenCV reads BGR: pass `image[..., ::-1]`).
             score: lowest score of a returned detection, in [0, 1]; None: that with the best F1 in the evaluation of the
                 checkpoint.
             batch_size: images that the network takes at once.
-
-        Returns:
-            An `ImageDetections`, or a list of them.
-
-        Raises:
-            ImageError: an image cannot be decoded, or is no 8-bit RGB image.
         """
         threshold = self.score_threshold if score is None else score
         require(0 <= threshold <= 1, "predict: score", score, "in [0, 1]")

@@ -92,7 +92,7 @@ def anchors(
     onestage anchors data/mine --detector SSD300 --out anchors.yaml
     onestage anchors data/mine --detector YOLOv3 --image_size 416 --shapes 9
     onestage doctor data/mine --detector SSD300 --anchors anchors.yaml
-    onestage fit --config configs/coco_ssd300.yaml --config anchors.yaml
+    onestage fit --config configs/coco_ssd300.yaml --config anchors.yaml --data.path data/mine
 
     Args:
         path: COCO JSON file or folder, VOC folder, YOLO data.yaml or folder; its first split is used.

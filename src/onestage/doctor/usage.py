@@ -79,7 +79,7 @@ def _find_unused(source: Source, splits: Sequence[Split]) -> Iterator[tuple[str,
         used |= {os.path.normpath(source.annotation_file(role)) for role in source.splits}
     types = ".json" if source.format == "VOC" else (".json", ".xml")
     yield "other JSON or XML files are not read", [f for f in files if f.lower().endswith(types) and f not in used]
-    if not isinstance(source, COCO):
+    if source.format in ("VOC", "YOLO"):
         suffix = {"VOC": ".xml", "YOLO": ".txt"}[source.format]
         labels = [Path(file) for file in files if file.lower().endswith(suffix) and not file.endswith("classes.txt")]
         folders = {label.parent for label in labels if label.stem in stems}  # other texts lie elsewhere

@@ -36,7 +36,7 @@ def ssd_levels(
 
 
 class SSD(AnchorDetector):
-    """Single-shot detector over feature maps from stride 8 on; the subclasses are the published sizes.
+    """Single-shot detector on feature maps of several strides; the subclasses fix the size of the input.
 
     Args:
         num_classes: K, without the background.
@@ -91,7 +91,7 @@ class SSD(AnchorDetector):
         max_detections: int = 200,
     ) -> None:
         name, side = type(self).__name__, type(self).image_size
-        remedy = f"Set data.image_size: {side}, or choose another model.detector.class_path."
+        remedy = f"Set data.image_size: {side} (of data.resize its own size), or choose another model.detector."
         require(image_size in (None, side), f"{name}: image_size", image_size, str(side), remedy)
         require(num_classes >= 1, f"{name}: num_classes", num_classes, ">= 1")
         require(0 < prior < 1, f"{name}: prior", prior, "in (0, 1)", "RetinaNet's is 0.01.")
@@ -149,7 +149,7 @@ class SSD(AnchorDetector):
 
 
 class SSD300(SSD):
-    """SSD300: 8732 anchors on maps of 38, 19, 10, 5, 3 and 1 cells. VOC07 77.2 mAP, COCO 25.1 (SSD table 1 and 5)."""
+    """SSD300: 8732 anchors on maps of 38, 19, 10, 5, 3 and 1 cells. VOC07 77.2 mAP, COCO 25.1 (SSD table 6)."""
 
     image_size = 300
     _strides = (8, 16, 32, 64, 100, 300)
@@ -192,7 +192,7 @@ class SSD160(SSD):
     extra_layers: ClassVar = (ExtraLayer(64, 128), ExtraLayer(64, 128), ExtraLayer(64, 128, stride=1, padding=0))
 
     def make_backbone(self) -> VGG:
-        """Return configuration A of VGG at a quarter of its widths: 60 img/s for training on one core in bf16."""
+        """Return configuration A of VGG at a quarter of its widths."""
         return VGG((1, 1, 2, 2, 2), (16, 32, 64, 128, 128), fc_width=256, fc6_dilation=2, batch_norm=True)
 
 

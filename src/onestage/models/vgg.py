@@ -18,11 +18,11 @@ PIXEL_STD = 64.0
 
 
 class L2Norm(nn.Module):
-    """Scale the features of each cell to a learnt length, 20 at first. ParseNet section 3.2 (arXiv:1506.04579)."""
+    """Scale the features of each cell to a learnt length, 20 at first. ParseNet section 3.3 (arXiv:1506.04579)."""
 
-    def __init__(self, channels: int, initial_length: float = 20.0) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((channels,), initial_length))
+        self.weight = nn.Parameter(torch.full((channels,), 20.0))
 
     def forward(self, features: Tensor) -> Tensor:
         """features: [B, C, H, W]; float32 inside, because the sum of squares overflows float16."""

@@ -12,6 +12,7 @@ from torchvision.ops import box_convert
 from onestage.boxes.anchors import AnchorGrid, AnchorShapes, named_levels
 from onestage.boxes.cell_matcher import CellMatcher
 from onestage.boxes.coders import GridBoxCoder
+from onestage.boxes.matchers import image_chunks
 from onestage.boxes.nms import Selection
 from onestage.errors import require
 from onestage.losses.box import BoxLoss
@@ -168,7 +169,8 @@ class YOLO(AnchorDetector):
         Class logits [B, N, C'], the objects' labels [B, N], whether the object is the one that the anchor keeps [B, N],
         and whether another object has the same anchor [B, N, N].
         """
-        best = self.matcher.best_anchors(targets, predictions.anchors)
+        parts = (Targets(targets.boxes[i], targets.labels[i]) for i in image_chunks(targets, predictions.anchors))
+        best = torch.cat([self.matcher.best_anchors(part, predictions.anchors) for part in parts])
         logits = predictions.class_logits
         logits = logits.gather(1, best.clamp(min=0)[..., None].expand(-1, -1, logits.shape[2]))
         has_same = (best[:, :, None] == best[:, None, :]) & (best >= 0)[:, None, :]

@@ -77,7 +77,7 @@ def find_checkpoint(resume: str, ckpt_path: str | None, config: JSONDict) -> Res
     if word == "auto":
         return _find_run(Path(config["runs_dir"]) / config["experiment"], config)
     folder = Path(word) / "checkpoints"
-    if _is_folder(folder):
+    if os.path.isdir(folder):  # noqa: PTH112 # Path.is_dir raises if the name is too long
         newest = newest_checkpoint(folder)
         if newest is None:
             raise CheckpointError(f"{folder} has no checkpoint to continue from.\nStart anew with --resume none.")
@@ -95,13 +95,9 @@ def _stored_model(config: JSONDict) -> JSONDict:
     return model if isinstance(model, dict) else {}
 
 
-def _is_folder(path: Path) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112 # Path.is_dir raises if the name is too long
-
-
 def _find_run(experiment_folder: Path, config: JSONDict) -> Resumed | None:
     """Find the newest run with the same configuration and a checkpoint."""
-    found = experiment_folder.glob("version_*") if _is_folder(experiment_folder) else ()
+    found = experiment_folder.glob("version_*") if os.path.isdir(experiment_folder) else ()  # noqa: PTH112
     for folder in sorted((path for path in found if version_of(path) >= 0), key=version_of, reverse=True):
         difference = _find_difference(folder / "config.yaml", config)
         newest = newest_checkpoint(folder / "checkpoints") if difference is None else None

@@ -197,6 +197,8 @@ def _failure_in_lightning(error: Exception) -> OnestageError | None:
         problem = f"an entry is malformed ({type(error).__name__}: {str(error)[:200]})"
         remedy = "Resume from another one, or start with --resume none."
         return CheckpointError(f"the checkpoint cannot be restored: {problem}.\n{remedy}")
+    if isinstance(error, ValueError) and names[-1] == ("fit_loop.py", "setup_data"):  # more batches than an epoch has
+        return ConfigError(f"trainer.val_check_interval: {first_line(error)}")
     for frame in reversed(frames):
         path, owner = Path(frame.f_code.co_filename), frame.f_locals.get("self")
         if path.is_relative_to(PACKAGE):

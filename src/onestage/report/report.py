@@ -45,8 +45,8 @@ def report(runs: list[Path], *, out: Path | None = None) -> int:
 
     The page is one file that needs no network. Of one run: the metrics, the command that repeats it, curves, classes,
     errors, data, images, configuration, versions. Of several: the metrics, curves and classes next to each other, what
-    differs between their configurations, and how sure the difference of mAP is. `fit`, `validate` and `test` write the
-    page of their run.
+    differs between their configurations, and a 95 % interval of the difference of mAP. `fit`, `validate` and `test`
+    write the page of their run.
 
     onestage report runs/shapes_ssd/version_0
     onestage report runs/shapes_ssd/version_0 runs/shapes_ssd/version_1 --out focal_or_not.html
@@ -116,7 +116,7 @@ def _describe_run(run: Run) -> JSONDict:
     # Of data that were given in Python, config.yaml has neither source nor path.
     data, file = run.config.get("data") or {}, str(run.folder / "config.yaml")
     command = facts.get("command") or ("fit" if run.rows else results["stage"])
-    again = f"onestage {command} --config {shlex.quote(file)}"
+    again = f"onestage {command} --config {shlex.quote(file)}{' --resume none' * (command == 'fit')}"
     largest = sorted(range(len(names)), key=lambda label: -classes[names[label]]["num_objects"])[:MAX_CLASSES]
     found = {f"all {len(names)} classes": results["overall"]}
     found |= {names[label]: classes[names[label]] for label in largest}

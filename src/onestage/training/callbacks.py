@@ -23,6 +23,7 @@ from onestage.evaluation.results import write_records, write_results
 from onestage.files import read_rows
 from onestage.training.loggers import METRICS_FILE, write_rows
 from onestage.training.module import DetectionModule, stage_of
+from onestage.training.optimization import total_steps
 from onestage.types import Batch, Detections, Predictions
 
 IMAGES_FILE, EPOCHS_FILE = "images.json", "epochs.csv"
@@ -150,7 +151,7 @@ class LossBar(TQDMProgressBar):
             self._start = time.perf_counter()
         elif self._num_batches == last and trainer.is_global_zero:
             seconds = (time.perf_counter() - self._start) / (last - first) * trainer.accumulate_grad_batches
-            steps = float(trainer.estimated_stepping_batches) - trainer.global_step
+            steps = total_steps(trainer) - trainer.global_step
             minutes = steps * seconds / 60
             if 1 <= minutes < math.inf:
                 time_text = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
@@ -160,7 +161,7 @@ class LossBar(TQDMProgressBar):
 class AnchorMonitor(Callback):
     """Log `anchors/*` to TensorBoard at every logged step, and check the first batch for a missing prior bias.
 
-    Uses the first process's batch that ends the step. A detector without `anchor_losses` is skipped.
+    Uses the batch with which the first process ends the step. A detector without `anchor_losses` is skipped.
     """
 
     @rank_zero_only
@@ -168,9 +169,9 @@ class AnchorMonitor(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the composition of the loss of this batch."""
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined] # Lightning sets it
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined] # Lightning sets it; 0: never
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        is_logged = bool(loggers) and ends_step and trainer.global_step % every == 0
+        is_logged = bool(loggers) and ends_step and every > 0 and trainer.global_step % every == 0
         is_first = batch_idx == trainer.current_epoch == 0
         if not (is_logged or is_first):
             return

@@ -45,7 +45,8 @@ class ExponentialMovingAverage(Callback):
         self._loaded: dict[str, Tensor] | None = None  # average of a checkpoint, until the module is on its device
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse strategies that split the weights."""
+        """Start the ramp anew; refuse strategies that split the weights."""
+        self.num_updates = 0 if stage == "fit" else self.num_updates
         if stage == "fit" and self.decay is not None:
             require_whole_weights(trainer.strategy, "ema.decay", "ema.decay: null")
 

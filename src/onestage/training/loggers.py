@@ -217,7 +217,8 @@ class ResultsLogger(Callback):
             return
         if not self._has_logged_config:
             self.on_train_start(trainer, pl_module)
-        stage, step, names = stage_of(trainer), trainer.global_step, list(pl_module.data.class_names)
+        stage, names = stage_of(trainer), list(pl_module.data.class_names)
+        step = trainer.global_step - (trainer.state.fn == "fit")  # that of val/mAP
         per_class = list(pl_module.evaluator.evaluation().per_class.items())[:MAX_CLASSES]
         rows = [(label, name, ap) for label, (name, ap) in enumerate(per_class) if not math.isnan(ap)]
         drawn = sorted(self.images.glob("*.jpg"))[:MAX_IMAGES]

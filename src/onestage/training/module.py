@@ -45,7 +45,7 @@ class DetectionModule(pl.LightningModule):
         optimizer: makes the optimizer from parameter groups. Biases and normalisation parameters (one dimension) form
             a group of their own without weight decay, as in SSD's Caffe solver.
         schedule: warm-up and decay of the learning rate.
-        loss_weights: weight >= 0 of each of the detector's loss terms, such as `{box: 0.2}` (alpha of SSD eq. 1). A
+        loss_weights: weight >= 0 of each of the detector's loss terms, such as `{box: 2.0}` (alpha of SSD eq. 1). A
             term that is not listed has weight 1.
         channels_last: memory format of network and images. auto: the faster one, which `fit` times on a CPU.
         compile: use torch.compile for network and classification loss in `fit`. Needs a C++ compiler; on a CPU it
@@ -122,14 +122,17 @@ class DetectionModule(pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override] # a classmethod to type checkers only
-        cls, checkpoint_path: str | Path, map_location: Any = None, **arguments: Any
-    ) -> Self:
+        cls, checkpoint_path: str | Path, map_location: Any = None, hparams_file: Any = None,
+        strict: bool | None = None, weights_only: bool | None = True, **arguments: Any,
+    ) -> Self:  # fmt: skip
         """Return the module of a checkpoint, on the CPU unless `map_location` names a device.
 
-        arguments: of the constructor. Without a `detector` it is the one in the checkpoint of `onestage fit`.
+        arguments: of the constructor. Without a `detector` it is the one in the checkpoint of `onestage fit`, and
+        hparams_file and strict do not count. weights_only: always true; no code in a file is run.
         """
         if "detector" in arguments:
-            return super().load_from_checkpoint(checkpoint_path, map_location, weights_only=True, **arguments)
+            place = (checkpoint_path, map_location, hparams_file, strict)
+            return super().load_from_checkpoint(*place, weights_only=True, **arguments)
         loaded = onestage.load(checkpoint_path, device=map_location or "cpu").module
         return cls(loaded.detector, **{"loss_weights": loaded.loss_weights, **arguments})
 
@@ -251,7 +254,7 @@ class DetectionModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Compute and log the metrics of the split."""
         prefix, self.metrics = stage_of(self.trainer), {}
-        self.on_predict_epoch_end()
+        self._note_unreadable()
         if self.evaluator is None:
             rank_zero_warn(f"{prefix}: only losses are evaluated, since the loader's dataset has no annotations.")
         else:
@@ -270,7 +273,11 @@ class DetectionModule(pl.LightningModule):
             self.log(f"{prefix}/{name}", value, prog_bar=name in ("mAP", "AP50"))
 
     def on_predict_epoch_end(self) -> None:
-        """Tell the evaluator, whose detections `onestage predict` writes, which images the loader has left out."""
+        """Complete what `onestage predict` writes."""
+        self._note_unreadable()
+
+    def _note_unreadable(self) -> None:
+        """Tell the evaluator which images the loader has left out."""
         if self.evaluator is not None:
             self.evaluator.unreadable |= getattr(self._loader(stage_of(self.trainer)), "unreadable", {})
 
@@ -295,7 +302,8 @@ class DetectionModule(pl.LightningModule):
         # A subclass's own scheduler may drive the momentum or keep state in the groups: left as it was saved.
         if self._scheduler is None or schedulers != [self._scheduler]:
             return
-        steps, total_steps = self.schedule.warmup_steps, float(self.trainer.estimated_stepping_batches)
+        steps, total_steps = self.schedule.warmup_steps, optimization.total_steps(self.trainer)
+        self._learning_rate_factor(max(1, steps))  # refuses a run without end now, and not after its warm-up
         if steps > 0.5 * total_steps and not getattr(self.trainer, "fast_dev_run", False):
             rank_zero_warn(
                 f"model.schedule.warmup_steps is {steps}, but the run has {total_steps:g} steps: for most of it the "
@@ -320,7 +328,7 @@ class DetectionModule(pl.LightningModule):
         kind, remedy = self.schedule.kind, "Set trainer.max_epochs or trainer.max_steps."
         if step < max(1, self.schedule.warmup_steps) or kind == "constant":
             return self.schedule.factor(step, total_steps=math.inf)
-        total_steps = float(self.trainer.estimated_stepping_batches)
+        total_steps = optimization.total_steps(self.trainer)
         require(total_steps < math.inf, "model.schedule.kind", kind, "constant in a run without end", remedy)
         return self.schedule.factor(step, total_steps)
 
@@ -380,7 +388,7 @@ def _checked_weights(loss_weights: dict[str, float], detector: Detector) -> dict
     terms, name = detector.loss_terms, type(detector).__name__
     for term, weight in loss_weights.items():
         require(term in terms, "model.loss_weights: a key", term, f"a loss term of {name}: {', '.join(terms)}")
-        remedy = "SSD's alpha is 1; with focal loss try 0.05 to 1 for box, docs/focal_loss.md."
+        remedy = "With GIoU try 2 for focal loss of gamma 1, 4 for cross-entropy or mining: docs/focal_loss.md."
         require(0 <= weight < math.inf, f"model.loss_weights.{term}", weight, "finite and >= 0", remedy)
     return {term: float(loss_weights.get(term, 1.0)) for term in terms}
 

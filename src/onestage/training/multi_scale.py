@@ -43,7 +43,7 @@ class MultiScale:
     def require_canvases(self, canvases: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return every (height, width) that the detector will see; ConfigError if the loader's images are smaller."""
         side, largest = min(map(max, canvases)), max(self.sizes)
-        remedy = f"Set data.image_size: {largest}, or leave out the larger sizes."
+        remedy = f"Set data.image_size: {largest} (of data.resize its own size), or leave out the larger sizes."
         require(largest <= side, "model.multi_scale.sizes", list(self.sizes), f"<= data.image_size, {side}", remedy)
         return [self.canvas_at(size, canvas) for size in self.sizes for canvas in canvases]
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -64,6 +65,21 @@ class WarmupSchedule:
             progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
             return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
         return 1.0
+
+
+def total_steps(trainer: pl.Trainer) -> float:
+    """Return the optimizer steps of the whole run; infinity if it has no end.
+
+    Lightning's estimate takes the present accumulation for all epochs, which GradientAccumulationScheduler changes.
+    """
+    estimated = float(trainer.estimated_stepping_batches)  # sets up the loaders
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] # Lightning's type has none
+    schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    if not schedulers or trainer.max_epochs in (None, -1):
+        return estimated
+    accumulated = (schedulers[0].get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs or 0))
+    steps = sum(math.ceil(trainer.num_training_batches / number) for number in accumulated)
+    return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
 
 
 def decayed_parameters(detector: nn.Module) -> frozenset[str]:
@@ -157,7 +173,7 @@ def check_clipping(trainer: pl.Trainer, optimizer: Optimizer) -> None:
 
 def clip_gradients(trainer: pl.Trainer, optimizer: Optimizer, limit: float, algorithm: str | None) -> None:
     """Clip the gradients, also where Lightning refuses: a fused optimizer under bf16, and by norm under FSDP."""
-    parameters: Iterable[nn.Parameter] = (one for group in optimizer.param_groups for one in group["params"])
+    parameters: Iterable[nn.Parameter] = (weight for group in optimizer.param_groups for weight in group["params"])
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         return  # clips inside its own step
     if algorithm == "value":
