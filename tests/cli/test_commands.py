@@ -76,6 +76,7 @@ def test_run_shorter_than_its_validation_interval_without_checkpoints_is_evaluat
 
 def test_run_without_validation_prints_its_folder_and_a_missing_prior_warns(fast_options, tmp_path, capsys):
     options = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0", "--runs_dir", str(tmp_path)]
+    options += ["--trainer.log_every_n_steps", "0"]  # never
     with pytest.warns(UserWarning, match=r"The first classification loss is .* per positive anchor"):
         assert run("fit", *fast_options, *options, "--model.detector.init_args.prior", "0.5") == 0
     assert f"the run: {tmp_path / 'shapes_ssd' / 'version_0'}" in capsys.readouterr().out
@@ -202,6 +203,7 @@ def test_tensorboard_has_images_curves_ap_of_each_class_and_final_metrics(traine
     assert events.SummaryMetadata("val/all").plugin_data.plugin_name == "pr_curves"
     scalars = set(tags["scalars"])
     assert {"final/mAP", "final/AP50", "val/AP/triangle"} < scalars
+    assert {one.step for one in events.Scalars("val/AP/triangle")} == {one.step for one in events.Scalars("val/mAP")}
     assert events.Scalars("final/mAP")[0].value == events.Scalars("val/mAP")[-1].value
     assert "_hparams_/session_start_info" in events.summary_metadata
     assert not any("/AP/" in name for name in next(csv.reader((trained / "metrics.csv").open())))

@@ -54,3 +54,8 @@ def test_callback_set_up_wrongly_ends_in_one_message(kind, options, reason, fast
     message = capsys.readouterr().err.partition("error: ")[2]
     assert reason in message
     assert len(message.splitlines()) <= 3
+
+
+def test_validation_interval_longer_than_the_epoch_is_one_message(fast_options, tmp_path, capsys):
+    assert run("fit", *fast_options, "--trainer.val_check_interval", "1000", "--runs_dir", str(tmp_path)) == 2
+    assert "error: trainer.val_check_interval: `val_check_interval` (1000) must be less" in capsys.readouterr().err

@@ -122,6 +122,14 @@ def test_path_is_recognised_and_replaces_the_source(kind, tmp_path, request, cap
     assert "2 classes" in caplog.text
 
 
+def test_position_of_a_checkpoint_is_for_the_loader_of_the_next_fit(coco) -> None:
+    data = coco_data(coco, batch_size=2)
+    for batches in (2, 1):
+        data.setup("fit")  # Lightning calls it, restores the position, and asks for the loader
+        data.load_state_dict(coco_data(coco, batch_size=2).train_dataloader().state_dict() | {"batches": batches})
+        assert data.train_dataloader().state_dict()["batches"] == batches
+
+
 def test_validation_batches_hold_every_image_once_in_order(coco) -> None:
     data = coco_data(coco, image_size=64, batch_size=4, num_workers=0)
     batches = list(data.val_dataloader())

@@ -115,7 +115,7 @@ def test_listed_image_that_is_missing_is_skipped_and_named(tmp_path) -> None:
     (tmp_path / "JPEGImages/b.jpg").unlink()
     annotations = parse_voc(tmp_path, ["train"])
     assert annotations.image_ids.tolist() == [1, 2]
-    assert annotations.skipped == (f"{tmp_path / 'JPEGImages/b'}: there is no such image",)
+    assert annotations.skipped == (f"{tmp_path / 'JPEGImages/b'}: there is no such image below {tmp_path}",)
     (tmp_path / "ImageSets/Main/train.txt").write_text("a.jpg\nJPEGImages\\c.jpg\n")  # as other tools write lists
     assert parse_voc(tmp_path, ["train"]).skipped == ()
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from onestage.boxes import matchers
 from onestage.boxes.anchors import AnchorShapes
 from onestage.errors import ConfigError
 from onestage.losses import QualityFocalLoss, SigmoidFocalLoss
@@ -188,6 +189,16 @@ def test_score_is_objectness_times_class_and_detect_finds_the_described_object(k
     (cx, cy, w, h) = predictions.anchors.boxes[1].tolist()  # in the first cell
     low = [max(0.0, cx - w / 2), max(0.0, cy - h / 2)]
     assert found.boxes[0, 0].tolist() == pytest.approx([*low, cx + w / 2, cy + h / 2])
+
+
+@pytest.mark.parametrize("kind", ["v2", "v3"])
+def test_loss_does_not_depend_on_the_chunks_of_matching(kind, monkeypatch) -> None:
+    detector, targets = yolo(kind), some_objects()
+    predictions = near_outputs(detector, targets)
+    whole = detector.loss(predictions, targets).terms
+    monkeypatch.setattr(matchers, "MAX_PAIRS", 1)  # one image
+    chunked = detector.loss(predictions, targets).terms
+    assert all(torch.equal(whole[name], chunked[name]) for name in whole)
 
 
 @pytest.mark.parametrize("kind", ["v2", "v3"])

@@ -115,7 +115,7 @@ def test_run_without_detections_and_with_half_of_its_files_has_a_page(tmp_path) 
         (tmp_path / name).unlink()
     shutil.rmtree(tmp_path / "report")
     page = Page(write_page([tmp_path], tmp_path / "page.html").read_text())
-    assert "config.yaml is missing" in page.text and "the run ended without a report" in page.text
+    assert "config.yaml is missing" in page.text and "stopped before its report was written" in page.text
     assert "nan" not in page.text
 
 

@@ -86,6 +86,13 @@ def test_average_does_not_change_training(tmp_path):
     assert raw[0][0]["weight"].item() == 8
 
 
+def test_every_fit_starts_its_own_ramp(tmp_path):
+    ema = ExponentialMovingAverage(decay=0.9999)
+    for _ in range(2):
+        fit(module := Climber(), tmp_path, ema)
+        assert module.validated == pytest.approx([3.6], rel=1e-6)
+
+
 def test_accumulated_batches_update_once_per_optimizer_step(tmp_path):
     ema = ExponentialMovingAverage(decay=0.9999)
     fit(Climber(), tmp_path, ema, accumulate_grad_batches=2)

@@ -99,8 +99,10 @@ def test_memory_format_reaches_weights_and_images(tmp_path, channels_last):
     assert weight.is_contiguous(memory_format=torch.channels_last) == module.channels_last
 
 
-def test_schedule_that_needs_the_run_length_is_refused_in_a_run_without_end(tmp_path):
-    module = DetectionModule(TinyDetector(num_classes=2), schedule=WarmupSchedule(kind="cosine", warmup_steps=0))
+@pytest.mark.parametrize("warmup_steps", [0, 1000])
+def test_schedule_that_needs_the_run_length_is_refused_in_a_run_without_end(tmp_path, warmup_steps):
+    schedule = WarmupSchedule(kind="cosine", warmup_steps=warmup_steps)
+    module = DetectionModule(TinyDetector(num_classes=2), schedule=schedule)
     with pytest.raises(ConfigError, match=r"kind must be constant in a run without end, got 'cosine'\.\n.*max_epochs"):
         trainer = quiet_trainer(DetectionTrainer, tmp_path, max_epochs=-1)
         trainer.fit(module, datamodule=TinyData(num_images=4, batch_size=1))

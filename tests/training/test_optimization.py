@@ -2,8 +2,10 @@ import math
 from functools import partial
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from tiny_training import CONSTANT, TinyData, TinyDetector, TinyDetectorWithBatchNorm, quiet_trainer, tiny_batch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -17,6 +19,7 @@ from onestage.training.optimization import (
     hyperparameters,
     parameter_groups,
     scale_learning_rate,
+    total_steps,
 )
 from onestage.training.trainer import DetectionTrainer
 
@@ -41,6 +44,25 @@ def test_schedules_have_hand_computed_factors():
 def test_schedule_values_out_of_range_are_refused(name, value):
     with pytest.raises(ConfigError, match=rf"model\.schedule\.{name} must be .*, got "):
         WarmupSchedule(**{name: value})
+
+
+@pytest.mark.parametrize(("scheduling", "steps"), [({0: 1, 2: 4}, 10), ({0: 4, 2: 1}, 10), ({0: 2}, 8)])
+def test_schedule_spans_the_steps_of_a_changing_accumulation(tmp_path, scheduling, steps):
+    rates = []
+
+    class Rates(pl.Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module = DetectionModule(
+        TinyDetector(2), partial(torch.optim.SGD, lr=1.0), schedule=WarmupSchedule("cosine", warmup_steps=0)
+    )
+    callbacks = [GradientAccumulationScheduler(scheduling), Rates()]
+    trainer = quiet_trainer(DetectionTrainer, tmp_path, max_epochs=4, callbacks=callbacks)
+    trainer.fit(module, datamodule=TinyData(num_images=4, batch_size=1))  # 4 batches in each epoch
+    assert total_steps(trainer) == trainer.global_step == steps
+    expected = {0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)}
+    assert sorted(set(rates)) == pytest.approx(sorted(expected))
 
 
 def test_biases_and_batch_norm_have_no_weight_decay():

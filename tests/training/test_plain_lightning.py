@@ -86,12 +86,20 @@ def test_calling_the_module_detects_and_torchscript_is_refused_with_the_export_t
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-def test_half_precision_weights_train_and_evaluate(tmp_path, precision):
+def test_half_precision_weights_train_and_evaluate_on_exact_boxes(tmp_path, precision, monkeypatch):
     module = module_of()
+    numbers, loss = [], module.detector.loss
+
+    def seen(predictions, targets):
+        numbers.append(targets.boxes.dtype)
+        return loss(predictions, targets)
+
+    monkeypatch.setattr(module.detector, "loss", seen)
     trainer = quiet_trainer(pl.Trainer, tmp_path, max_epochs=1, limit_val_batches=1.0, precision=precision)
     trainer.fit(module, datamodule=shapes_data())
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
     assert "mAP" in module.metrics
+    assert set(numbers) == {torch.float32}
 
 
 def test_anchors_are_those_of_float32_after_half():

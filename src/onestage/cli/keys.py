@@ -61,7 +61,7 @@ def help_page(command: str) -> str:
         lines += ["", f"{group or 'run'}:"]
         prefix = f"{group}." if group else ""
         for name, (default, text) in keys.items():
-            described = textwrap.wrap(text, width - 39) or [""]
+            described = textwrap.wrap(text, width - 39, max_lines=2, placeholder=" ...") or [""]
             lines.append(f"{f'  --{prefix}{name} {default}':<38} {described[0]}".rstrip())
             lines += [" " * 39 + line for line in described[1:]]
     others = ", ".join(name for name in trainer if name not in COMMON)

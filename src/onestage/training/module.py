@@ -140,6 +140,8 @@ class DetectionModule(pl.LightningModule):
         """Check that data and detector fit together, then apply the memory format and compile."""
         for canvas in self.data.canvases if self.has_data else ():
             self.detector.require_canvas(canvas)
+        # `bf16-true` would round boxes to 2 px and placements to 0.4 %. Images are bytes, which the detector converts.
+        self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
         self.apply_memory_format()
         if stage == "fit":
             for canvas in self.multi_scale.require_canvases(self.data.canvases) if self.multi_scale else ():
