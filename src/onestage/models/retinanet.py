@@ -109,7 +109,8 @@ class RetinaNet(AnchorDetector):
         classification_loss: owns the link between logits and scores. None: SigmoidFocalLoss().
         box_loss: None: L1Loss().
         anchors: one `AnchorShapes` for each of P3 to P7, as `onestage anchors` proposes them; None: the paper's.
-        anchor_scale: side of the smallest square anchor of each level in strides, > 0; for small images less than 4.
+        anchor_scale: side of the smallest square anchor of each level in strides, > 0; for small images less than 4. It
+            is not used with `anchors`.
         backbone: maps of strides 8, 16 and 32, such as TorchvisionBackbone; None: a ResNet-50 with random weights.
         channels: of the pyramid and the towers; with group norm a multiple of 64, see `FCOS`.
         tower_convs: 3 x 3 convolutions of each tower, >= 0.

@@ -251,7 +251,8 @@ class YOLOv2(YOLO):
         box_loss: None: SquaredGridBoxLoss().
         anchors: a table of darknet, or one `AnchorShapes` of the last stride, as `onestage anchors` proposes it.
         backbone: maps of strides 16 and 32, for small objects 8 and 16; None: Darknet19(). Its channels set the neck's.
-        pretrained: path of a darknet file such as yolov2-voc.weights, for the same K and a Darknet19.
+        pretrained: path of a darknet file such as yolov2-voc.weights, for the same K, a Darknet19, and the
+            anchors of its cfg.
         prior: not 0.01, because the squared error has little slope near 0 and 1.
         anchor_images: >= 0; in so many images at first, anchors without an object learn themselves with weight 0.01.
 
