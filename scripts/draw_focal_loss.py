@@ -78,7 +78,7 @@ def draw_balance(path: Path) -> None:
         objects, _ = cost(loss, torch.tensor([0.3], dtype=torch.float64), 0)
         axis.plot(background_p_t, 8700 * backgrounds / (10 * objects), color=colour, label=f"$\\gamma$ = {gamma:g}")
     axis.axhline(1, color="#888888", lw=1)
-    axis.text(0.93, 0.7, "as much as the objects", ha="right", va="top", color="#666666")
+    axis.text(0.505, 0.7, "as much as the objects", va="top", color="#666666")
     axis.set(
         yscale="log",
         ylim=(1e-4, 1e4),
