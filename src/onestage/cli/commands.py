@@ -284,10 +284,13 @@ class DetectionCLI(LightningCLI):
         if self.settings.trainer.fast_dev_run:
             return
         best = getattr(self._get(self.config_init, "best_checkpoint"), "best_model_path", "")
+        loggers = self.trainer.loggers
         if best:
             self.model.detector = self._whole
             self.add_on.load_weights(self.model, best, self.datamodule.class_names)
+            self.trainer.loggers = []  # the validation that chose it was logged; its metrics are not those of the end
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        self.trainer.loggers = loggers
 
     def _run_subcommand(self, subcommand: str) -> None:
         trainer = self.trainer
