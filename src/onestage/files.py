@@ -21,6 +21,7 @@ from onestage.errors import AnnotationError, ConfigError, OnestageError, Resourc
 HEAD_BYTES = 256  # enough to recognise a web page or a pointer file
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000  # what Linux, macOS and Windows have in common, less what stands before it
 MAX_FILE_BYTES = 4 << 30  # ten times COCO's largest annotation file; a path that leads to an archive is a mistake
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 TEMPORARY_SUFFIX = ".tmp"  # of unfinished files and folders; their names start with a dot
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first bytes of what Windows' PowerShell and editors write
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -214,8 +215,9 @@ def spellings(name: str) -> Iterator[str]:
 
 
 def only_folder(folder: Path) -> Path | None:
-    """Return the folder that is all that a folder holds: archives often unpack into one. Hidden entries don't count."""
-    entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
+    """Return the folder that is all that a folder holds: archives often unpack into one, and may lie beside it."""
+    entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)] if folder.is_dir() else []
+    entries = [entry for entry in entries if not entry.name.lower().endswith(ARCHIVES)]
     return entries[0] if len(entries) == 1 and entries[0].is_dir() else None
 
 

@@ -106,6 +106,7 @@ def in_archive(write: Callable[[Path], None]) -> Callable[[Path], None]:
 
     def write_below(root: Path) -> None:
         write(root / "export")
+        (root / "export.zip").write_bytes(b"PK")
         (root / "__MACOSX").mkdir()
         for file in [*root.rglob("*.xml"), *root.rglob("*.txt"), *root.rglob("*.jpg")]:
             file.with_name(f"._{file.name}").write_bytes(b"\0\5\26\7")

@@ -103,7 +103,7 @@ class YOLO(Source):
             if not header.is_usable:
                 return header.findings[0]
             size = (header.height, header.width)
-            return _read_label(label, size, settings, len(names)) if label is not None else LabelFile(size=size)
+            return _read_label(label, size, settings) if label is not None else LabelFile(size=size)
 
         found = read_label_files(source, settings.root, list_split(settings, name), read, names)
         if not settings.is_named:
@@ -377,7 +377,7 @@ def _label_folder(folder: Path, root: Path) -> Path:
     return below if below.is_dir() else folder
 
 
-def _read_label(path: Path, size: tuple[int, int], settings: YOLOSettings, num_classes: int) -> LabelFile:
+def _read_label(path: Path, size: tuple[int, int], settings: YOLOSettings) -> LabelFile:
     """Read one label file; each line counts once. size: (height, width) of the image."""
     text = read_text(path, AnnotationError, "a YOLO label file", rules.LABEL_MALFORMED.remedy)
     place, num_repeated = printable(path), 0
@@ -387,14 +387,12 @@ def _read_label(path: Path, size: tuple[int, int], settings: YOLOSettings, num_c
         if words in objects:
             num_repeated += 1
         elif words:
-            objects[words] = _read_line(f"{place}:{number}", words, size, settings, num_classes)
+            objects[words] = _read_line(f"{place}:{number}", words, size, settings)
     num_outlines = sum(item.is_outline for item in objects.values())
     return LabelFile(list(objects.values()), size, {rules.BOX_REPEATED: num_repeated, rules.POLYGON: num_outlines})
 
 
-def _read_line(
-    place: str, words: Sequence[str], size: tuple[int, int], settings: YOLOSettings, num_classes: int
-) -> WrittenObject:
+def _read_line(place: str, words: Sequence[str], size: tuple[int, int], settings: YOLOSettings) -> WrittenObject:
     """Read `class cx cy width height`, perhaps with keypoints after it, or `class x1 y1 x2 y2 x3 y3 ...`."""
     class_index, *values = map(to_number, words)
     is_class = class_index.is_integer() and 0 <= class_index < len(settings.class_names)
@@ -413,7 +411,7 @@ def _read_line(
     if not problem and not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in box):
         problem = "cx, cy, width, height must be in 0..1: fractions of the width and height of the image"
     elif not problem and not is_class:
-        problem = f"the class must be a whole number in 0..{num_classes - 1}; the first one is 0"
+        problem = f"the class must be a whole number in 0..{len(settings.class_names) - 1}; the first one is 0"
     x, y, width, height = (fraction * side for fraction, side in zip(box, size[::-1] * 2, strict=True))
     edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     class_name = settings.class_names[int(class_index)] if is_class else ""
