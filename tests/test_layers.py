@@ -41,8 +41,8 @@ FORBIDDEN_LIBRARIES = {
     "evaluation": {"lightning", "albumentations"},
 }
 # These may only shrink. The goals with all families are 9,000, 6,000 and 13,000 lines, and 900, 500, 1,500 and 1,200.
-MAX_LINES = {"core": 12650, "add-ons": 6000, "tests": 16050, "file": 450}
-MAX_CLOSURE_LINES = {"models.ssd": 2360, "losses.focal": 720, "data.coco": 1460, "training.module": 1700}
+MAX_LINES = {"core": 12560, "add-ons": 6000, "tests": 15540, "file": 450}
+MAX_CLOSURE_LINES = {"models.ssd": 2240, "losses.focal": 710, "data.coco": 1450, "training.module": 1660}
 
 
 def part_of(path: Path) -> str:
