@@ -217,7 +217,7 @@ def test_user_loggers_are_added_to_the_files_of_the_run_also_on_a_resume(fast_op
     folder = logged_run(fast_options, tmp_path, monkeypatch, *words)
     own = (folder / "metrics.csv").read_text()
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["logger"][0]["init_args"]["save_dir"] is None
-    logged_run(fast_options, tmp_path, monkeypatch, *words)
+    logged_run(fast_options, tmp_path, monkeypatch, *words, "--trainer.max_epochs", "2")
     assert f"continuing {folder} from last.ckpt" in "".join(capsys.readouterr())
     assert (folder / "metrics.csv").read_text().startswith(own.splitlines()[0])
     places = [folder / "lightning_logs" / f"version_{version}" for version in range(4)]
