@@ -170,9 +170,9 @@ def draw_gains(series: dict[str, Cells], noise: float, path: Path) -> None:
         axis.axhline(0, color="#888888", linewidth=1)
         axis.set_xscale("log")
         axis.set_xlabel("background anchors for each positive one")
-        axis.set_title(f"minus {reference.replace('_', ' ')}")
+        axis.set_title(f"{first} minus {reference}".replace("_", " "))
         axis.grid(color="#dddddd")
-    axes[0].set_ylabel("difference of mAP, points (bars: one standard deviation)")
+    axes[0].set_ylabel("difference of mAP, points (bars: 1 SD)")
     drawn = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend([*drawn.values()], [*drawn], loc="outside lower center", ncols=len(series), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
