@@ -356,8 +356,7 @@ def train(
         config: a YAML file, such as configs/voc_ssd300.yaml.
         data: a source or the path of a data set, read with the settings of the config; or a data module, whose own
             settings replace the config's `data`; None: the data of the config.
-        overrides: keys of the configuration, such as max_epochs=50 or batch_size=8; with dots as
-            `**{"model.optimizer.init_args.lr": 1e-3}`.
+        overrides: keys of the configuration: max_epochs=50, or with dots `**{"model.optimizer.init_args.lr": 1e-3}`.
     """
     words = ["fit", "--config", str(config)]
     if isinstance(data, str | Path):

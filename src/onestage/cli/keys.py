@@ -1,6 +1,7 @@
 """Keys of the trainer commands, read from source files: their help and a mistyped key need no import of torch."""
 
 import ast
+import json
 import re
 import shutil
 import textwrap
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from onestage.cli.messages import CONFIGS, MODULES_OF_CLASSES, explain, files_first
+from onestage.cli.messages import MODULES_OF_CLASSES, explain, files_first
 from onestage.errors import ConfigError
 
 CLASSES = {
@@ -55,8 +56,9 @@ def help_page(command: str) -> str:
         "",
         "FILE is YAML or a shipped name such as shapes_ssd. Later files override earlier ones, keys override files.",
     ]
-    shared = yaml.safe_load((CONFIGS / "trainer.yaml").read_text(encoding="utf-8"))["trainer"]
-    common = {name: (str(shared.get(name, trainer[name][0])), text) for name, text in COMMON.items() if name in trainer}
+    shared = _settings(["--config", "configs/trainer.yaml"]).get("trainer") or {}  # which every command reads first
+    stated = {name: json.dumps(value).strip('"') for name, value in shared.items()}
+    common = {name: (stated.get(name, trainer[name][0]), text) for name, text in COMMON.items() if name in trainer}
     for group, keys in {**groups, "trainer": common}.items():
         lines += ["", f"{group or 'run'}:"]
         prefix = f"{group}." if group else ""

@@ -36,8 +36,7 @@ def run_function(command: str, function: Callable[..., int], words: Sequence[str
     """Call a function with arguments from the command line; return its exit code. ConfigError if they do not fit.
 
     Positional-or-keyword parameters without a default become positionals, keyword-only ones become options, booleans
-    become --flag and --no_flag, and lists take several values. The docstring is the help: its summary, description
-    and `Args`.
+    become --flag and --no_flag, and lists take several values. The docstring is the help.
     """
     return function(**vars(command_parser(command, function).parse_args(list(words))))
 

@@ -86,8 +86,7 @@ def find_checkpoint(resume: str, ckpt_path: str | None, config: JSONDict) -> Res
 
 
 def _resumed(file: Path, checkpoint: JSONDict) -> Resumed:
-    config = checkpoint[CHECKPOINT_KEY].get("config") or {}
-    return Resumed(file, None, int(checkpoint["global_step"]), config)
+    return Resumed(file, None, int(checkpoint["global_step"]), checkpoint[CHECKPOINT_KEY].get("config") or {})
 
 
 def _stored_model(config: JSONDict) -> JSONDict:

@@ -116,7 +116,8 @@ def _describe_run(run: Run) -> JSONDict:
     # Of data that were given in Python, config.yaml has neither source nor path.
     data, file = run.config.get("data") or {}, str(run.folder / "config.yaml")
     command = facts.get("command") or ("fit" if run.rows else results["stage"])
-    again = f"onestage {command} --config {shlex.quote(file)}{' --resume none' * (command == 'fit')}"
+    anew = " --resume none" if run.config.get("resume", "none") != "none" else ""  # else this run would be continued
+    again = f"onestage {command} --config {shlex.quote(file)}{anew}"
     largest = sorted(range(len(names)), key=lambda label: -classes[names[label]]["num_objects"])[:MAX_CLASSES]
     found = {f"all {len(names)} classes": results["overall"]}
     found |= {names[label]: classes[names[label]] for label in largest}
