@@ -120,14 +120,20 @@ def paired_deviation(rows: Iterable[list[Cell]]) -> float | None:
 
 
 def format_table(cells: Cells, losses: dict[str, str], conditions: list[str]) -> str:
-    """Return a Markdown table: a row for each condition, a column for each loss and its title; the best is bold."""
+    """Return a Markdown table: a row for each condition, a column for each loss and its title.
+
+    A seed moves all losses of a row, so the best over the seeds that all its cells have is bold.
+    """
     head = ["condition", "background per positive", *losses.values()]
     lines = [head, ["---"] * len(head)]
     for condition in conditions:
         found = {loss: cells[loss, condition] for loss in losses if (loss, condition) in cells}
-        best = max(cell.mean for cell in found.values())
+        seeds = set.intersection(*(set(cell.by_seed) for cell in found.values()))
+        means = {loss: statistics.mean(cell.by_seed[seed] for seed in seeds) for loss, cell in found.items() if seeds}
+        best = {loss for loss, mean in means.items() if len(found) > 1 and mean == max(means.values())}
+        has_more = any(len(cell.by_seed) > 1 for cell in found.values())
         ratio = statistics.mean(cell.background_per_positive for cell in found.values())
-        words = [_format_cell(found[loss], best, len(found) > 1) if loss in found else "" for loss in losses]
+        words = [_format_cell(found[loss], loss in best, has_more) if loss in found else "" for loss in losses]
         lines.append([describe(condition), f"{ratio:.0f}", *words])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -185,16 +191,19 @@ def _title(loss: str, settings: dict[str, Any]) -> str:
     return loss.replace("_", " ") + own
 
 
-def _format_cell(cell: Cell, best: float, has_rivals: bool) -> str:
+def _format_cell(cell: Cell, is_best: bool, names_seed: bool) -> str:
     text = f"{cell.mean:.1f}"
     if len(cell.by_seed) > 1:
         text += f" ({min(cell.by_seed.values()):.1f} to {max(cell.by_seed.values()):.1f})"
-    return f"**{text}**" if has_rivals and cell.mean == best else text
+    elif names_seed:
+        text += f" (seed {next(iter(cell.by_seed))})"
+    return f"**{text}**" if is_best else text
 
 
 def _about_noise(noise: float | None, number: int) -> str:
     text = (
-        f"{number} trainings. Each cell is the mAP in percent: of one seed, or the mean of several (lowest to highest)."
+        f"{number} trainings. Each cell is the mAP in percent: of one seed, or the mean of several (lowest to "
+        "highest). Bold is the best of a row over the seeds that all its cells have."
     )
     if noise is None:
         return f"{text} No condition has several seeds, so the noise is unknown."

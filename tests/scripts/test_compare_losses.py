@@ -101,6 +101,17 @@ def test_noise_leaves_out_what_a_seed_adds_to_all_losses(script):
     assert "| as configured | 10 | **42.0 (40.0 to 44.0)** | 38.0 (38.0 to 38.0) |" in table
 
 
+def test_best_of_a_row_is_chosen_among_the_seeds_that_all_have(script):
+    import comparison
+
+    cells = {
+        ("focal", "{}"): comparison.Cell({0: 56.0, 1: 50.0}, 10.0),
+        ("mining", "{}"): comparison.Cell({0: 54.0}, 10.0),  # above the mean of focal, below it on the shared seed
+    }
+    table = comparison.format_table(cells, {"focal": "focal", "mining": "mining"}, ["{}"])
+    assert "| as configured | 10 | **53.0 (50.0 to 56.0)** | 54.0 (seed 0) |" in table
+
+
 def test_committed_page_is_written_from_the_committed_table(script, monkeypatch, tmp_path):
     assert run(script, monkeypatch, "--report", tmp_path) == 0
     assert (tmp_path / "loss_comparison.md").read_text() == (ROOT / "docs" / "loss_comparison.md").read_text()
