@@ -73,10 +73,12 @@ def test_second_run_in_a_folder_is_refused_until_the_first_is_dead(tmp_path):
         os.read(stop[0], 1)
         os._exit(0)
     os.read(ready[0], 1)
-    with pytest.raises(RunInUseError, match=f"process {owner} on .*started"):
+    try:
+        with pytest.raises(RunInUseError, match=f"process {owner} on .*started"):
+            take_run_folder(tmp_path)
+        os.kill(owner, signal.SIGKILL)
+        os.waitpid(owner, 0)
         take_run_folder(tmp_path)
-    os.kill(owner, signal.SIGKILL)
-    os.waitpid(owner, 0)
-    take_run_folder(tmp_path)
-    take_run_folder(tmp_path)  # the same process may continue its own run
-    os.write(stop[1], b"1")
+        take_run_folder(tmp_path)  # the same process may continue its own run
+    finally:
+        os.write(stop[1], b"11")
