@@ -92,10 +92,9 @@ def test_second_sigterm_and_one_inside_the_save_change_nothing(drawn, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
 def test_ctrl_c_while_stopping_ends_at_once_with_whole_files(first, drawn, tmp_path):
-    signals = lambda: [tiny_run.send(number) for number in (first, signal.SIGINT)]  # noqa: E731
-    assert tiny_run.end_of_child(tiny_run.words(drawn, tmp_path), "step", 4, signals) == 130
+    assert tiny_run.end_of_broken(tiny_run.words(drawn, tmp_path), "step", 4, first, "SIGINT") == 130
     assert newest_checkpoint(folder_of(tmp_path) / "checkpoints").global_step == 3  # the fourth step was not finished
 
 
@@ -179,7 +178,8 @@ def test_processes_with_different_configurations_are_refused(monkeypatch):
 @pytest.mark.slow
 def test_kill_in_the_save_after_a_validation_leaves_one_row_of_it(drawn, tmp_path):
     command = tiny_run.words(drawn, tmp_path, "--resume", "auto", epochs=1)
-    assert tiny_run.end_of_child(command, "write", 10) == -signal.SIGKILL  # 7 steps, before the validation, best, last
+    code = tiny_run.end_of_broken(command, "write", 10, "SIGKILL")  # 7 steps, before the validation, best, last
+    assert code == -signal.SIGKILL
     assert tiny_run.onestage(*command) == 0
     with (folder_of(tmp_path) / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["val/mAP"]]

@@ -21,7 +21,7 @@ def step(file: Path) -> int:
 
 
 def killed_at(where: str, count: int, command: list[str]) -> None:
-    assert tiny_run.end_of_child(command, where, count) == -signal.SIGKILL
+    assert tiny_run.end_of_broken(command, where, count, "SIGKILL") == -signal.SIGKILL
 
 
 def load_with_best_state(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:

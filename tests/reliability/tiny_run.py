@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+import processes
 import pytest
 import torch
 from torch import Tensor
@@ -145,22 +146,18 @@ def break_at(where: str, count: int, action: object) -> None:
         setattr(DetectionModule, name, at_call(count, action, getattr(DetectionModule, name)))
 
 
-def end_of_child(command: list[str], where: str, count: int, action: object = None) -> int:
-    """Run a command in a child with a fault, SIGKILL by default; return its exit code, negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        break_at(where, count, action or (lambda: send(signal.SIGKILL)))
-        onestage(*command)
-        os._exit(99)  # the fault did not happen
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def end_of_broken(command: list[str], where: str, count: int, *signals: str) -> int:
+    """Run a command as a process that gets signals at a moment; return its exit code, negative for a signal."""
+    fault = f"0:{where}:{count}:{'+'.join(signals)}"
+    return processes.end_of(processes.start(__file__, *command, environment={"ONESTAGE_FAULT": fault}))[0]
 
 
 def break_by_environment() -> None:
-    """Apply ONESTAGE_FAULT, for example `1:step:3:SIGKILL`: in process 1, at the third step."""
+    """Apply ONESTAGE_FAULT, for example `1:step:3:SIGTERM+SIGINT`: in process 1, at the third step."""
     fault = os.environ.get("ONESTAGE_FAULT", "")
-    rank, where, count, what = fault.split(":") if fault else ("", "", "0", "")
+    rank, where, count, names = fault.split(":") if fault else ("", "", "0", "")
     if rank == os.environ.get("LOCAL_RANK", "0"):
-        break_at(where, int(count), lambda: send(getattr(signal, what)))
+        break_at(where, int(count), lambda: [send(getattr(signal, name)) for name in names.split("+")])
 
 
 def folder_of(runs: Path) -> Path:
