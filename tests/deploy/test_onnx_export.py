@@ -54,7 +54,7 @@ def test_missing_package_is_one_message_with_the_extra(monkeypatch) -> None:
 
 
 def predictor_of(detector: Detector, resize: Resize) -> Predictor:
-    """Return a model with random weights whose scores are far apart: equal ones would be chosen by rounding."""
+    """Return a model with random weights whose scores are far apart: equal ones, all 1, would be chosen by rounding."""
     torch.manual_seed(0)
     images = torch.randint(0, 256, (4, 3, *resize.canvases[0]), dtype=torch.uint8)
     for layer in detector.modules():
@@ -62,7 +62,8 @@ def predictor_of(detector: Detector, resize: Resize) -> Predictor:
             layer.momentum = None  # the statistics of the first batch
     with torch.no_grad():
         detector.train()(images)
-        scale = 2 / detector.eval()(images).class_logits.std()
+        logits = detector.eval()(images).class_logits
+        scale = 8 / (logits.amax() - logits.amin())
         for name, weights in detector.named_parameters():
             weights.mul_(scale if CLASS_OUTPUT.fullmatch(name) and weights.ndim > 1 else 1)
     data = DetectionDataModule(resize=resize, class_names=["a", "b", "c"], category_ids=[1, 2, 3])
