@@ -161,7 +161,7 @@ def draw_gains(series: dict[str, Cells], noise: float, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(REFERENCES), figsize=(11, 4.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(REFERENCES), figsize=(11, 4.7), sharey=True, layout="constrained")
     for axis, reference in zip(axes, REFERENCES, strict=True):
         for number, (label, cells) in enumerate(series.items()):
             first, points = next(iter(cells))[0], []
@@ -180,7 +180,7 @@ def draw_gains(series: dict[str, Cells], noise: float, path: Path) -> None:
         axis.grid(color="#dddddd")
     axes[0].set_ylabel("difference of mAP, points (bars: 1 SD)")
     drawn = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend([*drawn.values()], [*drawn], loc="outside lower center", ncols=len(series), frameon=False)
+    figure.legend([*drawn.values()], [*drawn], loc="outside lower center", ncols=min(len(series), 3), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
