@@ -169,8 +169,8 @@ def test_line_that_leads_elsewhere_is_a_missing_image(tmp_path, line) -> None:
     root = tmp_path / "set"
     data = write_yolo(root, {"a": GOOD})
     write_image(tmp_path / "outside.png")
-    (root / "list.txt").write_text(f"images/train/a.png\n{line}\n")
+    (root / "list.txt").write_text(f"images/train/a.png\n\n{line}\n")
     data.write_text("train: list.txt\nnames: [cat]\n")
     (skipped,) = YOLO(data).read("train").skipped
-    assert "list.txt:2: " in skipped
+    assert "list.txt:3: " in skipped  # blank lines count
     assert f"there is no such image below {root}" in skipped

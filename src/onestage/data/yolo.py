@@ -161,7 +161,7 @@ def read_settings(data: Path) -> YOLOSettings:
     entries, names_file = _folder_entries(data), _find_names_file(data)
     if (data / DARKNET_FILE).is_file():
         lines = _read_lines(data / DARKNET_FILE, "the settings of a YOLO data set", "Correct the file, or remove it.")
-        given = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
+        given = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines.values())}
         names_file = find_below(data, given.get("names")) or names_file
         lists = {key: [given[key]] for key in ("train", "valid", "test") if find_below(data, given.get(key))}
         entries = lists or entries
@@ -259,7 +259,7 @@ def _has_images(path: Path, root: Path) -> bool:
     if path.is_dir():
         return bool(find_images(path))
     with suppress(AnnotationError):
-        lines = _read_lines(path, "a list of images", "")
+        lines = _read_lines(path, "a list of images", "").values()
         return any(line.lower().endswith(IMAGE_SUFFIXES) and find_below(root, line) is not None for line in lines)
     return False
 
@@ -278,10 +278,10 @@ def _count_classes(settings: YOLOSettings) -> int:
     return largest + 1
 
 
-def _read_lines(file: Path, noun: str, remedy: str) -> list[str]:
-    """Return the lines of a UTF-8 text file that are not blank, stripped."""
+def _read_lines(file: Path, noun: str, remedy: str) -> dict[int, str]:
+    """Return the lines of a UTF-8 text file that are not blank, stripped, by their number in the file."""
     lines = read_text(file, AnnotationError, noun, remedy).splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return {number: line.strip() for number, line in enumerate(lines, start=1) if line.strip()}
 
 
 def _read_yaml(file: Path) -> YOLOSettings:
@@ -360,11 +360,9 @@ def _list_entry(settings: YOLOSettings, entry: str) -> dict[Path, bool]:
         problem = f"{entry!r} is neither a folder nor a list file (.txt) in {printable(settings.root)}"
         raise malformed(settings.source, problem, "Correct it, or path: in data.yaml.")
     lines = _read_lines(path, "a list of images", "Give a text file with the path of an image on each line.")
-    found = [find_below(settings.root, line) or find_below(path.parent, line) for line in lines]
-    return {
-        image or Path(f"{path}:{number}: {printable(line)[:200]}"): image is not None
-        for number, (line, image) in enumerate(zip(lines, found, strict=True), start=1)
-    }
+    images = {n: find_below(settings.root, line) or find_below(path.parent, line) for n, line in lines.items()}
+    missing = {n: Path(f"{path}:{n}: {printable(line)[:200]}") for n, line in lines.items()}
+    return {image or missing[n]: image is not None for n, image in images.items()}
 
 
 def _label_folder(folder: Path, root: Path) -> Path:
