@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-import processes
 import pytest
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
+import processes
 from command_line import REPOSITORY, run as onestage
 from tiny_training import TinyDetector
 
