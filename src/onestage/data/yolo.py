@@ -361,8 +361,7 @@ def _list_entry(settings: YOLOSettings, entry: str) -> dict[Path, bool]:
         raise malformed(settings.source, problem, "Correct it, or path: in data.yaml.")
     lines = _read_lines(path, "a list of images", "Give a text file with the path of an image on each line.")
     images = {n: find_below(settings.root, line) or find_below(path.parent, line) for n, line in lines.items()}
-    missing = {n: Path(f"{path}:{n}: {printable(line)[:200]}") for n, line in lines.items()}
-    return {image or missing[n]: image is not None for n, image in images.items()}
+    return {image or Path(f"{path}:{n}: {printable(lines[n])[:200]}"): image is not None for n, image in images.items()}
 
 
 def _label_folder(folder: Path, root: Path) -> Path:
