@@ -149,6 +149,7 @@ def describe(condition: str) -> str:
 
 
 def _short(value: Any) -> Any:
+    value = value.get("class_path", value) if isinstance(value, dict) else value
     if not isinstance(value, str):
         return value
     return Path(value).stem if "/" in value else value.split(".")[-1]

@@ -22,6 +22,13 @@ def script(monkeypatch):
 
 
 @pytest.fixture
+def comparison(script):
+    import comparison
+
+    return comparison
+
+
+@pytest.fixture
 def plan_file(tmp_path):
     path = tmp_path / "plan.yaml"
     groups = {
@@ -89,9 +96,7 @@ def test_plan_that_cannot_be_used_ends_with_one_message(change, told, script, pl
     assert "cannot be read: No such file" in capsys.readouterr().err
 
 
-def test_noise_leaves_out_what_a_seed_adds_to_all_losses(script):
-    import comparison
-
+def test_noise_leaves_out_what_a_seed_adds_to_all_losses(script, comparison):
     # Means 42 and 38 of the losses, 41 and 39 of the seeds: residuals +-1 in a table of 2 x 2 with 1 degree of freedom.
     scores = {("focal", 0): 0.44, ("focal", 1): 0.40, ("mining", 0): 0.38, ("mining", 1): 0.38}
     rows = [outcome(script.Training(f"g{seed}", loss, seed, "{}"), score) for (loss, seed), score in scores.items()]
@@ -101,15 +106,18 @@ def test_noise_leaves_out_what_a_seed_adds_to_all_losses(script):
     assert "| as configured | 10 | **42.0 (40.0 to 44.0)** | 38.0 (38.0 to 38.0) |" in table
 
 
-def test_best_of_a_row_is_chosen_among_the_seeds_that_all_have(script):
-    import comparison
-
+def test_best_of_a_row_is_chosen_among_the_seeds_that_all_have(comparison):
     cells = {
         ("focal", "{}"): comparison.Cell({0: 56.0, 1: 50.0}, 10.0),
         ("mining", "{}"): comparison.Cell({0: 54.0}, 10.0),  # above the mean of focal, below it on the shared seed
     }
     table = comparison.format_table(cells, {"focal": "focal", "mining": "mining"}, ["{}"])
     assert "| as configured | 10 | **53.0 (50.0 to 56.0)** | 54.0 (seed 0) |" in table
+
+
+def test_conditions_are_named_by_the_last_part_of_keys_and_classes(comparison):
+    backbone = {"class_path": "onestage.models.VGG", "init_args": {"depths": [1, 1]}}
+    assert comparison.describe(json.dumps({"model.backbone": backbone, "data.path": "x"})) == "backbone VGG"
 
 
 def test_committed_page_is_written_from_the_committed_table(script, monkeypatch, tmp_path):
@@ -119,24 +127,20 @@ def test_committed_page_is_written_from_the_committed_table(script, monkeypatch,
     assert pictures == {path.name for path in (ROOT / "docs" / "images").glob("loss_comparison*.png")}
 
 
-def test_groups_with_a_series_are_drawn_once_seeds_tell_the_noise(script, plan_file, tmp_path):
-    from comparison import write_page
-
+def test_groups_with_a_series_are_drawn_once_seeds_tell_the_noise(script, comparison, plan_file, tmp_path):
     plan = script.read_plan(plan_file)
     plan["groups"]["b"] |= {"series": "strict", "losses": {"focal": {}, "mining": {}}}
     rows = [outcome(one, 0.4 + 0.01 * one.seed, 10.0) for one in script.trainings(plan)]
-    write_page(plan, [{key: str(value) for key, value in row.items()} for row in rows], tmp_path)
+    comparison.write_page(plan, [{key: str(value) for key, value in row.items()} for row in rows], tmp_path)
     assert "](images/loss_comparison.png)" in (tmp_path / "loss_comparison.md").read_text()
     assert (tmp_path / "images" / "loss_comparison.png").stat().st_size > 1000
 
 
-def test_seeds_that_chose_a_setting_are_shown_apart(script, plan_file, tmp_path):
-    from comparison import write_page
-
+def test_seeds_that_chose_a_setting_are_shown_apart(script, comparison, plan_file, tmp_path):
     plan = script.read_plan(plan_file)
     plan["groups"] |= {"c": {"losses": {"focal": {}, "mining": {}}, "seeds": [3], "apart": True}}
     rows = [outcome(one, 0.6 if one.seed == 3 else 0.4) for one in script.trainings(plan)]
-    write_page(plan, [{key: str(value) for key, value in row.items()} for row in rows], tmp_path)
+    comparison.write_page(plan, [{key: str(value) for key, value in row.items()} for row in rows], tmp_path)
     first, _, last = (tmp_path / "loss_comparison.md").read_text().split("## ")[1:]
     assert "| as configured | 10 | **40.0 (40.0 to 40.0)** |" in first
     assert "| as configured | 10 | **60.0** | **60.0** |" in last
