@@ -25,6 +25,19 @@ class Cell(NamedTuple):
         return statistics.mean(self.by_seed.values())
 
 
+class Gain(NamedTuple):
+    """By how much the first loss of a group is above another under one condition."""
+
+    condition: str
+    background_per_positive: float
+    points: float  # of mAP, mean over the seeds that both have
+    num_seeds: int
+
+    def deviation(self, noise: float) -> float:
+        """Standard deviation of `points`, from that of one training."""
+        return noise * math.sqrt(2 / self.num_seeds)
+
+
 Table = list[dict[str, str]]
 Cells = dict[tuple[str, str], Cell]  # by loss and condition; those of a group are without its losses' own settings
 
@@ -64,7 +77,8 @@ def write_page(plan: dict[str, Any], table: Table, folder: Path) -> None:
     if series and noise is not None:
         picture = "images/loss_comparison.png"
         draw_gains(series, noise, folder / picture)
-        sections.insert(0, f"![mAP of the first loss minus that of the others, against the imbalance]({picture})\n")
+        title = "mAP of the first loss minus that of the others, against the imbalance"
+        sections[:0] = [f"![{title}]({picture})\n", format_gains(series, noise)]
     about = f"{plan.get('about', '').strip()}\n\n{_about_noise(noise, len(table))}"
     source = f"Written from `{Path(plan['table']).name}` by `scripts/compare_losses.py --report`."
     page = folder / "loss_comparison.md"
@@ -155,6 +169,32 @@ def _short(value: Any) -> Any:
     return Path(value).stem if "/" in value else value.split(".")[-1]
 
 
+def gains(cells: Cells, reference: str) -> list[Gain]:
+    """Return the gains of a group's first loss over another, in the order of the imbalance."""
+    first, found = next(iter(cells))[0], []
+    for (loss, condition), one in cells.items():
+        other = cells.get((reference, condition))
+        if loss == first != reference and other and (seeds := one.by_seed.keys() & other.by_seed.keys()):
+            points = statistics.mean(one.by_seed[seed] - other.by_seed[seed] for seed in seeds)
+            found.append(Gain(condition, one.background_per_positive, points, len(seeds)))
+    return sorted(found, key=lambda gain: gain.background_per_positive)
+
+
+def format_gains(series: dict[str, Cells], noise: float) -> str:
+    """Return the gains of all groups as a Markdown table; bold: beyond two standard deviations."""
+    head = ["series", "condition", "background per positive", *(f"minus {_title(name, {})}" for name in REFERENCES)]
+    lines = [head, ["---"] * len(head)]
+    for label, cells in series.items():
+        rows = dict[str, list[str]]()
+        for column, reference in enumerate(REFERENCES, 3):
+            for gain in gains(cells, reference):
+                start = [label, describe(gain.condition), f"{gain.background_per_positive:.0f}"]
+                row = rows.setdefault(gain.condition, start + [""] * len(REFERENCES))
+                row[column] = _format_gain(gain, noise)
+        lines += rows.values()
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def draw_gains(series: dict[str, Cells], noise: float, path: Path) -> None:
     """Draw by how much the first loss of each group is above the references, against the imbalance."""
     import matplotlib
@@ -165,14 +205,11 @@ def draw_gains(series: dict[str, Cells], noise: float, path: Path) -> None:
     figure, axes = plt.subplots(1, len(REFERENCES), figsize=(11, 4.7), sharey=True, layout="constrained")
     for axis, reference in zip(axes, REFERENCES, strict=True):
         for number, (label, cells) in enumerate(series.items()):
-            first, points = next(iter(cells))[0], []
-            for (loss, condition), one in cells.items():
-                other = cells.get((reference, condition))
-                if loss == first != reference and other and (seeds := one.by_seed.keys() & other.by_seed.keys()):
-                    gain = statistics.mean(one.by_seed[seed] - other.by_seed[seed] for seed in seeds)
-                    points.append((one.background_per_positive, gain, noise * math.sqrt(2 / len(seeds))))
-            if points:
-                x, y, errors = zip(*sorted(points), strict=True)
+            first = next(iter(cells))[0]
+            if found := gains(cells, reference):
+                x, y, errors = zip(
+                    *((gain.background_per_positive, gain.points, gain.deviation(noise)) for gain in found), strict=True
+                )
                 axis.errorbar(x, y, errors, fmt="o-", color=f"C{number}", capsize=3, linewidth=1, label=label)
         axis.axhline(0, color="#888888", linewidth=1)
         axis.set_xscale("log")
@@ -199,6 +236,12 @@ def _format_cell(cell: Cell, is_best: bool, names_seed: bool) -> str:
     elif names_seed:
         text += f" (seed {next(iter(cell.by_seed))})"
     return f"**{text}**" if is_best else text
+
+
+def _format_gain(gain: Gain, noise: float) -> str:
+    text = f"{gain.points:+.1f}"
+    text = f"**{text}**" if abs(gain.points) > 2 * gain.deviation(noise) else text
+    return f"{text} ({gain.num_seeds} seeds)" if gain.num_seeds > 1 else text
 
 
 def _about_noise(noise: float | None, number: int) -> str:
