@@ -78,7 +78,8 @@ def write_page(plan: dict[str, Any], table: Table, folder: Path) -> None:
         picture = "images/loss_comparison.png"
         draw_gains(series, noise, folder / picture)
         title = "mAP of the first loss minus that of the others, against the imbalance"
-        sections[:0] = [f"![{title}]({picture})\n", format_gains(series, noise)]
+        about_gains = "The same in numbers; bold is beyond noise.\n"
+        sections[:0] = [f"![{title}]({picture})\n", about_gains, format_gains(series, noise)]
     about = f"{plan.get('about', '').strip()}\n\n{_about_noise(noise, len(table))}"
     source = f"Written from `{Path(plan['table']).name}` by `scripts/compare_losses.py --report`."
     page = folder / "loss_comparison.md"
