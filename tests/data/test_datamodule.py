@@ -13,7 +13,6 @@ from annotation_sets import hand_written
 from data_modules import coco_data, shapes_data, voc_data
 from layout_files import coco_folder, edit_json
 
-import onestage.data
 from onestage.data import COCO, VOC, DetectionDataModule
 from onestage.data.annotations import select_images
 from onestage.data.writers import WritableSplit, write_voc
@@ -177,12 +176,6 @@ def test_skipped_boxes_are_reported_once_and_briefly(coco, caplog) -> None:
     (message,) = [record.getMessage() for record in caplog.records if "were skipped" in record.getMessage()]
     assert "5 boxes or images were skipped" in message
     assert message.endswith("and 2 more")
-
-
-def test_every_public_name_exists() -> None:
-    assert [getattr(onestage.data, name).__name__ for name in onestage.data.__all__] == onestage.data.__all__
-    with pytest.raises(AttributeError, match="NoSuchThing"):
-        _ = onestage.data.NoSuchThing
 
 
 def test_validation_file_with_fewer_categories_passes_with_a_notice(tmp_path, caplog) -> None:

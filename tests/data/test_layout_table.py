@@ -35,9 +35,6 @@ from onestage.errors import ConfigError, DataError
 ANCHORS = find_anchors("SSD160", "voc")
 
 
-# -- layouts -----------------------------------------------------------------------------------------------------------
-
-
 def expand(path: str) -> list[str]:
     """Return the paths that a path with {a,b} stands for."""
     start, brace, rest = path.partition("{")
@@ -152,9 +149,6 @@ yolo_cvat = files(
 )  # fmt: skip
 
 
-# -- faults ------------------------------------------------------------------------------------------------------------
-
-
 def coco_pair(change: Callable[[Path], object], num_images: int = 4) -> Callable[[Path], None]:
     """Write a COCO folder with train and val, then change it."""
 
@@ -239,7 +233,7 @@ CASES = {
         {"train": 4},
     ),
     "COCO: no training split": Case(coco("val", "test"), {"val": 4, "test": 4}, {"no training split"}, stops=True),
-    "COCO: words and capitals": Case(coco("mine_Train", "EVAL", "trains"), FOURS, unused=5),
+    "COCO: words and capitals": Case(coco("mine_Train", "EVAL", "trains", "trainval"), FOURS, unused=10),
     "COCO: FiftyOne": Case(coco_moved("annotations/instances_train.json>labels.json", "train>data"), {"train": 4}),
     "COCO: a folder for each split": Case(
         coco_moved(*(f"annotations/instances_{it}.json>{it}/labels.json" for it in ("train", "val")), name="train val"),
@@ -264,7 +258,9 @@ CASES = {
         voc_folder(root / "VOCdevkit/VOC2007", trainval="a b", test="c", train="a", val="b"),
         voc_folder(root / "VOCdevkit/VOC2012", trainval="d e", train="d", val="e"),
     ], {"train": 4, "val": 1}),
-    "VOC: images and annotations": Case(files("images/{a,b,c}.jpg", "annotations/{a,b,c}.xml"), {"train": 3}),
+    "VOC: images and annots, beside a folder for testing": Case(
+        files("images/{a,b,c}.jpg", "annots/{a,b,c}.xml", "test/{d,e,f}.{jpg,xml}"), {"train": 3, "test": 3}
+    ),
     "VOC: a folder for each camera": Case(files("{cam1,cam2/deep}/{a,b,c}.{jpg,xml}"), {"train": 6}),
     "VOC: folders of splits": Case(files(
         "train/images/{a,b,c}.jpg", "train/annotations/{a,b,c}.xml",
@@ -299,6 +295,11 @@ CASES = {
     ),
     "VOC: an unused list": Case(voc(train="a b", val="c", north="d"), {"train": 2, "val": 1}, unused=3),
     "YOLO: Label Studio": Case(yolo("images"), {"train": 3}),
+    "YOLO: Label Studio beside a folder for testing": Case(yolo("images", "test/images"), {"train": 3, "test": 3}),
+    "YOLO: lists beside a folder for testing": Case(files(
+        "images/{a,b,c}.jpg", "labels/{a,b,c}.txt", "test/{d,e}.{jpg,txt}",
+        texts={"train.txt": "images/a.jpg\nimages/b.jpg", "val.txt": "images/c.jpg", "classes.txt": "cat"},
+    ), {"train": 2, "val": 1, "test": 2}),
     "YOLO: labels beside images": Case(yolo("."), {"train": 3}),
     "YOLO: folders named as COCO's": Case(yolo("images/train2017", "images/val2017"), PAIR),
     "YOLO: Roboflow, in a folder of an archive": Case(

@@ -148,11 +148,6 @@ def test_evaluation_visits_every_image_once_in_batches_of_one_canvas(world_size,
         assert max(lengths) - min(lengths) <= 1
 
 
-def test_evaluation_fills_the_last_batch_of_a_canvas() -> None:
-    sampler = EvaluationSampler(Images(7, canvases=(0, 1)), batch_size=3)
-    assert list(sampler) == [0, 2, 4, 6, None, None, 1, 3, 5]
-
-
 def test_evaluation_of_fewer_images_than_processes_is_refused() -> None:
     with pytest.raises(DataError, match=r"(?s)some/folder has 3 images for 4 processes.*trainer.devices to at most 3"):
         EvaluationSampler(Images(3), batch_size=1, rank=0, world_size=4)

@@ -94,6 +94,11 @@ def test_copies_stay_in_one_part_whatever_the_order_and_the_folder(files, tmp_pa
     assert parts_by_name([tmp_path / "moved" / "elsewhere" / path.name for path in files]) == parts
 
 
+def test_copies_that_roboflow_augments_stay_in_one_part(tmp_path) -> None:
+    parts = parts_by_name([tmp_path / f"{n}_jpg.rf.{n * 7 + copy}.jpg" for n in range(20) for copy in range(3)])
+    assert len({(name.partition("_")[0], part) for name, part in parts.items()}) == 20
+
+
 def test_split_of_numbered_frames_takes_no_run_of_neighbours(tmp_path) -> None:
     parts = parts_by_name([tmp_path / f"{number:06d}.jpg" for number in range(100)])
     changes = sum(parts[f"{n:06d}.jpg"] != parts[f"{n + 1:06d}.jpg"] for n in range(99))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.tv_tensors import BoundingBoxes
 
 from onestage.data import TorchDatasets, from_datasets
 from onestage.errors import AnnotationError, ConfigError, ImageError
@@ -46,6 +47,9 @@ def test_boxes_sizes_crowds_and_images_without_objects_are_read():
     assert annotations.is_crowd.tolist() == [False, True]
     assert annotations.areas.tolist() == [5, 6]
     assert annotations.box_offsets.tolist() == [0, 2, 2]
+    image, target = sample([0])
+    boxes = BoundingBoxes([[5, 5, 8, 6]], format="CXCYWH", canvas_size=(10, 20))  # type: ignore[call-overload]
+    assert read((image, {**target, "boxes": boxes}), first_label=0).boxes.tolist() == [[1, 2, 9, 8]]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,7 @@ def test_images_of_every_kind_reach_the_network_as_uint8_rgb(image):
         ([(Image.new("RGB", (4, 4)), {"boxes": []})], {}, r"got \['boxes'\]"),
         ([sample([0, 0]), (Image.new("RGB", (4, 4)), {"boxes": [[1, 1, 2, 2]], "labels": []})], {}, "1 boxes and 0"),
         ([sample([0], torch.full((3, 9, 9), 2.0))], {}, r"floats in \[0, 1\], got float32 of 2\.\.2"),
+        ([sample([0], Image.new("I;16", (9, 9)))], {}, r"must be RGB, got shape \(9, 9\)"),
         ([sample([0], np.zeros((9, 9, 4), np.uint8))], {}, r"must be RGB, got shape \(9, 9, 4\)"),
         ([], {}, "a length > 0"),
     ],

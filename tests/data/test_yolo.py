@@ -50,10 +50,10 @@ def test_outline_becomes_the_box_around_it_and_is_counted(tmp_path) -> None:
     assert "a.txt:2: " in skipped[0]
 
 
-def test_keypoints_are_ignored(tmp_path) -> None:
-    data = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.25 0.5 0.1 0.1 2 0.9 0.9 1\n"})
+def test_keypoints_are_ignored_and_may_be_missing(tmp_path) -> None:
+    data = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.25 0.5 0.1 0.1 2 0.9 0.9 1\n0 0.5 0.5 0.25 0.5\n"})
     data.write_text(data.read_text() + "kpt_shape: [2, 3]\n")
-    assert YOLO(data).read("train").boxes.tolist() == [EDGES]
+    assert YOLO(data).read("train").boxes.tolist() == [EDGES, EDGES]
 
 
 def test_fractions_are_of_the_upright_image(tmp_path) -> None:

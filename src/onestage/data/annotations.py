@@ -104,7 +104,6 @@ EXTREME_SHAPE = Rule("extreme shape", "warning", "It is squeezed into a square: 
 UNREACHED_BOX = Rule("box no anchor reaches", "warning", "Try `onestage anchors`, a larger image_size, or tiles.")
 
 BOX_RULES = {rule.name for rule in (BOX_NOT_FINITE, BOX_EMPTY, BOX_OUTSIDE, OBJECT_MALFORMED)}
-RULES = {rule.name: rule for rule in tuple(globals().values()) if isinstance(rule, Rule)}
 
 
 class ImageColumns(NamedTuple):

@@ -108,11 +108,11 @@ class COCO(Source):
         return [printable(file) for file in list_annotation_files(self.path) if file not in used]
 
     def _found(self) -> dict[Split, Path]:
-        """Return the files of the folder by role. If several have one role, that of 2017 counts, else the last."""
+        """Return the files of the folder by role. Of several, 2017 counts, not trainval, else the last."""
         if self.path.suffix.lower() == ".json":
             return {"train": self.path}
         files = list_annotation_files(self.path)
-        files.sort(key=lambda file: ("2017" in file.name, file.name))
+        files.sort(key=lambda file: ("2017" in file.name, "trainval" not in file.name, file.name))
         by_role = {role: file for file in files if (role := role_of(split_name(file, self.path))) is not None}
         return by_role or ({"train": files[0]} if len(files) == 1 else {})
 

@@ -192,7 +192,8 @@ class DetectionDataModule(LightningDataModule):
         if stage == "fit" and has_new:
             found = [(name, self.annotations(name)) for name in self._annotation_sets]
             counts = [f"{name} {len(part)} images with {len(part.boxes)} boxes" for name, part in found]
-            lines = [*describe_source(self.source), f"  {', '.join(counts)}; {self.num_classes} classes"]
+            used = [line for line in describe_source(self.source) if not (self._is_divided and line[2:6] == "val:")]
+            lines = [*used, f"  {', '.join(counts)}; {self.num_classes} classes"]
             rank_zero_info("data: " + "\n".join(lines))
             pair = [("training", self.annotations("train")), ("validation", self.annotations("val"))]
             self.shared = [] if self._is_divided else find_shared_images(pair)[0]

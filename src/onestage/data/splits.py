@@ -126,7 +126,7 @@ def _divided(
 
 
 def _groups(annotations: AnnotationSet) -> list[list[int]]:
-    """Return the rows of images that are the same file, in an order that looks random and depends on names alone."""
+    """Return the rows of one file, or of Roboflow's copies of one, in an order that looks random but is of names."""
     paths: list[str] = annotations.image_paths.tolist()
     names = [path.replace(os.sep, "/").split("/")[::-1] for path in paths]
     # The folder of the set comes last in this key, so it decides nothing, and where frames of a film are numbered the
@@ -135,7 +135,8 @@ def _groups(annotations: AnnotationSet) -> list[list[int]]:
     order = sorted(range(len(paths)), key=lambda row: (digests[row], names[row]))
     groups: dict[object, list[int]] = {}
     for row, content in zip(order, _contents([paths[row] for row in order]), strict=True):
-        groups.setdefault(content, []).append(row)
+        original, is_augmented, _ = names[row][0].partition(".rf.")  # Roboflow's copies of one image
+        groups.setdefault(original if is_augmented else content, []).append(row)
     return list(groups.values())
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_only
+from torchvision.ops import box_convert
 
 from onestage.data.annotations import ImageColumns, ObjectColumns, build_annotation_set, malformed
 from onestage.data.datamodule import DetectionDataModule
@@ -153,7 +154,13 @@ def _read_target(place: str, sample: Any) -> dict[str, npt.NDArray[Any]]:
         remedy = "Wrap the data set, for example by torchvision.datasets.wrap_dataset_for_transforms_v2."
         raise malformed(place, f'a sample must be (image, {{"boxes", "labels"}}), got {found}', remedy)
     image, target = sample
-    boxes = np.asarray(target["boxes"], dtype=np.float64).reshape(-1, 4)
+    boxes = target["boxes"]
+    if hasattr(boxes, "format"):  # torchvision's BoundingBoxes
+        written = boxes.format.value
+        if written not in ("XYXY", "XYWH", "CXCYWH"):
+            raise malformed(place, f"has boxes of the format {written}", "Give upright boxes: XYXY, XYWH or CXCYWH.")
+        boxes = box_convert(boxes, written.lower(), "xyxy")
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     labels = np.asarray(target["labels"]).reshape(-1)
     if len(boxes) != len(labels):
         raise malformed(place, f"has {len(boxes)} boxes and {len(labels)} labels", "Give every box a label.")
@@ -165,7 +172,7 @@ def _read_target(place: str, sample: Any) -> dict[str, npt.NDArray[Any]]:
 
 def _to_rgb(place: str, image: Any) -> RGBImage:
     """Return [H, W, 3] uint8 of a PIL image, a tensor [3, H, W] or an array [H, W, 3]."""
-    if hasattr(image, "convert"):  # PIL
+    if hasattr(image, "convert") and image.mode[0] not in "IF":  # PIL; these modes have no fixed range
         return np.array(image.convert("RGB"))
     pixels = np.asarray(image)
     if hasattr(image, "permute") and pixels.ndim == 3:  # a tensor

@@ -33,8 +33,8 @@ from onestage.files import (
 from onestage.types import AnnotationSet
 
 SPLIT_FOLDER = Path("ImageSets", "Main")
-IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "data", ".")  # "." last: with XML files beside the images
-XML_FOLDERS = ("Annotations", "annotations", "Annotation", "labels", "xmls", "xml", ".")
+IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "image", "imgs", "img", "data", ".")  # "." last: beside XML files
+XML_FOLDERS = ("Annotations", "annotations", "Annotation", "annotation", "annots", "labels", "xmls", "xml", ".")
 ALL_IMAGES = "."  # name of the split of a folder without lists
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 LIST_EXTRAS = re.compile(r"^.*JPEGImages[/\\]|\s+(-1|0|1|\S+\.xml)$")
@@ -112,7 +112,8 @@ def find_lists(root: Path) -> dict[str, tuple[str, ...]]:
     if not files:
         folders = names_by_role(path.name for path in root.glob("*/") if role_of(path.name) and _list_folder(path))
         found: dict[str, tuple[str, ...]] = {role: (name,) for role, name in folders.items()}
-        return found or ({"train": (ALL_IMAGES,)} if _list_folder(root) else {})
+        is_rest = not found or ("train" not in found and _xml_folder(root) is not None)
+        return ({"train": (ALL_IMAGES,)} if is_rest and _list_folder(root) else {}) | found
     lists = _without_classes(files)
     all_stems = {file.stem for file in lists.values()}
     stems = names_by_role(all_stems)

@@ -242,16 +242,20 @@ def list_split(settings: YOLOSettings, split: str) -> list[LabelledImage]:
 
 
 def _folder_entries(root: Path) -> dict[str, list[str]]:
-    """Return images/<split>, <split>/images, <split> or <split>.txt of a folder; else one split of all its images."""
+    """Return images/<split>, <split>/images, <split> or <split>.txt of a folder; train may be all other images."""
+    found: dict[str, Path] = {}
     for pattern in ("[iI]mages/*/", "*/[iI]mages/", "*/", "*.txt"):
         named = ((path.parent if path.name in LABEL_FOLDERS else path, path) for path in root.glob(pattern))
         roles = {owner.stem: path for owner, path in named if owner != root and role_of(owner.stem)}
-        found = {name: path for name, path in roles.items() if _has_images(path, root)}
-        if found:
-            return {name: [path.relative_to(root).as_posix()] for name, path in found.items()}
-    folders = (*LABEL_FOLDERS, "obj_train_data", ".")
-    name = next((name for name in folders if (root / name).is_dir() and find_images(root / name)), None)
-    return {"train": [name]} if name is not None else {}
+        found = {name: path for name, path in roles.items() if _has_images(path, root)} | found
+        if "train" in map(role_of, found):
+            break
+    else:
+        taken = {folder for path in found.values() for folder in (path, *path.parents)}
+        free = (path for name in (*LABEL_FOLDERS, "obj_train_data", ".") if (path := root / name) not in taken)
+        if rest := next((path for path in free if path.is_dir() and find_images(path)), None):
+            found["train"] = rest
+    return {name: [path.relative_to(root).as_posix()] for name, path in found.items()}
 
 
 def _has_images(path: Path, root: Path) -> bool:
@@ -401,7 +405,7 @@ def _read_line(place: str, words: Sequence[str], size: tuple[int, int], settings
     elif is_outline:
         sides = [(min(numbers), max(numbers)) for numbers in (values[::2], values[1::2])]
         box = (*((low + high) / 2 for low, high in sides), *(high - low for low, high in sides))
-    elif len(words) == 5 + settings.num_keypoint_values:
+    elif len(words) in (5, 5 + settings.num_keypoint_values):
         box = tuple(values[:4])
     else:
         problem = f"has {len(words)} columns; a line must have 5: class cx cy width height"
