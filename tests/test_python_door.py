@@ -99,12 +99,14 @@ def test_detections_are_drawn_and_converted(model, photo, tmp_path, monkeypatch)
 
 def test_evaluate_gives_the_numbers_of_the_command(model, best, drawn, tmp_path):
     results = json.loads((run_on(best, "validate", tmp_path, FP32) / "results.json").read_text())
-    coco = COCO(drawn, train_images="JPEGImages", val_images="JPEGImages")
+    coco, score = COCO(drawn, train_images="JPEGImages", val_images="JPEGImages"), model.score_threshold
+    model.module.score_threshold = 0.99  # as of another evaluation
     for source in (coco, Shapes(drawn, num_train=32, num_val=7)):
         metrics = model.evaluate(source, num_workers=0)
         for found, expected in ((metrics, results["metrics"]), (metrics.per_class, results["per_class"])):
             numbers = {name: float("nan") if value is None else value for name, value in expected.items()}
             assert dict(found) == pytest.approx(numbers, abs=1e-6, nan_ok=True)
+    assert model.score_threshold == score  # that of the checkpoint
 
 
 def test_safetensors_and_lightnings_own_verb_load_the_same_weights(model, best, tmp_path):

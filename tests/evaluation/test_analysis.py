@@ -71,7 +71,7 @@ def test_evaluation_without_objects_or_detections_has_no_threshold():
     assert nothing.score_threshold is None and math.isnan(nothing.overall.ap50)
     assert math.isnan(nothing.error_types["missed"])
     missed = analysis(annotation_set([[HERE]], [[0]]), detections([[]], [[]], [[]]))
-    assert missed.score_threshold is None and missed.overall.ap50 == 0
+    assert missed.score_threshold is None and missed.overall.ap50 == 0 and missed.error_types["missed"] == 1
     assert missed.confusion[0] == [0, 0, 0, 1]
     assert np.sum(analysis(annotation_set([[]], [[]]), detections([[HERE]], [[0.9]], [[0]])).confusion) == 0
 

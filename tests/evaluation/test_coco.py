@@ -47,6 +47,9 @@ def test_metrics_of_every_backend_equal_those_of_pycocotools(seed, backend, capf
     assert np.nanmean(list(evaluator.evaluation().per_class.values())) == pytest.approx(expected["mAP"], abs=1e-6)
     assert 0.1 < expected["mAP"] < 0.9
     assert capfd.readouterr().out == ""  # pycocotools prints
+    of_06 = detections([[[0.0, 0.0, 20.0, 6.0]]], [[0.9]], [[0]])  # IoU 0.6: three of the ten thresholds, not two
+    metrics = evaluate(annotation_set([[[0.0, 0.0, 20.0, 10.0]]], [[0]]), of_06, backend).evaluation().metrics
+    assert metrics["mAP"] == pytest.approx(0.3)
 
 
 def test_hotcoco_is_not_used_without_its_threads(monkeypatch):

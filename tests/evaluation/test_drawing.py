@@ -7,7 +7,7 @@ from evaluation_data import annotation_set, detections, flat, random_evaluation
 from PIL import Image
 
 from onestage.evaluation.analysis import analyse
-from onestage.evaluation.drawing import class_colour, draw_boxes
+from onestage.evaluation.drawing import _Pen, class_colour, draw_boxes
 from onestage.evaluation.figures import draw_confusion, draw_precision_recall, write_figures
 from onestage.types import PADDING, Detections
 
@@ -63,6 +63,8 @@ def test_arbitrary_boxes_and_names_stay_inside_picture(box):
         drawn = draw_boxes(grey(320, 320), NO_BOXES, NO_LABELS, found([[200.0, 5, 310, 310]], [0.9], [0]), [name])
         assert drawn.shape == (320, 320, 3)
         assert (drawn[0:12] != 127).any()  # there is no room above the box, so the name is at the upper border
+    missing, *letters = (bytes(_Pen(Image.new("RGB", (320, 320)), 1).font.getmask(sign)) for sign in "\uffffeéßłñΩЖ")
+    assert missing not in letters and len(set(letters)) == len(letters)
 
 
 def test_pictures_are_written_for_any_names_and_for_nothing_found(tmp_path):

@@ -59,12 +59,6 @@ def voc(annotations, found):
     return voc_average_precision(table, objects, overlapping_pairs(table, objects), len(annotations.class_names))
 
 
-def test_difficult_objects_are_neither_found_nor_missed():
-    annotations = annotation_set([[HERE, THERE]], [[0, 0]], class_names=["cat"], difficult=[[1, 0]])
-    found = detections([[HERE, NEAR, THERE]], [[0.9, 0.8, 0.7]], [[0, 0, 0]])
-    assert voc(annotations, found) == {"VOC07": [1.0], "VOC10": [1.0]}
-
-
 def reference(annotations, found, label, points):
     """VOCevaldet.m, line by line."""
     taken, num_objects, rows = set(), 0, []

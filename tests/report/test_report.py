@@ -124,6 +124,7 @@ def test_points_of_a_chart_are_where_the_pencil_puts_them() -> None:
     assert drawn["lines"] == {"a": "44.0,206.0 198.0,107.0 352.0,8.0"}  # axes from 44 to 352 and from 206 up to 8
     assert drawn["x_ticks"] == [(44.0, "0"), (105.6, "2"), (167.2, "4"), (228.8, "6"), (290.4, "8"), (352.0, "10")]
     assert [text for _, text in drawn["y_ticks"]] == ["0", "20", "40", "60", "80", "100"]
+    assert len(chart("t", {"a": [(0, 0.0), (1, 3e-4)]})["y_ticks"]) == 4  # a third of it is just below a power of ten
     assert [text for _, text in chart("t", {"a": [(3, 0.0)]})["x_ticks"]] == ["3", "3.2", "3.4", "3.6", "3.8", "4"]
 
 

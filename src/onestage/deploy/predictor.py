@@ -86,19 +86,16 @@ class Predictor:
         class_names: [K] in label order.
         category_ids: [K] the data set's own id of each label.
         device: where it computes.
+        score_threshold: the score with the best F1 in the evaluation of the checkpoint, in [0, 1].
     """
 
     def __init__(self, module: DetectionModule, data: DetectionDataModule, device: torch.device) -> None:
         self.module, self.data, self.device = module, data, device
         self.class_names, self.category_ids = tuple(data.class_names), tuple(data.category_ids)
+        best = module.score_threshold  # which `evaluate` changes
+        self.score_threshold = DEFAULT_SCORE if best is None else best
         module.channels_last = usual_memory_format(device.type, "32-true")
         module.to(device).eval()
-
-    @property
-    def score_threshold(self) -> float:
-        """The score with the best F1 in the evaluation of the checkpoint, in [0, 1]."""
-        best = self.module.score_threshold
-        return DEFAULT_SCORE if best is None else best
 
     @overload
     def predict(
@@ -165,10 +162,11 @@ class Predictor:
             batch_size: images that the network takes at once; None: as in training.
             num_workers: processes that load images.
         """
-        settings = {name: getattr(self.data, name) for name in ("resize", "val_fraction", "num_folds", "fold")}
+        names = ("resize", "val_fraction", "num_folds", "fold", "max_bad_fraction")
+        settings: dict[str, Any] = {name: getattr(self.data, name) for name in names}
         settings |= {"batch_size": batch_size or self.data.batch_size, "class_names": list(self.class_names)}
-        given: dict[str, Any] = {"source": source} if isinstance(source, Source) else {"path": source}
-        data = DetectionDataModule(**given, num_workers=num_workers, **settings)
+        settings |= {"source" if isinstance(source, Source) else "path": source, "num_workers": num_workers}
+        data = DetectionDataModule(**settings)
         parts = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         quiet: Any = dict.fromkeys(parts, False)
         devices: Any = [self.device.index or 0] if self.device.type == "cuda" else 1
@@ -243,7 +241,7 @@ def to_rgb(image: ImageLike) -> RGBImage:
         if image.mode not in EXACT_MODES:
             remedy = "Scale it to 8 bits, or pass the path of the file."
             raise ImageError(f"image: a PIL image must have 8 bits per channel, got mode {image.mode!r}.\n{remedy}")
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     shape: Any = getattr(image, "shape", ())
     kind = getattr(image, "dtype", type(image).__name__)
     if not isinstance(image, np.ndarray) or kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:

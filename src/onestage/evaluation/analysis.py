@@ -58,8 +58,7 @@ class Pairs(NamedTuple):
 
     def where(self, mask: Booleans) -> "Pairs":
         """Return the pairs of a mask [P]."""
-        found, objects, ious, covered, is_same_class = self
-        return Pairs(found[mask], objects[mask], ious[mask], covered[mask], is_same_class[mask])
+        return Pairs._make(column[mask] for column in self)
 
 
 class Match(NamedTuple):
@@ -346,7 +345,7 @@ def _best_of_each(targets: Integers, candidates: Booleans) -> Booleans:
 
 
 def _mean_ap(found: Found, is_correct: Booleans, is_counted: Booleans, num_objects: Integers) -> float:
-    """Return AP50 over the classes with objects."""
+    """Return AP50 over the classes with objects, of which there is one at the start."""
     curves = class_curves(found, is_correct, is_counted, num_objects)
     values = [average_precision(curve) for curve in curves if curve.num_objects]
-    return float(np.mean(values)) if values else float("nan")
+    return float(np.mean(values)) if values else 1.0  # nothing is left to find

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
@@ -89,7 +90,8 @@ class _Pen:
         self.width, self.height = picture.size
         self.factor, short_side = factor, min(picture.size)
         self.thickness = max(2, round(short_side / 250))
-        self.font = ImageFont.load_default(size=max(11, round(short_side / 36)))
+        font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # Pillow's own lacks é, Greek and Cyrillic
+        self.font = ImageFont.truetype(font, max(11, round(short_side / 36)))
 
     def draw(self, box: list[float], text: str, colour: Colour | None) -> None:
         """Draw a solid box with its text above; without a colour dashed white on black, with its text below."""

@@ -16,7 +16,6 @@ from onestage.files import atomic_write
 from onestage.types import JSONDict, Metrics
 
 NUMBERS = re.compile(r"\[\n\s+(?:(?:[\d.e+-]+|null),?\s+)+\]")  # a list of numbers, which fits on one line
-CLASS_COLUMNS = "   AP50  prec.  recall    F1  score  objects"  # precision, recall and F1 at the score with the best F1
 
 
 def write_results(
@@ -78,7 +77,7 @@ def format_table(metrics: Metrics, per_class: Mapping[str, float], analysis: Ana
     return "\n".join(
         [
             *("   ".join(cells[start : start + 3]) for start in range(0, len(cells), 3)),
-            *("", f"{'class':<{width}}    AP{CLASS_COLUMNS}"),
+            *("", f"{'class':<{width}}    AP   AP50  prec.  recall    F1  score  objects"),
             *(f"{name:<{width}} {_percent(value)}{_class_cells(one)}" for name, value, one in rows),
             *("", "AP50 lost by error: " + ", ".join(costs)),
         ]

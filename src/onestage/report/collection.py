@@ -65,7 +65,7 @@ def write_after_run(
                 name, (missed, wrong) = Path(evaluator.annotations.image_paths[row]).name, errors[:, position].tolist()
                 entries[position] = {"file": f"{row}.jpg", "name": name, "missed": missed, "wrong": wrong}
             facts |= {"worst": [entries[n] for n in worst], "random": [entries[n] for n in random]}
-        (place / FACTS_FILE).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+        (place / FACTS_FILE).write_text(json.dumps(facts), encoding="utf-8")
     print(f"report: {write_page([folder], folder / PAGE_FILE)}")
 
 

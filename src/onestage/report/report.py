@@ -220,5 +220,5 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 def _ticks(low: float, high: float) -> Iterable[float]:
     """Return three to six round numbers in a range."""
     power = 10.0 ** math.floor(math.log10((high - low) / 3))
-    step = next(power * factor for factor in (5, 2, 1) if power * factor <= (high - low) / 3)
+    step = next(power * factor for factor in (5, 2, 1) if power * factor <= (high - low) / 3 * (1 + 1e-9))
     return [round(n * step, 12) for n in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
