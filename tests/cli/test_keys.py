@@ -87,9 +87,6 @@ def test_keys_of_shipped_configs_of_another_class_and_of_unread_classes_are_acce
     require_known_keys("fit", words)
 
 
-# Configuration files
-
-
 def test_config_files_are_found_in_any_form_and_the_other_options_keep_their_order():
     words = ["--ckpt_path", "a.ckpt", "--config", "x.yaml", "--config=y.yaml", "-c", "z.yaml", "--data.fold", "-1"]
     assert files_first(words) == (["x.yaml", "y.yaml", "z.yaml"], ["--ckpt_path", "a.ckpt", "--data.fold", "-1"])

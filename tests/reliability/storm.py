@@ -56,9 +56,6 @@ class Attempt(NamedTuple):
     num_steps: int
 
 
-# In the processes of a run
-
-
 def act(record: np.ndarray, number: int, process: Callable[[], int] = os.getpid) -> Fault:
     """Return a function that notes the moment and sends a signal."""
 
@@ -126,9 +123,6 @@ def attempt(words: list[str], record: np.ndarray, faults: list[Fault | None]) ->
     return Attempt([ends[process] for process in processes], seconds, int(record[0]))
 
 
-# Files
-
-
 def folder_of_run(runs: Path) -> Path:
     """Return the folder of the run. A kill before the first checkpoint leaves an empty one behind."""
     folders = sorted((runs / "tiny").glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
@@ -156,9 +150,6 @@ def damage(file: Path, draw: random.Random) -> None:
         place = len(content) // 2  # in the tensors; there are bytes that no reader needs
         content[place] ^= 1
     file.write_bytes(content[:place] if how == "cut" else bytes(len(content)) if how == "zero" else content)
-
-
-# Storms
 
 
 def fault_of(kind: str, draw: random.Random, record: np.ndarray, num_steps: int) -> tuple[Fault, int, tuple[str, ...]]:

@@ -24,6 +24,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         *("--model.detector.backbone.width", "2", "--model.multi_scale.sizes=[32,64]"),
         *("--model.multi_scale.every_n_steps", "1"),
     ),
+    "scheduled accumulation": (
+        *("--trainer.callbacks", "lightning.pytorch.callbacks.GradientAccumulationScheduler"),
+        *("--trainer.callbacks.scheduling", "{0: 2}"),
+    ),
     "sgd": ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr=0.01", "--model.optimizer.momentum=0.9"),
 }
 STOPS = [  # number of the call at which SIGTERM comes
@@ -32,6 +36,7 @@ STOPS = [  # number of the call at which SIGTERM comes
     *[("workers", STEP, count) for count in (3, 8)],
     *[("accumulation", STEP, count) for count in (1, 8, 12)],
     ("average", STEP, 6),
+    ("scheduled accumulation", STEP, 5),
     *[("average", VALIDATION, count) for count in (1, 2)],
     ("fp16", STEP, 5),
     *[("validation inside epochs", STEP, count) for count in (3, 4, 8, 12)],

@@ -126,8 +126,6 @@ def test_signal_in_the_evaluation_after_training_is_no_success(drawn, tmp_path):
     assert tiny_run.onestage(*command) == 0  # only the evaluation is left
 
 
-# Several processes
-
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 

@@ -182,8 +182,6 @@ def test_fault_of_one_process_is_skipped_by_both(tmp_path, precision):
     assert [process["images"][0]["image_id"] for process in step["processes"]] == [104, 106]
 
 
-# Facts and causes
-
 FINE = {"num_non_finite": 0, "smallest": -5.0, "largest": 2.0}
 BROKEN = {"num_non_finite": 7, "smallest": -5.0, "largest": 2.0}
 

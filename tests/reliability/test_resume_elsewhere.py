@@ -105,6 +105,17 @@ def test_resume_that_is_impossible_is_one_message(path, options, said, stopped, 
     assert said in message_of(capsys, *tiny_run.words(drawn, tmp_path, "--resume", path or str(stopped), *options))
 
 
+def test_longer_run_continues_the_epoch_that_max_steps_has_cut(drawn, uninterrupted, tmp_path):
+    constant = ("--model.schedule.kind", "constant")
+    command = tiny_run.words(drawn, tmp_path, *constant, "--resume=auto", "--last_checkpoint.every_n_steps=0")
+    assert tiny_run.onestage(*command, "--trainer.max_steps", "5") == 0
+    folder = tiny_run.folder_of(tmp_path)
+    (folder / "hpc_ckpt_1.ckpt").touch()  # SLURM's, which must not be evaluated instead of best.ckpt
+    assert tiny_run.onestage(*command, "--trainer.max_steps", "13") == 0
+    states = [tiny_run.final_state(run) for run in (uninterrupted(*constant, "--trainer.max_steps=13"), folder)]
+    assert tiny_run.differences(*states) == [] and not (folder / "hpc_ckpt_1.ckpt").exists()
+
+
 def test_run_resumes_with_its_data_in_another_folder(drawn, tmp_path, capsys):
     def command(root: Path) -> list[str]:
         options = ("--resume", "auto", "--trainer.max_steps", "4")

@@ -1,5 +1,6 @@
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_bar_has_short_names_and_fits_80_columns():
     assert len(line) <= 80
 
 
-def test_without_a_terminal_the_bar_is_off_and_each_validation_prints_one_line(capsys):
+def test_without_a_terminal_the_bar_is_off_and_each_validation_prints_one_line(capsys, monkeypatch):
     metrics = {"val/loss": torch.tensor(0.5234), "val/mAP": torch.tensor(0.5821), "val/AP50": torch.tensor(0.879)}
     moment = {"is_global_zero": True, "sanity_checking": False, "current_epoch": 4, "global_step": 940}
     trainer = SimpleNamespace(**moment, state=SimpleNamespace(fn="fit"), callback_metrics=metrics)
@@ -99,3 +100,5 @@ def test_without_a_terminal_the_bar_is_off_and_each_validation_prints_one_line(c
     bar.on_validation_start(trainer, None)
     bar.on_validation_end(trainer, None)
     assert capsys.readouterr().out == "epoch 5, step 940: loss 0.523  mAP 58.2  AP50 87.9\n"
+    monkeypatch.setattr("sys.stdout", Mock(write=Mock(side_effect=BrokenPipeError)))  # `| tee` has ended
+    bar.on_validation_end(trainer, None)

@@ -144,8 +144,10 @@ def test_decay_out_of_range_is_refused(decay):
 
 
 def test_sharding_strategy_is_refused_with_average_only():
-    trainer = SimpleNamespace(strategy=FSDPStrategy())
+    trainer = SimpleNamespace(strategy=FSDPStrategy(), precision="32-true")
     with pytest.raises(ConfigError, match="strategy: ddp"):
         ExponentialMovingAverage(0.9).setup(trainer, Climber(), "fit")
     ExponentialMovingAverage(None).setup(trainer, Climber(), "fit")
     ExponentialMovingAverage(0.9).setup(trainer, Climber(), "validate")
+    with pytest.raises(ConfigError, match=r"ema\.decay must be null with trainer\.precision bf16-true"):
+        ExponentialMovingAverage(0.9).setup(SimpleNamespace(strategy=None, precision="bf16-true"), Climber(), "fit")

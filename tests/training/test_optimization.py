@@ -61,6 +61,8 @@ def test_schedule_spans_the_steps_of_a_changing_accumulation(tmp_path, schedulin
     trainer = quiet_trainer(DetectionTrainer, tmp_path, max_epochs=4, callbacks=callbacks)
     trainer.fit(module, datamodule=TinyData(num_images=4, batch_size=1))  # 4 batches in each epoch
     assert total_steps(trainer) == trainer.global_step == steps
+    endless = {"estimated_stepping_batches": -1, "num_training_batches": math.inf, "max_epochs": 4}  # no length
+    assert total_steps(SimpleNamespace(**endless, callbacks=callbacks)) == math.inf
     expected = {0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)}
     assert sorted(set(rates)) == pytest.approx(sorted(expected))
 

@@ -8,7 +8,7 @@ from command_line import run
 
 from onestage.cli.signature import command_parser
 from onestage.errors import ConfigError
-from onestage.tune.tune import parse_search, tune
+from onestage.tune.tune import _result, parse_search, tune
 
 
 def test_ranges_and_choices_become_distributions() -> None:
@@ -73,6 +73,8 @@ def test_search_continues_a_cut_trial_and_ends_with_the_best_command(drawn, tmp_
     assert [(row["trial"], row["state"]) for row in rows] == [("0", "COMPLETE"), ("1", "COMPLETE")]
     assert all((tmp_path / "found" / f"trial_{row['trial']}" / "version_0" / "results.json").is_file() for row in rows)
     best = max(rows, key=lambda row: float(row["value"]))
+    (tmp_path / "found" / f"trial_{best['trial']}" / "version_1").mkdir()  # of another search: without a configuration
+    assert _result(tmp_path / "found" / f"trial_{best['trial']}") == float(best["value"])
     assert lines[-2].startswith(f"best: trial_{best['trial']}, ")
     assert lines[-1].startswith("onestage fit --config shapes_ssd --data.source.path=")
     assert f"--model.optimizer.init_args.lr={best['model.optimizer.init_args.lr']}" in lines[-1]

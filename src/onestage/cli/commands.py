@@ -215,8 +215,7 @@ class DetectionCLI(LightningCLI):
         chosen = [deepcopy(spec) for spec in specs if isinstance(spec, Namespace)]  # not true, false, null
 
         def instantiate(spec: Any) -> Logger:
-            values = Namespace(logger=spec)  # type: ignore[no-untyped-call]
-            return parser.instantiate(values).logger  # type: ignore[no-any-return]
+            return parser.instantiate(Namespace(logger=spec)).logger  # type: ignore[no-any-return, no-untyped-call]
 
         return start_loggers(chosen, self.run_folder, instantiate)
 
@@ -269,10 +268,7 @@ class DetectionCLI(LightningCLI):
                 f"no weights to {subcommand} with: random ones would only look like a bad model.\n"
                 "Give --ckpt_path runs/.../checkpoints/best.ckpt, or --model.detector.pretrained."
             )
-        decided = {
-            "predict": {"return_predictions": False},  # written batch by batch instead
-            "losses": {"ckpt_path": checkpoint},
-        }
+        decided = {"predict": {"return_predictions": False}, "losses": {"ckpt_path": checkpoint}}  # written by batch
         return {**kwargs, **decided.get(subcommand, {"verbose": False})}
 
     def before_fit(self) -> None:
@@ -283,6 +279,8 @@ class DetectionCLI(LightningCLI):
         """Evaluate the best checkpoint, or the last weights if there is none."""
         if self.settings.trainer.fast_dev_run:
             return
+        for file in self.run_folder.glob("hpc_ckpt_*.ckpt"):  # SLURM's, which Lightning would evaluate instead
+            file.unlink(missing_ok=True)
         best = getattr(self._get(self.config_init, "best_checkpoint"), "best_model_path", "")
         loggers = self.trainer.loggers
         if best:

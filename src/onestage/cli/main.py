@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if str(error):  # if several processes stop for the same reason, only one has the message
             # Without the control characters that names in a foreign file may bring along.
             text = "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in str(error))
-            print(f"error: {text}", file=sys.stderr)
+            with suppress(BrokenPipeError):
+                print(f"error: {text}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:  # while packages are imported or files are read: there is nothing to clean up
         if debug:

@@ -89,8 +89,7 @@ class Reliability(RunAddOn):
         callbacks = super().callbacks(settings, config, callbacks, stored)
         if not stored:
             return [Watchdog(), *callbacks]  # first: the others exchange values already when they are set up
-        if config.get("enable_checkpointing") is False:
-            config["enable_checkpointing"] = True  # for StopOnSignal, a Checkpoint that writes none
+        config["enable_checkpointing"] = True  # for StopOnSignal, a Checkpoint that writes none
         strategy = config.get("strategy")
         name = strategy if isinstance(strategy, str) else type(strategy).__name__
         in_parts = getattr(strategy, "_state_dict_type", "full") == "sharded"  # private: FSDPStrategy has no getter

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -129,8 +129,7 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, every_n_epochs: int = 1, every_n_steps: int = 0) -> None:
         for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
             require(value >= 0, f"last_checkpoint.{name}", value, ">= 0 (0: never)")
-        self.every_n_epochs = every_n_epochs
-        self.every_n_steps = every_n_steps
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self._is_due = False  # an interval ended at a moment that cannot be resumed
         self._is_before_validation = False
         self._saved: tuple[int, bool] | None = None  # global step and whether a validation was due
@@ -182,9 +181,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save if an interval of steps has ended and nothing resumable follows."""
-        if not self.every_n_steps or not is_training(trainer) or not is_after_step(trainer):
-            return
-        self._is_due |= trainer.global_step % self.every_n_steps == 0
+        is_end = self.every_n_epochs > 0 and trainer.global_step == trainer.max_steps
+        is_due = is_end or (self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0)
+        self._is_due |= is_due and is_training(trainer) and is_after_step(trainer)
         if self._is_due and not is_last_batch(trainer) and not validation_follows(trainer):
             self.save(trainer)
 
@@ -199,7 +198,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         """Save if an interval of epochs has ended, or one of steps with the last batch."""
         is_due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if is_training(trainer) and (self._is_due or is_due):
+        is_saved = trainer.global_step == (self._saved or (0,))[0] and not is_last_batch(trainer)  # cut by max_steps
+        if is_training(trainer) and (self._is_due or is_due) and not is_saved:
             self.save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
@@ -236,6 +236,9 @@ class ConfigInCheckpoint(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Compute the fingerprints once, in the process that writes files."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # Lightning's type has none
+        for each in (found for found in callbacks if isinstance(found, GradientAccumulationScheduler)):
+            each.on_train_epoch_start(trainer)  # which a resumed epoch begins without
         if trainer.is_global_zero:
             annotations = module.data.annotations("train")
             self._origin = {**fingerprints(annotations), "versions": installed_versions()}

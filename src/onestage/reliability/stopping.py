@@ -59,11 +59,13 @@ class StopOnSignal(Checkpoint):  # a Checkpoint, because Lightning calls those l
     def _store_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
             message = "error: interrupted while stopping; the last checkpoint is complete. Continue with --resume auto."
-            os.write(2, f"\n{message}\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{message}\n".encode())
             os._exit(CancelledError.exit_code)
         if self.received is None:
             self.received = number
-            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step and a checkpoint\n".encode())
+            with contextlib.suppress(OSError):  # Ctrl-C ends `| tee` first
+                os.write(2, f"\n{signal.Signals(number).name}: stopping after this step and a checkpoint\n".encode())
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop here, unless a validation or the end of the epoch follows."""

@@ -77,9 +77,7 @@ class WatchThread(threading.Thread):
 
     def __init__(self, store: Any, rank: int, world_size: int, remedy: str = REMEDY) -> None:
         super().__init__(name="watchdog", daemon=True)
-        self._store = store
-        self._rank = rank
-        self._remedy = remedy
+        self._store, self._rank, self._remedy = store, rank, remedy
         ranks = [other for other in range(world_size) if other != rank]
         places = {other: store.get(f"who/{other}").decode().rpartition(" ") for other in ranks}
         self.peers = [Peer(other, host, int(process)) for other, (host, _, process) in places.items()]

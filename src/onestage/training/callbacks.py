@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,8 @@ class LossBar(TQDMProgressBar):
         if self.is_enabled:
             super().print(*args, **kwargs)
         else:
-            print(*args, flush=True, **kwargs)
+            with suppress(BrokenPipeError):  # the end of `| tee` must not end the run
+                print(*args, flush=True, **kwargs)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the bar; estimate the run time once."""

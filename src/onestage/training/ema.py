@@ -49,6 +49,8 @@ class ExponentialMovingAverage(Callback):
         self.num_updates = 0 if stage == "fit" else self.num_updates
         if stage == "fit" and self.decay is not None:
             require_whole_weights(trainer.strategy, "ema.decay", "ema.decay: null")
+            rule = "null with trainer.precision bf16-true or 16-true, in which an average loses its small steps"
+            require(trainer.precision not in ("bf16-true", "16-true"), "ema.decay", self.decay, rule)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the average. Only now is the module complete, on its device, and loaded from a checkpoint."""

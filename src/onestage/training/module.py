@@ -256,7 +256,7 @@ class DetectionModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Compute and log the metrics of the split."""
         prefix, self.metrics = stage_of(self.trainer), {}
-        self._note_unreadable()
+        self.on_predict_epoch_end()
         if self.evaluator is None:
             rank_zero_warn(f"{prefix}: only losses are evaluated, since the loader's dataset has no annotations.")
         else:
@@ -275,10 +275,6 @@ class DetectionModule(pl.LightningModule):
             self.log(f"{prefix}/{name}", value, prog_bar=name in ("mAP", "AP50"))
 
     def on_predict_epoch_end(self) -> None:
-        """Complete what `onestage predict` writes."""
-        self._note_unreadable()
-
-    def _note_unreadable(self) -> None:
         """Tell the evaluator which images the loader has left out."""
         if self.evaluator is not None:
             self.evaluator.unreadable |= getattr(self._loader(stage_of(self.trainer)), "unreadable", {})
@@ -312,6 +308,9 @@ class DetectionModule(pl.LightningModule):
                 "learning rate is below the configured one.\nSet model.schedule.warmup_steps to a tenth of the steps."
             )
         if self.trainer.ckpt_path is not None:
+            more = self._scheduler.optimizer.param_groups[len(self._configured) :]
+            rule, remedy = "none: a resume would freeze them again", "Start from the weights: --init_from PATH."
+            require(not more, "resume: parameter groups that BackboneFinetuning has added", len(more), rule, remedy)
             optimization.restore_configured_hyperparameters(self._configured, self._scheduler)
 
     def make_optimizer(self) -> Optimizer:
@@ -327,7 +326,7 @@ class DetectionModule(pl.LightningModule):
     def _learning_rate_factor(self, step: int) -> float:
         # Reading the length of the run while the optimizers are being built would make Lightning set up the loaders
         # before it has restored their position.
-        kind, remedy = self.schedule.kind, "Set trainer.max_epochs or trainer.max_steps."
+        kind, remedy = self.schedule.kind, "Set trainer.max_epochs, or trainer.max_steps if a loader has no length."
         if step < max(1, self.schedule.warmup_steps) or kind == "constant":
             return self.schedule.factor(step, total_steps=math.inf)
         total_steps = optimization.total_steps(self.trainer)

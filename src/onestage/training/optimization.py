@@ -75,8 +75,8 @@ def total_steps(trainer: pl.Trainer) -> float:
     estimated = float(trainer.estimated_stepping_batches)  # sets up the loaders
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] # Lightning's type has none
     schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
-    if not schedulers or trainer.max_epochs in (None, -1):
-        return estimated
+    if not schedulers or trainer.max_epochs in (None, -1) or math.isinf(trainer.num_training_batches):
+        return estimated if estimated >= 0 else math.inf  # -1: a loader without length, and no max_steps
     accumulated = (schedulers[0].get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs or 0))
     steps = sum(math.ceil(trainer.num_training_batches / number) for number in accumulated)
     return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps

@@ -132,8 +132,8 @@ def _fit(words: list[str], folder: Path, name: str) -> int:
 
 
 def _result(folder: Path) -> float:
-    """Return the monitored metric of the newest run of a trial, in [0, 1]; higher is better."""
-    run = max(folder.glob("version_*"), key=lambda version: int(version.name.rpartition("_")[2]))
+    """Return the monitored metric of the run of a trial that `fit` has started last, in [0, 1]; higher is better."""
+    run = max(folder.glob("version_*/config.yaml"), key=lambda file: file.stat().st_mtime_ns).parent
     monitor = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["best_checkpoint"]["monitor"]
     file = run / "results.json"
     metrics = json.loads(file.read_text(encoding="utf-8"))["metrics"] if file.is_file() else {}
