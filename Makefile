@@ -15,7 +15,7 @@ READY := $(if $(ONESTAGE_ENV),,.venv/.ready)
 # eval and predict use the newest best checkpoint, which holds its configuration; an explicit CONFIG overrides it.
 CKPT     ?= $(shell ls -t runs/*/*/checkpoints/best.ckpt 2>/dev/null | head -n 1)
 HAS_CKPT  = test -n "$(CKPT)" || { echo 'no runs/*/*/checkpoints/best.ckpt: run make train, or set CKPT=path' >&2; exit 2; }
-OPTIONS   = $(if $(filter-out file,$(origin CONFIG)),--config $(CONFIG)) --ckpt_path $(CKPT) $(if $(DATA),--data.path '$(DATA)') $(ARGS)
+OPTIONS   = $(if $(filter-out file,$(origin CONFIG)),--config $(CONFIG)) --ckpt_path '$(CKPT)' $(if $(DATA),--data.path '$(DATA)') $(ARGS)
 
 .PHONY: help setup train eval predict test test-all lint format types benchmark lock docker docker-train clean
 
@@ -65,15 +65,12 @@ lock: $(READY) ## Update requirements.lock from pyproject.toml; to newer version
 docker: ## Build the CUDA image
 	docker build --tag $(IMAGE) .
 
-docker-train: export CONFIG := $(CONFIG)
-docker-train: export DATA := $(DATA)
-docker-train: export ARGS := $(ARGS)
 docker-train: docker ## Train in the image; on the CPU with GPUS=, on one device with GPUS=device=0
 	mkdir -p data runs/.tmp
 	docker run --rm --init --stop-timeout 120 $(if $(GPUS),--gpus $(GPUS)) --shm-size 8g \
-	  --cap-drop ALL --security-opt no-new-privileges --user "$$(id -u):$$(id -g)" --env CONFIG --env DATA --env ARGS \
-	  --volume "$(CURDIR)/data:/app/data" --volume "$(CURDIR)/runs:/app/runs" \
-	  --entrypoint make $(IMAGE) train
+	  --cap-drop ALL --security-opt no-new-privileges --user "$$(id -u):$$(id -g)" \
+	  --volume "$(CURDIR)/data:/app/data" --volume "$(CURDIR)/runs:/app/runs" $(IMAGE) \
+	  fit --config $(CONFIG) $(if $(DATA),--data.path '$(DATA)') $(ARGS)
 
 clean: ## Remove caches and build output; data, runs and .venv stay
 	rm -rf build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
