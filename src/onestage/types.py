@@ -168,8 +168,8 @@ class Detector(nn.Module, ABC):
         is_taken = tuple(canvas) == (side, side) if side is not None else not any(s % multiple for s in canvas)
         rule = f"({side}, {side})" if side is not None else f"multiples of {multiple}"
         size = side if side is not None else -(-max(canvas) // multiple) * multiple
-        remedy = f"Set data.image_size: {size} (of data.resize its own sizes), or choose another model.detector."
-        place = f"data.image_size: (height, width) of the images for {type(self).__name__}"
+        remedy = f"Set this size to {size} (of data.resize its own sizes), or choose another model.detector."
+        place = f"data.image_size or model.multi_scale.sizes: (height, width) of images for {type(self).__name__}"
         require(is_taken, place, tuple(canvas), rule, remedy)
 
     @abstractmethod

@@ -8,8 +8,7 @@ import pytest
 
 import onestage.losses
 from onestage.errors import ConfigError
-from onestage.evaluation import anchor_losses
-from onestage.losses import BoxLoss, ClassificationLoss, ClassWeights, EffectiveNumberWeights, PositiveNormaliser, focal
+from onestage.losses import BoxLoss, ClassificationLoss, ClassWeights, EffectiveNumberWeights, PositiveNormaliser
 
 CLASSES = [getattr(onestage.losses, name) for name in onestage.losses.__all__]
 ARGUMENTS = [
@@ -47,10 +46,6 @@ def test_non_finite_or_negative_argument_is_refused(loss, argument, value) -> No
 def test_value_outside_the_range_is_refused_with_rule_and_value(loss, argument, value, rule) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"{argument} must be {rule}, got {value}.")):
         getattr(onestage.losses, loss)(**{argument: value})
-
-
-def test_gammas_of_the_loss_curves_have_the_same_limit() -> None:
-    assert anchor_losses.LARGEST_GAMMA == focal.MAX_GAMMA
 
 
 @pytest.mark.parametrize("weights", [[1.0, -2.0], [0.0, 0.0], [1.0, math.nan], [1.0, math.inf]])

@@ -12,7 +12,7 @@ from onestage.errors import require
 from onestage.types import PADDING, Detections
 
 CANDIDATE_FACTOR = 8  # candidates of an image per wanted detection
-# A CPU's time grows with the square of the boxes of one call; on a GPU every call waits, so one call takes all images.
+# Time and memory grow with the square of the boxes of one call; on a GPU every call waits, so it takes 2^16 (0.5 GB).
 IMAGES_PER_CALL = {"cpu": 1}
 
 
@@ -107,7 +107,7 @@ def survives(boxes: Tensor, labels: Tensor, is_candidate: Tensor, iou_threshold:
     order = -(ranks + num_boxes * ~is_candidate).double()  # non-candidates rank last, so they suppress no candidate
     boxes = boxes.double().nan_to_num()  # one NaN would change the places of all boxes
     step = boxes.max() - boxes.min() + 1
-    images_per_call = IMAGES_PER_CALL.get(boxes.device.type, num_images)
+    images_per_call = IMAGES_PER_CALL.get(boxes.device.type, max(1, 2**16 // num_boxes))
     kept = []
     for start in range(0, num_images, images_per_call):
         images = slice(start, start + images_per_call)

@@ -47,11 +47,6 @@ class Darknet(Backbone):
         super().__init__([stride * width for stride in strides], strides, PIXEL_MEAN, PIXEL_STD)
         self.stages = nn.ModuleList()
 
-    def load(self, weights: str | None) -> None:
-        """Fill all layers from a darknet file; None: keep the random weights."""
-        if weights is not None:
-            load_darknet(weights, f"{type(self).__name__}.weights", list(block_tensors(self)))
-
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the maps of normalised images [B, 3, H, W]."""
         maps = [images]
@@ -81,7 +76,8 @@ class Darknet19(Darknet):
                 blocks.append(ConvBlock(channels, multiple * width, 1 if position % 2 else 3))
                 channels = multiple * width
             self.stages.append(nn.Sequential(*blocks))
-        self.load(weights)
+        if weights is not None:
+            load_darknet(weights, "Darknet19.weights", list(block_tensors(self)))
 
 
 class Darknet53(Darknet):
@@ -102,7 +98,8 @@ class Darknet53(Darknet):
             channels = width * 2**stage
             residuals = [Residual(2 * channels) for _ in range(depth)]
             self.stages.append(nn.Sequential(ConvBlock(channels, 2 * channels, stride=2), *residuals))
-        self.load(weights)
+        if weights is not None:
+            load_darknet(weights, "Darknet53.weights", list(block_tensors(self)))
 
 
 class Passthrough(nn.Module):

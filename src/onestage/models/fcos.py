@@ -18,7 +18,7 @@ from onestage.losses.classification import ClassificationLoss, SigmoidClassifica
 from onestage.losses.focal import SigmoidFocalLoss
 from onestage.losses.normaliser import PositiveNormaliser
 from onestage.models.detector import AnchorDetector, Backbone
-from onestage.models.heads import by_anchor, initialise
+from onestage.models.heads import by_anchor, initialise, start_at
 from onestage.models.retinanet import FPN, STRIDES, SharedHead, pyramid_backbone
 from onestage.models.weights import load_published, torchvision_weights
 from onestage.types import Predictions
@@ -76,7 +76,7 @@ class FCOS(AnchorDetector):
         require(channels > 0 and channels % 64 == 0, f"{name}: channels", channels, "> 0, a multiple of 64")
         backbone, loss = pyramid_backbone(name, backbone), classification_loss or SigmoidFocalLoss()
         class_head = SharedHead(channels, tower_convs, 1, True, loss.num_logits(num_classes), tower_bias=True)
-        class_head.start_at_prior(loss.prior_bias(num_classes, prior))
+        start_at(class_head.output, loss.prior_bias(num_classes, prior))
         super().__init__(
             num_classes,
             backbone=backbone,

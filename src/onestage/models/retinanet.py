@@ -94,10 +94,6 @@ class SharedHead(nn.Module):
         """Return [B, A, num_outputs] float32 of maps [B, channels, H_l, W_l], in the order of `AnchorGrid`."""
         return by_anchor([self.output(self.tower(features)) for features in feature_maps], self.num_outputs)
 
-    def start_at_prior(self, prior_bias: Tensor) -> None:
-        """Set the biases of the outputs to `prior_bias`, [num_outputs]. RetinaNet section 4.1."""
-        start_at(self.output, prior_bias)
-
 
 class RetinaNet(AnchorDetector):
     """RetinaNet: FPN P3-P7, nine anchors per cell, two shared four-layer towers. COCO 36.4 to 41.5 mAP (torchvision).
@@ -168,7 +164,7 @@ class RetinaNet(AnchorDetector):
         loss, box_coder = classification_loss or SigmoidFocalLoss(), DeltaBoxCoder((1.0, 1.0))
         tower = (channels, tower_convs, counts.pop(), group_norm)
         class_head = SharedHead(*tower, loss.num_logits(num_classes))
-        class_head.start_at_prior(loss.prior_bias(num_classes, prior))
+        start_at(class_head.output, loss.prior_bias(num_classes, prior))
         super().__init__(
             num_classes,
             backbone=backbone,

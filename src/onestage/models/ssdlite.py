@@ -61,6 +61,7 @@ class LiteHead(AnchorHead):
 class SSDLite320(SSD):
     """SSDLite320 on MobileNetV3-Large: 3234 anchors, 3.4 M parameters. COCO 21.3 mAP (torchvision).
 
+    Its last map is one cell, so batch norm trains only with two images or more.
     torchvision evaluates with score_threshold 0.001, nms_threshold 0.55, candidates_per_class 300, max_detections 300.
     """
 
