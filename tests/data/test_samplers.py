@@ -146,6 +146,7 @@ def test_evaluation_visits_every_image_once_in_batches_of_one_canvas(world_size,
     else:
         assert seen == list(range(17))
         assert max(lengths) - min(lengths) <= 1
+    assert [*EvaluationSampler(Images(7, canvases=(0, 1)), batch_size=3)] == [0, 2, 4, 6, None, None, 1, 3, 5]
 
 
 def test_evaluation_of_fewer_images_than_processes_is_refused() -> None:

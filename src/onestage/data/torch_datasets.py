@@ -156,8 +156,7 @@ def _read_target(place: str, sample: Any) -> dict[str, npt.NDArray[Any]]:
     image, target = sample
     boxes = target["boxes"]
     if hasattr(boxes, "format"):  # torchvision's BoundingBoxes
-        written = boxes.format.value
-        if written not in ("XYXY", "XYWH", "CXCYWH"):
+        if (written := boxes.format.value) not in ("XYXY", "XYWH", "CXCYWH"):
             raise malformed(place, f"has boxes of the format {written}", "Give upright boxes: XYXY, XYWH or CXCYWH.")
         boxes = box_convert(boxes, written.lower(), "xyxy")
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)

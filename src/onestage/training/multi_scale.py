@@ -51,6 +51,8 @@ class MultiScale:
         """Return a batch whose images, boxes and placements have the size of the step."""
         canvas = (batch.images.shape[-2], batch.images.shape[-1])
         height, width = self.canvas_at(self.size_at(step, seed), canvas)
+        if (height, width) == canvas:
+            return batch
         images = resize(batch.images, [height, width], antialias=True)
         scales = batch.placements.new_tensor([width / canvas[1], height / canvas[0]] * 2)
         targets = batch.targets._replace(boxes=batch.targets.boxes * scales)
